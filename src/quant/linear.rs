@@ -1,0 +1,52 @@
+/*! A quantized linear layer in its neutral form: one signed code a byte, no device's layout.
+
+The checkpoint packs it, a backend re-lays it for its kernels, GPTQ and rounding produce it. */
+
+use half::f16;
+
+/// The outlier channels of a linear: the last columns of the site's channel order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum OutlierBlock {
+    /// No outlier channels.
+    None,
+    /// INT8 codes `[out, outliers]` in -127..=127 and one scale a row, `[out]`.
+    Int8 { codes: Vec<i8>, scales: Vec<f16> },
+    /// Values `[out, outliers]`, unquantized but for f16.
+    F16(Vec<f16>),
+}
+
+/// A weight matrix `[out, channels]` in a site's channel order: groups of low-bit codes with one
+/// scale each, then the outlier block.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantizedLinear {
+    /// Output features.
+    pub rows: usize,
+    /// Bits of a code: 2, 3, 4 or 8.
+    pub bits: u8,
+    /// Channels in a group.
+    pub group_size: usize,
+    /// Groups in a row; `groups * group_size` channels lie before the outliers (padding included).
+    pub groups: usize,
+    /// Adjacent rows that share one scale: 1, or 2 as in the reference's kernels.
+    pub rows_per_scale: usize,
+    /// Codes `[rows, groups * group_size]`, each in `-2^(bits-1)..2^(bits-1)`.
+    pub codes: Vec<i8>,
+    /// Scales `[rows.div_ceil(rows_per_scale), groups]`.
+    pub scales: Vec<f16>,
+    /// How many channels the outlier block has.
+    pub outlier_channels: usize,
+    /// The outlier block.
+    pub outliers: OutlierBlock,
+}
+
+impl QuantizedLinear {
+    /// Channels before the outlier block, padding included.
+    pub fn grouped_channels(&self) -> usize {
+        self.groups * self.group_size
+    }
+
+    /// The scale of `row`'s group `group`.
+    pub fn scale(&self, row: usize, group: usize) -> f32 {
+        self.scales[row / self.rows_per_scale * self.groups + group].to_f32()
+    }
+}

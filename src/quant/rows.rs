@@ -1,0 +1,33 @@
+/*! Quantized activations: what the integer kernels multiply a [`QuantizedLinear`] with. */
+
+/// The outlier channels of each token.
+#[derive(Clone, Debug, PartialEq)]
+pub enum OutlierRows {
+    /// No outlier channels.
+    None,
+    /// INT8 codes `[tokens, outliers]` in -127..=127 and one scale a token, `[tokens]`.
+    Int8 { codes: Vec<i8>, scales: Vec<f32> },
+    /// Values `[tokens, outliers]`, rounded to f16 and held as f32.
+    F16(Vec<f32>),
+}
+
+/// Activations `[tokens, channels]` of one site in its channel order, quantized per token and
+/// group. Scales are f16 values held as f32.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantizedRows {
+    /// Rows.
+    pub tokens: usize,
+    /// Channels in a group.
+    pub group_size: usize,
+    /// Groups in a row.
+    pub groups: usize,
+    /// Codes `[tokens, groups * group_size]`; 4 or 8 bits wide (2 and 3 as well), -128 never occurs
+    /// at 8 bits.
+    pub codes: Vec<i8>,
+    /// Scales `[tokens, groups]`.
+    pub scales: Vec<f32>,
+    /// How many channels the outlier block has.
+    pub outlier_channels: usize,
+    /// The outlier block.
+    pub outliers: OutlierRows,
+}
