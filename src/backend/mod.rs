@@ -1,0 +1,3 @@
+/*! Where tensors live and arithmetic runs. */
+
+pub mod cpu;

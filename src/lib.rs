@@ -1,0 +1,14 @@
+/*! `atom`: 4-bit LLM checkpoints by the Atom method, and the measurements that prove them.
+
+The rooms follow the road of a weight (docs/architecture.md): `checkpoint` reads named tensors,
+`model` runs a decoder block over them, `pipeline` carries calibration windows from block to block
+and calls `quant` for the method, `backend` does the arithmetic, `checkpoint` writes the result,
+`eval` measures it. `cli` and `report` are what a person sees. */
+
+pub mod backend;
+pub mod checkpoint;
+pub mod error;
+pub mod quant;
+pub mod text;
+
+pub use error::{Error, Kind, Result};

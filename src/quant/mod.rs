@@ -1,0 +1,4 @@
+/*! The method, as functions on slices and matrices. */
+
+pub mod linear;
+pub mod rows;

@@ -1,0 +1,1 @@
+/*! Text sets and files -> token windows. */
