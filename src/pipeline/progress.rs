@@ -1,0 +1,38 @@
+/*! What the pipeline tells whoever watches it, and how it is asked to stop. */
+
+use crate::{Error, Result};
+
+/// Receives the pipeline's events. The pipeline formats nothing and prints nothing.
+pub trait Progress: Sync {
+    /// A stage of `steps` equal steps begins, e.g. `quantize` with one step a block.
+    fn begin(&self, stage: &str, steps: usize);
+    /// One step of the current stage ended; `detail` says what it did in a few words.
+    fn advance(&self, detail: &str);
+    /// The current stage ended.
+    fn end(&self);
+    /// Something worth knowing.
+    fn info(&self, message: &str);
+    /// Something that costs accuracy or time and was not asked for.
+    fn warn(&self, message: &str);
+    /// Whether the user asked the run to stop.
+    fn stop_requested(&self) -> bool;
+
+    /// An error once the user asked the run to stop; called between units of work.
+    fn check_stop(&self) -> Result<()> {
+        if self.stop_requested() { Err(Error::interrupted()) } else { Ok(()) }
+    }
+}
+
+/// Watches nothing; for tests and library callers.
+pub struct Silent;
+
+impl Progress for Silent {
+    fn begin(&self, _stage: &str, _steps: usize) {}
+    fn advance(&self, _detail: &str) {}
+    fn end(&self) {}
+    fn info(&self, _message: &str) {}
+    fn warn(&self, _message: &str) {}
+    fn stop_requested(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,298 @@
+/*! A recipe: every setting that decides what a quantized checkpoint holds.
+
+Two are built in. `paper` repeats the reference's headline run setting by setting
+(scripts/run_atom_ppl.sh of efeslab/Atom); `default` has the same bits, group and outlier channels
+and adds what makes it more accurate. A TOML file or flags change single keys of either, so a
+recipe is resolved as tables and read back strictly: an unknown key is an error, never ignored. */
+
+use serde::{Deserialize, Serialize};
+use toml::Table;
+
+use crate::quant::kv::KvFormat;
+use crate::quant::site::{OutlierFormat, Transform};
+use crate::{Error, Result};
+
+/// How many channels share a scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "toml::Value", into = "GroupRepr")]
+pub enum Group {
+    /// All channels of a row before its outliers.
+    Row,
+    /// This many channels, a multiple of 16.
+    Size(usize),
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum GroupRepr {
+    Row(&'static str),
+    Size(usize),
+}
+
+impl From<Group> for GroupRepr {
+    fn from(group: Group) -> Self {
+        match group {
+            Group::Row => Self::Row("row"),
+            Group::Size(size) => Self::Size(size),
+        }
+    }
+}
+
+impl TryFrom<toml::Value> for Group {
+    type Error = String;
+
+    fn try_from(value: toml::Value) -> Result<Self, String> {
+        match value {
+            toml::Value::String(text) if text == "row" => Ok(Self::Row),
+            toml::Value::Integer(size) if size > 0 && size % 16 == 0 => {
+                Ok(Self::Size(usize::try_from(size).map_err(|_| "group is too large")?))
+            }
+            other => {
+                Err(format!("group must be a multiple of 16 channels or \"row\", not {other}"))
+            }
+        }
+    }
+}
+
+/// How the channels of a site are ordered before they are cut into groups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Order {
+    /// Ascending calibrated energy, outlier channels last (Atom, section 4.1).
+    Energy,
+    /// As in the source; outlier channels, if any, are the source's last ones.
+    None,
+}
+
+/// Every setting of a quantization. Field order is the order it is printed and stored in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Bits of a weight code: 2, 3, 4, 8, or 16 to leave the linears as they are.
+    pub bits: u8,
+    /// Bits of an activation code: 2, 3, 4, 8, or 16 for floating point.
+    pub act_bits: u8,
+    /// Bits of a cached key or value: 2, 3, 4, 8, or 16 for floating point.
+    pub kv_bits: u8,
+    /// Channels that share a scale.
+    pub group: Group,
+    /// Outlier channels of each site.
+    pub outliers: usize,
+    /// How outlier channels are held, in weights and activations.
+    pub outlier_format: OutlierFormat,
+    /// Channel order of the sites.
+    pub order: Order,
+    /// Clip ratio of activation groups.
+    pub clip_act: f32,
+    /// Clip ratio of weight groups.
+    pub clip_weight: f32,
+    /// Clip ratio of keys and values.
+    pub clip_kv: f32,
+    /// Adjacent output rows that share a weight scale: 1 or 2.
+    pub rows_per_scale: usize,
+    /// Transform of each group, in activations and weights.
+    pub transform: Transform,
+    /// Rotate K and V heads by a Hadamard transform before they are quantized.
+    pub rotate_kv: bool,
+    /// Quantize K after RoPE instead of before.
+    pub kv_after_rope: bool,
+    /// Choose weight codes by GPTQ instead of rounding to nearest.
+    pub gptq: bool,
+    /// GPTQ: share of the Hessian's mean diagonal that is added to the diagonal.
+    pub damping: f32,
+}
+
+impl Recipe {
+    /// The reference's headline recipe (method.md section 0).
+    pub fn paper() -> Self {
+        Self {
+            bits: 4,
+            act_bits: 4,
+            kv_bits: 4,
+            group: Group::Size(128),
+            outliers: 128,
+            outlier_format: OutlierFormat::Int8,
+            order: Order::Energy,
+            clip_act: 0.9,
+            clip_weight: 0.85,
+            clip_kv: 1.0,
+            rows_per_scale: 2,
+            transform: Transform::None,
+            rotate_kv: false,
+            kv_after_rope: false,
+            gptq: true,
+            damping: 0.01,
+        }
+    }
+
+    /// The default: the paper's bits, groups and outlier channels, with a Hadamard transform in each
+    /// group, rotated K and V heads, and a scale for every output row.
+    pub fn default_recipe() -> Self {
+        Self {
+            rows_per_scale: 1,
+            transform: Transform::Hadamard,
+            rotate_kv: true,
+            kv_after_rope: true,
+            ..Self::paper()
+        }
+    }
+
+    /// The recipe named `name`, or read from the TOML file of that path (its keys change `default`,
+    /// or the recipe its key `base` names), with `overrides` applied last.
+    pub fn resolve(name: &str, overrides: &Table) -> Result<Self> {
+        let recipe = match name {
+            "default" => Self::default_recipe(),
+            "paper" => Self::paper(),
+            path if path.ends_with(".toml") => Self::from_file(path)?,
+            other => {
+                return Err(Error::input(format!("there is no recipe named `{other}`"))
+                    .hint("built in are `default` and `paper`; a recipe file ends in .toml"));
+            }
+        };
+        recipe.with(overrides, "the command line")?.check()
+    }
+
+    fn from_file(path: &str) -> Result<Self> {
+        let text = fs_err::read_to_string(path)?;
+        let mut table: Table = text
+            .parse()
+            .map_err(|error| Error::input(format!("recipe {path} is not TOML: {error}")))?;
+        let base = match table.remove("base") {
+            None => Self::default_recipe(),
+            Some(toml::Value::String(name)) if name == "default" => Self::default_recipe(),
+            Some(toml::Value::String(name)) if name == "paper" => Self::paper(),
+            Some(other) => {
+                return Err(Error::input(format!("recipe {path} has the unknown base {other}"))
+                    .hint("base is \"default\" or \"paper\""));
+            }
+        };
+        base.with(&table, path)
+    }
+
+    /// This recipe with the keys of `changes` in place of its own.
+    fn with(&self, changes: &Table, origin: &str) -> Result<Self> {
+        let mut table = self.to_table();
+        for (key, value) in changes {
+            if !table.contains_key(key) {
+                let known: Vec<&str> = table.keys().map(String::as_str).collect();
+                return Err(Error::input(format!("unknown recipe key `{key}` in {origin}"))
+                    .hint(format!("the keys are {}", known.join(", "))));
+            }
+            // A whole number is welcome where a ratio is meant: `clip_act = 1`.
+            let value = match (&table[key], value) {
+                (toml::Value::Float(_), toml::Value::Integer(whole)) => {
+                    toml::Value::Float(*whole as f64)
+                }
+                _ => value.clone(),
+            };
+            table.insert(key.clone(), value);
+        }
+        table.try_into().map_err(|error: toml::de::Error| {
+            Error::input(format!("recipe in {origin}: {}", error.message()))
+        })
+    }
+
+    fn to_table(&self) -> Table {
+        Table::try_from(self).expect("a recipe has only TOML types")
+    }
+
+    /// The recipe as a TOML file that resolves to itself.
+    pub fn to_toml(&self) -> String {
+        self.to_table().to_string()
+    }
+
+    fn check(self) -> Result<Self> {
+        let widths = [2, 3, 4, 8, 16];
+        for (key, bits) in [("bits", self.bits), ("act_bits", self.act_bits), ("kv_bits", self.kv_bits)]
+        {
+            if !widths.contains(&bits) {
+                return Err(Error::input(format!("{key} is {bits}; it must be 2, 3, 4, 8 or 16")));
+            }
+        }
+        for (key, clip) in
+            [("clip_act", self.clip_act), ("clip_weight", self.clip_weight), ("clip_kv", self.clip_kv)]
+        {
+            if !(clip > 0.0 && clip <= 1.0) {
+                return Err(Error::input(format!("{key} is {clip}; it must lie in (0, 1]")));
+            }
+        }
+        if !(1..=2).contains(&self.rows_per_scale) {
+            return Err(Error::input(format!(
+                "rows_per_scale is {}; it must be 1 or 2",
+                self.rows_per_scale
+            )));
+        }
+        if !(self.damping > 0.0 && self.damping < 1.0) {
+            return Err(Error::input(format!("damping is {}; it must lie in (0, 1)", self.damping)));
+        }
+        if self.bits == 16 {
+            return Err(Error::input("bits is 16: nothing would be quantized")
+                .hint("choose --bits 2, 3, 4 or 8; activations and KV cache may stay at 16"));
+        }
+        Ok(self)
+    }
+
+    /// How keys and values are held.
+    pub fn kv(&self) -> KvFormat {
+        KvFormat {
+            bits: self.kv_bits,
+            clip: self.clip_kv,
+            rotate: self.rotate_kv,
+            after_rope: self.kv_after_rope,
+        }
+    }
+
+    /// Short name for output directories: `w4a4kv4-g128`.
+    pub fn tag(&self) -> String {
+        let group = match self.group {
+            Group::Row => "row".to_owned(),
+            Group::Size(size) => format!("g{size}"),
+        };
+        format!("w{}a{}-{group}", self.bits, self.act_bits)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn overrides(text: &str) -> Table {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_recipe_written_as_toml_resolves_to_itself() {
+        for name in ["default", "paper"] {
+            let recipe = Recipe::resolve(name, &Table::new()).unwrap();
+            let again = recipe.with(&overrides(&recipe.to_toml()), "test").unwrap();
+            assert_eq!(recipe, again);
+        }
+    }
+
+    #[test]
+    fn overrides_change_single_keys() {
+        let recipe =
+            Recipe::resolve("paper", &overrides("group = 64\noutliers = 64\nclip_act = 1")).unwrap();
+        assert_eq!(recipe, Recipe { group: Group::Size(64), outliers: 64, clip_act: 1.0, ..Recipe::paper() });
+        let row = Recipe::resolve("paper", &overrides("group = \"row\"")).unwrap();
+        assert_eq!(row.group, Group::Row);
+    }
+
+    #[test]
+    fn bad_settings_are_refused() {
+        for (text, part) in [
+            ("grup = 64", "unknown recipe key `grup`"),
+            ("group = 0", "multiple of 16"),
+            ("group = 24", "multiple of 16"),
+            ("bits = 5", "bits is 5"),
+            ("bits = 16", "nothing would be quantized"),
+            ("clip_act = 1.5", "clip_act is 1.5"),
+            ("gptq = 3", "gptq"),
+            ("rows_per_scale = 3", "rows_per_scale is 3"),
+        ] {
+            let error = Recipe::resolve("default", &overrides(text)).unwrap_err();
+            assert!(error.to_string().contains(part), "{text}: {error}");
+            assert_eq!(error.kind(), crate::Kind::Input);
+        }
+    }
+}
