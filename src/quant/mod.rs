@@ -1,4 +1,12 @@
-/*! The method, as functions on slices and matrices. */
+/*! The method, as functions on slices and matrices: number formats, channel order, group scales,
+rounding and GPTQ. Knows nothing of files, devices or models' names. */
 
+pub mod gptq;
+pub mod grid;
+pub mod hadamard;
+pub mod kv;
 pub mod linear;
+pub mod order;
 pub mod rows;
+pub mod site;
+pub mod weights;

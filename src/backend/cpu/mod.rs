@@ -1,1 +1,252 @@
-/*! The CPU backend. */
+/*! The CPU backend: f32 products and integer kernels whose results do not depend on the instruction
+set or the number of threads. Its integer path is the specification of what a checkpoint means. */
+
+pub mod attention;
+pub mod elementwise;
+mod factor;
+pub mod gemm;
+pub mod gemm_pack;
+mod gptq;
+pub mod integer;
+pub mod isa;
+pub mod quantize;
+mod tensor;
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::{AttentionSpec, Backend, Damping, Matrix};
+use crate::quant::linear::QuantizedLinear;
+use crate::quant::rows::QuantizedRows;
+use crate::quant::site::SiteFormat;
+use crate::quant::weights::{WeightFormat, dequantize};
+use crate::{Error, Result};
+use attention::AttentionShape;
+use gemm::{gemm, gram_add, par_gemm};
+use gemm_pack::{Panels, Rows};
+use integer::IntegerLinear;
+use isa::Isa;
+use tensor::Pool;
+pub use tensor::Tensor;
+
+/// Rows an elementwise operation hands to a thread at once.
+const ROWS: usize = 64;
+
+/// Host memory and this machine's instruction set.
+pub struct Cpu {
+    isa: Isa,
+    pool: Arc<Pool>,
+}
+
+impl Cpu {
+    /// The best instruction set this machine has, or the one `ATOM_ISA` names.
+    pub fn new() -> Result<Self> {
+        Ok(Self::with_isa(Isa::detect()?))
+    }
+
+    /// A given instruction set, which must be available.
+    pub fn with_isa(isa: Isa) -> Self {
+        Self { isa, pool: Arc::default() }
+    }
+
+    fn tensor(&self, rows: usize, columns: usize) -> Tensor {
+        Tensor::unwritten(&self.pool, rows, columns)
+    }
+}
+
+impl Backend for Cpu {
+    type Tensor = Tensor;
+    type Rows = QuantizedRows;
+    type Dense = Panels;
+    type Packed = IntegerLinear;
+    type Site = SiteFormat;
+    type Hessian = Hessian;
+    type Factor = Vec<f32>;
+
+    fn device(&self) -> String {
+        let threads = rayon::current_num_threads();
+        let plural = if threads == 1 { "" } else { "s" };
+        format!("cpu ({}, {threads} thread{plural})", self.isa.name())
+    }
+
+    fn upload(&self, matrix: Matrix) -> Result<Tensor> {
+        Ok(Tensor::from_matrix(&self.pool, matrix))
+    }
+
+    fn duplicate(&self, tensor: &Tensor) -> Result<Tensor> {
+        let mut copy = self.tensor(tensor.rows, tensor.columns);
+        copy.data.copy_from_slice(&tensor.data);
+        Ok(copy)
+    }
+
+    fn dense(&self, weight: &Matrix) -> Result<Panels> {
+        Ok(Panels::from_rows(&weight.data, weight.rows, weight.columns))
+    }
+
+    fn packed(&self, weight: &QuantizedLinear) -> Result<IntegerLinear> {
+        Ok(IntegerLinear::new(weight))
+    }
+
+    fn site(&self, format: &SiteFormat) -> Result<SiteFormat> {
+        Ok(format.clone())
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<Tensor> {
+        let mut y = self.tensor(x.rows, x.columns);
+        let n = x.columns;
+        y.data.par_chunks_mut(n * ROWS).zip(x.data.par_chunks(n * ROWS)).for_each(|(y, x)| {
+            for (y, x) in y.chunks_mut(n).zip(x.chunks(n)) {
+                elementwise::rms_norm(self.isa, x, &weight.data, epsilon, y);
+            }
+        });
+        Ok(y)
+    }
+
+    fn arrange(&self, x: &Tensor, site: &SiteFormat) -> Result<Tensor> {
+        let mut y = self.tensor(x.rows, site.width());
+        quantize::arrange(self.isa, &x.data, x.rows, site, &mut y.data);
+        Ok(y)
+    }
+
+    fn quantize(&self, x: &Tensor, site: &SiteFormat) -> Result<QuantizedRows> {
+        quantize::quantize(self.isa, &x.data, x.rows, site)
+    }
+
+    fn dequantize(&self, x: &QuantizedRows) -> Result<Tensor> {
+        let mut y = self.tensor(x.tokens, x.groups * x.group_size + x.outlier_channels);
+        quantize::dequantize(self.isa, x, &mut y.data);
+        Ok(y)
+    }
+
+    fn product(&self, x: &Tensor, weight: &Panels) -> Result<Tensor> {
+        let mut y = self.tensor(x.rows, weight.n());
+        par_gemm(self.isa, Rows::new(&x.data, x.rows, x.columns), weight, &mut y.data, weight.n(), false);
+        Ok(y)
+    }
+
+    fn integer_product(&self, x: &QuantizedRows, weight: &IntegerLinear) -> Result<Tensor> {
+        let mut y = self.tensor(x.tokens, weight.rows());
+        integer::linear(self.isa, x, weight, &mut y.data);
+        Ok(y)
+    }
+
+    fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        x.data.par_chunks_mut(1 << 16).zip(y.data.par_chunks(1 << 16)).for_each(|(x, y)| {
+            for (x, y) in x.iter_mut().zip(y) {
+                *x += y;
+            }
+        });
+        Ok(())
+    }
+
+    fn silu_mul(&self, mut gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        gate.data.par_chunks_mut(1 << 16).zip(up.data.par_chunks(1 << 16)).for_each(
+            |(gate, up)| {
+                elementwise::silu_mul(self.isa, gate, up);
+            },
+        );
+        Ok(gate)
+    }
+
+    fn attention(&self, spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let mut out = self.tensor(q.rows, q.columns);
+        let shape = AttentionShape {
+            heads: spec.heads,
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            seq_len: spec.seq_len,
+        };
+        attention::attention(
+            self.isa, shape, &spec.kv, &spec.cos, &spec.sin, &q.data, &k.data, &v.data, &mut out.data,
+        );
+        Ok(out)
+    }
+
+    fn cross_entropy(
+        &self,
+        x: &Tensor,
+        head: &Panels,
+        tokens: &[u32],
+        seq_len: usize,
+    ) -> Result<Vec<f64>> {
+        let (hidden, vocabulary) = (x.columns, head.n());
+        // The row that predicts token t of a window is t - 1; a window's last row predicts nothing.
+        let predictions: Vec<(usize, usize)> = (0..tokens.len())
+            .filter(|token| token % seq_len != 0)
+            .map(|token| (token - 1, tokens[token] as usize))
+            .collect();
+        let losses = predictions
+            .par_chunks(ROWS)
+            .map_init(
+                || (vec![0f32; ROWS * hidden], vec![0f32; ROWS * vocabulary]),
+                |(rows, logits), predictions| {
+                    for (to, &(row, _)) in rows.chunks_mut(hidden).zip(predictions) {
+                        to.copy_from_slice(&x.data[row * hidden..(row + 1) * hidden]);
+                    }
+                    let rows = Rows::new(rows, predictions.len(), hidden);
+                    gemm(self.isa, rows, head, logits, vocabulary, false);
+                    logits
+                        .chunks(vocabulary)
+                        .zip(predictions)
+                        .map(|(logits, &(_, token))| elementwise::nll(self.isa, logits, token))
+                        .collect::<Vec<f64>>()
+                },
+            )
+            .flatten()
+            .collect();
+        Ok(losses)
+    }
+
+    fn add_energy(&self, x: &Tensor, energy: &mut [f64]) -> Result<()> {
+        elementwise::add_sum_of_squares(self.isa, &x.data, x.rows, energy);
+        Ok(())
+    }
+
+    fn hessian(&self, channels: usize) -> Result<Hessian> {
+        Ok(Hessian { n: channels, lower: vec![0.0; channels * channels] })
+    }
+
+    fn add_to_hessian(&self, hessian: &mut Hessian, x: &Tensor) -> Result<()> {
+        gram_add(self.isa, &x.data, x.rows, x.columns, &mut hessian.lower);
+        Ok(())
+    }
+
+    fn factor(&self, hessian: &Hessian, damping: f32) -> Result<Option<(Vec<f32>, Damping)>> {
+        Ok(factor::factor(&hessian.lower, hessian.n, damping))
+    }
+
+    fn gptq(&self, weights: Matrix, format: &WeightFormat, factor: &Vec<f32>) -> Result<QuantizedLinear> {
+        gptq::sweep(self.isa, weights, format, factor)
+    }
+
+    fn output_error(
+        &self,
+        hessian: &Hessian,
+        original: &Matrix,
+        quantized: &QuantizedLinear,
+    ) -> Result<f64> {
+        let mut error = dequantize(quantized);
+        for (error, weight) in error.iter_mut().zip(&original.data) {
+            *error -= weight;
+        }
+        let half = hessian.half_panels();
+        let [lost, total] = [&error, &original.data].map(|weights| {
+            hessian::energy(self.isa, weights, original.columns, &half)
+        });
+        if total > 0.0 && lost.is_finite() {
+            Ok((lost.max(0.0) / total).sqrt())
+        } else if total == 0.0 {
+            Ok(0.0)
+        } else {
+            Err(Error::input("the calibration activations are not finite"))
+        }
+    }
+
+    fn trim(&self) {
+        self.pool.clear();
+    }
+}
+
+mod hessian;
+pub use hessian::Hessian;

@@ -1,0 +1,201 @@
+/*! The GPTQ sweep in column blocks: bit for bit what `quant::gptq::sweep_plain` gives.
+
+Rows are independent, so each block's columns are swept row by row in parallel, and its errors then
+reach the columns after it as one matrix product. Both use `w = fma(-error, u, w)` in ascending order
+of columns, so blocking changes no bit. */
+
+use half::f16;
+use rayon::prelude::*;
+
+use super::gemm::par_gemm;
+use super::gemm_pack::{Panels, Rows};
+use super::isa::Isa;
+use crate::Result;
+use crate::backend::Matrix;
+use crate::quant::grid::{Grid, inverse};
+use crate::quant::linear::QuantizedLinear;
+use crate::quant::weights::{WeightFormat, absmax, assemble};
+
+/// Columns swept before the rest is updated: their part of `U` (64 KB) stays in the caches.
+const BLOCK: usize = 128;
+
+/// Where the blocks of `format` begin and end. A group that starts in a block either ends in it or
+/// starts at its first column, so its scale always comes from weights that carry every update.
+fn blocks(format: &WeightFormat) -> Vec<(usize, usize)> {
+    let (group, grouped) = (format.group_size, format.grouped_channels());
+    let step = if group <= BLOCK { BLOCK / group * group } else { group };
+    (0..grouped)
+        .step_by(step)
+        .flat_map(|start| {
+            let end = (start + step).min(grouped);
+            (start..end).step_by(BLOCK).map(move |first| (first, (first + BLOCK).min(end)))
+        })
+        .collect()
+}
+
+/// The sweep over `weights` `[rows, width]`; `u` is `[width, width]`, upper triangular.
+pub(super) fn sweep(
+    isa: Isa,
+    weights: Matrix,
+    format: &WeightFormat,
+    u: &[f32],
+) -> Result<QuantizedLinear> {
+    let Matrix { rows, columns: width, data: mut weights } = weights;
+    let grouped = format.grouped_channels();
+    let mut codes = vec![0i8; rows * grouped];
+    let mut scales = vec![f16::ZERO; rows.div_ceil(format.rows_per_scale) * format.groups];
+    let mut errors = vec![0f32; rows * BLOCK];
+    for (first, end) in blocks(format) {
+        let span = Span { first, end, width, format, u };
+        weights
+            .par_chunks_mut(format.rows_per_scale * width)
+            .zip(codes.par_chunks_mut(format.rows_per_scale * grouped))
+            .zip(scales.par_chunks_mut(format.groups))
+            .zip(errors.par_chunks_mut(format.rows_per_scale * BLOCK))
+            .try_for_each(|(((weights, codes), scales), errors)| {
+                span.sweep(isa, weights, codes, scales, errors)
+            })?;
+        if end < width {
+            let tail = Panels::from_columns(&u[first * width + end..], end - first, width - end, width);
+            let errors = Rows { data: &errors, rows, row_stride: BLOCK, column_stride: 1 };
+            par_gemm(isa, errors, &tail, &mut weights[end..], width, true);
+        }
+    }
+    assemble(&weights, rows, format, codes, scales)
+}
+
+/// One block of columns, `first..end`.
+struct Span<'a> {
+    first: usize,
+    end: usize,
+    width: usize,
+    format: &'a WeightFormat,
+    u: &'a [f32],
+}
+
+impl Span<'_> {
+    /// Sweeps the rows that share a scale; leaves `-error` of each column in `errors`.
+    fn sweep(
+        &self,
+        isa: Isa,
+        weights: &mut [f32],
+        codes: &mut [i8],
+        scales: &mut [f16],
+        errors: &mut [f32],
+    ) -> Result<()> {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: an Isa value exists only for instruction sets this processor has.
+            Isa::Avx512 => unsafe { self.sweep_avx512(weights, codes, scales, errors) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx2 => unsafe { self.sweep_avx2(weights, codes, scales, errors) },
+            _ => self.sweep_body(weights, codes, scales, errors),
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512vl,fma")]
+    fn sweep_avx512(
+        &self,
+        weights: &mut [f32],
+        codes: &mut [i8],
+        scales: &mut [f16],
+        errors: &mut [f32],
+    ) -> Result<()> {
+        self.sweep_body(weights, codes, scales, errors)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    fn sweep_avx2(
+        &self,
+        weights: &mut [f32],
+        codes: &mut [i8],
+        scales: &mut [f16],
+        errors: &mut [f32],
+    ) -> Result<()> {
+        self.sweep_body(weights, codes, scales, errors)
+    }
+
+    #[inline(always)]
+    fn sweep_body(
+        &self,
+        weights: &mut [f32],
+        codes: &mut [i8],
+        scales: &mut [f16],
+        errors: &mut [f32],
+    ) -> Result<()> {
+        let Self { first, end, width, format, u } = *self;
+        let grid = Grid::gptq(format.bits, format.clip);
+        for column in first..end {
+            let group = column / format.group_size;
+            if column % format.group_size == 0 {
+                scales[group] = grid.scale(absmax(weights, width, column, format.group_size))?;
+            }
+            let scale = scales[group].to_f32();
+            let update = &u[column * width + column..column * width + end];
+            let rows = weights
+                .chunks_mut(width)
+                .zip(codes.chunks_mut(format.grouped_channels()))
+                .zip(errors.chunks_mut(BLOCK));
+            for ((row, codes), errors) in rows {
+                let row = &mut row[column..end];
+                let code = grid.code(row[0], inverse(scale));
+                let error = -((row[0] - code * scale) / update[0]);
+                for (weight, &u) in row[1..].iter_mut().zip(&update[1..]) {
+                    *weight = error.mul_add(u, *weight);
+                }
+                codes[column] = code as i8;
+                errors[column - first] = error;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::gptq::sweep_plain;
+    use crate::quant::site::OutlierFormat;
+
+    #[test]
+    fn the_blocked_sweep_gives_the_plain_sweeps_bits() {
+        let mut state = 1u32;
+        let mut random = move || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        for (rows, group_size, groups, outliers, rows_per_scale, bits) in [
+            (5, 16, 9, 20, 2, 4),
+            (3, 64, 5, 0, 1, 4),
+            (4, 48, 7, 3, 1, 3),
+            (2, 192, 2, 64, 2, 2),
+            (1, 304, 1, 1, 1, 8),
+        ] {
+            let format = WeightFormat {
+                bits,
+                group_size,
+                groups,
+                rows_per_scale,
+                clip: 0.85,
+                outlier_channels: outliers,
+                outlier_format: OutlierFormat::Int8,
+            };
+            let width = format.width();
+            let weights: Vec<f32> = (0..rows * width).map(|_| random()).collect();
+            let mut u = vec![0.0; width * width];
+            for row in 0..width {
+                for column in row..width {
+                    u[row * width + column] = if row == column { 1.5 } else { 0.2 * random() };
+                }
+            }
+            let expected = sweep_plain(weights.clone(), rows, &format, &u).unwrap();
+            for isa in Isa::available() {
+                let weights = Matrix { rows, columns: width, data: weights.clone() };
+                assert_eq!(sweep(isa, weights, &format, &u).unwrap(), expected, "{format:?} {isa:?}");
+            }
+        }
+    }
+}

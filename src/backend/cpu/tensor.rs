@@ -1,0 +1,70 @@
+/*! Activations in host memory, and the buffers they are made from.
+
+A block's activations have the same few sizes again and again. Fresh pages cost more than the
+arithmetic on them (0.25 ms a megabyte to map and clear), so a dropped tensor's buffer goes back to
+its backend's pool. */
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::backend::Matrix;
+
+/// Buffers of dropped tensors.
+#[derive(Default)]
+pub(super) struct Pool {
+    free: Mutex<Vec<Vec<f32>>>,
+}
+
+impl Pool {
+    /// A buffer of `len` values, which hold whatever was in them before.
+    fn take(&self, len: usize) -> Vec<f32> {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        // The smallest that is large enough, but not one that would waste more than it saves.
+        let best = (0..free.len())
+            .filter(|&index| (len..=2 * len).contains(&free[index].capacity()))
+            .min_by_key(|&index| free[index].capacity());
+        let mut buffer = best.map(|index| free.swap_remove(index)).unwrap_or_default();
+        drop(free);
+        buffer.resize(len, 0.0);
+        buffer
+    }
+
+    fn give(&self, buffer: Vec<f32>) {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+    }
+
+    /// Frees every buffer.
+    pub(super) fn clear(&self) {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
+/// Activations `[rows, columns]`, row-major.
+pub struct Tensor {
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) data: Vec<f32>,
+    pool: Arc<Pool>,
+}
+
+impl Tensor {
+    /// A tensor whose values are still to be written: every operation writes all of its output.
+    pub(super) fn unwritten(pool: &Arc<Pool>, rows: usize, columns: usize) -> Self {
+        Self { rows, columns, data: pool.take(rows * columns), pool: Arc::clone(pool) }
+    }
+
+    pub(super) fn from_matrix(pool: &Arc<Pool>, matrix: Matrix) -> Self {
+        let Matrix { rows, columns, data } = matrix;
+        Self { rows, columns, data, pool: Arc::clone(pool) }
+    }
+
+    /// The values, row-major.
+    pub fn values(&self) -> &[f32] {
+        &self.data
+    }
+}
+
+impl Drop for Tensor {
+    fn drop(&mut self) {
+        self.pool.give(std::mem::take(&mut self.data));
+    }
+}

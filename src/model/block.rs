@@ -1,0 +1,163 @@
+/*! The forward pass of a decoder block, written once.
+
+Calibration, evaluation of the source, evaluation of the checkpoint and verification all run this
+code; only what a site does with its activation and how a linear is held differ. */
+
+use super::sites::SiteKind;
+use crate::Result;
+use crate::backend::{AttentionSpec, Backend};
+
+/// A linear on a backend.
+pub enum Linear<B: Backend> {
+    /// Full precision, `[out, in]`; behind a site with a format, in that site's order.
+    Dense(B::Dense),
+    /// Quantized, on the integer path.
+    Packed(B::Packed),
+}
+
+/// What becomes of a site's activation before its linears see it.
+pub enum Treatment<B: Backend> {
+    /// Nothing: full precision, in the source's channel order.
+    Source,
+    /// Arranged in the site's order and left in floating point.
+    Arranged(B::Site),
+    /// Arranged and quantized.
+    Quantized(B::Site),
+}
+
+/// A site of a block with the linears it feeds.
+pub struct Site<B: Backend> {
+    /// Which site it is.
+    pub kind: SiteKind,
+    /// Its full name, for errors.
+    pub name: String,
+    /// What becomes of the activation.
+    pub treatment: Treatment<B>,
+    /// q, k, v; or o; or gate, up; or down.
+    pub linears: Vec<Linear<B>>,
+}
+
+/// A decoder block, ready to run.
+pub struct Block<B: Backend> {
+    /// RMSNorm before attention.
+    pub attn_norm: B::Tensor,
+    /// RMSNorm before the MLP.
+    pub mlp_norm: B::Tensor,
+    /// RMSNorm's epsilon.
+    pub epsilon: f32,
+    /// attn_in, attn_out, mlp_in, mlp_act.
+    pub sites: [Site<B>; 4],
+}
+
+/// Sees each site's activation as its dense linears see it. Sites whose linears are all packed are
+/// not shown.
+pub type Observer<'a, T> = &'a mut dyn FnMut(SiteKind, &T) -> Result<()>;
+
+impl<B: Backend> Block<B> {
+    /// Runs the block over `x` `[tokens, hidden]`, whole windows of `attention.seq_len` rows, in
+    /// place.
+    pub fn forward(
+        &self,
+        backend: &B,
+        attention: &AttentionSpec,
+        x: &mut B::Tensor,
+        observer: Observer<B::Tensor>,
+    ) -> Result<()> {
+        let z = self.until_mlp_act(backend, attention, x, observer)?;
+        let [down] = self.sites[3].apply(backend, z, observer)?;
+        backend.add(x, &down)
+    }
+
+    /// Shows `observer` every site's activation; `x` is used up on the way. The last product is
+    /// left out, since nobody looks at what it gives.
+    pub fn observe(
+        &self,
+        backend: &B,
+        attention: &AttentionSpec,
+        mut x: B::Tensor,
+        observer: Observer<B::Tensor>,
+    ) -> Result<()> {
+        let z = self.until_mlp_act(backend, attention, &mut x, observer)?;
+        drop(x);
+        self.sites[3].input(backend, z, observer)?;
+        Ok(())
+    }
+
+    /// Attention with its residual, then the MLP up to `silu(gate) * up`.
+    fn until_mlp_act(
+        &self,
+        backend: &B,
+        attention: &AttentionSpec,
+        x: &mut B::Tensor,
+        observer: Observer<B::Tensor>,
+    ) -> Result<B::Tensor> {
+        let [attn_in, attn_out, mlp_in, _] = &self.sites;
+        let normed = backend.rms_norm(x, &self.attn_norm, self.epsilon)?;
+        let [q, k, v] = attn_in.apply(backend, normed, observer)?;
+        let heads = backend.attention(attention, &q, &k, &v)?;
+        drop((q, k, v));
+        let [o] = attn_out.apply(backend, heads, observer)?;
+        backend.add(x, &o)?;
+        drop(o);
+        let normed = backend.rms_norm(x, &self.mlp_norm, self.epsilon)?;
+        let [gate, up] = mlp_in.apply(backend, normed, observer)?;
+        backend.silu_mul(gate, &up)
+    }
+}
+
+/// An activation as the linears of its site see it.
+enum Input<B: Backend> {
+    Float(B::Tensor),
+    Rows(B::Rows),
+}
+
+impl<B: Backend> Site<B> {
+    /// The outputs of the site's linears for the activation `x` `[tokens, channels]`.
+    fn apply<const N: usize>(
+        &self,
+        backend: &B,
+        x: B::Tensor,
+        observer: Observer<B::Tensor>,
+    ) -> Result<[B::Tensor; N]> {
+        let input = self.input(backend, x, observer)?;
+        let outputs: Vec<B::Tensor> = self
+            .linears
+            .iter()
+            .map(|linear| match (linear, &input) {
+                (Linear::Dense(weight), Input::Float(x)) => backend.product(x, weight),
+                (Linear::Packed(weight), Input::Rows(x)) => backend.integer_product(x, weight),
+                (Linear::Dense(weight), Input::Rows(x)) => {
+                    backend.product(&backend.dequantize(x)?, weight)
+                }
+                (Linear::Packed(_), Input::Float(_)) => {
+                    unreachable!("packed linears are only built behind quantized sites")
+                }
+            })
+            .collect::<Result<_>>()?;
+        Ok(outputs.try_into().ok().expect("a site is built with the linears of its kind"))
+    }
+
+    fn input(
+        &self,
+        backend: &B,
+        x: B::Tensor,
+        observer: Observer<B::Tensor>,
+    ) -> Result<Input<B>> {
+        let float = match &self.treatment {
+            Treatment::Source => x,
+            Treatment::Arranged(site) => backend.arrange(&x, site)?,
+            Treatment::Quantized(site) => {
+                let rows = backend
+                    .quantize(&x, site)
+                    .map_err(|error| error.context(format!("activations of {}", self.name)))?;
+                drop(x);
+                if self.linears.iter().any(|linear| matches!(linear, Linear::Packed(_))) {
+                    return Ok(Input::Rows(rows));
+                }
+                backend.dequantize(&rows)?
+            }
+        };
+        observer(self.kind, &float)?;
+        Ok(Input::Float(float))
+    }
+}

@@ -1,0 +1,355 @@
+/*! The plan: what becomes of every site and linear. Readable, editable, and stored in the
+checkpoint, which is loaded by it. */
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::Architecture;
+use crate::model::sites::{LinearSpec, SiteSpec};
+use crate::quant::kv::KvFormat;
+use crate::quant::order::channel_order;
+use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
+use crate::quant::weights::WeightFormat;
+use crate::recipe::{Group, Order, Recipe};
+use crate::{Error, Result};
+
+/// What becomes of a linear.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinearPlan {
+    /// Full name without `.weight`.
+    pub name: String,
+    /// Output features.
+    pub rows: usize,
+    /// Bits of a code: 2, 3, 4, 8, or 16 to leave the linear as it is.
+    pub bits: u8,
+    /// Adjacent rows that share a scale.
+    pub rows_per_scale: usize,
+    /// Clip ratio of the groups.
+    pub clip: f32,
+}
+
+/// What becomes of a site's activation, and of the linears it feeds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SitePlan {
+    /// Full name.
+    pub name: String,
+    /// Input features.
+    pub channels: usize,
+    /// Channels in a group.
+    pub group_size: usize,
+    /// Channels in the outlier block.
+    pub outlier_channels: usize,
+    /// How outliers are held.
+    pub outlier_format: OutlierFormat,
+    /// Whether channels are sorted by energy.
+    pub order: Order,
+    /// Bits of an activation code, 16 for floating point.
+    pub bits: u8,
+    /// Clip ratio of the groups.
+    pub clip: f32,
+    /// Transform of each group.
+    pub transform: Transform,
+    /// The linears it feeds, in the model's order.
+    pub linears: Vec<LinearPlan>,
+}
+
+/// The sites of one block.
+pub type BlockPlan = Vec<SitePlan>;
+
+/// The calibration a plan was made from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CalibrationFile {
+    /// Relative to the plan's own directory, or absolute.
+    pub path: PathBuf,
+    /// SHA-256 of the file.
+    pub sha256: String,
+}
+
+/// The file that `atom plan` writes and `atom pack` obeys.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanFile {
+    /// Version of this file's format.
+    pub plan_version: u32,
+    /// Name of the model it was made for.
+    pub model: String,
+    /// The recipe it was made by; decides what is not said below.
+    pub recipe: Recipe,
+    /// Where channel energies and windows come from.
+    pub calibration: CalibrationFile,
+    /// Every block's sites.
+    pub blocks: Vec<BlockPlan>,
+}
+
+/// Version of the plan file's format.
+pub const PLAN_VERSION: u32 = 1;
+
+/// The plan of a block by `recipe`.
+///
+/// # Errors
+/// A group wider than a site, or as many outliers as channels.
+pub fn plan_block(recipe: &Recipe, sites: &[SiteSpec]) -> Result<BlockPlan> {
+    sites
+        .iter()
+        .map(|site| {
+            let group_size = match recipe.group {
+                Group::Size(size) => size,
+                Group::Row => {
+                    site.channels.saturating_sub(recipe.outliers).next_multiple_of(16).max(16)
+                }
+            };
+            let plan = SitePlan {
+                name: site.name.clone(),
+                channels: site.channels,
+                group_size,
+                outlier_channels: recipe.outliers,
+                outlier_format: recipe.outlier_format,
+                order: recipe.order,
+                bits: recipe.act_bits,
+                clip: recipe.clip_act,
+                transform: recipe.transform,
+                linears: site.linears.iter().map(|linear| plan_linear(recipe, linear)).collect(),
+            };
+            plan.check()?;
+            Ok(plan)
+        })
+        .collect()
+}
+
+fn plan_linear(recipe: &Recipe, linear: &LinearSpec) -> LinearPlan {
+    LinearPlan {
+        name: linear.name.clone(),
+        rows: linear.rows,
+        bits: recipe.bits,
+        rows_per_scale: recipe.rows_per_scale,
+        clip: recipe.clip_weight,
+    }
+}
+
+impl SitePlan {
+    fn check(&self) -> Result<()> {
+        let Self { name, channels, group_size, outlier_channels, .. } = self;
+        if outlier_channels >= channels {
+            return Err(Error::input(format!(
+                "{outlier_channels} outlier channels are as many as or more than the {channels} channels of {name}"
+            ))
+            .hint(format!("choose --outliers below {channels}")));
+        }
+        // A row's group may be rounded up to a multiple of 16.
+        if *group_size > channels.next_multiple_of(16) || group_size % 16 != 0 || *group_size == 0 {
+            return Err(Error::input(format!(
+                "a group of {group_size} does not fit the {channels} channels of {name}"
+            ))
+            .hint(format!("choose --group as a multiple of 16 up to {channels}, or `row`")));
+        }
+        let bits = |bits: u8| [2, 3, 4, 8, 16].contains(&bits);
+        if let Some(bad) = self.linears.iter().find(|linear| !bits(linear.bits)) {
+            return Err(Error::input(format!("{}: {} bits; it must be 2, 3, 4, 8 or 16", bad.name, bad.bits)));
+        }
+        if !bits(self.bits) {
+            return Err(Error::input(format!("{name}: {} bits; it must be 2, 3, 4, 8 or 16", self.bits)));
+        }
+        let ratios = self.linears.iter().map(|linear| linear.clip).chain([self.clip]);
+        if let Some(clip) = ratios.into_iter().find(|clip| !(*clip > 0.0 && *clip <= 1.0)) {
+            return Err(Error::input(format!("{name}: clip ratio {clip}; it must lie in (0, 1]")));
+        }
+        if self.linears.iter().any(|linear| !(1..=2).contains(&linear.rows_per_scale)) {
+            return Err(Error::input(format!("{name}: rows_per_scale must be 1 or 2")));
+        }
+        Ok(())
+    }
+
+    /// Groups before the outlier block.
+    pub fn groups(&self) -> usize {
+        (self.channels - self.outlier_channels).div_ceil(self.group_size)
+    }
+
+    /// Channels with padding.
+    pub fn width(&self) -> usize {
+        self.groups() * self.group_size + self.outlier_channels
+    }
+
+    /// The site's format under the channel order `order`.
+    pub fn format(&self, order: Vec<i32>) -> SiteFormat {
+        SiteFormat {
+            channels: self.channels,
+            order,
+            group_size: self.group_size,
+            groups: self.groups(),
+            outlier_channels: self.outlier_channels,
+            outlier_format: self.outlier_format,
+            bits: self.bits,
+            clip: self.clip,
+            transform: self.transform,
+        }
+    }
+
+    /// The channel order for channels of the given calibrated energies.
+    pub fn order(&self, energy: &[f64]) -> Vec<i32> {
+        channel_order(energy, self.order == Order::Energy, self.outlier_channels, self.group_size)
+    }
+
+    /// The weight format of one of its linears.
+    pub fn weights(&self, linear: &LinearPlan) -> WeightFormat {
+        WeightFormat {
+            bits: linear.bits,
+            group_size: self.group_size,
+            groups: self.groups(),
+            rows_per_scale: linear.rows_per_scale,
+            clip: linear.clip,
+            outlier_channels: self.outlier_channels,
+            outlier_format: self.outlier_format,
+        }
+    }
+
+    /// Bits all its quantized linears take, scales and outliers included, and their weights' count.
+    /// The site's channel order counts once.
+    pub fn bits_and_weights(&self) -> (u64, u64) {
+        let quantized = self.linears.iter().filter(|linear| linear.bits < 16);
+        let mut bits = 0;
+        let mut weights = 0;
+        for linear in quantized {
+            let groups = self.groups();
+            let outlier_bits = match self.outlier_format {
+                _ if self.outlier_channels == 0 => 0,
+                OutlierFormat::Int8 => 8 * self.outlier_channels + 16,
+                OutlierFormat::F16 => 16 * self.outlier_channels,
+            };
+            let row = groups * self.group_size * usize::from(linear.bits) + outlier_bits;
+            let scales = linear.rows.div_ceil(linear.rows_per_scale) * groups * 16;
+            bits += (linear.rows * row + scales) as u64;
+            weights += (linear.rows * self.channels) as u64;
+        }
+        if weights > 0 {
+            bits += 32 * self.width() as u64;
+        }
+        (bits, weights)
+    }
+}
+
+/// Average bits a quantized weight takes, scales, outliers and channel orders included.
+pub fn bits_per_weight(blocks: &[BlockPlan]) -> f64 {
+    let (bits, weights) = blocks
+        .iter()
+        .flatten()
+        .map(SitePlan::bits_and_weights)
+        .fold((0, 0), |(bits, weights), (b, w)| (bits + b, weights + w));
+    bits as f64 / weights.max(1) as f64
+}
+
+/// Refuses a plan that does not fit the network, naming the first difference.
+pub fn check_plan(architecture: &Architecture, blocks: &[BlockPlan]) -> Result<()> {
+    if blocks.len() != architecture.blocks {
+        return Err(Error::input(format!(
+            "the plan has {} blocks, the model {}",
+            blocks.len(),
+            architecture.blocks
+        )));
+    }
+    for (index, block) in blocks.iter().enumerate() {
+        let sites = architecture.sites(index);
+        if block.len() != sites.len() {
+            return Err(Error::input(format!(
+                "the plan's block {index} has {} sites instead of {}",
+                block.len(),
+                sites.len()
+            )));
+        }
+        for (plan, site) in block.iter().zip(&sites) {
+            let planned = plan.linears.iter().map(|linear| (&linear.name, linear.rows));
+            let expected = site.linears.iter().map(|linear| (&linear.name, linear.rows));
+            if plan.name != site.name || plan.channels != site.channels || !planned.eq(expected) {
+                return Err(Error::input(format!(
+                    "the plan's site {} does not match the model's {}",
+                    plan.name, site.name
+                ))
+                .hint("names, channels, rows and linears of a plan must stay as `atom plan` wrote them"));
+            }
+            plan.check()?;
+        }
+    }
+    if blocks.iter().flatten().flat_map(|site| &site.linears).all(|linear| linear.bits == 16) {
+        return Err(Error::input("the plan leaves every linear at 16 bits: nothing would be quantized"));
+    }
+    Ok(())
+}
+
+/// The plan of a whole network by `recipe`.
+pub fn plan_network(recipe: &Recipe, architecture: &Architecture) -> Result<Vec<BlockPlan>> {
+    (0..architecture.blocks).map(|block| plan_block(recipe, &architecture.sites(block))).collect()
+}
+
+impl PlanFile {
+    /// Reads a plan and says where its calibration file lies.
+    pub fn read(path: &Path) -> Result<(Self, PathBuf)> {
+        let text = fs_err::read_to_string(path)?;
+        let plan: Self = serde_json::from_str(&text).map_err(|error| {
+            Error::input(format!("{} is not a plan: {error}", path.display()))
+                .hint("make one with `atom plan`")
+        })?;
+        if plan.plan_version != PLAN_VERSION {
+            return Err(Error::input(format!(
+                "{} has plan version {}; this program reads version {PLAN_VERSION}",
+                path.display(),
+                plan.plan_version
+            )));
+        }
+        let calibration = path.parent().unwrap_or(Path::new(".")).join(&plan.calibration.path);
+        Ok((plan, calibration))
+    }
+
+    /// The keys and values every quantized key and value is held by.
+    pub fn kv(&self) -> KvFormat {
+        self.recipe.kv()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn site(channels: usize) -> SiteSpec {
+        SiteSpec {
+            kind: crate::model::sites::SiteKind::MlpAct,
+            name: "site".into(),
+            channels,
+            linears: vec![LinearSpec { name: "down".into(), rows: 8, columns: channels }],
+        }
+    }
+
+    fn recipe(group: Group, outliers: usize) -> Recipe {
+        Recipe { group, outliers, rows_per_scale: 1, ..Recipe::paper() }
+    }
+
+    #[test]
+    fn ragged_widths_are_padded_to_whole_groups() {
+        let plan = &plan_block(&recipe(Group::Size(64), 64), &[site(172)]).unwrap()[0];
+        assert_eq!((plan.groups(), plan.width()), (2, 192));
+        let order = plan.order(&vec![1.0; 172]);
+        assert_eq!(order.iter().filter(|&&channel| channel == -1).count(), 20);
+        let row = &plan_block(&recipe(Group::Row, 0), &[site(172)]).unwrap()[0];
+        assert_eq!((row.group_size, row.groups()), (176, 1));
+    }
+
+    #[test]
+    fn impossible_groups_and_outliers_are_refused() {
+        for (group, outliers, part) in
+            [(Group::Size(256), 0, "group of 256"), (Group::Size(64), 172, "172 outlier"), (Group::Row, 500, "500 outlier")]
+        {
+            let error = plan_block(&recipe(group, outliers), &[site(172)]).unwrap_err();
+            assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn bits_count_scales_outliers_and_order() {
+        let plan = plan_block(&recipe(Group::Size(64), 64), &[site(192)]).unwrap();
+        // A row: 128 codes of 4 bits, 2 scales, 64 INT8 outliers with a scale; the order once.
+        let bits = 8 * (128 * 4 + 2 * 16 + 64 * 8 + 16) + 192 * 32;
+        assert_eq!(bits_per_weight(&[plan]), f64::from(bits) / f64::from(8 * 192));
+    }
+}

@@ -1,0 +1,62 @@
+/*! GPTQ (Frantar et al., 2022; gptq.py of the reference), the plain version.
+
+Minimizes `||(W - Q) X||^2` row by row: columns are quantized in order, and the error of each is
+spread over the columns after it by the rows of `U`, the upper Cholesky factor of the inverse
+Hessian. Column order is the site's, low energy first, so the outlier block comes last and takes up
+the errors of all others before it is rounded to INT8.
+
+Two slips of the reference are corrected: a group's scale is taken from weights that carry every
+update so far (there: those of former column blocks only), and a group with values of one sign does
+not saturate.
+
+The order of operations is part of the contract: `w = fma(-error, u, w)`, columns ascending. Backends
+may block it for speed and still give the same bits. */
+
+use half::f16;
+
+use super::grid::{Grid, inverse};
+use super::linear::QuantizedLinear;
+use super::weights::{WeightFormat, absmax, assemble};
+use crate::Result;
+
+/// Damping tried when the Hessian has no Cholesky factor, as multiples of the recipe's.
+pub const DAMPING_LADDER: [f32; 5] = [1.0, 3.0, 10.0, 30.0, 100.0];
+
+/// The sweep over all columns, one at a time.
+///
+/// `weights` is `[rows, width]`, `u` is `[width, width]`, upper triangular, row-major.
+pub fn sweep_plain(
+    mut weights: Vec<f32>,
+    rows: usize,
+    format: &WeightFormat,
+    u: &[f32],
+) -> Result<QuantizedLinear> {
+    let (width, grouped) = (format.width(), format.grouped_channels());
+    let grid = Grid::gptq(format.bits, format.clip);
+    let mut codes = vec![0i8; rows * grouped];
+    let mut scales = vec![f16::ZERO; rows.div_ceil(format.rows_per_scale) * format.groups];
+    for (pair, (weights, codes)) in weights
+        .chunks_mut(format.rows_per_scale * width)
+        .zip(codes.chunks_mut(format.rows_per_scale * grouped))
+        .enumerate()
+    {
+        let scales = &mut scales[pair * format.groups..(pair + 1) * format.groups];
+        for column in 0..grouped {
+            let group = column / format.group_size;
+            if column % format.group_size == 0 {
+                scales[group] = grid.scale(absmax(weights, width, column, format.group_size))?;
+            }
+            let scale = scales[group].to_f32();
+            let update = &u[column * width..(column + 1) * width];
+            for (row, codes) in weights.chunks_mut(width).zip(codes.chunks_mut(grouped)) {
+                let code = grid.code(row[column], inverse(scale));
+                let error = (row[column] - code * scale) / update[column];
+                for (weight, &u) in row[column + 1..].iter_mut().zip(&update[column + 1..]) {
+                    *weight = (-error).mul_add(u, *weight);
+                }
+                codes[column] = code as i8;
+            }
+        }
+    }
+    assemble(&weights, rows, format, codes, scales)
+}

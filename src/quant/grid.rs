@@ -1,0 +1,100 @@
+/*! The grid of signed codes: scale from a group's largest magnitude, code from a value.
+
+Shared by rounding, GPTQ and their outlier blocks (design: numbers). The scale is rounded to f16
+before any code is computed with it. */
+
+use half::f16;
+
+use crate::{Error, Result};
+
+/// How magnitudes become scales and values become codes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Grid {
+    lowest: f32,
+    highest: f32,
+    /// `scale = absmax * ratio`.
+    ratio: f32,
+}
+
+impl Grid {
+    /// Codes of `bits` bits; the clipped absmax lies on the highest code (quant.py
+    /// `quantize_tensor`: `absmax * clip / (2^(bits-1) - 1)`).
+    pub fn rounding(bits: u8, clip: f32) -> Self {
+        let (lowest, highest) = bounds(bits);
+        Self { lowest, highest, ratio: clip / highest }
+    }
+
+    /// Codes of `bits` bits; the clipped absmax lies half a step above the highest code (gptq.py
+    /// `Quantizer`: `2 * absmax * clip / (2^bits - 1)`).
+    pub fn gptq(bits: u8, clip: f32) -> Self {
+        let (lowest, highest) = bounds(bits);
+        Self { lowest, highest, ratio: clip / (highest + 0.5) }
+    }
+
+    /// The scale of a group whose largest magnitude is `absmax`, rounded to f16.
+    ///
+    /// # Errors
+    /// The magnitude is not finite, or its scale exceeds f16.
+    pub fn scale(&self, absmax: f32) -> Result<f16> {
+        let scale = f16::from_f32(absmax * self.ratio);
+        if scale.is_finite() {
+            Ok(scale)
+        } else {
+            Err(Error::input(format!("a group's largest magnitude is {absmax}: its scale is not an f16")))
+        }
+    }
+
+    /// The code of `value` under the scale whose [`inverse`] is given: rounded half to even, held
+    /// within the grid.
+    #[inline(always)]
+    pub fn code(&self, value: f32, inverse: f32) -> f32 {
+        (value * inverse).round_ties_even().clamp(self.lowest, self.highest)
+    }
+}
+
+/// `-2^(bits-1)..=2^(bits-1)-1`, but -127..=127 at 8 bits.
+fn bounds(bits: u8) -> (f32, f32) {
+    let highest = f32::from((1u8 << (bits - 1)) - 1);
+    (if bits == 8 { -highest } else { -highest - 1.0 }, highest)
+}
+
+/// What a value is multiplied by to come onto the grid; 0 for the scale of a group of zeros.
+#[inline(always)]
+pub fn inverse(scale: f32) -> f32 {
+    if scale == 0.0 { 0.0 } else { 1.0 / scale }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_stay_within_their_bits() {
+        for (bits, lowest, highest) in [(2, -2.0, 1.0), (3, -4.0, 3.0), (4, -8.0, 7.0), (8, -127.0, 127.0)] {
+            let grid = Grid::rounding(bits, 1.0);
+            assert_eq!(grid.code(-1e9, 1.0), lowest);
+            assert_eq!(grid.code(1e9, 1.0), highest);
+        }
+    }
+
+    #[test]
+    fn scales_follow_the_references_two_grids() {
+        assert_eq!(Grid::rounding(4, 0.5).scale(14.0).unwrap().to_f32(), 1.0);
+        assert_eq!(Grid::gptq(4, 0.5).scale(15.0).unwrap().to_f32(), 1.0);
+        assert!(Grid::gptq(4, 1.0).scale(f32::INFINITY).is_err());
+        assert!(Grid::gptq(4, 1.0).scale(1e9).is_err());
+    }
+
+    #[test]
+    fn zeros_have_scale_and_code_zero() {
+        let grid = Grid::rounding(4, 0.9);
+        let scale = grid.scale(0.0).unwrap().to_f32();
+        assert_eq!((scale, grid.code(0.0, inverse(scale))), (0.0, 0.0));
+    }
+
+    #[test]
+    fn halves_round_to_even() {
+        let grid = Grid::rounding(4, 1.0);
+        assert_eq!([0.5, 1.5, 2.5, -0.5, -1.5].map(|x| grid.code(x, 1.0)), [0.0, 2.0, 2.0, 0.0, -2.0]);
+    }
+}

@@ -1,0 +1,160 @@
+/*! Weight quantization: what both methods share, rounding to nearest, and the plain GPTQ sweep.
+
+All of it works on a weight matrix `[out, channels]` already arranged in its site's channel order
+(and transformed), as [`SiteFormat::arrange`](super::site::SiteFormat::arrange) leaves it. */
+
+use half::f16;
+
+use super::grid::{Grid, inverse};
+use super::linear::{OutlierBlock, QuantizedLinear};
+use super::site::{OutlierFormat, SiteFormat};
+use crate::Result;
+
+/// How a linear's weights are held.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct WeightFormat {
+    /// Bits of a code: 2, 3, 4 or 8.
+    pub bits: u8,
+    /// Channels in a group.
+    pub group_size: usize,
+    /// Groups in a row.
+    pub groups: usize,
+    /// Adjacent rows that share a scale.
+    pub rows_per_scale: usize,
+    /// Clip ratio of the groups.
+    pub clip: f32,
+    /// Channels in the outlier block.
+    pub outlier_channels: usize,
+    /// How they are held.
+    pub outlier_format: OutlierFormat,
+}
+
+impl WeightFormat {
+    /// The format of a linear fed by `site`.
+    pub fn of(site: &SiteFormat, bits: u8, rows_per_scale: usize, clip: f32) -> Self {
+        Self {
+            bits,
+            group_size: site.group_size,
+            groups: site.groups,
+            rows_per_scale,
+            clip,
+            outlier_channels: site.outlier_channels,
+            outlier_format: site.outlier_format,
+        }
+    }
+
+    /// Channels before the outlier block.
+    pub fn grouped_channels(&self) -> usize {
+        self.groups * self.group_size
+    }
+
+    /// All channels, padding included.
+    pub fn width(&self) -> usize {
+        self.grouped_channels() + self.outlier_channels
+    }
+}
+
+/// Rounds each weight to the nearest code (quant.py `quantize_tensor` over `[rows_per_scale, group]`).
+///
+/// `weights` is `[rows, format.width()]`.
+pub fn round_to_nearest(weights: &[f32], rows: usize, format: &WeightFormat) -> Result<QuantizedLinear> {
+    let (width, grouped, group) = (format.width(), format.grouped_channels(), format.group_size);
+    let grid = Grid::rounding(format.bits, format.clip);
+    let mut codes = vec![0i8; rows * grouped];
+    let mut scales = Vec::with_capacity(rows.div_ceil(format.rows_per_scale) * format.groups);
+    for (rows, codes) in weights
+        .chunks(format.rows_per_scale * width)
+        .zip(codes.chunks_mut(format.rows_per_scale * grouped))
+    {
+        for start in (0..grouped).step_by(group) {
+            let scale = grid.scale(absmax(rows, width, start, group))?;
+            let inverse = inverse(scale.to_f32());
+            for (row, codes) in rows.chunks(width).zip(codes.chunks_mut(grouped)) {
+                for (code, &value) in
+                    codes[start..start + group].iter_mut().zip(&row[start..start + group])
+                {
+                    *code = grid.code(value, inverse) as i8;
+                }
+            }
+            scales.push(scale);
+        }
+    }
+    assemble(weights, rows, format, codes, scales)
+}
+
+/// The largest magnitude of columns `start..start + len` over all rows of `weights` `[_, width]`.
+pub(crate) fn absmax(weights: &[f32], width: usize, start: usize, len: usize) -> f32 {
+    weights
+        .chunks(width)
+        .flat_map(|row| &row[start..start + len])
+        .fold(0.0, |most, value| if value.is_nan() { f32::NAN } else { value.abs().max(most) })
+}
+
+/// Joins finished codes and scales with the outlier block, which is rounded from the last columns
+/// of `weights` `[rows, width]` (after GPTQ: as its updates left them): INT8 with one scale a row
+/// and no clipping, or f16.
+pub(crate) fn assemble(
+    weights: &[f32],
+    rows: usize,
+    format: &WeightFormat,
+    codes: Vec<i8>,
+    scales: Vec<f16>,
+) -> Result<QuantizedLinear> {
+    let columns = weights.chunks(format.width()).map(|row| &row[format.grouped_channels()..]);
+    let outliers = match format.outlier_format {
+        _ if format.outlier_channels == 0 => OutlierBlock::None,
+        OutlierFormat::F16 => OutlierBlock::F16(columns.flatten().map(|&x| f16::from_f32(x)).collect()),
+        OutlierFormat::Int8 => {
+            let grid = Grid::rounding(8, 1.0);
+            let mut codes = Vec::with_capacity(rows * format.outlier_channels);
+            let mut scales = Vec::with_capacity(rows);
+            for row in columns {
+                let scale = grid.scale(absmax(row, row.len(), 0, row.len()))?;
+                let inverse = inverse(scale.to_f32());
+                codes.extend(row.iter().map(|&value| grid.code(value, inverse) as i8));
+                scales.push(scale);
+            }
+            OutlierBlock::Int8 { codes, scales }
+        }
+    };
+    Ok(QuantizedLinear {
+        rows,
+        bits: format.bits,
+        group_size: format.group_size,
+        groups: format.groups,
+        rows_per_scale: format.rows_per_scale,
+        codes,
+        scales,
+        outlier_channels: format.outlier_channels,
+        outliers,
+    })
+}
+
+/// The weights a [`QuantizedLinear`] stands for, `[rows, width]` in the site's order.
+pub fn dequantize(linear: &QuantizedLinear) -> Vec<f32> {
+    let grouped = linear.grouped_channels();
+    let width = grouped + linear.outlier_channels;
+    let mut weights = vec![0.0; linear.rows * width];
+    for (row, out) in weights.chunks_mut(width.max(1)).enumerate() {
+        let codes = &linear.codes[row * grouped..(row + 1) * grouped];
+        for (group, (out, codes)) in
+            out.chunks_mut(linear.group_size).zip(codes.chunks(linear.group_size)).enumerate()
+        {
+            let scale = linear.scale(row, group);
+            for (out, &code) in out.iter_mut().zip(codes) {
+                *out = f32::from(code) * scale;
+            }
+        }
+        let block = row * linear.outlier_channels..(row + 1) * linear.outlier_channels;
+        for (column, out) in block.zip(&mut out[grouped..]) {
+            *out = match &linear.outliers {
+                OutlierBlock::None => 0.0,
+                OutlierBlock::Int8 { codes, scales } => {
+                    f32::from(codes[column]) * scales[row].to_f32()
+                }
+                OutlierBlock::F16(values) => values[column].to_f32(),
+            };
+        }
+    }
+    weights
+}
