@@ -1,4 +1,5 @@
 /*! The method, as functions on slices and matrices. */
 
+pub mod hadamard;
 pub mod linear;
 pub mod rows;
