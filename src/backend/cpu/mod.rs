@@ -1,3 +1,6 @@
 /*! The CPU backend. */
 
+pub mod gemm;
+mod gemm_kernels;
+mod gemm_pack;
 pub mod isa;
