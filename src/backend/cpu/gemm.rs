@@ -1,0 +1,473 @@
+/*! The f32 matrix product, with one result for every machine.
+
+Each element of C is `c = fma(a[m][k], b[k][n], c)` with k strictly ascending, from 0 or from the
+old C. Blocks, tiles, instruction sets and threads only choose which elements are worked on when,
+so all of them give the same bits; `plain_gemm` is the definition.
+
+The blocks are Goto's: a block of A is packed once and stays in L2, a panel's block of B stays in
+L1 while all tiles of A pass over it, and a tile of C lives in registers. */
+
+use std::cell::Cell;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::gemm_kernels::{Kernels, TALLEST, kernels};
+pub use super::gemm_pack::{PANEL, Panels, Part, Rows};
+use super::isa::Isa;
+
+/// Depth of a block at most: a panel's block of B is 40 KiB, which leaves a 48 KiB L1 room for the
+/// tile of A that passes by.
+const DEPTH: usize = 320;
+/// Rows of a block of A: 240 x 320 x 4 = 300 KiB of L2, a multiple of all kernels' heights.
+const HEIGHT: usize = 240;
+
+thread_local! {
+    /// The packed block of A, kept from call to call. It is taken out while in use.
+    static BLOCK: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// C `[rows, n]` = A B, or C += A B if `accumulate`, by the definition.
+///
+/// # Panics
+/// If A or C is smaller than the shapes say.
+pub fn plain_gemm<'b>(
+    a: Rows<'_>,
+    b: impl Into<Part<'b>>,
+    c: &mut [f32],
+    c_stride: usize,
+    accumulate: bool,
+) {
+    let b = b.into();
+    check(&a, &b, c, c_stride);
+    for row in 0..a.rows {
+        for column in 0..b.n() {
+            let panel = b.panel(column / PANEL);
+            let element = &mut c[row * c_stride + column];
+            let mut sum = if accumulate { *element } else { 0.0 };
+            for depth in 0..b.k() {
+                let x = a.data[row * a.row_stride + depth * a.column_stride];
+                sum = x.mul_add(panel[depth * PANEL + column % PANEL], sum);
+            }
+            *element = sum;
+        }
+    }
+}
+
+/// C `[a.rows, n]` = A B, or C += A B if `accumulate`, on this thread. Rows of C lie `c_stride`
+/// values apart; values between them are neither read nor written.
+///
+/// # Panics
+/// If A or C is smaller than the shapes say.
+pub fn gemm<'b>(
+    isa: Isa,
+    a: Rows<'_>,
+    b: impl Into<Part<'b>>,
+    c: &mut [f32],
+    c_stride: usize,
+    accumulate: bool,
+) {
+    let b = b.into();
+    if isa == Isa::Plain {
+        return plain_gemm(a, b, c, c_stride, accumulate);
+    }
+    check(&a, &b, c, c_stride);
+    // SAFETY: `check` has found C's rows, `n` values each, inside the slice, which is ours alone.
+    unsafe { multiply(isa, a, &b, c.as_mut_ptr(), c_stride, accumulate) }
+}
+
+/// As [`gemm`], on all threads of the current rayon pool.
+pub fn par_gemm<'b>(
+    isa: Isa,
+    a: Rows<'_>,
+    b: impl Into<Part<'b>>,
+    c: &mut [f32],
+    c_stride: usize,
+    accumulate: bool,
+) {
+    let b = b.into();
+    if isa == Isa::Plain {
+        return plain_gemm(a, b, c, c_stride, accumulate);
+    }
+    check(&a, &b, c, c_stride);
+    let threads = rayon::current_num_threads();
+    let tasks = if threads == 1 { 1 } else { 4 * threads };
+    let row_tasks = a.rows.div_ceil(HEIGHT);
+    let panels = b.n().div_ceil(PANEL);
+    let columns = panels.div_ceil(tasks.div_ceil(row_tasks.max(1))).max(1) * PANEL;
+    let column_tasks = b.n().div_ceil(columns);
+    let shared = Shared(c.as_mut_ptr());
+    (0..row_tasks * column_tasks).into_par_iter().for_each(|task| {
+        let rows = range(task / column_tasks, HEIGHT, a.rows);
+        let columns = range(task % column_tasks, columns, b.n());
+        // SAFETY: `check` has found all of C inside its slice, and no two tasks share a row and a
+        // column of it.
+        unsafe {
+            let c = shared.at(rows.start * c_stride + columns.start);
+            multiply(isa, a.slice(rows), &b.columns(columns), c, c_stride, accumulate);
+        }
+    });
+}
+
+/// H += X^T X for X `[tokens, n]`, half of the work: only the lower triangle (j <= i) of H `[n, n]`
+/// is read and written. Tokens are added in ascending order, whatever the thread count, so X in
+/// pieces gives the same bits as X at once.
+///
+/// # Panics
+/// If X or H is smaller than its shape.
+pub fn gram_add(isa: Isa, x: &[f32], tokens: usize, n: usize, h: &mut [f32]) {
+    assert!(x.len() >= tokens * n && h.len() >= n * n, "X or H is smaller than its shape");
+    let right = Panels::from_columns(x, tokens, n, n);
+    let (left, right) = (Rows::transposed(x, n), Part::from(&right));
+    // Square blocks of H; small ones where large ones would leave threads without work.
+    let triangle = |side: usize| n.div_ceil(side) * (n.div_ceil(side) + 1) / 2;
+    let enough = 4 * rayon::current_num_threads();
+    let side = [6, 3].map(|panels| panels * PANEL).into_iter().find(|&s| triangle(s) >= enough);
+    let side = side.unwrap_or(PANEL * 2);
+    let shared = Shared(h.as_mut_ptr());
+    let blocks: Vec<_> =
+        (0..n.div_ceil(side)).flat_map(|row| (0..=row).map(move |column| (row, column))).collect();
+    blocks.into_par_iter().for_each(|(row, column)| {
+        let (rows, columns) = (range(row, side, n), range(column, side, n));
+        if row != column {
+            // SAFETY: H holds n x n values and no two blocks share an element.
+            unsafe {
+                let c = shared.at(rows.start * n + columns.start);
+                multiply(isa, left.slice(rows), &right.columns(columns), c, n, true);
+            }
+            return;
+        }
+        for first in columns.clone().step_by(PANEL) {
+            let last = (first + PANEL).min(columns.end);
+            let mut corner = [0.0f32; PANEL * PANEL];
+            // SAFETY: H holds n x n values, no two blocks share an element, and the corner is
+            // PANEL x PANEL. Only j <= i is touched.
+            unsafe {
+                for i in first..last {
+                    let h = shared.at(i * n + first);
+                    h.copy_to_nonoverlapping(&mut corner[(i - first) * PANEL], i - first + 1);
+                }
+                let b = right.columns(first..last);
+                multiply(isa, left.slice(first..last), &b, corner.as_mut_ptr(), PANEL, true);
+                for i in first..last {
+                    let h = shared.at(i * n + first);
+                    h.copy_from_nonoverlapping(&corner[(i - first) * PANEL], i - first + 1);
+                }
+                if last < rows.end {
+                    let c = shared.at(last * n + first);
+                    multiply(isa, left.slice(last..rows.end), &b, c, n, true);
+                }
+            }
+        }
+    });
+}
+
+/// The start of C, shared by tasks that each write their own part of it.
+struct Shared(*mut f32);
+// SAFETY: the pointer is only used by tasks whose parts of C do not overlap, while C is borrowed.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// # Safety
+    /// `offset` must lie inside C.
+    unsafe fn at(&self, offset: usize) -> *mut f32 {
+        // SAFETY: the caller's.
+        unsafe { self.0.add(offset) }
+    }
+}
+
+/// Piece `index` of `0..end` in pieces of `size`.
+fn range(index: usize, size: usize, end: usize) -> Range<usize> {
+    index * size..((index + 1) * size).min(end)
+}
+
+fn check(a: &Rows<'_>, b: &Part<'_>, c: &[f32], c_stride: usize) {
+    assert!(a.has_columns(b.k()), "A has fewer than {} columns", b.k());
+    assert!(
+        a.rows == 0 || b.n() == 0 || (a.rows - 1) * c_stride + b.n() <= c.len(),
+        "C is smaller than {} x {}",
+        a.rows,
+        b.n()
+    );
+    assert!(a.rows < 2 || c_stride >= b.n(), "rows of C overlap");
+}
+
+/// The blocked product.
+///
+/// # Safety
+/// C must be valid for `[a.rows, b.n()]` with rows `c_stride` apart, and A have `b.k()` columns.
+unsafe fn multiply(
+    isa: Isa,
+    a: Rows<'_>,
+    b: &Part<'_>,
+    c: *mut f32,
+    c_stride: usize,
+    accumulate: bool,
+) {
+    let kernels = kernels(isa);
+    let depth_blocks = b.k().div_ceil(DEPTH).max(1);
+    let depth_of_block = b.k().div_ceil(depth_blocks);
+    let mut packed = BLOCK.take();
+    packed.resize(packed.len().max(HEIGHT.min(a.rows) * depth_of_block), 0.0);
+    for depth_block in 0..depth_blocks {
+        let depth = range(depth_block, depth_of_block, b.k());
+        // C holds the sums of the blocks before, which this one goes on with.
+        let accumulate = accumulate || depth_block > 0;
+        for first in (0..a.rows).step_by(HEIGHT) {
+            let rows = first..(first + HEIGHT).min(a.rows);
+            for (tile, height) in tiles(rows.len(), kernels.by_height.len()) {
+                let values = &mut packed[tile * depth.len()..][..height * depth.len()];
+                a.pack(rows.start + tile, height, depth.clone(), values);
+            }
+            // SAFETY: these are rows of C, and `packed` holds their tiles as written above.
+            unsafe {
+                let c = c.add(rows.start * c_stride);
+                block(kernels, &packed, rows.len(), b, depth.clone(), c, c_stride, accumulate);
+            }
+        }
+    }
+    BLOCK.set(packed);
+}
+
+/// Multiplies a packed block of A with all panels.
+///
+/// # Safety
+/// `packed` must hold the tiles of `rows` rows, and C be valid for `[rows, b.n()]`.
+#[expect(clippy::too_many_arguments, reason = "one step of `multiply`, which owns all of them")]
+unsafe fn block(
+    kernels: &Kernels,
+    packed: &[f32],
+    rows: usize,
+    b: &Part<'_>,
+    depth: Range<usize>,
+    c: *mut f32,
+    c_stride: usize,
+    accumulate: bool,
+) {
+    let mut edge = [0.0f32; TALLEST * PANEL];
+    for column in (0..b.n()).step_by(kernels.width) {
+        let from_b = &b.panel(column / PANEL)[depth.start * PANEL..depth.end * PANEL];
+        let width = (b.n() - column).min(kernels.width);
+        for (tile, height) in tiles(rows, kernels.by_height.len()) {
+            let kernel = kernels.by_height[height - 1];
+            let from_a = &packed[tile * depth.len()..][..height * depth.len()];
+            // SAFETY: the slices have the lengths that the kernel reads (B's columns from
+            // `column % PANEL` on lie in the same panel); C's tile is inside C, or `edge` stands in
+            // for it where the kernel is wider than what is left of C.
+            unsafe {
+                let (a, b) = (from_a.as_ptr(), from_b.as_ptr().wrapping_add(column % PANEL));
+                let c = c.add(tile * c_stride + column);
+                if width == kernels.width {
+                    kernel(depth.len(), a, b, c, c_stride, accumulate);
+                    continue;
+                }
+                for row in 0..height * usize::from(accumulate) {
+                    let from = c.add(row * c_stride);
+                    from.copy_to_nonoverlapping(&mut edge[row * PANEL], width);
+                }
+                kernel(depth.len(), a, b, edge.as_mut_ptr(), PANEL, accumulate);
+                for row in 0..height {
+                    c.add(row * c_stride).copy_from_nonoverlapping(&edge[row * PANEL], width);
+                }
+            }
+        }
+    }
+}
+
+/// The tiles `(first row, height)` of `rows` rows, `tallest` at most; what is left at the end is
+/// halved rather than left to one low tile, which could not hide the latency of its products.
+fn tiles(rows: usize, tallest: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut first = 0;
+    std::iter::from_fn(move || {
+        let left = rows - first;
+        let height = match left {
+            0 => return None,
+            _ if left <= tallest => left,
+            _ if left < 2 * tallest => left.div_ceil(2),
+            _ => tallest,
+        };
+        first += height;
+        Some((first - height, height))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPES: [(usize, usize, usize); 14] = [
+        (1, 1, 1),
+        (1, 33, 7),
+        (7, 1, 172),
+        (5, 32, 1),
+        (13, 31, 33),
+        (31, 33, 65),
+        (12, 64, 576),
+        (25, 172, 64),
+        (64, 172, 172),
+        (3, 576, 321),
+        (251, 40, 20),
+        (4, 5, 0),
+        (0, 5, 4),
+        (5, 0, 4),
+    ];
+
+    fn random(len: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        (0..len)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|value| value.to_bits()).collect()
+    }
+
+    fn on_threads<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
+    }
+
+    #[test]
+    fn every_set_and_thread_count_gives_the_bits_of_the_definition() {
+        for (m, n, k) in SHAPES {
+            let (a, w) = (random(m * k, 1), random(n * k, 2));
+            let panels = Panels::from_rows(&w, n, k);
+            let stride = n + 3;
+            for accumulate in [false, true] {
+                // What is overwritten starts as NaN; what lies outside must stay NaN.
+                let inside = |i: usize| i % stride < n && i / stride < m;
+                let start: Vec<f32> = random((m + 1) * stride, 3)
+                    .into_iter()
+                    .enumerate()
+                    .map(|(i, value)| if accumulate && inside(i) { value } else { f32::NAN })
+                    .collect();
+                let mut expected = start.clone();
+                let rows = Rows::new(&a, m, k);
+                plain_gemm(rows, &panels, &mut expected, stride, accumulate);
+                for i in 0..expected.len() {
+                    assert_eq!(expected[i].is_nan(), !inside(i));
+                }
+                for isa in Isa::available() {
+                    let mut c = start.clone();
+                    gemm(isa, rows, &panels, &mut c, stride, accumulate);
+                    assert_eq!(bits(&c), bits(&expected), "{isa:?} {m}x{n}x{k}");
+                    for threads in [1, 3] {
+                        let mut c = start.clone();
+                        on_threads(threads, || {
+                            par_gemm(isa, rows, &panels, &mut c, stride, accumulate)
+                        });
+                        assert_eq!(bits(&c), bits(&expected), "{isa:?} {m}x{n}x{k} {threads}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_definition_is_a_matrix_product() {
+        let (m, n, k) = (5, 37, 70);
+        let (a, w) = (random(m * k, 4), random(n * k, 5));
+        let mut c = vec![f32::NAN; m * n];
+        plain_gemm(Rows::new(&a, m, k), &Panels::from_rows(&w, n, k), &mut c, n, false);
+        for (i, value) in c.into_iter().enumerate() {
+            let products =
+                (0..k).map(|d| f64::from(a[i / n * k + d]) * f64::from(w[i % n * k + d]));
+            assert!((products.sum::<f64>() - f64::from(value)).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn parts_and_transposed_rows_give_the_same_bits() {
+        let (m, n, k) = (30, 100, 50);
+        let (a, b) = (random(k * m, 6), random(k * n, 7));
+        let a_rows: Vec<f32> = (0..m * k).map(|i| a[i % k * m + i / k]).collect();
+        let panels = Panels::from_columns(&b, k, n, n);
+        for isa in Isa::available() {
+            let mut whole = vec![f32::NAN; m * n];
+            gemm(isa, Rows::new(&a_rows, m, k), &panels, &mut whole, n, false);
+            let mut pieces = vec![f32::NAN; m * n];
+            for columns in [0..32, 32..96, 96..100] {
+                for depth in [0..20, 20..50] {
+                    let left = Rows { data: &a[depth.start * m..], ..Rows::transposed(&a, m) };
+                    let part = panels.part(columns.clone(), depth.clone());
+                    gemm(isa, left, part, &mut pieces[columns.start..], n, depth.start > 0);
+                }
+            }
+            assert_eq!(bits(&pieces), bits(&whole), "{isa:?}");
+        }
+    }
+
+    #[test]
+    fn the_gram_matrix_has_the_bits_of_the_product_and_leaves_its_upper_half() {
+        for (tokens, n) in [(1, 1), (5, 33), (40, 172), (330, 100), (3, 230)] {
+            let x = random(tokens * n, 8);
+            let panels = Panels::from_columns(&x, tokens, n, n);
+            let old = random(n * n, 9);
+            let mut expected = old.clone();
+            plain_gemm(Rows::transposed(&x, n), &panels, &mut expected, n, true);
+            for isa in Isa::available() {
+                for threads in [1, 3] {
+                    let mut h = old.clone();
+                    (0..n * n).filter(|i| i % n > i / n).for_each(|i| h[i] = f32::NAN);
+                    let cut = tokens / 3;
+                    on_threads(threads, || {
+                        gram_add(isa, &x, cut, n, &mut h);
+                        gram_add(isa, &x[cut * n..], tokens - cut, n, &mut h);
+                    });
+                    for i in 0..n * n {
+                        let upper = i % n > i / n;
+                        assert!(if upper { h[i].is_nan() } else { h[i] == expected[i] }, "{isa:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Prints GFLOP/s of ours and of faer's, on one thread. Run by name, with --nocapture.
+    #[test]
+    #[ignore = "a measurement"]
+    #[expect(clippy::print_stderr, reason = "the measurement's result")]
+    fn rate_beside_faer() {
+        use faer::linalg::matmul::matmul;
+        use faer::{Accum, MatMut, MatRef, Par};
+        use std::time::Instant;
+        for (m, n, k) in [(2048, 1536, 576), (2048, 576, 576), (2048, 192, 576), (512, 4096, 4096)]
+        {
+            let (a, w) = (random(m * k, 1), random(n * k, 2));
+            let (mut c, mut d) = (vec![0.0; m * n], vec![0.0; m * n]);
+            let panels = Panels::from_rows(&w, n, k);
+            let mut best = vec![f64::MAX; 8];
+            for _ in 0..if k > 2000 { 5 } else { 15 } {
+                let start = Instant::now();
+                matmul(
+                    MatMut::from_row_major_slice_mut(&mut d, m, n),
+                    Accum::Replace,
+                    MatRef::from_row_major_slice(&a, m, k),
+                    MatRef::from_row_major_slice(&w, n, k).transpose(),
+                    1.0,
+                    Par::Seq,
+                );
+                best[7] = best[7].min(start.elapsed().as_secs_f64());
+                for (i, isa) in Isa::available().into_iter().enumerate().skip(2) {
+                    let start = Instant::now();
+                    gemm(isa, Rows::new(&a, m, k), &panels, &mut c, n, false);
+                    best[i] = best[i].min(start.elapsed().as_secs_f64());
+                }
+            }
+            let start = Instant::now();
+            drop(Panels::from_rows(&w, n, k));
+            let pack = start.elapsed().as_secs_f64();
+            let rate = |seconds: f64| (2 * m * n * k) as f64 / seconds / 1e9;
+            eprintln!(
+                "{m} {n} {k}: avx2 {:.1} avx512 {:.1} faer {:.1}; packing {:.1} % of avx512",
+                rate(best[2]),
+                rate(best[3]),
+                rate(best[7]),
+                pack / best[3] * 100.0
+            );
+        }
+    }
+}

@@ -1,0 +1,182 @@
+/*! The innermost products: a tile of C held in registers while the depth runs by.
+
+A kernel of height R computes `c[r][j] = fma(a[k][r], b[k][j], c[r][j])` for ascending k. Every
+element has its own chain of fused products, so a tile's shape never shows in the result. */
+
+use super::gemm_pack::PANEL;
+use super::isa::Isa;
+
+/// A kernel: `(depth, a, b, c, c_stride, accumulate)` with `a` `[depth, R]` packed, `b`
+/// `[depth, PANEL]` of which the first columns of the kernel's width are used, and C's tile
+/// `[R, width]`, which is read only if `accumulate`.
+pub(super) type Kernel = unsafe fn(usize, *const f32, *const f32, *mut f32, usize, bool);
+
+/// The kernels of one instruction set.
+pub(super) struct Kernels {
+    /// Columns of a tile; divides [`PANEL`].
+    pub width: usize,
+    /// Kernels of heights 1, 2, ..., the tallest last.
+    pub by_height: &'static [Kernel],
+}
+
+/// The tallest tile of any set.
+pub(super) const TALLEST: usize = 12;
+
+/// The kernels for `isa`, which this machine must have.
+pub(super) fn kernels(isa: Isa) -> &'static Kernels {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => &x86::AVX512,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => &x86::AVX2,
+        _ => &PORTABLE,
+    }
+}
+
+/// 4 x 16: sixteen registers of four floats on AArch64.
+static PORTABLE: Kernels =
+    Kernels { width: 16, by_height: &[portable::<1>, portable::<2>, portable::<3>, portable::<4>] };
+
+/// # Safety
+/// `a`, `b` and `c` must be valid for the shapes that [`Kernel`] names.
+unsafe fn portable<const R: usize>(
+    depth: usize,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    c_stride: usize,
+    accumulate: bool,
+) {
+    let mut tile = [[0.0f32; 16]; R];
+    // SAFETY: the caller vouches for every address below.
+    unsafe {
+        if accumulate {
+            for (row, lanes) in tile.iter_mut().enumerate() {
+                *lanes = c.add(row * c_stride).cast::<[f32; 16]>().read();
+            }
+        }
+        for step in 0..depth {
+            let from_b = b.add(step * PANEL).cast::<[f32; 16]>().read();
+            let from_a = a.add(step * R).cast::<[f32; R]>().read();
+            for (lanes, x) in tile.iter_mut().zip(from_a) {
+                for (lane, y) in lanes.iter_mut().zip(from_b) {
+                    *lane = x.mul_add(y, *lane);
+                }
+            }
+        }
+        for (row, lanes) in tile.iter().enumerate() {
+            c.add(row * c_stride).cast::<[f32; 16]>().write(*lanes);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Kernels, PANEL};
+
+    /// 12 x 32: 24 of 32 registers accumulate, so the latency of 4 cycles on two units is covered
+    /// three times, and a step of 24 products loads only 14 times.
+    pub(super) static AVX512: Kernels = Kernels {
+        width: 32,
+        by_height: &[
+            avx512::<1>,
+            avx512::<2>,
+            avx512::<3>,
+            avx512::<4>,
+            avx512::<5>,
+            avx512::<6>,
+            avx512::<7>,
+            avx512::<8>,
+            avx512::<9>,
+            avx512::<10>,
+            avx512::<11>,
+            avx512::<12>,
+        ],
+    };
+
+    /// 6 x 16: 12 of 16 registers accumulate.
+    pub(super) static AVX2: Kernels = Kernels {
+        width: 16,
+        by_height: &[avx2::<1>, avx2::<2>, avx2::<3>, avx2::<4>, avx2::<5>, avx2::<6>],
+    };
+
+    /// # Safety
+    /// The processor must have AVX-512F; addresses as [`super::Kernel`] names them.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn avx512<const R: usize>(
+        depth: usize,
+        mut a: *const f32,
+        mut b: *const f32,
+        c: *mut f32,
+        c_stride: usize,
+        accumulate: bool,
+    ) {
+        let mut tile = [[_mm512_setzero_ps(); 2]; R];
+        // SAFETY: the caller vouches for every address below; a prefetch may name any address.
+        unsafe {
+            if accumulate {
+                for (row, lanes) in tile.iter_mut().enumerate() {
+                    let c = c.add(row * c_stride);
+                    *lanes = [_mm512_loadu_ps(c), _mm512_loadu_ps(c.add(16))];
+                }
+            }
+            for _ in 0..depth {
+                let left = _mm512_loadu_ps(b);
+                let right = _mm512_loadu_ps(b.add(16));
+                for (row, lanes) in tile.iter_mut().enumerate() {
+                    let x = _mm512_set1_ps(*a.add(row));
+                    lanes[0] = _mm512_fmadd_ps(x, left, lanes[0]);
+                    lanes[1] = _mm512_fmadd_ps(x, right, lanes[1]);
+                }
+                a = a.add(R);
+                b = b.add(PANEL);
+            }
+            for (row, lanes) in tile.iter().enumerate() {
+                let c = c.add(row * c_stride);
+                _mm512_storeu_ps(c, lanes[0]);
+                _mm512_storeu_ps(c.add(16), lanes[1]);
+            }
+        }
+    }
+
+    /// # Safety
+    /// The processor must have AVX2 and FMA; addresses as [`super::Kernel`] names them.
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn avx2<const R: usize>(
+        depth: usize,
+        mut a: *const f32,
+        mut b: *const f32,
+        c: *mut f32,
+        c_stride: usize,
+        accumulate: bool,
+    ) {
+        let mut tile = [[_mm256_setzero_ps(); 2]; R];
+        // SAFETY: the caller vouches for every address below.
+        unsafe {
+            if accumulate {
+                for (row, lanes) in tile.iter_mut().enumerate() {
+                    let c = c.add(row * c_stride);
+                    *lanes = [_mm256_loadu_ps(c), _mm256_loadu_ps(c.add(8))];
+                }
+            }
+            for _ in 0..depth {
+                let left = _mm256_loadu_ps(b);
+                let right = _mm256_loadu_ps(b.add(8));
+                for (row, lanes) in tile.iter_mut().enumerate() {
+                    let x = _mm256_set1_ps(*a.add(row));
+                    lanes[0] = _mm256_fmadd_ps(x, left, lanes[0]);
+                    lanes[1] = _mm256_fmadd_ps(x, right, lanes[1]);
+                }
+                a = a.add(R);
+                b = b.add(PANEL);
+            }
+            for (row, lanes) in tile.iter().enumerate() {
+                let c = c.add(row * c_stride);
+                _mm256_storeu_ps(c, lanes[0]);
+                _mm256_storeu_ps(c.add(8), lanes[1]);
+            }
+        }
+    }
+}
