@@ -1,1 +1,5 @@
 /*! The CPU backend. */
+
+pub mod integer;
+pub mod isa;
+pub mod quantize;
