@@ -1,0 +1,146 @@
+/*! The panel kernels for AVX-512 with VNNI.
+
+A tile is 6 tokens x 32 rows: 12 registers of integer sums and 12 of f32 sums, two of weights and
+one of activations. `vpdpbusd` has a latency of 5 cycles and two start each cycle, so 10
+independent sums are the least that keeps the multipliers busy; 12 are as many as leave room for
+the f32 sums. Each step of 4 channels loads 2 weight registers and broadcasts 6 words for 12
+products, well below the two loads a cycle that the core can do. */
+
+use std::arch::x86_64::*;
+
+use super::layout::{CHUNK, PANEL};
+use super::{FloatBlock, IntegerBlock};
+
+/// Tokens in a tile.
+const TILE: usize = 6;
+
+/// Calls a tile kernel for all tokens: tiles of [`TILE`], then one of what is left.
+macro_rules! tiles {
+    ($kernel:ident, $block:expr, $acc:expr) => {{
+        let (tiles, rest) = $acc.as_chunks_mut::<TILE>();
+        let whole = tiles.len() * TILE;
+        for (tile, acc) in tiles.iter_mut().enumerate() {
+            $kernel::<TILE>($block, tile * TILE, acc);
+        }
+        match rest.len() {
+            1 => $kernel::<1>($block, whole, rest),
+            2 => $kernel::<2>($block, whole, rest),
+            3 => $kernel::<3>($block, whole, rest),
+            4 => $kernel::<4>($block, whole, rest),
+            5 => $kernel::<5>($block, whole, rest),
+            _ => {}
+        }
+    }};
+}
+
+/// See [`IntegerBlock`].
+///
+/// # Safety
+/// The processor has AVX-512 F, BW and VNNI; the block's slices reach as far as `super::integer`
+/// checks.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) unsafe fn integer(block: &IntegerBlock<'_>, acc: &mut [[f32; PANEL]]) {
+    // SAFETY: the caller's promise, passed on.
+    unsafe { tiles!(integer_tile, block, acc) }
+}
+
+/// See [`FloatBlock`].
+///
+/// # Safety
+/// The processor has AVX-512 F; `block.x` is `[acc.len(), block.weights.len()]`.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn float(block: &FloatBlock<'_>, acc: &mut [[f32; PANEL]]) {
+    // SAFETY: the caller's promise, passed on.
+    unsafe { tiles!(float_tile, block, acc) }
+}
+
+/// The sums of `TOKENS` tokens from `first` on.
+///
+/// # Safety
+/// As [`integer`], with `first + TOKENS` tokens in the block and `TOKENS` in `acc`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn integer_tile<const TOKENS: usize>(
+    block: &IntegerBlock<'_>,
+    first: usize,
+    acc: &mut [[f32; PANEL]],
+) {
+    debug_assert_eq!(acc.len(), TOKENS);
+    // SAFETY: the caller's promise: every pointer below stays within its slice.
+    unsafe {
+        let mut floats = [[_mm512_setzero_ps(); 2]; TOKENS];
+        for (floats, acc) in floats.iter_mut().zip(&*acc) {
+            *floats = [_mm512_loadu_ps(acc.as_ptr()), _mm512_loadu_ps(acc[16..].as_ptr())];
+        }
+        let mut weights = block.codes.as_ptr();
+        let mut x = block.x_codes.as_ptr().add(first * block.codes_stride);
+        for (group, scales) in block.scales.iter().enumerate() {
+            let mut sums = [[_mm512_setzero_si512(); 2]; TOKENS];
+            for (token, sums) in sums.iter_mut().enumerate() {
+                let place = (first + token) * block.groups_stride + group;
+                *sums = [_mm512_set1_epi32(*block.starts.get_unchecked(place)); 2];
+            }
+            for _ in 0..block.group_chunks {
+                let left = _mm512_loadu_si512(weights.cast());
+                let right = _mm512_loadu_si512(weights.add(64).cast());
+                for (token, sums) in sums.iter_mut().enumerate() {
+                    let four = x.add(token * block.codes_stride).cast::<i32>().read_unaligned();
+                    let four = _mm512_set1_epi32(four);
+                    sums[0] = _mm512_dpbusd_epi32(sums[0], left, four);
+                    sums[1] = _mm512_dpbusd_epi32(sums[1], right, four);
+                }
+                weights = weights.add(PANEL * CHUNK);
+                x = x.add(CHUNK);
+            }
+            let left = _mm512_loadu_ps(scales.as_ptr());
+            let right = _mm512_loadu_ps(scales[16..].as_ptr());
+            for (token, (floats, sums)) in floats.iter_mut().zip(sums).enumerate() {
+                let place = (first + token) * block.groups_stride + group;
+                let scale = _mm512_set1_ps(*block.x_scales.get_unchecked(place));
+                let [sum, other] = sums.map(|sums| _mm512_cvtepi32_ps(sums));
+                floats[0] = _mm512_fmadd_ps(_mm512_mul_ps(scale, left), sum, floats[0]);
+                floats[1] = _mm512_fmadd_ps(_mm512_mul_ps(scale, right), other, floats[1]);
+            }
+        }
+        for (floats, acc) in floats.iter().zip(acc) {
+            _mm512_storeu_ps(acc.as_mut_ptr(), floats[0]);
+            _mm512_storeu_ps(acc[16..].as_mut_ptr(), floats[1]);
+        }
+    }
+}
+
+/// As [`integer_tile`], for [`float`].
+///
+/// # Safety
+/// As [`float`], with `first + TOKENS` tokens in the block and `TOKENS` in `acc`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn float_tile<const TOKENS: usize>(
+    block: &FloatBlock<'_>,
+    first: usize,
+    acc: &mut [[f32; PANEL]],
+) {
+    debug_assert_eq!(acc.len(), TOKENS);
+    let channels = block.weights.len();
+    // SAFETY: the caller's promise: every pointer below stays within its slice.
+    unsafe {
+        let mut floats = [[_mm512_setzero_ps(); 2]; TOKENS];
+        for (floats, acc) in floats.iter_mut().zip(&*acc) {
+            *floats = [_mm512_loadu_ps(acc.as_ptr()), _mm512_loadu_ps(acc[16..].as_ptr())];
+        }
+        let x = block.x.as_ptr().add(first * channels);
+        for (channel, weights) in block.weights.iter().enumerate() {
+            let left = _mm512_loadu_ps(weights.as_ptr());
+            let right = _mm512_loadu_ps(weights[16..].as_ptr());
+            for (token, floats) in floats.iter_mut().enumerate() {
+                let x = _mm512_set1_ps(*x.add(token * channels + channel));
+                floats[0] = _mm512_fmadd_ps(x, left, floats[0]);
+                floats[1] = _mm512_fmadd_ps(x, right, floats[1]);
+            }
+        }
+        for (floats, acc) in floats.iter().zip(acc) {
+            _mm512_storeu_ps(acc.as_mut_ptr(), floats[0]);
+            _mm512_storeu_ps(acc[16..].as_mut_ptr(), floats[1]);
+        }
+    }
+}

@@ -1,0 +1,191 @@
+/*! A quantized linear as the integer kernels read it: panels of 32 rows, 4 channels side by side.
+
+One `vpdpbusd` multiplies 4 neighbouring channels of 16 rows with 4 codes of one token, so a
+*chunk* is `[32 rows, 4 channels]`, 128 bytes: two AVX-512 registers, four of AVX2. The
+instruction wants one unsigned operand. That is the weight here, stored with an offset (`code + 8`
+or `code + 128`); what the offset adds to a sum is `offset * sum of the token's codes`, which a
+kernel subtracts before it starts, for free.
+
+Codes of up to 4 bits stay packed in memory: byte `i` of a chunk's 64 holds byte `i` of the
+unpacked chunk in its low half and byte `64 + i` in its high half, so that unpacking is a mask
+and a shift and no value crosses a lane. */
+
+use bytemuck::{Pod, Zeroable};
+use half::f16;
+use rayon::prelude::*;
+
+use crate::quant::linear::{OutlierBlock, QuantizedLinear};
+
+/// Output rows in a panel.
+pub(super) const PANEL: usize = 32;
+
+/// Channels in a chunk.
+pub(super) const CHUNK: usize = 4;
+
+/// What is added to a weight code of up to 4 bits to make it unsigned.
+pub(super) const NIBBLE_OFFSET: i32 = 8;
+
+/// What is added to a weight code of 8 bits to make it unsigned.
+pub(super) const BYTE_OFFSET: i32 = 128;
+
+/// A cache line: keeps every register-wide load of weights within one.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+pub(super) struct Line(pub(super) [u8; 64]);
+
+/// Lines in an unpacked chunk.
+pub(super) const CHUNK_LINES: usize = PANEL * CHUNK / 64;
+
+/// The run-time form of a [`QuantizedLinear`].
+pub struct IntegerLinear {
+    pub(super) rows: usize,
+    pub(super) group_size: usize,
+    pub(super) groups: usize,
+    /// Whether [`Self::codes`] holds packed nibbles.
+    pub(super) nibbles: bool,
+    /// Unsigned codes `[panels, chunks, 1 or 2 lines]`, the chunks of all groups in order.
+    pub(super) codes: Vec<Line>,
+    /// `[panels, groups, 32]`, zero for the rows that fill the last panel.
+    pub(super) scales: Vec<f16>,
+    pub(super) outlier_channels: usize,
+    pub(super) outliers: Outliers,
+}
+
+/// The outlier block in panels.
+pub(super) enum Outliers {
+    None,
+    /// Unsigned codes `[panels, chunks, 2 lines]` and scales `[panels, 32]`.
+    Int8 {
+        codes: Vec<Line>,
+        scales: Vec<f16>,
+    },
+    /// `[panels, outliers, 32]`.
+    F16(Vec<f16>),
+}
+
+impl IntegerLinear {
+    /// Re-lays a linear for the kernels.
+    pub fn new(linear: &QuantizedLinear) -> Self {
+        let panels = linear.rows.div_ceil(PANEL);
+        let nibbles = linear.bits <= 4;
+        let chunks = linear.grouped_channels() / CHUNK;
+        let mut codes =
+            vec![Line([0; 64]); panels * chunks * if nibbles { 1 } else { CHUNK_LINES }];
+        if !codes.is_empty() {
+            let lines = codes.len() / panels;
+            codes.par_chunks_mut(lines).enumerate().for_each(|(panel, lines)| {
+                if nibbles {
+                    let mut unpacked = vec![Line([0; 64]); chunks * CHUNK_LINES];
+                    fill(&mut unpacked, &linear.codes, linear, panel, NIBBLE_OFFSET);
+                    for (line, [low, high]) in lines.iter_mut().zip(unpacked.as_chunks().0) {
+                        line.0 = std::array::from_fn(|i| low.0[i] | high.0[i] << 4);
+                    }
+                } else {
+                    fill(lines, &linear.codes, linear, panel, BYTE_OFFSET);
+                }
+            });
+        }
+        let in_panels =
+            |columns: usize, value: &dyn Fn(usize, usize) -> f16| {
+                let mut values = Vec::with_capacity(panels * columns * PANEL);
+                for panel in 0..panels {
+                    for column in 0..columns {
+                        values.extend((panel * PANEL..(panel + 1) * PANEL).map(|row| {
+                            if row < linear.rows { value(row, column) } else { f16::ZERO }
+                        }));
+                    }
+                }
+                values
+            };
+        let scales = in_panels(linear.groups, &|row, group| {
+            linear.scales[row / linear.rows_per_scale * linear.groups + group]
+        });
+        let outliers = match &linear.outliers {
+            OutlierBlock::None => Outliers::None,
+            OutlierBlock::Int8 { codes, scales } => {
+                let lines = linear.outlier_channels.div_ceil(CHUNK) * CHUNK_LINES;
+                let mut unpacked = vec![Line([0; 64]); panels * lines];
+                for (panel, lines) in unpacked.chunks_mut(lines.max(1)).enumerate() {
+                    fill(lines, codes, linear, panel, BYTE_OFFSET);
+                }
+                Outliers::Int8 { codes: unpacked, scales: in_panels(1, &|row, _| scales[row]) }
+            }
+            OutlierBlock::F16(values) => {
+                let value = |row, channel| values[row * linear.outlier_channels + channel];
+                Outliers::F16(in_panels(linear.outlier_channels, &value))
+            }
+        };
+        Self {
+            rows: linear.rows,
+            group_size: linear.group_size,
+            groups: linear.groups,
+            nibbles,
+            codes,
+            scales,
+            outlier_channels: linear.outlier_channels,
+            outliers,
+        }
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// What the weights and scales take in memory.
+    pub fn memory_bytes(&self) -> usize {
+        let outliers = match &self.outliers {
+            Outliers::None => 0,
+            Outliers::Int8 { codes, scales } => size_of_val(&**codes) + size_of_val(&**scales),
+            Outliers::F16(values) => size_of_val(&**values),
+        };
+        size_of_val(&*self.codes) + size_of_val(&*self.scales) + outliers
+    }
+
+    pub(super) fn panels(&self) -> usize {
+        self.rows.div_ceil(PANEL)
+    }
+
+    /// The unsigned, unpacked codes of some groups of a panel, `[chunks, 32, 4]`: where they lie,
+    /// or unpacked to `scratch`.
+    #[inline(always)]
+    pub(super) fn group_codes<'a>(
+        &'a self,
+        panel: usize,
+        groups: std::ops::Range<usize>,
+        scratch: &'a mut [Line],
+    ) -> &'a [u8] {
+        let chunks = self.group_size / CHUNK;
+        let lines = if self.nibbles { 1 } else { CHUNK_LINES };
+        let first = (panel * self.groups + groups.start) * chunks * lines;
+        let stored = &self.codes[first..][..groups.len() * chunks * lines];
+        if !self.nibbles {
+            return bytemuck::cast_slice(stored);
+        }
+        let unpacked = &mut scratch[..stored.len() * CHUNK_LINES];
+        for ([low, high], packed) in unpacked.as_chunks_mut().0.iter_mut().zip(stored) {
+            for i in 0..64 {
+                low.0[i] = packed.0[i] & 15;
+                high.0[i] = packed.0[i] >> 4;
+            }
+        }
+        bytemuck::cast_slice(unpacked)
+    }
+}
+
+/// Writes the chunks of one panel: `codes` is `[rows, channels]`; missing rows and channels become
+/// the offset, which is a code of zero.
+fn fill(lines: &mut [Line], codes: &[i8], linear: &QuantizedLinear, panel: usize, offset: i32) {
+    let channels = codes.len() / linear.rows.max(1);
+    let chunks: &mut [[[u8; CHUNK]; PANEL]] = bytemuck::cast_slice_mut(lines);
+    for row in 0..PANEL {
+        let place = panel * PANEL + row;
+        let own = if place < linear.rows { &codes[place * channels..][..channels] } else { &[] };
+        for (chunk, chunks) in chunks.iter_mut().enumerate() {
+            chunks[row] = std::array::from_fn(|lane| {
+                let code = own.get(chunk * CHUNK + lane).copied().unwrap_or(0);
+                (i32::from(code) + offset) as u8
+            });
+        }
+    }
+}

@@ -1,0 +1,277 @@
+/*! Quantized activations times quantized weights, in integers: what an Atom checkpoint computes.
+
+[`plain`] is the specification. The fast kernels give the same bits because nothing in it is left
+open: the dot product of a group is exact, and what follows is one product and one fused
+multiply-add a group, in order. They only choose which outputs to compute side by side.
+
+One job is some tokens times some panels of 32 rows. For each panel and each run of groups whose
+unpacked codes fit the first-level cache, the codes are unpacked once and multiplied with all
+tokens of the job; the sums in f32 wait in the job's scratch between runs. */
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod layout;
+pub mod plain;
+mod portable;
+#[cfg(test)]
+mod tests;
+
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+
+pub use layout::IntegerLinear;
+
+use super::isa::Isa;
+use crate::quant::rows::{OutlierRows, QuantizedRows};
+use layout::{BYTE_OFFSET, CHUNK, CHUNK_LINES, Line, NIBBLE_OFFSET, Outliers, PANEL};
+
+/// Channels whose unpacked codes are multiplied with all tokens of a job before the next ones are
+/// unpacked: 16 KB for a panel, a third of the first-level cache.
+const RUN_CHANNELS: usize = 512;
+
+/// Most tokens in a job: their sums take 24 KB, and unpacking costs 1 % of the products.
+const JOB_TOKENS: usize = 192;
+
+/// Jobs a thread should have to choose from, so that all finish together.
+const JOBS_PER_THREAD: usize = 4;
+
+/// Some groups of one panel, and the activations of some tokens that they are multiplied with:
+/// `acc[t][r] = fma(x_scales[t, g] * scales[g][r], starts[t, g] + dot(t, g, r), acc[t][r])` for
+/// each group `g`, ascending, where `dot` takes the weights as unsigned.
+struct IntegerBlock<'a> {
+    /// Whether all weights are at most 15, which lets 16-bit sums be exact.
+    nibbles: bool,
+    /// Chunks in a group.
+    group_chunks: usize,
+    /// Unsigned weights `[groups, chunks, 32, 4]`.
+    codes: &'a [u8],
+    /// Weight scales `[groups][32]`.
+    scales: &'a [[f32; PANEL]],
+    /// Codes of the first token from the first group on, and the distance between tokens.
+    x_codes: &'a [i8],
+    codes_stride: usize,
+    /// Scales and starting values of the first token from the first group on, and the distance
+    /// between tokens.
+    x_scales: &'a [f32],
+    starts: &'a [i32],
+    groups_stride: usize,
+}
+
+/// The f16 outliers of one panel: `acc[t][r] = fma(x[t, c], weights[c][r], acc[t][r])` for each
+/// channel `c`, ascending.
+struct FloatBlock<'a> {
+    weights: &'a [[f32; PANEL]],
+    /// `[tokens, channels]`.
+    x: &'a [f32],
+}
+
+/// What the kernels need of the activations beyond [`QuantizedRows`].
+struct Prepared {
+    /// `-offset * sum of codes`, `[tokens, groups]`: takes back what the weights' offset adds.
+    starts: Vec<i32>,
+    /// INT8 outlier codes with channels of zero up to a whole chunk, `[tokens, channels]`.
+    outlier_codes: Vec<i8>,
+    /// Channels in [`Self::outlier_codes`].
+    outlier_stride: usize,
+    /// As `starts`, `[tokens]`.
+    outlier_starts: Vec<i32>,
+}
+
+/// `y = x * w^T`, with `y` `[tokens, rows]`, all of which is written: the bits of [`plain::linear`].
+/// [`Isa::Plain`] runs the portable kernels, since `w` is already in panels.
+///
+/// # Panics
+/// If `x` and `w` have different groups, or outliers of different number or kind.
+pub fn linear(isa: Isa, x: &QuantizedRows, w: &IntegerLinear, y: &mut [f32]) {
+    assert_eq!((x.group_size, x.groups), (w.group_size, w.groups), "groups of x and w");
+    assert_eq!(x.outlier_channels, w.outlier_channels, "outliers of x and w");
+    assert_eq!(y.len(), x.tokens * w.rows, "length of y");
+    assert_eq!(x.codes.len(), x.tokens * x.groups * x.group_size, "length of the codes of x");
+    assert_eq!(x.scales.len(), x.tokens * x.groups, "length of the scales of x");
+    assert!(Isa::available().contains(&isa), "this machine has no {}", isa.name());
+    let kinds_agree = match (&x.outliers, &w.outliers) {
+        (OutlierRows::None, Outliers::None) => true,
+        (OutlierRows::Int8 { codes, scales }, Outliers::Int8 { .. }) => {
+            codes.len() == x.tokens * x.outlier_channels && scales.len() == x.tokens
+        }
+        (OutlierRows::F16(values), Outliers::F16(_)) => {
+            values.len() == x.tokens * x.outlier_channels
+        }
+        _ => false,
+    };
+    assert!(kinds_agree, "the outliers of x and w are of different kinds or lengths");
+    if y.is_empty() {
+        return;
+    }
+    let prepared = prepare(x, w);
+    let wanted = rayon::current_num_threads() * JOBS_PER_THREAD;
+    let tile_tokens = x.tokens.min(JOB_TOKENS);
+    let tiles = x.tokens.div_ceil(tile_tokens);
+    let job_panels = w.panels().div_ceil(wanted.div_ceil(tiles)).max(1);
+    let bands = w.panels().div_ceil(job_panels);
+    let output = Output { start: y.as_mut_ptr(), rows: w.rows };
+    (0..tiles * bands).into_par_iter().for_each(|job| {
+        // Neighbouring jobs share the tokens, which are then in the cache that cores share.
+        let (tile, band) = (job / bands, job % bands);
+        let tokens = tile * tile_tokens..((tile + 1) * tile_tokens).min(x.tokens);
+        let panels = band * job_panels..((band + 1) * job_panels).min(w.panels());
+        run(isa, x, &prepared, w, tokens, panels, &output);
+    });
+}
+
+/// The output matrix, which jobs write in disjoint rectangles.
+struct Output {
+    start: *mut f32,
+    rows: usize,
+}
+
+// SAFETY: a job writes only its own tokens and panels, and no two jobs share both.
+unsafe impl Sync for Output {}
+
+/// One job: all of `panels` for `tokens`.
+fn run(
+    isa: Isa,
+    x: &QuantizedRows,
+    prepared: &Prepared,
+    w: &IntegerLinear,
+    tokens: std::ops::Range<usize>,
+    panels: std::ops::Range<usize>,
+    output: &Output,
+) {
+    let run_groups = (RUN_CHANNELS / w.group_size).clamp(1, w.groups.max(1));
+    let unpacked_lines = run_groups * w.group_size / CHUNK * CHUNK_LINES;
+    let mut unpacked = vec![Line([0; 64]); if w.nibbles { unpacked_lines } else { 0 }];
+    let mut scales = vec![[0.0; PANEL]; run_groups.max(w.outlier_channels).max(1)];
+    let mut acc = vec![[0.0_f32; PANEL]; tokens.len()];
+    let grouped = w.groups * w.group_size;
+    for panel in panels {
+        acc.fill([0.0; PANEL]);
+        let mut group = 0;
+        while group < w.groups {
+            let groups = group..(group + run_groups).min(w.groups);
+            let first = panel * w.groups + group;
+            let scales = &mut scales[..groups.len()];
+            w.scales[first * PANEL..][..groups.len() * PANEL]
+                .convert_to_f32_slice(scales.as_flattened_mut());
+            let place = tokens.start * w.groups + group;
+            let block = IntegerBlock {
+                nibbles: w.nibbles,
+                group_chunks: w.group_size / CHUNK,
+                codes: w.group_codes(panel, groups.clone(), &mut unpacked),
+                scales,
+                x_codes: &x.codes[tokens.start * grouped + group * w.group_size..],
+                codes_stride: grouped,
+                x_scales: &x.scales[place..],
+                starts: &prepared.starts[place..],
+                groups_stride: w.groups,
+            };
+            integer(isa, &block, &mut acc);
+            group = groups.end;
+        }
+        match (&x.outliers, &w.outliers) {
+            (
+                OutlierRows::Int8 { scales: x_scales, .. },
+                Outliers::Int8 { codes, scales: w_scales },
+            ) if w.outlier_channels > 0 => {
+                let chunks = prepared.outlier_stride / CHUNK;
+                let lines = &codes[panel * chunks * CHUNK_LINES..][..chunks * CHUNK_LINES];
+                let scales = &mut scales[..1];
+                w_scales[panel * PANEL..][..PANEL].convert_to_f32_slice(scales.as_flattened_mut());
+                let block = IntegerBlock {
+                    nibbles: false,
+                    group_chunks: chunks,
+                    codes: bytemuck::cast_slice(lines),
+                    scales,
+                    x_codes: &prepared.outlier_codes[tokens.start * prepared.outlier_stride..],
+                    codes_stride: prepared.outlier_stride,
+                    x_scales: &x_scales[tokens.start..],
+                    starts: &prepared.outlier_starts[tokens.start..],
+                    groups_stride: 1,
+                };
+                integer(isa, &block, &mut acc);
+            }
+            (OutlierRows::F16(values), Outliers::F16(weights)) if w.outlier_channels > 0 => {
+                let channels = w.outlier_channels;
+                let unpacked = &mut scales[..channels];
+                weights[panel * channels * PANEL..][..channels * PANEL]
+                    .convert_to_f32_slice(unpacked.as_flattened_mut());
+                let x = &values[tokens.start * channels..tokens.end * channels];
+                float(isa, &FloatBlock { weights: unpacked, x }, &mut acc);
+            }
+            _ => {}
+        }
+        let width = (w.rows - panel * PANEL).min(PANEL);
+        for (token, acc) in tokens.clone().zip(&acc) {
+            // SAFETY: token and panel belong to this job alone, and `width` rows of the panel exist.
+            let out = unsafe {
+                let first = output.start.add(token * output.rows + panel * PANEL);
+                std::slice::from_raw_parts_mut(first, width)
+            };
+            out.copy_from_slice(&acc[..width]);
+        }
+    }
+}
+
+/// Sums the codes of each group and pads the outliers.
+fn prepare(x: &QuantizedRows, w: &IntegerLinear) -> Prepared {
+    let offset = if w.nibbles { NIBBLE_OFFSET } else { BYTE_OFFSET };
+    let start = |codes: &[i8], offset: i32| {
+        -offset * codes.iter().map(|&code| i32::from(code)).sum::<i32>()
+    };
+    let starts = x
+        .codes
+        .par_chunks_exact(x.group_size)
+        .with_min_len(256)
+        .map(|codes| start(codes, offset))
+        .collect();
+    let (mut outlier_codes, mut outlier_starts) = (Vec::new(), Vec::new());
+    let outlier_stride = x.outlier_channels.next_multiple_of(CHUNK);
+    if let OutlierRows::Int8 { codes, .. } = &x.outliers
+        && x.outlier_channels > 0
+    {
+        outlier_codes = vec![0; x.tokens * outlier_stride];
+        let rows = codes.chunks_exact(x.outlier_channels);
+        outlier_starts = rows.clone().map(|codes| start(codes, BYTE_OFFSET)).collect();
+        for (padded, codes) in outlier_codes.chunks_exact_mut(outlier_stride).zip(rows) {
+            padded[..codes.len()].copy_from_slice(codes);
+        }
+    }
+    Prepared { starts, outlier_codes, outlier_stride, outlier_starts }
+}
+
+/// Checks the lengths that the kernels rely on and calls the one for `isa`.
+fn integer(isa: Isa, block: &IntegerBlock<'_>, acc: &mut [[f32; PANEL]]) {
+    let groups = block.scales.len();
+    let last = acc.len() - 1;
+    let group_channels = block.group_chunks * CHUNK;
+    assert_eq!(block.codes.len(), groups * group_channels * PANEL);
+    assert!(block.x_codes.len() >= last * block.codes_stride + groups * group_channels);
+    assert!(block.x_scales.len() >= last * block.groups_stride + groups);
+    assert!(block.starts.len() >= last * block.groups_stride + groups);
+    match isa {
+        // SAFETY: `linear` checked that the processor has the instructions; the lengths are
+        // checked above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::integer(block, acc) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::integer(block, acc) },
+        _ => portable::integer(block, acc),
+    }
+}
+
+/// As [`integer`].
+fn float(isa: Isa, block: &FloatBlock<'_>, acc: &mut [[f32; PANEL]]) {
+    assert_eq!(block.x.len(), acc.len() * block.weights.len());
+    match isa {
+        // SAFETY: as in `integer`.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::float(block, acc) },
+        // SAFETY: as in `integer`.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::float(block, acc) },
+        _ => portable::float(block, acc),
+    }
+}

@@ -1,0 +1,39 @@
+/*! The panel kernels without intrinsics: for other processors, and to read beside the fast ones. */
+
+use super::layout::{CHUNK, PANEL};
+use super::{FloatBlock, IntegerBlock};
+
+/// See [`IntegerBlock`].
+pub(super) fn integer(block: &IntegerBlock<'_>, acc: &mut [[f32; PANEL]]) {
+    let chunks: &[[[u8; CHUNK]; PANEL]] = bytemuck::cast_slice(block.codes);
+    for (token, acc) in acc.iter_mut().enumerate() {
+        for (group, chunks) in chunks.chunks_exact(block.group_chunks).enumerate() {
+            let place = token * block.groups_stride + group;
+            let mut sums = [block.starts[place]; PANEL];
+            let first = token * block.codes_stride + group * block.group_chunks * CHUNK;
+            let codes = &block.x_codes[first..][..block.group_chunks * CHUNK];
+            for (weights, x) in chunks.iter().zip(codes.as_chunks::<CHUNK>().0) {
+                for (sum, weights) in sums.iter_mut().zip(weights) {
+                    for (&weight, &x) in weights.iter().zip(x) {
+                        *sum += i32::from(weight) * i32::from(x);
+                    }
+                }
+            }
+            let scales = &block.scales[group];
+            for ((acc, sum), scale) in acc.iter_mut().zip(sums).zip(scales) {
+                *acc = (block.x_scales[place] * scale).mul_add(sum as f32, *acc);
+            }
+        }
+    }
+}
+
+/// See [`FloatBlock`].
+pub(super) fn float(block: &FloatBlock<'_>, acc: &mut [[f32; PANEL]]) {
+    for (acc, x) in acc.iter_mut().zip(block.x.chunks_exact(block.weights.len())) {
+        for (x, weights) in x.iter().zip(block.weights) {
+            for (acc, weight) in acc.iter_mut().zip(weights) {
+                *acc = x.mul_add(*weight, *acc);
+            }
+        }
+    }
+}

@@ -1,0 +1,414 @@
+/*! A site's format: how the activation that feeds a group of linears is reordered, transformed and
+quantized.
+
+The functions here are the definition, written to be read. `backend::cpu::quantize` does the same
+to the bit, fast. */
+
+use half::f16;
+use serde::{Deserialize, Serialize};
+
+use super::hadamard;
+use super::rows::{OutlierRows, QuantizedRows};
+use crate::{Error, Result};
+
+/// An entry of a channel order that stands for a channel of zeros.
+pub const PADDING: i32 = -1;
+
+/// What a group size must be a multiple of, so that no kernel sees a ragged edge.
+pub const GROUP_MULTIPLE: usize = 16;
+
+/// How the outlier channels are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OutlierFormat {
+    /// INT8 codes, one scale a token (activations) or a row (weights).
+    Int8,
+    /// Values rounded to f16.
+    F16,
+}
+
+/// What is done to each group before it is quantized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transform {
+    /// Nothing.
+    None,
+    /// The orthonormal Hadamard transform of [`hadamard::transform`].
+    Hadamard,
+}
+
+/// How the activation that feeds a group of linears is reordered and quantized.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SiteFormat {
+    /// Width of the activation as the model knows it.
+    pub channels: usize,
+    /// The channel at each place, `[groups * group_size + outlier_channels]`: a permutation of
+    /// `0..channels` with [`PADDING`] entries before the outliers, which are last.
+    pub order: Vec<i32>,
+    /// Channels in a group, a multiple of [`GROUP_MULTIPLE`].
+    pub group_size: usize,
+    /// Groups in a row.
+    pub groups: usize,
+    /// How many channels are outliers.
+    pub outlier_channels: usize,
+    /// How the outlier channels are stored.
+    pub outlier_format: OutlierFormat,
+    /// Bits of a code: 2, 3, 4 or 8; 16 leaves the activation in floating point.
+    pub bits: u8,
+    /// The factor on a group's absmax before its scale is taken; 1 clips nothing.
+    pub clip: f32,
+    /// What is done to each group before it is quantized.
+    pub transform: Transform,
+}
+
+impl SiteFormat {
+    /// Channels before the outliers, padding included.
+    pub fn grouped_channels(&self) -> usize {
+        self.groups * self.group_size
+    }
+
+    /// Channels after reordering: padding and outliers included.
+    pub fn width(&self) -> usize {
+        self.order.len()
+    }
+
+    /// The least and the greatest code of a group: `-2^(bits-1)` and `2^(bits-1) - 1`, but
+    /// -127 and 127 at 8 bits.
+    pub fn code_limits(&self) -> (f32, f32) {
+        let greatest = self.greatest_code();
+        (if self.bits == 8 { -greatest } else { -greatest - 1.0 }, greatest)
+    }
+
+    /// `2^(bits-1) - 1`, the code that a group's (clipped) absmax becomes.
+    fn greatest_code(&self) -> f32 {
+        ((1_i32 << (self.bits - 1)) - 1) as f32
+    }
+
+    /// Checks that the fields agree with each other; every other function relies on it.
+    ///
+    /// # Errors
+    /// An input error that says which field is wrong.
+    pub fn check(&self) -> Result<()> {
+        let wrong = |what: String| Err(Error::input(what));
+        if !matches!(self.bits, 2 | 3 | 4 | 8 | 16) {
+            return wrong(format!("activations of {} bits are not supported", self.bits));
+        }
+        if !(self.clip.is_finite() && self.clip > 0.0) {
+            return wrong(format!("the clip ratio {} is not a positive number", self.clip));
+        }
+        if self.group_size == 0 || !self.group_size.is_multiple_of(GROUP_MULTIPLE) {
+            return wrong(format!(
+                "the group size {} is not a multiple of {GROUP_MULTIPLE}",
+                self.group_size
+            ));
+        }
+        let width = self
+            .groups
+            .checked_mul(self.group_size)
+            .and_then(|grouped| grouped.checked_add(self.outlier_channels));
+        if width != Some(self.width()) {
+            return wrong(format!(
+                "the channel order has {} entries, but {} groups of {} and {} outliers were declared",
+                self.width(),
+                self.groups,
+                self.group_size,
+                self.outlier_channels
+            ));
+        }
+        let mut seen = vec![false; self.channels];
+        for (place, &channel) in self.order.iter().enumerate() {
+            if channel == PADDING && place < self.grouped_channels() {
+                continue;
+            }
+            let entry = usize::try_from(channel).ok().and_then(|index| seen.get_mut(index));
+            match entry {
+                Some(seen) if !*seen => *seen = true,
+                Some(_) => {
+                    return wrong(format!("channel {channel} occurs twice in the channel order"));
+                }
+                None => {
+                    return wrong(format!(
+                        "entry {place} of the channel order is {channel}, but the site has {} channels",
+                        self.channels
+                    ));
+                }
+            }
+        }
+        match seen.iter().position(|seen| !seen) {
+            Some(channel) => wrong(format!("channel {channel} is missing in the channel order")),
+            None => Ok(()),
+        }
+    }
+
+    /// Brings one row of an activation or of a weight into the site's order and transforms its
+    /// groups: `row` is `[channels]`, `out` is `[width]`. Outliers are moved, never transformed.
+    pub fn arrange(&self, row: &[f32], out: &mut [f32]) {
+        debug_assert_eq!((row.len(), out.len()), (self.channels, self.width()));
+        for (value, &channel) in out.iter_mut().zip(&self.order) {
+            *value = if channel == PADDING { 0.0 } else { row[channel as usize] };
+        }
+        if self.transform == Transform::Hadamard {
+            let grouped = &mut out[..self.grouped_channels()];
+            grouped.chunks_exact_mut(self.group_size).for_each(hadamard::transform);
+        }
+    }
+
+    /// [`SiteFormat::arrange`] of every row: `[tokens, channels]` to `[tokens, width]`. It is what
+    /// a site of 16 bits multiplies its weights with.
+    pub fn arrange_rows_plain(&self, x: &[f32], tokens: usize) -> Vec<f32> {
+        let mut arranged = vec![0.0; tokens * self.width()];
+        for token in 0..tokens {
+            let row = &x[token * self.channels..][..self.channels];
+            self.arrange(row, &mut arranged[token * self.width()..][..self.width()]);
+        }
+        arranged
+    }
+}
+
+/// The scale of a group whose absmax is `absmax`: `absmax * clip / greatest code`, rounded to f16.
+/// Infinite if f16 cannot hold it.
+#[inline(always)]
+pub fn scale_of(absmax: f32, clip: f32, greatest: f32) -> f32 {
+    f16::from_f32(absmax * clip / greatest).to_f32()
+}
+
+/// What values are multiplied with to become codes: `1 / scale`, or 0 for a group of zeros.
+#[inline(always)]
+pub fn inverse_of(scale: f32) -> f32 {
+    if scale == 0.0 { 0.0 } else { 1.0 / scale }
+}
+
+/// The code of `value`: rounded half to even, then clamped.
+#[inline(always)]
+pub fn code_of(value: f32, inverse: f32, (least, greatest): (f32, f32)) -> i8 {
+    (value * inverse).round_ties_even().clamp(least, greatest) as i8
+}
+
+/// The greatest INT8 code; its negative is the least.
+pub const GREATEST_INT8: f32 = 127.0;
+
+/// Quantizes activations `[tokens, channels]`, value by value as defined.
+///
+/// # Errors
+/// An input error that names token and channel if a value is NaN or infinite, or token and group
+/// if a scale (or an f16 outlier) is beyond the range of f16.
+pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Result<QuantizedRows> {
+    let (grouped, outliers) = (format.grouped_channels(), format.outlier_channels);
+    let mut codes = Vec::with_capacity(tokens * grouped);
+    let mut scales = Vec::with_capacity(tokens * format.groups);
+    let mut outlier_codes = Vec::new();
+    let mut outlier_scales = Vec::new();
+    let mut outlier_values = Vec::new();
+    let mut arranged = vec![0.0; format.width()];
+    for token in 0..tokens {
+        let row = &x[token * format.channels..][..format.channels];
+        if let Some(channel) = row.iter().position(|value| !value.is_finite()) {
+            return Err(Error::input(format!(
+                "the activation of token {token}, channel {channel} is {}",
+                row[channel]
+            ))
+            .hint("the model overflows: check that its weights are intact"));
+        }
+        format.arrange(row, &mut arranged);
+        let (groups, tail) = arranged.split_at(grouped);
+        for (group, values) in groups.chunks_exact(format.group_size).enumerate() {
+            let limits = format.code_limits();
+            let scale = scale_of(absmax(values), format.clip, limits.1);
+            if !scale.is_finite() {
+                return Err(overflow(token, &format!("the scale of group {group}")));
+            }
+            let inverse = inverse_of(scale);
+            codes.extend(values.iter().map(|&value| code_of(value, inverse, limits)));
+            scales.push(scale);
+        }
+        match format.outlier_format {
+            _ if outliers == 0 => {}
+            OutlierFormat::Int8 => {
+                let scale = scale_of(absmax(tail), 1.0, GREATEST_INT8);
+                if !scale.is_finite() {
+                    return Err(overflow(token, "the scale of the outlier channels"));
+                }
+                let (inverse, limits) = (inverse_of(scale), (-GREATEST_INT8, GREATEST_INT8));
+                outlier_codes.extend(tail.iter().map(|&value| code_of(value, inverse, limits)));
+                outlier_scales.push(scale);
+            }
+            OutlierFormat::F16 => {
+                let rounded = tail.iter().map(|&value| f16::from_f32(value).to_f32());
+                outlier_values.extend(rounded);
+                if !outlier_values[token * outliers..].iter().all(|value| value.is_finite()) {
+                    return Err(overflow(token, "an outlier channel"));
+                }
+            }
+        }
+    }
+    Ok(QuantizedRows {
+        tokens,
+        group_size: format.group_size,
+        groups: format.groups,
+        codes,
+        scales,
+        outlier_channels: outliers,
+        outliers: match format.outlier_format {
+            _ if outliers == 0 => OutlierRows::None,
+            OutlierFormat::Int8 => {
+                OutlierRows::Int8 { codes: outlier_codes, scales: outlier_scales }
+            }
+            OutlierFormat::F16 => OutlierRows::F16(outlier_values),
+        },
+    })
+}
+
+/// What the codes mean: `code * scale`, and f16 outliers as they are, `[tokens, width]`.
+pub fn dequantize_rows_plain(rows: &QuantizedRows) -> Vec<f32> {
+    let (grouped, outliers) = (rows.groups * rows.group_size, rows.outlier_channels);
+    let mut values = Vec::with_capacity(rows.tokens * (grouped + outliers));
+    for token in 0..rows.tokens {
+        for group in token * rows.groups..(token + 1) * rows.groups {
+            let codes = &rows.codes[group * rows.group_size..][..rows.group_size];
+            values.extend(codes.iter().map(|&code| f32::from(code) * rows.scales[group]));
+        }
+        let own = token * outliers..(token + 1) * outliers;
+        match &rows.outliers {
+            OutlierRows::None => {}
+            OutlierRows::Int8 { codes, scales } => {
+                values.extend(codes[own].iter().map(|&code| f32::from(code) * scales[token]));
+            }
+            OutlierRows::F16(outliers) => values.extend(&outliers[own]),
+        }
+    }
+    values
+}
+
+/// The greatest magnitude, NaN if any value is NaN: magnitudes compare like their bit patterns,
+/// and NaN's are the greatest of all.
+#[inline(always)]
+pub fn absmax(values: &[f32]) -> f32 {
+    let bits = values.iter().fold(0, |most, value| (value.to_bits() & 0x7fff_ffff).max(most));
+    f32::from_bits(bits)
+}
+
+fn overflow(token: usize, what: &str) -> Error {
+    Error::input(format!("{what} of token {token} is beyond the range of f16"))
+        .hint("the model's activations overflow: check that its weights are intact")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn format(order: Vec<i32>, group_size: usize, outlier_channels: usize) -> SiteFormat {
+        SiteFormat {
+            channels: order.iter().filter(|&&channel| channel >= 0).count(),
+            groups: (order.len() - outlier_channels) / group_size,
+            order,
+            group_size,
+            outlier_channels,
+            outlier_format: OutlierFormat::Int8,
+            bits: 4,
+            clip: 1.0,
+            transform: Transform::None,
+        }
+    }
+
+    /// 14 channels, two places of padding, two outliers.
+    fn small() -> SiteFormat {
+        let mut order: Vec<i32> = (2..14).rev().collect();
+        order.extend([-1; 4]);
+        order.extend([1, 0]);
+        format(order, 16, 2)
+    }
+
+    #[test]
+    fn a_sound_format_passes_and_each_slip_is_named() {
+        small().check().unwrap();
+        let broken = |change: &dyn Fn(&mut SiteFormat)| {
+            let mut format = small();
+            change(&mut format);
+            format.check().unwrap_err().to_string()
+        };
+        assert!(broken(&|format| format.bits = 5).contains("5 bits"));
+        assert!(broken(&|format| format.clip = f32::NAN).contains("clip ratio"));
+        assert!(broken(&|format| format.clip = 0.0).contains("clip ratio"));
+        assert!(broken(&|format| format.group_size = 18).contains("multiple of 16"));
+        assert!(broken(&|format| format.group_size = 0).contains("multiple of 16"));
+        assert!(broken(&|format| format.groups = usize::MAX).contains("18 entries"));
+        assert!(broken(&|format| format.order[0] = 2).contains("channel 2 occurs twice"));
+        assert!(broken(&|format| format.order[0] = 14).contains("entry 0"));
+        assert!(broken(&|format| format.order[0] = -2).contains("is -2"));
+        assert!(broken(&|format| format.order[17] = -1).contains("entry 17"));
+        assert!(broken(&|format| format.order[0] = -1).contains("channel 13 is missing"));
+    }
+
+    #[test]
+    fn arranging_reorders_pads_and_transforms_the_groups_only() {
+        let row: Vec<f32> = (0..14).map(|channel| channel as f32 + 1.0).collect();
+        let mut format = small();
+        let arranged = format.arrange_rows_plain(&row, 1);
+        assert_eq!(arranged[..3], [14.0, 13.0, 12.0]);
+        assert_eq!(arranged[11..], [3.0, 0.0, 0.0, 0.0, 0.0, 2.0, 1.0]);
+        format.transform = Transform::Hadamard;
+        let transformed = format.arrange_rows_plain(&row, 1);
+        assert_eq!(transformed[0], arranged[..16].iter().sum::<f32>() / 4.0);
+        assert_eq!(transformed[16..], [2.0, 1.0]);
+    }
+
+    #[test]
+    fn codes_are_rounded_half_to_even_with_the_rounded_scale() {
+        let mut row = [0.0; 14];
+        row[2..8].copy_from_slice(&[7.0, 2.5, -2.5, 3.5, -7.0, 0.4]);
+        row[..2].copy_from_slice(&[-127.0, 63.5]);
+        let rows = quantize_rows_plain(&row, 1, &small()).unwrap();
+        assert_eq!(rows.scales, [1.0]);
+        assert_eq!(rows.codes[6..12], [0, -7, 4, -2, 2, 7]);
+        let expected = OutlierRows::Int8 { codes: vec![64, -127], scales: vec![1.0] };
+        assert_eq!(rows.outliers, expected);
+        // 1/7 is no f16: the codes follow from the scale that is stored.
+        row[2..8].copy_from_slice(&[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        let rows = quantize_rows_plain(&row, 1, &small()).unwrap();
+        assert_eq!(rows.scales, [f16::from_f32(1.0 / 7.0).to_f32()]);
+        assert_ne!(rows.scales, [1.0 / 7.0]);
+    }
+
+    #[test]
+    fn clipping_saturates_at_the_limits_of_the_format() {
+        for (bits, least, greatest) in [(2, -2, 1), (3, -4, 3), (4, -8, 7), (8, -127, 127)] {
+            let mut row = [0.0; 14];
+            row[2..4].copy_from_slice(&[100.0, -100.0]);
+            let format = SiteFormat { bits, clip: 0.5, ..small() };
+            let rows = quantize_rows_plain(&row, 1, &format).unwrap();
+            assert_eq!(rows.codes[10..12], [least, greatest], "{bits} bits");
+        }
+    }
+
+    #[test]
+    fn zeros_have_scale_zero_and_nonfinite_values_are_named() {
+        let mut x = vec![0.0; 3 * 14];
+        let rows = quantize_rows_plain(&x, 3, &small()).unwrap();
+        assert_eq!((rows.scales, rows.codes), (vec![0.0; 3], vec![0; 48]));
+        x[14 + 5] = f32::NAN;
+        let error = quantize_rows_plain(&x, 3, &small()).unwrap_err();
+        assert_eq!(error.message(), "the activation of token 1, channel 5 is NaN");
+        x[14 + 5] = 1e6;
+        let error = quantize_rows_plain(&x, 3, &small()).unwrap_err();
+        assert!(error.message().contains("scale of group 0 of token 1"));
+        (x[14 + 5], x[28]) = (0.0, 1e5);
+        assert!(quantize_rows_plain(&x, 3, &small()).is_ok());
+        let halves = SiteFormat { outlier_format: OutlierFormat::F16, ..small() };
+        assert!(quantize_rows_plain(&x, 3, &halves).is_err());
+    }
+
+    #[test]
+    fn dequantizing_is_within_half_a_step() {
+        let x: Vec<f32> = (0..28).map(|i| (i as f32 * 1.7).sin()).collect();
+        for outlier_format in [OutlierFormat::Int8, OutlierFormat::F16] {
+            let format = SiteFormat { outlier_format, ..small() };
+            let rows = quantize_rows_plain(&x, 2, &format).unwrap();
+            let arranged = format.arrange_rows_plain(&x, 2);
+            let restored = dequantize_rows_plain(&rows);
+            assert_eq!(restored.len(), arranged.len());
+            for (value, expected) in restored.iter().zip(arranged) {
+                assert!((value - expected).abs() <= 0.0723, "{value} for {expected}");
+            }
+        }
+    }
+}
