@@ -68,6 +68,8 @@ pub trait Backend: Sync {
     /// The device for a person: `cpu (avx512, 2 threads)`.
     fn device(&self) -> String;
 
+    /// Rows of a tensor.
+    fn rows(&self, tensor: &Self::Tensor) -> usize;
     /// Copies a host matrix to the device.
     fn upload(&self, matrix: Matrix) -> Result<Self::Tensor>;
     /// Copies a tensor.

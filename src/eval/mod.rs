@@ -1,42 +1,74 @@
-/*! Perplexity and integrity, over any model that can run. */
+/*! Measurements over any model that can run: perplexity and integrity. */
+
+mod inspect;
+mod perplexity;
+mod verify;
+
+pub use inspect::{InspectLinear, InspectOutcome, inspect};
+pub use perplexity::{PerplexityOutcome, atom_perplexity, source_perplexity, windows};
+pub use verify::{Check, Limits, VerifyOutcome, verify};
 
 use std::path::Path;
-use serde::Serialize;
-use crate::Result;
-use crate::checkpoint::Source;
-use crate::pipeline::Evaluation;
-use crate::pipeline::progress::Progress;
 
-/// The result of `atom eval-ppl`.
-#[derive(Clone, Debug, Serialize)]
-pub struct PerplexityOutcome {
-    pub model: String,
-    pub dataset: String,
-    pub perplexity: f64,
-    /// Standard error of the estimate, from the spread of the windows' means.
-    pub standard_error: f64,
-    pub windows: usize,
-    pub seq_len: usize,
-    pub tokens: usize,
-    pub seconds: f64,
-    pub tokens_per_second: f64,
-    /// CPU seconds of the process in the meantime.
-    pub cpu_seconds: f64,
-    pub device: String,
-}
-/// One line of `atom verify`.
-#[derive(Clone, Debug, Serialize)]
-pub struct Check { pub name: String, pub ok: bool, pub detail: String }
-/// The result of `atom verify`.
-#[derive(Clone, Debug, Serialize)]
-pub struct VerifyOutcome { pub model: String, pub ok: bool, pub checks: Vec<Check>, pub perplexity: Option<f64>, pub reference_perplexity: Option<f64>, /** relative: perplexity / reference - 1 */ pub increase: Option<f64>, pub device: String }
-/// Limits that make an evaluation a check.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Limits { pub max_ppl: Option<f64>, /** relative, e.g. 0.1 for 10 % */ pub max_ppl_increase: Option<f64> }
+use crate::backend::Backend;
+use crate::checkpoint::{AtomCheckpoint, Source, is_atom};
+use crate::model::Architecture;
+use crate::pipeline::Evaluation;
+use crate::pipeline::plan::{BlockPlan, check_plan};
+use crate::pipeline::progress::Progress;
+use crate::quant::kv::KvFormat;
+use crate::{Error, Result, hub};
 
 /// What can be evaluated.
-pub enum Model { Source(Source), Atom(crate::checkpoint::AtomCheckpoint) }
-impl Model { /** directory (Atom or HF), alias or bundled name */ pub fn open(model: &str) -> Result<Self> { todo!() } }
+pub enum Model {
+    /// A Hugging Face checkpoint.
+    Source(Source),
+    /// An Atom checkpoint.
+    Atom(AtomCheckpoint),
+}
 
-pub fn perplexity(model: &Model, evaluation: &Evaluation, progress: &dyn Progress) -> Result<PerplexityOutcome> { todo!() }
-pub fn verify(checkpoint: &Path, reference: Option<&Model>, evaluation: Option<&Evaluation>, limits: Limits, progress: &dyn Progress) -> Result<VerifyOutcome> { todo!() }
+impl Model {
+    /// Opens a directory of either kind, or a model by its name.
+    pub fn open(model: &str) -> Result<Self> {
+        let path = Path::new(model);
+        if is_atom(path) {
+            Ok(Self::Atom(AtomCheckpoint::open(path)?))
+        } else {
+            Ok(Self::Source(hub::source(model)?))
+        }
+    }
+}
+
+/// Perplexity of a model: a source in full precision, an Atom checkpoint on the integer path.
+pub fn perplexity<B: Backend>(
+    backend: &B,
+    model: &Model,
+    evaluation: &Evaluation,
+    progress: &dyn Progress,
+) -> Result<PerplexityOutcome> {
+    match model {
+        Model::Source(source) => source_perplexity(backend, source, evaluation, progress),
+        Model::Atom(checkpoint) => atom_perplexity(backend, checkpoint, evaluation, progress),
+    }
+}
+
+/// The KV format and the plan that a checkpoint's atom.json holds, checked against its network.
+pub(crate) fn atom_plan(
+    checkpoint: &AtomCheckpoint,
+    architecture: &Architecture,
+) -> Result<(KvFormat, Vec<BlockPlan>)> {
+    let field = |key: &str| {
+        checkpoint.atom().get(key).cloned().ok_or_else(|| {
+            Error::input(format!("atom.json of {} lacks `{key}`", checkpoint.name()))
+                .hint("quantize the model again")
+        })
+    };
+    let damaged = |error: serde_json::Error| {
+        Error::input(format!("atom.json of {} is damaged: {error}", checkpoint.name()))
+            .hint("quantize the model again")
+    };
+    let kv = serde_json::from_value(field("kv")?).map_err(damaged)?;
+    let blocks: Vec<BlockPlan> = serde_json::from_value(field("blocks")?).map_err(damaged)?;
+    check_plan(architecture, &blocks)?;
+    Ok((kv, blocks))
+}

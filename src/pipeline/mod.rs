@@ -1,41 +1,356 @@
-/*! The stages and their order: calibrate, plan, pack, block by block. */
+/*! The stages and their order: calibrate, plan, pack, block by block.
 
+Two streams of hidden states travel beside the weights: one through the original blocks, on which
+channel energies are measured, and one through the quantized blocks, on which GPTQ's Hessians are.
+Memory is one block and the streams, never the model. */
+
+mod block;
+mod calibrate;
+mod load;
 pub mod outcome;
+pub mod plan;
 pub mod progress;
+mod run;
+mod stream;
+mod timing;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use crate::Result;
-use crate::checkpoint::Source;
+pub use calibrate::{CalibrationData, Provenance};
+pub use load::{FLOAT_KV, attention_spec, expect, quantized_block, read_sites, source_block, vector};
+pub use stream::Stream;
+pub use timing::{cpu_seconds, peak_rss_bytes};
+
+use crate::backend::Backend;
+use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec, free_bytes};
+use crate::eval;
+use crate::model::Architecture;
 use crate::recipe::Recipe;
-use crate::text::TextSet;
-use outcome::{DryRun, FileOutcome, QuantizeOutcome};
+use crate::text::{TextSet, Tokenizer, calibration_windows};
+use crate::{Error, Result};
+use outcome::{DryRun, FileOutcome, PerplexityChange, QuantizeOutcome};
+use plan::{CalibrationFile, PLAN_VERSION, PlanFile, bits_per_weight, check_plan, plan_network};
 use progress::Progress;
+use run::Job;
 
 /// Which windows a model is calibrated on.
 pub struct Calibration {
+    /// The text they are drawn from.
     pub text: TextSet,
+    /// How many.
     pub samples: usize,
+    /// Tokens in each.
     pub seq_len: usize,
+    /// Seed of the draw.
     pub seed: u64,
 }
 
 /// Where the checkpoint goes and what may be there already.
 pub struct Output {
+    /// Its directory.
     pub out: PathBuf,
+    /// Replace what is there.
     pub overwrite: bool,
+    /// Go on with an interrupted run.
     pub resume: bool,
 }
 
-/// Text on which the cost in accuracy is measured.
+/// Text on which perplexity is measured.
 pub struct Evaluation {
+    /// The text.
     pub text: TextSet,
+    /// Tokens in a window.
     pub seq_len: usize,
+    /// At most this many windows.
     pub windows: Option<usize>,
 }
 
-pub fn quantize(source: &Source, calibration: &Calibration, recipe: &Recipe, output: &Output, evaluation: Option<&Evaluation>, progress: &dyn Progress) -> Result<QuantizeOutcome> { todo!() }
-pub fn dry_run(source: &Source, calibration: &Calibration, recipe: &Recipe, output: &Output) -> Result<DryRun> { todo!() }
-pub fn calibrate(source: &Source, calibration: &Calibration, out: &Path, overwrite: bool, progress: &dyn Progress) -> Result<FileOutcome> { todo!() }
-pub fn plan(calibration_file: &Path, recipe: &Recipe, out: &Path, overwrite: bool) -> Result<FileOutcome> { todo!() }
-pub fn pack(source: &Source, plan_file: &Path, output: &Output, evaluation: Option<&Evaluation>, progress: &dyn Progress) -> Result<QuantizeOutcome> { todo!() }
+/// `atom quantize`: calibrate, plan and pack in one pass.
+pub fn quantize<B: Backend>(
+    backend: &B,
+    source: &Source,
+    calibration: &Calibration,
+    recipe: &Recipe,
+    output: &Output,
+    evaluation: Option<&Evaluation>,
+    progress: &dyn Progress,
+) -> Result<QuantizeOutcome> {
+    let job = prepare(source, calibration, recipe)?;
+    check_evaluation(source, evaluation)?;
+    let mut stream = None;
+    let attention = attention_spec(&job.architecture, FLOAT_KV, calibration.seq_len);
+    run::run(backend, &job, output, evaluation, progress, |index, timing| {
+        timing.measure("calibrate", || {
+            let stream = match &mut stream {
+                Some(stream) => stream,
+                None => stream.insert(Stream::embed(
+                    backend,
+                    source,
+                    &job.architecture,
+                    &job.tokens,
+                    calibration.seq_len,
+                )?),
+            };
+            calibrate::advance_and_measure(
+                backend,
+                source,
+                &job.architecture,
+                &attention,
+                index,
+                stream,
+                progress,
+            )
+        })
+    })
+}
+
+/// Everything `quantize` would find out before its first product.
+pub fn dry_run(
+    source: &Source,
+    calibration: &Calibration,
+    recipe: &Recipe,
+    output: &Output,
+) -> Result<DryRun> {
+    let job = prepare(source, calibration, recipe)?;
+    job.check_tensors()?;
+    if output.out.exists() && !output.overwrite {
+        return Err(Error::usage(format!("{} exists already", output.out.display()))
+            .hint("choose another directory with --out, or replace it with --overwrite"));
+    }
+    let out_bytes: u64 = job.tensor_specs()?.iter().map(TensorSpec::bytes).sum();
+    let parent = output.out.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let free_disk_bytes = free_bytes(parent.unwrap_or(Path::new(".")))?;
+    if free_disk_bytes < out_bytes {
+        return Err(Error::machine(format!(
+            "the checkpoint needs {out_bytes} bytes of disk, {free_disk_bytes} are free"
+        ))
+        .hint("free some disk space, or choose another place with --out"));
+    }
+    let (blocks, sites) = (job.blocks.len(), job.blocks.iter().flatten());
+    let linears = sites.flat_map(|site| &site.linears).filter(|linear| linear.bits < 16).count();
+    Ok(DryRun {
+        out: output.out.clone(),
+        model: source.name().to_owned(),
+        recipe: recipe.clone(),
+        blocks,
+        linears,
+        samples: calibration.samples,
+        seq_len: calibration.seq_len,
+        source_bytes: source.total_bytes(),
+        out_bytes,
+        bits_per_weight: bits_per_weight(&job.blocks),
+        memory_bytes: memory_estimate(&job, calibration),
+        free_disk_bytes,
+    })
+}
+
+/// One block in f32, its Hessians, the streams, and 300 MB.
+fn memory_estimate(job: &Job, calibration: &Calibration) -> u64 {
+    let Some(block) = job.blocks.first() else { return 0 };
+    let weights: usize = block
+        .iter()
+        .flat_map(|site| site.linears.iter().map(|linear| linear.rows * site.width()))
+        .sum();
+    let hessians: usize = block.iter().map(|site| site.width() * site.width()).sum();
+    let state = calibration.samples * calibration.seq_len * job.architecture.hidden;
+    let values = if job.recipe.gptq { weights + hessians + 2 * state } else { weights + state };
+    4 * values as u64 + 300_000_000
+}
+
+fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -> Result<Job<'a>> {
+    let architecture = Architecture::from_config(source.config())?;
+    let blocks = plan_network(recipe, &architecture)?;
+    let Calibration { text, samples, seq_len, seed } = calibration;
+    let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, source.name())?;
+    let tokens =
+        calibration_windows(&tokenizer.encode(&text.text)?, *samples, *seq_len, *seed)
+            .map_err(|error| error.context(format!("calibration text `{}`", text.name)))?;
+    let provenance = Provenance {
+        dataset: text.name.clone(),
+        sha256: text.sha256.clone(),
+        samples: *samples,
+        seq_len: *seq_len,
+        seed: *seed,
+    };
+    Ok(Job { source, architecture, recipe: recipe.clone(), blocks, tokens, provenance })
+}
+
+/// Finds out that a text is too short before the work and not after it.
+fn check_evaluation(source: &Source, evaluation: Option<&Evaluation>) -> Result<()> {
+    let Some(evaluation) = evaluation else { return Ok(()) };
+    eval::windows(&source.tokenizer()?, source.name(), evaluation).map(|_| ())
+}
+
+fn evaluate_change<B: Backend>(
+    backend: &B,
+    source: &Source,
+    checkpoint: &Path,
+    evaluation: &Evaluation,
+    progress: &dyn Progress,
+) -> Result<PerplexityChange> {
+    let before = eval::source_perplexity(backend, source, evaluation, progress)?;
+    let checkpoint = AtomCheckpoint::open(checkpoint)?;
+    let after = eval::atom_perplexity(backend, &checkpoint, evaluation, progress)?;
+    Ok(PerplexityChange {
+        dataset: evaluation.text.name.clone(),
+        windows: before.windows,
+        seq_len: evaluation.seq_len,
+        before: before.perplexity,
+        after: after.perplexity,
+    })
+}
+
+/// `atom calibrate`: channel energies of every site, into a file.
+pub fn calibrate<B: Backend>(
+    backend: &B,
+    source: &Source,
+    calibration: &Calibration,
+    out: &Path,
+    overwrite: bool,
+    progress: &dyn Progress,
+) -> Result<FileOutcome> {
+    let start = Instant::now();
+    refuse_existing(out, overwrite)?;
+    // Any recipe will do: only the windows and the network are looked at.
+    let job = prepare(source, calibration, &Recipe { group: crate::recipe::Group::Row, outliers: 0, ..Recipe::paper() })?;
+    job.check_tensors()?;
+    let attention = attention_spec(&job.architecture, FLOAT_KV, calibration.seq_len);
+    let mut stream =
+        Stream::embed(backend, source, &job.architecture, &job.tokens, calibration.seq_len)?;
+    progress.begin("calibrate", job.architecture.blocks);
+    let mut energies = Vec::with_capacity(job.architecture.blocks);
+    for index in 0..job.architecture.blocks {
+        energies.push(calibrate::advance_and_measure(
+            backend,
+            source,
+            &job.architecture,
+            &attention,
+            index,
+            &mut stream,
+            progress,
+        )?);
+        progress.advance("");
+    }
+    progress.end();
+    let Job { architecture, tokens, provenance, .. } = job;
+    let data = CalibrationData {
+        model: source.name().to_owned(),
+        fingerprint: source.fingerprint()?,
+        config: source.config().clone(),
+        provenance,
+        tokens,
+        energies,
+    };
+    write_whole(out, &data.to_bytes(&architecture)?)?;
+    Ok(FileOutcome {
+        out: out.to_owned(),
+        model: data.model,
+        seconds: start.elapsed().as_secs_f64(),
+        sites: architecture.blocks * crate::model::sites::SITES.len(),
+        linears: count_linears(&architecture),
+        bits_per_weight: None,
+    })
+}
+
+/// `atom plan`: what becomes of every site and linear, from a calibration file and a recipe.
+pub fn plan(
+    calibration_file: &Path,
+    recipe: &Recipe,
+    out: &Path,
+    overwrite: bool,
+) -> Result<FileOutcome> {
+    let start = Instant::now();
+    refuse_existing(out, overwrite)?;
+    let (data, architecture, sha256) = CalibrationData::read(calibration_file)?;
+    let blocks = plan_network(recipe, &architecture)?;
+    let bits = bits_per_weight(&blocks);
+    // Relative where both files lie in one directory, so that the two can be moved together.
+    let same_directory = calibration_file.parent() == out.parent();
+    let path = match calibration_file.file_name().filter(|_| same_directory) {
+        Some(name) => PathBuf::from(name),
+        None => std::path::absolute(calibration_file)?,
+    };
+    let sites = blocks.iter().flatten().count();
+    let plan = PlanFile {
+        plan_version: PLAN_VERSION,
+        model: data.model.clone(),
+        recipe: recipe.clone(),
+        calibration: CalibrationFile { path, sha256 },
+        blocks,
+    };
+    let text = serde_json::to_string_pretty(&plan).expect("a plan has only JSON types");
+    write_whole(out, format!("{text}\n").as_bytes())?;
+    Ok(FileOutcome {
+        out: out.to_owned(),
+        model: data.model,
+        seconds: start.elapsed().as_secs_f64(),
+        sites,
+        linears: count_linears(&architecture),
+        bits_per_weight: Some(bits),
+    })
+}
+
+/// `atom pack`: the checkpoint that a plan describes.
+pub fn pack<B: Backend>(
+    backend: &B,
+    source: &Source,
+    plan_file: &Path,
+    output: &Output,
+    evaluation: Option<&Evaluation>,
+    progress: &dyn Progress,
+) -> Result<QuantizeOutcome> {
+    let (plan, calibration_file) = PlanFile::read(plan_file)?;
+    let (data, _, sha256) = CalibrationData::read(&calibration_file)?;
+    if sha256 != plan.calibration.sha256 {
+        return Err(Error::input(format!(
+            "{} is not the calibration that {} was made from",
+            calibration_file.display(),
+            plan_file.display()
+        ))
+        .hint("make the plan again with `atom plan`"));
+    }
+    if source.fingerprint()? != data.fingerprint {
+        return Err(Error::input(format!(
+            "{} was calibrated on another model or version of `{}`",
+            calibration_file.display(),
+            data.model
+        ))
+        .hint("calibrate this model with `atom calibrate`"));
+    }
+    let architecture = Architecture::from_config(source.config())?;
+    check_plan(&architecture, &plan.blocks)?;
+    check_evaluation(source, evaluation)?;
+    let CalibrationData { provenance, tokens, energies, .. } = data;
+    let PlanFile { recipe, blocks, .. } = plan;
+    let job = Job { source, architecture, recipe, blocks, tokens, provenance };
+    run::run(backend, &job, output, evaluation, progress, |index, _| Ok(energies[index].clone()))
+}
+
+fn count_linears(architecture: &Architecture) -> usize {
+    let sites = (0..architecture.blocks).flat_map(|block| architecture.sites(block));
+    sites.map(|site| site.linears.len()).sum()
+}
+
+fn refuse_existing(out: &Path, overwrite: bool) -> Result<()> {
+    if out.exists() && !overwrite {
+        return Err(Error::usage(format!("{} exists already", out.display()))
+            .hint("choose another file with --out, or replace it with --overwrite"));
+    }
+    Ok(())
+}
+
+/// Writes a file under a temporary name, syncs it and gives it its name.
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let parent = parent.unwrap_or(Path::new("."));
+    let write = || -> std::io::Result<()> {
+        let mut file = tempfile::Builder::new().prefix(".atom-").tempfile_in(parent)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        std::fs::File::open(parent)?.sync_all()
+    };
+    write().map_err(|error| Error::from(error).context(format!("cannot write {}", path.display())))
+}

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::linear::LinearShape;
 use crate::model::Architecture;
 use crate::model::sites::{LinearSpec, SiteSpec};
 use crate::quant::kv::KvFormat;
@@ -28,6 +29,9 @@ pub struct LinearPlan {
     pub rows_per_scale: usize,
     /// Clip ratio of the groups.
     pub clip: f32,
+    /// Relative output error, once it is quantized.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<f64>,
 }
 
 /// What becomes of a site's activation, and of the linears it feeds.
@@ -127,6 +131,7 @@ fn plan_linear(recipe: &Recipe, linear: &LinearSpec) -> LinearPlan {
         bits: recipe.bits,
         rows_per_scale: recipe.rows_per_scale,
         clip: recipe.clip_weight,
+        error: None,
     }
 }
 
@@ -201,6 +206,19 @@ impl SitePlan {
             groups: self.groups(),
             rows_per_scale: linear.rows_per_scale,
             clip: linear.clip,
+            outlier_channels: self.outlier_channels,
+            outlier_format: self.outlier_format,
+        }
+    }
+
+    /// What is stored of one of its linears.
+    pub fn shape(&self, linear: &LinearPlan) -> LinearShape {
+        LinearShape {
+            rows: linear.rows,
+            bits: linear.bits,
+            group_size: self.group_size,
+            groups: self.groups(),
+            rows_per_scale: linear.rows_per_scale,
             outlier_channels: self.outlier_channels,
             outlier_format: self.outlier_format,
         }

@@ -7,6 +7,7 @@ mod factor;
 pub mod gemm;
 pub mod gemm_pack;
 mod gptq;
+mod hessian;
 pub mod integer;
 pub mod isa;
 pub mod quantize;
@@ -25,6 +26,7 @@ use crate::{Error, Result};
 use attention::AttentionShape;
 use gemm::{gemm, gram_add, par_gemm};
 use gemm_pack::{Panels, Rows};
+pub use hessian::Hessian;
 use integer::IntegerLinear;
 use isa::Isa;
 use tensor::Pool;
@@ -68,6 +70,10 @@ impl Backend for Cpu {
         let threads = rayon::current_num_threads();
         let plural = if threads == 1 { "" } else { "s" };
         format!("cpu ({}, {threads} thread{plural})", self.isa.name())
+    }
+
+    fn rows(&self, tensor: &Tensor) -> usize {
+        tensor.rows
     }
 
     fn upload(&self, matrix: Matrix) -> Result<Tensor> {
@@ -247,6 +253,3 @@ impl Backend for Cpu {
         self.pool.clear();
     }
 }
-
-mod hessian;
-pub use hessian::Hessian;

@@ -1,0 +1,181 @@
+/*! Perplexity by the reference's protocol (eval.py `llama_eval`): the text tokenized once, windows that
+do not overlap, the tail dropped, each window on its own; the mean over windows of each window's mean
+negative log likelihood of its tokens but the first, exponentiated. */
+
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::Result;
+use crate::backend::{AttentionSpec, Backend};
+use crate::checkpoint::{AtomCheckpoint, Source, Tensors};
+use crate::model::Architecture;
+use crate::model::block::Block;
+use crate::model::sites::FINAL_NORM;
+use crate::pipeline::plan::BlockPlan;
+use crate::pipeline::progress::Progress;
+use crate::pipeline::{
+    Evaluation, FLOAT_KV, Stream, attention_spec, cpu_seconds, quantized_block, read_sites,
+    source_block, vector,
+};
+use crate::text::{Tokenizer, evaluation_windows};
+
+use super::atom_plan;
+
+/// Bytes of hidden states held at once. Results do not depend on it.
+const STREAM_BYTES: usize = 1 << 30;
+
+/// The result of `atom eval-ppl`.
+#[derive(Clone, Debug, Serialize)]
+pub struct PerplexityOutcome {
+    /// Name of the model.
+    pub model: String,
+    /// Name of the text set.
+    pub dataset: String,
+    /// `exp` of the mean negative log likelihood of a token.
+    pub perplexity: f64,
+    /// Standard error of the estimate, from the spread of the windows' means.
+    pub standard_error: f64,
+    /// Windows measured.
+    pub windows: usize,
+    /// Tokens in a window.
+    pub seq_len: usize,
+    /// Tokens in all windows.
+    pub tokens: usize,
+    /// Wall-clock seconds.
+    pub seconds: f64,
+    /// `tokens / seconds`.
+    pub tokens_per_second: f64,
+    /// CPU seconds of the process in the meantime.
+    pub cpu_seconds: f64,
+    /// What it ran on.
+    pub device: String,
+}
+
+/// The evaluation windows of a model, joined.
+pub fn windows(tokenizer: &[u8], model: &str, evaluation: &Evaluation) -> Result<Vec<u32>> {
+    let tokens = Tokenizer::from_bytes(tokenizer, model)?.encode(&evaluation.text.text)?;
+    let windows = evaluation_windows(&tokens, evaluation.seq_len, evaluation.windows)
+        .map_err(|error| error.context(format!("evaluation text `{}`", evaluation.text.name)))?;
+    Ok(windows.concat())
+}
+
+/// Perplexity of a source checkpoint in full precision.
+pub fn source_perplexity<B: Backend>(
+    backend: &B,
+    source: &Source,
+    evaluation: &Evaluation,
+    progress: &dyn Progress,
+) -> Result<PerplexityOutcome> {
+    let architecture = Architecture::from_config(source.config())?;
+    let attention = attention_spec(&architecture, FLOAT_KV, evaluation.seq_len);
+    let tokens = windows(&source.tokenizer()?, source.name(), evaluation)?;
+    let run = Run { backend, name: source.name(), tensors: source, architecture, attention, evaluation, progress };
+    run.measure(&tokens, |architecture, index| source_block(backend, source, architecture, index))
+}
+
+/// Perplexity of an Atom checkpoint on the integer path.
+pub fn atom_perplexity<B: Backend>(
+    backend: &B,
+    checkpoint: &AtomCheckpoint,
+    evaluation: &Evaluation,
+    progress: &dyn Progress,
+) -> Result<PerplexityOutcome> {
+    let architecture = Architecture::from_config(checkpoint.config())?;
+    let (kv, blocks): (_, Vec<BlockPlan>) = atom_plan(checkpoint, &architecture)?;
+    let attention = attention_spec(&architecture, kv, evaluation.seq_len);
+    let tokens = windows(&checkpoint.tokenizer()?, checkpoint.name(), evaluation)?;
+    let run =
+        Run { backend, name: checkpoint.name(), tensors: checkpoint, architecture, attention, evaluation, progress };
+    run.measure(&tokens, |architecture, index| {
+        let sites = read_sites(checkpoint, &blocks[index])?;
+        quantized_block(backend, checkpoint, architecture, index, &sites)
+    })
+}
+
+struct Run<'a, B: Backend> {
+    backend: &'a B,
+    name: &'a str,
+    tensors: &'a dyn Tensors,
+    architecture: Architecture,
+    attention: AttentionSpec,
+    evaluation: &'a Evaluation,
+    progress: &'a dyn Progress,
+}
+
+impl<B: Backend> Run<'_, B> {
+    /// Streams the windows through the blocks that `block` gives, in parts whose hidden states fit in
+    /// memory.
+    fn measure(
+        &self,
+        tokens: &[u32],
+        block: impl Fn(&Architecture, usize) -> Result<Block<B>>,
+    ) -> Result<PerplexityOutcome> {
+        let (start, cpu_start) = (Instant::now(), cpu_seconds());
+        let Self { backend, architecture, progress, .. } = self;
+        let seq_len = self.evaluation.seq_len;
+        let window_bytes = 4 * seq_len * architecture.hidden;
+        let part = (STREAM_BYTES / window_bytes).max(1) * seq_len;
+        let parts = tokens.len().div_ceil(part);
+        progress.begin(&format!("evaluate {}", self.name), parts * (architecture.blocks + 1));
+        let mut means = Vec::with_capacity(tokens.len() / seq_len);
+        for tokens in tokens.chunks(part) {
+            let mut stream =
+                Stream::embed(*backend, self.tensors, architecture, tokens, seq_len)?;
+            for index in 0..architecture.blocks {
+                let block = block(architecture, index)?;
+                stream.advance(*backend, &self.attention, &block, || progress.check_stop())?;
+                progress.advance("");
+            }
+            self.window_means(stream, tokens, &mut means)?;
+            progress.advance("");
+        }
+        progress.end();
+        backend.trim();
+        let windows = means.len() as f64;
+        let mean = means.iter().sum::<f64>() / windows;
+        let variance =
+            means.iter().map(|loss| (loss - mean).powi(2)).sum::<f64>() / (windows - 1.0).max(1.0);
+        let seconds = start.elapsed().as_secs_f64();
+        Ok(PerplexityOutcome {
+            model: self.name.to_owned(),
+            dataset: self.evaluation.text.name.clone(),
+            perplexity: mean.exp(),
+            standard_error: mean.exp() * (variance / windows).sqrt(),
+            windows: means.len(),
+            seq_len,
+            tokens: tokens.len(),
+            seconds,
+            tokens_per_second: tokens.len() as f64 / seconds,
+            cpu_seconds: cpu_seconds() - cpu_start,
+            device: backend.device(),
+        })
+    }
+
+    /// Final norm, output head and cross entropy: each window's mean loss.
+    fn window_means(&self, stream: Stream<B>, tokens: &[u32], means: &mut Vec<f64>) -> Result<()> {
+        let Self { backend, architecture, .. } = self;
+        let seq_len = self.evaluation.seq_len;
+        let norm = vector(*backend, self.tensors, FINAL_NORM, architecture.hidden)?;
+        let head = crate::pipeline::matrix(
+            self.tensors,
+            architecture.head_name(),
+            architecture.vocabulary,
+            architecture.hidden,
+        )?;
+        let head = backend.dense(&head)?;
+        let mut first = 0;
+        for batch in stream.batches {
+            self.progress.check_stop()?;
+            let normed = backend.rms_norm(&batch, &norm, architecture.norm_epsilon)?;
+            drop(batch);
+            let end = first + backend.rows(&normed);
+            let losses = backend.cross_entropy(&normed, &head, &tokens[first..end], seq_len)?;
+            means.extend(
+                losses.chunks(seq_len - 1).map(|window| window.iter().sum::<f64>() / window.len() as f64),
+            );
+            first = end;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,203 @@
+/*! Calibration: channel energies of every site, from the stream through the original blocks, and the
+file that holds them. */
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::{Dtype, SafeTensors, View};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::load::source_block;
+use super::progress::Progress;
+use super::stream::Stream;
+use crate::backend::{AttentionSpec, Backend};
+use crate::checkpoint::Source;
+use crate::model::Architecture;
+use crate::model::sites::SITES;
+use crate::{Error, Result};
+
+/// Mean square of each channel of a block's four sites over the calibration tokens: the diagonal of
+/// GPTQ's Hessian up to a factor (outlier.py, metric `hessian`).
+pub type Energies = [Vec<f64>; 4];
+
+/// Where calibration windows came from; part of a checkpoint's provenance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// Name of the text set.
+    pub dataset: String,
+    /// SHA-256 of its text.
+    pub sha256: String,
+    /// Windows.
+    pub samples: usize,
+    /// Tokens in a window.
+    pub seq_len: usize,
+    /// Seed of the draw.
+    pub seed: u64,
+}
+
+/// Carries `stream` through block `index` in full precision and measures its sites.
+pub fn advance_and_measure<B: Backend>(
+    backend: &B,
+    source: &Source,
+    architecture: &Architecture,
+    attention: &AttentionSpec,
+    index: usize,
+    stream: &mut Stream<B>,
+    progress: &dyn Progress,
+) -> Result<Energies> {
+    let block = source_block(backend, source, architecture, index)?;
+    let mut energies = architecture.sites(index).map(|site| vec![0.0; site.channels]);
+    for batch in &mut stream.batches {
+        progress.check_stop()?;
+        block.forward(backend, attention, batch, &mut |kind, x| {
+            let site = SITES.iter().position(|known| *known == kind).expect("SITES has every kind");
+            backend.add_energy(x, &mut energies[site])
+        })?;
+    }
+    for (energy, site) in energies.iter().zip(architecture.sites(index)) {
+        if let Some(channel) = energy.iter().position(|energy| !energy.is_finite()) {
+            return Err(Error::input(format!(
+                "channel {channel} of {} is not finite in full precision",
+                site.name
+            ))
+            .hint("the source's weights overflow f32 on this text: is the checkpoint sound?"));
+        }
+    }
+    Ok(energies)
+}
+
+/// What `atom calibrate` writes: a safetensors file with the windows and every site's energies.
+pub struct CalibrationData {
+    /// Name of the model.
+    pub model: String,
+    /// Its fingerprint.
+    pub fingerprint: String,
+    /// Its `config.json`, so that a plan can be made without it.
+    pub config: serde_json::Value,
+    /// Where the windows came from.
+    pub provenance: Provenance,
+    /// `[samples, seq_len]`.
+    pub tokens: Vec<u32>,
+    /// Every block's energies.
+    pub energies: Vec<Energies>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Header {
+    version: u32,
+    model: String,
+    fingerprint: String,
+    config: serde_json::Value,
+    provenance: Provenance,
+}
+
+const KEY: &str = "atom_calibration";
+const WINDOWS: &str = "windows";
+
+struct Bytes {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data: Vec<u8>,
+}
+
+impl View for &Bytes {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.data)
+    }
+    fn data_len(&self) -> usize {
+        self.data.len()
+    }
+}
+
+impl CalibrationData {
+    /// The file's bytes.
+    pub fn to_bytes(&self, architecture: &Architecture) -> Result<Vec<u8>> {
+        let Provenance { samples, seq_len, .. } = self.provenance;
+        let data = self.tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+        let windows = Bytes { dtype: Dtype::U32, shape: vec![samples, seq_len], data };
+        let mut tensors = BTreeMap::from([(WINDOWS.to_owned(), windows)]);
+        for (index, energies) in self.energies.iter().enumerate() {
+            for (site, energy) in architecture.sites(index).into_iter().zip(energies) {
+                let data = energy.iter().flat_map(|value| value.to_le_bytes()).collect();
+                let shape = vec![energy.len()];
+                tensors.insert(energy_name(&site.name), Bytes { dtype: Dtype::F64, shape, data });
+            }
+        }
+        let header = Header {
+            version: 1,
+            model: self.model.clone(),
+            fingerprint: self.fingerprint.clone(),
+            config: self.config.clone(),
+            provenance: self.provenance.clone(),
+        };
+        let header = serde_json::to_string(&header).expect("a header has only JSON types");
+        safetensors::serialize(&tensors, Some([(KEY.to_owned(), header)].into()))
+            .map_err(|error| Error::machine(format!("the calibration cannot be written: {error}")))
+    }
+
+    /// Reads the file; also returns the SHA-256 of its bytes.
+    pub fn read(path: &Path) -> Result<(Self, Architecture, String)> {
+        let bytes = fs_err::read(path)?;
+        let wrong = |what: &str| {
+            Error::input(format!("{} is not a calibration file: {what}", path.display()))
+                .hint("make one with `atom calibrate`")
+        };
+        let (_, metadata) =
+            SafeTensors::read_metadata(&bytes).map_err(|error| wrong(&error.to_string()))?;
+        let header = metadata
+            .metadata()
+            .as_ref()
+            .and_then(|metadata| metadata.get(KEY))
+            .ok_or_else(|| wrong("its header lacks `atom_calibration`"))?;
+        let header: Header =
+            serde_json::from_str(header).map_err(|error| wrong(&error.to_string()))?;
+        if header.version != 1 {
+            return Err(wrong("it was written by a newer version"));
+        }
+        let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(&error.to_string()))?;
+        let tensor = |name: &str, dtype: Dtype, shape: &[usize]| {
+            let view = file.tensor(name).map_err(|error| wrong(&error.to_string()))?;
+            if view.dtype() != dtype || view.shape() != shape {
+                return Err(wrong(&format!("`{name}` has another type or shape")));
+            }
+            Ok(view.data())
+        };
+        let architecture = Architecture::from_config(&header.config)?;
+        let Provenance { samples, seq_len, .. } = header.provenance;
+        let windows = tensor(WINDOWS, Dtype::U32, &[samples, seq_len])?;
+        let tokens = windows.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
+        let mut energies = Vec::with_capacity(architecture.blocks);
+        for index in 0..architecture.blocks {
+            let mut block = Energies::default();
+            for (energy, site) in block.iter_mut().zip(architecture.sites(index)) {
+                let data = tensor(&energy_name(&site.name), Dtype::F64, &[site.channels])?;
+                *energy = data.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect();
+            }
+            energies.push(block);
+        }
+        let Header { model, fingerprint, config, provenance, .. } = header;
+        let data = Self { model, fingerprint, config, provenance, tokens, energies };
+        Ok((data, architecture, format!("{:x}", HexDigest(Sha256::digest(&bytes).into()))))
+    }
+}
+
+fn energy_name(site: &str) -> String {
+    format!("{site}.energy")
+}
+
+/// A SHA-256 in lower-case hexadecimal.
+struct HexDigest([u8; 32]);
+
+impl std::fmt::LowerHex for HexDigest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}

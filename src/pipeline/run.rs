@@ -1,0 +1,293 @@
+/*! A whole run: from a source and a calibration to a finished checkpoint, block by block.
+
+`quantize` measures channel energies on the way, `pack` reads them from a file; everything after
+that is the same code, so both give the same bytes. */
+
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use super::block::BlockQuantizer;
+use super::calibrate::{Energies, Provenance};
+use super::load::{attention_spec, expect, quantized_block, read_sites};
+use super::outcome::{LinearOutcome, QuantizeOutcome};
+use super::plan::{BlockPlan, LinearPlan, bits_per_weight};
+use super::progress::Progress;
+use super::stream::Stream;
+use super::timing::{Timing, peak_rss_bytes};
+use super::{Output, evaluate_change, Evaluation};
+use crate::Result;
+use crate::backend::Backend;
+use crate::checkpoint::linear::{order_spec, order_tensor, specs, to_tensors};
+use crate::checkpoint::{
+    DEFAULT_SHARD_BYTES, FORMAT_VERSION, Options, Source, TensorSpec, Writer,
+};
+use crate::model::Architecture;
+use crate::model::sites::{EMBEDDING, FINAL_NORM};
+use crate::recipe::Recipe;
+
+/// Everything a run is decided by.
+pub struct Job<'a> {
+    /// The model.
+    pub source: &'a Source,
+    /// Its network.
+    pub architecture: Architecture,
+    /// The resolved recipe.
+    pub recipe: Recipe,
+    /// What becomes of every block.
+    pub blocks: Vec<BlockPlan>,
+    /// Calibration windows, `[samples, seq_len]`.
+    pub tokens: Vec<u32>,
+    /// Where they came from.
+    pub provenance: Provenance,
+}
+
+impl Job<'_> {
+    /// Refuses a source whose tensors are not what its config says, before any work.
+    pub fn check_tensors(&self) -> Result<()> {
+        for (name, shape) in self.architecture.tensors() {
+            expect(self.source, &name, &shape)?;
+        }
+        Ok(())
+    }
+
+    /// The output's tensors, in the order they are stored.
+    pub fn tensor_specs(&self) -> Result<Vec<TensorSpec>> {
+        let mut all = vec![self.kept(EMBEDDING)?];
+        for (index, block) in self.blocks.iter().enumerate() {
+            for norm in self.architecture.norm_names(index) {
+                all.push(self.kept(&norm)?);
+            }
+            for site in block {
+                all.push(order_spec(&site.name, site.width()));
+                for linear in &site.linears {
+                    if linear.bits == 16 {
+                        all.push(self.kept(&format!("{}.weight", linear.name))?);
+                    } else {
+                        all.extend(specs(&linear.name, &site.shape(linear)));
+                    }
+                }
+            }
+        }
+        all.push(self.kept(FINAL_NORM)?);
+        if !self.architecture.tied {
+            all.push(self.kept(self.architecture.head_name())?);
+        }
+        Ok(all)
+    }
+
+    /// A tensor that stays as the source has it.
+    fn kept(&self, name: &str) -> Result<TensorSpec> {
+        let tensor = self.source.tensor(name)?;
+        Ok(TensorSpec::new(name, tensor.dtype, tensor.shape))
+    }
+
+    /// What a resumed run must agree on.
+    fn identity(&self) -> Result<Value> {
+        Ok(json!({
+            "tool_version": env!("CARGO_PKG_VERSION"),
+            "source": self.source.fingerprint()?,
+            "recipe": self.recipe,
+            "calibration": self.provenance,
+            "blocks": self.blocks,
+        }))
+    }
+
+    /// `config.json` of the output.
+    fn config(&self) -> Value {
+        let mut config = self.source.config().clone();
+        config["quantization_config"] = json!({
+            "quant_method": "atom",
+            "format_version": FORMAT_VERSION,
+            "bits": self.recipe.bits,
+            "act_bits": self.recipe.act_bits,
+            "kv_bits": self.recipe.kv_bits,
+            "group": self.recipe.group,
+            "outliers": self.recipe.outliers,
+        });
+        config
+    }
+
+    /// `atom.json` of the output, without the hashes that the writer adds.
+    fn atom(&self, errors: &[(String, f64)]) -> Result<Value> {
+        let mut blocks = self.blocks.clone();
+        let linears = blocks.iter_mut().flatten().flat_map(|site| &mut site.linears);
+        let quantized = linears.filter(|linear| linear.bits < 16);
+        for (linear, (name, error)) in quantized.zip(errors) {
+            debug_assert_eq!(linear.name, *name);
+            linear.error = Some(*error);
+        }
+        Ok(json!({
+            "format_version": FORMAT_VERSION,
+            "tool_version": env!("CARGO_PKG_VERSION"),
+            "source": {
+                "name": self.source.name(),
+                "fingerprint": self.source.fingerprint()?,
+                "bytes": self.source.total_bytes(),
+            },
+            "calibration": self.provenance,
+            "recipe": self.recipe,
+            "kv": self.recipe.kv(),
+            "bits_per_weight": bits_per_weight(&self.blocks),
+            "blocks": blocks,
+        }))
+    }
+
+    /// Tensors that stay as they are, with their bytes.
+    fn copies(&self, names: impl IntoIterator<Item = String>) -> Result<Vec<(String, Vec<u8>)>> {
+        names
+            .into_iter()
+            .map(|name| {
+                let tensor = self.source.tensor(&name)?;
+                // A NaN here would spoil the model as surely as one in a linear.
+                tensor.check_finite()?;
+                let bytes = tensor.bytes.to_vec();
+                tensor.release();
+                Ok((name, bytes))
+            })
+            .collect()
+    }
+}
+
+/// Quantizes and writes the whole model. `energies` is called once for every block, in order.
+pub fn run<B: Backend>(
+    backend: &B,
+    job: &Job,
+    output: &Output,
+    evaluation: Option<&Evaluation>,
+    progress: &dyn Progress,
+    mut energies: impl FnMut(usize, &mut Timing) -> Result<Energies>,
+) -> Result<QuantizeOutcome> {
+    let start = Instant::now();
+    let mut timing = Timing::default();
+    job.check_tensors()?;
+    let options = Options {
+        overwrite: output.overwrite,
+        resume: output.resume,
+        max_shard_bytes: DEFAULT_SHARD_BYTES,
+    };
+    let mut writer = Writer::create(&output.out, job.tensor_specs()?, &job.identity()?, options)?;
+    let seq_len = job.provenance.seq_len;
+    let attention = attention_spec(&job.architecture, job.recipe.kv(), seq_len);
+    let mut stream = if job.recipe.gptq {
+        Some(Stream::embed(backend, job.source, &job.architecture, &job.tokens, seq_len)?)
+    } else {
+        None
+    };
+    let quantizer = BlockQuantizer {
+        backend,
+        source: job.source,
+        architecture: &job.architecture,
+        attention: &attention,
+        damping: job.recipe.damping,
+        progress,
+    };
+
+    progress.begin("quantize", job.blocks.len());
+    let mut errors = Vec::new();
+    let mut resumed_blocks = 0;
+    for (index, plan) in job.blocks.iter().enumerate() {
+        let name = job.architecture.block_name(index);
+        let energies = energies(index, &mut timing)?;
+        let done = writer.done().iter().find(|done| done.block == name);
+        let (sites, block_errors) = match done.map(|done| done.extra.clone()) {
+            Some(extra) => {
+                resumed_blocks += 1;
+                let errors: Vec<(String, f64)> = serde_json::from_value(extra)
+                    .map_err(|error| crate::Error::input(format!("work of block {index}: {error}")))?;
+                (read_sites(&writer, plan)?, errors)
+            }
+            None => {
+                let block =
+                    quantizer.quantize(index, plan, &energies, stream.as_ref(), &mut timing)?;
+                timing.measure("write", || {
+                    let mut tensors = job.copies(job.architecture.norm_names(index))?;
+                    for (site, quantized) in plan.iter().zip(&block.sites) {
+                        tensors.push(order_tensor(&site.name, &quantized.format.order));
+                        for (linear, weights) in site.linears.iter().zip(&quantized.linears) {
+                            match weights {
+                                Some(weights) => tensors.extend(to_tensors(&linear.name, weights)),
+                                None => {
+                                    tensors.extend(job.copies([format!("{}.weight", linear.name)])?);
+                                }
+                            }
+                        }
+                    }
+                    writer.write_block(&name, tensors, json!(block.errors))
+                })?;
+                (block.sites, block.errors)
+            }
+        };
+        // Nobody needs the states after the last block.
+        if let Some(stream) = stream.as_mut().filter(|_| index + 1 < job.blocks.len()) {
+            timing.measure("propagate", || {
+                let block =
+                    quantized_block(backend, job.source, &job.architecture, index, &sites)?;
+                stream.advance(backend, &attention, &block, || progress.check_stop())
+            })?;
+        }
+        backend.trim();
+        progress.advance(&worst_of(&block_errors));
+        errors.extend(block_errors);
+    }
+    progress.end();
+    drop(stream);
+
+    for (unit, name) in [("embedding", EMBEDDING), ("norm", FINAL_NORM), ("head", job.architecture.head_name())] {
+        let tied_head = unit == "head" && job.architecture.tied;
+        if !tied_head && writer.done().iter().all(|done| done.block != unit) {
+            timing.measure("write", || {
+                writer.write_block(unit, job.copies([name.to_owned()])?, Value::Null)
+            })?;
+        }
+    }
+    progress.check_stop()?;
+    let out = writer.out().to_owned();
+    let out_bytes = job.tensor_specs()?.iter().map(TensorSpec::bytes).sum();
+    timing.measure("write", || {
+        writer.finish(&job.config(), job.atom(&errors)?, &job.source.side_files()?)
+    })?;
+
+    let perplexity = match evaluation {
+        None => None,
+        Some(evaluation) => Some(timing.measure("evaluate", || {
+            evaluate_change(backend, job.source, &out, evaluation, progress)
+        })?),
+    };
+    let linear = |linear: &LinearPlan, error: f64| LinearOutcome {
+        name: linear.name.clone(),
+        bits: linear.bits,
+        error,
+    };
+    let planned = job.blocks.iter().flatten().flat_map(|site| &site.linears);
+    Ok(QuantizeOutcome {
+        out,
+        model: job.source.name().to_owned(),
+        recipe: job.recipe.clone(),
+        seconds: start.elapsed().as_secs_f64(),
+        stage_seconds: timing.finish(),
+        peak_rss_bytes: peak_rss_bytes(),
+        peak_gpu_bytes: None,
+        bits_per_weight: bits_per_weight(&job.blocks),
+        source_bytes: job.source.total_bytes(),
+        out_bytes,
+        device: backend.device(),
+        resumed_blocks,
+        linears: planned
+            .filter(|linear| linear.bits < 16)
+            .zip(&errors)
+            .map(|(plan, (_, error))| linear(plan, *error))
+            .collect(),
+        perplexity,
+    })
+}
+
+fn worst_of(errors: &[(String, f64)]) -> String {
+    match errors.iter().max_by(|a, b| a.1.total_cmp(&b.1)) {
+        None => "kept as it was".to_owned(),
+        Some((name, error)) => {
+            let short = name.rsplit('.').next().unwrap_or(name);
+            format!("worst output error {error:.3} ({short})")
+        }
+    }
+}
