@@ -8,6 +8,7 @@ and calls `quant` for the method, `backend` does the arithmetic, `checkpoint` wr
 pub mod backend;
 pub mod checkpoint;
 pub mod error;
+pub mod hub;
 pub mod quant;
 pub mod text;
 

@@ -1,1 +1,40 @@
-/*! Bytes on disk <-> named tensors. */
+/*! Bytes on disk <-> named tensors: Hugging Face shards in, Atom shards out.
+
+This room knows names, element types, shapes and bytes, and never what the numbers mean. Reading
+maps the files, so nothing is loaded before it is asked for and a block's pages can be given back.
+Writing happens in a work directory beside the output and ends in one rename, so that the output
+is there whole or not at all. `docs/format.md` is the written form of what [`Writer`] and
+[`linear`] put on disk. */
+
+mod atom;
+mod dtype;
+mod files;
+mod fingerprint;
+mod layout;
+pub mod linear;
+mod output;
+pub mod packing;
+mod shards;
+mod source;
+mod tensor;
+mod work;
+mod writer;
+
+pub use atom::{AtomCheckpoint, FORMAT_VERSION, is_atom};
+pub use dtype::{Dtype, TensorSpec};
+pub use source::Source;
+pub use tensor::Tensor;
+pub use work::DoneBlock;
+pub use writer::{DEFAULT_SHARD_BYTES, Options, Writer};
+
+use std::borrow::Cow;
+
+use crate::Result;
+
+/// Where stored tensors can be fetched from: a finished checkpoint, or the work of an unfinished
+/// run.
+pub trait Stored {
+    /// The little-endian bytes of the tensor that `spec` names, or an error that says how the
+    /// stored one differs from `spec`.
+    fn fetch(&self, spec: &TensorSpec) -> Result<Cow<'_, [u8]>>;
+}

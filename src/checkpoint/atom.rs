@@ -1,0 +1,146 @@
+/*! A finished Atom checkpoint, opened for reading. */
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::Stored;
+use super::dtype::{TensorSpec, form};
+use super::files::Files;
+use super::fingerprint::sha256_hex;
+use super::shards::Shards;
+use super::tensor::Tensor;
+use crate::{Error, Result};
+
+/// The version of the format that this program writes, and the newest that it reads.
+pub const FORMAT_VERSION: u64 = 1;
+
+/// Whether `dir` holds an Atom checkpoint: a directory is one once `atom.json` is in it.
+pub fn is_atom(dir: &Path) -> bool {
+    dir.join("atom.json").is_file()
+}
+
+/// An opened Atom checkpoint; tensors stay in their files until they are used.
+pub struct AtomCheckpoint {
+    files: Files,
+    name: String,
+    config: Value,
+    atom: Value,
+    shards: Shards,
+}
+
+impl AtomCheckpoint {
+    /// Opens the checkpoint in `dir`. Headers, lengths and the list of tensors are checked, their
+    /// contents are not: see [`AtomCheckpoint::verify_tensor`].
+    pub fn open(dir: &Path) -> Result<Self> {
+        let files = Files::directory(dir)?;
+        let path = files.path_of("atom.json");
+        let Some(atom) = files.json("atom.json")? else {
+            return Err(Error::input(format!("{} has no atom.json", dir.display()))
+                .hint("give a directory that `atom quantize` has written"));
+        };
+        match atom["format_version"].as_u64() {
+            Some(FORMAT_VERSION) => {}
+            Some(version) if version > FORMAT_VERSION => {
+                let message = format!(
+                    "{path} has format version {version}, this program reads up to {FORMAT_VERSION}"
+                );
+                return Err(Error::input(message).hint("use a newer version of atom"));
+            }
+            _ => {
+                let message = format!("{path} has no valid `format_version`");
+                return Err(Error::input(message).hint("quantize the model again"));
+            }
+        }
+        let config = files.config()?;
+        let shards = Shards::open(&files)?;
+        let listed = atom["tensors"].as_object().ok_or_else(|| {
+            Error::input(format!("{path} has no `tensors`")).hint("quantize the model again")
+        })?;
+        let absent = listed.keys().find(|name| !shards.contains(name));
+        let unlisted = shards.names().find(|name| !listed.contains_key(*name));
+        let problem = match (absent, unlisted) {
+            (Some(name), _) => format!("{path} lists tensor `{name}`, which no shard holds"),
+            (None, Some(name)) => format!("{path} does not list tensor `{name}` of the shards"),
+            (None, None) => return Ok(Self { name: files.name(), files, config, atom, shards }),
+        };
+        Err(Error::input(problem).hint("copy the checkpoint again, all of its files"))
+    }
+
+    /// A short name: the directory's.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> Option<&Path> {
+        self.files.dir()
+    }
+
+    /// The content of `atom.json`.
+    pub fn atom(&self) -> &Value {
+        &self.atom
+    }
+
+    /// The content of `config.json`, an object.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// The tensor of this name, of any type.
+    pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        self.shards.tensor(name)
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.shards.contains(name)
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.shards.names()
+    }
+
+    /// Bytes of all tensors together.
+    pub fn total_bytes(&self) -> u64 {
+        self.shards.total_bytes()
+    }
+
+    /// The content of `tokenizer.json`.
+    pub fn tokenizer(&self) -> Result<Cow<'_, [u8]>> {
+        self.files.tokenizer()
+    }
+
+    /// Compares a tensor's bytes with the hash that `atom.json` has of them. A difference is a
+    /// failed check (exit code 1).
+    pub fn verify_tensor(&self, name: &str) -> Result<()> {
+        let tensor = self.tensor(name)?;
+        let expected = self.atom["tensors"][name]["sha256"].as_str().unwrap_or("no hash");
+        let found = sha256_hex(tensor.bytes);
+        tensor.release();
+        if found == expected {
+            return Ok(());
+        }
+        let message = format!("tensor `{name}` has SHA-256 {found}, atom.json says {expected}");
+        Err(Error::check(message).hint("the file is damaged: copy it again"))
+    }
+}
+
+impl Stored for AtomCheckpoint {
+    fn fetch(&self, spec: &TensorSpec) -> Result<Cow<'_, [u8]>> {
+        let tensor = self.tensor(&spec.name)?;
+        if tensor.dtype != spec.dtype || tensor.shape != spec.shape {
+            return Err(Error::input(format!(
+                "tensor `{}` of {} is {}, expected {}",
+                spec.name,
+                self.files.place(),
+                form(tensor.dtype.name(), tensor.shape),
+                spec.form()
+            ))
+            .hint("atom.json and the shards do not belong together: copy the checkpoint again"));
+        }
+        Ok(Cow::Borrowed(tensor.bytes))
+    }
+}

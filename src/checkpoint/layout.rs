@@ -1,0 +1,185 @@
+/*! Which tensor goes where: the shards of a checkpoint, planned before any tensor exists.
+
+All shapes are known from the configuration and the recipe, so the headers can be written first
+and every tensor goes straight to its place, in whatever order the blocks are finished. */
+
+use std::cmp::Reverse;
+use std::collections::HashMap;
+
+use serde_json::{Map, Value, json};
+
+use super::dtype::TensorSpec;
+use super::shards::SINGLE;
+use crate::{Error, Result};
+
+/// One file to be written.
+pub(super) struct ShardPlan {
+    /// The file's name.
+    pub(super) name: String,
+    /// The 8 length bytes and the header.
+    pub(super) header: Vec<u8>,
+    /// Bytes of the whole file.
+    pub(super) file_bytes: u64,
+}
+
+/// Where one tensor goes.
+pub(super) struct Place {
+    /// Index into [`Layout::shards`].
+    pub(super) shard: usize,
+    /// First byte in the file.
+    pub(super) offset: u64,
+    /// What it is.
+    pub(super) spec: TensorSpec,
+}
+
+/// The shards of a checkpoint and the place of each tensor.
+pub(super) struct Layout {
+    pub(super) shards: Vec<ShardPlan>,
+    pub(super) places: HashMap<String, Place>,
+}
+
+impl Layout {
+    /// Fills shards of at most `max_shard_bytes` of tensors in the given order; a tensor larger
+    /// than that gets a shard of its own.
+    pub(super) fn new(specs: Vec<TensorSpec>, max_shard_bytes: u64) -> Result<Self> {
+        let mut shards: Vec<Vec<TensorSpec>> = Vec::new();
+        let mut filled = u64::MAX;
+        for spec in specs {
+            let bytes = spec.bytes();
+            if filled.saturating_add(bytes) > max_shard_bytes {
+                shards.push(Vec::new());
+                filled = 0;
+            }
+            filled = filled.saturating_add(bytes);
+            if let Some(shard) = shards.last_mut() {
+                shard.push(spec);
+            }
+        }
+        let count = shards.len();
+        let mut layout = Self { shards: Vec::new(), places: HashMap::new() };
+        for (index, mut shard) in shards.into_iter().enumerate() {
+            // The widest elements first (a stable sort): then every tensor starts at a multiple
+            // of its element size, as the format's own writer has it, and can be used in place.
+            shard.sort_by_key(|spec| Reverse(spec.dtype.size_bytes()));
+            let name = if count == 1 {
+                SINGLE.to_string()
+            } else {
+                format!("model-{:05}-of-{count:05}.safetensors", index + 1)
+            };
+            layout.add(name, shard)?;
+        }
+        Ok(layout)
+    }
+
+    fn add(&mut self, name: String, specs: Vec<TensorSpec>) -> Result<()> {
+        let header = header(&specs)?;
+        let mut offset = header.len() as u64;
+        for spec in specs {
+            let bytes = spec.bytes();
+            let place = Place { shard: self.shards.len(), offset, spec };
+            offset = offset.saturating_add(bytes);
+            if let Some(twice) = self.places.insert(place.spec.name.clone(), place) {
+                let message = format!("tensor `{}` is planned twice", twice.spec.name);
+                return Err(Error::input(message));
+            }
+        }
+        self.shards.push(ShardPlan { name, header, file_bytes: offset });
+        Ok(())
+    }
+
+    /// Bytes of all shards.
+    pub(super) fn file_bytes(&self) -> u64 {
+        self.shards.iter().fold(0, |sum, shard| sum.saturating_add(shard.file_bytes))
+    }
+
+    /// The index of several shards; `None` for a single one, which needs no index.
+    pub(super) fn index(&self) -> Option<Value> {
+        if self.shards.len() == 1 {
+            return None;
+        }
+        let mut names: Vec<&String> = self.places.keys().collect();
+        names.sort();
+        let total: u64 = self.places.values().map(|place| place.spec.bytes()).sum();
+        let weight_map: Map<String, Value> = names
+            .into_iter()
+            .map(|name| {
+                let shard = self.places[name].shard;
+                (name.clone(), Value::from(self.shards[shard].name.as_str()))
+            })
+            .collect();
+        Some(json!({ "metadata": { "total_size": total }, "weight_map": weight_map }))
+    }
+}
+
+/// The length bytes and the header, padded with spaces so that the tensors begin at a multiple of
+/// 8. Its bytes depend on nothing but `specs`.
+fn header(specs: &[TensorSpec]) -> Result<Vec<u8>> {
+    let mut entries = Map::new();
+    entries.insert("__metadata__".to_string(), json!({ "format": "pt" }));
+    let mut offset = 0u64;
+    for spec in specs {
+        let end = offset.saturating_add(spec.bytes());
+        let entry = json!({
+            "dtype": spec.dtype.name(),
+            "shape": spec.shape,
+            "data_offsets": [offset, end],
+        });
+        if entries.insert(spec.name.clone(), entry).is_some() {
+            return Err(Error::input(format!("tensor `{}` is planned twice", spec.name)));
+        }
+        offset = end;
+    }
+    let mut text = Value::Object(entries).to_string().into_bytes();
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let mut header = (text.len() as u64).to_le_bytes().to_vec();
+    header.append(&mut text);
+    Ok(header)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Dtype;
+
+    fn specs() -> Vec<TensorSpec> {
+        vec![
+            TensorSpec::new("a", Dtype::U8, [3]),
+            TensorSpec::new("b", Dtype::F16, [2, 2]),
+            TensorSpec::new("c", Dtype::I32, [5]),
+            TensorSpec::new("d", Dtype::I8, [0]),
+        ]
+    }
+
+    #[test]
+    fn every_tensor_starts_at_a_multiple_of_its_element_size() {
+        let layout = Layout::new(specs(), 1000).unwrap();
+        assert_eq!(layout.shards.len(), 1);
+        assert_eq!(layout.shards[0].name, "model.safetensors");
+        assert!(layout.index().is_none());
+        assert_eq!(layout.shards[0].header.len() % 8, 0);
+        for place in layout.places.values() {
+            assert_eq!(place.offset % place.spec.dtype.size_bytes() as u64, 0);
+        }
+        assert_eq!(layout.file_bytes(), layout.shards[0].header.len() as u64 + 3 + 8 + 20);
+    }
+
+    #[test]
+    fn a_tiny_limit_gives_a_shard_for_each_large_tensor() {
+        let layout = Layout::new(specs(), 5).unwrap();
+        let names: Vec<&str> = layout.shards.iter().map(|shard| shard.name.as_str()).collect();
+        assert_eq!(names.len(), 4);
+        assert_eq!(names[0], "model-00001-of-00004.safetensors");
+        let index = layout.index().unwrap();
+        assert_eq!(index["metadata"]["total_size"], 31);
+        assert_eq!(index["weight_map"]["c"], "model-00003-of-00004.safetensors");
+    }
+
+    #[test]
+    fn a_name_cannot_be_planned_twice() {
+        for limit in [5, 1000] {
+            let twice = vec![TensorSpec::new("a", Dtype::I32, [3]); 2];
+            let error = Layout::new(twice, limit).err().unwrap();
+            assert_eq!(error.message(), "tensor `a` is planned twice");
+        }
+    }
+}

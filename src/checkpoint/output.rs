@@ -1,0 +1,218 @@
+/*! What it takes that the output is there whole or not at all: room on the disk reserved first,
+every file and directory synced, and one rename that puts the finished directory in place. */
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::atom::is_atom;
+use crate::{Error, Result};
+
+/// An I/O error with the action and the path in its sentence; a full disk stays the machine's
+/// fault.
+pub(super) fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
+    io::Error::new(error.kind(), format!("cannot {action} {}: {error}", path.display())).into()
+}
+
+/// The output directory made absolute, if it may be written: it must not exist, or be empty, or,
+/// with `overwrite`, be an Atom checkpoint. Anything else is never replaced.
+pub(super) fn writable(out: &Path, overwrite: bool) -> Result<PathBuf> {
+    let shown = out.display();
+    let absolute = match fs_err::canonicalize(out) {
+        Ok(existing) => existing,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return std::path::absolute(out)
+                .ok()
+                .filter(|path| path.file_name().is_some() && out.file_name().is_some())
+                .ok_or_else(|| {
+                    Error::usage(format!("`{shown}` cannot be the output directory"))
+                        .hint("name a new directory with --out")
+                });
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if absolute.file_name().is_none() || !absolute.is_dir() {
+        let message = format!("output {shown} exists and is not a directory of its own");
+        return Err(Error::usage(message).hint("name a new directory with --out"));
+    }
+    if fs_err::read_dir(&absolute)?.next().is_none() {
+        return Ok(absolute);
+    }
+    if !overwrite {
+        return Err(Error::usage(format!("output directory {shown} exists"))
+            .hint("replace it with --overwrite, or name another one with --out"));
+    }
+    if !is_atom(&absolute) {
+        let message =
+            format!("output directory {shown} is not an Atom checkpoint and is not overwritten");
+        return Err(Error::usage(message).hint("name another directory with --out"));
+    }
+    Ok(absolute)
+}
+
+/// Bytes that an ordinary user can still write beside `path`; `None` if the system does not say.
+pub(super) fn free_bytes(path: &Path) -> Option<u64> {
+    let path = CString::new(path.as_os_str().as_bytes()).ok()?;
+    let mut status = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the path ends in a zero byte and `status` has room for the structure.
+    if unsafe { libc::statvfs(path.as_ptr(), status.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    // SAFETY: statvfs returned 0, so it has filled the structure.
+    let status = unsafe { status.assume_init() };
+    Some(u64::from(status.f_bavail).saturating_mul(status.f_frsize))
+}
+
+/// Compares what is needed with what is free.
+pub(super) fn check_space(place: &Path, needed: u64, free: Option<u64>) -> Result<()> {
+    match free {
+        Some(free) if free < needed => Err(Error::machine(format!(
+            "{} needs {needed} bytes and its disk has {free} bytes free",
+            place.display()
+        ))
+        .hint("free some disk space, or choose another place with --out")),
+        _ => Ok(()),
+    }
+}
+
+/// Sets a file's length and reserves its blocks, so that a full disk is found now and not after
+/// hours of work.
+pub(super) fn reserve(file: &File, path: &Path, bytes: u64) -> Result<()> {
+    file.set_len(bytes).map_err(|error| failed("size", path, &error))?;
+    #[cfg(target_os = "linux")]
+    if bytes > 0 {
+        let length = libc::off_t::try_from(bytes).unwrap_or(libc::off_t::MAX);
+        // SAFETY: plain integers and a descriptor that `file` keeps open.
+        if unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, length) } != 0 {
+            let error = io::Error::last_os_error();
+            // A file system that cannot reserve: the check of free space has to do.
+            if !matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) {
+                return Err(failed("reserve the space of", path, &error));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes a file and waits until the disk has it.
+pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    fs_err::write(path, bytes)?;
+    Ok(fs_err::File::open(path)?.sync_all()?)
+}
+
+/// Waits until the disk has a directory's entries.
+pub(super) fn sync_directory(path: &Path) -> Result<()> {
+    Ok(fs_err::File::open(path)?.sync_all()?)
+}
+
+/// Puts the directory `new` in the place of `out`. If `out` exists the two change places in one
+/// step where the file system can, so that a reader finds the old or the new one at any moment;
+/// the old one ends up at `old`.
+pub(super) fn replace(new: &Path, out: &Path, old: &Path) -> Result<()> {
+    if !out.exists() {
+        return Ok(fs_err::rename(new, out)?);
+    }
+    match exchange(new, out) {
+        Ok(()) => Ok(fs_err::rename(new, old)?),
+        Err(_) => {
+            fs_err::rename(out, old)?;
+            fs_err::rename(new, out).map_err(|error| {
+                // Put the old one back; if that fails too, the message says where it is.
+                let kept = if fs_err::rename(old, out).is_ok() { out } else { old };
+                Error::from(error)
+                    .context(format!("the former output is kept as {}", kept.display()))
+            })
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn exchange(a: &Path, b: &Path) -> io::Result<()> {
+    let [a, b] = [a, b].map(|path| CString::new(path.as_os_str().as_bytes()));
+    let (a, b) = (a?, b?);
+    // SAFETY: both paths end in a zero byte and outlive the call.
+    let status = unsafe {
+        libc::renameat2(
+            libc::AT_FDCWD,
+            a.as_ptr(),
+            libc::AT_FDCWD,
+            b.as_ptr(),
+            libc::RENAME_EXCHANGE,
+        )
+    };
+    if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn exchange(_: &Path, _: &Path) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Kind;
+
+    #[test]
+    fn only_a_new_name_an_empty_directory_or_an_old_checkpoint_may_be_written() {
+        let home = tempfile::tempdir().unwrap();
+        let path = |name: &str| home.path().join(name);
+        assert!(writable(&path("new"), false).is_ok());
+        fs_err::create_dir(path("empty")).unwrap();
+        assert!(writable(&path("empty"), false).is_ok());
+
+        fs_err::create_dir(path("precious")).unwrap();
+        fs_err::write(path("precious/thesis.tex"), "x").unwrap();
+        let error = writable(&path("precious"), false).unwrap_err();
+        assert_eq!(error.kind(), Kind::Usage);
+        assert!(error.hint_text().unwrap().contains("--overwrite"));
+        let error = writable(&path("precious"), true).unwrap_err();
+        assert_eq!(error.kind(), Kind::Usage);
+        assert!(error.message().ends_with("is not an Atom checkpoint and is not overwritten"));
+
+        fs_err::create_dir(path("old")).unwrap();
+        fs_err::write(path("old/atom.json"), "{}").unwrap();
+        assert!(writable(&path("old"), false).is_err());
+        assert!(writable(&path("old"), true).is_ok());
+
+        let file = path("precious/thesis.tex");
+        assert_eq!(writable(&file, true).unwrap_err().kind(), Kind::Usage);
+        assert_eq!(writable(Path::new("/"), true).unwrap_err().kind(), Kind::Usage);
+    }
+
+    #[test]
+    fn a_disk_too_small_is_the_machines_fault_and_both_sizes_are_named() {
+        let error = check_space(Path::new("out"), 100, Some(99)).unwrap_err();
+        assert_eq!(error.kind(), Kind::Machine);
+        assert_eq!(error.message(), "out needs 100 bytes and its disk has 99 bytes free");
+        assert!(check_space(Path::new("out"), 100, Some(100)).is_ok());
+        assert!(check_space(Path::new("out"), 100, None).is_ok());
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_write_to_a_full_device_is_the_machines_fault() {
+        let full = Path::new("/dev/full");
+        let error = fs_err::write(full, "x").unwrap_err();
+        let error = failed("write", full, &error);
+        assert_eq!(error.kind(), Kind::Machine);
+        assert!(error.message().starts_with("cannot write /dev/full"));
+    }
+
+    #[test]
+    fn replace_keeps_the_former_directory_aside() {
+        let home = tempfile::tempdir().unwrap();
+        let path = |name: &str| home.path().join(name);
+        for name in ["new", "out"] {
+            fs_err::create_dir(path(name)).unwrap();
+            fs_err::write(path(name).join("which"), name).unwrap();
+        }
+        replace(&path("new"), &path("out"), &path("old")).unwrap();
+        assert_eq!(fs_err::read_to_string(path("out/which")).unwrap(), "new");
+        assert_eq!(fs_err::read_to_string(path("old/which")).unwrap(), "out");
+        assert!(!path("new").exists());
+    }
+}

@@ -1,0 +1,209 @@
+/*! One stored tensor, borrowed from a mapped file, and its conversion to f32. */
+
+use std::ops::Range;
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use memmap2::{Mmap, UncheckedAdvice};
+use rayon::prelude::*;
+
+use super::dtype::{Dtype, form};
+use crate::{Error, Result};
+
+/// Values converted by one task: 256 KiB of f32, which a core's L2 cache holds.
+const VALUES_PER_TASK: usize = 1 << 16;
+
+/// A tensor's description and its bytes, which stay in the file until they are touched.
+#[derive(Clone, Copy, Debug)]
+pub struct Tensor<'a> {
+    /// The name in the checkpoint.
+    pub name: &'a str,
+    /// The element type.
+    pub dtype: Dtype,
+    /// The shape, slowest dimension first.
+    pub shape: &'a [usize],
+    /// The elements, little-endian, row by row; of any alignment.
+    pub bytes: &'a [u8],
+    /// The map that `bytes` lies in, if it lies in one.
+    pub(super) map: Option<&'a Mmap>,
+}
+
+impl Tensor<'_> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.bytes.len() / self.dtype.size_bytes()
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// All values as f32, in the tensor's order. A NaN or infinity is an error that says where it
+    /// is, and so is a type that holds no real numbers (U8, I8, I32).
+    pub fn to_f32(&self) -> Result<Vec<f32>> {
+        self.values_f32(0..self.len())
+    }
+
+    /// The values of the given rows (indices of the first dimension) as f32, row by row, with the
+    /// errors of [`Tensor::to_f32`].
+    pub fn rows_f32(&self, rows: Range<usize>) -> Result<Vec<f32>> {
+        let count = self.shape.first().copied().unwrap_or(1);
+        if rows.start > rows.end || rows.end > count {
+            let message =
+                format!("tensor `{}` has {count} rows, but rows {rows:?} are asked for", self.name);
+            return Err(Error::input(message));
+        }
+        let width = if count == 0 { 0 } else { self.len() / count };
+        self.values_f32(rows.start * width..rows.end * width)
+    }
+
+    /// Gives the tensor's pages back to the system, so that a pass over the model holds one
+    /// block's pages at a time. They are read from the file again if touched again.
+    pub fn release(&self) {
+        let Some(map) = self.map else { return };
+        if self.bytes.is_empty() {
+            return;
+        }
+        let offset = self.bytes.as_ptr() as usize - map.as_ptr() as usize;
+        // SAFETY: the map is a read-only map of a file, so a page dropped here comes back with
+        // the same content; pages shared with a neighbouring tensor as well. The call is advice:
+        // its failure changes nothing that could be wrong.
+        let _ = unsafe {
+            map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, self.bytes.len())
+        };
+    }
+
+    fn values_f32(&self, range: Range<usize>) -> Result<Vec<f32>> {
+        let convert: fn(&[u8], &mut [f32]) = match self.dtype {
+            Dtype::F16 => convert_f16,
+            Dtype::BF16 => convert_bf16,
+            Dtype::F32 => convert_f32,
+            Dtype::U8 | Dtype::I8 | Dtype::I32 => {
+                let found = form(self.dtype.name(), self.shape);
+                let message = format!("tensor `{}` is {found}, not F16, BF16 or F32", self.name);
+                return Err(Error::input(message));
+            }
+        };
+        let size = self.dtype.size_bytes();
+        let bytes = &self.bytes[range.start * size..range.end * size];
+        let mut values = vec![0f32; range.len()];
+        let damaged = values
+            .par_chunks_mut(VALUES_PER_TASK)
+            .zip(bytes.par_chunks(VALUES_PER_TASK * size))
+            .enumerate()
+            .filter_map(|(task, (values, bytes))| {
+                convert(bytes, values);
+                first_not_finite(values).map(|at| task * VALUES_PER_TASK + at)
+            })
+            .min();
+        match damaged {
+            None => Ok(values),
+            Some(at) => Err(self.not_finite(range.start + at, values[at])),
+        }
+    }
+
+    fn not_finite(&self, index: usize, value: f32) -> Error {
+        let mut position = vec![0; self.shape.len()];
+        let mut rest = index;
+        for (p, &n) in position.iter_mut().zip(self.shape).rev() {
+            *p = rest % n;
+            rest /= n;
+        }
+        Error::input(format!("tensor `{}` holds {value} at {position:?}", self.name))
+            .hint("the weights are damaged or overflowed their type: download them again")
+    }
+}
+
+/// The first NaN or infinity. The scan is a maximum over bits, which compilers vectorize: a float
+/// is finite exactly if its bits without the sign are below those of infinity.
+fn first_not_finite(values: &[f32]) -> Option<usize> {
+    let largest = values.iter().fold(0, |largest, v| u32::max(largest, v.to_bits() & 0x7fff_ffff));
+    if largest < f32::INFINITY.to_bits() {
+        return None;
+    }
+    values.iter().position(|v| !v.is_finite())
+}
+
+fn convert_f16(bytes: &[u8], values: &mut [f32]) {
+    // The slice conversion uses the processor's instruction (F16C) where there is one.
+    match bytemuck::try_cast_slice::<u8, f16>(bytes) {
+        Ok(halves) => halves.convert_to_f32_slice(values),
+        Err(_) => {
+            for (value, pair) in values.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *value = f16::from_le_bytes(*pair).to_f32();
+            }
+        }
+    }
+}
+
+fn convert_bf16(bytes: &[u8], values: &mut [f32]) {
+    for (value, pair) in values.iter_mut().zip(bytes.as_chunks::<2>().0) {
+        *value = f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16);
+    }
+}
+
+fn convert_f32(bytes: &[u8], values: &mut [f32]) {
+    for (value, word) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
+        *value = f32::from_le_bytes(*word);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+
+    fn tensor<'a>(dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> Tensor<'a> {
+        Tensor { name: "w", dtype, shape, bytes, map: None }
+    }
+
+    #[test]
+    fn every_float_type_converts_at_any_alignment() {
+        let expected: Vec<f32> = (0..300).map(|i| (i as f32 - 150.0) / 8.0).collect();
+        let f16s: Vec<u8> = expected.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect();
+        let bf16s: Vec<u8> =
+            expected.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect();
+        let f32s: Vec<u8> = expected.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let bf16_expected: Vec<f32> =
+            expected.iter().map(|&v| bf16::from_f32(v).to_f32()).collect();
+        for shift in 0..4 {
+            let shifted = |bytes: &[u8]| [&vec![0; shift], bytes].concat();
+            let t = |dtype, bytes: &[u8]| {
+                let bytes = shifted(bytes);
+                tensor(dtype, &[30, 10], &bytes[shift..]).to_f32().unwrap()
+            };
+            assert_eq!(t(Dtype::F16, &f16s), expected);
+            assert_eq!(t(Dtype::BF16, &bf16s), bf16_expected);
+            assert_eq!(t(Dtype::F32, &f32s), expected);
+        }
+        let whole = tensor(Dtype::F32, &[30, 10], &f32s);
+        assert_eq!(whole.rows_f32(7..9).unwrap(), expected[70..90]);
+        assert_eq!(whole.rows_f32(30..30).unwrap(), []);
+        assert!(whole.rows_f32(29..31).is_err());
+    }
+
+    #[test]
+    fn a_damaged_value_is_named_with_its_position() {
+        let mut values = vec![1f32; VALUES_PER_TASK + 100];
+        values[VALUES_PER_TASK + 42] = f32::NAN;
+        values[VALUES_PER_TASK + 50] = f32::INFINITY;
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let shape = [(VALUES_PER_TASK + 100) / 2, 2];
+        let w = tensor(Dtype::F32, &shape, &bytes);
+        let row = (VALUES_PER_TASK + 42) / 2;
+        let error = w.to_f32().unwrap_err();
+        assert_eq!(error.message(), format!("tensor `w` holds NaN at [{row}, 0]"));
+        assert_eq!(
+            w.rows_f32(row + 1..row + 20).unwrap_err().message(),
+            format!("tensor `w` holds inf at [{}, 0]", row + 4)
+        );
+        assert!(w.rows_f32(0..row).is_ok());
+    }
+
+    #[test]
+    fn codes_are_not_numbers() {
+        let error = tensor(Dtype::U8, &[2], &[1, 2]).to_f32().unwrap_err();
+        assert_eq!(error.message(), "tensor `w` is U8 [2], not F16, BF16 or F32");
+    }
+}
