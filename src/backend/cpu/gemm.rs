@@ -162,15 +162,15 @@ pub fn gram_add(isa: Isa, x: &[f32], tokens: usize, n: usize, h: &mut [f32]) {
     });
 }
 
-/// The start of C, shared by tasks that each write their own part of it.
-struct Shared(*mut f32);
-// SAFETY: the pointer is only used by tasks whose parts of C do not overlap, while C is borrowed.
+/// The start of an output, shared by tasks that each write their own part of it.
+pub(super) struct Shared(pub(super) *mut f32);
+// SAFETY: the pointer is only used by tasks whose parts do not overlap, while the output is borrowed.
 unsafe impl Sync for Shared {}
 
 impl Shared {
     /// # Safety
-    /// `offset` must lie inside C.
-    unsafe fn at(&self, offset: usize) -> *mut f32 {
+    /// `offset` must lie inside the output.
+    pub(super) unsafe fn at(&self, offset: usize) -> *mut f32 {
         // SAFETY: the caller's.
         unsafe { self.0.add(offset) }
     }

@@ -116,6 +116,13 @@ mod x86 {
         let mut tile = [[_mm512_setzero_ps(); 2]; R];
         // SAFETY: the caller vouches for every address below; a prefetch may name any address.
         unsafe {
+            if !accumulate {
+                // The stores at the end would otherwise wait for C to come from memory.
+                for row in 0..R {
+                    _mm_prefetch::<_MM_HINT_ET0>(c.add(row * c_stride).cast());
+                    _mm_prefetch::<_MM_HINT_ET0>(c.add(row * c_stride + 16).cast());
+                }
+            }
             if accumulate {
                 for (row, lanes) in tile.iter_mut().enumerate() {
                     let c = c.add(row * c_stride);

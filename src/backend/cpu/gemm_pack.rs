@@ -231,10 +231,80 @@ impl<'a> Rows<'a> {
             }
             return;
         }
+        if self.column_stride == 1 {
+            let steps = depth.len();
+            return transpose(&self.data[start..], self.row_stride, height, steps, tile, height);
+        }
         for row in 0..height {
             let row_start = start + row * self.row_stride;
             for (step, column) in tile.chunks_exact_mut(height).enumerate() {
                 column[row] = self.data[row_start + step * self.column_stride];
+            }
+        }
+    }
+}
+
+/// `to[d * to_stride + r] = from[r * from_stride + d]` for r below `rows` and d below `depth`, in
+/// squares of 4 x 4 where they fit.
+fn transpose(
+    from: &[f32],
+    from_stride: usize,
+    rows: usize,
+    depth: usize,
+    to: &mut [f32],
+    to_stride: usize,
+) {
+    if rows == 0 || depth == 0 {
+        return;
+    }
+    assert!((rows - 1) * from_stride + depth <= from.len() && rows <= to_stride);
+    assert!((depth - 1) * to_stride + rows <= to.len());
+    let (square_rows, square_depth) = (rows / 4 * 4, depth / 4 * 4);
+    for d in (0..square_depth).step_by(4) {
+        for r in (0..square_rows).step_by(4) {
+            // SAFETY: rows r..r+4 and columns d..d+4 lie inside both slices, by the asserts.
+            unsafe {
+                let to = to.as_mut_ptr().add(d * to_stride + r);
+                transpose_square(
+                    from.as_ptr().add(r * from_stride + d),
+                    from_stride,
+                    to,
+                    to_stride,
+                );
+            }
+        }
+    }
+    for r in 0..rows {
+        let first = if r < square_rows { square_depth } else { 0 };
+        for d in first..depth {
+            to[d * to_stride + r] = from[r * from_stride + d];
+        }
+    }
+}
+
+/// Transposes 4 x 4 values.
+///
+/// # Safety
+/// Four rows of four values must be valid at both addresses.
+#[inline(always)]
+unsafe fn transpose_square(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+    // SAFETY: the caller vouches for the addresses; SSE2 is part of every x86-64.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::*;
+            let row = |r: usize| _mm_loadu_ps(from.add(r * from_stride));
+            let (low, high) = (_mm_unpacklo_ps(row(0), row(1)), _mm_unpackhi_ps(row(0), row(1)));
+            let (low2, high2) = (_mm_unpacklo_ps(row(2), row(3)), _mm_unpackhi_ps(row(2), row(3)));
+            _mm_storeu_ps(to, _mm_movelh_ps(low, low2));
+            _mm_storeu_ps(to.add(to_stride), _mm_movehl_ps(low2, low));
+            _mm_storeu_ps(to.add(2 * to_stride), _mm_movelh_ps(high, high2));
+            _mm_storeu_ps(to.add(3 * to_stride), _mm_movehl_ps(high2, high));
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        for r in 0..4 {
+            for d in 0..4 {
+                *to.add(d * to_stride + r) = *from.add(r * from_stride + d);
             }
         }
     }
