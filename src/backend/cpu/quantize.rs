@@ -1,1 +1,335 @@
-/*! placeholder */
+/*! Activations -> codes, fast: the bits of `quant::site`'s definitions.
+
+There is one body for all instruction sets, which the compiler vectorises for each. The bits agree
+because every step is exact or correctly rounded by itself: maxima, the butterflies of the
+transform in their fixed order, one product a value. Rounding half to even is an addition: with
+`|v| <= 127`, the sum `1.5 * 2^23 + v` has a unit in the last place of 1, so its low byte is the
+code in two's complement. */
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+
+use super::isa::Isa;
+use crate::Result;
+use crate::quant::hadamard;
+use crate::quant::rows::{OutlierRows, QuantizedRows};
+use crate::quant::site::{
+    self, GREATEST_INT8, OutlierFormat, PADDING, SiteFormat, Transform, absmax, inverse_of,
+    scale_of,
+};
+
+/// Tokens that a thread takes at a time.
+const TILE_TOKENS: usize = 16;
+
+/// `1.5 * 2^23`.
+const ROUNDER: f32 = 12_582_912.0;
+
+/// Quantizes activations `[tokens, channels]`: the bits of [`site::quantize_rows_plain`].
+///
+/// # Errors
+/// The same as [`site::quantize_rows_plain`].
+///
+/// # Panics
+/// If `x` is not `[tokens, channels]` or the format fails [`SiteFormat::check`].
+pub fn quantize_rows(
+    isa: Isa,
+    x: &[f32],
+    tokens: usize,
+    format: &SiteFormat,
+) -> Result<QuantizedRows> {
+    assert_eq!(x.len(), tokens * format.channels, "length of x");
+    if isa == Isa::Plain {
+        return site::quantize_rows_plain(x, tokens, format);
+    }
+    let (groups, outliers) = (format.groups, format.outlier_channels);
+    let int8 = outliers > 0 && format.outlier_format == OutlierFormat::Int8;
+    let halves = outliers > 0 && format.outlier_format == OutlierFormat::F16;
+    let mut codes = vec![0; tokens * format.grouped_channels()];
+    let mut scales = vec![0.0; tokens * groups];
+    let mut outlier_codes = vec![0; if int8 { tokens * outliers } else { 0 }];
+    let mut outlier_scales = vec![0.0; if int8 { tokens } else { 0 }];
+    let mut outlier_values = vec![0.0; if halves { tokens * outliers } else { 0 }];
+
+    let mut rest = Tile {
+        x,
+        codes: &mut codes,
+        scales: &mut scales,
+        outlier_codes: &mut outlier_codes,
+        outlier_scales: &mut outlier_scales,
+        outlier_values: &mut outlier_values,
+    };
+    let mut tiles = Vec::with_capacity(tokens.div_ceil(TILE_TOKENS));
+    for first in (0..tokens).step_by(TILE_TOKENS) {
+        tiles.push(rest.split_off(TILE_TOKENS.min(tokens - first), tokens - first));
+    }
+    let places = Places::new(format);
+    let sound = tiles.into_par_iter().all(|tile| match isa {
+        // SAFETY: `isa` is available on this processor.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { quantize_tile_avx512(tile, format, &places) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { quantize_tile_avx2(tile, format, &places) },
+        _ => quantize_tile(tile, format, &places),
+    });
+    if !sound {
+        // It finds the first value that is wrong and says so.
+        return site::quantize_rows_plain(x, tokens, format);
+    }
+    Ok(QuantizedRows {
+        tokens,
+        group_size: format.group_size,
+        groups,
+        codes,
+        scales,
+        outlier_channels: outliers,
+        outliers: match format.outlier_format {
+            _ if outliers == 0 => OutlierRows::None,
+            OutlierFormat::Int8 => {
+                OutlierRows::Int8 { codes: outlier_codes, scales: outlier_scales }
+            }
+            OutlierFormat::F16 => OutlierRows::F16(outlier_values),
+        },
+    })
+}
+
+/// Brings rows `[tokens, channels]` into the site's order and transforms their groups,
+/// `[tokens, width]`: the bits of [`SiteFormat::arrange`].
+///
+/// # Panics
+/// If `x` is not `[tokens, channels]` or the format fails [`SiteFormat::check`].
+pub fn arrange_rows(isa: Isa, x: &[f32], tokens: usize, format: &SiteFormat) -> Vec<f32> {
+    assert_eq!(x.len(), tokens * format.channels, "length of x");
+    if isa == Isa::Plain {
+        return format.arrange_rows_plain(x, tokens);
+    }
+    let places = Places::new(format);
+    let mut arranged = vec![0.0; tokens * format.width()];
+    if format.channels > 0 {
+        let rows = x.par_chunks_exact(format.channels).with_min_len(TILE_TOKENS);
+        rows.zip(arranged.par_chunks_exact_mut(format.width())).for_each(|(row, out)| match isa {
+            // SAFETY: `isa` is available on this processor.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { arrange_avx512(row, format, &places, out) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { arrange_avx2(row, format, &places, out) },
+            _ => arrange(row, format, &places, out),
+        });
+    }
+    arranged
+}
+
+/// What the codes mean, `[tokens, width]`: the bits of [`site::dequantize_rows_plain`].
+pub fn dequantize_rows(isa: Isa, rows: &QuantizedRows) -> Vec<f32> {
+    let width = rows.groups * rows.group_size + rows.outlier_channels;
+    if isa == Isa::Plain || width == 0 {
+        return site::dequantize_rows_plain(rows);
+    }
+    let mut values = vec![0.0; rows.tokens * width];
+    let outputs = values.par_chunks_exact_mut(width).with_min_len(TILE_TOKENS);
+    outputs.enumerate().for_each(|(token, out)| match isa {
+        // SAFETY: `isa` is available on this processor.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { dequantize_avx512(rows, token, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { dequantize_avx2(rows, token, out) },
+        _ => dequantize(rows, token, out),
+    });
+    values
+}
+
+/// A channel order ready to gather with: checked once, so that the gather need not.
+struct Places {
+    /// The channel of each place, 0 for padding; each below `channels`.
+    sources: Vec<u32>,
+    /// The places of padding.
+    padding: Vec<usize>,
+    /// Channels of the rows to gather from.
+    channels: usize,
+}
+
+impl Places {
+    fn new(format: &SiteFormat) -> Self {
+        let channels = format.channels;
+        assert_eq!(format.width(), format.grouped_channels() + format.outlier_channels);
+        assert!(channels > 0 || format.width() == 0, "a site without channels");
+        let source = |&channel: &i32| {
+            let source = if channel == PADDING { 0 } else { channel as u32 };
+            assert!((source as usize) < channels, "a channel order beyond the channels");
+            source
+        };
+        let padding = (0..format.width()).filter(|&place| format.order[place] == PADDING);
+        Self {
+            sources: format.order.iter().map(source).collect(),
+            padding: padding.collect(),
+            channels,
+        }
+    }
+}
+
+/// Some tokens: their activations and where the codes go.
+struct Tile<'a> {
+    x: &'a [f32],
+    codes: &'a mut [i8],
+    scales: &'a mut [f32],
+    outlier_codes: &'a mut [i8],
+    outlier_scales: &'a mut [f32],
+    outlier_values: &'a mut [f32],
+}
+
+impl<'a> Tile<'a> {
+    /// Takes the first `tokens` of the `all` tokens in this tile.
+    fn split_off(&mut self, tokens: usize, all: usize) -> Self {
+        fn take<'a, T>(slice: &mut &'a mut [T], tokens: usize, all: usize) -> &'a mut [T] {
+            let length = slice.len() / all * tokens;
+            let (taken, rest) = std::mem::take(slice).split_at_mut(length);
+            *slice = rest;
+            taken
+        }
+        let (x, rest) = self.x.split_at(self.x.len() / all * tokens);
+        self.x = rest;
+        Self {
+            x,
+            codes: take(&mut self.codes, tokens, all),
+            scales: take(&mut self.scales, tokens, all),
+            outlier_codes: take(&mut self.outlier_codes, tokens, all),
+            outlier_scales: take(&mut self.outlier_scales, tokens, all),
+            outlier_values: take(&mut self.outlier_values, tokens, all),
+        }
+    }
+}
+
+/// Quantizes a tile; false if a value or a scale is not finite.
+#[inline(always)]
+fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool {
+    let (grouped, groups) = (format.grouped_channels(), format.groups);
+    let outliers = format.outlier_channels;
+    let limits = format.code_limits();
+    let mut arranged = vec![0.0; format.width()];
+    let mut halves = vec![f16::ZERO; outliers];
+    for (token, row) in tile.x.chunks_exact(format.channels.max(1)).enumerate() {
+        arrange(row, format, places, &mut arranged);
+        let (values, tail) = arranged.split_at(grouped);
+        let codes = tile.codes[token * grouped..][..grouped].chunks_exact_mut(format.group_size);
+        let values = values.chunks_exact(format.group_size);
+        let scales = &mut tile.scales[token * groups..][..groups];
+        for ((values, codes), scale) in values.zip(codes).zip(scales) {
+            *scale = scale_of(absmax(values), format.clip, limits.1);
+            if !scale.is_finite() {
+                return false;
+            }
+            encode(values, inverse_of(*scale), limits, codes);
+        }
+        if let Some(scale) = tile.outlier_scales.get_mut(token) {
+            *scale = scale_of(absmax(tail), 1.0, GREATEST_INT8);
+            if !scale.is_finite() {
+                return false;
+            }
+            let codes = &mut tile.outlier_codes[token * outliers..][..outliers];
+            encode(tail, inverse_of(*scale), (-GREATEST_INT8, GREATEST_INT8), codes);
+        } else if !tile.outlier_values.is_empty() {
+            let values = &mut tile.outlier_values[token * outliers..][..outliers];
+            halves.convert_from_f32_slice(tail);
+            halves.convert_to_f32_slice(values);
+            if !absmax(values).is_finite() {
+                return false;
+            }
+        }
+    }
+    true
+}
+
+/// Rounds and clamps: [`site::code_of`] of finite values.
+#[inline(always)]
+fn encode(values: &[f32], inverse: f32, (least, greatest): (f32, f32), codes: &mut [i8]) {
+    for (code, value) in codes.iter_mut().zip(values) {
+        let value = value * inverse;
+        // Clamping first gives the same code, as the limits are integers. These comparisons are
+        // one instruction each.
+        let value = if value > least { value } else { least };
+        let value = if value < greatest { value } else { greatest };
+        *code = (value + ROUNDER).to_bits() as i8;
+    }
+}
+
+/// [`SiteFormat::arrange`].
+#[inline(always)]
+fn arrange(row: &[f32], format: &SiteFormat, places: &Places, out: &mut [f32]) {
+    assert_eq!((row.len(), out.len()), (places.channels, places.sources.len()));
+    for (value, &source) in out.iter_mut().zip(&places.sources) {
+        // SAFETY: `Places::new` checked every source against `channels`, the length of `row`.
+        *value = unsafe { *row.get_unchecked(source as usize) };
+    }
+    for &place in &places.padding {
+        out[place] = 0.0;
+    }
+    if format.transform == Transform::Hadamard {
+        let grouped = &mut out[..format.grouped_channels()];
+        grouped.chunks_exact_mut(format.group_size).for_each(|group| match group.len() {
+            // With the length known, the compiler unrolls the usual groups.
+            64 => hadamard::transform(&mut group[..64]),
+            128 => hadamard::transform(&mut group[..128]),
+            _ => hadamard::transform(group),
+        });
+    }
+}
+
+/// One token of [`dequantize_rows`].
+#[inline(always)]
+fn dequantize(rows: &QuantizedRows, token: usize, out: &mut [f32]) {
+    let (size, outliers) = (rows.group_size, rows.outlier_channels);
+    let (grouped, tail) = out.split_at_mut(rows.groups * size);
+    for (group, out) in grouped.chunks_exact_mut(size).enumerate() {
+        let place = token * rows.groups + group;
+        decode(&rows.codes[place * size..][..size], rows.scales[place], out);
+    }
+    let own = token * outliers..(token + 1) * outliers;
+    match &rows.outliers {
+        OutlierRows::None => {}
+        OutlierRows::Int8 { codes, scales } => decode(&codes[own], scales[token], tail),
+        OutlierRows::F16(values) => tail.copy_from_slice(&values[own]),
+    }
+}
+
+#[inline(always)]
+fn decode(codes: &[i8], scale: f32, out: &mut [f32]) {
+    for (value, &code) in out.iter_mut().zip(codes) {
+        *value = f32::from(code) * scale;
+    }
+}
+
+/// Compiles a function for AVX2 and for AVX-512.
+macro_rules! for_instruction_sets {
+    ($($name:ident, $avx2:ident, $avx512:ident ($($argument:ident: $kind:ty),*) $(-> $result:ty)?;)*) => {$(
+        /// # Safety
+        /// The processor has AVX2, FMA and F16C.
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn $avx2($($argument: $kind),*) $(-> $result)? {
+            $name($($argument),*)
+        }
+
+        /// # Safety
+        /// The processor has AVX-512 F, BW, VL and DQ, FMA and F16C.
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")]
+        unsafe fn $avx512($($argument: $kind),*) $(-> $result)? {
+            $name($($argument),*)
+        }
+    )*};
+}
+
+for_instruction_sets! {
+    quantize_tile, quantize_tile_avx2, quantize_tile_avx512
+        (tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool;
+    arrange, arrange_avx2, arrange_avx512
+        (row: &[f32], format: &SiteFormat, places: &Places, out: &mut [f32]);
+    dequantize, dequantize_avx2, dequantize_avx512
+        (rows: &QuantizedRows, token: usize, out: &mut [f32]);
+}
+
+#[cfg(test)]
+mod tests;

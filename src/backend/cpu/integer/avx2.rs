@@ -8,8 +8,8 @@ channels apart, and multiplied by `vpmaddwd`, which is exact. */
 
 use std::arch::x86_64::*;
 
-use super::layout::{CHUNK, PANEL};
-use super::{FloatBlock, IntegerBlock};
+use super::layout::{CHUNK, Line, PANEL, STEP, unpack};
+use super::{Destination, FloatBlock, IntegerBlock, group_starts};
 
 /// Tokens in a tile.
 const TILE: usize = 3;
@@ -20,26 +20,27 @@ const LANES: usize = 8;
 /// Bytes in a chunk.
 const CHUNK_BYTES: usize = PANEL * CHUNK;
 
-/// Chunks whose products of nibbles are summed in 16 bits; divides every group.
-const NARROW_CHUNKS: usize = 4;
+/// Chunks whose products of nibbles are summed in 16 bits.
+const NARROW_CHUNKS: usize = STEP / CHUNK;
 
-/// Calls a tile kernel for all tokens: tiles of [`TILE`], then one of what is left, each for both
-/// halves of the panel.
+/// Calls a tile kernel for all tokens and both halves of the panel: tiles of [`TILE`], then one of
+/// what is left.
 macro_rules! tiles {
-    ($kernel:ident, $block:expr, $acc:expr) => {{
-        let (tiles, rest) = $acc.as_chunks_mut::<TILE>();
-        let whole = tiles.len() * TILE;
-        for half in [0, PANEL / 2] {
-            for (tile, acc) in tiles.iter_mut().enumerate() {
-                $kernel::<TILE>($block, tile * TILE, half, acc);
+    ($kernel:ident, $block:expr, $acc:expr, $out:expr) => {
+        for (tile, acc) in $acc.chunks_mut(TILE).enumerate() {
+            let first = tile * TILE;
+            for half in [0, PANEL / 2] {
+                match acc.len() {
+                    1 => $kernel::<1>($block, first, half, acc),
+                    2 => $kernel::<2>($block, first, half, acc),
+                    _ => $kernel::<TILE>($block, first, half, acc),
+                }
             }
-            match rest.len() {
-                1 => $kernel::<1>($block, whole, half, rest),
-                2 => $kernel::<2>($block, whole, half, rest),
-                _ => {}
+            if let Some(out) = $out {
+                out.store(first, acc);
             }
         }
-    }};
+    };
 }
 
 /// See [`IntegerBlock`].
@@ -47,9 +48,13 @@ macro_rules! tiles {
 /// # Safety
 /// The processor has AVX2 and FMA; the block's slices reach as far as `super::integer` checks.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn integer(block: &IntegerBlock<'_>, acc: &mut [[f32; PANEL]]) {
+pub(super) unsafe fn integer(
+    block: &IntegerBlock<'_>,
+    acc: &mut [[f32; PANEL]],
+    out: Option<&Destination>,
+) {
     // SAFETY: the caller's promise, passed on.
-    unsafe { tiles!(integer_tile, block, acc) }
+    unsafe { tiles!(integer_tile, block, acc, out) }
 }
 
 /// See [`FloatBlock`].
@@ -57,9 +62,31 @@ pub(super) unsafe fn integer(block: &IntegerBlock<'_>, acc: &mut [[f32; PANEL]])
 /// # Safety
 /// The processor has AVX2 and FMA; `block.x` is `[acc.len(), block.weights.len()]`.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn float(block: &FloatBlock<'_>, acc: &mut [[f32; PANEL]]) {
+pub(super) unsafe fn float(
+    block: &FloatBlock<'_>,
+    acc: &mut [[f32; PANEL]],
+    out: Option<&Destination>,
+) {
     // SAFETY: the caller's promise, passed on.
-    unsafe { tiles!(float_tile, block, acc) }
+    unsafe { tiles!(float_tile, block, acc, out) }
+}
+
+/// See [`unpack`].
+///
+/// # Safety
+/// The processor has AVX2 and FMA.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn unpack_lines(packed: &[Line], unpacked: &mut [Line]) {
+    unpack(packed, unpacked);
+}
+
+/// See [`group_starts`].
+///
+/// # Safety
+/// The processor has AVX2 and FMA.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn starts(codes: &[i8], size: usize, offset: i32, starts: &mut [i32]) {
+    group_starts(codes, size, offset, starts);
 }
 
 /// The sums of 16 rows from `half` on of `TOKENS` tokens from `first` on.

@@ -8,29 +8,31 @@ products, well below the two loads a cycle that the core can do. */
 
 use std::arch::x86_64::*;
 
-use super::layout::{CHUNK, PANEL};
-use super::{FloatBlock, IntegerBlock};
+use super::layout::{CHUNK, Line, PANEL, STEP, unpack};
+use super::{Destination, FloatBlock, IntegerBlock, group_starts};
 
 /// Tokens in a tile.
 const TILE: usize = 6;
 
-/// Calls a tile kernel for all tokens: tiles of [`TILE`], then one of what is left.
+/// Calls a tile kernel for all tokens: tiles of [`TILE`], then one of what is left. Finished sums
+/// are stored tile by tile, while the next tile computes.
 macro_rules! tiles {
-    ($kernel:ident, $block:expr, $acc:expr) => {{
-        let (tiles, rest) = $acc.as_chunks_mut::<TILE>();
-        let whole = tiles.len() * TILE;
-        for (tile, acc) in tiles.iter_mut().enumerate() {
-            $kernel::<TILE>($block, tile * TILE, acc);
+    ($kernel:ident, $block:expr, $acc:expr, $out:expr) => {
+        for (tile, acc) in $acc.chunks_mut(TILE).enumerate() {
+            let first = tile * TILE;
+            match acc.len() {
+                1 => $kernel::<1>($block, first, acc),
+                2 => $kernel::<2>($block, first, acc),
+                3 => $kernel::<3>($block, first, acc),
+                4 => $kernel::<4>($block, first, acc),
+                5 => $kernel::<5>($block, first, acc),
+                _ => $kernel::<TILE>($block, first, acc),
+            }
+            if let Some(out) = $out {
+                out.store(first, acc);
+            }
         }
-        match rest.len() {
-            1 => $kernel::<1>($block, whole, rest),
-            2 => $kernel::<2>($block, whole, rest),
-            3 => $kernel::<3>($block, whole, rest),
-            4 => $kernel::<4>($block, whole, rest),
-            5 => $kernel::<5>($block, whole, rest),
-            _ => {}
-        }
-    }};
+    };
 }
 
 /// See [`IntegerBlock`].
@@ -39,9 +41,13 @@ macro_rules! tiles {
 /// The processor has AVX-512 F, BW and VNNI; the block's slices reach as far as `super::integer`
 /// checks.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) unsafe fn integer(block: &IntegerBlock<'_>, acc: &mut [[f32; PANEL]]) {
+pub(super) unsafe fn integer(
+    block: &IntegerBlock<'_>,
+    acc: &mut [[f32; PANEL]],
+    out: Option<&Destination>,
+) {
     // SAFETY: the caller's promise, passed on.
-    unsafe { tiles!(integer_tile, block, acc) }
+    unsafe { tiles!(integer_tile, block, acc, out) }
 }
 
 /// See [`FloatBlock`].
@@ -49,9 +55,31 @@ pub(super) unsafe fn integer(block: &IntegerBlock<'_>, acc: &mut [[f32; PANEL]])
 /// # Safety
 /// The processor has AVX-512 F; `block.x` is `[acc.len(), block.weights.len()]`.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn float(block: &FloatBlock<'_>, acc: &mut [[f32; PANEL]]) {
+pub(super) unsafe fn float(
+    block: &FloatBlock<'_>,
+    acc: &mut [[f32; PANEL]],
+    out: Option<&Destination>,
+) {
     // SAFETY: the caller's promise, passed on.
-    unsafe { tiles!(float_tile, block, acc) }
+    unsafe { tiles!(float_tile, block, acc, out) }
+}
+
+/// See [`unpack`].
+///
+/// # Safety
+/// The processor has AVX-512 F, BW and VNNI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) unsafe fn unpack_lines(packed: &[Line], unpacked: &mut [Line]) {
+    unpack(packed, unpacked);
+}
+
+/// See [`group_starts`].
+///
+/// # Safety
+/// The processor has AVX-512 F, BW and VNNI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) unsafe fn starts(codes: &[i8], size: usize, offset: i32, starts: &mut [i32]) {
+    group_starts(codes, size, offset, starts);
 }
 
 /// The sums of `TOKENS` tokens from `first` on.
@@ -80,17 +108,22 @@ unsafe fn integer_tile<const TOKENS: usize>(
                 let place = (first + token) * block.groups_stride + group;
                 *sums = [_mm512_set1_epi32(*block.starts.get_unchecked(place)); 2];
             }
-            for _ in 0..block.group_chunks {
-                let left = _mm512_loadu_si512(weights.cast());
-                let right = _mm512_loadu_si512(weights.add(64).cast());
-                for (token, sums) in sums.iter_mut().enumerate() {
-                    let four = x.add(token * block.codes_stride).cast::<i32>().read_unaligned();
-                    let four = _mm512_set1_epi32(four);
-                    sums[0] = _mm512_dpbusd_epi32(sums[0], left, four);
-                    sums[1] = _mm512_dpbusd_epi32(sums[1], right, four);
+            for _ in 0..block.group_chunks / (STEP / CHUNK) {
+                let tokens: [*const i8; TOKENS] =
+                    std::array::from_fn(|token| x.add(token * block.codes_stride));
+                for chunk in 0..STEP / CHUNK {
+                    let weights = weights.add(chunk * PANEL * CHUNK);
+                    let left = _mm512_loadu_si512(weights.cast());
+                    let right = _mm512_loadu_si512(weights.add(64).cast());
+                    for (x, sums) in tokens.iter().zip(&mut sums) {
+                        let four = x.add(chunk * CHUNK).cast::<i32>().read_unaligned();
+                        let four = _mm512_set1_epi32(four);
+                        sums[0] = _mm512_dpbusd_epi32(sums[0], left, four);
+                        sums[1] = _mm512_dpbusd_epi32(sums[1], right, four);
+                    }
                 }
-                weights = weights.add(PANEL * CHUNK);
-                x = x.add(CHUNK);
+                weights = weights.add(PANEL * STEP);
+                x = x.add(STEP);
             }
             let left = _mm512_loadu_ps(scales.as_ptr());
             let right = _mm512_loadu_ps(scales[16..].as_ptr());

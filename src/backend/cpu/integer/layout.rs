@@ -22,6 +22,10 @@ pub(super) const PANEL: usize = 32;
 /// Channels in a chunk.
 pub(super) const CHUNK: usize = 4;
 
+/// Channels that a kernel takes in one step: every group is a multiple of it, and outlier blocks
+/// are filled up with zeros.
+pub(super) const STEP: usize = 16;
+
 /// What is added to a weight code of up to 4 bits to make it unsigned.
 pub(super) const NIBBLE_OFFSET: i32 = 8;
 
@@ -103,7 +107,7 @@ impl IntegerLinear {
         let outliers = match &linear.outliers {
             OutlierBlock::None => Outliers::None,
             OutlierBlock::Int8 { codes, scales } => {
-                let lines = linear.outlier_channels.div_ceil(CHUNK) * CHUNK_LINES;
+                let lines = linear.outlier_channels.next_multiple_of(STEP) / CHUNK * CHUNK_LINES;
                 let mut unpacked = vec![Line([0; 64]); panels * lines];
                 for (panel, lines) in unpacked.chunks_mut(lines.max(1)).enumerate() {
                     fill(lines, codes, linear, panel, BYTE_OFFSET);
@@ -146,30 +150,21 @@ impl IntegerLinear {
         self.rows.div_ceil(PANEL)
     }
 
-    /// The unsigned, unpacked codes of some groups of a panel, `[chunks, 32, 4]`: where they lie,
-    /// or unpacked to `scratch`.
-    #[inline(always)]
-    pub(super) fn group_codes<'a>(
-        &'a self,
-        panel: usize,
-        groups: std::ops::Range<usize>,
-        scratch: &'a mut [Line],
-    ) -> &'a [u8] {
-        let chunks = self.group_size / CHUNK;
-        let lines = if self.nibbles { 1 } else { CHUNK_LINES };
-        let first = (panel * self.groups + groups.start) * chunks * lines;
-        let stored = &self.codes[first..][..groups.len() * chunks * lines];
-        if !self.nibbles {
-            return bytemuck::cast_slice(stored);
+    /// The stored lines of some groups of a panel: unsigned bytes, or packed nibbles.
+    pub(super) fn group_lines(&self, panel: usize, groups: std::ops::Range<usize>) -> &[Line] {
+        let lines = self.group_size / CHUNK * if self.nibbles { 1 } else { CHUNK_LINES };
+        &self.codes[(panel * self.groups + groups.start) * lines..][..groups.len() * lines]
+    }
+}
+
+/// Unpacks nibbles to chunks of unsigned bytes, twice as many lines.
+#[inline(always)]
+pub(super) fn unpack(packed: &[Line], unpacked: &mut [Line]) {
+    for ([low, high], packed) in unpacked.as_chunks_mut().0.iter_mut().zip(packed) {
+        for i in 0..64 {
+            low.0[i] = packed.0[i] & 15;
+            high.0[i] = packed.0[i] >> 4;
         }
-        let unpacked = &mut scratch[..stored.len() * CHUNK_LINES];
-        for ([low, high], packed) in unpacked.as_chunks_mut().0.iter_mut().zip(stored) {
-            for i in 0..64 {
-                low.0[i] = packed.0[i] & 15;
-                high.0[i] = packed.0[i] >> 4;
-            }
-        }
-        bytemuck::cast_slice(unpacked)
     }
 }
 

@@ -25,7 +25,7 @@ pub use layout::IntegerLinear;
 
 use super::isa::Isa;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
-use layout::{BYTE_OFFSET, CHUNK, CHUNK_LINES, Line, NIBBLE_OFFSET, Outliers, PANEL};
+use layout::{BYTE_OFFSET, CHUNK, CHUNK_LINES, Line, NIBBLE_OFFSET, Outliers, PANEL, STEP};
 
 /// Channels whose unpacked codes are multiplied with all tokens of a job before the next ones are
 /// unpacked: 16 KB for a panel, a third of the first-level cache.
@@ -105,7 +105,7 @@ pub fn linear(isa: Isa, x: &QuantizedRows, w: &IntegerLinear, y: &mut [f32]) {
     if y.is_empty() {
         return;
     }
-    let prepared = prepare(x, w);
+    let prepared = prepare(isa, x, w);
     let wanted = rayon::current_num_threads() * JOBS_PER_THREAD;
     let tile_tokens = x.tokens.min(JOB_TOKENS);
     let tiles = x.tokens.div_ceil(tile_tokens);
@@ -130,6 +130,52 @@ struct Output {
 // SAFETY: a job writes only its own tokens and panels, and no two jobs share both.
 unsafe impl Sync for Output {}
 
+/// Where the sums of one job's panel belong. The output lies outside the cache, so the kernels
+/// store each tile when it is done: its few lines travel while the next tile computes.
+struct Destination {
+    /// The first token's first row of the panel.
+    first: *mut f32,
+    /// Distance between tokens.
+    stride: usize,
+    /// Rows of the panel that exist.
+    width: usize,
+    /// Tokens of the job.
+    tokens: usize,
+}
+
+impl Destination {
+    /// The place of `panel` for `tokens`.
+    ///
+    /// # Safety
+    /// They lie within the output, and no other thread writes there while the result is used.
+    unsafe fn new(output: &Output, panel: usize, tokens: &std::ops::Range<usize>) -> Self {
+        Self {
+            // SAFETY: the caller's promise.
+            first: unsafe { output.start.add(tokens.start * output.rows + panel * PANEL) },
+            stride: output.rows,
+            width: (output.rows - panel * PANEL).min(PANEL),
+            tokens: tokens.len(),
+        }
+    }
+
+    /// Stores the sums of some tokens, from the job's token `token` on.
+    #[inline(always)]
+    fn store(&self, token: usize, acc: &[[f32; PANEL]]) {
+        assert!(token + acc.len() <= self.tokens);
+        for (token, acc) in (token..).zip(acc) {
+            // SAFETY: the token and `width` rows belong to this job, as `new` was promised.
+            unsafe {
+                let out = self.first.add(token * self.stride);
+                if self.width == PANEL {
+                    out.cast::<[f32; PANEL]>().write(*acc);
+                } else {
+                    out.copy_from_nonoverlapping(acc.as_ptr(), self.width);
+                }
+            }
+        }
+    }
+}
+
 /// One job: all of `panels` for `tokens`.
 fn run(
     isa: Isa,
@@ -148,6 +194,11 @@ fn run(
     let grouped = w.groups * w.group_size;
     for panel in panels {
         acc.fill([0.0; PANEL]);
+        // SAFETY: panel and tokens belong to this job alone.
+        let out = unsafe { Destination::new(output, panel, &tokens) };
+        if w.groups == 0 && w.outlier_channels == 0 {
+            out.store(0, &acc);
+        }
         let mut group = 0;
         while group < w.groups {
             let groups = group..(group + run_groups).min(w.groups);
@@ -155,11 +206,17 @@ fn run(
             let scales = &mut scales[..groups.len()];
             w.scales[first * PANEL..][..groups.len() * PANEL]
                 .convert_to_f32_slice(scales.as_flattened_mut());
+            let mut codes = w.group_lines(panel, groups.clone());
+            if w.nibbles {
+                let unpacked = &mut unpacked[..codes.len() * CHUNK_LINES];
+                unpack(isa, codes, unpacked);
+                codes = unpacked;
+            }
             let place = tokens.start * w.groups + group;
             let block = IntegerBlock {
                 nibbles: w.nibbles,
                 group_chunks: w.group_size / CHUNK,
-                codes: w.group_codes(panel, groups.clone(), &mut unpacked),
+                codes: bytemuck::cast_slice(codes),
                 scales,
                 x_codes: &x.codes[tokens.start * grouped + group * w.group_size..],
                 codes_stride: grouped,
@@ -167,7 +224,8 @@ fn run(
                 starts: &prepared.starts[place..],
                 groups_stride: w.groups,
             };
-            integer(isa, &block, &mut acc);
+            let last = groups.end == w.groups && w.outlier_channels == 0;
+            integer(isa, &block, &mut acc, last.then_some(&out));
             group = groups.end;
         }
         match (&x.outliers, &w.outliers) {
@@ -190,7 +248,7 @@ fn run(
                     starts: &prepared.outlier_starts[tokens.start..],
                     groups_stride: 1,
                 };
-                integer(isa, &block, &mut acc);
+                integer(isa, &block, &mut acc, Some(&out));
             }
             (OutlierRows::F16(values), Outliers::F16(weights)) if w.outlier_channels > 0 => {
                 let channels = w.outlier_channels;
@@ -198,55 +256,59 @@ fn run(
                 weights[panel * channels * PANEL..][..channels * PANEL]
                     .convert_to_f32_slice(unpacked.as_flattened_mut());
                 let x = &values[tokens.start * channels..tokens.end * channels];
-                float(isa, &FloatBlock { weights: unpacked, x }, &mut acc);
+                float(isa, &FloatBlock { weights: unpacked, x }, &mut acc, Some(&out));
             }
             _ => {}
-        }
-        let width = (w.rows - panel * PANEL).min(PANEL);
-        for (token, acc) in tokens.clone().zip(&acc) {
-            // SAFETY: token and panel belong to this job alone, and `width` rows of the panel exist.
-            let out = unsafe {
-                let first = output.start.add(token * output.rows + panel * PANEL);
-                std::slice::from_raw_parts_mut(first, width)
-            };
-            out.copy_from_slice(&acc[..width]);
         }
     }
 }
 
 /// Sums the codes of each group and pads the outliers.
-fn prepare(x: &QuantizedRows, w: &IntegerLinear) -> Prepared {
+fn prepare(isa: Isa, x: &QuantizedRows, w: &IntegerLinear) -> Prepared {
     let offset = if w.nibbles { NIBBLE_OFFSET } else { BYTE_OFFSET };
-    let start = |codes: &[i8], offset: i32| {
-        -offset * codes.iter().map(|&code| i32::from(code)).sum::<i32>()
-    };
-    let starts = x
-        .codes
-        .par_chunks_exact(x.group_size)
-        .with_min_len(256)
-        .map(|codes| start(codes, offset))
-        .collect();
+    let mut group_sums = vec![0; x.scales.len()];
+    /// Groups that a thread sums at a time.
+    const GROUPS: usize = 1024;
+    group_sums
+        .par_chunks_mut(GROUPS)
+        .zip(x.codes.par_chunks(GROUPS * x.group_size))
+        .for_each(|(sums, codes)| starts(isa, codes, x.group_size, offset, sums));
     let (mut outlier_codes, mut outlier_starts) = (Vec::new(), Vec::new());
-    let outlier_stride = x.outlier_channels.next_multiple_of(CHUNK);
+    let outlier_stride = x.outlier_channels.next_multiple_of(STEP);
     if let OutlierRows::Int8 { codes, .. } = &x.outliers
         && x.outlier_channels > 0
     {
         outlier_codes = vec![0; x.tokens * outlier_stride];
         let rows = codes.chunks_exact(x.outlier_channels);
-        outlier_starts = rows.clone().map(|codes| start(codes, BYTE_OFFSET)).collect();
         for (padded, codes) in outlier_codes.chunks_exact_mut(outlier_stride).zip(rows) {
             padded[..codes.len()].copy_from_slice(codes);
         }
+        outlier_starts = vec![0; x.tokens];
+        starts(isa, &outlier_codes, outlier_stride, BYTE_OFFSET, &mut outlier_starts);
     }
-    Prepared { starts, outlier_codes, outlier_stride, outlier_starts }
+    Prepared { starts: group_sums, outlier_codes, outlier_stride, outlier_starts }
+}
+
+/// `-offset * sum of codes` of each group of `size` codes.
+#[inline(always)]
+fn group_starts(codes: &[i8], size: usize, offset: i32, starts: &mut [i32]) {
+    for (start, codes) in starts.iter_mut().zip(codes.chunks_exact(size)) {
+        *start = -offset * codes.iter().map(|&code| i32::from(code)).sum::<i32>();
+    }
 }
 
 /// Checks the lengths that the kernels rely on and calls the one for `isa`.
-fn integer(isa: Isa, block: &IntegerBlock<'_>, acc: &mut [[f32; PANEL]]) {
+fn integer(
+    isa: Isa,
+    block: &IntegerBlock<'_>,
+    acc: &mut [[f32; PANEL]],
+    out: Option<&Destination>,
+) {
     let groups = block.scales.len();
     let last = acc.len() - 1;
     let group_channels = block.group_chunks * CHUNK;
     assert_eq!(block.codes.len(), groups * group_channels * PANEL);
+    assert!(group_channels.is_multiple_of(STEP));
     assert!(block.x_codes.len() >= last * block.codes_stride + groups * group_channels);
     assert!(block.x_scales.len() >= last * block.groups_stride + groups);
     assert!(block.starts.len() >= last * block.groups_stride + groups);
@@ -254,24 +316,50 @@ fn integer(isa: Isa, block: &IntegerBlock<'_>, acc: &mut [[f32; PANEL]]) {
         // SAFETY: `linear` checked that the processor has the instructions; the lengths are
         // checked above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::integer(block, acc) },
+        Isa::Avx512 => unsafe { avx512::integer(block, acc, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::integer(block, acc) },
-        _ => portable::integer(block, acc),
+        Isa::Avx2 => unsafe { avx2::integer(block, acc, out) },
+        _ => portable::integer(block, acc, out),
     }
 }
 
 /// As [`integer`].
-fn float(isa: Isa, block: &FloatBlock<'_>, acc: &mut [[f32; PANEL]]) {
+fn float(isa: Isa, block: &FloatBlock<'_>, acc: &mut [[f32; PANEL]], out: Option<&Destination>) {
     assert_eq!(block.x.len(), acc.len() * block.weights.len());
     match isa {
         // SAFETY: as in `integer`.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::float(block, acc) },
+        Isa::Avx512 => unsafe { avx512::float(block, acc, out) },
         // SAFETY: as in `integer`.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::float(block, acc) },
-        _ => portable::float(block, acc),
+        Isa::Avx2 => unsafe { avx2::float(block, acc, out) },
+        _ => portable::float(block, acc, out),
+    }
+}
+
+/// Calls [`layout::unpack`] compiled for `isa`.
+fn unpack(isa: Isa, packed: &[Line], unpacked: &mut [Line]) {
+    match isa {
+        // SAFETY: `linear` checked that the processor has the instructions.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::unpack_lines(packed, unpacked) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::unpack_lines(packed, unpacked) },
+        _ => portable::unpack_lines(packed, unpacked),
+    }
+}
+
+/// Calls [`group_starts`] compiled for `isa`.
+fn starts(isa: Isa, codes: &[i8], size: usize, offset: i32, starts: &mut [i32]) {
+    match isa {
+        // SAFETY: `linear` checked that the processor has the instructions.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::starts(codes, size, offset, starts) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::starts(codes, size, offset, starts) },
+        _ => portable::starts(codes, size, offset, starts),
     }
 }

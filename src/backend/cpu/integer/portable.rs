@@ -1,10 +1,14 @@
 /*! The panel kernels without intrinsics: for other processors, and to read beside the fast ones. */
 
-use super::layout::{CHUNK, PANEL};
-use super::{FloatBlock, IntegerBlock};
+use super::layout::{CHUNK, Line, PANEL, unpack};
+use super::{Destination, FloatBlock, IntegerBlock, group_starts};
 
 /// See [`IntegerBlock`].
-pub(super) fn integer(block: &IntegerBlock<'_>, acc: &mut [[f32; PANEL]]) {
+pub(super) fn integer(
+    block: &IntegerBlock<'_>,
+    acc: &mut [[f32; PANEL]],
+    out: Option<&Destination>,
+) {
     let chunks: &[[[u8; CHUNK]; PANEL]] = bytemuck::cast_slice(block.codes);
     for (token, acc) in acc.iter_mut().enumerate() {
         for (group, chunks) in chunks.chunks_exact(block.group_chunks).enumerate() {
@@ -25,10 +29,13 @@ pub(super) fn integer(block: &IntegerBlock<'_>, acc: &mut [[f32; PANEL]]) {
             }
         }
     }
+    if let Some(out) = out {
+        out.store(0, acc);
+    }
 }
 
 /// See [`FloatBlock`].
-pub(super) fn float(block: &FloatBlock<'_>, acc: &mut [[f32; PANEL]]) {
+pub(super) fn float(block: &FloatBlock<'_>, acc: &mut [[f32; PANEL]], out: Option<&Destination>) {
     for (acc, x) in acc.iter_mut().zip(block.x.chunks_exact(block.weights.len())) {
         for (x, weights) in x.iter().zip(block.weights) {
             for (acc, weight) in acc.iter_mut().zip(weights) {
@@ -36,4 +43,17 @@ pub(super) fn float(block: &FloatBlock<'_>, acc: &mut [[f32; PANEL]]) {
             }
         }
     }
+    if let Some(out) = out {
+        out.store(0, acc);
+    }
+}
+
+/// See [`unpack`].
+pub(super) fn unpack_lines(packed: &[Line], unpacked: &mut [Line]) {
+    unpack(packed, unpacked);
+}
+
+/// See [`group_starts`].
+pub(super) fn starts(codes: &[i8], size: usize, offset: i32, starts: &mut [i32]) {
+    group_starts(codes, size, offset, starts);
 }

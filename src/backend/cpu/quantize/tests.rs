@@ -1,0 +1,157 @@
+/*! The fast functions give the bits of `quant::site` for every shape, format and magnitude. */
+
+use proptest::prelude::ProptestConfig;
+
+use super::*;
+use crate::quant::site::{dequantize_rows_plain, quantize_rows_plain};
+
+/// A format with a scrambled order whose padding lies among the groups.
+fn format(channels: usize, group_size: usize, outliers: usize) -> SiteFormat {
+    let outliers = outliers.min(channels);
+    let groups = (channels - outliers).div_ceil(group_size);
+    let step = (1..).find(|step| gcd(7 * step + 4, channels) == 1).unwrap() * 7 + 4;
+    let scrambled: Vec<i32> = (0..channels).map(|i| (i * step % channels) as i32).collect();
+    let (grouped, last) = scrambled.split_at(channels - outliers);
+    let mut order = grouped.to_vec();
+    while order.len() < groups * group_size {
+        order.insert(order.len() / 2, PADDING);
+    }
+    order.extend(last);
+    SiteFormat {
+        channels,
+        order,
+        group_size,
+        groups,
+        outlier_channels: outliers,
+        outlier_format: OutlierFormat::Int8,
+        bits: 4,
+        clip: 1.0,
+        transform: Transform::Hadamard,
+    }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Rows of very different kinds: usual, tiny, denormal, huge, zeros, exact halves.
+fn activations(tokens: usize, channels: usize) -> Vec<f32> {
+    let value = |i: usize| {
+        let wave = (i as f32 * 0.731).sin() + (i % 11) as f32 * 0.1 - 0.4;
+        match i / channels % 7 {
+            0 | 1 => wave,
+            2 => wave * 1e-6,
+            3 => wave * 1e-41,
+            4 => wave * 3e3,
+            5 => 0.0,
+            _ => (i % 15) as f32 - 7.5,
+        }
+    };
+    (0..tokens * channels).map(value).collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+fn check(tokens: usize, format: &SiteFormat) {
+    format.check().unwrap();
+    let x = activations(tokens, format.channels);
+    let expected = quantize_rows_plain(&x, tokens, format).unwrap();
+    let arranged = format.arrange_rows_plain(&x, tokens);
+    let restored = dequantize_rows_plain(&expected);
+    for isa in Isa::available() {
+        let rows = quantize_rows(isa, &x, tokens, format).unwrap();
+        assert_eq!(rows, expected, "{isa:?} {format:?}");
+        assert_eq!(bits(&rows.scales), bits(&expected.scales));
+        assert_eq!(bits(&arrange_rows(isa, &x, tokens, format)), bits(&arranged), "{isa:?}");
+        assert_eq!(bits(&dequantize_rows(isa, &rows)), bits(&restored), "{isa:?}");
+    }
+}
+
+#[test]
+fn every_shape_gives_the_same_bits() {
+    for channels in [1, 2, 15, 33, 100, 576, 1000] {
+        for group_size in [16, 32, 48, 64, 128, 576] {
+            for outliers in [0, 1, 64, 100] {
+                check(7, &format(channels, group_size, outliers));
+            }
+        }
+    }
+    for tokens in [0, 1, 16, 35] {
+        check(tokens, &format(100, 32, 10));
+    }
+}
+
+#[test]
+fn every_format_gives_the_same_bits() {
+    for bits in [2, 3, 4, 8] {
+        for clip in [1.0, 0.85, 1e-9] {
+            for outlier_format in [OutlierFormat::Int8, OutlierFormat::F16] {
+                for transform in [Transform::None, Transform::Hadamard] {
+                    let format = format(333, 64, 40);
+                    check(14, &SiteFormat { bits, clip, outlier_format, transform, ..format });
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn errors_are_those_of_the_definition() {
+    let format = format(100, 32, 10);
+    for (place, value) in [(2 * 100, f32::NAN), (57, f32::NEG_INFINITY), (1999, 1e30)] {
+        for outlier_format in [OutlierFormat::Int8, OutlierFormat::F16] {
+            let format = SiteFormat { outlier_format, ..format.clone() };
+            let mut x = activations(20, 100);
+            x[place] = value;
+            let expected = quantize_rows_plain(&x, 20, &format).unwrap_err();
+            for isa in Isa::available() {
+                let error = quantize_rows(isa, &x, 20, &format).unwrap_err();
+                assert_eq!(error.message(), expected.message(), "{isa:?}");
+            }
+        }
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() })]
+    #[test]
+    fn any_values_give_the_same_bits(
+        x in proptest::collection::vec(-6e4_f32..6e4, 3 * 50),
+        exponent in -50..1_i32,
+    ) {
+        let format = SiteFormat { transform: Transform::None, ..format(50, 16, 5) };
+        let x: Vec<f32> = x.iter().map(|value| value * 2_f32.powi(exponent)).collect();
+        let expected = quantize_rows_plain(&x, 3, &format).unwrap();
+        for isa in Isa::available() {
+            assert_eq!(quantize_rows(isa, &x, 3, &format).unwrap(), expected);
+        }
+    }
+}
+
+/// Prints nanoseconds a value on one thread; run by hand with `--ignored --nocapture`.
+#[test]
+#[ignore = "a measurement, not a test"]
+#[expect(clippy::print_stdout, reason = "the figures are its result")]
+fn speed() {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let (tokens, channels) = (512, 4096);
+    let x: Vec<f32> = (0..tokens * channels).map(|i| (i as f32 * 0.731).sin()).collect();
+    for isa in Isa::available().into_iter().skip(1) {
+        for transform in [Transform::None, Transform::Hadamard] {
+            for group_size in [64, 128] {
+                let format = SiteFormat { transform, ..format(channels, group_size, 64) };
+                let mut best = f64::INFINITY;
+                for _ in 0..8 {
+                    let start = std::time::Instant::now();
+                    let rows = pool.install(|| quantize_rows(isa, &x, tokens, &format).unwrap());
+                    best = best.min(start.elapsed().as_secs_f64());
+                    assert_eq!(rows.tokens, tokens);
+                }
+                let nanoseconds = best * 1e9 / x.len() as f64;
+                println!("{isa:?} {transform:?} group {group_size}: {nanoseconds:.2} ns/value");
+            }
+        }
+    }
+}
