@@ -8,8 +8,12 @@ and calls `quant` for the method, `backend` does the arithmetic, `checkpoint` wr
 pub mod backend;
 pub mod checkpoint;
 pub mod error;
+pub mod eval;
 pub mod hub;
+pub mod model;
+pub mod pipeline;
 pub mod quant;
+pub mod recipe;
 pub mod text;
 
 pub use error::{Error, Kind, Result};

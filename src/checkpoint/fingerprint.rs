@@ -12,7 +12,7 @@ use super::shards::Shard;
 const SAMPLE_BYTES: usize = 4096;
 
 /// SHA-256 of `bytes` in hexadecimal.
-pub(super) fn sha256_hex(bytes: &[u8]) -> String {
+pub fn sha256_hex(bytes: &[u8]) -> String {
     hex(Sha256::digest(bytes).as_slice())
 }
 

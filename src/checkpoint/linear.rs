@@ -9,16 +9,8 @@ use half::f16;
 use super::packing::{pack, row_bytes, unpack};
 use super::{Dtype, Stored, TensorSpec};
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
+use crate::quant::site::OutlierFormat;
 use crate::{Error, Result};
-
-/// How a linear's outlier channels are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OutlierFormat {
-    /// INT8 codes with a scale for each row.
-    Int8,
-    /// f16 values.
-    F16,
-}
 
 /// What has to be known of a quantized linear to lay out or to read its tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

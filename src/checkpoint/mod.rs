@@ -21,6 +21,8 @@ mod work;
 mod writer;
 
 pub use atom::{AtomCheckpoint, FORMAT_VERSION, is_atom};
+pub use fingerprint::sha256_hex;
+pub use output::free_bytes;
 pub use dtype::{Dtype, TensorSpec};
 pub use source::Source;
 pub use tensor::Tensor;
@@ -37,4 +39,22 @@ pub trait Stored {
     /// The little-endian bytes of the tensor that `spec` names, or an error that says how the
     /// stored one differs from `spec`.
     fn fetch(&self, spec: &TensorSpec) -> Result<Cow<'_, [u8]>>;
+}
+
+/// Named tensors that stay in their files until they are used.
+pub trait Tensors: Sync {
+    /// The tensor of this name.
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>>;
+}
+
+impl Tensors for Source {
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        Self::tensor(self, name)
+    }
+}
+
+impl Tensors for AtomCheckpoint {
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        Self::tensor(self, name)
+    }
 }

@@ -54,7 +54,7 @@ pub(super) fn writable(out: &Path, overwrite: bool) -> Result<PathBuf> {
 }
 
 /// Bytes that an ordinary user can still write beside `path`; `None` if the system does not say.
-pub(super) fn free_bytes(path: &Path) -> Option<u64> {
+pub fn free_bytes(path: &Path) -> Option<u64> {
     let path = CString::new(path.as_os_str().as_bytes()).ok()?;
     let mut status = std::mem::MaybeUninit::<libc::statvfs>::uninit();
     // SAFETY: the path ends in a zero byte and `status` has room for the structure.

@@ -45,6 +45,13 @@ impl Tensor<'_> {
         self.values_f32(0..self.len())
     }
 
+    /// An error that says where, if a value is a NaN or infinity.
+    pub fn check_finite(&self) -> Result<()> {
+        const PART: usize = 1 << 22;
+        let parts = (0..self.len()).step_by(PART);
+        parts.map(|at| self.values_f32(at..(at + PART).min(self.len())).map(drop)).collect()
+    }
+
     /// The values of the given rows (indices of the first dimension) as f32, row by row, with the
     /// errors of [`Tensor::to_f32`].
     pub fn rows_f32(&self, rows: Range<usize>) -> Result<Vec<f32>> {

@@ -4,7 +4,7 @@ mod inspect;
 mod perplexity;
 mod verify;
 
-pub use inspect::{InspectLinear, InspectOutcome, inspect};
+pub use inspect::{CheckpointKind, InspectOutcome, InspectedLinear, inspect};
 pub use perplexity::{PerplexityOutcome, atom_perplexity, source_perplexity, windows};
 pub use verify::{Check, Limits, VerifyOutcome, verify};
 

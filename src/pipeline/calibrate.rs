@@ -7,13 +7,12 @@ use std::path::Path;
 
 use safetensors::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::load::source_block;
 use super::progress::Progress;
 use super::stream::Stream;
 use crate::backend::{AttentionSpec, Backend};
-use crate::checkpoint::Source;
+use crate::checkpoint::{Source, sha256_hex};
 use crate::model::Architecture;
 use crate::model::sites::SITES;
 use crate::{Error, Result};
@@ -185,19 +184,10 @@ impl CalibrationData {
         }
         let Header { model, fingerprint, config, provenance, .. } = header;
         let data = Self { model, fingerprint, config, provenance, tokens, energies };
-        Ok((data, architecture, format!("{:x}", HexDigest(Sha256::digest(&bytes).into()))))
+        Ok((data, architecture, sha256_hex(&bytes)))
     }
 }
 
 fn energy_name(site: &str) -> String {
     format!("{site}.energy")
-}
-
-/// A SHA-256 in lower-case hexadecimal.
-struct HexDigest([u8; 32]);
-
-impl std::fmt::LowerHex for HexDigest {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
 }

@@ -50,16 +50,16 @@ fn rms_norm_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     }
 }
 
-/// `out = gate * sigmoid(gate) * up`, element by element.
-pub fn silu_mul(isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    assert!(gate.len() == up.len() && gate.len() == out.len(), "lengths of gate and up differ");
-    dispatch!(isa, silu_mul_body(gate: &[f32], up: &[f32], out: &mut [f32]));
+/// `gate = gate * sigmoid(gate) * up`, element by element, in place.
+pub fn silu_mul(isa: Isa, gate: &mut [f32], up: &[f32]) {
+    assert!(gate.len() == up.len(), "lengths of gate and up differ");
+    dispatch!(isa, silu_mul_body(gate: &mut [f32], up: &[f32]));
 }
 
 #[inline(always)]
-fn silu_mul_body(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-        *out = gate / (1.0 + exp(-gate)) * up;
+fn silu_mul_body(gate: &mut [f32], up: &[f32]) {
+    for (gate, up) in gate.iter_mut().zip(up) {
+        *gate = *gate / (1.0 + exp(-*gate)) * up;
     }
 }
 
@@ -100,23 +100,6 @@ fn log_sum_exp_body(logits: &[f32]) -> f64 {
 /// The negative log-likelihood of class `target` under the softmax of `logits`, in nats.
 pub fn nll(isa: Isa, logits: &[f32], target: usize) -> f64 {
     log_sum_exp(isa, logits) - f64::from(logits[target])
-}
-
-/// Adds the squares of each column of `x` `[tokens, n]` to `sums` `[n]`, tokens ascending.
-pub fn sum_of_squares_by_column(isa: Isa, x: &[f32], sums: &mut [f64]) {
-    dispatch!(isa, sum_of_squares_body(x: &[f32], sums: &mut [f64]));
-}
-
-#[inline(always)]
-fn sum_of_squares_body(x: &[f32], sums: &mut [f64]) {
-    if sums.is_empty() {
-        return;
-    }
-    for token in x.chunks_exact(sums.len()) {
-        for (sum, value) in sums.iter_mut().zip(token) {
-            *sum += f64::from(*value) * f64::from(*value);
-        }
-    }
 }
 
 /// Rotary embedding of one head in place, with the halves of the head as pairs (Hugging Face's

@@ -5,6 +5,7 @@ pub mod attention;
 pub mod elementwise;
 mod factor;
 pub mod gemm;
+mod gemm_kernels;
 pub mod gemm_pack;
 mod gptq;
 mod hessian;
@@ -32,8 +33,10 @@ use isa::Isa;
 use tensor::Pool;
 pub use tensor::Tensor;
 
-/// Rows an elementwise operation hands to a thread at once.
+/// Rows that go to a thread at once.
 const ROWS: usize = 64;
+/// Values that go to a thread at once.
+const CHUNK: usize = 1 << 15;
 
 /// Host memory and this machine's instruction set.
 pub struct Cpu {
@@ -110,24 +113,23 @@ impl Backend for Cpu {
     }
 
     fn arrange(&self, x: &Tensor, site: &SiteFormat) -> Result<Tensor> {
-        let mut y = self.tensor(x.rows, site.width());
-        quantize::arrange(self.isa, &x.data, x.rows, site, &mut y.data);
-        Ok(y)
+        let data = quantize::arrange_rows(self.isa, &x.data, x.rows, site);
+        self.upload(Matrix { rows: x.rows, columns: site.width(), data })
     }
 
     fn quantize(&self, x: &Tensor, site: &SiteFormat) -> Result<QuantizedRows> {
-        quantize::quantize(self.isa, &x.data, x.rows, site)
+        quantize::quantize_rows(self.isa, &x.data, x.rows, site)
     }
 
     fn dequantize(&self, x: &QuantizedRows) -> Result<Tensor> {
-        let mut y = self.tensor(x.tokens, x.groups * x.group_size + x.outlier_channels);
-        quantize::dequantize(self.isa, x, &mut y.data);
-        Ok(y)
+        let columns = x.groups * x.group_size + x.outlier_channels;
+        self.upload(Matrix { rows: x.tokens, columns, data: quantize::dequantize_rows(self.isa, x) })
     }
 
     fn product(&self, x: &Tensor, weight: &Panels) -> Result<Tensor> {
         let mut y = self.tensor(x.rows, weight.n());
-        par_gemm(self.isa, Rows::new(&x.data, x.rows, x.columns), weight, &mut y.data, weight.n(), false);
+        let rows = Rows::new(&x.data, x.rows, x.columns);
+        par_gemm(self.isa, rows, weight, &mut y.data, weight.n(), false);
         Ok(y)
     }
 
@@ -138,7 +140,7 @@ impl Backend for Cpu {
     }
 
     fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
-        x.data.par_chunks_mut(1 << 16).zip(y.data.par_chunks(1 << 16)).for_each(|(x, y)| {
+        x.data.par_chunks_mut(CHUNK).zip(y.data.par_chunks(CHUNK)).for_each(|(x, y)| {
             for (x, y) in x.iter_mut().zip(y) {
                 *x += y;
             }
@@ -147,11 +149,10 @@ impl Backend for Cpu {
     }
 
     fn silu_mul(&self, mut gate: Tensor, up: &Tensor) -> Result<Tensor> {
-        gate.data.par_chunks_mut(1 << 16).zip(up.data.par_chunks(1 << 16)).for_each(
-            |(gate, up)| {
-                elementwise::silu_mul(self.isa, gate, up);
-            },
-        );
+        gate.data
+            .par_chunks_mut(CHUNK)
+            .zip(up.data.par_chunks(CHUNK))
+            .for_each(|(gate, up)| elementwise::silu_mul(self.isa, gate, up));
         Ok(gate)
     }
 
@@ -205,7 +206,14 @@ impl Backend for Cpu {
     }
 
     fn add_energy(&self, x: &Tensor, energy: &mut [f64]) -> Result<()> {
-        elementwise::add_sum_of_squares(self.isa, &x.data, x.rows, energy);
+        // Columns in parallel and tokens in order, so that no sum depends on threads or batches.
+        energy.par_chunks_mut(ROWS).enumerate().for_each(|(chunk, energy)| {
+            for row in x.data.chunks(x.columns) {
+                for (energy, &x) in energy.iter_mut().zip(&row[chunk * ROWS..]) {
+                    *energy += f64::from(x) * f64::from(x);
+                }
+            }
+        });
         Ok(())
     }
 

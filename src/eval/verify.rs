@@ -1,0 +1,259 @@
+/*! Verification of an Atom checkpoint: that every byte is what was written and means something, then
+what it costs in perplexity, on the integer path. */
+
+use serde::Serialize;
+
+use super::perplexity::PerplexityOutcome;
+use super::{Model, atom_perplexity, atom_plan, perplexity};
+use crate::Result;
+use crate::backend::Backend;
+use crate::checkpoint::linear::{from_tensors, order_spec, read_order, specs};
+use crate::checkpoint::{AtomCheckpoint, TensorSpec};
+use crate::model::Architecture;
+use crate::model::sites::{EMBEDDING, FINAL_NORM};
+use crate::pipeline::plan::{BlockPlan, SitePlan};
+use crate::pipeline::progress::Progress;
+use crate::pipeline::{Evaluation, expect};
+
+/// One line of `atom verify`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// What was checked.
+    pub name: String,
+    /// Whether it held.
+    pub ok: bool,
+    /// What was found.
+    pub detail: String,
+}
+
+/// The result of `atom verify`.
+#[derive(Clone, Debug, Serialize)]
+pub struct VerifyOutcome {
+    /// Name of the checkpoint.
+    pub model: String,
+    /// Whether every check held.
+    pub ok: bool,
+    /// Every check.
+    pub checks: Vec<Check>,
+    /// Of the checkpoint, if it was measured.
+    pub perplexity: Option<f64>,
+    /// Of the reference, if there is one.
+    pub reference_perplexity: Option<f64>,
+    /// `perplexity / reference_perplexity - 1`.
+    pub increase: Option<f64>,
+    /// What it ran on.
+    pub device: String,
+}
+
+/// Limits that make an evaluation a check.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Limits {
+    /// Highest perplexity.
+    pub max_ppl: Option<f64>,
+    /// Highest relative increase over the reference, 0.1 for 10 %.
+    pub max_ppl_increase: Option<f64>,
+}
+
+/// Verifies a checkpoint: integrity, then with `evaluation` its perplexity beside `reference`'s.
+pub fn verify<B: Backend>(
+    backend: &B,
+    checkpoint: &AtomCheckpoint,
+    reference: Option<&Model>,
+    evaluation: Option<&Evaluation>,
+    limits: Limits,
+    progress: &dyn Progress,
+) -> Result<VerifyOutcome> {
+    let architecture = Architecture::from_config(checkpoint.config())?;
+    let mut checks = Vec::new();
+    let plan = atom_plan(checkpoint, &architecture);
+    let planned = plan.as_ref().map(|(_, blocks)| {
+        let sites = blocks.iter().flatten().count();
+        format!("{} blocks, {sites} sites, as config.json has them", blocks.len())
+    });
+    checks.push(check("plan", planned));
+    if let Ok((_, blocks)) = &plan {
+        progress.begin("verify", blocks.len());
+        checks.push(check("shapes", shapes(checkpoint, &architecture, blocks)));
+        checks.push(check("checksums", checksums(checkpoint, progress)));
+        checks.push(check("orders", orders(checkpoint, blocks)));
+        checks.push(check("codes", codes(checkpoint, blocks, progress)));
+        checks.push(check("kept tensors", kept(checkpoint, &architecture, blocks)));
+        progress.end();
+    }
+    progress.check_stop()?;
+
+    let sound = checks.iter().all(|check| check.ok);
+    let mut outcome = VerifyOutcome {
+        model: checkpoint.name().to_owned(),
+        ok: sound,
+        checks,
+        perplexity: None,
+        reference_perplexity: None,
+        increase: None,
+        device: backend.device(),
+    };
+    // What a damaged checkpoint computes says nothing.
+    if let Some(evaluation) = evaluation.filter(|_| sound) {
+        let measured = atom_perplexity(backend, checkpoint, evaluation, progress)?;
+        outcome.perplexity = Some(measured.perplexity);
+        if let Some(reference) = reference {
+            let reference = perplexity(backend, reference, evaluation, progress)?;
+            outcome.reference_perplexity = Some(reference.perplexity);
+            outcome.increase = Some(measured.perplexity / reference.perplexity - 1.0);
+        }
+        outcome.checks.extend(perplexity_checks(&measured, &outcome, limits));
+        outcome.ok = outcome.checks.iter().all(|check| check.ok);
+    }
+    Ok(outcome)
+}
+
+fn check(name: &str, found: std::result::Result<String, impl std::fmt::Display>) -> Check {
+    let (ok, detail) = match found {
+        Ok(detail) => (true, detail),
+        Err(error) => (false, error.to_string()),
+    };
+    Check { name: name.to_owned(), ok, detail }
+}
+
+fn perplexity_checks(
+    measured: &PerplexityOutcome,
+    outcome: &VerifyOutcome,
+    limits: Limits,
+) -> Vec<Check> {
+    let found = measured.perplexity;
+    let against = outcome.reference_perplexity.map_or(String::new(), |reference| {
+        format!(", reference {reference:.4} ({:+.2} %)", 100.0 * (found / reference - 1.0))
+    });
+    let mut checks = vec![Check {
+        name: "perplexity".to_owned(),
+        ok: found.is_finite(),
+        detail: format!(
+            "{found:.4} on {} windows of {}{against}",
+            measured.windows, measured.dataset
+        ),
+    }];
+    if let Some(limit) = limits.max_ppl {
+        checks.push(Check {
+            name: "max-ppl".to_owned(),
+            ok: found <= limit,
+            detail: format!("{found:.4} against a limit of {limit}"),
+        });
+    }
+    if let (Some(limit), Some(increase)) = (limits.max_ppl_increase, outcome.increase) {
+        checks.push(Check {
+            name: "max-ppl-increase".to_owned(),
+            ok: increase <= limit,
+            detail: format!("{:+.2} % against a limit of {:+.2} %", 100.0 * increase, 100.0 * limit),
+        });
+    }
+    checks
+}
+
+/// Every tensor the plan asks for is there with its type and shape, and none besides.
+fn shapes(
+    checkpoint: &AtomCheckpoint,
+    architecture: &Architecture,
+    blocks: &[BlockPlan],
+) -> Result<String> {
+    let mut expected: Vec<TensorSpec> = Vec::new();
+    for site in blocks.iter().flatten() {
+        expected.push(order_spec(&site.name, site.width()));
+        for linear in quantized(site) {
+            expected.extend(specs(&linear.name, &site.shape(linear)));
+        }
+    }
+    for spec in &expected {
+        crate::checkpoint::Stored::fetch(checkpoint, spec)?;
+    }
+    let kept = kept_tensors(architecture, blocks);
+    for (name, shape) in &kept {
+        expect(checkpoint, name, shape)?;
+    }
+    let (needed, found) = (expected.len() + kept.len(), checkpoint.names().count());
+    if needed == found {
+        Ok(format!("{found} tensors"))
+    } else {
+        Err(crate::Error::check(format!("{found} tensors where the plan has {needed}")))
+    }
+}
+
+fn checksums(checkpoint: &AtomCheckpoint, progress: &dyn Progress) -> Result<String> {
+    for name in checkpoint.names() {
+        progress.check_stop()?;
+        checkpoint.verify_tensor(name)?;
+    }
+    Ok(format!("SHA-256 of {} tensors, {} bytes", checkpoint.names().count(), checkpoint.total_bytes()))
+}
+
+fn orders(checkpoint: &AtomCheckpoint, blocks: &[BlockPlan]) -> Result<String> {
+    let mut sites = 0;
+    for site in blocks.iter().flatten() {
+        let grouped = site.groups() * site.group_size;
+        read_order(checkpoint, &site.name, site.channels, grouped, site.outlier_channels)?;
+        sites += 1;
+    }
+    Ok(format!("{sites} channel orders are permutations and padding"))
+}
+
+fn codes(
+    checkpoint: &AtomCheckpoint,
+    blocks: &[BlockPlan],
+    progress: &dyn Progress,
+) -> Result<String> {
+    let mut linears = 0;
+    for block in blocks {
+        progress.check_stop()?;
+        for site in block {
+            for linear in quantized(site) {
+                let codes = from_tensors(checkpoint, &linear.name, &site.shape(linear))?;
+                if let Some(scale) = codes.scales.iter().position(|scale| scale.to_f32() < 0.0) {
+                    return Err(crate::Error::check(format!(
+                        "{}.weight_scales holds a negative scale at {scale}",
+                        linear.name
+                    )));
+                }
+                linears += 1;
+            }
+        }
+        progress.advance("");
+    }
+    Ok(format!("{linears} linears: codes, scales and outliers in range"))
+}
+
+/// Tensors that stayed as they were hold numbers only.
+fn kept(
+    checkpoint: &AtomCheckpoint,
+    architecture: &Architecture,
+    blocks: &[BlockPlan],
+) -> Result<String> {
+    let kept = kept_tensors(architecture, blocks);
+    for (name, _) in &kept {
+        let tensor = checkpoint.tensor(name)?;
+        tensor.check_finite()?;
+        tensor.release();
+    }
+    Ok(format!("{} tensors in full precision are finite", kept.len()))
+}
+
+fn kept_tensors(architecture: &Architecture, blocks: &[BlockPlan]) -> Vec<(String, Vec<usize>)> {
+    let hidden = architecture.hidden;
+    let table = vec![architecture.vocabulary, hidden];
+    let mut kept = vec![(EMBEDDING.to_owned(), table.clone()), (FINAL_NORM.to_owned(), vec![hidden])];
+    if !architecture.tied {
+        kept.push((architecture.head_name().to_owned(), table));
+    }
+    for (index, block) in blocks.iter().enumerate() {
+        kept.extend(architecture.norm_names(index).map(|name| (name, vec![hidden])));
+        for site in block {
+            let whole = site.linears.iter().filter(|linear| linear.bits == 16);
+            kept.extend(whole.map(|linear| {
+                (format!("{}.weight", linear.name), vec![linear.rows, site.channels])
+            }));
+        }
+    }
+    kept
+}
+
+fn quantized(site: &SitePlan) -> impl Iterator<Item = &crate::pipeline::plan::LinearPlan> {
+    site.linears.iter().filter(|linear| linear.bits < 16)
+}
