@@ -88,7 +88,11 @@ mod tests {
                 let base = i / block * block;
                 let sum: f64 = (0..block)
                     .map(|j| {
-                        let sign = if ((i - base) & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                        let sign = if ((i - base) & j).count_ones().is_multiple_of(2) {
+                            1.0
+                        } else {
+                            -1.0
+                        };
                         sign * f64::from(x[base + j])
                     })
                     .sum();

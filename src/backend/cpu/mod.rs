@@ -5,4 +5,5 @@ pub mod elementwise;
 pub mod gemm;
 mod gemm_kernels;
 mod gemm_pack;
+pub mod gram;
 pub mod isa;
