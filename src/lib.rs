@@ -6,6 +6,7 @@ and calls `quant` for the method, `backend` does the arithmetic, `checkpoint` wr
 `eval` measures it. `cli` and `report` are what a person sees. */
 
 pub mod backend;
+pub mod bench;
 pub mod checkpoint;
 pub mod error;
 pub mod eval;

@@ -81,14 +81,19 @@ impl Grid {
         // Sixteen lanes and comparisons instead of f32::min, or the loop would be a chain of scalar
         // steps. The order does not matter: of equal values only zeros differ in their bits.
         let (mut lows, mut highs) = ([0.0f32; 16], [0.0f32; 16]);
-        for chunk in x.chunks(16) {
-            for ((low, high), &x) in lows.iter_mut().zip(&mut highs).zip(chunk) {
-                *low = if x < *low { x } else { *low };
-                *high = if x > *high { x } else { *high };
-            }
+        let smaller = |a: f32, b: f32| if b < a { b } else { a };
+        let larger = |a: f32, b: f32| if b > a { b } else { a };
+        let (chunks, tail) = x.as_chunks::<16>();
+        for chunk in chunks {
+            lows = std::array::from_fn(|lane| smaller(lows[lane], chunk[lane]));
+            highs = std::array::from_fn(|lane| larger(highs[lane], chunk[lane]));
         }
-        let low = lows.into_iter().fold(0.0, f32::min) * format.clip;
-        let high = highs.into_iter().fold(0.0, f32::max) * format.clip;
+        for &x in tail {
+            lows[0] = smaller(lows[0], x);
+            highs[0] = larger(highs[0], x);
+        }
+        let low = lows.into_iter().fold(0.0, smaller) * format.clip;
+        let high = highs.into_iter().fold(0.0, larger) * format.clip;
         let top = format.top();
         let scale = f16::from_f32((high - low) / top).to_f32();
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };

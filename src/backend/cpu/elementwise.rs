@@ -85,14 +85,20 @@ pub fn log_sum_exp(isa: Isa, logits: &[f32]) -> f64 {
 fn log_sum_exp_body(logits: &[f32]) -> f64 {
     let max = max_by_lanes(logits);
     let mut lanes = [0.0f64; LANES];
-    let (chunks, tail) = logits.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (lane, logit) in lanes.iter_mut().zip(chunk) {
-            *lane += f64::from(exp(logit - max));
+    // Exponentials first, then sums: one loop for both would not become vector code.
+    let mut powers = [0.0f32; 16 * LANES];
+    for logits in logits.chunks(powers.len()) {
+        let powers = &mut powers[..logits.len()];
+        for (power, logit) in powers.iter_mut().zip(logits) {
+            *power = exp(logit - max);
         }
-    }
-    for (lane, logit) in lanes.iter_mut().zip(tail) {
-        *lane += f64::from(exp(logit - max));
+        let (chunks, tail) = powers.as_chunks::<LANES>();
+        for chunk in chunks {
+            lanes = std::array::from_fn(|lane| lanes[lane] + f64::from(chunk[lane]));
+        }
+        for (lane, power) in lanes.iter_mut().zip(tail) {
+            *lane += f64::from(*power);
+        }
     }
     f64::from(max) + fold(lanes, |a, b| a + b).ln()
 }
@@ -152,9 +158,7 @@ fn sum_by_lanes(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0.0; LANES];
     let (chunks, tail) = values.as_chunks::<LANES>();
     for chunk in chunks {
-        for (lane, value) in lanes.iter_mut().zip(chunk) {
-            *lane += term(*value);
-        }
+        lanes = std::array::from_fn(|lane| lanes[lane] + term(chunk[lane]));
     }
     for (lane, value) in lanes.iter_mut().zip(tail) {
         *lane += term(*value);
@@ -170,9 +174,7 @@ fn max_by_lanes(values: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (chunks, tail) = values.as_chunks::<LANES>();
     for chunk in chunks {
-        for (lane, value) in lanes.iter_mut().zip(chunk) {
-            *lane = larger(*lane, *value);
-        }
+        lanes = std::array::from_fn(|lane| larger(lanes[lane], chunk[lane]));
     }
     for (lane, value) in lanes.iter_mut().zip(tail) {
         *lane = larger(*lane, *value);

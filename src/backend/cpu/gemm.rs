@@ -109,59 +109,6 @@ pub fn par_gemm<'b>(
     });
 }
 
-/// H += X^T X for X `[tokens, n]`, half of the work: only the lower triangle (j <= i) of H `[n, n]`
-/// is read and written. Tokens are added in ascending order, whatever the thread count, so X in
-/// pieces gives the same bits as X at once.
-///
-/// # Panics
-/// If X or H is smaller than its shape.
-pub fn gram_add(isa: Isa, x: &[f32], tokens: usize, n: usize, h: &mut [f32]) {
-    assert!(x.len() >= tokens * n && h.len() >= n * n, "X or H is smaller than its shape");
-    let right = Panels::from_columns(x, tokens, n, n);
-    let (left, right) = (Rows::transposed(x, n), Part::from(&right));
-    // Square blocks of H; small ones where large ones would leave threads without work.
-    let triangle = |side: usize| n.div_ceil(side) * (n.div_ceil(side) + 1) / 2;
-    let enough = 4 * rayon::current_num_threads();
-    let side = [6, 3].map(|panels| panels * PANEL).into_iter().find(|&s| triangle(s) >= enough);
-    let side = side.unwrap_or(PANEL * 2);
-    let shared = Shared(h.as_mut_ptr());
-    let blocks: Vec<_> =
-        (0..n.div_ceil(side)).flat_map(|row| (0..=row).map(move |column| (row, column))).collect();
-    blocks.into_par_iter().for_each(|(row, column)| {
-        let (rows, columns) = (range(row, side, n), range(column, side, n));
-        if row != column {
-            // SAFETY: H holds n x n values and no two blocks share an element.
-            unsafe {
-                let c = shared.at(rows.start * n + columns.start);
-                multiply(isa, left.slice(rows), &right.columns(columns), c, n, true);
-            }
-            return;
-        }
-        for first in columns.clone().step_by(PANEL) {
-            let last = (first + PANEL).min(columns.end);
-            let mut corner = [0.0f32; PANEL * PANEL];
-            // SAFETY: H holds n x n values, no two blocks share an element, and the corner is
-            // PANEL x PANEL. Only j <= i is touched.
-            unsafe {
-                for i in first..last {
-                    let h = shared.at(i * n + first);
-                    h.copy_to_nonoverlapping(&mut corner[(i - first) * PANEL], i - first + 1);
-                }
-                let b = right.columns(first..last);
-                multiply(isa, left.slice(first..last), &b, corner.as_mut_ptr(), PANEL, true);
-                for i in first..last {
-                    let h = shared.at(i * n + first);
-                    h.copy_from_nonoverlapping(&corner[(i - first) * PANEL], i - first + 1);
-                }
-                if last < rows.end {
-                    let c = shared.at(last * n + first);
-                    multiply(isa, left.slice(last..rows.end), &b, c, n, true);
-                }
-            }
-        }
-    });
-}
-
 /// The start of an output, shared by tasks that each write their own part of it.
 pub(super) struct Shared(pub(super) *mut f32);
 // SAFETY: the pointer is only used by tasks whose parts do not overlap, while the output is borrowed.
@@ -177,7 +124,7 @@ impl Shared {
 }
 
 /// Piece `index` of `0..end` in pieces of `size`.
-fn range(index: usize, size: usize, end: usize) -> Range<usize> {
+pub(super) fn range(index: usize, size: usize, end: usize) -> Range<usize> {
     index * size..((index + 1) * size).min(end)
 }
 
@@ -196,7 +143,7 @@ fn check(a: &Rows<'_>, b: &Part<'_>, c: &[f32], c_stride: usize) {
 ///
 /// # Safety
 /// C must be valid for `[a.rows, b.n()]` with rows `c_stride` apart, and A have `b.k()` columns.
-unsafe fn multiply(
+pub(super) unsafe fn multiply(
     isa: Isa,
     a: Rows<'_>,
     b: &Part<'_>,
@@ -292,7 +239,7 @@ fn tiles(rows: usize, tallest: usize) -> impl Iterator<Item = (usize, usize)> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     const SHAPES: [(usize, usize, usize); 14] = [
@@ -312,7 +259,7 @@ mod tests {
         (5, 0, 4),
     ];
 
-    fn random(len: usize, seed: u64) -> Vec<f32> {
+    pub(crate) fn random(len: usize, seed: u64) -> Vec<f32> {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         (0..len)
             .map(|_| {
@@ -322,11 +269,11 @@ mod tests {
             .collect()
     }
 
-    fn bits(values: &[f32]) -> Vec<u32> {
+    pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
         values.iter().map(|value| value.to_bits()).collect()
     }
 
-    fn on_threads<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
+    pub(crate) fn on_threads<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
     }
 
@@ -347,9 +294,8 @@ mod tests {
                 let mut expected = start.clone();
                 let rows = Rows::new(&a, m, k);
                 plain_gemm(rows, &panels, &mut expected, stride, accumulate);
-                for i in 0..expected.len() {
-                    assert_eq!(expected[i].is_nan(), !inside(i));
-                }
+                let as_expected = |(i, value): (usize, &f32)| value.is_nan() != inside(i);
+                assert!(expected.iter().enumerate().all(as_expected));
                 for isa in Isa::available() {
                     let mut c = start.clone();
                     gemm(isa, rows, &panels, &mut c, stride, accumulate);
@@ -397,77 +343,6 @@ mod tests {
                 }
             }
             assert_eq!(bits(&pieces), bits(&whole), "{isa:?}");
-        }
-    }
-
-    #[test]
-    fn the_gram_matrix_has_the_bits_of_the_product_and_leaves_its_upper_half() {
-        for (tokens, n) in [(1, 1), (5, 33), (40, 172), (330, 100), (3, 230)] {
-            let x = random(tokens * n, 8);
-            let panels = Panels::from_columns(&x, tokens, n, n);
-            let old = random(n * n, 9);
-            let mut expected = old.clone();
-            plain_gemm(Rows::transposed(&x, n), &panels, &mut expected, n, true);
-            for isa in Isa::available() {
-                for threads in [1, 3] {
-                    let mut h = old.clone();
-                    (0..n * n).filter(|i| i % n > i / n).for_each(|i| h[i] = f32::NAN);
-                    let cut = tokens / 3;
-                    on_threads(threads, || {
-                        gram_add(isa, &x, cut, n, &mut h);
-                        gram_add(isa, &x[cut * n..], tokens - cut, n, &mut h);
-                    });
-                    for i in 0..n * n {
-                        let upper = i % n > i / n;
-                        assert!(if upper { h[i].is_nan() } else { h[i] == expected[i] }, "{isa:?}");
-                    }
-                }
-            }
-        }
-    }
-
-    /// Prints GFLOP/s of ours and of faer's, on one thread. Run by name, with --nocapture.
-    #[test]
-    #[ignore = "a measurement"]
-    #[expect(clippy::print_stderr, reason = "the measurement's result")]
-    fn rate_beside_faer() {
-        use faer::linalg::matmul::matmul;
-        use faer::{Accum, MatMut, MatRef, Par};
-        use std::time::Instant;
-        for (m, n, k) in [(2048, 1536, 576), (2048, 576, 576), (2048, 192, 576), (512, 4096, 4096)]
-        {
-            let (a, w) = (random(m * k, 1), random(n * k, 2));
-            let (mut c, mut d) = (vec![0.0; m * n], vec![0.0; m * n]);
-            let panels = Panels::from_rows(&w, n, k);
-            let mut best = vec![f64::MAX; 8];
-            for _ in 0..if k > 2000 { 5 } else { 15 } {
-                let start = Instant::now();
-                matmul(
-                    MatMut::from_row_major_slice_mut(&mut d, m, n),
-                    Accum::Replace,
-                    MatRef::from_row_major_slice(&a, m, k),
-                    MatRef::from_row_major_slice(&w, n, k).transpose(),
-                    1.0,
-                    Par::Seq,
-                );
-                best[7] = best[7].min(start.elapsed().as_secs_f64());
-                for (i, isa) in Isa::available().into_iter().enumerate().skip(2) {
-                    let start = Instant::now();
-                    gemm(isa, Rows::new(&a, m, k), &panels, &mut c, n, false);
-                    best[i] = best[i].min(start.elapsed().as_secs_f64());
-                }
-            }
-            let start = Instant::now();
-            drop(Panels::from_rows(&w, n, k));
-            let pack = start.elapsed().as_secs_f64();
-            let rate = |seconds: f64| (2 * m * n * k) as f64 / seconds / 1e9;
-            eprintln!(
-                "{m} {n} {k}: avx2 {:.1} avx512 {:.1} faer {:.1}; packing {:.1} % of avx512",
-                rate(best[2]),
-                rate(best[3]),
-                rate(best[7]),
-                pack / best[3] * 100.0
-            );
         }
     }
 }

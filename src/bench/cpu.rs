@@ -1,0 +1,123 @@
+/*! The CPU's f32 matrix product beside faer's, at the shapes of real models' linears.
+
+Ours reads weights that are packed once and used for every batch, as in calibration and evaluation;
+packing is not counted. The baseline is faer's product on the weight as it lies in the checkpoint,
+`[n, k]`; several threads share its rows. */
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+
+use super::{Row, medians};
+use crate::backend::cpu::gemm::{Panels, Rows, par_gemm};
+use crate::backend::cpu::isa::Isa;
+use crate::{Error, Result};
+
+/// The sizes of a product `[m, k] x [n, k]^T`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Product {
+    /// Tokens.
+    pub m: usize,
+    /// Output features.
+    pub n: usize,
+    /// Input features.
+    pub k: usize,
+}
+
+/// The linears of SmolLM2-135M and its head, one window of 2048 tokens.
+pub const SMOLLM2_135M: [Product; 5] = [
+    Product { m: 2048, n: 576, k: 576 },
+    Product { m: 2048, n: 192, k: 576 },
+    Product { m: 2048, n: 1536, k: 576 },
+    Product { m: 2048, n: 576, k: 1536 },
+    Product { m: 2048, n: 49152, k: 576 },
+];
+
+/// Two linears of Llama-2-7B, 512 tokens.
+pub const LLAMA_2_7B: [Product; 2] =
+    [Product { m: 512, n: 4096, k: 4096 }, Product { m: 512, n: 11008, k: 4096 }];
+
+/// Measures each product on random values with the given number of threads, by medians of a few
+/// rounds: more for small products, three for the largest.
+///
+/// # Errors
+/// A machine error if the threads cannot be started.
+pub fn cpu(isa: Isa, threads: usize, products: &[Product]) -> Result<Vec<Row>> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|error| {
+        Error::machine(format!("{threads} threads cannot be started: {error}"))
+            .hint("ask for fewer with --threads")
+    })?;
+    Ok(pool.install(|| products.iter().map(|product| measure(isa, threads, *product)).collect()))
+}
+
+fn measure(isa: Isa, threads: usize, product: Product) -> Row {
+    let Product { m, n, k } = product;
+    let (x, w) = (random(m * k, 1), random(n * k, 2));
+    let (mut y, mut y_of_faer) = (vec![0.0; m * n], vec![0.0; m * n]);
+    let panels = Panels::from_rows(&w, n, k);
+    let operations = 2.0 * m as f64 * n as f64 * k as f64;
+    let rounds = (3e10 / operations.max(1.0)).clamp(3.0, 15.0) as usize;
+    let rows_of_thread = m.div_ceil(threads.max(1)).max(1);
+    let (ours, faer) = medians(
+        rounds,
+        || par_gemm(isa, Rows::new(&x, m, k), &panels, &mut y, n, false),
+        || {
+            let outputs = y_of_faer.par_chunks_mut((rows_of_thread * n).max(1));
+            outputs.zip(x.par_chunks((rows_of_thread * k).max(1))).for_each(|(y, x)| {
+                let rows = x.len() / k;
+                matmul(
+                    MatMut::from_row_major_slice_mut(y, rows, n),
+                    Accum::Replace,
+                    MatRef::from_row_major_slice(x, rows, k),
+                    MatRef::from_row_major_slice(&w, n, k).transpose(),
+                    1.0,
+                    Par::Seq,
+                );
+            });
+        },
+    );
+    Row::new(format!("f32 product, {}", isa.name()), product, threads, ours, faer)
+}
+
+/// Values in -1..1, the same in every run.
+fn random(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed;
+    (0..len)
+        .map(|_| {
+            // Knuth's 64-bit linear congruence; its high bits are good enough for timing.
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_product_has_a_row_with_finite_rates() {
+        let products = [Product { m: 5, n: 7, k: 9 }, Product { m: 1, n: 40, k: 3 }];
+        for threads in [1, 3] {
+            let rows = cpu(Isa::Portable, threads, &products).unwrap();
+            assert_eq!(rows.len(), 2);
+            for (row, product) in rows.iter().zip(products) {
+                assert_eq!(Product { m: row.m, n: row.n, k: row.k }, product);
+                assert!(row.name.contains("portable") && row.threads == threads);
+                assert!(row.gflops > 0.0 && row.ratio.is_finite());
+            }
+        }
+    }
+
+    /// Prints the rates on one thread: `cargo test --release rates_beside_faer -- --ignored --nocapture`.
+    #[test]
+    #[ignore = "a measurement of some seconds"]
+    #[expect(clippy::print_stderr, reason = "the measurement's result")]
+    fn rates_beside_faer() {
+        let products = [SMOLLM2_135M.split_at(4).0, LLAMA_2_7B.split_at(1).0].concat();
+        for row in cpu(Isa::detect().unwrap(), 1, &products).unwrap() {
+            let Row { name, m, n, k, gflops, baseline_gflops, ratio, .. } = row;
+            eprintln!("{name} {m} x {n} x {k}: {gflops:.1}, faer {baseline_gflops:.1}, {ratio:.3}");
+        }
+    }
+}
