@@ -9,7 +9,9 @@ use crate::{Error, Result};
 /// The environment variable that overrides the choice.
 pub const VARIABLE: &str = "ATOM_ISA";
 
-/// An instruction set that kernels are compiled for, from the plainest to the widest.
+/// An instruction set that kernels are compiled for, from the plainest to the widest. Kernels take
+/// a value as proof that the machine has the set, so values come from [`Isa::detect`] or
+/// [`Isa::available`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Isa {
     /// Straight loops that read as the definition: the reference for every other kernel.
@@ -35,6 +37,7 @@ impl Isa {
 
     /// Every instruction set that this machine can run, the plainest first.
     pub fn available() -> Vec<Self> {
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "nothing to add"))]
         let mut sets = vec![Self::Plain, Self::Portable];
         #[cfg(target_arch = "x86_64")]
         {
