@@ -21,18 +21,24 @@ macro_rules! tiles {
         for (tile, acc) in $acc.chunks_mut(TILE).enumerate() {
             let first = tile * TILE;
             match acc.len() {
-                1 => $kernel::<1>($block, first, acc),
-                2 => $kernel::<2>($block, first, acc),
-                3 => $kernel::<3>($block, first, acc),
-                4 => $kernel::<4>($block, first, acc),
-                5 => $kernel::<5>($block, first, acc),
-                _ => $kernel::<TILE>($block, first, acc),
+                1 => $kernel::<1>($block, first, whole(acc)),
+                2 => $kernel::<2>($block, first, whole(acc)),
+                3 => $kernel::<3>($block, first, whole(acc)),
+                4 => $kernel::<4>($block, first, whole(acc)),
+                5 => $kernel::<5>($block, first, whole(acc)),
+                _ => $kernel::<TILE>($block, first, whole(acc)),
             }
             if let Some(out) = $out {
                 out.store(first, acc);
             }
         }
     };
+}
+
+/// The sums of a tile, whose number the compiler must know to keep them in registers.
+#[inline(always)]
+fn whole<const TOKENS: usize>(acc: &mut [[f32; PANEL]]) -> &mut [[f32; PANEL]; TOKENS] {
+    acc.first_chunk_mut().expect("the tile kernel is chosen by this length")
 }
 
 /// See [`IntegerBlock`].
@@ -91,15 +97,14 @@ pub(super) unsafe fn starts(codes: &[i8], size: usize, offset: i32, starts: &mut
 unsafe fn integer_tile<const TOKENS: usize>(
     block: &IntegerBlock<'_>,
     first: usize,
-    acc: &mut [[f32; PANEL]],
+    acc: &mut [[f32; PANEL]; TOKENS],
 ) {
-    debug_assert_eq!(acc.len(), TOKENS);
     // SAFETY: the caller's promise: every pointer below stays within its slice.
     unsafe {
-        let mut floats = [[_mm512_setzero_ps(); 2]; TOKENS];
-        for (floats, acc) in floats.iter_mut().zip(&*acc) {
-            *floats = [_mm512_loadu_ps(acc.as_ptr()), _mm512_loadu_ps(acc[16..].as_ptr())];
-        }
+        let mut floats: [[__m512; 2]; TOKENS] = std::array::from_fn(|token| {
+            let acc = &acc[token];
+            [_mm512_loadu_ps(acc.as_ptr()), _mm512_loadu_ps(acc[16..].as_ptr())]
+        });
         let mut weights = block.codes.as_ptr();
         let mut x = block.x_codes.as_ptr().add(first * block.codes_stride);
         for (group, scales) in block.scales.iter().enumerate() {
@@ -151,16 +156,15 @@ unsafe fn integer_tile<const TOKENS: usize>(
 unsafe fn float_tile<const TOKENS: usize>(
     block: &FloatBlock<'_>,
     first: usize,
-    acc: &mut [[f32; PANEL]],
+    acc: &mut [[f32; PANEL]; TOKENS],
 ) {
-    debug_assert_eq!(acc.len(), TOKENS);
     let channels = block.weights.len();
     // SAFETY: the caller's promise: every pointer below stays within its slice.
     unsafe {
-        let mut floats = [[_mm512_setzero_ps(); 2]; TOKENS];
-        for (floats, acc) in floats.iter_mut().zip(&*acc) {
-            *floats = [_mm512_loadu_ps(acc.as_ptr()), _mm512_loadu_ps(acc[16..].as_ptr())];
-        }
+        let mut floats: [[__m512; 2]; TOKENS] = std::array::from_fn(|token| {
+            let acc = &acc[token];
+            [_mm512_loadu_ps(acc.as_ptr()), _mm512_loadu_ps(acc[16..].as_ptr())]
+        });
         let x = block.x.as_ptr().add(first * channels);
         for (channel, weights) in block.weights.iter().enumerate() {
             let left = _mm512_loadu_ps(weights.as_ptr());

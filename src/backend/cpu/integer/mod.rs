@@ -189,15 +189,17 @@ fn run(
     let run_groups = (RUN_CHANNELS / w.group_size).clamp(1, w.groups.max(1));
     let unpacked_lines = run_groups * w.group_size / CHUNK * CHUNK_LINES;
     let mut unpacked = vec![Line([0; 64]); if w.nibbles { unpacked_lines } else { 0 }];
-    let mut scales = vec![[0.0; PANEL]; run_groups.max(w.outlier_channels).max(1)];
-    let mut acc = vec![[0.0_f32; PANEL]; tokens.len()];
+    let mut scales = aligned_rows(run_groups.max(w.outlier_channels));
+    let scales: &mut [[f32; PANEL]] = bytemuck::cast_slice_mut(&mut scales);
+    let mut acc = aligned_rows(tokens.len());
+    let acc: &mut [[f32; PANEL]] = bytemuck::cast_slice_mut(&mut acc);
     let grouped = w.groups * w.group_size;
     for panel in panels {
         acc.fill([0.0; PANEL]);
         // SAFETY: panel and tokens belong to this job alone.
         let out = unsafe { Destination::new(output, panel, &tokens) };
         if w.groups == 0 && w.outlier_channels == 0 {
-            out.store(0, &acc);
+            out.store(0, acc);
         }
         let mut group = 0;
         while group < w.groups {
@@ -225,7 +227,7 @@ fn run(
                 groups_stride: w.groups,
             };
             let last = groups.end == w.groups && w.outlier_channels == 0;
-            integer(isa, &block, &mut acc, last.then_some(&out));
+            integer(isa, &block, acc, last.then_some(&out));
             group = groups.end;
         }
         match (&x.outliers, &w.outliers) {
@@ -248,7 +250,7 @@ fn run(
                     starts: &prepared.outlier_starts[tokens.start..],
                     groups_stride: 1,
                 };
-                integer(isa, &block, &mut acc, Some(&out));
+                integer(isa, &block, acc, Some(&out));
             }
             (OutlierRows::F16(values), Outliers::F16(weights)) if w.outlier_channels > 0 => {
                 let channels = w.outlier_channels;
@@ -256,11 +258,16 @@ fn run(
                 weights[panel * channels * PANEL..][..channels * PANEL]
                     .convert_to_f32_slice(unpacked.as_flattened_mut());
                 let x = &values[tokens.start * channels..tokens.end * channels];
-                float(isa, &FloatBlock { weights: unpacked, x }, &mut acc, Some(&out));
+                float(isa, &FloatBlock { weights: unpacked, x }, acc, Some(&out));
             }
             _ => {}
         }
     }
+}
+
+/// Room for `count` rows of 32 values that start on a cache line each.
+fn aligned_rows(count: usize) -> Vec<Line> {
+    vec![Line([0; 64]); count * size_of::<[f32; PANEL]>() / size_of::<Line>()]
 }
 
 /// Sums the codes of each group and pads the outliers.

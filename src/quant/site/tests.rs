@@ -1,0 +1,119 @@
+/*! The definition, checked against values worked out by hand. */
+
+use super::*;
+
+fn format(order: Vec<i32>, group_size: usize, outlier_channels: usize) -> SiteFormat {
+    SiteFormat {
+        channels: order.iter().filter(|&&channel| channel >= 0).count(),
+        groups: (order.len() - outlier_channels) / group_size,
+        order,
+        group_size,
+        outlier_channels,
+        outlier_format: OutlierFormat::Int8,
+        bits: 4,
+        clip: 1.0,
+        transform: Transform::None,
+    }
+}
+
+/// 14 channels, two places of padding, two outliers.
+fn small() -> SiteFormat {
+    let mut order: Vec<i32> = (2..14).rev().collect();
+    order.extend([-1; 4]);
+    order.extend([1, 0]);
+    format(order, 16, 2)
+}
+
+#[test]
+fn a_sound_format_passes_and_each_slip_is_named() {
+    small().check().unwrap();
+    let broken = |change: &dyn Fn(&mut SiteFormat)| {
+        let mut format = small();
+        change(&mut format);
+        format.check().unwrap_err().to_string()
+    };
+    assert!(broken(&|format| format.bits = 5).contains("5 bits"));
+    assert!(broken(&|format| format.clip = f32::NAN).contains("clip ratio"));
+    assert!(broken(&|format| format.clip = 0.0).contains("clip ratio"));
+    assert!(broken(&|format| format.group_size = 18).contains("multiple of 16"));
+    assert!(broken(&|format| format.group_size = 0).contains("multiple of 16"));
+    assert!(broken(&|format| format.groups = usize::MAX).contains("18 entries"));
+    assert!(broken(&|format| format.order[0] = 2).contains("channel 2 occurs twice"));
+    assert!(broken(&|format| format.order[0] = 14).contains("entry 0"));
+    assert!(broken(&|format| format.order[0] = -2).contains("is -2"));
+    assert!(broken(&|format| format.order[17] = -1).contains("entry 17"));
+    assert!(broken(&|format| format.order[0] = -1).contains("channel 13 is missing"));
+}
+
+#[test]
+fn arranging_reorders_pads_and_transforms_the_groups_only() {
+    let row: Vec<f32> = (0..14).map(|channel| channel as f32 + 1.0).collect();
+    let mut format = small();
+    let arranged = format.arrange_rows_plain(&row, 1);
+    assert_eq!(arranged[..3], [14.0, 13.0, 12.0]);
+    assert_eq!(arranged[11..], [3.0, 0.0, 0.0, 0.0, 0.0, 2.0, 1.0]);
+    format.transform = Transform::Hadamard;
+    let transformed = format.arrange_rows_plain(&row, 1);
+    assert_eq!(transformed[0], arranged[..16].iter().sum::<f32>() / 4.0);
+    assert_eq!(transformed[16..], [2.0, 1.0]);
+}
+
+#[test]
+fn codes_are_rounded_half_to_even_with_the_rounded_scale() {
+    let mut row = [0.0; 14];
+    row[2..8].copy_from_slice(&[7.0, 2.5, -2.5, 3.5, -7.0, 0.4]);
+    row[..2].copy_from_slice(&[-127.0, 63.5]);
+    let rows = quantize_rows_plain(&row, 1, &small()).unwrap();
+    assert_eq!(rows.scales, [1.0]);
+    assert_eq!(rows.codes[6..12], [0, -7, 4, -2, 2, 7]);
+    let expected = OutlierRows::Int8 { codes: vec![64, -127], scales: vec![1.0] };
+    assert_eq!(rows.outliers, expected);
+    // 1/7 is no f16: the codes follow from the scale that is stored.
+    row[2..8].copy_from_slice(&[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    let rows = quantize_rows_plain(&row, 1, &small()).unwrap();
+    assert_eq!(rows.scales, [f16::from_f32(1.0 / 7.0).to_f32()]);
+    assert_ne!(rows.scales, [1.0 / 7.0]);
+}
+
+#[test]
+fn clipping_saturates_at_the_limits_of_the_format() {
+    for (bits, least, greatest) in [(2, -2, 1), (3, -4, 3), (4, -8, 7), (8, -127, 127)] {
+        let mut row = [0.0; 14];
+        row[2..4].copy_from_slice(&[100.0, -100.0]);
+        let format = SiteFormat { bits, clip: 0.5, ..small() };
+        let rows = quantize_rows_plain(&row, 1, &format).unwrap();
+        assert_eq!(rows.codes[10..12], [least, greatest], "{bits} bits");
+    }
+}
+
+#[test]
+fn zeros_have_scale_zero_and_nonfinite_values_are_named() {
+    let mut x = vec![0.0; 3 * 14];
+    let rows = quantize_rows_plain(&x, 3, &small()).unwrap();
+    assert_eq!((rows.scales, rows.codes), (vec![0.0; 3], vec![0; 48]));
+    x[14 + 5] = f32::NAN;
+    let error = quantize_rows_plain(&x, 3, &small()).unwrap_err();
+    assert_eq!(error.message(), "the activation of token 1, channel 5 is NaN");
+    x[14 + 5] = 1e6;
+    let error = quantize_rows_plain(&x, 3, &small()).unwrap_err();
+    assert!(error.message().contains("scale of group 0 of token 1"));
+    (x[14 + 5], x[28]) = (0.0, 1e5);
+    assert!(quantize_rows_plain(&x, 3, &small()).is_ok());
+    let halves = SiteFormat { outlier_format: OutlierFormat::F16, ..small() };
+    assert!(quantize_rows_plain(&x, 3, &halves).is_err());
+}
+
+#[test]
+fn dequantizing_is_within_half_a_step() {
+    let x: Vec<f32> = (0..28).map(|i| (i as f32 * 1.7).sin()).collect();
+    for outlier_format in [OutlierFormat::Int8, OutlierFormat::F16] {
+        let format = SiteFormat { outlier_format, ..small() };
+        let rows = quantize_rows_plain(&x, 2, &format).unwrap();
+        let arranged = format.arrange_rows_plain(&x, 2);
+        let restored = dequantize_rows_plain(&rows);
+        assert_eq!(restored.len(), arranged.len());
+        for (value, expected) in restored.iter().zip(arranged) {
+            assert!((value - expected).abs() <= 0.0723, "{value} for {expected}");
+        }
+    }
+}
