@@ -54,7 +54,7 @@ impl Tensor<'_> {
                 format!("tensor `{}` has {count} rows, but rows {rows:?} are asked for", self.name);
             return Err(Error::input(message));
         }
-        let width = if count == 0 { 0 } else { self.len() / count };
+        let width = self.len().checked_div(count).unwrap_or(0);
         self.values_f32(rows.start * width..rows.end * width)
     }
 
