@@ -102,7 +102,7 @@ fn dequantize(linear: &QuantizedLinear, order: &[i32], transformed: bool) -> Vec
     dense
 }
 
-/// Writes all linears as one checkpoint and returns their names.
+/// Writes all linears as one checkpoint, each with a site of its own.
 fn write_checkpoint(out: &Path, max_shard_bytes: u64, linears: &[(QuantizedLinear, bool)]) {
     let (mut tensors, mut planned) = (Vec::new(), Vec::new());
     let (mut sites, mut entries) = (serde_json::Map::new(), serde_json::Map::new());
