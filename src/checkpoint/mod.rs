@@ -17,6 +17,8 @@ pub mod packing;
 mod shards;
 mod source;
 mod tensor;
+#[cfg(test)]
+mod tests;
 mod work;
 mod writer;
 

@@ -63,7 +63,7 @@ pub fn free_bytes(path: &Path) -> Option<u64> {
     }
     // SAFETY: statvfs returned 0, so it has filled the structure.
     let status = unsafe { status.assume_init() };
-    Some(u64::from(status.f_bavail).saturating_mul(status.f_frsize))
+    Some(status.f_bavail.saturating_mul(status.f_frsize))
 }
 
 /// Compares what is needed with what is free.

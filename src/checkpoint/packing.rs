@@ -145,7 +145,7 @@ mod tests {
         assert_eq!(pack(&[1, -2, 7, -8], 1, 4, 4), [0xe1, 0x87]);
         assert_eq!(pack(&[1, -2, -1, 0], 1, 4, 2), [0b00_11_10_01]);
         // 001 110 011 100 000 111 010 101 from the low bit upward
-        assert_eq!(pack(&[1, -2, 3, -4, 0, -1, 2, -3], 1, 8, 3), [0xf1, 0x08, 0xab]);
+        assert_eq!(pack(&[1, -2, 3, -4, 0, -1, 2, -3], 1, 8, 3), [0xf1, 0x88, 0xab]);
     }
 
     proptest! {

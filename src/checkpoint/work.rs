@@ -124,6 +124,12 @@ impl Work {
         self.dir.join("replaced")
     }
 
+    /// Gives up a run that has not begun, and the room it reserved.
+    pub(super) fn discard(self) {
+        let _ = fs_err::remove_dir_all(self.checkpoint());
+        self.remove();
+    }
+
     /// Removes the work directory after its checkpoint has moved out; the lock last. What is left
     /// by a failure here is swept by the next run, so that it fails nothing.
     pub(super) fn remove(self) {

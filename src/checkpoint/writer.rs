@@ -99,7 +99,10 @@ impl Writer {
         match done {
             Some(done) => writer.go_on(done)?,
             None => {
-                writer.reserve_shards()?;
+                if let Err(error) = writer.reserve_shards() {
+                    writer.work.discard();
+                    return Err(error);
+                }
                 writer.work.begin(&job)?;
             }
         }
