@@ -8,6 +8,7 @@ and calls `quant` for the method, `backend` does the arithmetic, `checkpoint` wr
 pub mod backend;
 pub mod bench;
 pub mod checkpoint;
+pub mod cli;
 pub mod error;
 pub mod eval;
 pub mod hub;
@@ -15,6 +16,7 @@ pub mod model;
 pub mod pipeline;
 pub mod quant;
 pub mod recipe;
+pub mod report;
 pub mod text;
 
 pub use error::{Error, Kind, Result};

@@ -1,7 +1,8 @@
-/*! The CPU's f32 matrix product beside faer's, at the shapes of real models' linears.
+/*! The CPU's matrix products, f32 and W4A4, beside faer's f32 product, at the shapes of real models'
+linears.
 
-Ours reads weights that are packed once and used for every batch, as in calibration and evaluation;
-packing is not counted. The baseline is faer's product on the weight as it lies in the checkpoint,
+Ours read weights that are packed once and used for every batch, as in calibration and evaluation;
+packing is not counted, and neither is quantizing the activations of the W4A4 product. The baseline is faer's product on the weight as it lies in the checkpoint,
 `[n, k]`; several threads share its rows. */
 
 use faer::linalg::matmul::matmul;
@@ -10,7 +11,12 @@ use rayon::prelude::*;
 
 use super::{Row, medians};
 use crate::backend::cpu::gemm::{Panels, Rows, par_gemm};
+use crate::backend::cpu::integer::{IntegerLinear, linear};
 use crate::backend::cpu::isa::Isa;
+use crate::backend::cpu::quantize::quantize_rows;
+use crate::quant::order::channel_order;
+use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
+use crate::quant::weights::{WeightFormat, round_to_nearest};
 use crate::{Error, Result};
 
 /// The sizes of a product `[m, k] x [n, k]^T`.
@@ -42,41 +48,91 @@ pub const LLAMA_2_7B: [Product; 2] =
 ///
 /// # Errors
 /// A machine error if the threads cannot be started.
-pub fn cpu(isa: Isa, threads: usize, products: &[Product]) -> Result<Vec<Row>> {
+pub fn products(isa: Isa, threads: usize, products: &[Product]) -> Result<Vec<Row>> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|error| {
         Error::machine(format!("{threads} threads cannot be started: {error}"))
             .hint("ask for fewer with --threads")
     })?;
-    Ok(pool.install(|| products.iter().map(|product| measure(isa, threads, *product)).collect()))
+    let kernels = [Kernel::F32, Kernel::W4A4];
+    let rows = kernels.into_iter().flat_map(|kernel| {
+        products.iter().map(move |product| measure(isa, threads, *product, kernel))
+    });
+    Ok(pool.install(|| rows.collect()))
 }
 
-fn measure(isa: Isa, threads: usize, product: Product) -> Row {
+/// What is measured beside faer's product.
+#[derive(Clone, Copy)]
+enum Kernel {
+    F32,
+    /// Groups of 64, 64 INT8 outlier channels.
+    W4A4,
+}
+
+fn measure(isa: Isa, threads: usize, product: Product, kernel: Kernel) -> Row {
     let Product { m, n, k } = product;
     let (x, w) = (random(m * k, 1), random(n * k, 2));
     let (mut y, mut y_of_faer) = (vec![0.0; m * n], vec![0.0; m * n]);
-    let panels = Panels::from_rows(&w, n, k);
+    let mut ours: Box<dyn FnMut() + Send> = match kernel {
+        Kernel::F32 => {
+            let panels = Panels::from_rows(&w, n, k);
+            let x = &x;
+            Box::new(move || par_gemm(isa, Rows::new(x, m, k), &panels, &mut y, n, false))
+        }
+        Kernel::W4A4 => {
+            let site = identity_site(k);
+            let weights = WeightFormat::of(&site, 4, 1, 1.0);
+            let arranged: Vec<f32> = w.chunks(k).flat_map(|row| arranged(&site, row)).collect();
+            let w = round_to_nearest(&arranged, n, &weights).expect("random weights are finite");
+            let w = IntegerLinear::new(&w);
+            let x = quantize_rows(isa, &x, m, &site).expect("random activations are finite");
+            Box::new(move || linear(isa, &x, &w, &mut y))
+        }
+    };
     let operations = 2.0 * m as f64 * n as f64 * k as f64;
     let rounds = (3e10 / operations.max(1.0)).clamp(3.0, 15.0) as usize;
     let rows_of_thread = m.div_ceil(threads.max(1)).max(1);
-    let (ours, faer) = medians(
-        rounds,
-        || par_gemm(isa, Rows::new(&x, m, k), &panels, &mut y, n, false),
-        || {
-            let outputs = y_of_faer.par_chunks_mut((rows_of_thread * n).max(1));
-            outputs.zip(x.par_chunks((rows_of_thread * k).max(1))).for_each(|(y, x)| {
-                let rows = x.len() / k;
-                matmul(
-                    MatMut::from_row_major_slice_mut(y, rows, n),
-                    Accum::Replace,
-                    MatRef::from_row_major_slice(x, rows, k),
-                    MatRef::from_row_major_slice(&w, n, k).transpose(),
-                    1.0,
-                    Par::Seq,
-                );
-            });
-        },
-    );
-    Row::new(format!("f32 product, {}", isa.name()), product, threads, ours, faer)
+    let (ours, faer) = medians(rounds, &mut ours, || {
+        let outputs = y_of_faer.par_chunks_mut((rows_of_thread * n).max(1));
+        outputs.zip(x.par_chunks((rows_of_thread * k).max(1))).for_each(|(y, x)| {
+            let rows = x.len() / k;
+            matmul(
+                MatMut::from_row_major_slice_mut(y, rows, n),
+                Accum::Replace,
+                MatRef::from_row_major_slice(x, rows, k),
+                MatRef::from_row_major_slice(&w, n, k).transpose(),
+                1.0,
+                Par::Seq,
+            );
+        });
+    });
+    let name = match kernel {
+        Kernel::F32 => "f32",
+        Kernel::W4A4 => "w4a4",
+    };
+    Row::new(format!("{name} ({})", isa.name()), product, threads, ours, faer)
+}
+
+/// All channels in their own order, the last 64 of them outliers where there are more.
+fn identity_site(channels: usize) -> SiteFormat {
+    let (group_size, outlier_channels) = (64, if channels > 64 { 64 } else { 0 });
+    let order = channel_order(&vec![0.0; channels], false, outlier_channels, group_size);
+    SiteFormat {
+        channels,
+        groups: (channels - outlier_channels).div_ceil(group_size),
+        order,
+        group_size,
+        outlier_channels,
+        outlier_format: OutlierFormat::Int8,
+        bits: 4,
+        clip: 1.0,
+        transform: Transform::None,
+    }
+}
+
+fn arranged(site: &SiteFormat, row: &[f32]) -> Vec<f32> {
+    let mut out = vec![0.0; site.width()];
+    site.arrange(row, &mut out);
+    out
 }
 
 /// Values in -1..1, the same in every run.
@@ -99,9 +155,9 @@ mod tests {
     fn every_product_has_a_row_with_finite_rates() {
         let products = [Product { m: 5, n: 7, k: 9 }, Product { m: 1, n: 40, k: 3 }];
         for threads in [1, 3] {
-            let rows = cpu(Isa::Portable, threads, &products).unwrap();
-            assert_eq!(rows.len(), 2);
-            for (row, product) in rows.iter().zip(products) {
+            let rows = super::products(Isa::Portable, threads, &products).unwrap();
+            assert_eq!(rows.len(), 4);
+            for (row, product) in rows.iter().zip(products.iter().cycle().copied()) {
                 assert_eq!(Product { m: row.m, n: row.n, k: row.k }, product);
                 assert!(row.name.contains("portable") && row.threads == threads);
                 assert!(row.gflops > 0.0 && row.ratio.is_finite());
@@ -115,7 +171,7 @@ mod tests {
     #[expect(clippy::print_stderr, reason = "the measurement's result")]
     fn rates_beside_faer() {
         let products = [SMOLLM2_135M.split_at(4).0, LLAMA_2_7B.split_at(1).0].concat();
-        for row in cpu(Isa::detect().unwrap(), 1, &products).unwrap() {
+        for row in super::products(Isa::detect().unwrap(), 1, &products).unwrap() {
             let Row { name, m, n, k, gflops, baseline_gflops, ratio, .. } = row;
             eprintln!("{name} {m} x {n} x {k}: {gflops:.1}, faer {baseline_gflops:.1}, {ratio:.3}");
         }

@@ -1,10 +1,48 @@
 /*! Speed, always beside a baseline measured in the same process and in turn with it. */
 
-use serde::Serialize;
-
 mod cpu;
+mod quantize;
+mod synthetic;
 
-pub use cpu::{LLAMA_2_7B, Product, SMOLLM2_135M, cpu};
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+pub use cpu::{LLAMA_2_7B, Product, SMOLLM2_135M, products};
+pub use quantize::quantize;
+pub use synthetic::{SHAPES, SyntheticModel};
+
+use crate::Result;
+use crate::backend::cpu::isa::Isa;
+
+/// The result of `atom bench`: rows of named figures, printed as a table in the order of their keys.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchOutcome {
+    /// For example `name, m, n, k, gflops, baseline_gflops, ratio`.
+    pub rows: Vec<Map<String, Value>>,
+}
+
+impl BenchOutcome {
+    fn of(rows: &[impl Serialize]) -> Self {
+        let row = |row| match serde_json::to_value(row) {
+            Ok(Value::Object(row)) => row,
+            _ => unreachable!("a row is a struct of numbers and text"),
+        };
+        Self { rows: rows.iter().map(row).collect() }
+    }
+}
+
+/// `atom bench cpu`: f32 and W4A4 products beside faer's f32 product, on one thread and, with more
+/// than one, on all.
+pub fn cpu() -> Result<BenchOutcome> {
+    let isa = Isa::detect()?;
+    let shapes = [&SMOLLM2_135M[..], &LLAMA_2_7B[..]].concat();
+    let mut rows = products(isa, 1, &shapes)?;
+    let threads = rayon::current_num_threads();
+    if threads > 1 {
+        rows.extend(products(isa, threads, &shapes)?);
+    }
+    Ok(BenchOutcome::of(&rows))
+}
 
 /// One measured kernel.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -1,0 +1,152 @@
+/*! Flags that several subcommands share, each group under its heading of the help page. */
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::values::{self, Device};
+use crate::backend::cpu::Cpu;
+use crate::pipeline::{Calibration, Evaluation, Output};
+use crate::text::{Split, TextSet};
+use crate::{Error, Result};
+
+/// How the program runs and prints, whatever it does.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Running")]
+pub struct Running {
+    /// CPU threads; 0 means all cores
+    #[arg(long, global = true, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// Print the result, or the error, as one JSON object on stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print only warnings and errors on stderr
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+}
+
+impl Running {
+    /// Sizes the thread pool that all arithmetic shares.
+    pub(crate) fn start_threads(&self) -> Result<()> {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(self.threads)
+            .build_global()
+            .map_err(|error| Error::machine(format!("cannot start the worker threads: {error}")))
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DeviceFlag {
+    /// Where the arithmetic runs: auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Running")]
+    pub(crate) device: Device,
+}
+
+impl DeviceFlag {
+    /// The backend of the device asked for.
+    pub(crate) fn open(&self) -> Result<Cpu> {
+        self.device.check()?;
+        Cpu::new()
+    }
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct ModelFlag {
+    /// Checkpoint directory, or the bundled `tiny-llama`
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: String,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Calibration")]
+pub(crate) struct CalibrationFlags {
+    /// Text to calibrate on: sample, wikitext2, ptb, c4, or a file (plain text or JSONL)
+    #[arg(long, value_name = "TEXT", default_value = "sample")]
+    calib: String,
+    /// Windows drawn from it
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
+    samples: usize,
+    /// Seed of the draw
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+}
+
+impl CalibrationFlags {
+    /// Loads the text.
+    pub(crate) fn load(&self, length: &WindowFlag) -> Result<Calibration> {
+        Ok(Calibration {
+            text: TextSet::load(&self.calib, Split::Calibration)?,
+            samples: self.samples,
+            seq_len: length.seq_len,
+            seed: self.seed,
+        })
+    }
+}
+
+/// One length for the windows of calibration and evaluation alike; the heading is the user's.
+#[derive(Args, Debug)]
+pub(crate) struct WindowFlag {
+    /// Tokens in a window
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value = "2048",
+        value_parser = values::window_length
+    )]
+    pub(crate) seq_len: usize,
+}
+
+/// The short measurement that ends `quantize` and `pack`, and opens to scrutiny in `verify`.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Evaluation")]
+pub(crate) struct EvaluationFlags {
+    /// Text to measure perplexity on: sample, wikitext2, ptb, c4, or a file
+    #[arg(long, value_name = "TEXT", default_value = "sample")]
+    dataset: String,
+    /// Measure on the first N windows only
+    #[arg(long, value_name = "N", default_value = "8", value_parser = values::count)]
+    windows: usize,
+    /// Do not measure perplexity
+    #[arg(long, conflicts_with_all = ["max_ppl", "max_ppl_increase"])]
+    no_eval: bool,
+}
+
+impl EvaluationFlags {
+    /// Loads the text; none with `--no-eval`.
+    pub(crate) fn load(&self, seq_len: usize) -> Result<Option<Evaluation>> {
+        if self.no_eval {
+            return Ok(None);
+        }
+        let text = TextSet::load(&self.dataset, Split::Evaluation)?;
+        Ok(Some(Evaluation { text, seq_len, windows: Some(self.windows) }))
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct OverwriteFlag {
+    /// Replace what is at the output path
+    #[arg(long, help_heading = "Output")]
+    pub(crate) overwrite: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Output")]
+pub(crate) struct OutputFlags {
+    /// Directory of the checkpoint [default: ./<name>-atom-<recipe>]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Go on where an interrupted run stopped
+    #[arg(long)]
+    pub(crate) resume: bool,
+    #[command(flatten)]
+    pub(crate) overwrite: OverwriteFlag,
+}
+
+impl OutputFlags {
+    /// `--out`, or the path that `default` makes up.
+    pub(crate) fn destination(&self, default: impl FnOnce() -> Result<PathBuf>) -> Result<Output> {
+        let out = self.out.clone().map_or_else(default, Ok)?;
+        Ok(Output { out, overwrite: self.overwrite.overwrite, resume: self.resume })
+    }
+}

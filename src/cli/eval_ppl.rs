@@ -1,0 +1,50 @@
+/*! `atom eval-ppl`: perplexity of a source, or of an Atom checkpoint on the integer kernels. */
+
+use clap::Args;
+
+use super::args::{DeviceFlag, ModelFlag, WindowFlag};
+use super::limits::MaxPerplexity;
+use super::{Output, Ui, values};
+use crate::Result;
+use crate::eval::{self, Model};
+use crate::pipeline::Evaluation;
+use crate::text::{Split, TextSet};
+
+const EXAMPLES: &str = "\
+Examples:
+  atom eval-ppl --model tiny-llama --dataset sample
+  atom eval-ppl --model ./SmolLM2-atom-w4a4-g128 --dataset wiki.test.jsonl --windows 20
+  atom eval-ppl --model ./SmolLM2 --dataset wiki.test.jsonl --max-ppl 22 --json";
+
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    model: ModelFlag,
+    /// Text to measure on: sample, wikitext2, ptb, c4, or a file (plain text or JSONL)
+    #[arg(long, value_name = "TEXT", default_value = "sample", help_heading = "Evaluation")]
+    dataset: String,
+    /// Measure on the first N windows only [default: all]
+    #[arg(long, value_name = "N", value_parser = values::count, help_heading = "Evaluation")]
+    windows: Option<usize>,
+    #[command(flatten, next_help_heading = "Evaluation")]
+    length: WindowFlag,
+    #[command(flatten)]
+    max_ppl: MaxPerplexity,
+    #[command(flatten)]
+    device: DeviceFlag,
+}
+
+pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+    let backend = arguments.device.open()?;
+    let model = Model::open(&arguments.model.model)?;
+    let evaluation = Evaluation {
+        text: TextSet::load(&arguments.dataset, Split::Evaluation)?,
+        seq_len: arguments.length.seq_len,
+        windows: arguments.windows,
+    };
+    let outcome = eval::perplexity(&backend, &model, &evaluation, ui)?;
+    ui.close();
+    output.write(&outcome)?;
+    arguments.max_ppl.check(outcome.perplexity)
+}

@@ -1,0 +1,18 @@
+/*! `atom inspect`: what a checkpoint holds; no weights are loaded. */
+
+use clap::Args;
+
+use super::Output;
+use crate::{Result, eval};
+
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  atom inspect ./SmolLM2-atom-w4a4-g128")]
+pub(crate) struct Arguments {
+    /// Directory of a source or an Atom checkpoint, or the name of a model
+    #[arg(value_name = "DIR")]
+    directory: String,
+}
+
+pub(crate) fn run(arguments: &Arguments, output: &Output) -> Result<()> {
+    output.write(&eval::inspect(&arguments.directory)?)
+}

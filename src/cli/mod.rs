@@ -1,0 +1,158 @@
+/*! The command line: flags in, one library call, a result on stdout, an exit code.
+
+Each subcommand is a file that holds its flags and a `run` which turns them into a library call and
+hands the outcome to [`Output`]. What several subcommands share is in `args`; stderr belongs to
+[`Ui`], stdout to [`Output`], and the rendering of errors to [`failure`]. */
+
+mod args;
+mod bench;
+mod calibrate;
+mod eval_ppl;
+pub mod failure;
+mod inspect;
+mod limits;
+mod names;
+mod output;
+mod pack;
+mod plan;
+mod quantize;
+mod recipe;
+mod ui;
+mod values;
+mod verify;
+
+use std::ffi::OsString;
+
+use clap::builder::Styles;
+use clap::builder::styling::AnsiColor;
+use clap::{Parser, Subcommand};
+
+pub use args::Running;
+pub use output::Output;
+pub use ui::Ui;
+
+use crate::{Error, Kind, Result};
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Green.on_default().bold())
+    .usage(AnsiColor::Green.on_default().bold())
+    .literal(AnsiColor::Cyan.on_default().bold())
+    .placeholder(AnsiColor::Cyan.on_default());
+
+/// Exit codes, as every help page of the program ends.
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 bad input, \
+4 the machine lacks something, 130 interrupted.";
+
+/// What the user typed.
+#[derive(Debug, Parser)]
+#[command(
+    name = "atom",
+    version,
+    about = "Quantize LLM checkpoints to 4 bit by the Atom method, and measure what it cost",
+    after_help = EXIT_CODES,
+    styles = STYLES,
+    args_override_self = true,
+    disable_help_subcommand = true,
+    max_term_width = 100
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// How the program runs and prints, whatever it does.
+    #[command(flatten)]
+    pub running: Running,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Quantize a checkpoint: calibrate, plan and pack in one pass
+    Quantize(quantize::Arguments),
+    /// Record the statistics of each activation; `plan` reads them
+    Calibrate(calibrate::Arguments),
+    /// Decide channel orders, groups and bits from a calibration file; `pack` reads them
+    Plan(plan::Arguments),
+    /// Write the quantized checkpoint that a plan describes
+    Pack(pack::Arguments),
+    /// Measure the perplexity of a source or an Atom checkpoint
+    EvalPpl(eval_ppl::Arguments),
+    /// Check an Atom checkpoint: integrity, then perplexity against limits
+    Verify(verify::Arguments),
+    /// Show what a checkpoint holds; loads no weights
+    Inspect(inspect::Arguments),
+    /// Measure speed, beside a baseline measured in the same run
+    Bench(bench::Arguments),
+}
+
+/// Runs the parsed command. `typed` is the whole command line, of which the hint of an interrupted
+/// run is made.
+///
+/// # Errors
+/// The library's errors, and a failed check after its outcome has been written.
+pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()> {
+    cli.running.start_threads()?;
+    ui.watch_signals(cli.command.resumes());
+    let done = match &cli.command {
+        Command::Quantize(arguments) => quantize::run(arguments, ui, output),
+        Command::Calibrate(arguments) => calibrate::run(arguments, ui, output),
+        Command::Plan(arguments) => plan::run(arguments, output),
+        Command::Pack(arguments) => pack::run(arguments, ui, output),
+        Command::EvalPpl(arguments) => eval_ppl::run(arguments, ui, output),
+        Command::Verify(arguments) => verify::run(arguments, ui, output),
+        Command::Inspect(arguments) => inspect::run(arguments, output),
+        Command::Bench(arguments) => bench::run(arguments, ui, output),
+    };
+    done.map_err(|error| match error.kind() {
+        Kind::Interrupted if cli.command.resumes() => name_resume_command(error, typed),
+        _ => error,
+    })
+}
+
+impl Command {
+    /// Whether `--resume` goes on where an interrupted run stopped.
+    fn resumes(&self) -> bool {
+        matches!(self, Self::Quantize(_) | Self::Pack(_))
+    }
+}
+
+fn name_resume_command(error: Error, typed: &[OsString]) -> Error {
+    let mut words: Vec<String> =
+        typed.iter().map(|word| names::quoted(&word.to_string_lossy())).collect();
+    if !words.iter().any(|word| word == "--resume") {
+        words.push("--resume".to_owned());
+    }
+    error.hint(format!("go on with `{}`", words.join(" ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_of_the_flags_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_interrupted_run_names_the_command_that_goes_on() {
+        let hint = |typed: &[&str]| {
+            let typed: Vec<OsString> = typed.iter().map(OsString::from).collect();
+            name_resume_command(Error::interrupted(), &typed).hint_text().map(str::to_owned)
+        };
+        assert_eq!(
+            hint(&["atom", "quantize", "--model", "my model"]).as_deref(),
+            Some("go on with `atom quantize --model 'my model' --resume`")
+        );
+        assert_eq!(
+            hint(&["atom", "pack", "--resume", "--plan", "p.json"]).as_deref(),
+            Some("go on with `atom pack --resume --plan p.json`")
+        );
+    }
+
+    #[test]
+    fn of_a_repeated_flag_the_last_wins() {
+        let cli = Cli::try_parse_from(["atom", "--threads=1", "inspect", "a", "--threads", "2"]);
+        assert_eq!(cli.unwrap().running.threads, 2);
+    }
+}

@@ -1,0 +1,81 @@
+/*! `atom pack`: the checkpoint that a plan describes, then what it cost. */
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Deserialize;
+
+use super::args::{DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag};
+use super::limits::{MaxIncrease, MaxPerplexity};
+use super::{Output, Ui, names, quantize};
+use crate::recipe::Recipe;
+use crate::{Error, Result, hub, pipeline};
+
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  atom pack --model ./SmolLM2 --plan SmolLM2-plan.json")]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    model: ModelFlag,
+    /// Plan that `atom plan` wrote
+    #[arg(long, value_name = "FILE", help_heading = "Model")]
+    plan: PathBuf,
+    #[command(flatten)]
+    output: OutputFlags,
+    #[command(flatten)]
+    evaluation: EvaluationFlags,
+    #[command(flatten, next_help_heading = "Evaluation")]
+    length: WindowFlag,
+    #[command(flatten)]
+    max_ppl: MaxPerplexity,
+    #[command(flatten)]
+    max_increase: MaxIncrease,
+    #[command(flatten)]
+    device: DeviceFlag,
+}
+
+pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+    let backend = arguments.device.open()?;
+    let model = &arguments.model.model;
+    let source = hub::source(model)?;
+    let destination = arguments
+        .output
+        .destination(|| Ok(names::checkpoint_out(model, &planned_recipe(&arguments.plan)?)))?;
+    let evaluation = arguments.evaluation.load(arguments.length.seq_len)?;
+    let outcome = pipeline::pack(&backend, &source, &arguments.plan, &destination, evaluation.as_ref(), ui)?;
+    ui.close();
+    output.write(&outcome)?;
+    quantize::check(&outcome, &arguments.max_ppl, &arguments.max_increase)
+}
+
+/// The part of a plan that names the default output directory.
+#[derive(Deserialize)]
+struct PlanHead {
+    recipe: Recipe,
+}
+
+fn planned_recipe(plan: &Path) -> Result<Recipe> {
+    let text = fs_err::read_to_string(plan)?;
+    let head: PlanHead = serde_json::from_str(&text).map_err(|error| {
+        Error::input(format!("{} is not a plan: {error}", plan.display()))
+            .hint("`atom plan` writes plans")
+    })?;
+    Ok(head.recipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_recipe_is_read_from_a_plan_and_a_stranger_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let plan = directory.path().join("plan.json");
+        let recipe = Recipe::paper();
+        let text = serde_json::json!({ "recipe": recipe, "sites": [] }).to_string();
+        fs_err::write(&plan, text).unwrap();
+        assert_eq!(planned_recipe(&plan).unwrap(), recipe);
+        fs_err::write(&plan, "[]").unwrap();
+        let error = planned_recipe(&plan).unwrap_err();
+        assert!(error.message().contains("plan.json is not a plan"), "{error}");
+    }
+}

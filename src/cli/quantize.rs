@@ -1,0 +1,82 @@
+/*! `atom quantize`: calibrate, plan and pack in one pass, then measure what it cost. */
+
+use clap::Args;
+
+use super::args::{
+    CalibrationFlags, DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag,
+};
+use super::limits::{MaxIncrease, MaxPerplexity};
+use super::recipe::RecipeFlags;
+use super::{Output, Ui, names};
+use crate::pipeline::outcome::QuantizeOutcome;
+use crate::pipeline::{self, progress::Progress};
+use crate::{Result, hub, report};
+
+const EXAMPLES: &str = "\
+Examples:
+  atom quantize --model tiny-llama
+  atom quantize --model ./SmolLM2 --calib wiki.jsonl --group 64 --outliers 64
+  atom quantize --model ./SmolLM2 --recipe paper --no-gptq --dry-run
+  atom quantize --model ./SmolLM2 --json --max-ppl-increase 0.5 > report.json";
+
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    model: ModelFlag,
+    #[command(flatten)]
+    output: OutputFlags,
+    /// Check everything that can be checked in seconds, say what would be done, and stop
+    #[arg(long, help_heading = "Output")]
+    dry_run: bool,
+    #[command(flatten)]
+    recipe: RecipeFlags,
+    #[command(flatten)]
+    calibration: CalibrationFlags,
+    #[command(flatten, next_help_heading = "Calibration")]
+    length: WindowFlag,
+    #[command(flatten)]
+    evaluation: EvaluationFlags,
+    #[command(flatten)]
+    max_ppl: MaxPerplexity,
+    #[command(flatten)]
+    max_increase: MaxIncrease,
+    #[command(flatten)]
+    device: DeviceFlag,
+}
+
+pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+    let backend = arguments.device.open()?;
+    let recipe = arguments.recipe.resolve()?;
+    let source = hub::source(&arguments.model.model)?;
+    let calibration = arguments.calibration.load(&arguments.length)?;
+    let evaluation = arguments.evaluation.load(arguments.length.seq_len)?;
+    let destination = arguments
+        .output
+        .destination(|| Ok(names::checkpoint_out(&arguments.model.model, &recipe)))?;
+    if arguments.dry_run {
+        let found = pipeline::dry_run(&source, &calibration, &recipe, &destination)?;
+        return output.write(&found);
+    }
+    ui.info(&format!("quantizing {}\n{}", source.name(), report::recipe::lines(&recipe)));
+    let outcome =
+        pipeline::quantize(&backend, &source, &calibration, &recipe, &destination, evaluation.as_ref(), ui)?;
+    ui.close();
+    output.write(&outcome)?;
+    check(&outcome, &arguments.max_ppl, &arguments.max_increase)
+}
+
+/// Holds the measured perplexity against the limits, after the outcome has been written.
+pub(crate) fn check(
+    outcome: &QuantizeOutcome,
+    max_ppl: &MaxPerplexity,
+    max_increase: &MaxIncrease,
+) -> Result<()> {
+    match &outcome.perplexity {
+        Some(change) => {
+            max_ppl.check(change.after)?;
+            max_increase.check(change.before, change.after)
+        }
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,211 @@
+/*! Recipe flags: each changes one key of the recipe that `--recipe` names. */
+
+use clap::{Args, ValueEnum};
+use toml::{Table, Value};
+
+use super::values;
+use crate::recipe::Recipe;
+use crate::{Error, Kind, Result};
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Recipe")]
+pub(crate) struct RecipeFlags {
+    /// Settings to start from: default, paper, or a TOML file; the flags below change single ones
+    #[arg(long, value_name = "RECIPE", default_value = "default")]
+    recipe: String,
+    /// Bits of a weight [default recipe: 4]
+    #[arg(long, value_name = "2|3|4|8")]
+    bits: Option<u8>,
+    /// Bits of an activation; 16 leaves activations as they are [default recipe: 4]
+    #[arg(long, value_name = "2|3|4|8|16")]
+    act_bits: Option<u8>,
+    /// Bits of a cached key or value; 16 leaves the cache as it is [default recipe: 4]
+    #[arg(long, value_name = "2|3|4|8|16")]
+    kv_bits: Option<u8>,
+    /// Kind of number a weight is held as
+    #[arg(long, value_name = "int|fp4", default_value = "int", hide_possible_values = true)]
+    format: Format,
+    /// Channels that share a scale, a multiple of 16; `row` for all [default recipe: 128]
+    #[arg(long, value_name = "N|row", value_parser = values::group)]
+    group: Option<Value>,
+    /// Outlier channels held in higher precision [default recipe: 128]
+    #[arg(long, value_name = "N")]
+    outliers: Option<u32>,
+    /// How outlier channels are held [default recipe: int8]
+    #[arg(long, value_name = "int8|fp16", hide_possible_values = true)]
+    outlier_format: Option<OutlierFormat>,
+    /// Clip ratio of activation groups [default recipe: 0.9]
+    #[arg(long, value_name = "RATIO")]
+    clip_act: Option<f64>,
+    /// Clip ratio of weight groups [default recipe: 0.85]
+    #[arg(long, value_name = "RATIO")]
+    clip_weight: Option<f64>,
+    /// Clip ratio of keys and values [default recipe: 1]
+    #[arg(long, value_name = "RATIO")]
+    clip_kv: Option<f64>,
+    /// Round weights to nearest instead of choosing them by GPTQ
+    #[arg(long)]
+    no_gptq: bool,
+    /// Keep channels in the order the source has them
+    #[arg(long)]
+    no_order: bool,
+    /// GPTQ damping, as a share of the Hessian's mean diagonal [default recipe: 0.01]
+    #[arg(long, value_name = "SHARE")]
+    damping: Option<f64>,
+    /// Transform of each group before it is quantized [default recipe: hadamard]
+    #[arg(long, value_name = "none|hadamard", hide_possible_values = true)]
+    transform: Option<Transform>,
+    /// Adjacent output rows that share a weight scale [default recipe: 1]
+    #[arg(long, value_name = "1|2")]
+    rows_per_scale: Option<u8>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Format {
+    Int,
+    Fp4,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OutlierFormat {
+    Int8,
+    #[value(alias = "f16")]
+    Fp16,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Transform {
+    None,
+    Hadamard,
+}
+
+impl RecipeFlags {
+    /// The recipe all flags add up to.
+    ///
+    /// # Errors
+    /// Kind `Input` where the recipe file is at fault, `Usage` where a flag is.
+    pub(crate) fn resolve(&self) -> Result<Recipe> {
+        if self.format == Format::Fp4 {
+            return Err(Error::usage("this version has no FP4 weights (--format fp4)")
+                .hint("leave --format out, or write --format int"));
+        }
+        let changes = self.changes();
+        Recipe::resolve(&self.recipe, &changes).map_err(|error| self.blame(error, &changes))
+    }
+
+    /// A recipe that is sound without the flags was broken by a flag, and a name that is no file's
+    /// is a slip on the command line: both are wrong usage, while a bad file is bad input.
+    fn blame(&self, error: Error, changes: &Table) -> Error {
+        let named_file = self.recipe.ends_with(".toml");
+        let sound = !changes.is_empty() && Recipe::resolve(&self.recipe, &Table::new()).is_ok();
+        if error.kind() != Kind::Input || (named_file && !sound) {
+            return error;
+        }
+        let usage = Error::usage(error.to_string());
+        match error.hint_text() {
+            Some(hint) => usage.hint(hint),
+            None => usage.hint("`atom quantize --help` lists what each recipe flag takes"),
+        }
+    }
+
+    /// The recipe keys that flags change.
+    fn changes(&self) -> Table {
+        let whole = |number: Option<u8>| number.map(|number| Value::Integer(number.into()));
+        let word = |word: &str| Value::String(word.to_owned());
+        let keys = [
+            ("bits", whole(self.bits)),
+            ("act_bits", whole(self.act_bits)),
+            ("kv_bits", whole(self.kv_bits)),
+            ("group", self.group.clone()),
+            ("outliers", self.outliers.map(|number| Value::Integer(number.into()))),
+            (
+                "outlier_format",
+                self.outlier_format.map(|format| match format {
+                    OutlierFormat::Int8 => word("int8"),
+                    OutlierFormat::Fp16 => word("f16"),
+                }),
+            ),
+            ("order", self.no_order.then(|| word("none"))),
+            ("clip_act", self.clip_act.map(Value::Float)),
+            ("clip_weight", self.clip_weight.map(Value::Float)),
+            ("clip_kv", self.clip_kv.map(Value::Float)),
+            ("rows_per_scale", whole(self.rows_per_scale)),
+            (
+                "transform",
+                self.transform.map(|transform| match transform {
+                    Transform::None => word("none"),
+                    Transform::Hadamard => word("hadamard"),
+                }),
+            ),
+            ("gptq", self.no_gptq.then_some(Value::Boolean(false))),
+            ("damping", self.damping.map(Value::Float)),
+        ];
+        keys.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::quant::site;
+    use crate::recipe::{Group, Order};
+
+    #[derive(Parser)]
+    #[command(args_override_self = true)]
+    struct Line {
+        #[command(flatten)]
+        recipe: RecipeFlags,
+    }
+
+    fn resolve(line: &str) -> Result<Recipe> {
+        let words = std::iter::once("atom").chain(line.split_whitespace());
+        Line::try_parse_from(words).unwrap().recipe.resolve()
+    }
+
+    #[test]
+    fn every_flag_reaches_its_key() {
+        let recipe = resolve(
+            "--recipe paper --bits 3 --act-bits 8 --kv-bits 16 --group row --outliers 64 \
+             --outlier-format fp16 --clip-act 0.7 --clip-weight 0.6 --clip-kv 0.5 --no-gptq \
+             --no-order --damping 0.02 --transform hadamard --rows-per-scale 1",
+        )
+        .unwrap();
+        let expected = Recipe {
+            bits: 3,
+            act_bits: 8,
+            kv_bits: 16,
+            group: Group::Row,
+            outliers: 64,
+            outlier_format: site::OutlierFormat::F16,
+            order: Order::None,
+            clip_act: 0.7,
+            clip_weight: 0.6,
+            clip_kv: 0.5,
+            rows_per_scale: 1,
+            transform: site::Transform::Hadamard,
+            gptq: false,
+            damping: 0.02,
+            ..Recipe::paper()
+        };
+        assert_eq!(recipe, expected);
+    }
+
+    #[test]
+    fn without_flags_the_recipe_is_the_default_and_the_last_of_a_flag_wins() {
+        assert_eq!(resolve("").unwrap(), Recipe::default_recipe());
+        assert_eq!(resolve("--group 64 --group 32").unwrap().group, Group::Size(32));
+    }
+
+    #[test]
+    fn a_bad_flag_is_wrong_usage_and_a_bad_file_bad_input() {
+        for line in ["--bits 5", "--group 0", "--group 24", "--clip-act 1.5", "--recipe papr"] {
+            assert_eq!(resolve(line).unwrap_err().kind(), Kind::Usage, "{line}");
+        }
+        assert_eq!(resolve("--format fp4").unwrap_err().kind(), Kind::Usage);
+        for line in ["--recipe absent.toml", "--recipe absent.toml --bits 5"] {
+            assert_eq!(resolve(line).unwrap_err().kind(), Kind::Input, "{line}");
+        }
+    }
+}

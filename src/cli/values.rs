@@ -1,0 +1,114 @@
+/*! Values of flags: what each accepts, and the sentence that refuses the rest. */
+
+use std::str::FromStr;
+
+use crate::{Error, Result};
+
+/// A count of at least 1.
+pub(crate) fn count(text: &str) -> Result<usize, String> {
+    at_least(text, 1)
+}
+
+/// A window's length: at least 2 tokens, so that one is predicted from another.
+pub(crate) fn window_length(text: &str) -> Result<usize, String> {
+    at_least(text, 2)
+}
+
+fn at_least(text: &str, least: usize) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if number >= least => Ok(number),
+        Ok(_) => Err(format!("it must be at least {least}")),
+        Err(_) => Err("it must be a whole number".to_owned()),
+    }
+}
+
+/// A perplexity, which is never below 1.
+pub(crate) fn perplexity(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number >= 1.0 && number.is_finite() => Ok(number),
+        _ => Err("a perplexity is a number of at least 1".to_owned()),
+    }
+}
+
+/// A relative increase: 0.1 is 10 %.
+pub(crate) fn increase(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number >= 0.0 && number.is_finite() => Ok(number),
+        _ => Err("it must be a ratio of at least 0; 0.1 allows 10 % more".to_owned()),
+    }
+}
+
+/// A whole number of channels, or `row`, in the form the recipe's key `group` has.
+pub(crate) fn group(text: &str) -> Result<toml::Value, String> {
+    if text == "row" {
+        return Ok(toml::Value::String(text.to_owned()));
+    }
+    text.parse()
+        .map(toml::Value::Integer)
+        .map_err(|_| "it must be a number of channels, or `row` for one scale a row".to_owned())
+}
+
+/// Where arithmetic runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Device {
+    /// The fastest there is.
+    Auto,
+    Cpu,
+    /// The CUDA device of that number.
+    Cuda(usize),
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => return Ok(Self::Auto),
+            "cpu" => return Ok(Self::Cpu),
+            "cuda" => return Ok(Self::Cuda(0)),
+            _ => {}
+        }
+        text.strip_prefix("cuda:")
+            .and_then(|number| number.parse().ok())
+            .map(Self::Cuda)
+            .ok_or_else(|| "the devices are auto, cpu, cuda and cuda:N".to_owned())
+    }
+}
+
+impl Device {
+    /// Fails for a device this version has no kernels for.
+    pub(crate) fn check(self) -> Result<()> {
+        match self {
+            Self::Auto | Self::Cpu => Ok(()),
+            Self::Cuda(number) => Err(Error::machine(format!(
+                "this version runs on the CPU only; it has no kernels for cuda:{number}"
+            ))
+            .hint("run with --device cpu")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_and_ratios_refuse_what_means_nothing() {
+        assert_eq!(count("8"), Ok(8));
+        assert!(count("0").is_err() && count("-1").is_err() && count("x").is_err());
+        assert!(window_length("1").is_err());
+        assert!(perplexity("0.5").is_err() && perplexity("nan").is_err());
+        assert!(perplexity("inf").is_err());
+        assert_eq!(increase("0.1"), Ok(0.1));
+        assert!(increase("-0.1").is_err());
+    }
+
+    #[test]
+    fn devices_are_parsed_and_only_the_cpu_is_there() {
+        assert_eq!("auto".parse(), Ok(Device::Auto));
+        assert_eq!("cuda:3".parse(), Ok(Device::Cuda(3)));
+        assert!("cuda:".parse::<Device>().is_err() && "tpu".parse::<Device>().is_err());
+        assert!(Device::Cpu.check().is_ok());
+        assert_eq!(Device::Cuda(0).check().unwrap_err().kind(), crate::Kind::Machine);
+    }
+}

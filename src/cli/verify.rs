@@ -1,0 +1,98 @@
+/*! `atom verify`: integrity of an Atom checkpoint, then its perplexity against limits. */
+
+use std::path::Path;
+
+use clap::Args;
+
+use super::args::{DeviceFlag, EvaluationFlags, WindowFlag};
+use super::limits::{MaxIncrease, MaxPerplexity, limits};
+use super::{Output, Ui};
+use crate::checkpoint::AtomCheckpoint;
+use crate::eval::{self, Model, VerifyOutcome};
+use crate::{Error, Result};
+
+const EXAMPLES: &str = "\
+Examples:
+  atom verify --model ./SmolLM2-atom-w4a4-g128 --no-eval
+  atom verify --model ./SmolLM2-atom-w4a4-g128 --reference ./SmolLM2 --max-ppl-increase 0.5
+  atom verify --model ./SmolLM2-atom-w4a4-g128 --dataset wiki.test.jsonl --max-ppl 33 --json";
+
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    /// Directory of the Atom checkpoint
+    #[arg(long, value_name = "ATOM", help_heading = "Model")]
+    model: String,
+    /// Source to compare its perplexity with
+    #[arg(long, value_name = "MODEL", help_heading = "Model")]
+    reference: Option<String>,
+    #[command(flatten)]
+    evaluation: EvaluationFlags,
+    #[command(flatten, next_help_heading = "Evaluation")]
+    length: WindowFlag,
+    #[command(flatten)]
+    max_ppl: MaxPerplexity,
+    #[command(flatten)]
+    max_increase: MaxIncrease,
+    #[command(flatten)]
+    device: DeviceFlag,
+}
+
+pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+    let backend = arguments.device.open()?;
+    if arguments.max_increase.max_ppl_increase.is_some() && arguments.reference.is_none() {
+        return Err(Error::usage("--max-ppl-increase needs --reference, to which it is relative")
+            .hint("add --reference with the source of the checkpoint"));
+    }
+    let reference = arguments.reference.as_deref().map(Model::open).transpose()?;
+    let evaluation = arguments.evaluation.load(arguments.length.seq_len)?;
+    let limits = limits(&arguments.max_ppl, &arguments.max_increase);
+    let checkpoint = AtomCheckpoint::open(Path::new(&arguments.model))?;
+    let outcome = eval::verify(
+        &backend,
+        &checkpoint,
+        reference.as_ref(),
+        evaluation.as_ref(),
+        limits,
+        ui,
+    )?;
+    ui.close();
+    output.write(&outcome)?;
+    judge(&outcome)
+}
+
+/// A failed verification as an error that names what failed.
+fn judge(outcome: &VerifyOutcome) -> Result<()> {
+    if outcome.ok {
+        return Ok(());
+    }
+    let failed: Vec<&str> =
+        outcome.checks.iter().filter(|check| !check.ok).map(|check| check.name.as_str()).collect();
+    Err(Error::check(format!("{} failed verification: {}", outcome.model, failed.join(", "))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Kind;
+    use crate::eval::Check;
+
+    #[test]
+    fn a_failed_check_fails_the_command_and_is_named() {
+        let check = |name: &str, ok| Check { name: name.into(), ok, detail: String::new() };
+        let mut outcome = VerifyOutcome {
+            model: "m".into(),
+            ok: false,
+            checks: vec![check("shapes", true), check("checksums", false), check("range", false)],
+            perplexity: None,
+            reference_perplexity: None,
+            increase: None,
+            device: "cpu".into(),
+        };
+        let error = judge(&outcome).unwrap_err();
+        assert_eq!(error.message(), "m failed verification: checksums, range");
+        assert_eq!(error.kind(), Kind::Check);
+        outcome.ok = true;
+        assert!(judge(&outcome).is_ok());
+    }
+}

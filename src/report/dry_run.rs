@@ -1,0 +1,79 @@
+/*! The report of `atom quantize --dry-run`. */
+
+use super::layout::Facts;
+use super::{Report, recipe, units};
+use crate::pipeline::outcome::DryRun;
+
+impl Report for DryRun {
+    fn text(&self) -> String {
+        let mut facts = Facts::default();
+        facts.add("model", &self.model).add("recipe", recipe::lines(&self.recipe));
+        facts.add(
+            "work",
+            format!(
+                "{}, {}",
+                units::counted(self.blocks, "block"),
+                units::counted(self.linears, "linear")
+            ),
+        );
+        facts.add(
+            "calibration",
+            format!("{} of {} tokens", units::counted(self.samples, "window"), self.seq_len),
+        );
+        facts.add(
+            "size",
+            format!(
+                "{} -> {} ({:.2} x smaller)",
+                units::bytes(self.source_bytes),
+                units::bytes(self.out_bytes),
+                self.source_bytes as f64 / self.out_bytes as f64
+            ),
+        );
+        facts.add("bits per weight", format!("{:.2}", self.bits_per_weight));
+        facts.add("memory", format!("{} at the peak, estimated", units::bytes(self.memory_bytes)));
+        facts.add("free disk", units::bytes(self.free_disk_bytes));
+        format!("{}\nwould write {}\n", facts.text(), self.out.display())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::Recipe;
+
+    #[test]
+    fn a_dry_run_says_what_would_be_done() {
+        let found = DryRun {
+            out: "./x".into(),
+            model: "tiny-llama".into(),
+            recipe: Recipe::default_recipe(),
+            blocks: 4,
+            linears: 28,
+            samples: 128,
+            seq_len: 2048,
+            source_bytes: 10_000_000,
+            out_bytes: 4_000_000,
+            bits_per_weight: 4.5,
+            memory_bytes: 310_000_000,
+            free_disk_bytes: 52_000_000_000,
+        };
+        assert_eq!(
+            found.text(),
+            "\
+model            tiny-llama
+recipe           weights int4, groups of 128, clip 0.85, GPTQ (damping 0.01)
+                 channels ordered by energy, 128 outliers in int8
+                 activations int4, clip 0.9, Hadamard in each group
+                 KV cache int4, after RoPE, heads rotated, clip 1
+work             4 blocks, 28 linears
+calibration      128 windows of 2048 tokens
+size             10.0 MB -> 4.0 MB (2.50 x smaller)
+bits per weight  4.50
+memory           310.0 MB at the peak, estimated
+free disk        52.0 GB
+
+would write ./x
+"
+        );
+    }
+}

@@ -1,0 +1,100 @@
+/*! A recipe in a few words. */
+
+use crate::quant::site::{OutlierFormat, Transform};
+use crate::recipe::{Group, Order, Recipe};
+
+/// Weights, channels, activations and KV cache, a line each.
+pub fn lines(recipe: &Recipe) -> String {
+    [weights(recipe), channels(recipe), activations(recipe), cache(recipe)].join("\n")
+}
+
+fn weights(recipe: &Recipe) -> String {
+    let group = match recipe.group {
+        Group::Row => "one group a row".to_owned(),
+        Group::Size(size) => format!("groups of {size}"),
+    };
+    let rounding = if recipe.gptq {
+        format!("GPTQ (damping {})", recipe.damping)
+    } else {
+        "rounded to nearest".to_owned()
+    };
+    let shared = if recipe.rows_per_scale == 1 { "" } else { ", rows share scales by two" };
+    format!("weights int{}, {group}, clip {}{shared}, {rounding}", recipe.bits, recipe.clip_weight)
+}
+
+fn channels(recipe: &Recipe) -> String {
+    let order = match recipe.order {
+        Order::Energy => "channels ordered by energy",
+        Order::None => "channels in the source's order",
+    };
+    match (recipe.outliers, recipe.outlier_format) {
+        (0, _) => format!("{order}, no outliers"),
+        (number, OutlierFormat::Int8) => format!("{order}, {number} outliers in int8"),
+        (number, OutlierFormat::F16) => format!("{order}, {number} outliers in f16"),
+    }
+}
+
+fn activations(recipe: &Recipe) -> String {
+    // The transform of a group is applied to activations and weights alike, whatever their bits.
+    let transform = match recipe.transform {
+        Transform::None => "",
+        Transform::Hadamard => ", Hadamard in each group",
+    };
+    match recipe.act_bits {
+        16 => format!("activations in floating point{transform}"),
+        bits => format!("activations int{bits}, clip {}{transform}", recipe.clip_act),
+    }
+}
+
+fn cache(recipe: &Recipe) -> String {
+    if recipe.kv_bits == 16 {
+        return "KV cache in floating point".to_owned();
+    }
+    let place = if recipe.kv_after_rope { "after RoPE" } else { "before RoPE" };
+    let rotated = if recipe.rotate_kv { ", heads rotated" } else { "" };
+    format!("KV cache int{}, {place}{rotated}, clip {}", recipe.kv_bits, recipe.clip_kv)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_built_in_recipes_read_well() {
+        assert_eq!(
+            lines(&Recipe::paper()),
+            "weights int4, groups of 128, clip 0.85, rows share scales by two, GPTQ (damping 0.01)\n\
+             channels ordered by energy, 128 outliers in int8\n\
+             activations int4, clip 0.9\n\
+             KV cache int4, before RoPE, clip 1"
+        );
+        assert_eq!(
+            lines(&Recipe::default_recipe()),
+            "weights int4, groups of 128, clip 0.85, GPTQ (damping 0.01)\n\
+             channels ordered by energy, 128 outliers in int8\n\
+             activations int4, clip 0.9, Hadamard in each group\n\
+             KV cache int4, after RoPE, heads rotated, clip 1"
+        );
+    }
+
+    #[test]
+    fn what_is_switched_off_is_said() {
+        let recipe = Recipe {
+            bits: 3,
+            act_bits: 16,
+            kv_bits: 16,
+            group: Group::Row,
+            outliers: 0,
+            order: Order::None,
+            gptq: false,
+            ..Recipe::paper()
+        };
+        assert_eq!(
+            lines(&recipe),
+            "weights int3, one group a row, clip 0.85, rows share scales by two, rounded to nearest\n\
+             channels in the source's order, no outliers\n\
+             activations in floating point\n\
+             KV cache in floating point"
+        );
+    }
+}
