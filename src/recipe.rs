@@ -186,10 +186,12 @@ impl Recipe {
                 _ => value.clone(),
             };
             table.insert(key.clone(), value);
+            // Read back after every key, so that an error names the key it comes from.
+            Self::deserialize(table.clone()).map_err(|error| {
+                Error::input(format!("recipe key `{key}` in {origin}: {}", error.message()))
+            })?;
         }
-        table.try_into().map_err(|error: toml::de::Error| {
-            Error::input(format!("recipe in {origin}: {}", error.message()))
-        })
+        Self::deserialize(table).map_err(|error| Error::input(error.message().to_owned()))
     }
 
     fn to_table(&self) -> Table {
