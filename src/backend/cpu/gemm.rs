@@ -18,7 +18,7 @@ use super::isa::Isa;
 
 /// Depth of a block at most: a panel's block of B is 40 KiB, which leaves a 48 KiB L1 room for the
 /// tile of A that passes by.
-const DEPTH: usize = 320;
+pub(super) const DEPTH: usize = 320;
 /// Rows of a block of A: 240 x 320 x 4 = 300 KiB of L2, a multiple of all kernels' heights.
 const HEIGHT: usize = 240;
 
@@ -205,14 +205,14 @@ unsafe fn block(
                 let (a, b) = (from_a.as_ptr(), from_b.as_ptr().wrapping_add(column % PANEL));
                 let c = c.add(tile * c_stride + column);
                 if width == kernels.width {
-                    kernel(depth.len(), a, b, c, c_stride, accumulate);
+                    kernel(depth.len(), a, height, b, c, c_stride, accumulate);
                     continue;
                 }
                 for row in 0..height * usize::from(accumulate) {
                     let from = c.add(row * c_stride);
                     from.copy_to_nonoverlapping(&mut edge[row * PANEL], width);
                 }
-                kernel(depth.len(), a, b, edge.as_mut_ptr(), PANEL, accumulate);
+                kernel(depth.len(), a, height, b, edge.as_mut_ptr(), PANEL, accumulate);
                 for row in 0..height {
                     c.add(row * c_stride).copy_from_nonoverlapping(&edge[row * PANEL], width);
                 }
@@ -223,7 +223,7 @@ unsafe fn block(
 
 /// The tiles `(first row, height)` of `rows` rows, `tallest` at most; what is left at the end is
 /// halved rather than left to one low tile, which could not hide the latency of its products.
-fn tiles(rows: usize, tallest: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn tiles(rows: usize, tallest: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut first = 0;
     std::iter::from_fn(move || {
         let left = rows - first;

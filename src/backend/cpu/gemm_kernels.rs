@@ -6,10 +6,10 @@ element has its own chain of fused products, so a tile's shape never shows in th
 use super::gemm_pack::PANEL;
 use super::isa::Isa;
 
-/// A kernel: `(depth, a, b, c, c_stride, accumulate)` with `a` `[depth, R]` packed, `b`
-/// `[depth, PANEL]` of which the first columns of the kernel's width are used, and C's tile
-/// `[R, width]`, which is read only if `accumulate`.
-pub(super) type Kernel = unsafe fn(usize, *const f32, *const f32, *mut f32, usize, bool);
+/// A kernel: `(depth, a, a_step, b, c, c_stride, accumulate)` with `a` `[depth, R]`, its rows `a_step`
+/// apart, `b` `[depth, PANEL]` of which the first columns of the kernel's width are used, and C's
+/// tile `[R, width]`, which is read only if `accumulate`.
+pub(super) type Kernel = unsafe fn(usize, *const f32, usize, *const f32, *mut f32, usize, bool);
 
 /// The kernels of one instruction set.
 pub(super) struct Kernels {
@@ -42,6 +42,7 @@ static PORTABLE: Kernels =
 unsafe fn portable<const R: usize>(
     depth: usize,
     a: *const f32,
+    a_step: usize,
     b: *const f32,
     c: *mut f32,
     c_stride: usize,
@@ -57,7 +58,7 @@ unsafe fn portable<const R: usize>(
         }
         for step in 0..depth {
             let from_b = b.add(step * PANEL).cast::<[f32; 16]>().read();
-            let from_a = a.add(step * R).cast::<[f32; R]>().read();
+            let from_a = a.add(step * a_step).cast::<[f32; R]>().read();
             for (lanes, x) in tile.iter_mut().zip(from_a) {
                 for (lane, y) in lanes.iter_mut().zip(from_b) {
                     *lane = x.mul_add(y, *lane);
@@ -108,6 +109,7 @@ mod x86 {
     unsafe fn avx512<const R: usize>(
         depth: usize,
         mut a: *const f32,
+        a_step: usize,
         mut b: *const f32,
         c: *mut f32,
         c_stride: usize,
@@ -137,7 +139,7 @@ mod x86 {
                     lanes[0] = _mm512_fmadd_ps(x, left, lanes[0]);
                     lanes[1] = _mm512_fmadd_ps(x, right, lanes[1]);
                 }
-                a = a.add(R);
+                a = a.add(a_step);
                 b = b.add(PANEL);
             }
             for (row, lanes) in tile.iter().enumerate() {
@@ -154,6 +156,7 @@ mod x86 {
     unsafe fn avx2<const R: usize>(
         depth: usize,
         mut a: *const f32,
+        a_step: usize,
         mut b: *const f32,
         c: *mut f32,
         c_stride: usize,
@@ -176,7 +179,7 @@ mod x86 {
                     lanes[0] = _mm256_fmadd_ps(x, left, lanes[0]);
                     lanes[1] = _mm256_fmadd_ps(x, right, lanes[1]);
                 }
-                a = a.add(R);
+                a = a.add(a_step);
                 b = b.add(PANEL);
             }
             for (row, lanes) in tile.iter().enumerate() {

@@ -3,9 +3,12 @@
 Tokens are added one after the other to every element, so neither threads nor the size of the
 batches that X comes in show in H. */
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
-use super::gemm::{PANEL, Panels, Part, Rows, Shared, multiply, range};
+use super::gemm::{DEPTH, PANEL, Panels, Part, Shared, range, tiles};
+use super::gemm_kernels::{Kernels, kernels};
 use super::isa::Isa;
 
 /// H += X^T X for X `[tokens, n]`, half of the work: only the lower triangle (j <= i) of H `[n, n]`
@@ -16,54 +19,94 @@ use super::isa::Isa;
 /// If X or H is smaller than its shape.
 pub fn gram_add(isa: Isa, x: &[f32], tokens: usize, n: usize, h: &mut [f32]) {
     assert!(x.len() >= tokens * n && h.len() >= n * n, "X or H is smaller than its shape");
-    let right = Panels::from_columns(x, tokens, n, n);
-    let (left, right) = (Rows::transposed(x, n), Part::from(&right));
+    let panels = Panels::from_columns(x, tokens, n, n);
+    let gram = Gram { kernels: kernels(isa), x: Part::from(&panels), n, h: Shared(h.as_mut_ptr()) };
     // Square blocks of H; small ones where large ones would leave threads without work.
-    let triangle = |side: usize| n.div_ceil(side) * (n.div_ceil(side) + 1) / 2;
+    let count = n.div_ceil(PANEL);
+    let triangle = |side: usize| count.div_ceil(side) * (count.div_ceil(side) + 1) / 2;
     let enough = 4 * rayon::current_num_threads();
-    let side = [6, 3].map(|panels| panels * PANEL).into_iter().find(|&s| triangle(s) >= enough);
-    let side = side.unwrap_or(PANEL * 2);
-    let shared = Shared(h.as_mut_ptr());
-    let blocks: Vec<_> =
-        (0..n.div_ceil(side)).flat_map(|row| (0..=row).map(move |column| (row, column))).collect();
+    let side = [6, 3].into_iter().find(|&side| triangle(side) >= enough).unwrap_or(2);
+    let blocks: Vec<_> = (0..count.div_ceil(side))
+        .flat_map(|row| (0..=row).map(move |column| (row, column)))
+        .collect();
     blocks.into_par_iter().for_each(|(row, column)| {
-        let (rows, columns) = (range(row, side, n), range(column, side, n));
-        if row != column {
-            // SAFETY: H holds n x n values and no two blocks share an element.
-            unsafe {
-                let c = shared.at(rows.start * n + columns.start);
-                multiply(isa, left.slice(rows), &right.columns(columns), c, n, true);
-            }
-            return;
-        }
-        for first in columns.clone().step_by(PANEL) {
-            let last = (first + PANEL).min(columns.end);
-            let mut corner = [0.0f32; PANEL * PANEL];
-            // SAFETY: H holds n x n values, no two blocks share an element, and the corner is
-            // PANEL x PANEL. Only j <= i is touched.
-            unsafe {
-                for i in first..last {
-                    let h = shared.at(i * n + first);
-                    h.copy_to_nonoverlapping(&mut corner[(i - first) * PANEL], i - first + 1);
-                }
-                let b = right.columns(first..last);
-                multiply(isa, left.slice(first..last), &b, corner.as_mut_ptr(), PANEL, true);
-                for i in first..last {
-                    let h = shared.at(i * n + first);
-                    h.copy_from_nonoverlapping(&corner[(i - first) * PANEL], i - first + 1);
-                }
-                if last < rows.end {
-                    let c = shared.at(last * n + first);
-                    multiply(isa, left.slice(last..rows.end), &b, c, n, true);
+        for depth in (0..tokens.div_ceil(DEPTH)).map(|block| range(block, DEPTH, tokens)) {
+            for column in range(column, side, count) {
+                for row in range(row, side, count).filter(|row| *row >= column) {
+                    // SAFETY: no two blocks of H share an element, nor do two pairs of panels.
+                    unsafe { gram.add_pair(row, column, depth.clone()) };
                 }
             }
         }
     });
 }
 
+/// H and the panels of X, which serve as either side of the product: a step of depth is a token, and
+/// its 32 values of a panel are 32 columns of X as well as 32 rows of X^T.
+struct Gram<'a> {
+    kernels: &'a Kernels,
+    x: Part<'a>,
+    n: usize,
+    h: Shared,
+}
+
+impl Gram<'_> {
+    /// Adds some tokens to the part of H in the rows of panel `row` and the columns of panel
+    /// `column`, which is not after it.
+    ///
+    /// # Safety
+    /// No other thread may use this part of H.
+    unsafe fn add_pair(&self, row: usize, column: usize, tokens: Range<usize>) {
+        let Self { n, .. } = *self;
+        let rows = range(row, PANEL, n);
+        // SAFETY: rows and columns are inside H. On the diagonal only j <= i may be touched, so a
+        // corner of PANEL x PANEL stands in for it.
+        unsafe {
+            let c = self.h.at(rows.start * n + column * PANEL);
+            if row != column {
+                self.multiply(row, column, tokens, c, n);
+                return;
+            }
+            let mut corner = [0.0f32; PANEL * PANEL];
+            for i in 0..rows.len() {
+                c.add(i * n).copy_to_nonoverlapping(&mut corner[i * PANEL], i + 1);
+            }
+            self.multiply(row, column, tokens, corner.as_mut_ptr(), PANEL);
+            for i in 0..rows.len() {
+                c.add(i * n).copy_from_nonoverlapping(&corner[i * PANEL], i + 1);
+            }
+        }
+    }
+
+    /// # Safety
+    /// C must be valid for the rows of panel `row` and PANEL columns.
+    unsafe fn multiply(
+        &self,
+        row: usize,
+        column: usize,
+        tokens: Range<usize>,
+        c: *mut f32,
+        c_stride: usize,
+    ) {
+        let [left, right] = [row, column]
+            .map(|panel| &self.x.panel(panel)[tokens.start * PANEL..tokens.end * PANEL]);
+        for (tile, height) in tiles(range(row, PANEL, self.n).len(), self.kernels.by_height.len()) {
+            for first in (0..PANEL).step_by(self.kernels.width) {
+                let kernel = self.kernels.by_height[height - 1];
+                // SAFETY: both panels hold PANEL values for each token, and the caller vouches for C.
+                unsafe {
+                    let (a, b) = (left.as_ptr().add(tile), right.as_ptr().add(first));
+                    let c = c.add(tile * c_stride + first);
+                    kernel(tokens.len(), a, PANEL, b, c, c_stride, true);
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::gemm::plain_gemm;
+    use super::super::gemm::{Rows, plain_gemm};
     use super::super::gemm::tests::{on_threads, random};
     use super::*;
 
