@@ -28,6 +28,7 @@ pub struct LinearPlan {
     /// Adjacent rows that share a scale.
     pub rows_per_scale: usize,
     /// Clip ratio of the groups.
+    #[serde(serialize_with = "crate::quant::ratio::serialize")]
     pub clip: f32,
     /// Relative output error, once it is quantized.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -53,6 +54,7 @@ pub struct SitePlan {
     /// Bits of an activation code, 16 for floating point.
     pub bits: u8,
     /// Clip ratio of the groups.
+    #[serde(serialize_with = "crate::quant::ratio::serialize")]
     pub clip: f32,
     /// Transform of each group.
     pub transform: Transform,
