@@ -7,8 +7,8 @@ mod factor;
 pub mod gemm;
 mod gemm_kernels;
 pub mod gemm_pack;
-pub mod gram;
 mod gptq;
+pub mod gram;
 mod hessian;
 pub mod integer;
 pub mod isa;
@@ -152,8 +152,9 @@ impl Backend for Cpu {
     }
 
     fn arrange(&self, x: &Tensor, site: &SiteFormat) -> Result<Tensor> {
-        let data = quantize::arrange_rows(self.isa, &x.data, x.rows, site);
-        self.upload(Matrix { rows: x.rows, columns: site.width(), data })
+        let mut y = self.tensor(x.rows, site.width());
+        quantize::arrange_rows(self.isa, &x.data, x.rows, site, &mut y.data);
+        Ok(y)
     }
 
     fn quantize(&self, x: &Tensor, site: &SiteFormat) -> Result<QuantizedRows> {
@@ -161,8 +162,9 @@ impl Backend for Cpu {
     }
 
     fn dequantize(&self, x: &QuantizedRows) -> Result<Tensor> {
-        let columns = x.groups * x.group_size + x.outlier_channels;
-        self.upload(Matrix { rows: x.tokens, columns, data: quantize::dequantize_rows(self.isa, x) })
+        let mut y = self.tensor(x.tokens, x.groups * x.group_size + x.outlier_channels);
+        quantize::dequantize_rows(self.isa, x, &mut y.data);
+        Ok(y)
     }
 
     fn product(&self, x: &Tensor, weight: &Panels) -> Result<Tensor> {
@@ -195,7 +197,13 @@ impl Backend for Cpu {
         Ok(gate)
     }
 
-    fn attention(&self, spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    fn attention(
+        &self,
+        spec: &AttentionSpec,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<Tensor> {
         let mut out = self.tensor(q.rows, q.columns);
         let shape = AttentionShape {
             heads: spec.heads,
@@ -204,7 +212,15 @@ impl Backend for Cpu {
             seq_len: spec.seq_len,
         };
         attention::attention(
-            self.isa, shape, &spec.kv, &spec.cos, &spec.sin, &q.data, &k.data, &v.data, &mut out.data,
+            self.isa,
+            shape,
+            &spec.kv,
+            &spec.cos,
+            &spec.sin,
+            &q.data,
+            &k.data,
+            &v.data,
+            &mut out.data,
         );
         Ok(out)
     }
@@ -279,7 +295,12 @@ impl Backend for Cpu {
         Ok(factor::factor(&hessian.lower, hessian.n, damping))
     }
 
-    fn gptq(&self, weights: Matrix, format: &WeightFormat, factor: &Vec<f32>) -> Result<QuantizedLinear> {
+    fn gptq(
+        &self,
+        weights: Matrix,
+        format: &WeightFormat,
+        factor: &Vec<f32>,
+    ) -> Result<QuantizedLinear> {
         gptq::sweep(self.isa, weights, format, factor)
     }
 
@@ -294,9 +315,8 @@ impl Backend for Cpu {
             *error -= weight;
         }
         let half = hessian.half_panels();
-        let [lost, total] = [&error, &original.data].map(|weights| {
-            hessian::energy(self.isa, weights, original.columns, &half)
-        });
+        let [lost, total] = [&error, &original.data]
+            .map(|weights| hessian::energy(self.isa, weights, original.columns, &half));
         if total > 0.0 && lost.is_finite() {
             Ok((lost.max(0.0) / total).sqrt())
         } else if total == 0.0 {
