@@ -53,7 +53,7 @@ impl DeviceFlag {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelFlag {
-    /// Checkpoint directory, or the bundled `tiny-llama`
+    /// Checkpoint directory, the bundled `tiny-llama`, or a Hub id or alias in the Hub's cache
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: String,
 }
@@ -61,7 +61,7 @@ pub(crate) struct ModelFlag {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Calibration")]
 pub(crate) struct CalibrationFlags {
-    /// Text to calibrate on: sample, wikitext2, ptb, c4, or a file (plain text or JSONL)
+    /// Text to calibrate on: the bundled `sample`, or a file (plain text or JSONL)
     #[arg(long, value_name = "TEXT", default_value = "sample")]
     calib: String,
     /// Windows drawn from it
@@ -101,7 +101,7 @@ pub(crate) struct WindowFlag {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Evaluation")]
 pub(crate) struct EvaluationFlags {
-    /// Text to measure perplexity on: sample, wikitext2, ptb, c4, or a file
+    /// Text to measure perplexity on: the bundled `sample`, or a file (plain text or JSONL)
     #[arg(long, value_name = "TEXT", default_value = "sample")]
     dataset: String,
     /// Measure on the first N windows only

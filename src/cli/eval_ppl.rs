@@ -21,7 +21,7 @@ Examples:
 pub(crate) struct Arguments {
     #[command(flatten)]
     model: ModelFlag,
-    /// Text to measure on: sample, wikitext2, ptb, c4, or a file (plain text or JSONL)
+    /// Text to measure on: the bundled `sample`, or a file (plain text or JSONL)
     #[arg(long, value_name = "TEXT", default_value = "sample", help_heading = "Evaluation")]
     dataset: String,
     /// Measure on the first N windows only [default: all]

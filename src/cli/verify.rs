@@ -47,7 +47,12 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let reference = arguments.reference.as_deref().map(Model::open).transpose()?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len)?;
     let limits = limits(&arguments.max_ppl, &arguments.max_increase);
-    let checkpoint = AtomCheckpoint::open(Path::new(&arguments.model))?;
+    let directory = Path::new(&arguments.model);
+    if !directory.exists() {
+        return Err(Error::input(format!("directory {} does not exist", arguments.model))
+            .hint("give --model a directory that `atom quantize` has written"));
+    }
+    let checkpoint = AtomCheckpoint::open(directory)?;
     let outcome = eval::verify(
         &backend,
         &checkpoint,

@@ -43,8 +43,8 @@ pub struct InspectedLinear {
     pub columns: usize,
     /// Bits of its codes.
     pub bits: u8,
-    /// Channels that share a scale; none where a row is one group.
-    pub group_size: Option<usize>,
+    /// Channels that share a scale.
+    pub group_size: usize,
     /// Outlier channels.
     pub outliers: usize,
     /// Bytes of its tensors: codes, scales and outlier block.
@@ -128,7 +128,7 @@ fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
                 rows: linear.rows,
                 columns: site.channels,
                 bits: linear.bits,
-                group_size: (site.groups() > 1).then_some(site.group_size),
+                group_size: site.group_size,
                 outliers: site.outlier_channels,
                 bytes: specs(&linear.name, &site.shape(linear)).iter().map(TensorSpec::bytes).sum(),
                 error: linear.error,

@@ -34,7 +34,8 @@ pub struct PerplexityOutcome {
     pub dataset: String,
     /// `exp` of the mean negative log likelihood of a token.
     pub perplexity: f64,
-    /// Standard error of the estimate, from the spread of the windows' means.
+    /// Standard error of the estimate, from the spread of the windows' means; NaN (in JSON `null`)
+    /// for a single window, which has none.
     pub standard_error: f64,
     /// Windows measured.
     pub windows: usize,
@@ -142,7 +143,7 @@ impl<B: Backend> Run<'_, B> {
         let windows = means.len() as f64;
         let mean = means.iter().sum::<f64>() / windows;
         let variance =
-            means.iter().map(|loss| (loss - mean).powi(2)).sum::<f64>() / (windows - 1.0).max(1.0);
+            means.iter().map(|loss| (loss - mean).powi(2)).sum::<f64>() / (windows - 1.0);
         let seconds = start.elapsed().as_secs_f64();
         Ok(PerplexityOutcome {
             model: self.name.to_owned(),

@@ -132,8 +132,10 @@ fn perplexity_checks(
         name: "perplexity".to_owned(),
         ok: found.is_finite(),
         detail: format!(
-            "{found:.4} on {} windows of {}{against}",
-            measured.windows, measured.dataset
+            "{found:.4} on {} window{} of {}{against}",
+            measured.windows,
+            if measured.windows == 1 { "" } else { "s" },
+            measured.dataset
         ),
     }];
     if let Some(limit) = limits.max_ppl {

@@ -17,7 +17,7 @@ use crate::model::Architecture;
 use crate::model::sites::SITES;
 use crate::{Error, Result};
 
-/// Mean square of each channel of a block's four sites over the calibration tokens: the diagonal of
+/// Sum of squares of each channel of a block's four sites over the calibration tokens: the diagonal of
 /// GPTQ's Hessian up to a factor (outlier.py, metric `hessian`).
 pub type Energies = [Vec<f64>; 4];
 

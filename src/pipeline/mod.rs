@@ -14,7 +14,9 @@ mod run;
 mod stream;
 mod timing;
 
+use std::fs::Permissions;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -270,10 +272,11 @@ pub fn plan(
     let blocks = plan_network(recipe, &architecture)?;
     let bits = bits_per_weight(&blocks);
     // Relative where both files lie in one directory, so that the two can be moved together.
-    let same_directory = calibration_file.parent() == out.parent();
-    let path = match calibration_file.file_name().filter(|_| same_directory) {
+    let calibration = std::path::absolute(calibration_file)?;
+    let same_directory = calibration.parent() == std::path::absolute(out)?.parent();
+    let path = match calibration.file_name().filter(|_| same_directory) {
         Some(name) => PathBuf::from(name),
-        None => std::path::absolute(calibration_file)?,
+        None => calibration,
     };
     let sites = blocks.iter().flatten().count();
     let plan = PlanFile {
@@ -349,7 +352,10 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let parent = parent.unwrap_or(Path::new("."));
     let write = || -> std::io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".atom-").tempfile_in(parent)?;
+        // A result and no secret: what the umask allows, and not the owner alone.
+        let mode = Permissions::from_mode(0o666);
+        let mut file =
+            tempfile::Builder::new().prefix(".atom-").permissions(mode).tempfile_in(parent)?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
         file.persist(path)?;

@@ -21,7 +21,6 @@ impl Report for InspectOutcome {
             facts.add("recipe", recipe::lines(recipe));
         }
         for (label, value) in [
-            ("KV cache", &self.kv),
             ("source", &self.source),
             ("calibration", &self.calibration),
             ("written by", &self.tool_version),
@@ -49,7 +48,7 @@ impl Report for InspectOutcome {
                 linear.rows.to_string(),
                 linear.columns.to_string(),
                 linear.bits.to_string(),
-                linear.group_size.map_or_else(|| "-".to_owned(), |size| size.to_string()),
+                linear.group_size.to_string(),
                 linear.outliers.to_string(),
                 units::bytes(linear.bytes),
                 linear.error.map_or_else(|| "-".to_owned(), |error| format!("{error:.4}")),
@@ -99,12 +98,12 @@ tensors       38, 8.9 MB
 
     #[test]
     fn an_atom_checkpoint_says_how_it_was_made() {
-        let linear = |name: &str, group_size, error| InspectedLinear {
+        let linear = |name: &str, error| InspectedLinear {
             name: name.into(),
             rows: 256,
             columns: 768,
             bits: 4,
-            group_size,
+            group_size: 128,
             outliers: 128,
             bytes: 118_784,
             error,
@@ -118,8 +117,8 @@ tensors       38, 8.9 MB
             calibration: Some("sample, 128 windows of 2048 tokens, seed 0".into()),
             tool_version: Some("atom 0.1.0".into()),
             linears: vec![
-                linear("model.layers.0.mlp.down_proj", Some(128), Some(0.0612)),
-                linear("model.layers.1.mlp.down_proj", None, None),
+                linear("model.layers.0.mlp.down_proj", Some(0.0612)),
+                linear("model.layers.1.mlp.down_proj", None),
             ],
             ..source()
         };
@@ -136,14 +135,13 @@ recipe           weights int4, groups of 128, clip 0.85, rows share scales by tw
                  channels ordered by energy, 128 outliers in int8
                  activations int4, clip 0.9
                  KV cache int4, before RoPE, clip 1
-KV cache         int4 per token and head
 source           tiny-llama
 calibration      sample, 128 windows of 2048 tokens, seed 0
 written by       atom 0.1.0
 
 linear                        rows  columns  bits  group  outliers      size   error
 model.layers.0.mlp.down_proj   256      768     4    128       128  118.8 kB  0.0612
-model.layers.1.mlp.down_proj   256      768     4      -       128  118.8 kB       -
+model.layers.1.mlp.down_proj   256      768     4    128       128  118.8 kB       -
 "
         );
         let object = serde_json::to_value(&outcome).unwrap();

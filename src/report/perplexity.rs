@@ -10,7 +10,11 @@ impl Report for PerplexityOutcome {
         let mut facts = Facts::default();
         facts.add("model", &self.model);
         facts.add("dataset", &self.dataset);
-        facts.add("perplexity", format!("{:.4} +- {:.4}", self.perplexity, self.standard_error));
+        let error = match self.standard_error {
+            error if error.is_finite() => format!(" +- {error:.4}"),
+            _ => String::new(),
+        };
+        facts.add("perplexity", format!("{:.4}{error}", self.perplexity));
         facts.add(
             "windows",
             format!(
@@ -37,9 +41,8 @@ impl Report for PerplexityOutcome {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_perplexity_comes_with_its_error_and_its_speed() {
-        let outcome = PerplexityOutcome {
+    fn outcome() -> PerplexityOutcome {
+        PerplexityOutcome {
             model: "SmolLM2".into(),
             dataset: "wikitext2".into(),
             perplexity: 21.6312,
@@ -51,9 +54,20 @@ mod tests {
             tokens_per_second: 300.1,
             cpu_seconds: 2000.0,
             device: "cpu (avx512)".into(),
-        };
+        }
+    }
+
+    #[test]
+    fn a_single_window_has_no_error() {
+        let single = PerplexityOutcome { windows: 1, standard_error: f64::NAN, ..outcome() };
+        assert!(single.text().contains("perplexity  21.6312\n"), "{}", single.text());
+        assert!(serde_json::to_value(single).unwrap()["standard_error"].is_null());
+    }
+
+    #[test]
+    fn a_perplexity_comes_with_its_error_and_its_speed() {
         assert_eq!(
-            outcome.text(),
+            outcome().text(),
             "\
 model       SmolLM2
 dataset     wikitext2

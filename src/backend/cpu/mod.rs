@@ -40,6 +40,43 @@ const ROWS: usize = 64;
 /// Values that go to a thread at once.
 const CHUNK: usize = 1 << 15;
 
+/// Rows that pass the output head together: its columns are read once for all of them.
+const HEAD_ROWS: usize = 240;
+/// Columns of the output head whose logits are made at once, so that they stay in L2.
+const HEAD_COLUMNS: usize = 1024;
+
+/// A token's cross entropy while the logits come in parts.
+#[derive(Clone, Copy)]
+struct Loss {
+    /// `ln(sum(exp))` of the logits so far.
+    log_sum: f64,
+    /// The token's own logit.
+    target: f64,
+}
+
+impl Default for Loss {
+    fn default() -> Self {
+        Self { log_sum: f64::NEG_INFINITY, target: f64::NAN }
+    }
+}
+
+impl Loss {
+    /// Takes in the `ln(sum(exp))` of the next part. A NaN stays one.
+    fn add(&mut self, log_sum: f64) {
+        let (former, next) = (self.log_sum, log_sum);
+        self.log_sum = match former.partial_cmp(&next) {
+            None => f64::NAN,
+            _ if former == f64::NEG_INFINITY => next,
+            Some(std::cmp::Ordering::Less) => next + (former - next).exp().ln_1p(),
+            Some(_) => former + (next - former).exp().ln_1p(),
+        };
+    }
+
+    fn nats(&self) -> f64 {
+        self.log_sum - self.target
+    }
+}
+
 /// Host memory and this machine's instruction set.
 pub struct Cpu {
     isa: Isa,
@@ -186,20 +223,30 @@ impl Backend for Cpu {
             .map(|token| (token - 1, tokens[token] as usize))
             .collect();
         let losses = predictions
-            .par_chunks(ROWS)
+            .par_chunks(HEAD_ROWS)
             .map_init(
-                || (vec![0f32; ROWS * hidden], vec![0f32; ROWS * vocabulary]),
+                || (vec![0f32; HEAD_ROWS * hidden], vec![0f32; HEAD_ROWS * HEAD_COLUMNS]),
                 |(rows, logits), predictions| {
                     for (to, &(row, _)) in rows.chunks_mut(hidden).zip(predictions) {
                         to.copy_from_slice(&x.data[row * hidden..(row + 1) * hidden]);
                     }
                     let rows = Rows::new(rows, predictions.len(), hidden);
-                    gemm(self.isa, rows, head, logits, vocabulary, false);
-                    logits
-                        .chunks(vocabulary)
-                        .zip(predictions)
-                        .map(|(logits, &(_, token))| elementwise::nll(self.isa, logits, token))
-                        .collect::<Vec<f64>>()
+                    let mut losses: Vec<Loss> = vec![Loss::default(); predictions.len()];
+                    for first in (0..vocabulary).step_by(HEAD_COLUMNS) {
+                        let columns = first..(first + HEAD_COLUMNS).min(vocabulary);
+                        let width = columns.len();
+                        let part = head.part(columns.clone(), 0..hidden);
+                        gemm(self.isa, rows, part, logits, width, false);
+                        for ((loss, logits), (_, token)) in
+                            losses.iter_mut().zip(logits.chunks(width)).zip(predictions)
+                        {
+                            loss.add(elementwise::log_sum_exp(self.isa, logits));
+                            if columns.contains(token) {
+                                loss.target = f64::from(logits[token - first]);
+                            }
+                        }
+                    }
+                    losses.iter().map(Loss::nats).collect::<Vec<f64>>()
                 },
             )
             .flatten()
