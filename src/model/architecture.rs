@@ -96,13 +96,13 @@ impl Architecture {
     }
 
     fn check(self) -> Result<Self> {
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(Error::input(format!(
                 "config.json: {} query heads cannot share {} key/value heads evenly",
                 self.heads, self.kv_heads
             )));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return Err(Error::input(format!("config.json: head_dim {} is odd", self.head_dim)));
         }
         Ok(self)
