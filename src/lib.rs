@@ -9,6 +9,7 @@ pub mod backend;
 pub mod bench;
 pub mod checkpoint;
 pub mod cli;
+mod decimal;
 pub mod error;
 pub mod eval;
 pub mod hub;

@@ -83,13 +83,13 @@ pub struct Recipe {
     /// Channel order of the sites.
     pub order: Order,
     /// Clip ratio of activation groups.
-    #[serde(serialize_with = "crate::quant::ratio::serialize")]
+    #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip_act: f32,
     /// Clip ratio of weight groups.
-    #[serde(serialize_with = "crate::quant::ratio::serialize")]
+    #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip_weight: f32,
     /// Clip ratio of keys and values.
-    #[serde(serialize_with = "crate::quant::ratio::serialize")]
+    #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip_kv: f32,
     /// Adjacent output rows that share a weight scale: 1 or 2.
     pub rows_per_scale: usize,
@@ -102,7 +102,7 @@ pub struct Recipe {
     /// Choose weight codes by GPTQ instead of rounding to nearest.
     pub gptq: bool,
     /// GPTQ: share of the Hessian's mean diagonal that is added to the diagonal.
-    #[serde(serialize_with = "crate::quant::ratio::serialize")]
+    #[serde(serialize_with = "crate::decimal::serialize")]
     pub damping: f32,
 }
 
@@ -207,7 +207,8 @@ impl Recipe {
         self.to_table().to_string()
     }
 
-    fn check(self) -> Result<Self> {
+    /// The recipe itself, if every setting is one that means something.
+    pub fn check(self) -> Result<Self> {
         let widths = [2, 3, 4, 8, 16];
         for (key, bits) in [("bits", self.bits), ("act_bits", self.act_bits), ("kv_bits", self.kv_bits)]
         {

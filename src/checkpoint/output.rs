@@ -19,7 +19,7 @@ pub(super) fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
 
 /// The output directory made absolute, if it may be written: it must not exist, or be empty, or,
 /// with `overwrite`, be an Atom checkpoint. Anything else is never replaced.
-pub(super) fn writable(out: &Path, overwrite: bool) -> Result<PathBuf> {
+pub fn writable(out: &Path, overwrite: bool) -> Result<PathBuf> {
     let shown = out.display();
     let absolute = match fs_err::canonicalize(out) {
         Ok(existing) => existing,
@@ -32,7 +32,9 @@ pub(super) fn writable(out: &Path, overwrite: bool) -> Result<PathBuf> {
                         .hint("name a new directory with --out")
                 });
         }
-        Err(error) => return Err(error.into()),
+        Err(error) => {
+            return Err(Error::from(error).hint("name another directory with --out"));
+        }
     };
     if absolute.file_name().is_none() || !absolute.is_dir() {
         let message = format!("output {shown} exists and is not a directory of its own");

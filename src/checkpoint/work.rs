@@ -145,7 +145,13 @@ impl Work {
 fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
     loop {
-        fs_err::create_dir_all(dir)?;
+        fs_err::create_dir_all(dir).map_err(|error| {
+            let error = Error::from(error);
+            match error.hint_text() {
+                None => error.hint("name a directory that can be written with --out"),
+                Some(_) => error,
+            }
+        })?;
         let opened = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
         let file = match opened {
             Ok(file) => file,

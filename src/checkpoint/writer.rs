@@ -244,6 +244,11 @@ impl Writer {
         Ok(bytes)
     }
 
+    /// Gives up, and leaves nothing behind: for a run that failed before a block was finished.
+    pub fn discard(self) {
+        self.work.discard();
+    }
+
     /// Completes the checkpoint and gives it its name; returns its size in bytes. `config` becomes
     /// `config.json`, `atom` becomes `atom.json` with a `tensors` map of hashes added, and the side
     /// files are copied as they are.

@@ -102,7 +102,10 @@ pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()
         Command::Bench(arguments) => bench::run(arguments, ui, output),
     };
     done.map_err(|error| match error.kind() {
-        Kind::Interrupted if cli.command.resumes() => name_resume_command(error, typed),
+        // One that has a hint already was stopped after the work that could be gone on with.
+        Kind::Interrupted if cli.command.resumes() && error.hint_text().is_none() => {
+            name_resume_command(error, typed)
+        }
         _ => error,
     })
 }

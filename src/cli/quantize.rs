@@ -55,7 +55,13 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         .output
         .destination(|| Ok(names::checkpoint_out(&arguments.model.model, &recipe)))?;
     if arguments.dry_run {
-        let found = pipeline::dry_run(&source, &calibration, &recipe, &destination)?;
+        let found = pipeline::dry_run(
+            &source,
+            &calibration,
+            &recipe,
+            &destination,
+            evaluation.as_ref(),
+        )?;
         return output.write(&found);
     }
     ui.info(&format!("quantizing {}\n{}", source.name(), report::recipe::lines(&recipe)));

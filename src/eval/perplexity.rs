@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::Result;
+use crate::{Error, Result};
 use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::{AtomCheckpoint, Source, Tensors};
 use crate::model::Architecture;
@@ -133,6 +133,13 @@ impl<B: Backend> Run<'_, B> {
         }
         progress.end();
         backend.trim();
+        if let Some(window) = means.iter().position(|loss| !loss.is_finite()) {
+            return Err(Error::input(format!(
+                "{} gives no finite loss on window {window} of {}",
+                self.name, self.evaluation.text.name
+            ))
+            .hint("the weights overflow f32 on this text: is the checkpoint sound?"));
+        }
         let windows = means.len() as f64;
         let mean = means.iter().sum::<f64>() / windows;
         let variance =

@@ -4,7 +4,7 @@ what it costs in perplexity, on the integer path. */
 use serde::Serialize;
 
 use super::perplexity::PerplexityOutcome;
-use super::{Model, atom_perplexity, atom_plan, perplexity};
+use super::{Model, atom_perplexity, atom_plan, perplexity, windows};
 use crate::Result;
 use crate::backend::Backend;
 use crate::checkpoint::linear::{from_tensors, order_spec, read_order, specs};
@@ -64,6 +64,10 @@ pub fn verify<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<VerifyOutcome> {
     let architecture = Architecture::from_config(checkpoint.config())?;
+    if let Some(evaluation) = evaluation {
+        // A text that is too short is found before gigabytes are hashed.
+        windows(&checkpoint.tokenizer()?, checkpoint.name(), evaluation)?;
+    }
     let mut checks = Vec::new();
     let plan = atom_plan(checkpoint, &architecture);
     let planned = plan.as_ref().map(|(_, blocks)| {

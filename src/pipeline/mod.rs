@@ -28,7 +28,7 @@ pub use stream::Stream;
 pub use timing::{cpu_seconds, peak_rss_bytes};
 
 use crate::backend::Backend;
-use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec, free_bytes};
+use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec, free_bytes, writable};
 use crate::eval;
 use crate::model::Architecture;
 use crate::recipe::Recipe;
@@ -116,16 +116,17 @@ pub fn dry_run(
     calibration: &Calibration,
     recipe: &Recipe,
     output: &Output,
+    evaluation: Option<&Evaluation>,
 ) -> Result<DryRun> {
     let job = prepare(source, calibration, recipe)?;
+    check_evaluation(source, evaluation)?;
     job.check_tensors()?;
-    if output.out.exists() && !output.overwrite {
-        return Err(Error::usage(format!("{} exists already", output.out.display()))
-            .hint("choose another directory with --out, or replace it with --overwrite"));
-    }
+    job.check_kept()?;
+    let out = writable(&output.out, output.overwrite)?;
     let out_bytes: u64 = job.tensor_specs()?.iter().map(TensorSpec::bytes).sum();
-    let parent = output.out.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let free_disk_bytes = free_bytes(parent.unwrap_or(Path::new("."))).unwrap_or(u64::MAX);
+    // Directories that are not there yet will be made on the disk of the nearest one that is.
+    let place = out.ancestors().skip(1).find(|place| place.exists());
+    let free_disk_bytes = place.and_then(free_bytes).unwrap_or(u64::MAX);
     if free_disk_bytes < out_bytes {
         return Err(Error::machine(format!(
             "the checkpoint needs {out_bytes} bytes of disk, {free_disk_bytes} are free"

@@ -28,7 +28,7 @@ pub struct LinearPlan {
     /// Adjacent rows that share a scale.
     pub rows_per_scale: usize,
     /// Clip ratio of the groups.
-    #[serde(serialize_with = "crate::quant::ratio::serialize")]
+    #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip: f32,
     /// Relative output error, once it is quantized.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -54,7 +54,7 @@ pub struct SitePlan {
     /// Bits of an activation code, 16 for floating point.
     pub bits: u8,
     /// Clip ratio of the groups.
-    #[serde(serialize_with = "crate::quant::ratio::serialize")]
+    #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip: f32,
     /// Transform of each group.
     pub transform: Transform,
@@ -307,7 +307,7 @@ impl PlanFile {
     /// Reads a plan and says where its calibration file lies.
     pub fn read(path: &Path) -> Result<(Self, PathBuf)> {
         let text = fs_err::read_to_string(path)?;
-        let plan: Self = serde_json::from_str(&text).map_err(|error| {
+        let mut plan: Self = serde_json::from_str(&text).map_err(|error| {
             Error::input(format!("{} is not a plan: {error}", path.display()))
                 .hint("make one with `atom plan`")
         })?;
@@ -318,6 +318,10 @@ impl PlanFile {
                 plan.plan_version
             )));
         }
+        // The cache's settings stand in the recipe only, and plans are there to be edited.
+        plan.recipe = plan.recipe.check().map_err(|error| {
+            error.context(format!("the recipe of {} cannot be", path.display()))
+        })?;
         let calibration = path.parent().unwrap_or(Path::new(".")).join(&plan.calibration.path);
         Ok((plan, calibration))
     }

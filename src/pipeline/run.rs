@@ -3,6 +3,7 @@
 `quantize` measures channel energies on the way, `pack` reads them from a file; everything after
 that is the same code, so both give the same bytes. */
 
+use std::path::Path;
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -16,7 +17,7 @@ use super::progress::Progress;
 use super::stream::Stream;
 use super::timing::{Timing, peak_rss_bytes};
 use super::{Output, evaluate_change, Evaluation};
-use crate::Result;
+use crate::{Error, Kind, Result};
 use crate::backend::Backend;
 use crate::checkpoint::linear::{order_spec, order_tensor, specs, to_tensors};
 use crate::checkpoint::{
@@ -47,6 +48,22 @@ impl Job<'_> {
     pub fn check_tensors(&self) -> Result<()> {
         for (name, shape) in self.architecture.tensors() {
             expect(self.source, &name, &shape)?;
+        }
+        Ok(())
+    }
+
+    /// Refuses a NaN or infinity in a tensor that is kept: such tensors are few, and the output head
+    /// would otherwise be looked at after all the work.
+    pub fn check_kept(&self) -> Result<()> {
+        let norms = (0..self.blocks.len()).flat_map(|block| self.architecture.norm_names(block));
+        for name in [EMBEDDING, FINAL_NORM, self.architecture.head_name()]
+            .into_iter()
+            .map(str::to_owned)
+            .chain(norms)
+        {
+            let tensor = self.source.tensor(&name)?;
+            tensor.check_finite()?;
+            tensor.release();
         }
         Ok(())
     }
@@ -156,17 +173,99 @@ pub fn run<B: Backend>(
     output: &Output,
     evaluation: Option<&Evaluation>,
     progress: &dyn Progress,
-    mut energies: impl FnMut(usize, &mut Timing) -> Result<Energies>,
+    energies: impl FnMut(usize, &mut Timing) -> Result<Energies>,
 ) -> Result<QuantizeOutcome> {
     let start = Instant::now();
     let mut timing = Timing::default();
     job.check_tensors()?;
+    job.check_kept()?;
     let options = Options {
         overwrite: output.overwrite,
         resume: output.resume,
         max_shard_bytes: DEFAULT_SHARD_BYTES,
     };
     let mut writer = Writer::create(&output.out, job.tensor_specs()?, &job.identity()?, options)?;
+    let written = write_tensors(backend, job, &mut writer, progress, &mut timing, energies);
+    let Written { errors, resumed_blocks } = match written {
+        Ok(written) => written,
+        Err(error) => {
+            match writer.done().len() {
+                0 => writer.discard(),
+                done if error.kind() != Kind::Interrupted => progress
+                    .info(&format!("{done} finished parts are kept; --resume goes on after them")),
+                _ => {}
+            }
+            return Err(error);
+        }
+    };
+    let out = writer.out().to_owned();
+    let out_bytes = job.tensor_specs()?.iter().map(TensorSpec::bytes).sum();
+    timing.measure("write", || {
+        writer.finish(&job.config(), job.atom(&errors)?, &job.source.side_files()?)
+    })?;
+
+    let perplexity = match evaluation {
+        None => None,
+        Some(evaluation) => {
+            let measured = timing.measure("evaluate", || {
+                evaluate_change(backend, job.source, &out, evaluation, progress)
+            });
+            Some(measured.map_err(|error| not_measured(error, &out))?)
+        }
+    };
+    let linear = |linear: &LinearPlan, error: f64| LinearOutcome {
+        name: linear.name.clone(),
+        bits: linear.bits,
+        error,
+    };
+    let planned = job.blocks.iter().flatten().flat_map(|site| &site.linears);
+    Ok(QuantizeOutcome {
+        out,
+        model: job.source.name().to_owned(),
+        recipe: job.recipe.clone(),
+        seconds: start.elapsed().as_secs_f64(),
+        stage_seconds: timing.finish(),
+        peak_rss_bytes: peak_rss_bytes(),
+        peak_gpu_bytes: None,
+        bits_per_weight: bits_per_weight(&job.blocks),
+        source_bytes: job.source.total_bytes(),
+        out_bytes,
+        device: backend.device(),
+        resumed_blocks,
+        linears: planned
+            .filter(|linear| linear.bits < 16)
+            .zip(&errors)
+            .map(|(plan, (_, error))| linear(plan, *error))
+            .collect(),
+        perplexity,
+    })
+}
+
+/// An error of the measurement that follows the work: the work is not lost with it.
+fn not_measured(error: Error, out: &Path) -> Error {
+    let out = out.display();
+    error
+        .context(format!("the checkpoint {out} is complete, but its perplexity was not measured"))
+        .hint(format!("measure it with `atom eval-ppl --model {out}`"))
+}
+
+/// What is known once every tensor is on the disk.
+struct Written {
+    /// `(linear, error)` of every quantized linear.
+    errors: Vec<(String, f64)>,
+    /// Blocks that an earlier run had finished.
+    resumed_blocks: usize,
+}
+
+/// Quantizes block by block, and writes every tensor of the output.
+fn write_tensors<B: Backend>(
+    backend: &B,
+    job: &Job,
+    writer: &mut Writer,
+    progress: &dyn Progress,
+    timing: &mut Timing,
+    mut energies: impl FnMut(usize, &mut Timing) -> Result<Energies>,
+) -> Result<Written> {
     let seq_len = job.provenance.seq_len;
     let attention = attention_spec(&job.architecture, job.recipe.kv(), seq_len);
     let mut stream = if job.recipe.gptq {
@@ -188,18 +287,18 @@ pub fn run<B: Backend>(
     let mut resumed_blocks = 0;
     for (index, plan) in job.blocks.iter().enumerate() {
         let name = job.architecture.block_name(index);
-        let energies = energies(index, &mut timing)?;
+        let energies = energies(index, timing)?;
         let done = writer.done().iter().find(|done| done.block == name);
         let (sites, block_errors) = match done.map(|done| done.extra.clone()) {
             Some(extra) => {
                 resumed_blocks += 1;
                 let errors: Vec<(String, f64)> = serde_json::from_value(extra)
                     .map_err(|error| crate::Error::input(format!("work of block {index}: {error}")))?;
-                (read_sites(&writer, plan)?, errors)
+                (read_sites(&*writer, plan)?, errors)
             }
             None => {
                 let block =
-                    quantizer.quantize(index, plan, &energies, stream.as_ref(), &mut timing)?;
+                    quantizer.quantize(index, plan, &energies, stream.as_ref(), timing)?;
                 timing.measure("write", || {
                     let mut tensors = job.copies(job.architecture.norm_names(index))?;
                     for (site, quantized) in plan.iter().zip(&block.sites) {
@@ -242,44 +341,7 @@ pub fn run<B: Backend>(
         }
     }
     progress.check_stop()?;
-    let out = writer.out().to_owned();
-    let out_bytes = job.tensor_specs()?.iter().map(TensorSpec::bytes).sum();
-    timing.measure("write", || {
-        writer.finish(&job.config(), job.atom(&errors)?, &job.source.side_files()?)
-    })?;
-
-    let perplexity = match evaluation {
-        None => None,
-        Some(evaluation) => Some(timing.measure("evaluate", || {
-            evaluate_change(backend, job.source, &out, evaluation, progress)
-        })?),
-    };
-    let linear = |linear: &LinearPlan, error: f64| LinearOutcome {
-        name: linear.name.clone(),
-        bits: linear.bits,
-        error,
-    };
-    let planned = job.blocks.iter().flatten().flat_map(|site| &site.linears);
-    Ok(QuantizeOutcome {
-        out,
-        model: job.source.name().to_owned(),
-        recipe: job.recipe.clone(),
-        seconds: start.elapsed().as_secs_f64(),
-        stage_seconds: timing.finish(),
-        peak_rss_bytes: peak_rss_bytes(),
-        peak_gpu_bytes: None,
-        bits_per_weight: bits_per_weight(&job.blocks),
-        source_bytes: job.source.total_bytes(),
-        out_bytes,
-        device: backend.device(),
-        resumed_blocks,
-        linears: planned
-            .filter(|linear| linear.bits < 16)
-            .zip(&errors)
-            .map(|(plan, (_, error))| linear(plan, *error))
-            .collect(),
-        perplexity,
-    })
+    Ok(Written { errors, resumed_blocks })
 }
 
 fn worst_of(errors: &[(String, f64)]) -> String {

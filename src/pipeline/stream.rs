@@ -7,8 +7,11 @@ use crate::model::sites::EMBEDDING;
 use crate::pipeline::load::expect;
 use crate::{Error, Result};
 
-/// Bytes of a batch's activations inside a block, about. Results do not depend on it.
-const BATCH_BYTES: usize = 96 << 20;
+/// Bytes of a batch's activations inside a block, about: some for every thread, so that each operation
+/// has work for all of them. Results do not depend on it.
+fn batch_bytes() -> usize {
+    (64 << 20) + rayon::current_num_threads() * (24 << 20)
+}
 
 /// Hidden states of windows `[windows * seq_len, hidden]`, cut into batches.
 pub struct Stream<B: Backend> {
@@ -22,7 +25,7 @@ pub fn windows_per_batch(architecture: &Architecture, seq_len: usize) -> usize {
     let channels = 4 * architecture.hidden
         + 2 * heads * architecture.head_dim
         + 2 * architecture.intermediate;
-    (BATCH_BYTES / (4 * channels * seq_len)).max(1)
+    (batch_bytes() / (4 * channels * seq_len)).max(1)
 }
 
 impl<B: Backend> Stream<B> {

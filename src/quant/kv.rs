@@ -14,7 +14,7 @@ pub struct KvFormat {
     /// Bits of a code, 2 to 8; 16 means that nothing is quantized nor rotated.
     pub bits: u8,
     /// What of the range is kept, in (0, 1].
-    #[serde(serialize_with = "crate::quant::ratio::serialize")]
+    #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip: f32,
     /// Whether heads are quantized in the basis of a Hadamard transform.
     pub rotate: bool,

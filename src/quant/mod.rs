@@ -7,7 +7,6 @@ pub mod hadamard;
 pub mod kv;
 pub mod linear;
 pub mod order;
-pub mod ratio;
 pub mod rows;
 pub mod site;
 pub mod weights;

@@ -8,7 +8,7 @@ use half::f16;
 use super::grid::{Grid, inverse};
 use super::linear::{OutlierBlock, QuantizedLinear};
 use super::site::{OutlierFormat, SiteFormat};
-use crate::Result;
+use crate::{Error, Result};
 
 /// How a linear's weights are held.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -103,7 +103,13 @@ pub(crate) fn assemble(
     let columns = weights.chunks(format.width()).map(|row| &row[format.grouped_channels()..]);
     let outliers = match format.outlier_format {
         _ if format.outlier_channels == 0 => OutlierBlock::None,
-        OutlierFormat::F16 => OutlierBlock::F16(columns.flatten().map(|&x| f16::from_f32(x)).collect()),
+        OutlierFormat::F16 => {
+            let values: Vec<f16> = columns.flatten().map(|&x| f16::from_f32(x)).collect();
+            if values.iter().any(|value| !value.is_finite()) {
+                return Err(Error::input("an outlier's weight is greater than an f16 can be"));
+            }
+            OutlierBlock::F16(values)
+        }
         OutlierFormat::Int8 => {
             let grid = Grid::rounding(8, 1.0);
             let mut codes = Vec::with_capacity(rows * format.outlier_channels);

@@ -1,0 +1,379 @@
+/*! Finished checkpoints: what the program says of them, and that it finds what is wrong with them. */
+
+mod common;
+
+use std::path::Path;
+
+use common::{Dtype, Home, RandomModel, Run, SMALL};
+use fs_err as fs;
+use serde_json::{Value, json};
+
+/// A home with `model` and the checkpoint `atom` made of it.
+fn home_with_atom(flags: &str) -> Home {
+    let home = Home::with_model();
+    home.run(&format!("quantize --model model {SMALL} {flags} --no-eval --out atom")).done();
+    home
+}
+
+/// Whether every field of `object` is there with its type: `s`tring, `n`umber, `i`nteger, `b`oolean,
+/// `a`rray, `o`bject, or null.
+#[track_caller]
+fn assert_fields(object: &Value, fields: &str) {
+    for field in fields.split_whitespace() {
+        let (name, kinds) = field.split_once(':').unwrap();
+        let value = object.get(name).unwrap_or_else(|| panic!("no `{name}` in {object:#}"));
+        let fits = kinds.chars().any(|kind| match kind {
+            's' => value.is_string(),
+            'n' => value.is_f64() && value.as_f64().unwrap().is_finite(),
+            'i' => value.is_u64(),
+            'b' => value.is_boolean(),
+            'a' => value.is_array(),
+            'o' => value.is_object(),
+            '0' => value.is_null(),
+            _ => unreachable!("{kind}"),
+        });
+        assert!(fits, "`{name}` is {value}, not of {kinds}");
+    }
+}
+
+#[test]
+fn json_objects_have_the_fields_that_are_promised() {
+    let home = Home::with_model();
+    let quantize = format!("quantize --model model {SMALL} --out atom");
+    let dry = home.json(&format!("{quantize} --dry-run"));
+    assert_fields(
+        &dry,
+        "out:s model:s recipe:o blocks:i linears:i samples:i seq_len:i source_bytes:i out_bytes:i \
+         bits_per_weight:n memory_bytes:i free_disk_bytes:i",
+    );
+    assert_eq!(home.names(), ["model"], "a dry run writes nothing");
+
+    let done = home.json(&quantize);
+    assert_fields(
+        &done,
+        "out:s model:s recipe:o seconds:n stage_seconds:o peak_rss_bytes:i peak_gpu_bytes:i0 \
+         bits_per_weight:n source_bytes:i out_bytes:i device:s linears:a perplexity:o",
+    );
+    assert_eq!(done["linears"].as_array().unwrap().len(), 14);
+    for linear in done["linears"].as_array().unwrap() {
+        assert_fields(linear, "name:s bits:i error:n");
+        assert!((0.0..1.0).contains(&linear["error"].as_f64().unwrap()), "{linear}");
+    }
+    assert!(done["stage_seconds"].as_object().unwrap().values().all(Value::is_f64));
+    for key in ["recipe", "bits_per_weight", "source_bytes", "out_bytes"] {
+        assert_eq!(dry[key], done[key], "the dry run foretells `{key}`");
+    }
+
+    let eval = home.json("eval-ppl --model atom --seq-len 64 --windows 2");
+    assert_fields(
+        &eval,
+        "model:s dataset:s perplexity:n windows:i seq_len:i tokens:i seconds:n \
+         tokens_per_second:n device:s",
+    );
+    assert_eq!(eval["perplexity"], done["perplexity"]["after"], "the same windows");
+    assert_eq!((&eval["windows"], &eval["tokens"]), (&json!(2), &json!(128)));
+
+    let verify = home.json("verify --model atom --reference model --seq-len 64 --windows 2");
+    assert_fields(&verify, "ok:b checks:a perplexity:n reference_perplexity:n increase:n");
+    for check in verify["checks"].as_array().unwrap() {
+        assert_fields(check, "name:s ok:b detail:s");
+        assert_eq!(check["ok"], true, "{check}");
+    }
+    assert_eq!(verify["ok"], true);
+    assert_eq!(verify["perplexity"], done["perplexity"]["after"]);
+    assert_eq!(verify["reference_perplexity"], done["perplexity"]["before"]);
+    let without = home.json("verify --model atom --no-eval");
+    assert_fields(&without, "ok:b checks:a perplexity:0 reference_perplexity:0 increase:0");
+    assert_eq!(without["ok"], true);
+}
+
+#[test]
+fn a_checkpoint_says_what_it_holds() {
+    let home = home_with_atom("--bits 3");
+    let source = home.json("inspect model");
+    assert_eq!((&source["kind"], &source["blocks"]), (&json!("source"), &json!(2)));
+    assert_eq!(source["architecture"], "LlamaForCausalLM");
+    assert_fields(&source, "tensors:i bytes:i recipe:0 bits_per_weight:0");
+    let atom = home.json("inspect atom");
+    assert_eq!((&atom["kind"], &atom["source"]), (&json!("atom"), &json!("model")));
+    assert_eq!(atom["recipe"]["bits"], 3);
+    assert_fields(&atom, "name:s calibration:s tool_version:s bits_per_weight:n linears:a");
+    let down = &atom["linears"][6];
+    assert_eq!(down["name"], "model.layers.0.mlp.down_proj");
+    assert_eq!(
+        (&down["rows"], &down["columns"], &down["bits"]),
+        (&json!(64), &json!(172), &json!(3))
+    );
+    assert_fields(down, "group_size:i outliers:i bytes:i error:n");
+    for model in ["model", "atom", "tiny-llama"] {
+        assert!(home.run(&format!("inspect {model}")).done().stdout.contains("LlamaForCausalLM"));
+    }
+}
+
+/// Where a tensor's bytes lie in a safetensors file.
+fn place(file: &[u8], tensor: &str) -> std::ops::Range<usize> {
+    let header = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let entries: Value = serde_json::from_slice(&file[8..header]).unwrap();
+    let offsets = &entries[tensor]["data_offsets"];
+    let offset =
+        |at: usize| header + offsets[at].as_u64().unwrap_or_else(|| panic!("{tensor}")) as usize;
+    offset(0)..offset(1)
+}
+
+/// `verify --no-eval`, which must fail; returns the failed checks joined.
+#[track_caller]
+fn damage(home: &Home) -> String {
+    let run = home.run("verify --model atom --no-eval --json");
+    let run = run.fails(1, &["atom failed verification: "]);
+    let outcome = run.json();
+    assert_eq!(outcome["ok"], false);
+    let failed = outcome["checks"].as_array().unwrap().iter().filter(|check| check["ok"] == false);
+    failed.map(|check| format!("{}: {}\n", check["name"], check["detail"])).collect()
+}
+
+#[test]
+fn a_changed_byte_is_found_in_every_kind_of_tensor() {
+    for (flags, tensors) in [
+        (
+            "",
+            &[
+                "model.embed_tokens.weight",
+                "model.layers.0.input_layernorm.weight",
+                "model.layers.0.self_attn.attn_in.order",
+                "model.layers.1.self_attn.v_proj.weight_codes",
+                "model.layers.1.mlp.down_proj.weight_scales",
+                "model.layers.1.mlp.gate_proj.outlier_codes",
+                "model.layers.0.self_attn.o_proj.outlier_scales",
+                "model.norm.weight",
+            ][..],
+        ),
+        ("--outlier-format fp16", &["model.layers.0.mlp.up_proj.outlier_weights"]),
+    ] {
+        let home = home_with_atom(flags);
+        let path = home.path("atom/model.safetensors");
+        let sound = fs::read(&path).unwrap();
+        for tensor in tensors {
+            let place = place(&sound, tensor);
+            for at in [place.start, place.end - 1] {
+                let mut damaged = sound.clone();
+                damaged[at] ^= 0x10;
+                fs::write(&path, damaged).unwrap();
+                let found = damage(&home);
+                assert!(found.contains("checksums") && found.contains(tensor), "{tensor}: {found}");
+            }
+        }
+        fs::write(&path, &sound).unwrap();
+        home.run("verify --model atom --no-eval").done();
+    }
+}
+
+/// Someone who can write a tensor can write its hash: what the numbers mean is checked as well.
+#[test]
+fn a_tensor_that_means_nothing_is_found_behind_a_right_hash() {
+    let home = home_with_atom("");
+    let (path, json_path) = (home.path("atom/model.safetensors"), home.path("atom/atom.json"));
+    let sound = fs::read(&path).unwrap();
+    let sound_json = fs::read(&json_path).unwrap();
+    for (tensor, bytes, part) in [
+        ("model.layers.0.mlp.mlp_in.order", &[255, 255, 255, 127][..], "64 channels"),
+        ("model.layers.0.mlp.mlp_in.order", &[254, 255, 255, 255], "neither a channel nor padding"),
+        ("model.layers.0.mlp.gate_proj.weight_scales", &[0, 0x7c], "inf"),
+        ("model.layers.0.mlp.gate_proj.weight_scales", &[0, 0xa0], "negative scale"),
+        ("model.layers.0.mlp.gate_proj.outlier_codes", &[128], "-128"),
+        ("model.layers.0.mlp.gate_proj.outlier_scales", &[1, 0x7c], "NaN"),
+        ("model.norm.weight", &[1, 0x7e], "NaN"),
+    ] {
+        let place = place(&sound, tensor);
+        let mut damaged = sound.clone();
+        damaged[place.start..place.start + bytes.len()].copy_from_slice(bytes);
+        let hash = atom::checkpoint::sha256_hex(&damaged[place]);
+        fs::write(&path, damaged).unwrap();
+        edit(&json_path, |atom| atom["tensors"][tensor]["sha256"] = hash.into());
+        let found = damage(&home);
+        assert!(found.contains(part) && found.contains(tensor), "{tensor}: {found}");
+        assert!(!found.contains("checksums"), "{found}");
+        fs::write(&json_path, &sound_json).unwrap();
+    }
+}
+
+fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
+    let mut value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    change(&mut value);
+    fs::write(path, value.to_string()).unwrap();
+}
+
+#[test]
+fn an_edited_description_is_found() {
+    let home = home_with_atom("");
+    let path = home.path("atom/atom.json");
+    let sound = fs::read(&path).unwrap();
+    type Change = fn(&mut Value);
+    let checks: [(Change, &str); 6] = [
+        (|atom| atom["blocks"][0][0]["group_size"] = 64.into(), "shapes"),
+        (|atom| atom["blocks"][0][0]["outlier_channels"] = 0.into(), "shapes"),
+        (|atom| atom["blocks"][0][2]["linears"][0]["bits"] = 3.into(), "shapes"),
+        (|atom| atom["blocks"][1][2]["linears"][0]["bits"] = 16.into(), "shapes"),
+        (|atom| atom["blocks"][0][0]["name"] = "elsewhere".into(), "plan"),
+        (|atom| atom["kv"]["bits"] = "four".into(), "plan"),
+    ];
+    for (change, name) in checks {
+        edit(&path, change);
+        let found = damage(&home);
+        assert!(found.contains(name), "{name}: {found}");
+        fs::write(&path, &sound).unwrap();
+    }
+    // What cannot be opened at all is bad input.
+    let refusals: [(Change, &[&str]); 5] = [
+        (|atom| atom["format_version"] = 2.into(), &["format version 2", "hint: use a newer"]),
+        (|atom| atom["format_version"] = Value::Null, &["no valid `format_version`", "hint: "]),
+        (|atom| atom["tensors"]["ghost"] = json!({}), &["lists tensor `ghost`", "hint: "]),
+        (
+            |atom| drop(atom["tensors"].as_object_mut().unwrap().remove("model.norm.weight")),
+            &["does not list tensor `model.norm.weight`", "hint: "],
+        ),
+        (|atom| *atom = json!([]), &["atom.json"]),
+    ];
+    for (change, parts) in refusals {
+        edit(&path, change);
+        for line in
+            ["verify --model atom --no-eval", "eval-ppl --model atom --seq-len 64", "inspect atom"]
+        {
+            home.run(line).fails(3, parts);
+        }
+        fs::write(&path, &sound).unwrap();
+    }
+    home.run("verify --model atom --no-eval").done();
+}
+
+#[test]
+fn a_missing_or_short_file_is_bad_input() {
+    let home = home_with_atom("");
+    let path = home.path("atom/model.safetensors");
+    let sound = fs::read(&path).unwrap();
+    fs::write(&path, &sound[..sound.len() - 7]).unwrap();
+    home.run("verify --model atom").fails(3, &["model.safetensors is truncated", "hint: "]);
+    fs::remove_file(&path).unwrap();
+    home.run("verify --model atom").fails(3, &["atom has no *.safetensors", "hint: "]);
+    fs::write(&path, sound).unwrap();
+    fs::remove_file(home.path("atom/tokenizer.json")).unwrap();
+    home.run("verify --model atom").fails(3, &["atom has no tokenizer.json", "hint: "]);
+    home.run("verify --model absent").fails(3, &["absent", "hint: "]);
+    home.run("verify --model atom --no-eval").done();
+}
+
+#[test]
+fn a_limit_that_is_exceeded_is_a_failed_check() {
+    let home = home_with_atom("");
+    let common = "--seq-len 64 --windows 2";
+    let measured = home.json(&format!("verify --model atom --reference model {common}"));
+    let (found, increase) =
+        (measured["perplexity"].as_f64().unwrap(), measured["increase"].as_f64().unwrap().abs());
+    let (above, below) = (found + 1.0, found - 1.0);
+
+    home.run(&format!("verify --model atom {common} --max-ppl {above}")).done();
+    let run = home.run(&format!("verify --model atom {common} --max-ppl {below} --json"));
+    let outcome = run.fails(1, &["atom failed verification: max-ppl"]).json();
+    assert_eq!(outcome["ok"], false);
+    assert_eq!(outcome["perplexity"], found);
+    let line = format!("verify --model atom --reference model {common} --max-ppl-increase");
+    home.run(&format!("{line} {}", increase + 0.01)).done();
+    // A random model may gain by chance; beside a better reference nothing may.
+    let run =
+        home.run(&format!("{line} 0.0001").replace("--reference model", "--reference tiny-llama"));
+    let run = run.fails(1, &["atom failed verification: max-ppl-increase"]);
+    assert!(run.stdout.contains("FAILED  max-ppl-increase"), "{}", run.stdout);
+
+    for model in ["model", "atom"] {
+        let line = format!("eval-ppl --model {model} {common}");
+        home.run(&format!("{line} --max-ppl {}", 2.0 * found)).done();
+        let run =
+            home.run(&format!("{line} --max-ppl 2 --json")).fails(1, &["exceeds --max-ppl 2"]);
+        assert_fields(&run.json(), "perplexity:n windows:i");
+    }
+    // The checkpoint that fails is there to be looked at.
+    let line = format!("quantize --model model {SMALL} --out strict --json --max-ppl 2");
+    let run = home.run(&line).fails(1, &["exceeds --max-ppl 2"]);
+    assert_fields(&run.json()["perplexity"], "before:n after:n");
+    home.run("verify --model strict --no-eval").done();
+}
+
+#[test]
+fn every_width_and_format_is_quantized_verified_and_run() {
+    let home = Home::with_model();
+    let mut cases = Vec::new();
+    for bits in [2, 3, 4, 8] {
+        for act_bits in [4, 8, 16] {
+            for kv_bits in [4, 8, 16] {
+                cases.push(format!("--bits {bits} --act-bits {act_bits} --kv-bits {kv_bits}"));
+            }
+        }
+    }
+    for flags in [
+        "--outlier-format fp16",
+        "--outlier-format fp16 --act-bits 16 --bits 3",
+        "--outliers 0",
+        "--outliers 0 --no-order --transform none",
+        "--outliers 63 --group 16",
+        "--group row",
+        "--group row --outliers 0 --bits 8 --act-bits 8",
+        "--group 48 --transform hadamard",
+        "--group 64 --outliers 1",
+        "--no-order",
+        "--rows-per-scale 2 --bits 2",
+        "--act-bits 2 --kv-bits 2",
+        "--act-bits 3 --kv-bits 3 --no-gptq",
+        "--recipe paper --group 32 --outliers 16",
+        "--clip-act 1 --clip-weight 1 --clip-kv 0.9 --damping 0.1",
+    ] {
+        cases.push(flags.to_owned());
+    }
+    for flags in cases {
+        let line = format!(
+            "quantize --model model --group 32 --outliers 16 --samples 2 --seq-len 48 {flags} \
+             --windows 1 --out atom --overwrite"
+        );
+        let outcome = home.json(&line);
+        assert_eq!(outcome["linears"].as_array().unwrap().len(), 14, "{flags}");
+        let after = outcome["perplexity"]["after"].as_f64();
+        assert!(after.is_some_and(f64::is_finite), "{flags}: {outcome}");
+        let verified = home.json("verify --model atom --seq-len 48 --windows 1");
+        assert_eq!(verified["ok"], true, "{flags}: {verified}");
+        assert_eq!(verified["perplexity"].as_f64(), after, "{flags}");
+    }
+}
+
+/// Untied heads are kept beside the embedding; tied ones are not stored twice.
+#[test]
+fn an_output_head_of_its_own_is_kept() {
+    let home = Home::new();
+    let mut model = RandomModel::new(1);
+    model.config["tie_word_embeddings"] = json!(false);
+    let embedding = model.tensor("model.embed_tokens.weight");
+    let mut head = common::RandomTensor {
+        name: "lm_head.weight".into(),
+        shape: embedding.shape.clone(),
+        values: embedding.values.clone(),
+    };
+    head.values.reverse();
+    model.tensors.push(head);
+    model.write(&home.path("model"), Dtype::BF16, 2);
+    home.run(&format!("quantize --model model {SMALL} --out atom")).done();
+    home.run("verify --model atom --seq-len 64 --windows 1").done();
+    let atom = fs::read(home.path("atom/model.safetensors")).unwrap();
+    let bytes: Vec<&[u8]> = ["lm_head.weight", "model.embed_tokens.weight"]
+        .map(|name| &atom[place(&atom, name)])
+        .to_vec();
+    assert!(bytes[0] != bytes[1]);
+    assert_eq!(bytes[0].len(), 2 * 4096 * 64, "as the source has it, BF16");
+}
+
+/// The table a person reads, in full.
+#[test]
+fn the_table_names_every_check() {
+    let home = home_with_atom("");
+    let run: Run = home.run("verify --model atom --seq-len 64 --windows 1").done();
+    for check in ["plan", "shapes", "checksums", "orders", "codes", "kept tensors", "perplexity"] {
+        assert!(run.stdout.contains(&format!("ok      {check}")), "{}", run.stdout);
+    }
+    assert!(run.stdout.ends_with("\nok\n"), "{}", run.stdout);
+}
