@@ -1,39 +1,27 @@
-import json, sys, numpy as np
+import json, pathlib, numpy as np
 
 def tensor(folder, name):
-    try: shard = json.load(open(f"{folder}/model.safetensors.index.json"))["weight_map"][name]
-    except FileNotFoundError: shard = "model.safetensors"
-    file = np.memmap(f"{folder}/{shard}", np.uint8, "r")
-    start = 8 + int.from_bytes(file[:8].tobytes(), "little")
-    entry = json.loads(file[8:start].tobytes())[name]
-    kind = {"U8": "u1", "I8": "i1", "I32": "<i4", "F16": "<f2", "F32": "<f4"}[entry["dtype"]]
-    first, last = entry["data_offsets"]
-    return file[start + first : start + last].view(kind).reshape(entry["shape"])
+    index = pathlib.Path(folder, "model.safetensors.index.json")
+    shard = json.loads(index.read_text())["weight_map"][name] if index.exists() else "model.safetensors"
+    with open(pathlib.Path(folder, shard), "rb") as file:
+        entry = json.loads(file.read(int.from_bytes(file.read(8), "little")))[name]
+        kind = {"U8": "u1", "I8": "i1", "I32": "<i4", "F16": "<f2"}[entry["dtype"]]
+        return np.memmap(file, kind, "r", file.tell() + entry["data_offsets"][0], tuple(entry["shape"]))
 
 def dequantize(folder, name):
-    """The linear `name` as a float32 matrix [out, in], columns in the source's order."""
-    atom = json.load(open(f"{folder}/atom.json"))
-    linear = atom["linears"][name]; site = atom["sites"][linear["site"]]
-    rows, bits, size = linear["rows"], linear["bits"], linear["group_size"]
-    stream = np.unpackbits(tensor(folder, f"{name}.weight_codes"), axis=1, bitorder="little")
-    codes = stream.reshape(rows, -1, bits) @ np.r_[2 ** np.arange(bits - 1), -(2 ** (bits - 1))]
-    scales = tensor(folder, f"{name}.weight_scales").astype("f4")
-    scales = scales.repeat(linear["rows_per_scale"], axis=0)[:rows]
-    weight = (codes.reshape(rows, -1, size) * scales[:, :, None]).astype("f4")
-    if site["transform"] == "hadamard":
-        block = np.ones((1, 1), "f4")
-        while size % (2 * len(block)) == 0: block = np.block([[block, block], [block, -block]])
-        weight = weight.reshape(rows, -1, len(block)) @ block / np.sqrt(len(block))
-    weight = weight.reshape(rows, -1)
-    if site["outlier_channels"] and site["outlier_format"] == "int8":
-        outliers = tensor(folder, f"{name}.outlier_codes").astype("f4")
-        weight = np.c_[weight, outliers * tensor(folder, f"{name}.outlier_scales").astype("f4")[:, None]]
-    elif site["outlier_channels"]:
-        weight = np.c_[weight, tensor(folder, f"{name}.outlier_weights").astype("f4")]
-    order = tensor(folder, f"{linear['site']}.order")
-    dense = np.zeros((rows, site["channels"]), "f4")
-    dense[:, order[order >= 0]] = weight[:, order >= 0]
-    return dense
-
-if __name__ == "__main__":
-    sys.stdout.buffer.write(dequantize(sys.argv[1], sys.argv[2]).astype("<f4").tobytes())
+    """The linear `name` as a matrix [out, channels], channels in the source's order."""
+    sites = sum(json.loads(pathlib.Path(folder, "atom.json").read_text())["blocks"], [])
+    site, linear = next((s, l) for s in sites for l in s["linears"] if l["name"] == name)
+    rows, bits, size = linear["rows"], linear["bits"], site["group_size"]
+    stream = np.unpackbits(tensor(folder, f"{name}.weight_codes"), bitorder="little")
+    codes = stream.reshape(rows, -1, size, bits) @ np.r_[2.0 ** np.arange(bits - 1), -(2.0 ** (bits - 1))]
+    scales = tensor(folder, f"{name}.weight_scales").repeat(linear["rows_per_scale"], axis=0)[:rows]
+    weight, h = codes * scales[:, :, None], np.ones((1, 1))
+    while site["transform"] == "hadamard" and size % (2 * len(h)) == 0: h = np.block([[h, h], [h, -h]])
+    weight = (weight.reshape(rows, -1, len(h)) @ h / len(h) ** 0.5).reshape(rows, -1)
+    if site["outlier_channels"]:
+        last = tensor(folder, f"{name}.outlier_" + {"int8": "codes", "f16": "weights"}[site["outlier_format"]])
+        scale = tensor(folder, f"{name}.outlier_scales") if site["outlier_format"] == "int8" else np.ones(rows)
+        weight = np.c_[weight, last * scale.astype(float)[:, None]]
+    order = tensor(folder, f"{site['name']}.order")
+    return weight[:, order >= 0][:, order[order >= 0].argsort()]

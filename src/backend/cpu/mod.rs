@@ -119,7 +119,7 @@ impl Backend for Cpu {
     }
 
     fn upload(&self, matrix: Matrix) -> Result<Tensor> {
-        Ok(Tensor::from_matrix(&self.pool, matrix))
+        Ok(Tensor::from_matrix(matrix))
     }
 
     fn duplicate(&self, tensor: &Tensor) -> Result<Tensor> {

@@ -43,18 +43,20 @@ pub struct Tensor {
     pub(super) rows: usize,
     pub(super) columns: usize,
     pub(super) data: Vec<f32>,
-    pool: Arc<Pool>,
+    /// Where the buffer came from and returns to. None for one that was allocated elsewhere: the
+    /// pool would grow by each of them, since nobody takes them out as often as they come.
+    pool: Option<Arc<Pool>>,
 }
 
 impl Tensor {
     /// A tensor whose values are still to be written: every operation writes all of its output.
     pub(super) fn unwritten(pool: &Arc<Pool>, rows: usize, columns: usize) -> Self {
-        Self { rows, columns, data: pool.take(rows * columns), pool: Arc::clone(pool) }
+        Self { rows, columns, data: pool.take(rows * columns), pool: Some(Arc::clone(pool)) }
     }
 
-    pub(super) fn from_matrix(pool: &Arc<Pool>, matrix: Matrix) -> Self {
+    pub(super) fn from_matrix(matrix: Matrix) -> Self {
         let Matrix { rows, columns, data } = matrix;
-        Self { rows, columns, data, pool: Arc::clone(pool) }
+        Self { rows, columns, data, pool: None }
     }
 
     /// The values, row-major.
@@ -65,6 +67,23 @@ impl Tensor {
 
 impl Drop for Tensor {
     fn drop(&mut self) {
-        self.pool.give(std::mem::take(&mut self.data));
+        if let Some(pool) = &self.pool {
+            pool.give(std::mem::take(&mut self.data));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pool_holds_what_was_taken_from_it_and_no_more() {
+        let pool = Arc::new(Pool::default());
+        for _ in 0..3 {
+            drop(Tensor::unwritten(&pool, 4, 8));
+            drop(Tensor::from_matrix(Matrix { rows: 4, columns: 8, data: vec![0.0; 32] }));
+        }
+        assert_eq!(pool.free.lock().unwrap().len(), 1);
     }
 }
