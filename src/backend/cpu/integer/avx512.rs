@@ -20,6 +20,9 @@ macro_rules! tiles {
     ($kernel:ident, $block:expr, $acc:expr, $out:expr) => {
         for (tile, acc) in $acc.chunks_mut(TILE).enumerate() {
             let first = tile * TILE;
+            if let Some(out) = $out {
+                prefetch(out, first, acc.len());
+            }
             match acc.len() {
                 1 => $kernel::<1>($block, first, whole(acc)),
                 2 => $kernel::<2>($block, first, whole(acc)),
@@ -33,6 +36,22 @@ macro_rules! tiles {
             }
         }
     };
+}
+
+/// Fetches the lines where a tile's sums will be stored, while the tile computes: the stores would
+/// otherwise wait for them.
+#[inline(always)]
+fn prefetch(out: &Destination, first: usize, tokens: usize) {
+    for token in first..first + tokens {
+        let place = out.first.wrapping_add(token * out.stride).cast::<i8>();
+        // SAFETY: a prefetch may name any address.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_ET0>(place);
+            _mm_prefetch::<_MM_HINT_ET0>(place.wrapping_add(64));
+            // The third line of a row that does not start on one.
+            _mm_prefetch::<_MM_HINT_ET0>(place.wrapping_add(127));
+        }
+    }
 }
 
 /// The sums of a tile, whose number the compiler must know to keep them in registers.
@@ -110,6 +129,10 @@ unsafe fn integer_tile<const TOKENS: usize>(
         for (group, scales) in block.scales.iter().enumerate() {
             let mut sums = [[_mm512_setzero_si512(); 2]; TOKENS];
             for (token, sums) in sums.iter_mut().enumerate() {
+                // The next tile's codes of this group: a job's tokens do not fit L1. A prefetch may
+                // name any address.
+                let next = x.wrapping_add((TILE + token) * block.codes_stride);
+                _mm_prefetch::<_MM_HINT_T0>(next);
                 let place = (first + token) * block.groups_stride + group;
                 *sums = [_mm512_set1_epi32(*block.starts.get_unchecked(place)); 2];
             }
