@@ -100,6 +100,7 @@ pub fn attention(
             let (result, rest) = rest.split_at_mut(rows * head_dim);
             let scores = &mut rest[..rows * end];
 
+            let mut sums = [0.0f32; TILE];
             gather(q, heads * head_dim, first, head * head_dim, head_dim, queries);
             let (cos, sin) = (&cos[start * head_dim / 2..], &sin[start * head_dim / 2..]);
             prepare_queries(isa, queries, head_dim, format, cos, sin);
@@ -107,11 +108,15 @@ pub fn attention(
             gemm(isa, Rows::new(queries, rows, head_dim), keys, scores, end, false);
             for (row, scores) in scores.chunks_exact_mut(end).enumerate() {
                 let (past, future) = scores.split_at_mut(start + row + 1);
-                softmax_row(isa, past, 1.0 / (head_dim as f32).sqrt());
+                sums[row] = softmax_row(isa, past, 1.0 / (head_dim as f32).sqrt());
                 future.fill(0.0);
             }
             let values = values.part(0..head_dim, 0..end);
             gemm(isa, Rows::new(scores, rows, end), values, result, head_dim, false);
+            for (result, sum) in result.chunks_exact_mut(head_dim).zip(sums) {
+                let inverse = 1.0 / sum;
+                result.iter_mut().for_each(|value| *value *= inverse);
+            }
             rotate_back(isa, result, head_dim, format);
             for (row, result) in result.chunks_exact(head_dim).enumerate() {
                 // SAFETY: this row and head lie inside `out`, which has as many values as `q`, and

@@ -63,17 +63,17 @@ fn silu_mul_body(gate: &mut [f32], up: &[f32]) {
     }
 }
 
-/// Softmax of `scores * scale` in place; `scale` is positive.
-pub fn softmax_row(isa: Isa, scores: &mut [f32], scale: f32) {
-    dispatch!(isa, softmax_row_body(scores: &mut [f32], scale: f32));
+/// `exp(scale * (score - max))` in place of each score, and their sum, which is left for the caller to
+/// divide the (fewer) products by; `scale` is positive.
+pub fn softmax_row(isa: Isa, scores: &mut [f32], scale: f32) -> f32 {
+    dispatch!(isa, softmax_row_body(scores: &mut [f32], scale: f32) -> f32)
 }
 
 #[inline(always)]
-fn softmax_row_body(scores: &mut [f32], scale: f32) {
+fn softmax_row_body(scores: &mut [f32], scale: f32) -> f32 {
     let max = max_by_lanes(scores);
-    scores.iter_mut().for_each(|score| *score = exp((*score - max) * scale));
-    let inverse = 1.0 / sum_by_lanes(scores, |value| value);
-    scores.iter_mut().for_each(|score| *score *= inverse);
+    scores.iter_mut().for_each(|score| *score = exp_of_negative((*score - max) * scale));
+    sum_by_lanes(scores, |value| value)
 }
 
 /// `ln(sum(exp(logits)))`. Exponentials in f32, their sum in f64.
@@ -122,29 +122,51 @@ pub(super) fn rope_body(x: &mut [f32], cos: &[f32], sin: &[f32]) {
 /// overflows, NaN for NaN.
 ///
 /// `e^x = 2^n e^r` with `n = rint(x / ln 2)` and `|r| <= ln(2) / 2`, where the Taylor polynomial of
-/// degree 7 is off by 5e-9. No branch and no table, so a loop over it becomes vector code.
+/// degree 7 is off by 5e-9. No branch and no table, so a loop over it becomes vector code. Its products
+/// are fused, by `mul_add` and not at the compiler's choice, so the bits stay the same everywhere.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
+    let (power, exponent) = power_and_exponent(x);
+    // 2^n as a product of two powers, because 2^128 alone would overflow.
+    let half = exponent >> 1;
+    let value = power * two_to(half) * two_to(exponent.wrapping_sub(half));
+    let value = if x < SMALLEST { 0.0 } else { value };
+    if x > 88.722_84 { f32::INFINITY } else { value }
+}
+
+/// As [`exp`], for `x` that is not above 0: half of the steps at the end fall away.
+#[inline(always)]
+fn exp_of_negative(x: f32) -> f32 {
+    let (power, exponent) = power_and_exponent(x);
+    let value = power * two_to(exponent);
+    if x < SMALLEST { 0.0 } else { value }
+}
+
+/// Below it e^x is subnormal.
+const SMALLEST: f32 = -87.336_54;
+
+/// `(e^r, n)` of [`exp`].
+#[inline(always)]
+fn power_and_exponent(x: f32) -> (f32, i32) {
     // Adding 1.5 * 2^23 rounds to an integer, which is then in the sum's low bits.
     const ROUND: f32 = 12_582_912.0;
     // ln 2 in two parts; the first has few bits, so that its product with n is exact.
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    let r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
-    let mut tail = 1.0 / 5040.0;
+    let r = n.mul_add(-LN_2_LOW, n.mul_add(-LN_2_HIGH, x));
+    let mut tail: f32 = 1.0 / 5040.0;
     for factorial in [720.0, 120.0, 24.0, 6.0, 2.0] {
-        tail = tail * r + 1.0 / factorial;
+        tail = tail.mul_add(r, 1.0 / factorial);
     }
-    let power = 1.0 + (r + r * r * tail);
-    // 2^n as a product of two powers, because 2^128 alone would overflow.
     let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).cast_signed();
-    let half = exponent >> 1;
-    let two_to = |e: i32| f32::from_bits((e.wrapping_add(127) << 23).cast_unsigned());
-    let value = power * two_to(half) * two_to(exponent.wrapping_sub(half));
-    let value = if x < -87.336_54 { 0.0 } else { value };
-    if x > 88.722_84 { f32::INFINITY } else { value }
+    ((r * r).mul_add(tail, r) + 1.0, exponent)
+}
+
+#[inline(always)]
+fn two_to(exponent: i32) -> f32 {
+    f32::from_bits((exponent.wrapping_add(127) << 23).cast_unsigned())
 }
 
 /// The sum of `term(value)`, in lanes.
@@ -235,8 +257,9 @@ mod tests {
                 rms_norm(isa, &x, &y, 1e-5, &mut norm);
                 silu_mul(isa, &mut silu, &y);
                 let (mut softmax, mut rotated) = (x.clone(), x[..2 * half].to_vec());
-                softmax_row(isa, &mut softmax, 0.7);
+                let sum = softmax_row(isa, &mut softmax, 0.7);
                 rope(isa, &mut rotated, &y[..half], &y[half..2 * half]);
+                softmax.push(sum);
                 let floats = [norm, silu, softmax, rotated].map(|values| bits(&values));
                 (floats, log_sum_exp(isa, &x))
             };
@@ -266,8 +289,8 @@ mod tests {
 
         let total: f64 = wide.iter().map(|x| (x * 0.5).exp()).sum();
         out.copy_from_slice(&x);
-        softmax_row(Isa::Plain, &mut out, 0.5);
-        (0..n).for_each(|i| near(out[i], (wide[i] * 0.5).exp() / total));
+        let sum = softmax_row(Isa::Plain, &mut out, 0.5);
+        (0..n).for_each(|i| near(out[i] / sum, (wide[i] * 0.5).exp() / total));
 
         let log_sum = wide.iter().map(|x| x.exp()).sum::<f64>().ln();
         assert!((log_sum_exp(Isa::Plain, &x) - log_sum).abs() < 1e-6);
@@ -280,8 +303,8 @@ mod tests {
     #[test]
     fn large_scores_neither_overflow_nor_vanish() {
         let mut scores = [1e30, 1e30, -1e30, 0.0];
-        softmax_row(Isa::Plain, &mut scores, 1.0);
-        assert_eq!(scores, [0.5, 0.5, 0.0, 0.0]);
+        assert_eq!(softmax_row(Isa::Plain, &mut scores, 1.0), 2.0);
+        assert_eq!(scores, [1.0, 1.0, 0.0, 0.0]);
         let mut gates = [-200.0, 200.0];
         silu_mul(Isa::Plain, &mut gates, &[1.0, 1.0]);
         assert_eq!(gates, [0.0, 200.0]);
