@@ -210,15 +210,18 @@ impl Recipe {
     /// The recipe itself, if every setting is one that means something.
     pub fn check(self) -> Result<Self> {
         let widths = [2, 3, 4, 8, 16];
-        for (key, bits) in [("bits", self.bits), ("act_bits", self.act_bits), ("kv_bits", self.kv_bits)]
+        for (key, bits) in
+            [("bits", self.bits), ("act_bits", self.act_bits), ("kv_bits", self.kv_bits)]
         {
             if !widths.contains(&bits) {
                 return Err(Error::input(format!("{key} is {bits}; it must be 2, 3, 4, 8 or 16")));
             }
         }
-        for (key, clip) in
-            [("clip_act", self.clip_act), ("clip_weight", self.clip_weight), ("clip_kv", self.clip_kv)]
-        {
+        for (key, clip) in [
+            ("clip_act", self.clip_act),
+            ("clip_weight", self.clip_weight),
+            ("clip_kv", self.clip_kv),
+        ] {
             if !(clip > 0.0 && clip <= 1.0) {
                 return Err(Error::input(format!("{key} is {clip}; it must lie in (0, 1]")));
             }
@@ -230,7 +233,10 @@ impl Recipe {
             )));
         }
         if !(self.damping > 0.0 && self.damping < 1.0) {
-            return Err(Error::input(format!("damping is {}; it must lie in (0, 1)", self.damping)));
+            return Err(Error::input(format!(
+                "damping is {}; it must lie in (0, 1)",
+                self.damping
+            )));
         }
         if self.bits == 16 {
             return Err(Error::input("bits is 16: nothing would be quantized")
@@ -279,8 +285,12 @@ mod tests {
     #[test]
     fn overrides_change_single_keys() {
         let recipe =
-            Recipe::resolve("paper", &overrides("group = 64\noutliers = 64\nclip_act = 1")).unwrap();
-        assert_eq!(recipe, Recipe { group: Group::Size(64), outliers: 64, clip_act: 1.0, ..Recipe::paper() });
+            Recipe::resolve("paper", &overrides("group = 64\noutliers = 64\nclip_act = 1"))
+                .unwrap();
+        assert_eq!(
+            recipe,
+            Recipe { group: Group::Size(64), outliers: 64, clip_act: 1.0, ..Recipe::paper() }
+        );
         let row = Recipe::resolve("paper", &overrides("group = \"row\"")).unwrap();
         assert_eq!(row.group, Group::Row);
     }

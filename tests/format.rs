@@ -45,8 +45,10 @@ fn quantize(settings: &str, out: &Path) {
 
 /// Writes a checkpoint again in shards of at most 100 kB.
 fn shard(checkpoint: &AtomCheckpoint, out: &Path) {
-    let tensors: Vec<_> =
-        checkpoint.names().map(|name| (name.to_owned(), checkpoint.tensor(name).unwrap())).collect();
+    let tensors: Vec<_> = checkpoint
+        .names()
+        .map(|name| (name.to_owned(), checkpoint.tensor(name).unwrap()))
+        .collect();
     let specs = tensors
         .iter()
         .map(|(name, tensor)| TensorSpec::new(name.as_str(), tensor.dtype, tensor.shape));
@@ -95,7 +97,8 @@ fn read_by_document(directory: &Path, sites: &[SitePlan]) -> Vec<Vec<f64>> {
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let mut values = output.stdout.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
+    let mut values =
+        output.stdout.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
     let read: Vec<Vec<f64>> = linears()
         .map(|(site, linear)| values.by_ref().take(linear.rows * site.channels).collect())
         .collect();
@@ -130,7 +133,8 @@ fn the_documents_reader_sees_what_this_crate_sees() {
         .is_ok_and(|status| status.success());
     if !numpy {
         // Past the test harness, which keeps what a passing test prints.
-        let skipped = format!("\nSKIPPED: {} has no NumPy; docs/format.md's reader was not run\n", python());
+        let skipped =
+            format!("\nSKIPPED: {} has no NumPy; docs/format.md's reader was not run\n", python());
         std::io::stderr().write_all(skipped.as_bytes()).unwrap();
         return;
     }

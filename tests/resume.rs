@@ -146,6 +146,20 @@ fn ctrl_c_stops_between_blocks_and_names_the_command_that_goes_on() {
     assert_same_files(&home.path("expected"), &home.path("out"));
 }
 
+/// The hint holds there too: a run with nothing to go on with is a whole run.
+#[test]
+fn ctrl_c_before_the_first_block_leaves_nothing() {
+    let home = home();
+    let line = format!("{QUANTIZE} --out out");
+    let child = start(&home, &line, || home.path(WORK).join("job.json").exists());
+    interrupt(&line, child).fails(130, &["interrupted", " --resume`"]);
+    // The first block may have been faster than the signal.
+    assert_eq!(home.path(WORK).exists(), blocks_done(&home) > 0);
+    assert!(!home.path("out").exists());
+    home.run(&format!("{line} --resume")).done();
+    assert_same_files(&home.path("expected"), &home.path("out"));
+}
+
 #[test]
 fn with_json_an_interruption_is_an_object() {
     let home = home();

@@ -82,8 +82,12 @@ pub trait Backend: Sync {
     fn site(&self, format: &SiteFormat) -> Result<Self::Site>;
 
     /// RMSNorm of each row: `x / sqrt(mean(x^2) + epsilon) * weight`.
-    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Tensor, epsilon: f32)
-    -> Result<Self::Tensor>;
+    fn rms_norm(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        epsilon: f32,
+    ) -> Result<Self::Tensor>;
     /// Channels in the site's order, transformed, not quantized.
     fn arrange(&self, x: &Self::Tensor, site: &Self::Site) -> Result<Self::Tensor>;
     /// Channels in the site's order, transformed, quantized.

@@ -47,10 +47,8 @@ pub fn quantize<B: Backend>(
     let outcome =
         run(backend, &source, &calibration, &Recipe::default_recipe(), &output, None, progress)?;
     let figure = |figure: &str, value: Value| Figure { figure: figure.to_owned(), value };
-    let mut figures = vec![
-        figure("device", json!(outcome.device)),
-        figure("seconds", json!(outcome.seconds)),
-    ];
+    let mut figures =
+        vec![figure("device", json!(outcome.device)), figure("seconds", json!(outcome.seconds))];
     for stage in &outcome.stage_seconds {
         figures.push(figure(&format!("{} seconds", stage.stage), json!(stage.seconds)));
     }

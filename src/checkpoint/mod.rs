@@ -23,9 +23,9 @@ mod work;
 mod writer;
 
 pub use atom::{AtomCheckpoint, FORMAT_VERSION, is_atom};
+pub use dtype::{Dtype, TensorSpec};
 pub use fingerprint::sha256_hex;
 pub use output::{free_bytes, writable};
-pub use dtype::{Dtype, TensorSpec};
 pub use source::Source;
 pub use tensor::Tensor;
 pub use work::DoneBlock;

@@ -48,8 +48,8 @@ impl Tensor<'_> {
     /// An error that says where, if a value is a NaN or infinity.
     pub fn check_finite(&self) -> Result<()> {
         const PART: usize = 1 << 22;
-        let parts = (0..self.len()).step_by(PART);
-        parts.map(|at| self.values_f32(at..(at + PART).min(self.len())).map(drop)).collect()
+        let mut parts = (0..self.len()).step_by(PART);
+        parts.try_for_each(|at| self.values_f32(at..(at + PART).min(self.len())).map(drop))
     }
 
     /// The values of the given rows (indices of the first dimension) as f32, row by row, with the

@@ -41,7 +41,8 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         .output
         .destination(|| Ok(names::checkpoint_out(model, &planned_recipe(&arguments.plan)?)))?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len)?;
-    let outcome = pipeline::pack(&backend, &source, &arguments.plan, &destination, evaluation.as_ref(), ui)?;
+    let outcome =
+        pipeline::pack(&backend, &source, &arguments.plan, &destination, evaluation.as_ref(), ui)?;
     ui.close();
     output.write(&outcome)?;
     quantize::check(&outcome, &arguments.max_ppl, &arguments.max_increase)

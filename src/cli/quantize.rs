@@ -55,18 +55,20 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         .output
         .destination(|| Ok(names::checkpoint_out(&arguments.model.model, &recipe)))?;
     if arguments.dry_run {
-        let found = pipeline::dry_run(
-            &source,
-            &calibration,
-            &recipe,
-            &destination,
-            evaluation.as_ref(),
-        )?;
+        let found =
+            pipeline::dry_run(&source, &calibration, &recipe, &destination, evaluation.as_ref())?;
         return output.write(&found);
     }
     ui.info(&format!("quantizing {}\n{}", source.name(), report::recipe::lines(&recipe)));
-    let outcome =
-        pipeline::quantize(&backend, &source, &calibration, &recipe, &destination, evaluation.as_ref(), ui)?;
+    let outcome = pipeline::quantize(
+        &backend,
+        &source,
+        &calibration,
+        &recipe,
+        &destination,
+        evaluation.as_ref(),
+        ui,
+    )?;
     ui.close();
     output.write(&outcome)?;
     check(&outcome, &arguments.max_ppl, &arguments.max_increase)

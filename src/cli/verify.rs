@@ -53,14 +53,8 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
             .hint("give --model a directory that `atom quantize` has written"));
     }
     let checkpoint = AtomCheckpoint::open(directory)?;
-    let outcome = eval::verify(
-        &backend,
-        &checkpoint,
-        reference.as_ref(),
-        evaluation.as_ref(),
-        limits,
-        ui,
-    )?;
+    let outcome =
+        eval::verify(&backend, &checkpoint, reference.as_ref(), evaluation.as_ref(), limits, ui)?;
     ui.close();
     output.write(&outcome)?;
     judge(&outcome)

@@ -6,7 +6,6 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::{Error, Result};
 use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::{AtomCheckpoint, Source, Tensors};
 use crate::model::Architecture;
@@ -19,6 +18,7 @@ use crate::pipeline::{
     source_block, vector,
 };
 use crate::text::{Tokenizer, evaluation_windows};
+use crate::{Error, Result};
 
 use super::atom_plan;
 
@@ -71,7 +71,15 @@ pub fn source_perplexity<B: Backend>(
     let architecture = Architecture::from_config(source.config())?;
     let attention = attention_spec(&architecture, FLOAT_KV, evaluation.seq_len);
     let tokens = windows(&source.tokenizer()?, source.name(), evaluation)?;
-    let run = Run { backend, name: source.name(), tensors: source, architecture, attention, evaluation, progress };
+    let run = Run {
+        backend,
+        name: source.name(),
+        tensors: source,
+        architecture,
+        attention,
+        evaluation,
+        progress,
+    };
     run.measure(&tokens, |architecture, index| source_block(backend, source, architecture, index))
 }
 
@@ -86,8 +94,15 @@ pub fn atom_perplexity<B: Backend>(
     let (kv, blocks): (_, Vec<BlockPlan>) = atom_plan(checkpoint, &architecture)?;
     let attention = attention_spec(&architecture, kv, evaluation.seq_len);
     let tokens = windows(&checkpoint.tokenizer()?, checkpoint.name(), evaluation)?;
-    let run =
-        Run { backend, name: checkpoint.name(), tensors: checkpoint, architecture, attention, evaluation, progress };
+    let run = Run {
+        backend,
+        name: checkpoint.name(),
+        tensors: checkpoint,
+        architecture,
+        attention,
+        evaluation,
+        progress,
+    };
     run.measure(&tokens, |architecture, index| {
         let sites = read_sites(checkpoint, &blocks[index])?;
         quantized_block(backend, checkpoint, architecture, index, &sites)
@@ -121,8 +136,7 @@ impl<B: Backend> Run<'_, B> {
         progress.begin(&format!("evaluate {}", self.name), parts * (architecture.blocks + 1));
         let mut means = Vec::with_capacity(tokens.len() / seq_len);
         for tokens in tokens.chunks(part) {
-            let mut stream =
-                Stream::embed(*backend, self.tensors, architecture, tokens, seq_len)?;
+            let mut stream = Stream::embed(*backend, self.tensors, architecture, tokens, seq_len)?;
             for index in 0..architecture.blocks {
                 let block = block(architecture, index)?;
                 stream.advance(*backend, &self.attention, &block, || progress.check_stop())?;
@@ -180,7 +194,9 @@ impl<B: Backend> Run<'_, B> {
             let end = first + backend.rows(&normed);
             let losses = backend.cross_entropy(&normed, &head, &tokens[first..end], seq_len)?;
             means.extend(
-                losses.chunks(seq_len - 1).map(|window| window.iter().sum::<f64>() / window.len() as f64),
+                losses
+                    .chunks(seq_len - 1)
+                    .map(|window| window.iter().sum::<f64>() / window.len() as f64),
             );
             first = end;
         }

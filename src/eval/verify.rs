@@ -149,7 +149,11 @@ fn perplexity_checks(
         checks.push(Check {
             name: "max-ppl-increase".to_owned(),
             ok: increase <= limit,
-            detail: format!("{:+.2} % against a limit of {:+.2} %", 100.0 * increase, 100.0 * limit),
+            detail: format!(
+                "{:+.2} % against a limit of {:+.2} %",
+                100.0 * increase,
+                100.0 * limit
+            ),
         });
     }
     checks
@@ -188,7 +192,11 @@ fn checksums(checkpoint: &AtomCheckpoint, progress: &dyn Progress) -> Result<Str
         progress.check_stop()?;
         checkpoint.verify_tensor(name)?;
     }
-    Ok(format!("SHA-256 of {} tensors, {} bytes", checkpoint.names().count(), checkpoint.total_bytes()))
+    Ok(format!(
+        "SHA-256 of {} tensors, {} bytes",
+        checkpoint.names().count(),
+        checkpoint.total_bytes()
+    ))
 }
 
 fn orders(checkpoint: &AtomCheckpoint, blocks: &[BlockPlan]) -> Result<String> {
@@ -244,7 +252,8 @@ fn kept(
 fn kept_tensors(architecture: &Architecture, blocks: &[BlockPlan]) -> Vec<(String, Vec<usize>)> {
     let hidden = architecture.hidden;
     let table = vec![architecture.vocabulary, hidden];
-    let mut kept = vec![(EMBEDDING.to_owned(), table.clone()), (FINAL_NORM.to_owned(), vec![hidden])];
+    let mut kept =
+        vec![(EMBEDDING.to_owned(), table.clone()), (FINAL_NORM.to_owned(), vec![hidden])];
     if !architecture.tied {
         kept.push((architecture.head_name().to_owned(), table));
     }

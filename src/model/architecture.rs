@@ -67,7 +67,9 @@ impl Architecture {
         }
         for key in ["attention_bias", "mlp_bias"] {
             if config.get(key).and_then(Value::as_bool) == Some(true) {
-                return Err(Error::input(format!("config.json sets {key}, which this version does not support")));
+                return Err(Error::input(format!(
+                    "config.json sets {key}, which this version does not support"
+                )));
             }
         }
         if text(config, "hidden_act").is_some_and(|act| act != "silu") {
@@ -94,13 +96,13 @@ impl Architecture {
     }
 
     fn check(self) -> Result<Self> {
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(Error::input(format!(
                 "config.json: {} query heads cannot share {} key/value heads evenly",
                 self.heads, self.kv_heads
             )));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return Err(Error::input(format!("config.json: head_dim {} is odd", self.head_dim)));
         }
         Ok(self)
@@ -110,7 +112,9 @@ impl Architecture {
     pub fn rope_tables(&self, seq_len: usize) -> (Vec<f32>, Vec<f32>) {
         let frequencies = self.rope.frequencies(self.head_dim);
         (0..seq_len)
-            .flat_map(|position| frequencies.iter().map(move |f| f64::from((position as f64 * f) as f32)))
+            .flat_map(|position| {
+                frequencies.iter().map(move |f| f64::from((position as f64 * f) as f32))
+            })
             .map(|angle| (angle.cos() as f32, angle.sin() as f32))
             .unzip()
     }
@@ -183,8 +187,9 @@ fn optional(config: &Value, key: &str) -> Option<usize> {
 }
 
 fn number(config: &Value, key: &str) -> Result<usize> {
-    optional(config, key)
-        .ok_or_else(|| Error::input(format!("config.json: `{key}` is missing or not a positive number")))
+    optional(config, key).ok_or_else(|| {
+        Error::input(format!("config.json: `{key}` is missing or not a positive number"))
+    })
 }
 
 #[cfg(test)]

@@ -137,12 +137,7 @@ impl<B: Backend> Site<B> {
         Ok(outputs.try_into().ok().expect("a site is built with the linears of its kind"))
     }
 
-    fn input(
-        &self,
-        backend: &B,
-        x: B::Tensor,
-        observer: Observer<B::Tensor>,
-    ) -> Result<Input<B>> {
+    fn input(&self, backend: &B, x: B::Tensor, observer: Observer<B::Tensor>) -> Result<Input<B>> {
         let float = match &self.treatment {
             Treatment::Source => x,
             Treatment::Arranged(site) => backend.arrange(&x, site)?,

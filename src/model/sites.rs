@@ -100,8 +100,10 @@ impl Architecture {
 
     /// Name and shape of every tensor a source must hold.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let mut tensors =
-            vec![(EMBEDDING.to_owned(), vec![self.vocabulary, self.hidden]), (FINAL_NORM.to_owned(), vec![self.hidden])];
+        let mut tensors = vec![
+            (EMBEDDING.to_owned(), vec![self.vocabulary, self.hidden]),
+            (FINAL_NORM.to_owned(), vec![self.hidden]),
+        ];
         if !self.tied {
             tensors.push((HEAD.to_owned(), vec![self.vocabulary, self.hidden]));
         }

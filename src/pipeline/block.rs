@@ -52,11 +52,16 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         stream: Option<&Stream<B>>,
         timing: &mut Timing,
     ) -> Result<QuantizedBlock> {
-        let formats: Vec<SiteFormat> =
-            plan.iter().zip(energies).map(|(site, energy)| site.format(site.order(energy))).collect();
+        let formats: Vec<SiteFormat> = plan
+            .iter()
+            .zip(energies)
+            .map(|(site, energy)| site.format(site.order(energy)))
+            .collect();
         let mut hessians = match stream {
             None => vec![None, None, None, None],
-            Some(stream) => timing.measure("hessians", || self.hessians(index, &formats, stream))?,
+            Some(stream) => {
+                timing.measure("hessians", || self.hessians(index, &formats, stream))?
+            }
         };
         self.backend.trim();
         let mut sites = Vec::with_capacity(plan.len());
@@ -66,7 +71,14 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             let hessian = hessians[at].take();
             let name = if hessian.is_some() { "gptq" } else { "round" };
             let site = timing.measure(name, || {
-                self.quantize_site(&specs[at], &plan[at], format, hessian, &energies[at], &mut errors)
+                self.quantize_site(
+                    &specs[at],
+                    &plan[at],
+                    format,
+                    hessian,
+                    &energies[at],
+                    &mut errors,
+                )
             })?;
             sites.push(site);
         }

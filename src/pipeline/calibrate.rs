@@ -178,7 +178,8 @@ impl CalibrationData {
             let mut block = Energies::default();
             for (energy, site) in block.iter_mut().zip(architecture.sites(index)) {
                 let data = tensor(&energy_name(&site.name), Dtype::F64, &[site.channels])?;
-                *energy = data.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect();
+                *energy =
+                    data.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect();
             }
             energies.push(block);
         }

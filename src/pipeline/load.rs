@@ -73,11 +73,7 @@ pub fn matrix(tensors: &dyn Tensors, name: &str, rows: usize, columns: usize) ->
 }
 
 /// A linear's weight with its columns in the order of the site that feeds it, transformed.
-pub fn arranged(
-    tensors: &dyn Tensors,
-    linear: &LinearSpec,
-    format: &SiteFormat,
-) -> Result<Matrix> {
+pub fn arranged(tensors: &dyn Tensors, linear: &LinearSpec, format: &SiteFormat) -> Result<Matrix> {
     const ROWS: usize = 32;
     let name = format!("{}.weight", linear.name);
     let tensor = expect(tensors, &name, &[linear.rows, linear.columns])?;
@@ -124,10 +120,8 @@ pub fn hessian_block<B: Backend>(
     block(backend, tensors, architecture, index, |site| {
         let format = &formats[site];
         let spec = &architecture.sites(index)[site];
-        let linears = spec
-            .linears
-            .iter()
-            .map(|linear| dense(backend, &arranged(tensors, linear, format)?));
+        let linears =
+            spec.linears.iter().map(|linear| dense(backend, &arranged(tensors, linear, format)?));
         Ok((treatment(backend, format)?, linears.collect::<Result<_>>()?))
     })
 }
@@ -144,18 +138,19 @@ pub fn quantized_block<B: Backend>(
     block(backend, tensors, architecture, index, |site| {
         let spec = &architecture.sites(index)[site];
         let QuantizedSite { format, linears } = &sites[site];
-        let linears = linears.iter().zip(&spec.linears).map(|(quantized, linear)| match quantized {
-            None => dense(backend, &arranged(tensors, linear, format)?),
-            Some(quantized) if format.bits == 16 => dense(
-                backend,
-                &Matrix {
-                    rows: quantized.rows,
-                    columns: format.width(),
-                    data: dequantize(quantized),
-                },
-            ),
-            Some(quantized) => Ok(Linear::Packed(backend.packed(quantized)?)),
-        });
+        let linears =
+            linears.iter().zip(&spec.linears).map(|(quantized, linear)| match quantized {
+                None => dense(backend, &arranged(tensors, linear, format)?),
+                Some(quantized) if format.bits == 16 => dense(
+                    backend,
+                    &Matrix {
+                        rows: quantized.rows,
+                        columns: format.width(),
+                        data: dequantize(quantized),
+                    },
+                ),
+                Some(quantized) => Ok(Linear::Packed(backend.packed(quantized)?)),
+            });
         Ok((treatment(backend, format)?, linears.collect::<Result<_>>()?))
     })
 }
@@ -207,10 +202,17 @@ pub fn read_sites(
             )?;
             let linears = site.linears.iter().map(|linear| match linear.bits {
                 16 => Ok(None),
-                _ => crate::checkpoint::linear::from_tensors(stored, &linear.name, &site.shape(linear))
-                    .map(Some),
+                _ => crate::checkpoint::linear::from_tensors(
+                    stored,
+                    &linear.name,
+                    &site.shape(linear),
+                )
+                .map(Some),
             });
-            Ok(QuantizedSite { linears: linears.collect::<Result<_>>()?, format: site.format(order) })
+            Ok(QuantizedSite {
+                linears: linears.collect::<Result<_>>()?,
+                format: site.format(order),
+            })
         })
         .collect()
 }

@@ -169,9 +169,8 @@ fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -
     let blocks = plan_network(recipe, &architecture)?;
     let Calibration { text, samples, seq_len, seed } = calibration;
     let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, source.name())?;
-    let tokens =
-        calibration_windows(&tokenizer.encode(&text.text)?, *samples, *seq_len, *seed)
-            .map_err(|error| error.context(format!("calibration text `{}`", text.name)))?;
+    let tokens = calibration_windows(&tokenizer.encode(&text.text)?, *samples, *seq_len, *seed)
+        .map_err(|error| error.context(format!("calibration text `{}`", text.name)))?;
     let provenance = Provenance {
         dataset: text.name.clone(),
         sha256: text.sha256.clone(),
@@ -219,7 +218,11 @@ pub fn calibrate<B: Backend>(
     let start = Instant::now();
     refuse_existing(out, overwrite)?;
     // Any recipe will do: only the windows and the network are looked at.
-    let job = prepare(source, calibration, &Recipe { group: crate::recipe::Group::Row, outliers: 0, ..Recipe::paper() })?;
+    let job = prepare(
+        source,
+        calibration,
+        &Recipe { group: crate::recipe::Group::Row, outliers: 0, ..Recipe::paper() },
+    )?;
     job.check_tensors()?;
     let attention = attention_spec(&job.architecture, FLOAT_KV, calibration.seq_len);
     let mut stream =

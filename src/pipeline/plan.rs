@@ -155,10 +155,16 @@ impl SitePlan {
         }
         let bits = |bits: u8| [2, 3, 4, 8, 16].contains(&bits);
         if let Some(bad) = self.linears.iter().find(|linear| !bits(linear.bits)) {
-            return Err(Error::input(format!("{}: {} bits; it must be 2, 3, 4, 8 or 16", bad.name, bad.bits)));
+            return Err(Error::input(format!(
+                "{}: {} bits; it must be 2, 3, 4, 8 or 16",
+                bad.name, bad.bits
+            )));
         }
         if !bits(self.bits) {
-            return Err(Error::input(format!("{name}: {} bits; it must be 2, 3, 4, 8 or 16", self.bits)));
+            return Err(Error::input(format!(
+                "{name}: {} bits; it must be 2, 3, 4, 8 or 16",
+                self.bits
+            )));
         }
         let ratios = self.linears.iter().map(|linear| linear.clip).chain([self.clip]);
         if let Some(clip) = ratios.into_iter().find(|clip| !(*clip > 0.0 && *clip <= 1.0)) {
@@ -293,7 +299,9 @@ pub fn check_plan(architecture: &Architecture, blocks: &[BlockPlan]) -> Result<(
         }
     }
     if blocks.iter().flatten().flat_map(|site| &site.linears).all(|linear| linear.bits == 16) {
-        return Err(Error::input("the plan leaves every linear at 16 bits: nothing would be quantized"));
+        return Err(Error::input(
+            "the plan leaves every linear at 16 bits: nothing would be quantized",
+        ));
     }
     Ok(())
 }
@@ -361,9 +369,11 @@ mod tests {
 
     #[test]
     fn impossible_groups_and_outliers_are_refused() {
-        for (group, outliers, part) in
-            [(Group::Size(256), 0, "group of 256"), (Group::Size(64), 172, "172 outlier"), (Group::Row, 500, "500 outlier")]
-        {
+        for (group, outliers, part) in [
+            (Group::Size(256), 0, "group of 256"),
+            (Group::Size(64), 172, "172 outlier"),
+            (Group::Row, 500, "500 outlier"),
+        ] {
             let error = plan_block(&recipe(group, outliers), &[site(172)]).unwrap_err();
             assert!(error.to_string().contains(part), "{error}");
         }

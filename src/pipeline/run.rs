@@ -16,16 +16,14 @@ use super::plan::{BlockPlan, LinearPlan, bits_per_weight};
 use super::progress::Progress;
 use super::stream::Stream;
 use super::timing::{Timing, peak_rss_bytes};
-use super::{Output, evaluate_change, Evaluation};
-use crate::{Error, Kind, Result};
+use super::{Evaluation, Output, evaluate_change};
 use crate::backend::Backend;
 use crate::checkpoint::linear::{order_spec, order_tensor, specs, to_tensors};
-use crate::checkpoint::{
-    DEFAULT_SHARD_BYTES, FORMAT_VERSION, Options, Source, TensorSpec, Writer,
-};
+use crate::checkpoint::{DEFAULT_SHARD_BYTES, FORMAT_VERSION, Options, Source, TensorSpec, Writer};
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::recipe::Recipe;
+use crate::{Error, Kind, Result};
 
 /// Everything a run is decided by.
 pub struct Job<'a> {
@@ -292,13 +290,14 @@ fn write_tensors<B: Backend>(
         let (sites, block_errors) = match done.map(|done| done.extra.clone()) {
             Some(extra) => {
                 resumed_blocks += 1;
-                let errors: Vec<(String, f64)> = serde_json::from_value(extra)
-                    .map_err(|error| crate::Error::input(format!("work of block {index}: {error}")))?;
+                let errors: Vec<(String, f64)> =
+                    serde_json::from_value(extra).map_err(|error| {
+                        crate::Error::input(format!("work of block {index}: {error}"))
+                    })?;
                 (read_sites(&*writer, plan)?, errors)
             }
             None => {
-                let block =
-                    quantizer.quantize(index, plan, &energies, stream.as_ref(), timing)?;
+                let block = quantizer.quantize(index, plan, &energies, stream.as_ref(), timing)?;
                 timing.measure("write", || {
                     let mut tensors = job.copies(job.architecture.norm_names(index))?;
                     for (site, quantized) in plan.iter().zip(&block.sites) {
@@ -307,7 +306,8 @@ fn write_tensors<B: Backend>(
                             match weights {
                                 Some(weights) => tensors.extend(to_tensors(&linear.name, weights)),
                                 None => {
-                                    tensors.extend(job.copies([format!("{}.weight", linear.name)])?);
+                                    tensors
+                                        .extend(job.copies([format!("{}.weight", linear.name)])?);
                                 }
                             }
                         }
@@ -320,8 +320,7 @@ fn write_tensors<B: Backend>(
         // Nobody needs the states after the last block.
         if let Some(stream) = stream.as_mut().filter(|_| index + 1 < job.blocks.len()) {
             timing.measure("propagate", || {
-                let block =
-                    quantized_block(backend, job.source, &job.architecture, index, &sites)?;
+                let block = quantized_block(backend, job.source, &job.architecture, index, &sites)?;
                 stream.advance(backend, &attention, &block, || progress.check_stop())
             })?;
         }
@@ -332,7 +331,9 @@ fn write_tensors<B: Backend>(
     progress.end();
     drop(stream);
 
-    for (unit, name) in [("embedding", EMBEDDING), ("norm", FINAL_NORM), ("head", job.architecture.head_name())] {
+    for (unit, name) in
+        [("embedding", EMBEDDING), ("norm", FINAL_NORM), ("head", job.architecture.head_name())]
+    {
         let tied_head = unit == "head" && job.architecture.tied;
         if !tied_head && writer.done().iter().all(|done| done.block != unit) {
             timing.measure("write", || {

@@ -22,9 +22,8 @@ pub struct Stream<B: Backend> {
 /// Windows that go through a block together.
 pub fn windows_per_batch(architecture: &Architecture, seq_len: usize) -> usize {
     let heads = architecture.heads + architecture.kv_heads;
-    let channels = 4 * architecture.hidden
-        + 2 * heads * architecture.head_dim
-        + 2 * architecture.intermediate;
+    let channels =
+        4 * architecture.hidden + 2 * heads * architecture.head_dim + 2 * architecture.intermediate;
     (batch_bytes() / (4 * channels * seq_len)).max(1)
 }
 

@@ -40,7 +40,9 @@ impl Grid {
         if scale.is_finite() {
             Ok(scale)
         } else {
-            Err(Error::input(format!("a group's largest magnitude is {absmax}: its scale is not an f16")))
+            Err(Error::input(format!(
+                "a group's largest magnitude is {absmax}: its scale is not an f16"
+            )))
         }
     }
 
@@ -70,7 +72,9 @@ mod tests {
 
     #[test]
     fn codes_stay_within_their_bits() {
-        for (bits, lowest, highest) in [(2, -2.0, 1.0), (3, -4.0, 3.0), (4, -8.0, 7.0), (8, -127.0, 127.0)] {
+        for (bits, lowest, highest) in
+            [(2, -2.0, 1.0), (3, -4.0, 3.0), (4, -8.0, 7.0), (8, -127.0, 127.0)]
+        {
             let grid = Grid::rounding(bits, 1.0);
             assert_eq!(grid.code(-1e9, 1.0), lowest);
             assert_eq!(grid.code(1e9, 1.0), highest);
@@ -95,6 +99,9 @@ mod tests {
     #[test]
     fn halves_round_to_even() {
         let grid = Grid::rounding(4, 1.0);
-        assert_eq!([0.5, 1.5, 2.5, -0.5, -1.5].map(|x| grid.code(x, 1.0)), [0.0, 2.0, 2.0, 0.0, -2.0]);
+        assert_eq!(
+            [0.5, 1.5, 2.5, -0.5, -1.5].map(|x| grid.code(x, 1.0)),
+            [0.0, 2.0, 2.0, 0.0, -2.0]
+        );
     }
 }

@@ -57,7 +57,11 @@ impl WeightFormat {
 /// Rounds each weight to the nearest code (quant.py `quantize_tensor` over `[rows_per_scale, group]`).
 ///
 /// `weights` is `[rows, format.width()]`.
-pub fn round_to_nearest(weights: &[f32], rows: usize, format: &WeightFormat) -> Result<QuantizedLinear> {
+pub fn round_to_nearest(
+    weights: &[f32],
+    rows: usize,
+    format: &WeightFormat,
+) -> Result<QuantizedLinear> {
     let (width, grouped, group) = (format.width(), format.grouped_channels(), format.group_size);
     let grid = Grid::rounding(format.bits, format.clip);
     let mut codes = vec![0i8; rows * grouped];

@@ -18,7 +18,8 @@ use crate::quant::gptq::DAMPING_LADDER;
 pub(super) fn factor(hessian: &[f32], n: usize, damping: f32) -> Option<(Vec<f32>, Damping)> {
     let diagonal = |i: usize| hessian[i * n + i];
     let live = |i: usize| diagonal(i) > 0.0;
-    let mean = (0..n).map(|i| f64::from(if live(i) { diagonal(i) } else { 1.0 })).sum::<f64>() / n as f64;
+    let mean =
+        (0..n).map(|i| f64::from(if live(i) { diagonal(i) } else { 1.0 })).sum::<f64>() / n as f64;
     DAMPING_LADDER.iter().enumerate().find_map(|(failures, step)| {
         let share = damping * step;
         let damp = (f64::from(share) * mean) as f32;
@@ -65,7 +66,8 @@ mod tests {
     #[test]
     fn u_is_the_upper_factor_of_the_inverse() {
         let n = 37;
-        let x: Vec<f32> = (0..n * 2 * n).map(|i| ((i * i * 7919) % 1013) as f32 / 500.0 - 1.0).collect();
+        let x: Vec<f32> =
+            (0..n * 2 * n).map(|i| ((i * i * 7919) % 1013) as f32 / 500.0 - 1.0).collect();
         let h: Vec<f32> = (0..n * n)
             .map(|at| (0..2 * n).map(|t| x[t * n + at / n] * x[t * n + at % n]).sum())
             .collect();
@@ -89,7 +91,10 @@ mod tests {
     fn damping_climbs_and_gives_up() {
         // Eigenvalues 3 and -1 (mean diagonal 1): damping must exceed 1.
         let indefinite = [1.0, 0.0, 2.0, 1.0];
-        assert_eq!(factor(&indefinite, 2, 0.05).unwrap().1, Damping { share: 0.05 * 30.0, failures: 3 });
+        assert_eq!(
+            factor(&indefinite, 2, 0.05).unwrap().1,
+            Damping { share: 0.05 * 30.0, failures: 3 }
+        );
         assert!(factor(&indefinite, 2, 0.001).is_none());
     }
 

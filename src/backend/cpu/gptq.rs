@@ -56,7 +56,8 @@ pub(super) fn sweep(
                 span.sweep(isa, weights, codes, scales, errors)
             })?;
         if end < width {
-            let tail = Panels::from_columns(&u[first * width + end..], end - first, width - end, width);
+            let tail =
+                Panels::from_columns(&u[first * width + end..], end - first, width - end, width);
             let errors = Rows { data: &errors, rows, row_stride: BLOCK, column_stride: 1 };
             par_gemm(isa, errors, &tail, &mut weights[end..], width, true);
         }
@@ -194,7 +195,11 @@ mod tests {
             let expected = sweep_plain(weights.clone(), rows, &format, &u).unwrap();
             for isa in Isa::available() {
                 let weights = Matrix { rows, columns: width, data: weights.clone() };
-                assert_eq!(sweep(isa, weights, &format, &u).unwrap(), expected, "{format:?} {isa:?}");
+                assert_eq!(
+                    sweep(isa, weights, &format, &u).unwrap(),
+                    expected,
+                    "{format:?} {isa:?}"
+                );
             }
         }
     }

@@ -106,8 +106,8 @@ impl Gram<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::gemm::{Rows, plain_gemm};
     use super::super::gemm::tests::{on_threads, random};
+    use super::super::gemm::{Rows, plain_gemm};
     use super::*;
 
     #[test]

@@ -7,8 +7,8 @@ mod factor;
 pub mod gemm;
 mod gemm_kernels;
 pub mod gemm_pack;
-pub mod gram;
 mod gptq;
+pub mod gram;
 mod hessian;
 pub mod integer;
 pub mod isa;
@@ -39,6 +39,43 @@ pub use tensor::Tensor;
 const ROWS: usize = 64;
 /// Values that go to a thread at once.
 const CHUNK: usize = 1 << 15;
+
+/// Rows that pass the output head together: its columns are read once for all of them.
+const HEAD_ROWS: usize = 240;
+/// Columns of the output head whose logits are made at once, so that they stay in L2.
+const HEAD_COLUMNS: usize = 1024;
+
+/// A token's cross entropy while the logits come in parts.
+#[derive(Clone, Copy)]
+struct Loss {
+    /// `ln(sum(exp))` of the logits so far.
+    log_sum: f64,
+    /// The token's own logit.
+    target: f64,
+}
+
+impl Default for Loss {
+    fn default() -> Self {
+        Self { log_sum: f64::NEG_INFINITY, target: f64::NAN }
+    }
+}
+
+impl Loss {
+    /// Takes in the `ln(sum(exp))` of the next part. A NaN stays one.
+    fn add(&mut self, log_sum: f64) {
+        let (former, next) = (self.log_sum, log_sum);
+        self.log_sum = match former.partial_cmp(&next) {
+            None => f64::NAN,
+            _ if former == f64::NEG_INFINITY => next,
+            Some(std::cmp::Ordering::Less) => next + (former - next).exp().ln_1p(),
+            Some(_) => former + (next - former).exp().ln_1p(),
+        };
+    }
+
+    fn nats(&self) -> f64 {
+        self.log_sum - self.target
+    }
+}
 
 /// Host memory and this machine's instruction set.
 pub struct Cpu {
@@ -115,8 +152,9 @@ impl Backend for Cpu {
     }
 
     fn arrange(&self, x: &Tensor, site: &SiteFormat) -> Result<Tensor> {
-        let data = quantize::arrange_rows(self.isa, &x.data, x.rows, site);
-        self.upload(Matrix { rows: x.rows, columns: site.width(), data })
+        let mut y = self.tensor(x.rows, site.width());
+        quantize::arrange_rows(self.isa, &x.data, x.rows, site, &mut y.data);
+        Ok(y)
     }
 
     fn quantize(&self, x: &Tensor, site: &SiteFormat) -> Result<QuantizedRows> {
@@ -124,8 +162,9 @@ impl Backend for Cpu {
     }
 
     fn dequantize(&self, x: &QuantizedRows) -> Result<Tensor> {
-        let columns = x.groups * x.group_size + x.outlier_channels;
-        self.upload(Matrix { rows: x.tokens, columns, data: quantize::dequantize_rows(self.isa, x) })
+        let mut y = self.tensor(x.tokens, x.groups * x.group_size + x.outlier_channels);
+        quantize::dequantize_rows(self.isa, x, &mut y.data);
+        Ok(y)
     }
 
     fn product(&self, x: &Tensor, weight: &Panels) -> Result<Tensor> {
@@ -158,7 +197,13 @@ impl Backend for Cpu {
         Ok(gate)
     }
 
-    fn attention(&self, spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    fn attention(
+        &self,
+        spec: &AttentionSpec,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<Tensor> {
         let mut out = self.tensor(q.rows, q.columns);
         let shape = AttentionShape {
             heads: spec.heads,
@@ -167,7 +212,15 @@ impl Backend for Cpu {
             seq_len: spec.seq_len,
         };
         attention::attention(
-            self.isa, shape, &spec.kv, &spec.cos, &spec.sin, &q.data, &k.data, &v.data, &mut out.data,
+            self.isa,
+            shape,
+            &spec.kv,
+            &spec.cos,
+            &spec.sin,
+            &q.data,
+            &k.data,
+            &v.data,
+            &mut out.data,
         );
         Ok(out)
     }
@@ -186,20 +239,30 @@ impl Backend for Cpu {
             .map(|token| (token - 1, tokens[token] as usize))
             .collect();
         let losses = predictions
-            .par_chunks(ROWS)
+            .par_chunks(HEAD_ROWS)
             .map_init(
-                || (vec![0f32; ROWS * hidden], vec![0f32; ROWS * vocabulary]),
+                || (vec![0f32; HEAD_ROWS * hidden], vec![0f32; HEAD_ROWS * HEAD_COLUMNS]),
                 |(rows, logits), predictions| {
                     for (to, &(row, _)) in rows.chunks_mut(hidden).zip(predictions) {
                         to.copy_from_slice(&x.data[row * hidden..(row + 1) * hidden]);
                     }
                     let rows = Rows::new(rows, predictions.len(), hidden);
-                    gemm(self.isa, rows, head, logits, vocabulary, false);
-                    logits
-                        .chunks(vocabulary)
-                        .zip(predictions)
-                        .map(|(logits, &(_, token))| elementwise::nll(self.isa, logits, token))
-                        .collect::<Vec<f64>>()
+                    let mut losses: Vec<Loss> = vec![Loss::default(); predictions.len()];
+                    for first in (0..vocabulary).step_by(HEAD_COLUMNS) {
+                        let columns = first..(first + HEAD_COLUMNS).min(vocabulary);
+                        let width = columns.len();
+                        let part = head.part(columns.clone(), 0..hidden);
+                        gemm(self.isa, rows, part, logits, width, false);
+                        for ((loss, logits), (_, token)) in
+                            losses.iter_mut().zip(logits.chunks(width)).zip(predictions)
+                        {
+                            loss.add(elementwise::log_sum_exp(self.isa, logits));
+                            if columns.contains(token) {
+                                loss.target = f64::from(logits[token - first]);
+                            }
+                        }
+                    }
+                    losses.iter().map(Loss::nats).collect::<Vec<f64>>()
                 },
             )
             .flatten()
@@ -232,7 +295,12 @@ impl Backend for Cpu {
         Ok(factor::factor(&hessian.lower, hessian.n, damping))
     }
 
-    fn gptq(&self, weights: Matrix, format: &WeightFormat, factor: &Vec<f32>) -> Result<QuantizedLinear> {
+    fn gptq(
+        &self,
+        weights: Matrix,
+        format: &WeightFormat,
+        factor: &Vec<f32>,
+    ) -> Result<QuantizedLinear> {
         gptq::sweep(self.isa, weights, format, factor)
     }
 
@@ -247,9 +315,8 @@ impl Backend for Cpu {
             *error -= weight;
         }
         let half = hessian.half_panels();
-        let [lost, total] = [&error, &original.data].map(|weights| {
-            hessian::energy(self.isa, weights, original.columns, &half)
-        });
+        let [lost, total] = [&error, &original.data]
+            .map(|weights| hessian::energy(self.isa, weights, original.columns, &half));
         if total > 0.0 && lost.is_finite() {
             Ok((lost.max(0.0) / total).sqrt())
         } else if total == 0.0 {

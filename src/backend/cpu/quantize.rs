@@ -95,17 +95,19 @@ pub fn quantize_rows(
 }
 
 /// Brings rows `[tokens, channels]` into the site's order and transforms their groups,
-/// `[tokens, width]`: the bits of [`SiteFormat::arrange`].
+/// `[tokens, width]`: the bits of [`SiteFormat::arrange`]. Writes all of `arranged`.
 ///
 /// # Panics
-/// If `x` is not `[tokens, channels]` or the format fails [`SiteFormat::check`].
-pub fn arrange_rows(isa: Isa, x: &[f32], tokens: usize, format: &SiteFormat) -> Vec<f32> {
+/// If `x` is not `[tokens, channels]`, `arranged` not `[tokens, width]`, or the format fails
+/// [`SiteFormat::check`].
+pub fn arrange_rows(isa: Isa, x: &[f32], tokens: usize, format: &SiteFormat, arranged: &mut [f32]) {
     assert_eq!(x.len(), tokens * format.channels, "length of x");
+    assert_eq!(arranged.len(), tokens * format.width(), "length of arranged");
     if isa == Isa::Plain {
-        return format.arrange_rows_plain(x, tokens);
+        arranged.copy_from_slice(&format.arrange_rows_plain(x, tokens));
+        return;
     }
     let places = Places::new(format);
-    let mut arranged = vec![0.0; tokens * format.width()];
     if format.channels > 0 {
         let rows = x.par_chunks_exact(format.channels).with_min_len(TILE_TOKENS);
         rows.zip(arranged.par_chunks_exact_mut(format.width())).for_each(|(row, out)| match isa {
@@ -118,16 +120,20 @@ pub fn arrange_rows(isa: Isa, x: &[f32], tokens: usize, format: &SiteFormat) -> 
             _ => arrange(row, format, &places, out),
         });
     }
-    arranged
 }
 
-/// What the codes mean, `[tokens, width]`: the bits of [`site::dequantize_rows_plain`].
-pub fn dequantize_rows(isa: Isa, rows: &QuantizedRows) -> Vec<f32> {
+/// What the codes mean, `[tokens, width]`: the bits of [`site::dequantize_rows_plain`]. Writes all of
+/// `values`.
+///
+/// # Panics
+/// If `values` is not `[tokens, width]`.
+pub fn dequantize_rows(isa: Isa, rows: &QuantizedRows, values: &mut [f32]) {
     let width = rows.groups * rows.group_size + rows.outlier_channels;
+    assert_eq!(values.len(), rows.tokens * width, "length of values");
     if isa == Isa::Plain || width == 0 {
-        return site::dequantize_rows_plain(rows);
+        values.copy_from_slice(&site::dequantize_rows_plain(rows));
+        return;
     }
-    let mut values = vec![0.0; rows.tokens * width];
     let outputs = values.par_chunks_exact_mut(width).with_min_len(TILE_TOKENS);
     outputs.enumerate().for_each(|(token, out)| match isa {
         // SAFETY: `isa` is available on this processor.
@@ -138,7 +144,6 @@ pub fn dequantize_rows(isa: Isa, rows: &QuantizedRows) -> Vec<f32> {
         Isa::Avx2 => unsafe { dequantize_avx2(rows, token, out) },
         _ => dequantize(rows, token, out),
     });
-    values
 }
 
 /// A channel order ready to gather with: checked once, so that the gather need not.
