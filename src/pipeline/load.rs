@@ -7,7 +7,7 @@ use crate::backend::{AttentionSpec, Backend, Matrix};
 use crate::checkpoint::{Tensor, Tensors};
 use crate::model::Architecture;
 use crate::model::block::{Block, Linear, Site, Treatment};
-use crate::model::sites::{LinearSpec, SITES};
+use crate::model::sites::{LinearSpec, SITES, SiteKind};
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::SiteFormat;
@@ -109,7 +109,8 @@ pub fn source_block<B: Backend>(
 }
 
 /// Block `index` with full-precision weights behind quantized activations: what GPTQ's Hessians are
-/// measured on.
+/// measured on. It is only to be observed: the last site's linear, whose product nobody looks at and
+/// which is the block's largest, is left out.
 pub fn hessian_block<B: Backend>(
     backend: &B,
     tensors: &dyn Tensors,
@@ -120,8 +121,11 @@ pub fn hessian_block<B: Backend>(
     block(backend, tensors, architecture, index, |site| {
         let format = &formats[site];
         let spec = &architecture.sites(index)[site];
-        let linears =
-            spec.linears.iter().map(|linear| dense(backend, &arranged(tensors, linear, format)?));
+        let seen: &[LinearSpec] = match spec.kind {
+            SiteKind::MlpAct => &[],
+            _ => &spec.linears,
+        };
+        let linears = seen.iter().map(|linear| dense(backend, &arranged(tensors, linear, format)?));
         Ok((treatment(backend, format)?, linears.collect::<Result<_>>()?))
     })
 }

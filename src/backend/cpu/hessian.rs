@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::gemm::gemm;
-use super::gemm_pack::{Panels, Rows};
+use super::gemm_pack::{PANEL, Panels, Rows};
 use super::isa::Isa;
 
 /// `sum x^T x` over the tokens, `[n, n]`; only the lower triangle is kept up to date.
@@ -26,15 +26,26 @@ impl Hessian {
 
 /// `tr(W H W^T)` for `weights` `[rows, n]`.
 pub(super) fn energy(isa: Isa, weights: &[f32], n: usize, half: &Panels) -> f64 {
-    const ROWS: usize = 96;
+    const ROWS: usize = 240;
+    // Columns of W L are made in parts, each from the rows of L that are not zero there.
+    const COLUMNS: usize = 16 * PANEL;
     let sums: Vec<f64> = weights
         .par_chunks(ROWS * n)
         .map_init(
-            || vec![0f32; ROWS * n],
+            || vec![0f32; ROWS * COLUMNS],
             |products, weights| {
-                gemm(isa, Rows::new(weights, weights.len() / n, n), half, products, n, false);
-                let pairs = products.iter().zip(weights);
-                2.0 * pairs.map(|(p, w)| f64::from(*p) * f64::from(*w)).sum::<f64>()
+                let rows = Rows::new(weights, weights.len() / n, n);
+                let mut sum = 0.0;
+                for first in (0..n).step_by(COLUMNS) {
+                    let end = (first + COLUMNS).min(n);
+                    let width = end - first;
+                    gemm(isa, rows, half.part(first..end, 0..end), products, width, false);
+                    for (product, weights) in products.chunks(width).zip(weights.chunks(n)) {
+                        let pairs = product.iter().zip(&weights[first..end]);
+                        sum += pairs.map(|(p, w)| f64::from(*p) * f64::from(*w)).sum::<f64>();
+                    }
+                }
+                2.0 * sum
             },
         )
         .collect();
