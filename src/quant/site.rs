@@ -7,8 +7,8 @@ to the bit, fast. */
 use half::f16;
 use serde::{Deserialize, Serialize};
 
-use super::hadamard;
 use super::rows::{OutlierRows, QuantizedRows};
+use super::{grid, hadamard};
 use crate::{Error, Result};
 
 /// An entry of a channel order that stands for a channel of zeros.
@@ -172,12 +172,6 @@ pub fn scale_of(absmax: f32, clip: f32, greatest: f32) -> f32 {
     f16::from_f32(absmax * clip / greatest).to_f32()
 }
 
-/// What values are multiplied with to become codes: `1 / scale`, or 0 for a group of zeros.
-#[inline(always)]
-pub fn inverse_of(scale: f32) -> f32 {
-    if scale == 0.0 { 0.0 } else { 1.0 / scale }
-}
-
 /// The code of `value`: rounded half to even, then clamped.
 #[inline(always)]
 pub fn code_of(value: f32, inverse: f32, (least, greatest): (f32, f32)) -> i8 {
@@ -217,7 +211,7 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
             if !scale.is_finite() {
                 return Err(overflow(token, &format!("the scale of group {group}")));
             }
-            let inverse = inverse_of(scale);
+            let inverse = grid::inverse(scale);
             codes.extend(values.iter().map(|&value| code_of(value, inverse, limits)));
             scales.push(scale);
         }
@@ -228,7 +222,7 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
                 if !scale.is_finite() {
                     return Err(overflow(token, "the scale of the outlier channels"));
                 }
-                let (inverse, limits) = (inverse_of(scale), (-GREATEST_INT8, GREATEST_INT8));
+                let (inverse, limits) = (grid::inverse(scale), (-GREATEST_INT8, GREATEST_INT8));
                 outlier_codes.extend(tail.iter().map(|&value| code_of(value, inverse, limits)));
                 outlier_scales.push(scale);
             }

@@ -12,11 +12,11 @@ use rayon::prelude::*;
 
 use super::isa::Isa;
 use crate::Result;
+use crate::quant::grid::inverse;
 use crate::quant::hadamard;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 use crate::quant::site::{
-    self, GREATEST_INT8, OutlierFormat, PADDING, SiteFormat, Transform, absmax, inverse_of,
-    scale_of,
+    self, GREATEST_INT8, OutlierFormat, PADDING, SiteFormat, Transform, absmax, scale_of,
 };
 
 /// Tokens that a thread takes at a time.
@@ -226,7 +226,7 @@ fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool {
             if !scale.is_finite() {
                 return false;
             }
-            encode(values, inverse_of(*scale), limits, codes);
+            encode(values, inverse(*scale), limits, codes);
         }
         if let Some(scale) = tile.outlier_scales.get_mut(token) {
             *scale = scale_of(absmax(tail), 1.0, GREATEST_INT8);
@@ -234,7 +234,7 @@ fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool {
                 return false;
             }
             let codes = &mut tile.outlier_codes[token * outliers..][..outliers];
-            encode(tail, inverse_of(*scale), (-GREATEST_INT8, GREATEST_INT8), codes);
+            encode(tail, inverse(*scale), (-GREATEST_INT8, GREATEST_INT8), codes);
         } else if !tile.outlier_values.is_empty() {
             let values = &mut tile.outlier_values[token * outliers..][..outliers];
             halves.convert_from_f32_slice(tail);
