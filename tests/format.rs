@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use atom::checkpoint::{AtomCheckpoint, Options, TensorSpec, Writer};
 use atom::hub;
 use atom::pipeline::plan::{BlockPlan, SitePlan};
-use atom::pipeline::{matrix, read_sites};
+use atom::pipeline::read_sites;
 use atom::quant::hadamard;
 use atom::quant::linear::QuantizedLinear;
 use atom::quant::site::{SiteFormat, Transform};
@@ -168,7 +168,7 @@ fn the_documents_reader_sees_what_this_crate_sees() {
                     );
                     // Both could misread the file in the same way: the source knows the weights.
                     let name = format!("{}.weight", linear.name);
-                    let weight = matrix(&source, &name, linear.rows, plan.channels).unwrap().data;
+                    let weight = source.tensor(&name).unwrap().to_f32().unwrap();
                     let lost = norm(found.iter().zip(&weight).map(|(a, b)| a - f64::from(*b)));
                     assert!(
                         lost > 0.0 && lost <= tolerance * whole,

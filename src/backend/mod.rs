@@ -7,6 +7,7 @@ CPU's integer path computes (docs/format.md), and results must not depend on the
 pub mod cpu;
 
 use crate::Result;
+use crate::checkpoint;
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::SiteFormat;
@@ -38,6 +39,16 @@ pub struct AttentionSpec {
     pub kv: KvFormat,
 }
 
+/// A linear that is to be quantized.
+pub struct Unquantized<'a, W> {
+    /// Its name, for errors.
+    pub name: &'a str,
+    /// Its weight `[out, in]`, as the source has it.
+    pub weight: &'a W,
+    /// How its weights will be held.
+    pub format: WeightFormat,
+}
+
 /// What a Hessian's factorization took.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Damping {
@@ -47,26 +58,36 @@ pub struct Damping {
     pub failures: usize,
 }
 
-/// The arithmetic of a device. Tensors are f32 `[rows, columns]`; rows are tokens or windows' tokens
-/// one after the other.
+/// The arithmetic of a device. Tensors are f32 `[rows, columns]` (or f16 between the operations of a
+/// block, where a backend chooses so); rows are tokens or windows' tokens one after the other.
+///
+/// A backend may run ahead of its caller: what it was asked for is done when a method returns values
+/// to the host, or [`wait`](Self::wait) returns.
 pub trait Backend: Sync {
     /// Activations `[tokens, channels]`, or a vector as one row.
     type Tensor: Send + Sync;
     /// Quantized activations of a site.
     type Rows: Send;
+    /// A source's weight `[out, in]`, in its own type and channel order. It may borrow the file.
+    type Weight<'a>: Send + Sync;
     /// A full-precision weight `[out, in]`, laid out for products.
     type Dense: Send + Sync;
+    /// A quantized weight in neutral form, where the backend made it.
+    type Quantized: Send + Sync;
     /// A quantized weight, laid out for the integer kernels.
     type Packed: Send + Sync;
     /// A site's order and format, ready for use.
     type Site: Send + Sync;
     /// A running sum of `x^T x`, `[channels, channels]`.
     type Hessian: Send;
-    /// `U` of GPTQ: upper triangular, `U^T U = H^-1`.
+    /// What the GPTQ sweep needs of the damped Hessian's Cholesky factor.
     type Factor: Send + Sync;
 
     /// The device for a person: `cpu (avx512, 2 threads)`.
     fn device(&self) -> String;
+    /// Bytes that a batch's activations inside a block may take, counted as f32: enough that each
+    /// operation fills the device. Results do not depend on it.
+    fn batch_bytes(&self) -> usize;
 
     /// Rows of a tensor.
     fn rows(&self, tensor: &Self::Tensor) -> usize;
@@ -74,10 +95,28 @@ pub trait Backend: Sync {
     fn upload(&self, matrix: Matrix) -> Result<Self::Tensor>;
     /// Copies a tensor.
     fn duplicate(&self, tensor: &Self::Tensor) -> Result<Self::Tensor>;
-    /// Lays a weight `[out, in]` out for [`product`](Self::product).
-    fn dense(&self, weight: &Matrix) -> Result<Self::Dense>;
+    /// Tells that `tensor` will not be used for a while: a backend whose memory is short may move it
+    /// to the host's.
+    fn set_aside(&self, _tensor: &mut Self::Tensor) -> Result<()> {
+        Ok(())
+    }
+    /// Undoes [`set_aside`](Self::set_aside); no other operation takes a tensor that was set aside
+    /// but [`duplicate`](Self::duplicate), whose copy is ready for use.
+    fn recall(&self, _tensor: &mut Self::Tensor) -> Result<()> {
+        Ok(())
+    }
+    /// Brings a weight to the device, or only notes where it is. Safe to call from a thread beside
+    /// the one that computes.
+    fn load<'a>(&self, tensor: checkpoint::Tensor<'a>) -> Result<Self::Weight<'a>>;
+    /// The rows of `table` that `tokens` name, `[tokens, hidden]`. Every token is less than its rows.
+    fn embed(&self, table: &Self::Weight<'_>, tokens: &[u32]) -> Result<Self::Tensor>;
+    /// Lays a weight out for [`product`](Self::product), with a site in the site's order and
+    /// transformed.
+    fn dense(&self, weight: &Self::Weight<'_>, site: Option<&Self::Site>) -> Result<Self::Dense>;
+    /// Lays out what the codes of a quantized weight stand for.
+    fn dense_of(&self, weight: &Self::Quantized) -> Result<Self::Dense>;
     /// Lays a quantized weight out for [`integer_product`](Self::integer_product).
-    fn packed(&self, weight: &QuantizedLinear) -> Result<Self::Packed>;
+    fn packed(&self, weight: &Self::Quantized) -> Result<Self::Packed>;
     /// Prepares a site.
     fn site(&self, format: &SiteFormat) -> Result<Self::Site>;
 
@@ -94,7 +133,7 @@ pub trait Backend: Sync {
     fn quantize(&self, x: &Self::Tensor, site: &Self::Site) -> Result<Self::Rows>;
     /// The values quantized activations stand for, in the site's order.
     fn dequantize(&self, x: &Self::Rows) -> Result<Self::Tensor>;
-    /// `x W^T` in f32.
+    /// `x W^T`, with sums in f32.
     fn product(&self, x: &Self::Tensor, weight: &Self::Dense) -> Result<Self::Tensor>;
     /// `x W^T` by the integer path: the specification of docs/format.md, bit for bit.
     fn integer_product(&self, x: &Self::Rows, weight: &Self::Packed) -> Result<Self::Tensor>;
@@ -126,30 +165,60 @@ pub trait Backend: Sync {
     fn hessian(&self, channels: usize) -> Result<Self::Hessian>;
     /// `H += x^T x`, tokens in order.
     fn add_to_hessian(&self, hessian: &mut Self::Hessian, x: &Self::Tensor) -> Result<()>;
-    /// `U` for the damped Hessian, or none if no rung of the damping ladder makes it positive
+    /// The factor of the damped Hessian, or none if no rung of the damping ladder makes it positive
     /// definite.
     fn factor(
         &self,
-        hessian: &Self::Hessian,
+        hessian: &mut Self::Hessian,
         damping: f32,
     ) -> Result<Option<(Self::Factor, Damping)>>;
-    /// The GPTQ sweep over arranged weights, as [`sweep_plain`](crate::quant::gptq::sweep_plain)
-    /// defines it.
+    /// The GPTQ sweep over the weights of a site's linears, arranged, as
+    /// [`sweep_plain`](crate::quant::gptq::sweep_plain) defines it.
     fn gptq(
         &self,
-        weights: Matrix,
-        format: &WeightFormat,
+        linears: &[Unquantized<Self::Weight<'_>>],
+        site: &Self::Site,
         factor: &Self::Factor,
-    ) -> Result<QuantizedLinear>;
-    /// `sqrt(tr(E H E^T) / tr(W H W^T))` with `E = W - Q`: the relative output error on the
-    /// calibration tokens. Both are arranged.
+    ) -> Result<Vec<Self::Quantized>>;
+    /// Arranged weights rounded to nearest, as
+    /// [`round_to_nearest`](crate::quant::weights::round_to_nearest) defines it.
+    fn round(
+        &self,
+        linear: &Unquantized<Self::Weight<'_>>,
+        site: &Self::Site,
+    ) -> Result<Self::Quantized>;
+    /// `sqrt(tr(E H E^T) / tr(W H W^T))` with `E = W - Q`, arranged: the relative output error on
+    /// the calibration tokens.
     fn output_error(
         &self,
         hessian: &Self::Hessian,
-        original: &Matrix,
-        quantized: &QuantizedLinear,
+        site: &Self::Site,
+        weight: &Self::Weight<'_>,
+        quantized: &Self::Quantized,
     ) -> Result<f64>;
+    /// `sqrt(sum_j s_j |E_j|^2 / sum_j s_j |W_j|^2)` over the source's channels j of energy s_j: the
+    /// relative output error if channels were uncorrelated, which is all that is known without a
+    /// Hessian.
+    fn energy_error(
+        &self,
+        energy: &[f64],
+        site: &Self::Site,
+        weight: &Self::Weight<'_>,
+        quantized: &Self::Quantized,
+    ) -> Result<f64>;
+    /// A quantized weight on the host. Safe to call from a thread beside the one that computes.
+    fn fetch(&self, weight: Self::Quantized) -> Result<QuantizedLinear>;
+    /// A quantized weight that was stored.
+    fn restore(&self, weight: QuantizedLinear) -> Result<Self::Quantized>;
 
+    /// Returns when all that was asked for is done.
+    fn wait(&self) -> Result<()> {
+        Ok(())
+    }
     /// Frees what the backend keeps for reuse.
     fn trim(&self) {}
+    /// Most device memory in use so far; none where the device's memory is the host's.
+    fn peak_bytes(&self) -> Option<u64> {
+        None
+    }
 }

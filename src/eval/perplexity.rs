@@ -11,12 +11,13 @@ use crate::checkpoint::{AtomCheckpoint, Source, Tensors};
 use crate::model::Architecture;
 use crate::model::block::Block;
 use crate::model::sites::FINAL_NORM;
-use crate::pipeline::plan::BlockPlan;
+use crate::pipeline::plan::{BlockPlan, SitePlan};
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{
-    Evaluation, FLOAT_KV, Stream, attention_spec, cpu_seconds, quantized_block, read_sites,
-    source_block, vector,
+    BlockWeights, Evaluation, Stream, attention_spec, cpu_seconds, expect, one_ahead,
+    quantized_block, read_sites, source_block, vector,
 };
+use crate::quant::kv::KvFormat;
 use crate::text::{Tokenizer, evaluation_windows};
 use crate::{Error, Result};
 
@@ -69,7 +70,7 @@ pub fn source_perplexity<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<PerplexityOutcome> {
     let architecture = Architecture::from_config(source.config())?;
-    let attention = attention_spec(&architecture, FLOAT_KV, evaluation.seq_len);
+    let attention = attention_spec(&architecture, KvFormat::FULL, evaluation.seq_len);
     let tokens = windows(&source.tokenizer()?, source.name(), evaluation)?;
     let run = Run {
         backend,
@@ -80,7 +81,8 @@ pub fn source_perplexity<B: Backend>(
         evaluation,
         progress,
     };
-    run.measure(&tokens, |architecture, index| source_block(backend, source, architecture, index))
+    let load = |index| BlockWeights::load(backend, source, &run.architecture, index, |_, _| true);
+    run.measure(&tokens, load, |weights| source_block(backend, &run.architecture, &weights))
 }
 
 /// Perplexity of an Atom checkpoint on the integer path.
@@ -103,9 +105,18 @@ pub fn atom_perplexity<B: Backend>(
         evaluation,
         progress,
     };
-    run.measure(&tokens, |architecture, index| {
-        let sites = read_sites(checkpoint, &blocks[index])?;
-        quantized_block(backend, checkpoint, architecture, index, &sites)
+    let load = |index: usize| {
+        let kept = |site: usize, linear: usize| {
+            let site: &SitePlan = &blocks[index][site];
+            site.linears[linear].bits == 16
+        };
+        let weights = BlockWeights::load(backend, checkpoint, &run.architecture, index, kept)?;
+        Ok((weights, read_sites(checkpoint, &blocks[index])?))
+    };
+    run.measure(&tokens, load, |(weights, sites)| {
+        let sites = sites.into_iter().map(|site| site.restore(backend));
+        let sites = sites.collect::<Result<Vec<_>>>()?;
+        quantized_block(backend, &run.architecture, &weights, &sites)
     })
 }
 
@@ -120,12 +131,13 @@ struct Run<'a, B: Backend> {
 }
 
 impl<B: Backend> Run<'_, B> {
-    /// Streams the windows through the blocks that `block` gives, in parts whose hidden states fit in
-    /// memory.
-    fn measure(
+    /// Streams the windows through the blocks, in parts whose hidden states fit in memory. What
+    /// `load` reads one block ahead, `block` makes ready.
+    fn measure<T: Send>(
         &self,
         tokens: &[u32],
-        block: impl Fn(&Architecture, usize) -> Result<Block<B>>,
+        load: impl Fn(usize) -> Result<T> + Send + Copy,
+        block: impl Fn(T) -> Result<Block<B>>,
     ) -> Result<PerplexityOutcome> {
         let (start, cpu_start) = (Instant::now(), cpu_seconds());
         let Self { backend, architecture, progress, .. } = self;
@@ -137,11 +149,12 @@ impl<B: Backend> Run<'_, B> {
         let mut means = Vec::with_capacity(tokens.len() / seq_len);
         for tokens in tokens.chunks(part) {
             let mut stream = Stream::embed(*backend, self.tensors, architecture, tokens, seq_len)?;
-            for index in 0..architecture.blocks {
-                let block = block(architecture, index)?;
+            one_ahead(0..architecture.blocks, load, |_, next| {
+                let block = block(next()?)?;
                 stream.advance(*backend, &self.attention, &block, || progress.check_stop())?;
                 progress.advance("");
-            }
+                Ok(())
+            })?;
             self.window_means(stream, tokens, &mut means)?;
             progress.advance("");
         }
@@ -179,16 +192,13 @@ impl<B: Backend> Run<'_, B> {
         let Self { backend, architecture, .. } = self;
         let seq_len = self.evaluation.seq_len;
         let norm = vector(*backend, self.tensors, FINAL_NORM, architecture.hidden)?;
-        let head = crate::pipeline::matrix(
-            self.tensors,
-            architecture.head_name(),
-            architecture.vocabulary,
-            architecture.hidden,
-        )?;
-        let head = backend.dense(&head)?;
+        let shape = [architecture.vocabulary, architecture.hidden];
+        let head = expect(self.tensors, architecture.head_name(), &shape)?;
+        let head = backend.dense(&backend.load(head)?, None)?;
         let mut first = 0;
-        for batch in stream.batches {
+        for mut batch in stream.batches {
             self.progress.check_stop()?;
+            backend.recall(&mut batch)?;
             let normed = backend.rms_norm(&batch, &norm, architecture.norm_epsilon)?;
             drop(batch);
             let end = first + backend.rows(&normed);

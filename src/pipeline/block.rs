@@ -2,25 +2,21 @@
 rounding to nearest without a Hessian. */
 
 use super::calibrate::Energies;
-use super::load::{QuantizedSite, arranged, hessian_block};
+use super::load::{BlockWeights, QuantizedSite, hessian_block};
 use super::plan::SitePlan;
 use super::progress::Progress;
 use super::stream::Stream;
 use super::timing::Timing;
 use crate::Result;
-use crate::backend::{AttentionSpec, Backend, Matrix};
-use crate::checkpoint::Source;
+use crate::backend::{AttentionSpec, Backend, Unquantized};
 use crate::model::Architecture;
 use crate::model::sites::{SITES, SiteSpec};
-use crate::quant::hadamard;
-use crate::quant::linear::QuantizedLinear;
-use crate::quant::site::{SiteFormat, Transform};
-use crate::quant::weights::{dequantize, round_to_nearest};
+use crate::quant::site::SiteFormat;
 
 /// A block's quantized sites and the relative output error of each of its quantized linears.
-pub struct QuantizedBlock {
+pub struct QuantizedBlock<B: Backend> {
     /// attn_in, attn_out, mlp_in, mlp_act.
-    pub sites: Vec<QuantizedSite>,
+    pub sites: Vec<QuantizedSite<B::Quantized>>,
     /// `(linear, error)`.
     pub errors: Vec<(String, f64)>,
 }
@@ -29,8 +25,6 @@ pub struct QuantizedBlock {
 pub struct BlockQuantizer<'a, B: Backend> {
     /// Does the arithmetic.
     pub backend: &'a B,
-    /// Where weights come from.
-    pub source: &'a Source,
     /// The network.
     pub architecture: &'a Architecture,
     /// Attention over quantized keys and values.
@@ -42,16 +36,17 @@ pub struct BlockQuantizer<'a, B: Backend> {
 }
 
 impl<B: Backend> BlockQuantizer<'_, B> {
-    /// Quantizes block `index` by `plan`. With `stream`, the hidden states that the quantized blocks
-    /// before it gave, by GPTQ; without, by rounding.
+    /// Quantizes a block by `plan`. With `stream`, the hidden states that the quantized blocks before
+    /// it gave, by GPTQ; without, by rounding.
     pub fn quantize(
         &self,
-        index: usize,
+        weights: &BlockWeights<B>,
         plan: &[SitePlan],
         energies: &Energies,
         stream: Option<&Stream<B>>,
         timing: &mut Timing,
-    ) -> Result<QuantizedBlock> {
+    ) -> Result<QuantizedBlock<B>> {
+        let backend = self.backend;
         let formats: Vec<SiteFormat> = plan
             .iter()
             .zip(energies)
@@ -59,28 +54,32 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             .collect();
         let mut hessians = match stream {
             None => vec![None, None, None, None],
-            Some(stream) => {
-                timing.measure("hessians", || self.hessians(index, &formats, stream))?
-            }
+            Some(stream) => timing.measure("hessians", || {
+                let hessians = self.hessians(weights, &formats, stream)?;
+                backend.wait()?;
+                Ok::<_, crate::Error>(hessians)
+            })?,
         };
-        self.backend.trim();
+        backend.trim();
         let mut sites = Vec::with_capacity(plan.len());
         let mut errors = Vec::new();
-        let specs = self.architecture.sites(index);
+        let specs = self.architecture.sites(weights.index);
         for (at, format) in formats.into_iter().enumerate() {
+            self.progress.check_stop()?;
             let hessian = hessians[at].take();
             let name = if hessian.is_some() { "gptq" } else { "round" };
-            let site = timing.measure(name, || {
-                self.quantize_site(
-                    &specs[at],
-                    &plan[at],
-                    format,
-                    hessian,
-                    &energies[at],
-                    &mut errors,
-                )
+            let work = SiteWork {
+                spec: &specs[at],
+                plan: &plan[at],
+                weights: &weights.sites[at],
+                energy: &energies[at],
+            };
+            let linears = timing.measure(name, || {
+                let linears = self.quantize_site(&work, &format, hessian, &mut errors)?;
+                backend.wait()?;
+                Ok::<_, crate::Error>(linears)
             })?;
-            sites.push(site);
+            sites.push(QuantizedSite { format, linears });
         }
         Ok(QuantizedBlock { sites, errors })
     }
@@ -89,12 +88,12 @@ impl<B: Backend> BlockQuantizer<'_, B> {
     /// reference collects them: all of a block at once.
     fn hessians(
         &self,
-        index: usize,
+        weights: &BlockWeights<B>,
         formats: &[SiteFormat],
         stream: &Stream<B>,
     ) -> Result<Vec<Option<B::Hessian>>> {
         let backend = self.backend;
-        let block = hessian_block(backend, self.source, self.architecture, index, formats)?;
+        let block = hessian_block(backend, self.architecture, weights, formats)?;
         let mut hessians = formats
             .iter()
             .map(|format| backend.hessian(format.width()))
@@ -112,101 +111,70 @@ impl<B: Backend> BlockQuantizer<'_, B> {
 
     fn quantize_site(
         &self,
-        spec: &SiteSpec,
-        plan: &SitePlan,
-        format: SiteFormat,
-        hessian: Option<B::Hessian>,
-        energy: &[f64],
+        work: &SiteWork<B>,
+        format: &SiteFormat,
+        mut hessian: Option<B::Hessian>,
         errors: &mut Vec<(String, f64)>,
-    ) -> Result<QuantizedSite> {
-        let factor = match &hessian {
+    ) -> Result<Vec<Option<B::Quantized>>> {
+        let backend = self.backend;
+        let site = backend.site(format)?;
+        let factor = match &mut hessian {
             None => None,
-            Some(hessian) => {
-                let factor = self.backend.factor(hessian, self.damping)?;
-                match &factor {
-                    None => self.progress.warn(&format!(
-                        "{}: the Hessian has no Cholesky factor at any damping; its linears are \
-                         rounded to nearest instead of GPTQ",
-                        spec.name
-                    )),
-                    Some((_, damping)) if damping.failures > 0 => self.progress.warn(&format!(
-                        "{}: damping raised to {} of the mean diagonal before the Hessian had a \
-                         Cholesky factor",
-                        spec.name, damping.share
-                    )),
-                    Some(_) => {}
-                }
-                factor.map(|(factor, _)| factor)
-            }
+            Some(hessian) => self.factor(hessian, &work.spec.name)?,
         };
-        let mut linears = Vec::with_capacity(plan.linears.len());
-        for (linear, linear_spec) in plan.linears.iter().zip(&spec.linears) {
-            self.progress.check_stop()?;
-            if linear.bits == 16 {
-                linears.push(None);
-                continue;
-            }
-            let weights = arranged(self.source, linear_spec, &format)?;
-            let weight_format = plan.weights(linear);
-            let quantized = match &factor {
-                Some(factor) => self.backend.gptq(weights, &weight_format, factor),
-                None => round_to_nearest(&weights.data, weights.rows, &weight_format),
-            }
-            .map_err(|error| error.context(format!("weights of {}", linear.name)))?;
-            linears.push(Some(quantized));
-        }
+        let planned = work.plan.linears.iter().zip(work.weights);
+        let unquantized: Vec<Unquantized<B::Weight<'_>>> = planned
+            .filter(|(linear, _)| linear.bits < 16)
+            .map(|(linear, weight)| Unquantized {
+                name: &linear.name,
+                weight: weight.as_ref().expect("every weight is loaded to be quantized"),
+                format: work.plan.weights(linear),
+            })
+            .collect();
+        let quantized = match &factor {
+            Some(factor) => backend.gptq(&unquantized, &site, factor)?,
+            None => unquantized
+                .iter()
+                .map(|linear| backend.round(linear, &site))
+                .collect::<Result<_>>()?,
+        };
         // The factor is as large as the Hessian: free it before the errors need room.
         drop(factor);
-        for ((linear, linear_spec), quantized) in
-            plan.linears.iter().zip(&spec.linears).zip(&linears)
-        {
-            let Some(quantized) = quantized else { continue };
-            let weights = arranged(self.source, linear_spec, &format)?;
+        for (linear, quantized) in unquantized.iter().zip(&quantized) {
             let error = match &hessian {
-                Some(hessian) => self.backend.output_error(hessian, &weights, quantized)?,
-                None => energy_error(&weights, quantized, &format, energy),
+                Some(hessian) => backend.output_error(hessian, &site, linear.weight, quantized)?,
+                None => backend.energy_error(work.energy, &site, linear.weight, quantized)?,
             };
-            errors.push((linear.name.clone(), error));
+            errors.push((linear.name.to_owned(), error));
         }
-        Ok(QuantizedSite { format, linears })
+        let mut quantized = quantized.into_iter();
+        let linears = work.plan.linears.iter();
+        Ok(linears.map(|linear| if linear.bits < 16 { quantized.next() } else { None }).collect())
+    }
+
+    /// The Hessian's factor; none, with a warning, if it has none.
+    fn factor(&self, hessian: &mut B::Hessian, site: &str) -> Result<Option<B::Factor>> {
+        let factor = self.backend.factor(hessian, self.damping)?;
+        match &factor {
+            None => self.progress.warn(&format!(
+                "{site}: the Hessian has no Cholesky factor at any damping; its linears are \
+                 rounded to nearest instead of GPTQ"
+            )),
+            Some((_, damping)) if damping.failures > 0 => self.progress.warn(&format!(
+                "{site}: damping raised to {} of the mean diagonal before the Hessian had a \
+                 Cholesky factor",
+                damping.share
+            )),
+            Some(_) => {}
+        }
+        Ok(factor.map(|(factor, _)| factor))
     }
 }
 
-/// `sqrt(sum_j s_j |E_j|^2 / sum_j s_j |W_j|^2)` over channels j of energy s_j, with `E = W - Q`: the
-/// relative output error if channels were uncorrelated, which is all that is known without a
-/// Hessian.
-fn energy_error(
-    original: &Matrix,
-    quantized: &QuantizedLinear,
-    format: &SiteFormat,
-    energy: &[f64],
-) -> f64 {
-    let mut error = dequantize(quantized);
-    for (error, weight) in error.iter_mut().zip(&original.data) {
-        *error -= weight;
-    }
-    let mut row = vec![0.0; format.width()];
-    let mut sum = |weights: &[f32]| -> f64 {
-        weights
-            .chunks(format.width())
-            .map(|arranged| {
-                row.copy_from_slice(arranged);
-                if format.transform == Transform::Hadamard {
-                    // The transform is its own inverse: back to single channels.
-                    for group in row[..format.grouped_channels()].chunks_mut(format.group_size) {
-                        hadamard::transform(group);
-                    }
-                }
-                row.iter()
-                    .zip(&format.order)
-                    .filter_map(|(value, &channel)| {
-                        let channel = usize::try_from(channel).ok()?;
-                        Some(energy[channel] * f64::from(*value) * f64::from(*value))
-                    })
-                    .sum::<f64>()
-            })
-            .sum()
-    };
-    let (lost, total) = (sum(&error), sum(&original.data));
-    if total > 0.0 { (lost / total).sqrt() } else { 0.0 }
+/// What one site's linears are quantized from.
+struct SiteWork<'a, 'w, B: Backend> {
+    spec: &'a SiteSpec,
+    plan: &'a SitePlan,
+    weights: &'a [Option<B::Weight<'w>>],
+    energy: &'a [f64],
 }

@@ -8,11 +8,11 @@ use std::path::Path;
 use safetensors::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 
-use super::load::source_block;
+use super::load::{BlockWeights, source_block};
 use super::progress::Progress;
 use super::stream::Stream;
 use crate::backend::{AttentionSpec, Backend};
-use crate::checkpoint::{Source, sha256_hex};
+use crate::checkpoint::sha256_hex;
 use crate::model::Architecture;
 use crate::model::sites::SITES;
 use crate::{Error, Result};
@@ -36,24 +36,26 @@ pub struct Provenance {
     pub seed: u64,
 }
 
-/// Carries `stream` through block `index` in full precision and measures its sites.
+/// Carries `stream` through a block in full precision and measures its sites.
 pub fn advance_and_measure<B: Backend>(
     backend: &B,
-    source: &Source,
     architecture: &Architecture,
     attention: &AttentionSpec,
-    index: usize,
+    weights: &BlockWeights<B>,
     stream: &mut Stream<B>,
     progress: &dyn Progress,
 ) -> Result<Energies> {
-    let block = source_block(backend, source, architecture, index)?;
+    let block = source_block(backend, architecture, weights)?;
+    let index = weights.index;
     let mut energies = architecture.sites(index).map(|site| vec![0.0; site.channels]);
     for batch in &mut stream.batches {
         progress.check_stop()?;
+        backend.recall(batch)?;
         block.forward(backend, attention, batch, &mut |kind, x| {
             let site = SITES.iter().position(|known| *known == kind).expect("SITES has every kind");
             backend.add_energy(x, &mut energies[site])
         })?;
+        backend.set_aside(batch)?;
     }
     for (energy, site) in energies.iter().zip(architecture.sites(index)) {
         if let Some(channel) = energy.iter().position(|energy| !energy.is_finite()) {
@@ -61,7 +63,10 @@ pub fn advance_and_measure<B: Backend>(
                 "channel {channel} of {} is not finite in full precision",
                 site.name
             ))
-            .hint("the source's weights overflow f32 on this text: is the checkpoint sound?"));
+            .hint(
+                "the source's weights overflow on this text: is the checkpoint sound? On a GPU, \
+                 activations beyond f16 may be the reason: try --device cpu",
+            ));
         }
     }
     Ok(energies)

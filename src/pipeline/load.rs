@@ -1,26 +1,84 @@
 /*! Blocks from named tensors: as the source holds them, arranged for GPTQ's Hessians, or quantized. */
 
-use rayon::prelude::*;
-
 use super::plan::SitePlan;
 use crate::backend::{AttentionSpec, Backend, Matrix};
 use crate::checkpoint::{Tensor, Tensors};
 use crate::model::Architecture;
 use crate::model::block::{Block, Linear, Site, Treatment};
-use crate::model::sites::{LinearSpec, SITES, SiteKind};
+use crate::model::sites::{SITES, SiteKind};
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::SiteFormat;
-use crate::quant::weights::dequantize;
 use crate::{Error, Result};
 
-/// A site of a quantized block, on the host.
+/// A block's weights where the backend computes, as the source has them: loaded once, used by every
+/// stage.
+pub struct BlockWeights<'a, B: Backend> {
+    /// The block's number.
+    pub index: usize,
+    /// RMSNorm's weights before attention and before the MLP.
+    norms: [Matrix; 2],
+    /// The weights of each site's linears; none for a linear that is not in the source.
+    pub sites: [Vec<Option<B::Weight<'a>>>; 4],
+}
+
+impl<'a, B: Backend> BlockWeights<'a, B> {
+    /// Loads block `index`, all of it where `all` is true, or else only the linears for which
+    /// `wanted(site, linear)` says so.
+    pub fn load(
+        backend: &B,
+        tensors: &'a dyn Tensors,
+        architecture: &Architecture,
+        index: usize,
+        wanted: impl Fn(usize, usize) -> bool,
+    ) -> Result<Self> {
+        let hidden = architecture.hidden;
+        let [attn, mlp] = architecture.norm_names(index);
+        let norm = |name: &str| {
+            let data = expect(tensors, name, &[hidden])?.to_f32()?;
+            Ok::<_, Error>(Matrix { rows: 1, columns: hidden, data })
+        };
+        let mut sites = [vec![], vec![], vec![], vec![]];
+        for (at, spec) in architecture.sites(index).iter().enumerate() {
+            for (linear, spec) in spec.linears.iter().enumerate() {
+                let weight = if wanted(at, linear) {
+                    let name = format!("{}.weight", spec.name);
+                    let tensor = expect(tensors, &name, &[spec.rows, spec.columns])?;
+                    Some(backend.load(tensor)?)
+                } else {
+                    None
+                };
+                sites[at].push(weight);
+            }
+        }
+        Ok(Self { index, norms: [norm(&attn)?, norm(&mlp)?], sites })
+    }
+
+    /// The weight of a linear that was wanted.
+    fn weight(&self, site: usize, linear: usize) -> &B::Weight<'a> {
+        self.sites[site][linear].as_ref().expect("a linear that is used was asked for")
+    }
+}
+
+/// A site of a quantized block: its order and format, and its linears; none where one stays as the
+/// source has it. `Q` is the host's or a backend's form of a quantized linear.
 #[derive(Clone, Debug)]
-pub struct QuantizedSite {
+pub struct QuantizedSite<Q> {
     /// Its order and format.
     pub format: SiteFormat,
-    /// Its linears; none where one stays as the source has it.
-    pub linears: Vec<Option<QuantizedLinear>>,
+    /// Its linears.
+    pub linears: Vec<Option<Q>>,
+}
+
+impl QuantizedSite<QuantizedLinear> {
+    /// The same site on a backend.
+    pub fn restore<B: Backend>(self, backend: &B) -> Result<QuantizedSite<B::Quantized>> {
+        let Self { format, linears } = self;
+        let restore =
+            |linear: Option<QuantizedLinear>| linear.map(|linear| backend.restore(linear));
+        let linears = linears.into_iter().map(|linear| restore(linear).transpose());
+        Ok(QuantizedSite { format, linears: linears.collect::<Result<_>>()? })
+    }
 }
 
 /// What attention needs to know for windows of `seq_len` tokens.
@@ -36,9 +94,6 @@ pub fn attention_spec(architecture: &Architecture, kv: KvFormat, seq_len: usize)
         kv,
     }
 }
-
-/// Keys and values in floating point, as the source's own.
-pub const FLOAT_KV: KvFormat = KvFormat { bits: 16, clip: 1.0, rotate: false, after_rope: false };
 
 /// A tensor of the shape the architecture asks for.
 pub fn expect<'a>(tensors: &'a dyn Tensors, name: &str, shape: &[usize]) -> Result<Tensor<'a>> {
@@ -64,127 +119,87 @@ pub fn vector<B: Backend>(
     backend.upload(Matrix { rows: 1, columns: len, data })
 }
 
-/// A linear's weight `[out, in]` on the host.
-pub fn matrix(tensors: &dyn Tensors, name: &str, rows: usize, columns: usize) -> Result<Matrix> {
-    let tensor = expect(tensors, name, &[rows, columns])?;
-    let data = tensor.to_f32()?;
-    tensor.release();
-    Ok(Matrix { rows, columns, data })
-}
-
-/// A linear's weight with its columns in the order of the site that feeds it, transformed.
-pub fn arranged(tensors: &dyn Tensors, linear: &LinearSpec, format: &SiteFormat) -> Result<Matrix> {
-    const ROWS: usize = 32;
-    let name = format!("{}.weight", linear.name);
-    let tensor = expect(tensors, &name, &[linear.rows, linear.columns])?;
-    let width = format.width();
-    let mut data = vec![0.0; linear.rows * width];
-    data.par_chunks_mut(ROWS * width).enumerate().try_for_each(|(chunk, out)| {
-        let first = chunk * ROWS;
-        let rows = tensor.rows_f32(first..first + out.len() / width)?;
-        for (row, out) in rows.chunks(linear.columns).zip(out.chunks_mut(width)) {
-            format.arrange(row, out);
-        }
-        Ok::<(), Error>(())
-    })?;
-    tensor.release();
-    Ok(Matrix { rows: linear.rows, columns: width, data })
-}
-
-/// Block `index` in full precision.
+/// A block in full precision.
 pub fn source_block<B: Backend>(
     backend: &B,
-    tensors: &dyn Tensors,
     architecture: &Architecture,
-    index: usize,
+    weights: &BlockWeights<B>,
 ) -> Result<Block<B>> {
-    block(backend, tensors, architecture, index, |site| {
-        let spec = &architecture.sites(index)[site];
-        let linears = spec.linears.iter().map(|linear| {
-            let name = format!("{}.weight", linear.name);
-            dense(backend, &matrix(tensors, &name, linear.rows, linear.columns)?)
-        });
+    block(backend, architecture, weights, |site| {
+        let linears = 0..weights.sites[site].len();
+        let linears = linears
+            .map(|linear| Ok(Linear::Dense(backend.dense(weights.weight(site, linear), None)?)));
         Ok((Treatment::Source, linears.collect::<Result<_>>()?))
     })
 }
 
-/// Block `index` with full-precision weights behind quantized activations: what GPTQ's Hessians are
-/// measured on. It is only to be observed: the last site's linear, whose product nobody looks at and
-/// which is the block's largest, is left out.
+/// A block with full-precision weights behind quantized activations: what GPTQ's Hessians are measured
+/// on. It is only to be observed: the last site's linear, whose product nobody looks at and which is
+/// the block's largest, is left out.
 pub fn hessian_block<B: Backend>(
     backend: &B,
-    tensors: &dyn Tensors,
     architecture: &Architecture,
-    index: usize,
+    weights: &BlockWeights<B>,
     formats: &[SiteFormat],
 ) -> Result<Block<B>> {
-    block(backend, tensors, architecture, index, |site| {
+    block(backend, architecture, weights, |site| {
         let format = &formats[site];
-        let spec = &architecture.sites(index)[site];
-        let seen: &[LinearSpec] = match spec.kind {
-            SiteKind::MlpAct => &[],
-            _ => &spec.linears,
+        let order = backend.site(format)?;
+        let seen = match SITES[site] {
+            SiteKind::MlpAct => 0,
+            _ => weights.sites[site].len(),
         };
-        let linears = seen.iter().map(|linear| dense(backend, &arranged(tensors, linear, format)?));
-        Ok((treatment(backend, format)?, linears.collect::<Result<_>>()?))
+        let linears = (0..seen).map(|linear| {
+            let weight = weights.weight(site, linear);
+            Ok(Linear::Dense(backend.dense(weight, Some(&order))?))
+        });
+        let linears = linears.collect::<Result<_>>()?;
+        Ok((treatment::<B>(format, order), linears))
     })
 }
 
-/// Block `index` as the checkpoint means it: the integer path, or with activations in floating point
-/// the weights that the codes stand for.
+/// A block as the checkpoint means it: the integer path, or with activations in floating point the
+/// weights that the codes stand for.
 pub fn quantized_block<B: Backend>(
     backend: &B,
-    tensors: &dyn Tensors,
     architecture: &Architecture,
-    index: usize,
-    sites: &[QuantizedSite],
+    weights: &BlockWeights<B>,
+    sites: &[QuantizedSite<B::Quantized>],
 ) -> Result<Block<B>> {
-    block(backend, tensors, architecture, index, |site| {
-        let spec = &architecture.sites(index)[site];
+    block(backend, architecture, weights, |site| {
         let QuantizedSite { format, linears } = &sites[site];
-        let linears =
-            linears.iter().zip(&spec.linears).map(|(quantized, linear)| match quantized {
-                None => dense(backend, &arranged(tensors, linear, format)?),
-                Some(quantized) if format.bits == 16 => dense(
-                    backend,
-                    &Matrix {
-                        rows: quantized.rows,
-                        columns: format.width(),
-                        data: dequantize(quantized),
-                    },
-                ),
-                Some(quantized) => Ok(Linear::Packed(backend.packed(quantized)?)),
-            });
-        Ok((treatment(backend, format)?, linears.collect::<Result<_>>()?))
+        let order = backend.site(format)?;
+        let linears = linears.iter().enumerate().map(|(linear, quantized)| match quantized {
+            None => {
+                let weight = weights.weight(site, linear);
+                Ok(Linear::Dense(backend.dense(weight, Some(&order))?))
+            }
+            Some(quantized) if format.bits == 16 => Ok(Linear::Dense(backend.dense_of(quantized)?)),
+            Some(quantized) => Ok(Linear::Packed(backend.packed(quantized)?)),
+        });
+        let linears = linears.collect::<Result<_>>()?;
+        Ok((treatment::<B>(format, order), linears))
     })
 }
 
-fn dense<B: Backend>(backend: &B, weight: &Matrix) -> Result<Linear<B>> {
-    Ok(Linear::Dense(backend.dense(weight)?))
-}
-
-fn treatment<B: Backend>(backend: &B, format: &SiteFormat) -> Result<Treatment<B>> {
-    let site = backend.site(format)?;
-    Ok(if format.bits == 16 { Treatment::Arranged(site) } else { Treatment::Quantized(site) })
+fn treatment<B: Backend>(format: &SiteFormat, site: B::Site) -> Treatment<B> {
+    if format.bits == 16 { Treatment::Arranged(site) } else { Treatment::Quantized(site) }
 }
 
 fn block<B: Backend>(
     backend: &B,
-    tensors: &dyn Tensors,
     architecture: &Architecture,
-    index: usize,
+    weights: &BlockWeights<B>,
     mut fill: impl FnMut(usize) -> Result<(Treatment<B>, Vec<Linear<B>>)>,
 ) -> Result<Block<B>> {
-    let norms = architecture.norm_names(index);
-    let norm = |name: &str| vector(backend, tensors, name, architecture.hidden);
-    let names = architecture.sites(index).map(|site| site.name);
+    let names = architecture.sites(weights.index).map(|site| site.name);
     let mut site = |at: usize| {
         let (treatment, linears) = fill(at)?;
         Ok::<_, Error>(Site { kind: SITES[at], name: names[at].clone(), treatment, linears })
     };
     Ok(Block {
-        attn_norm: norm(&norms[0])?,
-        mlp_norm: norm(&norms[1])?,
+        attn_norm: backend.upload(weights.norms[0].clone())?,
+        mlp_norm: backend.upload(weights.norms[1].clone())?,
         epsilon: architecture.norm_epsilon,
         sites: [site(0)?, site(1)?, site(2)?, site(3)?],
     })
@@ -194,7 +209,7 @@ fn block<B: Backend>(
 pub fn read_sites(
     stored: &impl crate::checkpoint::Stored,
     plan: &[SitePlan],
-) -> Result<Vec<QuantizedSite>> {
+) -> Result<Vec<QuantizedSite<QuantizedLinear>>> {
     plan.iter()
         .map(|site| {
             let order = crate::checkpoint::linear::read_order(

@@ -4,6 +4,7 @@ Two streams of hidden states travel beside the weights: one through the original
 channel energies are measured, and one through the quantized blocks, on which GPTQ's Hessians are.
 Memory is one block and the streams, never the model. */
 
+mod ahead;
 mod block;
 mod calibrate;
 mod load;
@@ -20,9 +21,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+pub use ahead::one_ahead;
 pub use calibrate::{CalibrationData, Provenance};
 pub use load::{
-    FLOAT_KV, attention_spec, expect, matrix, quantized_block, read_sites, source_block, vector,
+    BlockWeights, attention_spec, expect, quantized_block, read_sites, source_block, vector,
 };
 pub use stream::Stream;
 pub use timing::{cpu_seconds, peak_rss_bytes};
@@ -31,6 +33,7 @@ use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec, free_bytes, writable};
 use crate::eval;
 use crate::model::Architecture;
+use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
 use crate::text::{TextSet, Tokenizer, calibration_windows};
 use crate::{Error, Result};
@@ -84,8 +87,8 @@ pub fn quantize<B: Backend>(
     let job = prepare(source, calibration, recipe)?;
     check_evaluation(source, evaluation)?;
     let mut stream = None;
-    let attention = attention_spec(&job.architecture, FLOAT_KV, calibration.seq_len);
-    run::run(backend, &job, output, evaluation, progress, |index, timing| {
+    let attention = attention_spec(&job.architecture, KvFormat::FULL, calibration.seq_len);
+    run::run(backend, &job, output, evaluation, progress, |weights, timing| {
         timing.measure("calibrate", || {
             let stream = match &mut stream {
                 Some(stream) => stream,
@@ -97,12 +100,12 @@ pub fn quantize<B: Backend>(
                     calibration.seq_len,
                 )?),
             };
+            let architecture = &job.architecture;
             calibrate::advance_and_measure(
                 backend,
-                source,
-                &job.architecture,
+                architecture,
                 &attention,
-                index,
+                weights,
                 stream,
                 progress,
             )
@@ -224,23 +227,26 @@ pub fn calibrate<B: Backend>(
         &Recipe { group: crate::recipe::Group::Row, outliers: 0, ..Recipe::paper() },
     )?;
     job.check_tensors()?;
-    let attention = attention_spec(&job.architecture, FLOAT_KV, calibration.seq_len);
+    let attention = attention_spec(&job.architecture, KvFormat::FULL, calibration.seq_len);
     let mut stream =
         Stream::embed(backend, source, &job.architecture, &job.tokens, calibration.seq_len)?;
     progress.begin("calibrate", job.architecture.blocks);
-    let mut energies = Vec::with_capacity(job.architecture.blocks);
-    for index in 0..job.architecture.blocks {
+    let blocks = job.architecture.blocks;
+    let mut energies = Vec::with_capacity(blocks);
+    let load =
+        |index| BlockWeights::<B>::load(backend, source, &job.architecture, index, |_, _| true);
+    one_ahead(0..blocks, load, |_, weights| {
         energies.push(calibrate::advance_and_measure(
             backend,
-            source,
             &job.architecture,
             &attention,
-            index,
+            &weights()?,
             &mut stream,
             progress,
         )?);
         progress.advance("");
-    }
+        Ok(())
+    })?;
     progress.end();
     let Job { architecture, tokens, provenance, .. } = job;
     let data = CalibrationData {
@@ -334,7 +340,9 @@ pub fn pack<B: Backend>(
     let CalibrationData { provenance, tokens, energies, .. } = data;
     let PlanFile { recipe, blocks, .. } = plan;
     let job = Job { source, architecture, recipe, blocks, tokens, provenance };
-    run::run(backend, &job, output, evaluation, progress, |index, _| Ok(energies[index].clone()))
+    run::run(backend, &job, output, evaluation, progress, |weights, _| {
+        Ok(energies[weights.index].clone())
+    })
 }
 
 fn count_linears(architecture: &Architecture) -> usize {

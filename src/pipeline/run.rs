@@ -4,13 +4,16 @@
 that is the same code, so both give the same bytes. */
 
 use std::path::Path;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::block::BlockQuantizer;
+use super::ahead::one_ahead;
+use super::block::{BlockQuantizer, QuantizedBlock};
 use super::calibrate::{Energies, Provenance};
-use super::load::{attention_spec, expect, quantized_block, read_sites};
+use super::load::{BlockWeights, attention_spec, expect, quantized_block, read_sites};
 use super::outcome::{LinearOutcome, QuantizeOutcome};
 use super::plan::{BlockPlan, LinearPlan, bits_per_weight};
 use super::progress::Progress;
@@ -19,7 +22,9 @@ use super::timing::{Timing, peak_rss_bytes};
 use super::{Evaluation, Output, evaluate_change};
 use crate::backend::Backend;
 use crate::checkpoint::linear::{order_spec, order_tensor, specs, to_tensors};
-use crate::checkpoint::{DEFAULT_SHARD_BYTES, FORMAT_VERSION, Options, Source, TensorSpec, Writer};
+use crate::checkpoint::{
+    DEFAULT_SHARD_BYTES, DoneBlock, FORMAT_VERSION, Options, Source, TensorSpec, Writer,
+};
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::recipe::Recipe;
@@ -171,7 +176,7 @@ pub fn run<B: Backend>(
     output: &Output,
     evaluation: Option<&Evaluation>,
     progress: &dyn Progress,
-    energies: impl FnMut(usize, &mut Timing) -> Result<Energies>,
+    energies: impl FnMut(&BlockWeights<B>, &mut Timing) -> Result<Energies>,
 ) -> Result<QuantizeOutcome> {
     let start = Instant::now();
     let mut timing = Timing::default();
@@ -224,7 +229,7 @@ pub fn run<B: Backend>(
         seconds: start.elapsed().as_secs_f64(),
         stage_seconds: timing.finish(),
         peak_rss_bytes: peak_rss_bytes(),
-        peak_gpu_bytes: None,
+        peak_gpu_bytes: backend.peak_bytes(),
         bits_per_weight: bits_per_weight(&job.blocks),
         source_bytes: job.source.total_bytes(),
         out_bytes,
@@ -255,94 +260,172 @@ struct Written {
     resumed_blocks: usize,
 }
 
-/// Quantizes block by block, and writes every tensor of the output.
+/// Quantizes block by block, and writes every tensor of the output behind the arithmetic.
 fn write_tensors<B: Backend>(
     backend: &B,
     job: &Job,
     writer: &mut Writer,
     progress: &dyn Progress,
     timing: &mut Timing,
-    mut energies: impl FnMut(usize, &mut Timing) -> Result<Energies>,
+    energies: impl FnMut(&BlockWeights<B>, &mut Timing) -> Result<Energies>,
 ) -> Result<Written> {
-    let seq_len = job.provenance.seq_len;
-    let attention = attention_spec(&job.architecture, job.recipe.kv(), seq_len);
-    let mut stream = if job.recipe.gptq {
-        Some(Stream::embed(backend, job.source, &job.architecture, &job.tokens, seq_len)?)
-    } else {
-        None
-    };
-    let quantizer = BlockQuantizer {
-        backend,
-        source: job.source,
-        architecture: &job.architecture,
-        attention: &attention,
-        damping: job.recipe.damping,
-        progress,
-    };
+    let done = writer.done().to_vec();
+    let writer = Mutex::new(writer);
+    std::thread::scope(|scope| {
+        let (sender, receiver) = sync_channel(1);
+        let writing = scope.spawn(|| write_behind(backend, job, &writer, receiver));
+        let run = Blocks { backend, job, done: &done, writer: &writer, progress };
+        let computed = run.quantize(timing, energies, sender);
+        let written = timing.measure("write", || writing.join());
+        // What stopped the writing stopped the computing too, and says why.
+        written.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        computed
+    })
+}
 
-    progress.begin("quantize", job.blocks.len());
-    let mut errors = Vec::new();
-    let mut resumed_blocks = 0;
-    for (index, plan) in job.blocks.iter().enumerate() {
-        let name = job.architecture.block_name(index);
-        let energies = energies(index, timing)?;
-        let done = writer.done().iter().find(|done| done.block == name);
-        let (sites, block_errors) = match done.map(|done| done.extra.clone()) {
-            Some(extra) => {
-                resumed_blocks += 1;
-                let errors: Vec<(String, f64)> =
-                    serde_json::from_value(extra).map_err(|error| {
-                        crate::Error::input(format!("work of block {index}: {error}"))
-                    })?;
-                (read_sites(&*writer, plan)?, errors)
-            }
-            None => {
-                let block = quantizer.quantize(index, plan, &energies, stream.as_ref(), timing)?;
-                timing.measure("write", || {
-                    let mut tensors = job.copies(job.architecture.norm_names(index))?;
-                    for (site, quantized) in plan.iter().zip(&block.sites) {
-                        tensors.push(order_tensor(&site.name, &quantized.format.order));
-                        for (linear, weights) in site.linears.iter().zip(&quantized.linears) {
-                            match weights {
-                                Some(weights) => tensors.extend(to_tensors(&linear.name, weights)),
-                                None => {
-                                    tensors
-                                        .extend(job.copies([format!("{}.weight", linear.name)])?);
-                                }
-                            }
-                        }
+/// A writer that two threads reach; a panic of one is passed on by the other.
+fn locked<'a, 'w>(writer: &'a Mutex<&'w mut Writer>) -> std::sync::MutexGuard<'a, &'w mut Writer> {
+    writer.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Packs and writes finished blocks as they come.
+fn write_behind<B: Backend>(
+    backend: &B,
+    job: &Job,
+    writer: &Mutex<&mut Writer>,
+    blocks: Receiver<(usize, QuantizedBlock<B>)>,
+) -> Result<()> {
+    for (index, QuantizedBlock { sites, errors }) in blocks {
+        let mut tensors = job.copies(job.architecture.norm_names(index))?;
+        for (site, quantized) in job.blocks[index].iter().zip(sites) {
+            tensors.push(order_tensor(&site.name, &quantized.format.order));
+            for (linear, weights) in site.linears.iter().zip(quantized.linears) {
+                match weights {
+                    Some(weights) => {
+                        tensors.extend(to_tensors(&linear.name, &backend.fetch(weights)?));
                     }
-                    writer.write_block(&name, tensors, json!(block.errors))
-                })?;
-                (block.sites, block.errors)
+                    None => tensors.extend(job.copies([format!("{}.weight", linear.name)])?),
+                }
             }
-        };
-        // Nobody needs the states after the last block.
-        if let Some(stream) = stream.as_mut().filter(|_| index + 1 < job.blocks.len()) {
-            timing.measure("propagate", || {
-                let block = quantized_block(backend, job.source, &job.architecture, index, &sites)?;
-                stream.advance(backend, &attention, &block, || progress.check_stop())
-            })?;
         }
-        backend.trim();
-        progress.advance(&worst_of(&block_errors));
-        errors.extend(block_errors);
+        let name = job.architecture.block_name(index);
+        locked(writer).write_block(&name, tensors, json!(errors))?;
     }
-    progress.end();
-    drop(stream);
+    Ok(())
+}
 
-    for (unit, name) in
-        [("embedding", EMBEDDING), ("norm", FINAL_NORM), ("head", job.architecture.head_name())]
-    {
-        let tied_head = unit == "head" && job.architecture.tied;
-        if !tied_head && writer.done().iter().all(|done| done.block != unit) {
-            timing.measure("write", || {
-                writer.write_block(unit, job.copies([name.to_owned()])?, Value::Null)
-            })?;
-        }
+/// The blocks of a run, and what each needs.
+struct Blocks<'a, 'w, B: Backend> {
+    backend: &'a B,
+    job: &'a Job<'a>,
+    /// Finished by an earlier run.
+    done: &'a [DoneBlock],
+    writer: &'a Mutex<&'w mut Writer>,
+    progress: &'a dyn Progress,
+}
+
+impl<B: Backend> Blocks<'_, '_, B> {
+    /// Quantizes every block that is not done, and sends it on to be written.
+    fn quantize(
+        &self,
+        timing: &mut Timing,
+        mut energies: impl FnMut(&BlockWeights<B>, &mut Timing) -> Result<Energies>,
+        finished: SyncSender<(usize, QuantizedBlock<B>)>,
+    ) -> Result<Written> {
+        let Self { backend, job, progress, .. } = *self;
+        let architecture = &job.architecture;
+        let seq_len = job.provenance.seq_len;
+        let attention = attention_spec(architecture, job.recipe.kv(), seq_len);
+        let mut stream = if job.recipe.gptq {
+            Some(Stream::embed(backend, job.source, architecture, &job.tokens, seq_len)?)
+        } else {
+            None
+        };
+        let quantizer = BlockQuantizer {
+            backend,
+            architecture,
+            attention: &attention,
+            damping: job.recipe.damping,
+            progress,
+        };
+        progress.begin("quantize", job.blocks.len());
+        let mut written = Written { errors: Vec::new(), resumed_blocks: 0 };
+        let load =
+            |index| BlockWeights::load(backend, job.source, architecture, index, |_, _| true);
+        one_ahead(0..job.blocks.len(), load, |index, next| {
+            let weights = timing.measure("load", next)?;
+            let energies = energies(&weights, timing)?;
+            let done = self.resumed(index)?;
+            let resumed = done.is_some();
+            let block = match done {
+                Some(block) => block,
+                None => {
+                    let plan = &job.blocks[index];
+                    quantizer.quantize(&weights, plan, &energies, stream.as_ref(), timing)?
+                }
+            };
+            written.resumed_blocks += usize::from(resumed);
+            written.errors.extend(block.errors.clone());
+            let worst = worst_of(&block.errors);
+            // Nobody needs the states after the last block.
+            let stream = stream.as_mut().filter(|_| index + 1 < job.blocks.len());
+            let laid_out = match &stream {
+                None => None,
+                Some(_) => Some(timing.measure("propagate", || {
+                    quantized_block(backend, architecture, &weights, &block.sites)
+                })?),
+            };
+            drop(weights);
+            if !resumed {
+                // It fails if the writing has failed, which is then the error that counts.
+                let sent = timing.measure("write", || finished.send((index, block)));
+                sent.map_err(|_| Error::machine("the checkpoint could not be written"))?;
+            }
+            if let (Some(stream), Some(block)) = (stream, laid_out) {
+                timing.measure("propagate", || {
+                    stream.advance(backend, &attention, &block, || progress.check_stop())?;
+                    backend.wait()
+                })?;
+            }
+            backend.trim();
+            progress.advance(&worst);
+            Ok(())
+        })?;
+        progress.end();
+        drop((stream, finished));
+        self.write_kept(timing)?;
+        progress.check_stop()?;
+        Ok(written)
     }
-    progress.check_stop()?;
-    Ok(Written { errors, resumed_blocks })
+
+    /// Block `index` as an earlier run left it, if one did.
+    fn resumed(&self, index: usize) -> Result<Option<QuantizedBlock<B>>> {
+        let name = self.job.architecture.block_name(index);
+        let Some(done) = self.done.iter().find(|done| done.block == name) else {
+            return Ok(None);
+        };
+        let errors = serde_json::from_value(done.extra.clone())
+            .map_err(|error| Error::input(format!("work of block {index}: {error}")))?;
+        let sites = read_sites(&**locked(self.writer), &self.job.blocks[index])?;
+        let sites = sites.into_iter().map(|site| site.restore(self.backend));
+        Ok(Some(QuantizedBlock { sites: sites.collect::<Result<_>>()?, errors }))
+    }
+
+    /// Writes the tensors beside the blocks.
+    fn write_kept(&self, timing: &mut Timing) -> Result<()> {
+        let Self { job, .. } = self;
+        let head = job.architecture.head_name();
+        for (unit, name) in [("embedding", EMBEDDING), ("norm", FINAL_NORM), ("head", head)] {
+            let tied_head = unit == "head" && job.architecture.tied;
+            if !tied_head && self.done.iter().all(|done| done.block != unit) {
+                timing.measure("write", || {
+                    let tensors = job.copies([name.to_owned()])?;
+                    locked(self.writer).write_block(unit, tensors, Value::Null)
+                })?;
+            }
+        }
+        Ok(())
+    }
 }
 
 fn worst_of(errors: &[(String, f64)]) -> String {

@@ -1,17 +1,11 @@
 /*! The hidden states of all windows, between two blocks. */
 
-use crate::backend::{AttentionSpec, Backend, Matrix};
+use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::Tensors;
 use crate::model::Architecture;
 use crate::model::sites::EMBEDDING;
 use crate::pipeline::load::expect;
 use crate::{Error, Result};
-
-/// Bytes of a batch's activations inside a block, about: some for every thread, so that each operation
-/// has work for all of them. Results do not depend on it.
-fn batch_bytes() -> usize {
-    (64 << 20) + rayon::current_num_threads() * (24 << 20)
-}
 
 /// Hidden states of windows `[windows * seq_len, hidden]`, cut into batches.
 pub struct Stream<B: Backend> {
@@ -20,11 +14,11 @@ pub struct Stream<B: Backend> {
 }
 
 /// Windows that go through a block together.
-pub fn windows_per_batch(architecture: &Architecture, seq_len: usize) -> usize {
+fn windows_per_batch(batch_bytes: usize, architecture: &Architecture, seq_len: usize) -> usize {
     let heads = architecture.heads + architecture.kv_heads;
     let channels =
         4 * architecture.hidden + 2 * heads * architecture.head_dim + 2 * architecture.intermediate;
-    (batch_bytes() / (4 * channels * seq_len)).max(1)
+    (batch_bytes / (4 * channels * seq_len)).max(1)
 }
 
 impl<B: Backend> Stream<B> {
@@ -36,32 +30,21 @@ impl<B: Backend> Stream<B> {
         tokens: &[u32],
         seq_len: usize,
     ) -> Result<Self> {
-        let hidden = architecture.hidden;
-        let embedding = expect(tensors, EMBEDDING, &[architecture.vocabulary, hidden])?;
-        let batch = windows_per_batch(architecture, seq_len) * seq_len;
-        let batches = tokens.chunks(batch).map(|tokens| {
-            let mut data = Vec::with_capacity(tokens.len() * hidden);
-            for &token in tokens {
-                let row = token as usize;
-                if row >= architecture.vocabulary {
-                    return Err(Error::input(format!(
-                        "the tokenizer gives token {token}, but the model has {} embeddings",
-                        architecture.vocabulary
-                    ))
-                    .hint("tokenizer.json does not belong to this model"));
-                }
-                data.extend(embedding.rows_f32(row..row + 1)?);
-            }
-            backend.upload(Matrix { rows: tokens.len(), columns: hidden, data })
+        let vocabulary = architecture.vocabulary;
+        let embedding = expect(tensors, EMBEDDING, &[vocabulary, architecture.hidden])?;
+        if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
+            return Err(Error::input(format!(
+                "the tokenizer gives token {token}, but the model has {vocabulary} embeddings"
+            ))
+            .hint("tokenizer.json does not belong to this model"));
+        }
+        let table = backend.load(embedding)?;
+        let windows = windows_per_batch(backend.batch_bytes(), architecture, seq_len);
+        let batches = tokens.chunks(windows * seq_len).map(|tokens| {
+            let mut batch = backend.embed(&table, tokens)?;
+            backend.set_aside(&mut batch)?;
+            Ok(batch)
         });
-        let batches = batches.collect::<Result<_>>()?;
-        embedding.release();
-        Ok(Self { batches })
-    }
-
-    /// A second stream that starts from the same states.
-    pub fn duplicate(&self, backend: &B) -> Result<Self> {
-        let batches = self.batches.iter().map(|batch| backend.duplicate(batch));
         Ok(Self { batches: batches.collect::<Result<_>>()? })
     }
 
@@ -75,7 +58,9 @@ impl<B: Backend> Stream<B> {
     ) -> Result<()> {
         for batch in &mut self.batches {
             checkpoint()?;
+            backend.recall(batch)?;
             block.forward(backend, attention, batch, &mut |_, _| Ok(()))?;
+            backend.set_aside(batch)?;
         }
         Ok(())
     }

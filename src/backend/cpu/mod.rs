@@ -14,16 +14,18 @@ pub mod integer;
 pub mod isa;
 pub mod quantize;
 mod tensor;
+mod weights;
 
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::{AttentionSpec, Backend, Damping, Matrix};
+use super::{AttentionSpec, Backend, Damping, Matrix, Unquantized};
+use crate::checkpoint;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::rows::QuantizedRows;
 use crate::quant::site::SiteFormat;
-use crate::quant::weights::{WeightFormat, dequantize};
+use crate::quant::weights::{dequantize, round_to_nearest};
 use crate::{Error, Result};
 use attention::AttentionShape;
 use gemm::{gemm, par_gemm};
@@ -34,6 +36,7 @@ use integer::IntegerLinear;
 use isa::Isa;
 use tensor::Pool;
 pub use tensor::Tensor;
+use weights::arranged;
 
 /// Rows that go to a thread at once.
 const ROWS: usize = 64;
@@ -102,7 +105,9 @@ impl Cpu {
 impl Backend for Cpu {
     type Tensor = Tensor;
     type Rows = QuantizedRows;
+    type Weight<'a> = checkpoint::Tensor<'a>;
     type Dense = Panels;
+    type Quantized = QuantizedLinear;
     type Packed = IntegerLinear;
     type Site = SiteFormat;
     type Hessian = Hessian;
@@ -112,6 +117,10 @@ impl Backend for Cpu {
         let threads = rayon::current_num_threads();
         let plural = if threads == 1 { "" } else { "s" };
         format!("cpu ({}, {threads} thread{plural})", self.isa.name())
+    }
+
+    fn batch_bytes(&self) -> usize {
+        (64 << 20) + rayon::current_num_threads() * (24 << 20)
     }
 
     fn rows(&self, tensor: &Tensor) -> usize {
@@ -128,8 +137,33 @@ impl Backend for Cpu {
         Ok(copy)
     }
 
-    fn dense(&self, weight: &Matrix) -> Result<Panels> {
-        Ok(Panels::from_rows(&weight.data, weight.rows, weight.columns))
+    fn load<'a>(&self, tensor: checkpoint::Tensor<'a>) -> Result<checkpoint::Tensor<'a>> {
+        Ok(tensor)
+    }
+
+    fn embed(&self, table: &checkpoint::Tensor<'_>, tokens: &[u32]) -> Result<Tensor> {
+        let columns = table.shape[1];
+        let mut data = vec![0.0; tokens.len() * columns];
+        data.par_chunks_mut(columns).zip(tokens).try_for_each(|(row, &token)| {
+            let token = token as usize;
+            row.copy_from_slice(&table.rows_f32(token..token + 1)?);
+            Ok::<(), Error>(())
+        })?;
+        table.release();
+        Ok(Tensor::from_matrix(Matrix { rows: tokens.len(), columns, data }))
+    }
+
+    fn dense(&self, weight: &checkpoint::Tensor<'_>, site: Option<&SiteFormat>) -> Result<Panels> {
+        let Matrix { rows, columns, data } = match site {
+            Some(site) => arranged(weight, site)?,
+            None => weights::matrix(weight)?,
+        };
+        Ok(Panels::from_rows(&data, rows, columns))
+    }
+
+    fn dense_of(&self, weight: &QuantizedLinear) -> Result<Panels> {
+        let columns = weight.grouped_channels() + weight.outlier_channels;
+        Ok(Panels::from_rows(&dequantize(weight), weight.rows, columns))
     }
 
     fn packed(&self, weight: &QuantizedLinear) -> Result<IntegerLinear> {
@@ -291,29 +325,42 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn factor(&self, hessian: &Hessian, damping: f32) -> Result<Option<(Vec<f32>, Damping)>> {
+    fn factor(&self, hessian: &mut Hessian, damping: f32) -> Result<Option<(Vec<f32>, Damping)>> {
         Ok(factor::factor(&hessian.lower, hessian.n, damping))
     }
 
     fn gptq(
         &self,
-        weights: Matrix,
-        format: &WeightFormat,
+        linears: &[Unquantized<checkpoint::Tensor<'_>>],
+        site: &SiteFormat,
         factor: &Vec<f32>,
+    ) -> Result<Vec<QuantizedLinear>> {
+        let sweep = |linear: &Unquantized<checkpoint::Tensor<'_>>| {
+            gptq::sweep(self.isa, arranged(linear.weight, site)?, &linear.format, factor)
+                .map_err(|error| error.context(format!("weights of {}", linear.name)))
+        };
+        linears.iter().map(sweep).collect()
+    }
+
+    fn round(
+        &self,
+        linear: &Unquantized<checkpoint::Tensor<'_>>,
+        site: &SiteFormat,
     ) -> Result<QuantizedLinear> {
-        gptq::sweep(self.isa, weights, format, factor)
+        let weights = arranged(linear.weight, site)?;
+        round_to_nearest(&weights.data, weights.rows, &linear.format)
+            .map_err(|error| error.context(format!("weights of {}", linear.name)))
     }
 
     fn output_error(
         &self,
         hessian: &Hessian,
-        original: &Matrix,
+        site: &SiteFormat,
+        weight: &checkpoint::Tensor<'_>,
         quantized: &QuantizedLinear,
     ) -> Result<f64> {
-        let mut error = dequantize(quantized);
-        for (error, weight) in error.iter_mut().zip(&original.data) {
-            *error -= weight;
-        }
+        let original = arranged(weight, site)?;
+        let error = weights::difference(quantized, &original);
         let half = hessian.half_panels();
         let [lost, total] = [&error, &original.data]
             .map(|weights| hessian::energy(self.isa, weights, original.columns, &half));
@@ -324,6 +371,24 @@ impl Backend for Cpu {
         } else {
             Err(Error::input("the calibration activations are not finite"))
         }
+    }
+
+    fn energy_error(
+        &self,
+        energy: &[f64],
+        site: &SiteFormat,
+        weight: &checkpoint::Tensor<'_>,
+        quantized: &QuantizedLinear,
+    ) -> Result<f64> {
+        Ok(weights::energy_error(&arranged(weight, site)?, quantized, site, energy))
+    }
+
+    fn fetch(&self, weight: QuantizedLinear) -> Result<QuantizedLinear> {
+        Ok(weight)
+    }
+
+    fn restore(&self, weight: QuantizedLinear) -> Result<QuantizedLinear> {
+        Ok(weight)
     }
 
     fn trim(&self) {

@@ -1,0 +1,80 @@
+/*! Source weights on their way to panels and codes: converted, arranged, compared. */
+
+use rayon::prelude::*;
+
+use crate::backend::Matrix;
+use crate::checkpoint::Tensor;
+use crate::quant::hadamard;
+use crate::quant::linear::QuantizedLinear;
+use crate::quant::site::{SiteFormat, Transform};
+use crate::quant::weights::dequantize;
+use crate::{Error, Result};
+
+/// A weight `[out, in]` in f32; its pages are given back.
+pub(super) fn matrix(weight: &Tensor<'_>) -> Result<Matrix> {
+    let data = weight.to_f32()?;
+    weight.release();
+    Ok(Matrix { rows: weight.shape[0], columns: weight.shape[1], data })
+}
+
+/// A weight with its columns in the order of the site that feeds it, transformed; its pages are
+/// given back.
+pub(super) fn arranged(weight: &Tensor<'_>, site: &SiteFormat) -> Result<Matrix> {
+    const ROWS: usize = 32;
+    let (rows, columns, width) = (weight.shape[0], weight.shape[1], site.width());
+    let mut data = vec![0.0; rows * width];
+    data.par_chunks_mut(ROWS * width).enumerate().try_for_each(|(chunk, out)| {
+        let first = chunk * ROWS;
+        let rows = weight.rows_f32(first..first + out.len() / width)?;
+        for (row, out) in rows.chunks(columns).zip(out.chunks_mut(width)) {
+            site.arrange(row, out);
+        }
+        Ok::<(), Error>(())
+    })?;
+    weight.release();
+    Ok(Matrix { rows, columns: width, data })
+}
+
+/// `Q - W`.
+pub(super) fn difference(quantized: &QuantizedLinear, original: &Matrix) -> Vec<f32> {
+    let mut error = dequantize(quantized);
+    for (error, weight) in error.iter_mut().zip(&original.data) {
+        *error -= weight;
+    }
+    error
+}
+
+/// `sqrt(sum_j s_j |E_j|^2 / sum_j s_j |W_j|^2)` over the source's channels j of energy s_j, with
+/// `E = W - Q`.
+pub(super) fn energy_error(
+    original: &Matrix,
+    quantized: &QuantizedLinear,
+    site: &SiteFormat,
+    energy: &[f64],
+) -> f64 {
+    let error = difference(quantized, original);
+    let mut row = vec![0.0; site.width()];
+    let mut sum = |weights: &[f32]| -> f64 {
+        weights
+            .chunks(site.width())
+            .map(|arranged| {
+                row.copy_from_slice(arranged);
+                if site.transform == Transform::Hadamard {
+                    // The transform is its own inverse: back to single channels.
+                    for group in row[..site.grouped_channels()].chunks_mut(site.group_size) {
+                        hadamard::transform(group);
+                    }
+                }
+                row.iter()
+                    .zip(&site.order)
+                    .filter_map(|(value, &channel)| {
+                        let channel = usize::try_from(channel).ok()?;
+                        Some(energy[channel] * f64::from(*value) * f64::from(*value))
+                    })
+                    .sum::<f64>()
+            })
+            .sum()
+    };
+    let (lost, total) = (sum(&error), sum(&original.data));
+    if total > 0.0 { (lost / total).sqrt() } else { 0.0 }
+}
