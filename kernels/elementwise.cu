@@ -1,0 +1,109 @@
+// Everything in a block that is no product and moves no channel: embedding, norm, activation, residual,
+// and the conversion of weights.
+
+#define THREADS 256
+
+template <class In> static __device__ __forceinline__ void embed(const In* table, const u32* tokens, int hidden, float* y) {
+    const In* row = table + (long long)tokens[blockIdx.x] * hidden;
+    y += (long long)blockIdx.x * hidden;
+    for (int i = threadIdx.x; i < hidden; i += THREADS) y[i] = to_float(row[i]);
+}
+
+/// Rows of `table` `[vocabulary, hidden]` that `tokens` name, in f32. One block a token.
+extern "C" __global__ void __launch_bounds__(THREADS) embed_half(const half* table, const u32* tokens, int hidden, float* y) {
+    embed(table, tokens, hidden, y);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) embed_bf16(const bf16* table, const u32* tokens, int hidden, float* y) {
+    embed(table, tokens, hidden, y);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) embed_float(const float* table, const u32* tokens, int hidden, float* y) {
+    embed(table, tokens, hidden, y);
+}
+
+/// RMSNorm of each row of `x` `[rows, n]`, to f16. One block a row; four values a thread at a time
+/// where rows begin at multiples of 16 bytes.
+extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const float* x, const float* weight, int n, float epsilon, half* y) {
+    __shared__ float parts[THREADS / 32];
+    x += (long long)blockIdx.x * n;
+    y += (long long)blockIdx.x * n;
+    int fours = n % 4 == 0 ? n / 4 : 0;
+    const float4* x4 = reinterpret_cast<const float4*>(x);
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < fours; i += THREADS) {
+        float4 v = x4[i];
+        sum += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+    }
+    for (int i = 4 * fours + threadIdx.x; i < n; i += THREADS) sum += x[i] * x[i];
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
+    __syncthreads();
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; i++) total += parts[i];
+    float inverse = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(total, (float)n) + epsilon));
+    const float4* weight4 = reinterpret_cast<const float4*>(weight);
+    uint2* y4 = reinterpret_cast<uint2*>(y);
+    for (int i = threadIdx.x; i < fours; i += THREADS) {
+        float4 v = x4[i], w = weight4[i];
+        y4[i] = make_uint2(pack_half2(v.x * inverse * w.x, v.y * inverse * w.y), pack_half2(v.z * inverse * w.z, v.w * inverse * w.w));
+    }
+    for (int i = 4 * fours + threadIdx.x; i < n; i += THREADS) y[i] = to_half(x[i] * inverse * weight[i]);
+}
+
+static __device__ __forceinline__ float silu_mul(float gate, float up) {
+    return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+}
+static __device__ __forceinline__ u32 silu_mul2(u32 gate, u32 up) {
+    return pack_half2(silu_mul(low_half(gate), low_half(up)), silu_mul(high_half(gate), high_half(up)));
+}
+
+/// `gate = silu(gate) * up`, `count` values in place, eight a thread.
+extern "C" __global__ void __launch_bounds__(THREADS) silu_mul_half(half* gate, const half* up, long long count) {
+    long long first = ((long long)blockIdx.x * THREADS + threadIdx.x) * 8;
+    if (first + 8 <= count) {
+        uint4 g = *reinterpret_cast<const uint4*>(gate + first), u = *reinterpret_cast<const uint4*>(up + first);
+        *reinterpret_cast<uint4*>(gate + first) = make_uint4(silu_mul2(g.x, u.x), silu_mul2(g.y, u.y), silu_mul2(g.z, u.z), silu_mul2(g.w, u.w));
+    } else {
+        for (long long i = first; i < count; i++) gate[i] = to_half(silu_mul(to_float(gate[i]), to_float(up[i])));
+    }
+}
+
+/// `x += y`, `count` values, four a thread.
+extern "C" __global__ void __launch_bounds__(THREADS) add_half(float* x, const half* y, long long count) {
+    long long first = ((long long)blockIdx.x * THREADS + threadIdx.x) * 4;
+    if (first + 4 <= count) {
+        float4 a = *reinterpret_cast<const float4*>(x + first);
+        uint2 b = *reinterpret_cast<const uint2*>(y + first);
+        a.x += low_half(b.x);
+        a.y += high_half(b.x);
+        a.z += low_half(b.y);
+        a.w += high_half(b.y);
+        *reinterpret_cast<float4*>(x + first) = a;
+    } else {
+        for (long long i = first; i < count; i++) x[i] += to_float(y[i]);
+    }
+}
+
+/// `bad` becomes the least index of a value that is not finite, or with `to` (which gets the values in
+/// f16) beyond f16.
+template <class In> static __device__ __forceinline__ void convert(const In* x, long long count, half* to, u64* bad) {
+    long long step = (long long)gridDim.x * THREADS;
+    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += step) {
+        float value = to_float(x[i]);
+        if (to) {
+            half rounded = to_half(value);
+            to[i] = rounded;
+            value = to_float(rounded);
+        }
+        if (!is_finite(value)) atomicMin(bad, (u64)i);
+    }
+}
+extern "C" __global__ void __launch_bounds__(THREADS) convert_half(const half* x, long long count, half* to, u64* bad) {
+    convert(x, count, to, bad);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) convert_bf16(const bf16* x, long long count, half* to, u64* bad) {
+    convert(x, count, to, bad);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) convert_float(const float* x, long long count, half* to, u64* bad) {
+    convert(x, count, to, bad);
+}

@@ -1,0 +1,251 @@
+// GPTQ: the damped Hessian's factor, the sweep, and what it cost.
+//
+// The sweep is in the form that needs no inverse. With H = R D R^T, R unit upper triangular, GPTQ's
+// update is
+//     w'_j = w_j + sum over i < j of (w_i - q_i) R_ij,      q_j = the code nearest to w'_j,
+// where w is the weight before any update. It is the same sequence of decisions as gptq.py's, which
+// spreads (w'_i - q_i) / U_ii by the rows of U, U^T U = H^-1: both say that each column is set to its
+// best value given the errors of those before it. R comes from one Cholesky factorization: with J the
+// reversal of rows and columns, J H J = L L^T gives R = J L J divided by its diagonal, column by column.
+//
+// Columns go in blocks of at most 128: a warp sweeps its rows inside a block in registers, and a matrix
+// product carries the block's w - q to the columns behind it (src/backend/cuda/gptq.rs).
+
+#define THREADS 256
+#define SPAN 128
+
+/// Mirrors the lower triangle of `h` `[n, n]` to the upper one. Blocks of 32 x 32 threads' tiles.
+extern "C" __global__ void __launch_bounds__(THREADS) mirror(float* h, int n) {
+    __shared__ float tile[32][33];
+    if (blockIdx.x > blockIdx.y) return;
+    int x = threadIdx.x % 32, y = threadIdx.x / 32;
+    for (int i = y; i < 32; i += THREADS / 32) {
+        int row = blockIdx.y * 32 + i, column = blockIdx.x * 32 + x;
+        if (row < n && column < n) tile[i][x] = h[(long long)row * n + column];
+    }
+    __syncthreads();
+    for (int i = y; i < 32; i += THREADS / 32) {
+        int row = blockIdx.x * 32 + i, column = blockIdx.y * 32 + x;
+        if (row < column && column < n) h[(long long)row * n + column] = tile[x][i];
+    }
+}
+
+/// The diagonal of `h` `[n, n]`.
+extern "C" __global__ void __launch_bounds__(THREADS) diagonal(const float* h, int n, float* to) {
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i < n) to[i] = h[(long long)i * n + i];
+}
+
+/// The lower triangle of J H J, row by row, with `damp` added to its diagonal; a channel that no token
+/// used has a diagonal of 1. A row a block of `blockIdx.y`.
+extern "C" __global__ void __launch_bounds__(THREADS) flip(const float* h, int n, float damp, float* to) {
+    long long row = blockIdx.y;
+    int column = blockIdx.x * THREADS + threadIdx.x;
+    if (column > row) return;
+    float value = h[(n - 1 - row) * n + (n - 1 - column)];
+    if (column == row) value = (value > 0.0f ? value : 1.0f) + damp;
+    to[row * n + column] = value;
+}
+
+/// The diagonal of L from its last entry to its first: what each column of R is divided by.
+extern "C" __global__ void __launch_bounds__(THREADS) divisors(const float* l, int n, float* to) {
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i < n) to[i] = l[(long long)(n - 1 - i) * n + (n - 1 - i)];
+}
+
+/// R above its diagonal from L below it, in one buffer: R[i][j] = L[n-1-i][n-1-j] / L[n-1-j][n-1-j].
+extern "C" __global__ void __launch_bounds__(THREADS) unit_upper(float* l, const float* divisors, int n) {
+    long long i = blockIdx.y;
+    int j = blockIdx.x * THREADS + threadIdx.x;
+    if (j <= i || j >= n) return;
+    l[i * n + j] = __fdiv_rn(l[(n - 1 - i) * n + (n - 1 - j)], divisors[j]);
+}
+
+/// How the codes of a sweep are held.
+struct Grid {
+    float ratio, least, greatest;
+
+    __device__ __forceinline__ float scale(u32 absmax) const { return to_float(to_half(__uint_as_float(absmax) * ratio)); }
+    __device__ __forceinline__ float code(float value, float inverse) const {
+        return fminf(fmaxf(rintf(value * inverse), least), greatest);
+    }
+};
+static __device__ __forceinline__ float inverse_of(float scale) { return scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale); }
+
+/// The scale of one group, columns `first` to `first + size` of the rows that share it, where a group
+/// is wider than a span. A warp a scale.
+extern "C" __global__ void __launch_bounds__(THREADS) wide_group_scales(
+    const float* weights, int rows, int width, int rows_per_scale, int first, int size, int group, int groups,
+    float ratio, float* scales, u32* bad
+) {
+    int set = (blockIdx.x * THREADS + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    if (set * rows_per_scale >= rows) return;
+    u32 most = 0;
+    for (int row = set * rows_per_scale; row < min(rows, (set + 1) * rows_per_scale); row++) {
+        const float* values = weights + (long long)row * width + first;
+        for (int i = lane; i < size; i += 32) most = max(most, magnitude(values[i]));
+    }
+    Grid grid{ratio, 0.0f, 0.0f};
+    float scale = grid.scale(warp_max(most));
+    if (lane == 0) {
+        scales[(long long)set * groups + group] = scale;
+        if (!is_finite(scale)) atomicMin(bad, (u32)(set * rows_per_scale));
+    }
+}
+
+/// Sweeps columns `first` to `first + count` (at most SPAN). `weights` carries every update from the
+/// columns before them, `original` none; both `[rows, width]`. Column i of the span is in lane i % 32,
+/// register i / 32. Leaves codes, the scales of groups that begin in the span (unless `wide`: then the
+/// span's one scale is there already), and w - q in `difference` `[rows, SPAN]`. With `feedback` 0 each
+/// column is rounded on its own.
+template <int ROWS> static __device__ __forceinline__ void sweep(
+    const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
+    int group_size, int groups, int wide, int feedback, Grid grid, i8* codes, float* scales, float* difference, u32* bad
+) {
+    extern __shared__ float tile[];
+    // R's part above the diagonal, zeros elsewhere, so that an update never changes a finished column.
+    if (feedback) {
+        for (int i = threadIdx.x; i < count * SPAN; i += THREADS) {
+            int row = i / SPAN, column = i % SPAN;
+            tile[i] = row < column && column < count ? r[(long long)(first + row) * width + first + column] : 0.0f;
+        }
+        __syncthreads();
+    }
+    int set = (blockIdx.x * THREADS + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    if (set * ROWS >= rows) return;
+    int grouped = groups * group_size;
+    float w[ROWS][4], w0[ROWS][4], d[ROWS][4];
+    int code[ROWS][4];
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+        bool there = set * ROWS + row < rows;
+        long long at = (long long)(set * ROWS + row) * width + first;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            int column = c * 32 + lane;
+            bool inside = there && column < count;
+            w[row][c] = inside ? weights[at + column] : 0.0f;
+            w0[row][c] = inside ? original[at + column] : 0.0f;
+            d[row][c] = 0.0f;
+            code[row][c] = 0;
+        }
+    }
+    float scale = wide ? scales[(long long)set * groups + first / group_size] : 0.0f;
+    float inverse = inverse_of(scale);
+    int until = wide ? count : 0;
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        for (int from = 0; from < 32; from++) {
+            int column = c * 32 + from;
+            if (column >= count) break;
+            if (column == until) {
+                u32 most = 0;
+#pragma unroll
+                for (int row = 0; row < ROWS; row++) {
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        int other = k * 32 + lane;
+                        if (other >= column && other < column + group_size) most = max(most, magnitude(w[row][k]));
+                    }
+                }
+                scale = grid.scale(warp_max(most));
+                inverse = inverse_of(scale);
+                until = column + group_size;
+                if (lane == 0) {
+                    scales[(long long)set * groups + (first + column) / group_size] = scale;
+                    if (!is_finite(scale)) atomicMin(bad, (u32)(set * ROWS));
+                }
+            }
+#pragma unroll
+            for (int row = 0; row < ROWS; row++) {
+                float value = __shfl_sync(0xffffffffu, w[row][c], from);
+                float before = __shfl_sync(0xffffffffu, w0[row][c], from);
+                float q = grid.code(value, inverse);
+                float lost = before - q * scale;
+                if (lane == from) {
+                    code[row][c] = (int)q;
+                    d[row][c] = lost;
+                }
+                if (feedback) {
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        if (k >= c) w[row][k] = fmaf(lost, tile[column * SPAN + k * 32 + lane], w[row][k]);
+                    }
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+        long long own = set * ROWS + row;
+        if (own >= rows) break;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            int column = c * 32 + lane;
+            if (column < count) {
+                codes[own * grouped + first + column] = (i8)code[row][c];
+                if (feedback) difference[own * SPAN + column] = d[row][c];
+            }
+        }
+    }
+}
+extern "C" __global__ void __launch_bounds__(THREADS) sweep_rows(
+    const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
+    int group_size, int groups, int wide, int feedback, float ratio, float least, float greatest, i8* codes, float* scales,
+    float* difference, u32* bad
+) {
+    Grid grid{ratio, least, greatest};
+    sweep<1>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, bad);
+}
+/// The same where two rows share their scales.
+extern "C" __global__ void __launch_bounds__(THREADS) sweep_row_pairs(
+    const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
+    int group_size, int groups, int wide, int feedback, float ratio, float least, float greatest, i8* codes, float* scales,
+    float* difference, u32* bad
+) {
+    Grid grid{ratio, least, greatest};
+    sweep<2>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, bad);
+}
+
+/// The outlier block, the last `outliers` columns of `weights` `[rows, width]`: INT8 codes
+/// `[rows, padded]` with zeros behind and one scale a row, or with `values` (not null) rounded to f16.
+/// A warp a row.
+extern "C" __global__ void __launch_bounds__(THREADS) outlier_block(
+    const float* weights, int rows, int width, int outliers, int padded, float ratio, i8* codes, float* scales, float* values, u32* bad
+) {
+    long long row = (blockIdx.x * THREADS + threadIdx.x) / 32;
+    int lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    const float* own = weights + row * width + (width - outliers);
+    bool sound = true;
+    if (values) {
+        for (int i = lane; i < outliers; i += 32) {
+            float value = to_float(to_half(own[i]));
+            sound = sound && is_finite(value);
+            values[row * outliers + i] = value;
+        }
+    } else {
+        u32 most = 0;
+        for (int i = lane; i < outliers; i += 32) most = max(most, magnitude(own[i]));
+        Grid grid{ratio, -127.0f, 127.0f};
+        float scale = grid.scale(warp_max(most));
+        float inverse = inverse_of(scale);
+        sound = is_finite(scale);
+        if (lane == 0) scales[row] = scale;
+        for (int i = lane; i < padded; i += 32) codes[row * padded + i] = i < outliers ? (i8)grid.code(own[i], inverse) : (i8)0;
+    }
+    if (!sound) atomicMin(bad, (u32)row);
+}
+
+/// `x -= y`, `count` values.
+extern "C" __global__ void __launch_bounds__(THREADS) subtract(float* x, const float* y, long long count) {
+    long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (i < count) x[i] -= y[i];
+}
+
+/// One scale a row pair spread to one a row: `[rows, groups]` from `[ceil(rows / rows_per_scale), groups]`.
+extern "C" __global__ void __launch_bounds__(THREADS) spread_scales(const float* scales, int rows, int groups, int rows_per_scale, float* to) {
+    long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= (long long)rows * groups) return;
+    to[i] = scales[i / groups / rows_per_scale * groups + i % groups];
+}

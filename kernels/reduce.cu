@@ -1,0 +1,108 @@
+// Sums over tokens and over the vocabulary. No atomics: every sum has one order, so results do not
+// change from run to run.
+
+#define THREADS 256
+
+/// Sums of squares of each channel of `x` `[tokens, channels]` over part `blockIdx.y` of the tokens,
+/// `[parts, channels]`. A block has 64 channels, two a lane; its warps take turns with the tokens.
+extern "C" __global__ void __launch_bounds__(THREADS) energy_parts(const half* x, int tokens, int channels, int tokens_per_part, double* parts) {
+    __shared__ double sums[THREADS / 32][64];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int channel = blockIdx.x * 64 + 2 * lane;
+    int first = blockIdx.y * tokens_per_part, end = min(tokens, first + tokens_per_part);
+    bool pairs = channels % 2 == 0 && channel + 1 < channels;
+    double low = 0.0, high = 0.0;
+    // Sixteen squares at a time are summed in f32, whose rounding is far below the energies' use.
+    for (int token = first + warp; token < end;) {
+        float a = 0.0f, b = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 16; i++, token += THREADS / 32) {
+            if (token >= end) break;
+            const half* row = x + (long long)token * channels;
+            if (pairs) {
+                u32 two = *reinterpret_cast<const u32*>(row + channel);
+                a = fmaf(low_half(two), low_half(two), a);
+                b = fmaf(high_half(two), high_half(two), b);
+            } else {
+                if (channel < channels) a = fmaf(to_float(row[channel]), to_float(row[channel]), a);
+                if (channel + 1 < channels) b = fmaf(to_float(row[channel + 1]), to_float(row[channel + 1]), b);
+            }
+        }
+        low += a;
+        high += b;
+    }
+    sums[warp][2 * lane] = low;
+    sums[warp][2 * lane + 1] = high;
+    __syncthreads();
+    int own = threadIdx.x;
+    if (own < 64 && blockIdx.x * 64 + own < channels) {
+        double sum = 0.0;
+#pragma unroll
+        for (int i = 0; i < THREADS / 32; i++) sum += sums[i][own];
+        parts[(long long)blockIdx.y * channels + blockIdx.x * 64 + own] = sum;
+    }
+}
+
+/// Sums `parts` `[parts, channels]` in order.
+extern "C" __global__ void __launch_bounds__(THREADS) energy_sum(const double* parts, int count, int channels, double* energy) {
+    int channel = blockIdx.x * THREADS + threadIdx.x;
+    if (channel >= channels) return;
+    double sum = 0.0;
+    for (int part = 0; part < count; part++) sum += parts[(long long)part * channels + channel];
+    energy[channel] = sum;
+}
+
+/// Negative log likelihood of each row's target under `logits` `[rows, vocabulary]`, in nats. One block
+/// a row.
+extern "C" __global__ void __launch_bounds__(THREADS) cross_entropy(const float* logits, const u32* targets, int vocabulary, double* nats) {
+    __shared__ float most_of[THREADS / 32];
+    __shared__ double sum_of[THREADS / 32];
+    logits += (long long)blockIdx.x * vocabulary;
+    float most = __uint_as_float(0xff800000u);
+    bool sound = true;
+    for (int i = threadIdx.x; i < vocabulary; i += THREADS) {
+        sound = sound && logits[i] == logits[i];
+        most = fmaxf(most, logits[i]);
+    }
+    sound = __syncthreads_and(sound);
+    most = warp_max(most);
+    if (threadIdx.x % 32 == 0) most_of[threadIdx.x / 32] = most;
+    __syncthreads();
+    for (int i = 0; i < THREADS / 32; i++) most = fmaxf(most, most_of[i]);
+    double sum = 0.0;
+    float part = 0.0f;
+    int taken = 0;
+    for (int i = threadIdx.x; i < vocabulary; i += THREADS) {
+        part += expf(logits[i] - most);
+        if (++taken % 16 == 0) {
+            sum += part;
+            part = 0.0f;
+        }
+    }
+    sum = warp_sum(sum + part);
+    if (threadIdx.x % 32 == 0) sum_of[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        double total = 0.0;
+        for (int i = 0; i < THREADS / 32; i++) total += sum_of[i];
+        // fmaxf passes over a NaN.
+        nats[blockIdx.x] = sound ? log(total) + most - logits[targets[blockIdx.x]] : __longlong_as_double(0x7ff8000000000000ll);
+    }
+}
+
+/// Sums of `a * b` over the blocks' parts of `count` values.
+extern "C" __global__ void __launch_bounds__(THREADS) dot_parts(const float* a, const float* b, long long count, double* parts) {
+    __shared__ double sum_of[THREADS / 32];
+    long long per_block = (count + gridDim.x - 1) / gridDim.x, first = blockIdx.x * per_block;
+    long long end = min(count, first + per_block);
+    double sum = 0.0;
+    for (long long i = first + threadIdx.x; i < end; i += THREADS) sum += (double)a[i] * (double)b[i];
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) sum_of[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        double total = 0.0;
+        for (int i = 0; i < THREADS / 32; i++) total += sum_of[i];
+        parts[blockIdx.x] = total;
+    }
+}
