@@ -5,6 +5,7 @@ intermediate floats and parallelism, but quantized arithmetic must follow the sp
 CPU's integer path computes (docs/format.md), and results must not depend on the thread count. */
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::Result;
 use crate::checkpoint;
