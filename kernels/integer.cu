@@ -112,17 +112,48 @@ template <int DEEP, bool LEFT> static __device__ __forceinline__ u32 place_of_la
 
 // ---- The product ----
 
+/// Where a thread stands: warps are 2 along the tokens and 4 along the rows of a tile. Made anew
+/// wherever it is used, to leave the registers to the sums.
+struct Stand {
+    int lane, token, row;
+};
+static __device__ __forceinline__ Stand stand() {
+    u32 thread = threadIdx.x;
+    keep_apart(thread);
+    return Stand{int(thread % 32), int(thread / 32 % 2 * 64), int(thread / 64 * 32)};
+}
+
 /// The scales of a lane's 8 tokens and 8 rows.
 struct Scales {
     float x[4][2];
     float w[4][2];
 };
 
-/// acc = fma(s_x s_w, sum, acc) for one result.
-static __device__ __forceinline__ void promote(float (&acc)[4], const int (&sums)[4], const Scales& scales, int m, int n) {
+/// Loads them from the 128 of the tokens and the 128 of the rows of a tile and group.
+static __device__ __forceinline__ void load_scales(Scales& scales, const float* of_group, const Stand& own) {
+    const float* of_x = of_group + own.token + own.lane / 4;
+    const float* of_w = of_group + TILE + own.row + own.lane % 4 * 2;
 #pragma unroll
-    for (int e = 0; e < 4; e++)
-        acc[e] = fmaf(scales.x[m][e / 2] * scales.w[n][e % 2], float_of_sum(sums[e]), acc[e]);
+    for (int i = 0; i < 4; i++) {
+        scales.x[i][0] = of_x[16 * i];
+        scales.x[i][1] = of_x[16 * i + 8];
+        float2 pair = *(const float2*)(of_w + 8 * i);
+        scales.w[i][0] = pair.x;
+        scales.w[i][1] = pair.y;
+    }
+}
+
+/// acc = fma(s_x s_w, sum, acc) for the results of 16 tokens. Where a group takes several stages, its sums
+/// begin anew here.
+static __device__ __forceinline__ void promote(float (&acc)[4][4], int (&sums)[4][4], const Scales& scales, int m) {
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            acc[n][e] = fmaf(scales.x[m][e / 2] * scales.w[n][e % 2], float_of_sum(sums[n][e]), acc[n][e]);
+            if (PARTS_A_GROUP > 1) sums[n][e] = START;
+        }
+    }
 }
 
 #if OUT_HALF
@@ -138,8 +169,6 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
     integer_product(const i8* x, const float* sx, const i8* xo, const float* sxo, const i8* w, const float* sw, const i8* wo,
                     const float* swo, Output* y, int tokens, int rows, int groups, int op) {
     extern __shared__ __align__(128) unsigned char memory[];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-
     // Eight tiles of tokens go through all rows together: blocks that run at the same time then read
     // few different tiles of both operands, which L2 holds.
     const int token_tiles = (tokens + TILE - 1) / TILE, row_tiles = (rows + TILE - 1) / TILE;
@@ -203,20 +232,16 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
         copy_commit();
     };
 
-    // Warps: 2 along the tokens, 4 along the rows.
-    const int warp_token = warp % 2 * 64, warp_row = warp / 2 * 32;
     int sums[4][4][4];
     float acc[4][4][4];
-    Scales scales;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        scales.x[i][0] = scales.x[i][1] = scales.w[i][0] = scales.w[i][1] = 0.0f;
+    for (int m = 0; m < 4; m++) {
 #pragma unroll
         for (int n = 0; n < 4; n++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                sums[i][n][e] = START;
-                acc[i][n][e] = 0.0f;
+                sums[m][n][e] = START;
+                acc[m][n][e] = 0.0f;
             }
         }
     }
@@ -224,10 +249,6 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; stage++) copy_stage(stage);
 
-    // The sums of a group are promoted when the next one begins, result by result, so that the tensor
-    // cores and the float units work at the same time. Before the first group they are zeros.
-    const u32 x_place = place_of_lane<DEPTH, true>(warp_token, lane);
-    const u32 w_place = place_of_lane<DEPTH, false>(warp_row, lane) + TILE * 128;
 #pragma unroll 1
     for (int stage = 0; stage < group_stages; stage++) {
         // This stage has arrived for every warp, and every warp has left the one before it, whose place
@@ -235,51 +256,40 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
         copy_wait<STAGES - 2>();
         __syncthreads();
         copy_stage(stage + STAGES - 1);
+        const Stand own = stand();
         const u32 here = base + stage % STAGES * STAGE_BYTES;
-        const unsigned char* stage_scales = memory + stage % STAGES * STAGE_BYTES + 2 * TILE * 128;
+        const u32 x_at = here + place_of_lane<DEPTH, true>(own.token, own.lane);
+        const u32 w_at = here + place_of_lane<DEPTH, false>(own.row, own.lane) + TILE * 128;
+        const float* stage_scales = (const float*)(memory + stage % STAGES * STAGE_BYTES + 2 * TILE * 128);
         constexpr int STEPS_A_GROUP = GROUP <= 128 ? GROUP / DEPTH : SPAN / DEPTH;
 #pragma unroll
         for (int step = 0; step < SPAN / DEPTH; step++) {
             Codes codes;
-            load_codes<DEPTH>(codes, here + x_place, here + w_place, step);
-            if (step % STEPS_A_GROUP == 0 && (PARTS_A_GROUP == 1 || stage % PARTS_A_GROUP == 0)) {
+            load_codes<DEPTH>(codes, x_at, w_at, step);
+            // A group of several stages goes on where the last stage ended; START is then set at its end.
+            const bool first = PARTS_A_GROUP == 1 && step % STEPS_A_GROUP == 0;
+            const bool last = step % STEPS_A_GROUP == STEPS_A_GROUP - 1 && stage % PARTS_A_GROUP == PARTS_A_GROUP - 1;
+            Scales scales;
+            if (last) load_scales(scales, stage_scales + step / STEPS_A_GROUP * 2 * TILE, own);
 #pragma unroll
-                for (int m = 0; m < 4; m++) {
+            for (int m = 0; m < 4; m++) {
 #pragma unroll
-                    for (int n = 0; n < 4; n++) {
-                        promote(acc[m][n], sums[m][n], scales, m, n);
-                        multiply<DEPTH>(sums[m][n], codes, m, n, START, START, START, START);
-                    }
+                for (int n = 0; n < 4; n++) {
+                    int(&sum)[4] = sums[m][n];
+                    if (first)
+                        multiply<DEPTH>(sum, codes, m, n, START, START, START, START);
+                    else
+                        multiply<DEPTH>(sum, codes, m, n, sum[0], sum[1], sum[2], sum[3]);
                 }
-                const float* of_x = (const float*)stage_scales + step / STEPS_A_GROUP * 2 * TILE + warp_token + lane / 4;
-                const float* of_w = (const float*)stage_scales + step / STEPS_A_GROUP * 2 * TILE + TILE + warp_row + lane % 4 * 2;
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    scales.x[i][0] = of_x[16 * i];
-                    scales.x[i][1] = of_x[16 * i + 8];
-                    float2 pair = *(const float2*)(of_w + 8 * i);
-                    scales.w[i][0] = pair.x;
-                    scales.w[i][1] = pair.y;
-                }
-            } else {
-#pragma unroll
-                for (int m = 0; m < 4; m++) {
-#pragma unroll
-                    for (int n = 0; n < 4; n++)
-                        multiply<DEPTH>(sums[m][n], codes, m, n, sums[m][n][0], sums[m][n][1], sums[m][n][2], sums[m][n][3]);
-                }
+                // The sums of a group are promoted behind its last products, result by result, so that
+                // the tensor cores and the float units work at the same time.
+                if (last && m > 0) promote(acc[m - 1], sums[m - 1], scales, m - 1);
             }
+            if (last) promote(acc[3], sums[3], scales, 3);
         }
-    }
-#pragma unroll
-    for (int m = 0; m < 4; m++) {
-#pragma unroll
-        for (int n = 0; n < 4; n++) promote(acc[m][n], sums[m][n], scales, m, n);
     }
 
     if (op > 0) {
-        const u32 x_outliers = place_of_lane<32, true>(warp_token, lane);
-        const u32 w_outliers = place_of_lane<32, false>(warp_row, lane) + TILE * 128;
 #pragma unroll
         for (int m = 0; m < 4; m++) {
 #pragma unroll
@@ -293,11 +303,14 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
             copy_wait<STAGES - 2>();
             __syncthreads();
             copy_stage(stage + STAGES - 1);
+            const Stand own = stand();
             const u32 here = base + stage % STAGES * STAGE_BYTES;
+            const u32 x_at = here + place_of_lane<32, true>(own.token, own.lane);
+            const u32 w_at = here + place_of_lane<32, false>(own.row, own.lane) + TILE * 128;
 #pragma unroll
             for (int step = 0; step < 4; step++) {
                 Codes codes;
-                load_codes<32>(codes, here + x_outliers, here + w_outliers, step);
+                load_codes<32>(codes, x_at, w_at, step);
 #pragma unroll
                 for (int m = 0; m < 4; m++) {
 #pragma unroll
@@ -306,12 +319,14 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
                 }
             }
         }
+        const Stand own = stand();
+        Scales scales;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const int token = first_token + warp_token + 16 * i + 8 * h + lane / 4;
-                const int row = first_row + warp_row + 8 * i + lane % 4 * 2 + h;
+                const int token = first_token + own.token + 16 * i + 8 * h + own.lane / 4;
+                const int row = first_row + own.row + 8 * i + own.lane % 4 * 2 + h;
                 scales.x[i][h] = token < tokens ? sxo[token] : 0.0f;
                 scales.w[i][h] = row < rows ? swo[row] : 0.0f;
             }
@@ -327,18 +342,19 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
         }
     }
 
+    const Stand own = stand();
     // Pairs of outputs are aligned where rows of y are.
     const bool pairs = rows % 2 == 0;
 #pragma unroll
     for (int m = 0; m < 4; m++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int token = first_token + warp_token + 16 * m + 8 * h + lane / 4;
+            const int token = first_token + own.token + 16 * m + 8 * h + own.lane / 4;
             if (token < tokens) {
                 Output* to = y + (long long)token * rows;
 #pragma unroll
                 for (int n = 0; n < 4; n++) {
-                    const int row = first_row + warp_row + 8 * n + lane % 4 * 2;
+                    const int row = first_row + own.row + 8 * n + own.lane % 4 * 2;
                     if (pairs) {
                         if (row < rows) store_pair(to + row, acc[m][n][2 * h], acc[m][n][2 * h + 1]);
                     } else {
