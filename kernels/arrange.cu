@@ -192,13 +192,13 @@ static __device__ __forceinline__ int code_of(float value, float inverse, float 
     return (int)fminf(fmaxf(rintf(value * inverse), least), greatest);
 }
 
-/// Quantizes `[tokens, channels]`: codes `[tokens, groups * GROUP]`, scales `[tokens, groups]`; the
+/// Quantizes `[tokens, channels]`: codes `[tokens, groups * GROUP]`, scales `[groups, scale_stride]`; the
 /// outliers' codes `[tokens, padded_outliers]` with zeros behind and scales `[tokens]`, or with
 /// `f16_outliers` their values `[tokens, outliers]`. `bad` becomes the least row that holds a value
 /// that is not finite or beyond f16. One block a row.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
     const IN* x, const int* order, int channels, int groups, int outliers, int padded_outliers, int f16_outliers, int staged,
-    float clip, float least, float greatest, i8* codes, float* scales, i8* outlier_codes, float* outlier_scales,
+    float clip, float least, float greatest, i8* codes, float* scales, int scale_stride, i8* outlier_codes, float* outlier_scales,
     float* outlier_values, u32* bad
 ) {
     long long token = blockIdx.x;
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
         float scale = scale_of(__uint_as_float(warp_max(most)), clip, greatest);
         float inverse = inverse_of(scale);
         sound = sound && is_finite(scale);
-        if (lane == 0) scales[token * groups + group] = scale;
+        if (lane == 0) scales[(long long)group * scale_stride + token] = scale;
         i8* to = codes + (token * groups + group) * GROUP;
 #if IN_REGISTERS && LANE_VALUES % 4 == 0
 #pragma unroll
@@ -255,19 +255,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
 
 template <class Out> static __device__ __forceinline__ void dequantize(
     const i8* codes, const float* scales, const i8* outlier_codes, const float* outlier_scales, const float* outlier_values,
-    int groups, int outliers, int padded_outliers, int rows_per_scale, Out* y
+    int groups, int outliers, int padded_outliers, int rows_per_scale, int row_stride, int group_stride, Out* y
 ) {
     long long row = blockIdx.x;
     int grouped = groups * GROUP, width = grouped + outliers;
     codes += row * grouped;
-    scales += row / rows_per_scale * groups;
+    scales += row / rows_per_scale * row_stride;
     y += row * width;
     bool aligned = width % 8 == 0;
     // Sixteen codes a thread: they lie in one group.
     for (int i = threadIdx.x * 16; i < grouped; i += THREADS * 16) {
         int4 packed = *reinterpret_cast<const int4*>(codes + i);
         const i8* code = reinterpret_cast<const i8*>(&packed);
-        float scale = scales[i / GROUP];
+        float scale = scales[(long long)(i / GROUP) * group_stride];
         if (sizeof(Out) == 2 && aligned) {
             u32 words[8];
 #pragma unroll
@@ -288,18 +288,19 @@ template <class Out> static __device__ __forceinline__ void dequantize(
 }
 
 /// The values that codes stand for, `[rows, groups * GROUP + outliers]`, of activations
-/// (`rows_per_scale` 1) or of weights. One block a row.
+/// (`rows_per_scale` 1) or of weights; the scale of a row and group is
+/// `scales[row / rows_per_scale * row_stride + group * group_stride]`. One block a row.
 extern "C" __global__ void __launch_bounds__(THREADS) dequantize_to_half(
     const i8* codes, const float* scales, const i8* outlier_codes, const float* outlier_scales, const float* outlier_values,
-    int groups, int outliers, int padded_outliers, int rows_per_scale, half* y
+    int groups, int outliers, int padded_outliers, int rows_per_scale, int row_stride, int group_stride, half* y
 ) {
-    dequantize(codes, scales, outlier_codes, outlier_scales, outlier_values, groups, outliers, padded_outliers, rows_per_scale, y);
+    dequantize(codes, scales, outlier_codes, outlier_scales, outlier_values, groups, outliers, padded_outliers, rows_per_scale, row_stride, group_stride, y);
 }
 extern "C" __global__ void __launch_bounds__(THREADS) dequantize_to_float(
     const i8* codes, const float* scales, const i8* outlier_codes, const float* outlier_scales, const float* outlier_values,
-    int groups, int outliers, int padded_outliers, int rows_per_scale, float* y
+    int groups, int outliers, int padded_outliers, int rows_per_scale, int row_stride, int group_stride, float* y
 ) {
-    dequantize(codes, scales, outlier_codes, outlier_scales, outlier_values, groups, outliers, padded_outliers, rows_per_scale, y);
+    dequantize(codes, scales, outlier_codes, outlier_scales, outlier_values, groups, outliers, padded_outliers, rows_per_scale, row_stride, group_stride, y);
 }
 
 /// For each row of a weight `[rows, channels]` and of its codes: the sums over the source's channels of

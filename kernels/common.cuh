@@ -66,6 +66,11 @@ static __device__ __forceinline__ float warp_max(float x) {
 
 static __device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
+/// Makes the compiler forget what it knows about a value, so that what is computed from it stays where
+/// it is written: in a loop, say, instead of in registers that the loop needs.
+static __device__ __forceinline__ void keep_apart(u32& x) { asm volatile("" : "+r"(x)); }
+static __device__ __forceinline__ void keep_apart(long long& x) { asm volatile("" : "+l"(x)); }
+
 /// Copies 16 bytes to shared memory, or zeros where `there` is false.
 static __device__ __forceinline__ void copy16(u32 to, const void* from, bool there) {
     int bytes = there ? 16 : 0;

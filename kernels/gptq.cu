@@ -14,10 +14,10 @@
 #define THREADS 256
 #define SPAN 128
 
-/// Mirrors the lower triangle of `h` `[n, n]` to the upper one. Blocks of 32 x 32 threads' tiles.
+/// Mirrors the upper triangle of `h` `[n, n]` to the lower one, a tile of 32 x 32 a block.
 extern "C" __global__ void __launch_bounds__(THREADS) mirror(float* h, int n) {
     __shared__ float tile[32][33];
-    if (blockIdx.x > blockIdx.y) return;
+    if (blockIdx.x < blockIdx.y) return;
     int x = threadIdx.x % 32, y = threadIdx.x / 32;
     for (int i = y; i < 32; i += THREADS / 32) {
         int row = blockIdx.y * 32 + i, column = blockIdx.x * 32 + x;
@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) mirror(float* h, int n) {
     __syncthreads();
     for (int i = y; i < 32; i += THREADS / 32) {
         int row = blockIdx.x * 32 + i, column = blockIdx.y * 32 + x;
-        if (row < column && column < n) h[(long long)row * n + column] = tile[x][i];
+        if (column < row && row < n) h[(long long)row * n + column] = tile[x][i];
     }
 }
 
@@ -243,9 +243,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) subtract(float* x, const f
     if (i < count) x[i] -= y[i];
 }
 
-/// One scale a row pair spread to one a row: `[rows, groups]` from `[ceil(rows / rows_per_scale), groups]`.
-extern "C" __global__ void __launch_bounds__(THREADS) spread_scales(const float* scales, int rows, int groups, int rows_per_scale, float* to) {
+/// Scales `[ceil(rows / rows_per_scale), groups]` as the integer product reads them: one a row,
+/// `[groups, stride]`.
+extern "C" __global__ void __launch_bounds__(THREADS) spread_scales(
+    const float* scales, int rows, int groups, int rows_per_scale, int stride, float* to
+) {
     long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (i >= (long long)rows * groups) return;
-    to[i] = scales[i / groups / rows_per_scale * groups + i % groups];
+    to[i / rows * stride + i % rows] = scales[i % rows / rows_per_scale * groups + i / rows];
 }

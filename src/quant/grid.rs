@@ -31,6 +31,16 @@ impl Grid {
         Self { lowest, highest, ratio: clip / (highest + 0.5) }
     }
 
+    /// `scale / absmax`, before the scale is rounded.
+    pub fn ratio(&self) -> f32 {
+        self.ratio
+    }
+
+    /// The least and the greatest code.
+    pub fn limits(&self) -> (f32, f32) {
+        (self.lowest, self.highest)
+    }
+
     /// The scale of a group whose largest magnitude is `absmax`, rounded to f16.
     ///
     /// # Errors

@@ -1,16 +1,388 @@
-/*! The CUDA backend: kernels compiled at run time for the device at hand.
+/*! The CUDA backend: kernels compiled at run time for the device at hand, products by cuBLASLt.
 
 The program links to nothing of CUDA and runs where nothing of it is installed: every library is
-opened when a CUDA device is asked for, and what is missing then is an error that says so. */
+opened when a CUDA device is asked for, and what is missing then is an error that says so.
 
+Hidden states are f32 and every other activation is f16; products have f32 sums. Codes, scales and the
+integer product are those of the CPU, bit for bit, for the same activations. */
+
+mod attention;
 pub mod compile;
+mod gptq;
+pub mod gpu;
+mod hessian;
 pub mod kernels;
+mod launch;
 pub mod libraries;
+mod loss;
+pub mod product;
+mod quantize;
 mod search;
-
-/// Says that a test did not run, past the harness that would swallow it.
+mod staging;
+pub mod tensor;
 #[cfg(test)]
-fn skipped(test: &str, why: &str) {
-    use std::io::Write;
-    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
+mod tests;
+
+use std::sync::{Arc, Mutex};
+
+use super::{AttentionSpec, Backend, Damping, Matrix, Unquantized};
+use crate::checkpoint::{self, Dtype};
+use crate::quant::linear::QuantizedLinear;
+use crate::quant::site::SiteFormat;
+use crate::{Error, Result};
+use attention::RopeTables;
+use compile::Compiler;
+use gpu::{Buffer, Gpu, Stream};
+use launch::{Geometry, Kernels, arguments};
+use product::{Operand, Precision, Product, Products};
+use staging::Staging;
+use tensor::{Data, Dense, Factor, Hessian, Packed, Quantized, Rows, Site, Tensor, Weight};
+
+/// Threads of a block in the kernels that do not say otherwise.
+const THREADS: usize = 256;
+
+/// A batch's activations inside a block, counted as f32: 16384 tokens of Llama-2-7B's widths, whose
+/// products fill the largest devices.
+const BATCH_BYTES: usize = 3_600_000_000;
+
+/// A CUDA device.
+pub struct Cuda {
+    gpu: Arc<Gpu>,
+    kernels: Kernels,
+    products: Products,
+    uploads: Mutex<Staging>,
+    downloads: Mutex<Staging>,
+    rope: Mutex<Option<RopeTables>>,
+}
+
+impl Cuda {
+    /// Opens device number `ordinal`. `memory_bytes` bounds what is used of its memory; none for all
+    /// that is free.
+    ///
+    /// # Errors
+    /// A machine error that says what is missing: a driver, a library, the device, memory.
+    pub fn open(ordinal: usize, memory_bytes: Option<u64>) -> Result<Self> {
+        let device = libraries::device(ordinal)?;
+        libraries::cublaslt()?;
+        libraries::cusolver()?;
+        let compiler = Compiler::for_device(&device)?;
+        let gpu = Gpu::open(device, memory_bytes)?;
+        Ok(Self {
+            kernels: Kernels::new(Arc::clone(&gpu), compiler),
+            products: Products::new(Arc::clone(&gpu))?,
+            uploads: Mutex::new(Staging::new(Arc::clone(&gpu), Stream::Up)?),
+            downloads: Mutex::new(Staging::new(Arc::clone(&gpu), Stream::Down)?),
+            rope: Mutex::default(),
+            gpu,
+        })
+    }
+
+    fn launch(
+        &self,
+        family: &str,
+        entry: &str,
+        geometry: Geometry,
+        arguments: &[launch::Argument],
+    ) -> Result<()> {
+        self.kernels.launch(family, &[], entry, geometry, arguments)
+    }
+
+    /// An f16 tensor whose values are still to be written.
+    fn half(&self, rows: usize, columns: usize) -> Result<Tensor> {
+        let data = Data::Half(self.gpu.alloc(2 * rows * columns)?);
+        Ok(Tensor { rows, columns, data })
+    }
+
+    /// Checks a weight for values that are not finite, and with `to` converts it to f16.
+    fn convert(&self, weight: &Weight, to: Option<&Buffer>, stream: Stream) -> Result<Option<u64>> {
+        let count = weight.rows * weight.columns;
+        let bad = self.gpu.alloc(8)?;
+        bad.fill(0xff)?;
+        if stream != Stream::Main {
+            self.gpu.order(Stream::Main, stream)?;
+        }
+        self.kernels.launch_on(
+            stream,
+            "elementwise",
+            &[],
+            &format!("convert_{}", weight.kind()),
+            Geometry::line(count.div_ceil(THREADS * 16).clamp(1, 2048), THREADS),
+            arguments![&*weight.data, count as i64, to, &bad],
+        )?;
+        self.gpu.order(stream, Stream::Main)?;
+        let first = bad.download::<u64>(0..8)?[0];
+        Ok((first != u64::MAX).then_some(first))
+    }
+
+    /// `x w^T` for `rows` rows of f16 at `x`, with the result `[rows, w's rows]` at `to`.
+    fn multiply(
+        &self,
+        x: u64,
+        rows: usize,
+        weight: &Dense,
+        to: u64,
+        precision: Precision,
+    ) -> Result<()> {
+        let operand = |pointer, transposed| Operand { pointer, stride: weight.columns, transposed };
+        self.products.run(&Product {
+            m: weight.rows,
+            n: rows,
+            k: weight.columns,
+            a: operand(weight.data.pointer(), true),
+            b: operand(x, false),
+            c: Operand { pointer: to, stride: weight.rows, transposed: false },
+            add: false,
+            precision,
+        })
+    }
+}
+
+impl Backend for Cuda {
+    type Tensor = Tensor;
+    type Rows = Rows;
+    type Weight<'a> = Weight;
+    type Dense = Dense;
+    type Quantized = Quantized;
+    type Packed = Packed;
+    type Site = Site;
+    type Hessian = Hessian;
+    type Factor = Factor;
+
+    fn device(&self) -> String {
+        format!("cuda:{} ({})", self.gpu.device.ordinal, self.gpu.device.name)
+    }
+
+    fn batch_bytes(&self) -> usize {
+        BATCH_BYTES
+    }
+
+    fn rows(&self, tensor: &Tensor) -> usize {
+        tensor.rows
+    }
+
+    fn upload(&self, matrix: Matrix) -> Result<Tensor> {
+        let Matrix { rows, columns, data } = matrix;
+        Ok(Tensor { rows, columns, data: Data::Float(self.gpu.upload(&data)?) })
+    }
+
+    fn duplicate(&self, tensor: &Tensor) -> Result<Tensor> {
+        let Tensor { rows, columns, .. } = *tensor;
+        let bytes = 4 * tensor.count();
+        let copy = self.gpu.alloc(bytes)?;
+        match &tensor.data {
+            Data::Float(buffer) => copy.copy_from(buffer, bytes)?,
+            Data::Aside(host) => copy.copy_up(0, host, bytes, Stream::Main)?,
+            Data::Half(_) => unreachable!("only hidden states are copied"),
+        }
+        Ok(Tensor { rows, columns, data: Data::Float(copy) })
+    }
+
+    fn load<'a>(&self, tensor: checkpoint::Tensor<'a>) -> Result<Weight> {
+        let (rows, columns) = (tensor.shape[0], tensor.shape[1..].iter().product());
+        let data = Arc::new(self.gpu.alloc(tensor.bytes.len())?);
+        self.uploads
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .upload(tensor.bytes, &data)?;
+        tensor.release();
+        let weight = Weight { rows, columns, dtype: tensor.dtype, data };
+        match self.convert(&weight, None, Stream::Up)? {
+            None => Ok(weight),
+            // It says which value is wrong, and where.
+            Some(_) => Err(tensor.check_finite().err().unwrap_or_else(|| {
+                Error::machine(format!("tensor `{}` changed on its way to the GPU", tensor.name))
+            })),
+        }
+    }
+
+    fn embed(&self, table: &Weight, tokens: &[u32]) -> Result<Tensor> {
+        let (rows, columns) = (tokens.len(), table.columns);
+        let y = self.gpu.alloc(4 * rows * columns)?;
+        let tokens = self.gpu.upload(tokens)?;
+        self.launch(
+            "elementwise",
+            &format!("embed_{}", table.kind()),
+            Geometry::line(rows, THREADS),
+            arguments![&*table.data, &tokens, columns, &y],
+        )?;
+        Ok(Tensor { rows, columns, data: Data::Float(y) })
+    }
+
+    fn dense(&self, weight: &Weight, site: Option<&Site>) -> Result<Dense> {
+        if let Some(site) = site {
+            let data = Arc::new(self.arranged(weight, site, Precision::HalfToHalf)?);
+            return Ok(Dense { rows: weight.rows, columns: site.format.width(), data });
+        }
+        let (rows, columns) = (weight.rows, weight.columns);
+        if weight.dtype == Dtype::F16 {
+            return Ok(Dense { rows, columns, data: Arc::clone(&weight.data) });
+        }
+        let data = Arc::new(self.gpu.alloc(2 * rows * columns)?);
+        match self.convert(weight, Some(&data), Stream::Main)? {
+            None => Ok(Dense { rows, columns, data }),
+            Some(at) => Err(Error::machine(format!(
+                "a weight of [{rows}, {columns}] is beyond f16 at row {}, column {}",
+                at as usize / columns,
+                at as usize % columns
+            ))
+            .hint("products on a GPU are in f16; run with --device cpu")),
+        }
+    }
+
+    fn dense_of(&self, weight: &Quantized) -> Result<Dense> {
+        let data = Arc::new(self.dequantized(weight, true)?);
+        Ok(Dense { rows: weight.rows, columns: weight.format.width(), data })
+    }
+
+    fn packed(&self, weight: &Quantized) -> Result<Packed> {
+        self.pack(weight)
+    }
+
+    fn site(&self, format: &SiteFormat) -> Result<Site> {
+        Ok(Site { format: format.clone(), order: self.gpu.upload(&format.order)? })
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<Tensor> {
+        let y = self.half(x.rows, x.columns)?;
+        self.launch(
+            "elementwise",
+            "rms_norm",
+            Geometry::line(x.rows, THREADS),
+            arguments![x.float(), weight.float(), x.columns, epsilon, y.half()],
+        )?;
+        Ok(y)
+    }
+
+    fn arrange(&self, x: &Tensor, site: &Site) -> Result<Tensor> {
+        let (values, kind) = x.typed();
+        let y = self.half(x.rows, site.format.width())?;
+        self.arrange_rows(values.pointer(), kind, x.rows, site, y.half().pointer(), "half")?;
+        Ok(y)
+    }
+
+    fn quantize(&self, x: &Tensor, site: &Site) -> Result<Rows> {
+        self.quantize_rows(x, site)
+    }
+
+    fn dequantize(&self, x: &Rows) -> Result<Tensor> {
+        self.dequantize_rows(x)
+    }
+
+    fn product(&self, x: &Tensor, weight: &Dense) -> Result<Tensor> {
+        let y = self.half(x.rows, weight.rows)?;
+        let to = y.half().pointer();
+        self.multiply(x.half().pointer(), x.rows, weight, to, Precision::HalfToHalf)?;
+        Ok(y)
+    }
+
+    fn integer_product(&self, x: &Rows, weight: &Packed) -> Result<Tensor> {
+        let data = Data::Half(self.integer(x, weight, true)?);
+        Ok(Tensor { rows: x.tokens, columns: weight.weight.rows, data })
+    }
+
+    fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        let count = x.count();
+        self.launch(
+            "elementwise",
+            "add_half",
+            Geometry::over(count.div_ceil(4), THREADS),
+            arguments![x.float(), y.half(), count as i64],
+        )
+    }
+
+    fn silu_mul(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        let count = gate.count();
+        self.launch(
+            "elementwise",
+            "silu_mul_half",
+            Geometry::over(count.div_ceil(8), THREADS),
+            arguments![gate.half(), up.half(), count as i64],
+        )?;
+        Ok(gate)
+    }
+
+    fn attention(
+        &self,
+        spec: &AttentionSpec,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<Tensor> {
+        self.attend(spec, q, k, v)
+    }
+
+    fn cross_entropy(
+        &self,
+        x: &Tensor,
+        head: &Dense,
+        tokens: &[u32],
+        seq_len: usize,
+    ) -> Result<Vec<f64>> {
+        self.losses(x, head, tokens, seq_len)
+    }
+
+    fn add_energy(&self, x: &Tensor, energy: &mut [f64]) -> Result<()> {
+        self.energy(x, energy)
+    }
+
+    fn hessian(&self, channels: usize) -> Result<Hessian> {
+        Ok(Hessian { n: channels, data: self.gpu.zeros(4 * channels * channels)? })
+    }
+
+    fn add_to_hessian(&self, hessian: &mut Hessian, x: &Tensor) -> Result<()> {
+        self.accumulate(hessian, x)
+    }
+
+    fn factor(&self, hessian: &mut Hessian, damping: f32) -> Result<Option<(Factor, Damping)>> {
+        self.factorize(hessian, damping)
+    }
+
+    fn gptq(
+        &self,
+        linears: &[Unquantized<Weight>],
+        site: &Site,
+        factor: &Factor,
+    ) -> Result<Vec<Quantized>> {
+        self.sweep_all(linears, site, factor)
+    }
+
+    fn round(&self, linear: &Unquantized<Weight>, site: &Site) -> Result<Quantized> {
+        self.round_to_nearest(linear, site)
+    }
+
+    fn output_error(
+        &self,
+        hessian: &Hessian,
+        site: &Site,
+        weight: &Weight,
+        quantized: &Quantized,
+    ) -> Result<f64> {
+        self.relative_error(hessian, site, weight, quantized)
+    }
+
+    fn energy_error(
+        &self,
+        energy: &[f64],
+        site: &Site,
+        weight: &Weight,
+        quantized: &Quantized,
+    ) -> Result<f64> {
+        self.relative_energy_error(energy, site, weight, quantized)
+    }
+
+    fn fetch(&self, weight: Quantized) -> Result<QuantizedLinear> {
+        self.to_host(&weight)
+    }
+
+    fn restore(&self, weight: QuantizedLinear) -> Result<Quantized> {
+        self.from_host(&weight)
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.gpu.wait(Stream::Main)
+    }
+
+    fn peak_bytes(&self) -> Option<u64> {
+        Some(self.gpu.peak_bytes())
+    }
 }

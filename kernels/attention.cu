@@ -1,0 +1,529 @@
+// Causal attention over whole windows, as the quantized KV cache would see it: first the kernels that
+// bring queries, keys and values into the form of the products, then the products themselves.
+//
+// Macros: HEAD_DIM (even, 2..256), KV_BITS (2..8, or 16: nothing is quantized nor rotated), ROTATE
+// (0 or 1: heads are quantized in the basis of a Hadamard transform) and AFTER_ROPE (0 or 1: keys are
+// quantized after the rotary embedding, or before it).
+//
+// prepare_queries, prepare_keys, prepare_values: PREPARE_THREADS threads, a warp for each token and
+// head, so ceil(tokens * heads / (PREPARE_THREADS / 32)) blocks; no dynamic shared memory.
+//
+// flash_attention: ATTENTION_THREADS threads, grid (ceil(seq_len / QUERY_ROWS), heads, windows), and
+// ATTENTION_SHARED bytes of dynamic shared memory, at most 98304.
+
+/// Values of a head in memory: a multiple of the depth of one matrix instruction.
+#define DP ((HEAD_DIM + 15) / 16 * 16)
+#define IS_ROTATED (ROTATE && KV_BITS < 16)
+
+#define PREPARE_THREADS 256
+#define ATTENTION_THREADS 128
+/// Wide heads leave registers for half as many queries a warp.
+#define QUERY_ROWS (DP <= 128 ? 128 : 64)
+#define KEY_ROWS (DP <= 128 ? 64 : 32)
+/// Bytes from row to row in shared memory. Eight rows of a matrix must lie in eight different groups
+/// of four banks: an odd number of 16-byte pieces does that; rows of whole 128 bytes are swizzled.
+#define PITCH (DP % 64 == 0 ? 2 * DP : 2 * DP + 16)
+/// The queries, and two stages of keys and of values.
+#define ATTENTION_SHARED ((QUERY_ROWS + 4 * KEY_ROWS) * PITCH)
+
+/// The length of the blocks that a Hadamard transform of a head works on, 2 to 256.
+static constexpr int BLOCK = HEAD_DIM & -HEAD_DIM;
+
+/// 1/sqrt(BLOCK), computed in double precision and rounded once.
+static constexpr float BLOCK_SCALE = BLOCK == 2     ? 0.70710676908493042f
+                                     : BLOCK == 4   ? 0.5f
+                                     : BLOCK == 8   ? 0.35355338454246521f
+                                     : BLOCK == 16  ? 0.25f
+                                     : BLOCK == 32  ? 0.17677669227123260f
+                                     : BLOCK == 64  ? 0.125f
+                                     : BLOCK == 128 ? 0.088388346135616302f
+                                                    : 0.0625f;
+
+// ---- Queries, keys and values ----
+
+/// Registers of a lane: value i of a head is in lane i % 32, register i / 32.
+static constexpr int HELD = (HEAD_DIM + 31) / 32;
+
+enum class Role { Query, Key, Value };
+
+/// Butterflies at distances 1, 2, 4, ... within blocks of BLOCK values, then the scale. Blocks divide
+/// the head, so what lies beyond it in the last register never meets a value.
+static __device__ __forceinline__ void transform(float (&x)[HELD], int lane) {
+#pragma unroll
+    for (int distance = 1; distance < BLOCK && distance < 32; distance *= 2) {
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            float other = __shfl_xor_sync(0xffffffffu, x[i], distance);
+            x[i] = lane & distance ? other - x[i] : x[i] + other;
+        }
+    }
+#pragma unroll
+    for (int step = 1; step < BLOCK / 32; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            if ((i & step) == 0) {
+                float left = x[i], right = x[(i + step) % HELD];
+                x[i] = left + right;
+                x[(i + step) % HELD] = left - right;
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < HELD; i++) x[i] *= BLOCK_SCALE;
+}
+
+/// Rotary embedding with the halves of the head as pairs.
+static __device__ __forceinline__ void embed(float (&x)[HELD], int lane, const float* cos, const float* sin, float* exchange) {
+    constexpr int HALF = HEAD_DIM / 2;
+    float partners[HELD];
+    if (HALF % 32 == 0) {
+#pragma unroll
+        for (int i = 0; i < HELD; i++) partners[i] = x[(i + HALF / 32) % HELD];
+    } else {
+        // The pair lies in another lane, at a distance that need not be a power of two.
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            if (lane + 32 * i < HEAD_DIM) exchange[lane + 32 * i] = x[i];
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            int index = lane + 32 * i;
+            partners[i] = index < HEAD_DIM ? exchange[index < HALF ? index + HALF : index - HALF] : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int index = lane + 32 * i;
+        if (index < HEAD_DIM) {
+            bool left = index < HALF;
+            float c = cos[left ? index : index - HALF], s = sin[left ? index : index - HALF];
+            // left: left cos - right sin; right: right cos + left sin.
+            float own = x[i] * c, other = partners[i] * s;
+            x[i] = left ? own - other : own + other;
+        }
+    }
+}
+
+/// The nearest integer, ties to even, of what is small; what is large, and clamped afterwards, stays
+/// large.
+static __device__ __forceinline__ float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+/// Clamps to 0..=top. Comparisons and not fmaxf, so that a NaN stays one.
+static __device__ __forceinline__ float clamp(float x, float top) {
+    x = x < 0.0f ? 0.0f : x;
+    return x > top ? top : x;
+}
+
+/// What the cache gives back for a head: codes of KV_BITS bits on a grid with an f16 step and a zero
+/// point.
+static __device__ __forceinline__ void round_trip(float (&x)[HELD], int lane, float clip) {
+    constexpr float TOP = (1 << (KV_BITS % 16)) - 1;
+    float low = 0.0f, high = 0.0f;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        // Beyond the head lie zeros, which the range contains anyway. A NaN is passed over here and
+        // shows in its own code.
+        low = fminf(low, x[i]);
+        high = fmaxf(high, x[i]);
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        low = fminf(low, __shfl_xor_sync(0xffffffffu, low, distance));
+        high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, distance));
+    }
+    low *= clip;
+    high *= clip;
+    float scale = to_float(to_half(__fdiv_rn(high - low, TOP)));
+    float inverse = scale == 0.0f ? 0.0f : __frcp_rn(scale);
+    float zero = clamp(nearest(-low * inverse), TOP);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        float code = clamp(nearest(x[i] * inverse) + zero, TOP);
+        x[i] = (code - zero) * scale;
+    }
+}
+
+template <Role ROLE>
+static __device__ __forceinline__ void prepare(const half* x, long long row_stride, const float* cos, const float* sin, half* out,
+                                               int tokens, int heads, int seq_len, float clip) {
+    __shared__ float exchange[PREPARE_THREADS / 32][HEAD_DIM];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    long long task = (long long)blockIdx.x * (PREPARE_THREADS / 32) + warp;
+    if (task >= (long long)tokens * heads) return;
+    int token = int(task / heads), head = int(task % heads);
+    int window = token / seq_len, position = token % seq_len;
+    x += token * row_stride + (long long)head * HEAD_DIM;
+    cos += (long long)position * (HEAD_DIM / 2);
+    sin += (long long)position * (HEAD_DIM / 2);
+    out += (((long long)window * heads + head) * seq_len + position) * DP;
+
+    float values[HELD];
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int index = lane + 32 * i;
+        values[i] = index < HEAD_DIM ? to_float(x[index]) : 0.0f;
+    }
+    if (ROLE == Role::Query) {
+        embed(values, lane, cos, sin, exchange[warp]);
+        if (IS_ROTATED && AFTER_ROPE) transform(values, lane);
+    } else {
+        if (ROLE == Role::Key && AFTER_ROPE) embed(values, lane, cos, sin, exchange[warp]);
+        if (IS_ROTATED) transform(values, lane);
+        if (KV_BITS < 16) round_trip(values, lane, clip);
+        if (ROLE == Role::Key && !AFTER_ROPE) {
+            if (IS_ROTATED) transform(values, lane);
+            embed(values, lane, cos, sin, exchange[warp]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int index = lane + 32 * i;
+        if (index < DP) out[index] = to_half(index < HEAD_DIM ? values[i] : 0.0f);
+    }
+}
+
+/// x: tokens of `heads` heads, `row_stride` values from token to token; cos and sin: [seq_len,
+/// HEAD_DIM / 2]; out: [tokens / seq_len, heads, seq_len, DP]. Queries as the products see them.
+extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
+    prepare_queries(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
+                    int seq_len, float clip) {
+    prepare<Role::Query>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip);
+}
+
+/// As prepare_queries, for keys as the cache gives them back.
+extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
+    prepare_keys(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
+                 int seq_len, float clip) {
+    prepare<Role::Key>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip);
+}
+
+/// As prepare_queries, for values as the cache gives them back, still rotated; cos and sin are unused.
+extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
+    prepare_values(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
+                   int seq_len, float clip) {
+    prepare<Role::Value>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip);
+}
+
+// ---- Attention ----
+//
+// Four warps share a tile of queries; each has 16 * TILES_M of its rows and sees all keys. Two tiles of
+// 16 rows a warp use each key and value that is read from shared memory twice; with one, reading would
+// take as long as multiplying.
+//
+// A 16 x 8 result of the matrix instruction, in lane 4 g + t:
+//     [0], [1]: row g, columns 2 t and 2 t + 1;   [2], [3]: row g + 8, the same columns.
+// The left operand, 16 x 16, has the same shape twice: registers 0 and 1 are rows g and g + 8 of columns
+// 0..8, registers 2 and 3 of columns 8..16. So two neighbouring results of the first product, packed,
+// are a left operand of the second one.
+
+static constexpr int TILES_M = QUERY_ROWS / 64;
+static constexpr int KEY_TILES = KEY_ROWS / 8;
+static constexpr int DEPTH = DP / 16;
+static constexpr int OUT_TILES = DP / 8;
+/// Whether a warp's queries stay in registers; for wide heads the outputs take their place.
+static constexpr bool HOLDS_QUERIES = DP <= 64;
+
+static __device__ __forceinline__ float power_of_two(float x) {
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+
+/// Where 16-byte piece `piece` of row `row` lies, in bytes.
+static __device__ __forceinline__ u32 place(u32 row, u32 piece) {
+    return row * PITCH + (DP % 64 == 0 ? piece ^ (row & 7) : piece) * 16;
+}
+
+/// The place after `place(row, piece)` with `steps` more 16-value columns; `steps` is a constant, and
+/// `piece` 0 or 1.
+static __device__ __forceinline__ u32 further(u32 address, int steps) {
+    // The swizzle works on address bits 4 to 6. Buffers begin at multiples of 128.
+    if (DP % 64 == 0) return (address ^ ((steps & 3) * 32)) + (steps >> 2) * 128;
+    return address + steps * 32;
+}
+
+/// Starts the copy of ROWS rows from `first` on; rows from `end` on become zeros.
+template <int ROWS> static __device__ __forceinline__ void copy_rows(u32 to, const half* from, u32 thread, int first, int end) {
+    constexpr int PIECES = DP / 8, ALL = ROWS * PIECES;
+    from += (long long)first * DP;
+    end -= first;
+#pragma unroll
+    for (int i = 0; i < (ALL + ATTENTION_THREADS - 1) / ATTENTION_THREADS; i++) {
+        const u32 index = thread + i * ATTENTION_THREADS, row = index / PIECES, piece = index % PIECES;
+        if (ALL % ATTENTION_THREADS == 0 || index < ALL)
+            copy16(to + place(row, piece), from + row * DP + piece * 8, int(row) < end);
+    }
+}
+
+/// The Hadamard transform of each row of a warp's outputs. A column is 8 n + 2 t + e for tile n, lane
+/// t of four and element e, so distance 1 is between elements, 2 and 4 between lanes, 8 and more
+/// between tiles.
+static __device__ __forceinline__ void transform_outputs(float (&o)[OUT_TILES][4], int lane) {
+#pragma unroll
+    for (int n = 0; n < OUT_TILES; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+            float left = o[n][e], right = o[n][e + 1];
+            o[n][e] = left + right;
+            o[n][e + 1] = left - right;
+        }
+    }
+#pragma unroll
+    for (int distance = 1; distance < 4 && 2 * distance < BLOCK; distance *= 2) {
+#pragma unroll
+        for (int n = 0; n < OUT_TILES; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                float other = __shfl_xor_sync(0xffffffffu, o[n][e], distance);
+                o[n][e] = lane & distance ? other - o[n][e] : o[n][e] + other;
+            }
+        }
+    }
+#pragma unroll
+    for (int step = 1; step < BLOCK / 8; step *= 2) {
+#pragma unroll
+        for (int n = 0; n < OUT_TILES; n++) {
+            if ((n & step) == 0) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    float left = o[n][e], right = o[(n + step) % OUT_TILES][e];
+                    o[n][e] = left + right;
+                    o[(n + step) % OUT_TILES][e] = left - right;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < OUT_TILES; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) o[n][e] *= BLOCK_SCALE;
+    }
+}
+
+/// q: [windows, heads, seq_len, DP]; k and v: [windows, kv_heads, seq_len, DP]; out: [windows * seq_len,
+/// heads * HEAD_DIM]. Scores are multiplied by `scale`, which is positive.
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+    flash_attention(const half* q, const half* k, const half* v, half* out, int seq_len, int heads, int kv_heads, float scale) {
+    extern __shared__ __align__(128) unsigned char memory[];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // Tiles late in the window, which see most keys, begin first, or one would be left at the end.
+    const int first_query = int(gridDim.x - 1 - blockIdx.x) * QUERY_ROWS;
+    const int head = blockIdx.y, window = blockIdx.z;
+    const int kv_head = head / (heads / kv_heads);
+    q += ((long long)window * heads + head) * seq_len * DP;
+    const long long kv_start = ((long long)window * kv_heads + kv_head) * seq_len * DP;
+
+    constexpr u32 TILE_BYTES = KEY_ROWS * PITCH;
+    const u32 queries = shared_address(memory), keys = queries + QUERY_ROWS * PITCH, values = keys + 2 * TILE_BYTES;
+    const int last_query = min(first_query + QUERY_ROWS, seq_len) - 1;
+    const int tiles = last_query / KEY_ROWS + 1;
+    copy_rows<QUERY_ROWS>(queries, q, threadIdx.x, first_query, seq_len);
+    copy_rows<KEY_ROWS>(keys, k + kv_start, threadIdx.x, 0, seq_len);
+    copy_rows<KEY_ROWS>(values, v + kv_start, threadIdx.x, 0, seq_len);
+    copy_commit();
+
+    // Which row and piece a lane names to load four 8 x 8 matrices:
+    //     queries, left operand:          matrices 0 1 are rows 0..8 and 8..16, 2 3 the next 8 columns;
+    //     keys, two right operands:       matrices 0 1 are columns 0..8 and 8..16, 2 3 the next 8 keys;
+    //     values, transposed, two of them: matrices 0 1 are keys 0..8 and 8..16, 2 3 the next 8 columns.
+    const int first_row = warp * 16 * TILES_M;
+    const u32 query_at = queries + place(first_row + lane % 16, lane / 16);
+    const u32 key_at = keys + place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const u32 value_at = values + place(lane % 16, lane / 16);
+
+    u32 held[HOLDS_QUERIES ? DEPTH : 1][TILES_M][4];
+    if (HOLDS_QUERIES) {
+        copy_wait<0>();
+        __syncthreads();
+#pragma unroll
+        for (int step = 0; step < DEPTH; step++) {
+#pragma unroll
+            for (int m = 0; m < TILES_M; m++)
+                load_matrices(held[HOLDS_QUERIES ? step : 0][m], further(query_at, step) + m * 16 * PITCH);
+        }
+    }
+
+    float o[TILES_M][OUT_TILES][4];
+    float largest[TILES_M][2], sums[TILES_M][2];
+#pragma unroll
+    for (int m = 0; m < TILES_M; m++) {
+#pragma unroll
+        for (int n = 0; n < OUT_TILES; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) o[m][n][e] = 0.0f;
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            largest[m][h] = __uint_as_float(0xff800000u);
+            sums[m][h] = 0.0f;
+        }
+    }
+    // e^(scale (s - max)) = 2^(s factor - max factor).
+    const float factor = scale * 1.44269504f;
+    const int warp_query = first_query + first_row;
+
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; tile++) {
+        const int first_key = tile * KEY_ROWS;
+        const u32 stage = tile % 2 * TILE_BYTES;
+        // This tile has arrived for every warp, and every warp has left the one before it, so its place
+        // is free for the next.
+        copy_wait<0>();
+        __syncthreads();
+        if (tile + 1 < tiles) {
+            // Computing the addresses again costs less than keeping all of them in registers.
+            u32 thread = threadIdx.x;
+            long long start = kv_start;
+            keep_apart(thread);
+            keep_apart(start);
+            copy_rows<KEY_ROWS>(keys + (TILE_BYTES - stage), k + start, thread, first_key + KEY_ROWS, seq_len);
+            copy_rows<KEY_ROWS>(values + (TILE_BYTES - stage), v + start, thread, first_key + KEY_ROWS, seq_len);
+        }
+        copy_commit();
+        // All of these keys come after all of this warp's queries.
+        if (first_key >= warp_query + 16 * TILES_M) continue;
+
+        float s[TILES_M][KEY_TILES][4];
+#pragma unroll
+        for (int m = 0; m < TILES_M; m++) {
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[m][n][e] = 0.0f;
+            }
+        }
+#pragma unroll
+        for (int step = 0; step < DEPTH; step++) {
+            u32 a[TILES_M][4];
+#pragma unroll
+            for (int m = 0; m < TILES_M; m++) {
+                if (HOLDS_QUERIES) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) a[m][i] = held[HOLDS_QUERIES ? step : 0][m][i];
+                } else {
+                    load_matrices(a[m], further(query_at, step) + m * 16 * PITCH);
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n += 2) {
+                u32 b[4];
+                load_matrices(b, further(key_at + stage, step) + n * 8 * PITCH);
+#pragma unroll
+                for (int m = 0; m < TILES_M; m++) {
+                    mma_half(s[m][n], a[m], b[0], b[1]);
+                    mma_half(s[m][n + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+
+        if (first_key + KEY_ROWS - 1 > warp_query) {
+#pragma unroll
+            for (int m = 0; m < TILES_M; m++) {
+#pragma unroll
+                for (int n = 0; n < KEY_TILES; n++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        int key = first_key + 8 * n + lane % 4 * 2 + e % 2;
+                        int query = warp_query + 16 * m + lane / 4 + e / 2 * 8;
+                        if (key > query) s[m][n][e] = __uint_as_float(0xff800000u);
+                    }
+                }
+            }
+        }
+
+        // Key 0 is seen by every query, so after the first tile the maximum is finite if the scores are.
+        // A NaN is passed over by the maximum and shows in the power.
+        float corrections[TILES_M][2];
+        bool moved = false;
+#pragma unroll
+        for (int m = 0; m < TILES_M; m++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float best = largest[m][h];
+#pragma unroll
+                for (int n = 0; n < KEY_TILES; n++) best = fmaxf(best, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+                best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+                best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+                corrections[m][h] = power_of_two((largest[m][h] - best) * factor);
+                moved = moved || !(corrections[m][h] == 1.0f);
+                largest[m][h] = best;
+                const float offset = -best * factor;
+                float sum = 0.0f;
+#pragma unroll
+                for (int n = 0; n < KEY_TILES; n++) {
+#pragma unroll
+                    for (int e = 2 * h; e < 2 * h + 2; e++) {
+                        s[m][n][e] = power_of_two(fmaf(s[m][n][e], factor, offset));
+                        sum += s[m][n][e];
+                    }
+                }
+                sums[m][h] = fmaf(sums[m][h], corrections[m][h], sum);
+            }
+        }
+        // After some tiles the maxima rarely move.
+        if (__any_sync(0xffffffffu, moved)) {
+#pragma unroll
+            for (int m = 0; m < TILES_M; m++) {
+#pragma unroll
+                for (int n = 0; n < OUT_TILES; n++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) o[m][n][e] *= corrections[m][e / 2];
+                }
+            }
+        }
+
+#pragma unroll
+        for (int step = 0; step < KEY_ROWS / 16; step++) {
+            u32 a[TILES_M][4];
+#pragma unroll
+            for (int m = 0; m < TILES_M; m++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float(&pair)[4] = s[m][2 * step + i / 2];
+                    a[m][i] = pack_half2(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < OUT_TILES; n += 2) {
+                u32 b[4];
+                load_matrices_transposed(b, further(value_at + stage, n / 2) + step * 16 * PITCH);
+#pragma unroll
+                for (int m = 0; m < TILES_M; m++) {
+                    mma_half(o[m][n], a[m], b[0], b[1]);
+                    mma_half(o[m][n + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+#pragma unroll
+    for (int m = 0; m < TILES_M; m++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float sum = sums[m][h];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            const float inverse = __frcp_rn(sum);
+#pragma unroll
+            for (int n = 0; n < OUT_TILES; n++) {
+                o[m][n][2 * h] *= inverse;
+                o[m][n][2 * h + 1] *= inverse;
+            }
+        }
+        if (IS_ROTATED) transform_outputs(o[m], lane);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int query = warp_query + 16 * m + lane / 4 + 8 * h;
+            if (query < seq_len) {
+                half* row = out + ((long long)window * seq_len + query) * heads * HEAD_DIM + (long long)head * HEAD_DIM;
+#pragma unroll
+                for (int n = 0; n < OUT_TILES; n++) {
+                    int column = 8 * n + lane % 4 * 2;
+                    if (column < HEAD_DIM) *(u32*)(row + column) = pack_half2(o[m][n][2 * h], o[m][n][2 * h + 1]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,105 @@
+/*! Attention over keys and values as the cache holds them. */
+
+use super::gpu::Buffer;
+use super::launch::{Geometry, arguments};
+use super::tensor::Tensor;
+use super::{Cuda, THREADS};
+use crate::backend::AttentionSpec;
+use crate::{Error, Result};
+
+/// The widest head that attention.cu is written for.
+const WIDEST_HEAD: usize = 256;
+/// Threads of a block of flash_attention, as in attention.cu.
+const ATTENTION_THREADS: usize = 128;
+
+/// Cosines and sines on the device, and what they were made from.
+pub(super) struct RopeTables {
+    host: (Vec<f32>, Vec<f32>),
+    cos: Buffer,
+    sin: Buffer,
+}
+
+impl Cuda {
+    pub(super) fn attend(
+        &self,
+        spec: &AttentionSpec,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<Tensor> {
+        let AttentionSpec { heads, kv_heads, head_dim, seq_len, ref kv, .. } = *spec;
+        if head_dim > WIDEST_HEAD {
+            return Err(Error::machine(format!(
+                "attention on a GPU knows heads of up to {WIDEST_HEAD} channels, not {head_dim}"
+            ))
+            .hint("run with --device cpu"));
+        }
+        let windows = q.rows / seq_len;
+        let width = head_dim.next_multiple_of(16);
+        let defines = [
+            ("HEAD_DIM", head_dim.to_string()),
+            ("KV_BITS", if kv.is_quantized() { kv.bits } else { 16 }.to_string()),
+            ("ROTATE", i32::from(kv.rotate).to_string()),
+            ("AFTER_ROPE", i32::from(kv.after_rope).to_string()),
+        ];
+        let mut rope = self.rope.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let known = |tables: &RopeTables| (&tables.host.0, &tables.host.1) == (&spec.cos, &spec.sin);
+        if !rope.as_ref().is_some_and(known) {
+            *rope = Some(RopeTables {
+                host: (spec.cos.clone(), spec.sin.clone()),
+                cos: self.gpu.upload(&spec.cos)?,
+                sin: self.gpu.upload(&spec.sin)?,
+            });
+        }
+        let RopeTables { cos, sin, .. } = rope.as_ref().expect("made above");
+        let prepare = |entry: &str, x: &Tensor, heads: usize| -> Result<Buffer> {
+            let to = self.gpu.alloc(2 * x.rows * heads * width)?;
+            self.kernels.launch(
+                "attention",
+                &defines,
+                entry,
+                Geometry::line((x.rows * heads).div_ceil(THREADS / 32), THREADS),
+                arguments![
+                    x.half(),
+                    x.columns as i64,
+                    cos,
+                    sin,
+                    &to,
+                    x.rows,
+                    heads,
+                    seq_len,
+                    kv.clip
+                ],
+            )?;
+            Ok(to)
+        };
+        let queries = prepare("prepare_queries", q, heads)?;
+        let keys = prepare("prepare_keys", k, kv_heads)?;
+        let values = prepare("prepare_values", v, kv_heads)?;
+        let out = self.half(q.rows, q.columns)?;
+        // attention.cu: QUERY_ROWS, KEY_ROWS, PITCH.
+        let (query_rows, key_rows) = if width <= 128 { (128, 64) } else { (64, 32) };
+        let pitch = if width.is_multiple_of(64) { 2 * width } else { 2 * width + 16 };
+        self.kernels.launch(
+            "attention",
+            &defines,
+            "flash_attention",
+            Geometry {
+                grid: (seq_len.div_ceil(query_rows), heads, windows),
+                threads: ATTENTION_THREADS,
+                shared_bytes: (query_rows + 4 * key_rows) * pitch,
+            },
+            arguments![
+                &queries,
+                &keys,
+                &values,
+                out.half(),
+                seq_len,
+                heads,
+                kv_heads,
+                1.0 / (head_dim as f32).sqrt()
+            ],
+        )?;
+        Ok(out)
+    }
+}

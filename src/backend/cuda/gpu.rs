@@ -1,0 +1,357 @@
+/*! One GPU: its context, its streams, its memory.
+
+Work goes to one stream, `main`, in the order it is asked for; memory comes from the driver's pool in
+that order too, so a buffer that is dropped can be reused by what comes after without waiting. Two
+more streams copy: `up` for weights that are read ahead, `down` for results that are written behind. */
+
+use std::ffi::c_void;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use cudarc::driver::result::{self, mem_pool};
+use cudarc::driver::sys::{self, CUdeviceptr, CUmemPool_attribute, CUresult, CUstream};
+use cudarc::driver::{CudaContext, CudaStream, DriverError};
+
+use super::libraries::Device;
+use crate::{Error, Result};
+
+/// A GPU that was opened.
+pub struct Gpu {
+    /// What it is.
+    pub device: Device,
+    context: Arc<CudaContext>,
+    main: Arc<CudaStream>,
+    up: Arc<CudaStream>,
+    down: Arc<CudaStream>,
+    pool: sys::CUmemoryPool,
+    /// Bytes that buffers may take together.
+    limit_bytes: u64,
+    used_bytes: AtomicU64,
+    peak_bytes: AtomicU64,
+}
+
+// SAFETY: the pool is a handle of the driver, whose calls may come from any thread.
+unsafe impl Send for Gpu {}
+// SAFETY: as above.
+unsafe impl Sync for Gpu {}
+
+/// Which stream a copy goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// Where kernels run.
+    Main,
+    /// To the device, beside the kernels.
+    Up,
+    /// From the device, beside the kernels.
+    Down,
+}
+
+impl Gpu {
+    /// Opens a device. `limit_bytes` bounds what buffers may take; none for all that is free.
+    ///
+    /// # Errors
+    /// A machine error if the context cannot be made or the limit is more than what is free.
+    pub fn open(device: Device, limit_bytes: Option<u64>) -> Result<Arc<Self>> {
+        let failed = |what: &str, error| failed(what, error);
+        let context =
+            CudaContext::new(device.ordinal).map_err(|error| failed("opening the device", error))?;
+        // SAFETY: buffers are ordered by streams and events of our own.
+        unsafe { context.disable_event_tracking() };
+        let stream = || context.new_stream().map_err(|error| failed("cuStreamCreate", error));
+        let (main, up, down) = (stream()?, stream()?, stream()?);
+        // SAFETY: the device is the context's.
+        let pool = unsafe { result::device::get_default_mem_pool(context.cu_device()) }
+            .map_err(|error| failed("cuDeviceGetDefaultMemPool", error))?;
+        let mut keep = u64::MAX;
+        // SAFETY: the attribute is a 64-bit number: memory stays in the pool until it is trimmed.
+        unsafe {
+            sys::cuMemPoolSetAttribute(
+                pool,
+                CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                (&raw mut keep).cast(),
+            )
+        }
+        .result()
+        .map_err(|error| failed("cuMemPoolSetAttribute", error))?;
+        let (free, _) = result::mem_get_info().map_err(|error| failed("cuMemGetInfo", error))?;
+        let free = free as u64;
+        if let Some(limit) = limit_bytes.filter(|limit| *limit > free) {
+            return Err(Error::machine(format!(
+                "{} was to use {limit} bytes of its memory, but {free} are free",
+                device.name
+            ))
+            .hint("ask for less with --gpu-memory, or end what else uses the GPU"));
+        }
+        Ok(Arc::new(Self {
+            device,
+            context,
+            main,
+            up,
+            down,
+            pool,
+            limit_bytes: limit_bytes.unwrap_or(free),
+            used_bytes: AtomicU64::new(0),
+            peak_bytes: AtomicU64::new(0),
+        }))
+    }
+
+    /// Makes the calling thread use this GPU.
+    pub fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(|error| failed("cuCtxSetCurrent", error))
+    }
+
+    /// A stream's handle.
+    pub fn stream(&self, stream: Stream) -> CUstream {
+        match stream {
+            Stream::Main => self.main.cu_stream(),
+            Stream::Up => self.up.cu_stream(),
+            Stream::Down => self.down.cu_stream(),
+        }
+    }
+
+    /// Returns when all that a stream was given is done.
+    pub fn wait(&self, stream: Stream) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the stream is alive.
+        unsafe { result::stream::synchronize(self.stream(stream)) }
+            .map_err(|error| failed("a kernel or copy", error))
+    }
+
+    /// What `later` is given from now on comes after what `earlier` was given so far.
+    pub fn order(&self, earlier: Stream, later: Stream) -> Result<()> {
+        let by = |stream| match stream {
+            Stream::Main => &self.main,
+            Stream::Up => &self.up,
+            Stream::Down => &self.down,
+        };
+        self.bind()?;
+        by(later).join(by(earlier)).map_err(|error| failed("cuStreamWaitEvent", error))
+    }
+
+    /// Bytes that buffers may still take.
+    pub fn free_bytes(&self) -> u64 {
+        self.limit_bytes.saturating_sub(self.used_bytes.load(Ordering::Relaxed))
+    }
+
+    /// Most bytes that buffers took together.
+    pub fn peak_bytes(&self) -> u64 {
+        self.peak_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Uninitialized memory, at least 16 bytes.
+    ///
+    /// # Errors
+    /// A machine error with what was needed and what was there.
+    pub fn alloc(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
+        self.bind()?;
+        let bytes = bytes.next_multiple_of(16).max(16);
+        let used = self.used_bytes.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        let allocated = if used > self.limit_bytes {
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))
+        } else {
+            // SAFETY: the stream is alive.
+            unsafe { result::malloc_async(self.main.cu_stream(), bytes) }.or_else(|_| {
+                // Memory that other sizes have left in the pool may do when it is whole again.
+                self.trim();
+                // SAFETY: as above.
+                unsafe { result::malloc_async(self.main.cu_stream(), bytes) }
+            })
+        };
+        match allocated {
+            Ok(pointer) => {
+                self.peak_bytes.fetch_max(used, Ordering::Relaxed);
+                Ok(Buffer { gpu: Arc::clone(self), pointer, bytes })
+            }
+            Err(error) => {
+                self.used_bytes.fetch_sub(bytes as u64, Ordering::Relaxed);
+                Err(self.no_memory(bytes as u64, used - bytes as u64, error))
+            }
+        }
+    }
+
+    fn no_memory(&self, needed: u64, used: u64, error: DriverError) -> Error {
+        if error.0 != CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return failed("cuMemAllocAsync", error);
+        }
+        Error::machine(format!(
+            "{} has too little memory: {needed} bytes were needed beside {used} in use, {} may be used",
+            self.device.name, self.limit_bytes
+        ))
+        .hint("use fewer --samples, end what else uses the GPU, or run with --device cpu")
+    }
+
+    /// Gives unused memory back to the driver.
+    pub fn trim(&self) {
+        if self.wait(Stream::Main).is_ok() {
+            // SAFETY: the pool is the device's. A failure leaves the pool as it was.
+            let _ = unsafe { mem_pool::trim_to(self.pool, 0) };
+        }
+    }
+
+    /// Memory of zeros.
+    pub fn zeros(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
+        let buffer = self.alloc(bytes)?;
+        buffer.fill(0)?;
+        Ok(buffer)
+    }
+
+    /// A copy of host values. Returns when they may be changed.
+    pub fn upload<T: bytemuck::Pod>(self: &Arc<Self>, values: &[T]) -> Result<Buffer> {
+        let buffer = self.alloc(size_of_val(values))?;
+        if !values.is_empty() {
+            // SAFETY: the buffer is as large, and pageable memory is staged before the call returns.
+            unsafe { result::memcpy_htod_async(buffer.pointer, values, self.main.cu_stream()) }
+                .map_err(|error| failed("cuMemcpyHtoDAsync", error))?;
+        }
+        Ok(buffer)
+    }
+
+    /// Page-locked host memory, uninitialized.
+    pub fn pinned(self: &Arc<Self>, bytes: usize) -> Result<Pinned> {
+        self.bind()?;
+        // SAFETY: the context is current.
+        let pointer = unsafe { result::malloc_host(bytes.max(1), 0) }.map_err(|error| {
+            failed(&format!("allocating {bytes} bytes of page-locked host memory"), error)
+        })?;
+        Ok(Pinned { gpu: Arc::clone(self), pointer: pointer.cast(), bytes })
+    }
+}
+
+/// Device memory, given back to the pool when dropped.
+pub struct Buffer {
+    gpu: Arc<Gpu>,
+    pointer: CUdeviceptr,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// Where it begins.
+    pub fn pointer(&self) -> CUdeviceptr {
+        self.pointer
+    }
+
+    /// How large it is.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Sets every byte.
+    pub fn fill(&self, byte: u8) -> Result<()> {
+        self.gpu.bind()?;
+        // SAFETY: the memory is ours.
+        unsafe {
+            result::memset_d8_async(self.pointer, byte, self.bytes, self.gpu.main.cu_stream())
+        }
+        .map_err(|error| failed("cuMemsetD8Async", error))
+    }
+
+    /// The values in a range of bytes, after all work given so far.
+    pub fn download<T: bytemuck::Pod>(&self, range: Range<usize>) -> Result<Vec<T>> {
+        self.gpu.bind()?;
+        assert!(range.end <= self.bytes && range.len().is_multiple_of(size_of::<T>()));
+        let mut values = vec![T::zeroed(); range.len() / size_of::<T>()];
+        if !values.is_empty() {
+            let from = self.pointer + range.start as u64;
+            // SAFETY: the range lies in the buffer, and the values are not touched before the wait.
+            unsafe { result::memcpy_dtoh_async(&mut values, from, self.gpu.main.cu_stream()) }
+                .map_err(|error| failed("cuMemcpyDtoHAsync", error))?;
+        }
+        self.gpu.wait(Stream::Main)?;
+        Ok(values)
+    }
+
+    /// Copies another buffer's first bytes.
+    pub fn copy_from(&self, other: &Self, bytes: usize) -> Result<()> {
+        self.gpu.bind()?;
+        assert!(bytes <= self.bytes && bytes <= other.bytes);
+        // SAFETY: both hold so many bytes.
+        unsafe {
+            let stream = self.gpu.main.cu_stream();
+            result::memcpy_dtod_async(self.pointer, other.pointer, bytes, stream)
+        }
+        .map_err(|error| failed("cuMemcpyDtoDAsync", error))
+    }
+
+    /// Copies page-locked memory to `offset`, on a stream: it must stay as it is until that is done.
+    pub fn copy_up(&self, offset: usize, from: &Pinned, bytes: usize, stream: Stream) -> Result<()> {
+        self.gpu.bind()?;
+        assert!(bytes <= from.bytes && offset + bytes <= self.bytes);
+        // SAFETY: both hold so many bytes; the caller keeps `from`.
+        unsafe {
+            let from = std::slice::from_raw_parts(from.pointer, bytes);
+            let to = self.pointer + offset as u64;
+            result::memcpy_htod_async(to, from, self.gpu.stream(stream))
+        }
+        .map_err(|error| failed("cuMemcpyHtoDAsync", error))
+    }
+
+    /// Copies from `offset` to page-locked memory, on a stream.
+    pub fn copy_down(&self, offset: usize, to: &mut Pinned, bytes: usize, stream: Stream) -> Result<()> {
+        self.gpu.bind()?;
+        assert!(bytes <= to.bytes && offset + bytes <= self.bytes);
+        // SAFETY: both hold so many bytes; the caller waits before it reads `to`.
+        unsafe {
+            let to = std::slice::from_raw_parts_mut(to.pointer.cast::<MaybeUninit<u8>>(), bytes);
+            let from = self.pointer + offset as u64;
+            sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, bytes, self.gpu.stream(stream))
+        }
+        .result()
+        .map_err(|error| failed("cuMemcpyDtoHAsync", error))
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.gpu.used_bytes.fetch_sub(self.bytes as u64, Ordering::Relaxed);
+        if self.gpu.bind().is_ok() {
+            // SAFETY: the memory is ours, and work on it was given to this stream before. A failure
+            // shows at the next call, since the device is lost then.
+            let _ = unsafe { result::free_async(self.pointer, self.gpu.main.cu_stream()) };
+        }
+    }
+}
+
+/// Page-locked host memory: copies between it and the device run beside everything else.
+pub struct Pinned {
+    gpu: Arc<Gpu>,
+    pointer: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: it is plain memory, owned.
+unsafe impl Send for Pinned {}
+// SAFETY: shared references give no way to write.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    /// Its bytes. What was never written is zero or what a former owner left.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: the memory is ours and page-locked memory is mapped whole.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer, self.bytes) }
+    }
+
+    /// Its bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(self.pointer, self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.gpu.bind().is_ok() {
+            // SAFETY: the memory is ours; the driver waits for copies that still use it.
+            let _ = unsafe { result::free_host(self.pointer.cast::<c_void>()) };
+        }
+    }
+}
+
+/// A call of the driver that failed on a device that worked before.
+pub(super) fn failed(what: &str, DriverError(code): DriverError) -> Error {
+    Error::machine(format!("the GPU failed: {what}: {code:?}")).hint(
+        "finished blocks are kept and --resume goes on after them, on this device or with \
+         --device cpu; `nvidia-smi` and the system's log say what became of the GPU",
+    )
+}

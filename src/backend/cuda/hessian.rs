@@ -1,0 +1,145 @@
+/*! `sum x^T x` on the tensor cores, its factor, and quadratic forms with it. */
+
+use super::gpu::Buffer;
+use super::launch::{Geometry, arguments};
+use super::product::{Operand, Precision, Product};
+use super::tensor::{Factor, Hessian, Quantized, Site, Tensor, Weight};
+use super::{Cuda, THREADS};
+use crate::backend::Damping;
+use crate::quant::gptq::DAMPING_LADDER;
+use crate::{Error, Result};
+
+/// Columns that are accumulated by one product, down to the matrix's last row: half of the work above
+/// the diagonal is left out, and each product still fills the device.
+const STRIP: usize = 2048;
+/// Rows of weights whose product with the Hessian is held at once.
+const ERROR_ROWS: usize = 4096;
+/// Partial sums of a dot product.
+const PARTS: usize = 512;
+
+impl Cuda {
+    /// `H += x^T x`. In column-major order `x` is `X` `[channels, tokens]`, and a strip of columns of
+    /// `X X^T` from its diagonal down is the upper triangle's rows in ours.
+    pub(super) fn accumulate(&self, hessian: &Hessian, x: &Tensor) -> Result<()> {
+        let n = hessian.n;
+        assert_eq!(x.columns, n, "channels of x and of H");
+        for first in (0..n).step_by(STRIP) {
+            let columns = STRIP.min(n - first);
+            let pointer = x.half().pointer() + 2 * first as u64;
+            let operand = |transposed| Operand { pointer, stride: n, transposed };
+            self.products.run(&Product {
+                m: n - first,
+                n: columns,
+                k: x.rows,
+                a: operand(false),
+                b: operand(true),
+                c: Operand {
+                    pointer: hessian.data.pointer() + 4 * (first * n + first) as u64,
+                    stride: n,
+                    transposed: false,
+                },
+                add: true,
+                precision: Precision::HalfToFloat,
+            })?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn factorize(
+        &self,
+        hessian: &Hessian,
+        damping: f32,
+    ) -> Result<Option<(Factor, Damping)>> {
+        let n = hessian.n;
+        let tiles = n.div_ceil(32);
+        let square = Geometry { grid: (tiles, tiles, 1), threads: THREADS, shared_bytes: 0 };
+        let rows = Geometry { grid: (n.div_ceil(THREADS), n, 1), threads: THREADS, shared_bytes: 0 };
+        let line = Geometry::over(n, THREADS);
+        self.launch("gptq", "mirror", square, arguments![&hessian.data, n])?;
+        let diagonal = self.gpu.alloc(4 * n)?;
+        self.launch("gptq", "diagonal", line, arguments![&hessian.data, n, &diagonal])?;
+        let values = diagonal.download::<f32>(0..4 * n)?;
+        let live = values.iter().map(|&value| f64::from(if value > 0.0 { value } else { 1.0 }));
+        let mean = live.sum::<f64>() / n as f64;
+        if !mean.is_finite() {
+            return Ok(None);
+        }
+        let data = self.gpu.alloc(4 * n * n)?;
+        for (failures, step) in DAMPING_LADDER.iter().enumerate() {
+            let share = damping * step;
+            let damp = (f64::from(share) * mean) as f32;
+            self.launch("gptq", "flip", rows, arguments![&hessian.data, n, damp, &data])?;
+            if !self.products.cholesky(&data, n)? {
+                continue;
+            }
+            // The diagonal's buffer has served.
+            self.launch("gptq", "divisors", line, arguments![&data, n, &diagonal])?;
+            let divisors = diagonal.download::<f32>(0..4 * n)?;
+            if divisors.iter().all(|value| value.is_finite() && *value > 0.0) {
+                self.launch("gptq", "unit_upper", rows, arguments![&data, &diagonal, n])?;
+                return Ok(Some((Factor { n, data }, Damping { share, failures })));
+            }
+        }
+        Ok(None)
+    }
+
+    /// `sqrt(tr(E H E^T) / tr(W H W^T))`, by products on the tensor cores: a number to be read, not
+    /// to be computed with.
+    pub(super) fn relative_error(
+        &self,
+        hessian: &Hessian,
+        site: &Site,
+        weight: &Weight,
+        quantized: &Quantized,
+    ) -> Result<f64> {
+        let original = self.arranged(weight, site, Precision::Float)?;
+        let error = self.dequantized(quantized, false)?;
+        let count = weight.rows * hessian.n;
+        self.launch(
+            "gptq",
+            "subtract",
+            Geometry::over(count, THREADS),
+            arguments![&error, &original, count as i64],
+        )?;
+        let [lost, total] = [&error, &original].map(|w| self.energy_of(w, weight.rows, hessian));
+        let (lost, total) = (lost?, total?);
+        if total > 0.0 && lost.is_finite() {
+            Ok((lost.max(0.0) / total).sqrt())
+        } else if total == 0.0 {
+            Ok(0.0)
+        } else {
+            Err(Error::input("the calibration activations are not finite"))
+        }
+    }
+
+    /// `tr(W H W^T)` for `weights` `[rows, n]` in f32; the Hessian is mirrored.
+    fn energy_of(&self, weights: &Buffer, rows: usize, hessian: &Hessian) -> Result<f64> {
+        let n = hessian.n;
+        let product = self.gpu.alloc(4 * n * rows.min(ERROR_ROWS))?;
+        let parts = self.gpu.alloc(8 * PARTS)?;
+        let mut sum = 0.0;
+        for first in (0..rows).step_by(ERROR_ROWS) {
+            let rows = ERROR_ROWS.min(rows - first);
+            let own = weights.pointer() + 4 * (first * n) as u64;
+            let operand = |pointer| Operand { pointer, stride: n, transposed: false };
+            self.products.run(&Product {
+                m: n,
+                n: rows,
+                k: n,
+                a: operand(hessian.data.pointer()),
+                b: operand(own),
+                c: operand(product.pointer()),
+                add: false,
+                precision: Precision::Tensor32,
+            })?;
+            self.launch(
+                "reduce",
+                "dot_parts",
+                Geometry::line(PARTS, THREADS),
+                arguments![&product, own, (rows * n) as i64, &parts],
+            )?;
+            sum += parts.download::<f64>(0..8 * PARTS)?.iter().sum::<f64>();
+        }
+        Ok(sum)
+    }
+}

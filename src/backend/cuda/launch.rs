@@ -1,0 +1,210 @@
+/*! Kernels by name: compiled and loaded at first use, launched on the main stream. */
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::result;
+use cudarc::driver::sys::{CUdeviceptr, CUfunction, CUfunction_attribute, CUmodule};
+
+use super::compile::Compiler;
+use super::gpu::{Buffer, Gpu, Stream, failed};
+use super::kernels::{FAMILIES, Family};
+use crate::Result;
+
+/// All kernels of a device.
+pub struct Kernels {
+    gpu: Arc<Gpu>,
+    compiler: Compiler,
+    loaded: Mutex<Loaded>,
+}
+
+#[derive(Default)]
+struct Loaded {
+    modules: HashMap<String, Module>,
+    functions: HashMap<String, Function>,
+}
+
+#[derive(Clone, Copy)]
+struct Module(CUmodule);
+// SAFETY: a handle of the driver, whose calls may come from any thread. It is loaded as long as the
+// program runs.
+unsafe impl Send for Module {}
+
+#[derive(Clone, Copy)]
+struct Function(CUfunction);
+// SAFETY: as above.
+unsafe impl Send for Function {}
+
+/// The blocks and threads of a launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Geometry {
+    /// Blocks in x, y, z.
+    pub grid: (usize, usize, usize),
+    /// Threads of a block.
+    pub threads: usize,
+    /// Bytes of dynamic shared memory.
+    pub shared_bytes: usize,
+}
+
+impl Geometry {
+    /// `blocks` in one dimension, without dynamic shared memory.
+    pub fn line(blocks: usize, threads: usize) -> Self {
+        Self { grid: (blocks, 1, 1), threads, shared_bytes: 0 }
+    }
+
+    /// Enough blocks for `count` items, one a thread.
+    pub fn over(count: usize, threads: usize) -> Self {
+        Self::line(count.div_ceil(threads), threads)
+    }
+}
+
+/// An argument of a kernel: at most eight bytes, as the kernel's type has them.
+#[derive(Clone, Copy, Debug)]
+pub struct Argument(u64);
+
+impl From<i32> for Argument {
+    fn from(value: i32) -> Self {
+        Self(u64::from(value.cast_unsigned()))
+    }
+}
+impl From<usize> for Argument {
+    /// A C `int`.
+    fn from(value: usize) -> Self {
+        Self::from(i32::try_from(value).expect("a size that kernels count in 31 bits"))
+    }
+}
+impl From<i64> for Argument {
+    fn from(value: i64) -> Self {
+        Self(value.cast_unsigned())
+    }
+}
+impl From<f32> for Argument {
+    fn from(value: f32) -> Self {
+        Self(u64::from(value.to_bits()))
+    }
+}
+impl From<CUdeviceptr> for Argument {
+    fn from(value: CUdeviceptr) -> Self {
+        Self(value)
+    }
+}
+impl From<&Buffer> for Argument {
+    fn from(buffer: &Buffer) -> Self {
+        Self(buffer.pointer())
+    }
+}
+impl From<Option<&Buffer>> for Argument {
+    fn from(buffer: Option<&Buffer>) -> Self {
+        Self(buffer.map_or(0, Buffer::pointer))
+    }
+}
+
+impl Kernels {
+    /// The kernels of a device, none of them compiled yet.
+    pub fn new(gpu: Arc<Gpu>, compiler: Compiler) -> Self {
+        Self { gpu, compiler, loaded: Mutex::default() }
+    }
+
+    /// The kernel `entry` of a family for given macros.
+    fn function(
+        &self,
+        family: &Family,
+        defines: &[(&'static str, String)],
+        entry: &str,
+    ) -> Result<CUfunction> {
+        let mut module_key = family.name.to_owned();
+        for (name, value) in defines {
+            module_key.push_str(&format!(" {name}={value}"));
+        }
+        let key = format!("{module_key} {entry}");
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = loaded.functions.get(&key) {
+            return Ok(function.0);
+        }
+        let module = match loaded.modules.get(&module_key) {
+            Some(module) => *module,
+            None => {
+                let cubin = self.compiler.cubin(family.name, family.source, defines)?;
+                // SAFETY: the image is a whole cubin, made for this device.
+                let module = unsafe { result::module::load_data(cubin.as_ptr().cast::<c_void>()) }
+                    .map_err(|error| failed(&format!("loading `{module_key}`"), error))?;
+                loaded.modules.insert(module_key, Module(module));
+                Module(module)
+            }
+        };
+        let name = CString::new(entry).expect("names of kernels hold no zero byte");
+        // SAFETY: the module is loaded.
+        let function = unsafe { result::module::get_function(module.0, name) }
+            .map_err(|error| failed(&format!("finding `{key}`"), error))?;
+        loaded.functions.insert(key, Function(function));
+        Ok(function)
+    }
+
+    /// Launches the kernel `entry` of the family named `family` on the main stream.
+    pub fn launch(
+        &self,
+        family: &str,
+        defines: &[(&'static str, String)],
+        entry: &str,
+        geometry: Geometry,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        self.launch_on(Stream::Main, family, defines, entry, geometry, arguments)
+    }
+
+    /// Launches on a given stream.
+    pub fn launch_on(
+        &self,
+        stream: Stream,
+        family: &str,
+        defines: &[(&'static str, String)],
+        entry: &str,
+        geometry: Geometry,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        let Geometry { grid, threads, shared_bytes } = geometry;
+        if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
+            return Ok(());
+        }
+        self.gpu.bind()?;
+        let family = FAMILIES
+            .iter()
+            .find(|known| known.name == family)
+            .expect("every family that is launched is in FAMILIES");
+        let function = self.function(family, defines, entry)?;
+        if shared_bytes > 48 << 10 {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is loaded.
+            unsafe {
+                result::function::set_function_attribute(function, attribute, shared_bytes as i32)
+            }
+            .map_err(|error| {
+                failed(&format!("{entry} needs {shared_bytes} bytes of shared memory"), error)
+            })?;
+        }
+        let mut slots: Vec<u64> = arguments.iter().map(|argument| argument.0).collect();
+        let mut pointers: Vec<*mut c_void> =
+            slots.iter_mut().map(|slot| (slot as *mut u64).cast()).collect();
+        let dimension = |size: usize| u32::try_from(size).expect("a grid of less than 2^32 blocks");
+        // SAFETY: the arguments are what the kernel takes: each caller stands beside its source, and
+        // the tests run all of them under compute-sanitizer.
+        unsafe {
+            result::launch_kernel(
+                function,
+                (dimension(grid.0), dimension(grid.1), dimension(grid.2)),
+                (dimension(threads), 1, 1),
+                dimension(shared_bytes),
+                self.gpu.stream(stream),
+                &mut pointers,
+            )
+        }
+        .map_err(|error| failed(&format!("launching `{entry}`"), error))
+    }
+}
+
+/// Arguments of a launch, each of its own type.
+macro_rules! arguments {
+    ($($argument:expr),* $(,)?) => { &[$($crate::backend::cuda::launch::Argument::from($argument)),*] };
+}
+pub(super) use arguments;

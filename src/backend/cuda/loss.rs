@@ -1,0 +1,80 @@
+/*! Sums over tokens and over the vocabulary. */
+
+use super::launch::{Geometry, arguments};
+use super::product::Precision;
+use super::tensor::{Dense, Tensor};
+use super::{Cuda, THREADS};
+use crate::Result;
+
+/// Bytes of logits held at once.
+const LOGITS_BYTES: usize = 256 << 20;
+/// Tokens whose squares one block sums.
+const ENERGY_TOKENS: usize = 512;
+/// Channels that one block sums, as in reduce.cu.
+const ENERGY_CHANNELS: usize = 64;
+
+impl Cuda {
+    pub(super) fn energy(&self, x: &Tensor, energy: &mut [f64]) -> Result<()> {
+        let (tokens, channels) = (x.rows, x.columns);
+        assert_eq!(energy.len(), channels, "channels of x and of the energies");
+        let count = tokens.div_ceil(ENERGY_TOKENS);
+        let parts = self.gpu.alloc(8 * count * channels)?;
+        let sums = self.gpu.alloc(8 * channels)?;
+        self.launch(
+            "reduce",
+            "energy_parts",
+            Geometry {
+                grid: (channels.div_ceil(ENERGY_CHANNELS), count, 1),
+                threads: THREADS,
+                shared_bytes: 0,
+            },
+            arguments![x.half(), tokens, channels, ENERGY_TOKENS, &parts],
+        )?;
+        self.launch(
+            "reduce",
+            "energy_sum",
+            Geometry::over(channels, THREADS),
+            arguments![&parts, count, channels, &sums],
+        )?;
+        let sums = sums.download::<f64>(0..8 * channels)?;
+        energy.iter_mut().zip(sums).for_each(|(energy, sum)| *energy += sum);
+        Ok(())
+    }
+
+    pub(super) fn losses(
+        &self,
+        x: &Tensor,
+        head: &Dense,
+        tokens: &[u32],
+        seq_len: usize,
+    ) -> Result<Vec<f64>> {
+        let (rows, hidden, vocabulary) = (x.rows, x.columns, head.rows);
+        // Row t predicts token t + 1; a window's last row predicts nothing and its loss is dropped.
+        let targets: Vec<u32> = (1..=rows)
+            .map(|token| if token % seq_len == 0 { 0 } else { tokens[token] })
+            .collect();
+        let part = (LOGITS_BYTES / (4 * vocabulary)).clamp(1, rows.max(1));
+        let logits = self.gpu.alloc(4 * part * vocabulary)?;
+        let targets = self.gpu.upload(&targets)?;
+        let nats = self.gpu.alloc(8 * rows)?;
+        for first in (0..rows).step_by(part) {
+            let count = part.min(rows - first);
+            let own = x.half().pointer() + (2 * first * hidden) as u64;
+            self.multiply(own, count, head, logits.pointer(), Precision::HalfToFloat)?;
+            self.launch(
+                "reduce",
+                "cross_entropy",
+                Geometry::line(count, THREADS),
+                arguments![
+                    &logits,
+                    targets.pointer() + 4 * first as u64,
+                    vocabulary,
+                    nats.pointer() + 8 * first as u64
+                ],
+            )?;
+        }
+        let nats = nats.download::<f64>(0..8 * rows)?;
+        let windows = nats.chunks(seq_len).flat_map(|window| &window[..window.len() - 1]);
+        Ok(windows.copied().collect())
+    }
+}

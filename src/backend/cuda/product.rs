@@ -1,0 +1,315 @@
+/*! Matrix products by cuBLASLt, and Cholesky factorizations by cuSOLVER.
+
+Everything here is row-major for its callers. The libraries are column-major, where a row-major matrix
+is its own transpose: `y = x w^T` is asked for as `y^T = w x^T`. */
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::cublaslt::result as lt;
+use cudarc::cublaslt::sys::{
+    self as lts, cublasComputeType_t as Compute, cublasLtMatmulDescAttributes_t as DescAttribute,
+    cublasLtMatmulPreferenceAttributes_t as Preference, cudaDataType_t as DataType,
+};
+use cudarc::cusolver::sys as solver;
+
+use super::gpu::{Buffer, Gpu, Stream};
+use crate::{Error, Result};
+
+/// Room that cuBLASLt may use; 32 MB is what NVIDIA recommends for Hopper.
+const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// A matrix in device memory, column-major: entry (i, j) is `i + j * stride` elements after `pointer`.
+#[derive(Clone, Copy, Debug)]
+pub struct Operand {
+    /// Its first entry.
+    pub pointer: u64,
+    /// Elements from column to column.
+    pub stride: usize,
+    /// Whether the product takes its transpose.
+    pub transposed: bool,
+}
+
+/// How a product is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// f16 operands, sums in f32, result in f16.
+    HalfToHalf,
+    /// f16 operands, sums in f32, result in f32.
+    HalfToFloat,
+    /// f32 operands and sums.
+    Float,
+    /// f32 operands, rounded to 10 bits of mantissa for the tensor cores, and f32 sums.
+    Tensor32,
+}
+
+/// `c = a b`, or `c += a b`: `[m, n]` from `[m, k]` and `[k, n]`, column-major.
+#[derive(Clone, Copy, Debug)]
+pub struct Product {
+    /// Rows of the result.
+    pub m: usize,
+    /// Columns of the result.
+    pub n: usize,
+    /// Depth of the sums.
+    pub k: usize,
+    /// The left operand.
+    pub a: Operand,
+    /// The right operand.
+    pub b: Operand,
+    /// Where the result goes.
+    pub c: Operand,
+    /// Whether it is added to what is there.
+    pub add: bool,
+    /// How it is computed.
+    pub precision: Precision,
+}
+
+/// What decides the kernel that cuBLASLt takes.
+type Key = (usize, usize, usize, [(usize, bool, u32); 3], bool, Precision);
+
+/// A product that cuBLASLt has chosen a kernel for.
+struct Planned {
+    description: lts::cublasLtMatmulDesc_t,
+    layouts: [lts::cublasLtMatrixLayout_t; 3],
+    algorithm: lts::cublasLtMatmulAlgo_t,
+}
+
+/// The two libraries, opened for a device.
+pub struct Products {
+    gpu: Arc<Gpu>,
+    handle: lts::cublasLtHandle_t,
+    solver: solver::cusolverDnHandle_t,
+    workspace: Buffer,
+    planned: Mutex<HashMap<Key, Planned>>,
+}
+
+// SAFETY: the handles may be used from any thread; plans are behind a mutex, and cuSOLVER's handle is
+// used by the thread that computes alone.
+unsafe impl Send for Products {}
+// SAFETY: as above.
+unsafe impl Sync for Products {}
+
+impl Products {
+    /// Opens both libraries, which must be there.
+    pub fn new(gpu: Arc<Gpu>) -> Result<Self> {
+        gpu.bind()?;
+        let handle = lt::create_handle().map_err(|error| failed("cublasLtCreate", error))?;
+        let mut solver = ptr::null_mut();
+        // SAFETY: the library is there; the call writes one handle.
+        let made = unsafe { solver::cusolverDnCreate(&mut solver) };
+        solved("cusolverDnCreate", made)?;
+        // SAFETY: handle and stream are alive; both bindings name the same driver type.
+        let set = unsafe { solver::cusolverDnSetStream(solver, gpu.stream(Stream::Main).cast()) };
+        solved("cusolverDnSetStream", set)?;
+        let workspace = gpu.alloc(WORKSPACE_BYTES)?;
+        Ok(Self { gpu, handle, solver, workspace, planned: Mutex::default() })
+    }
+
+    /// Computes a product on the main stream.
+    pub fn run(&self, product: &Product) -> Result<()> {
+        let Product { m, n, k, a, b, c, add, precision } = *product;
+        if m == 0 || n == 0 || k == 0 {
+            return Ok(());
+        }
+        self.gpu.bind()?;
+        let form = |operand: Operand, bytes: usize| {
+            // The address decides which instructions can load it, and so does the distance of columns.
+            let alignment = operand.pointer | (operand.stride * bytes) as u64 | 256;
+            (operand.stride, operand.transposed, 1 << alignment.trailing_zeros())
+        };
+        let (in_bytes, out_bytes) = precision.bytes();
+        let forms = [form(a, in_bytes), form(b, in_bytes), form(c, out_bytes)];
+        let key = (m, n, k, forms, add, precision);
+        let mut planned = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
+        if !planned.contains_key(&key) {
+            planned.insert(key, self.plan(product, forms)?);
+        }
+        let plan = &planned[&key];
+        let (alpha, beta) = (1f32, if add { 1f32 } else { 0.0 });
+        // SAFETY: the plan was made for these shapes; the operands are device memory of these sizes.
+        unsafe {
+            lt::matmul(
+                self.handle,
+                plan.description,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                a.pointer as *const c_void,
+                plan.layouts[0],
+                b.pointer as *const c_void,
+                plan.layouts[1],
+                c.pointer as *const c_void,
+                plan.layouts[2],
+                c.pointer as *mut c_void,
+                plan.layouts[2],
+                &raw const plan.algorithm,
+                self.workspace.pointer() as *mut c_void,
+                WORKSPACE_BYTES,
+                self.gpu.stream(Stream::Main).cast(),
+            )
+        }
+        .map_err(|error| failed("cublasLtMatmul", error))
+    }
+
+    fn plan(&self, product: &Product, forms: [(usize, bool, u32); 3]) -> Result<Planned> {
+        let Product { m, n, k, a, b, precision, .. } = *product;
+        let (input, output, compute) = precision.types();
+        let failed = |error| failed("choosing a kernel of cuBLASLt", error);
+        let description =
+            lt::create_matmul_desc(compute, DataType::CUDA_R_32F).map_err(failed)?;
+        for (attribute, operand) in [
+            (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSA, a),
+            (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSB, b),
+        ] {
+            let transposed = i32::from(operand.transposed);
+            // SAFETY: the attribute is one 32-bit number.
+            unsafe {
+                let value = (&raw const transposed).cast();
+                lt::set_matmul_desc_attribute(description, attribute, value, size_of::<i32>())
+            }
+            .map_err(failed)?;
+        }
+        let layout = |data, (rows, columns): (usize, usize), stride: usize, transposed| {
+            let (rows, columns) = if transposed { (columns, rows) } else { (rows, columns) };
+            lt::create_matrix_layout(data, rows as u64, columns as u64, stride as i64)
+        };
+        let layouts = [
+            layout(input, (m, k), forms[0].0, forms[0].1).map_err(failed)?,
+            layout(input, (k, n), forms[1].0, forms[1].1).map_err(failed)?,
+            layout(output, (m, n), forms[2].0, false).map_err(failed)?,
+        ];
+        let preference = lt::create_matmul_pref().map_err(failed)?;
+        let set = |attribute, value: *const c_void, bytes| {
+            // SAFETY: each attribute is given as the number it is.
+            unsafe { lt::set_matmul_pref_attribute(preference, attribute, value, bytes) }
+                .map_err(failed)
+        };
+        let workspace = WORKSPACE_BYTES;
+        set(
+            Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+            (&raw const workspace).cast(),
+            size_of::<usize>(),
+        )?;
+        for (attribute, (_, _, alignment)) in [
+            Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+            Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+            Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+        ]
+        .into_iter()
+        .zip(forms)
+        {
+            set(attribute, (&raw const alignment).cast(), size_of::<u32>())?;
+        }
+        let alignment = forms[2].2;
+        set(
+            Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+            (&raw const alignment).cast(),
+            size_of::<u32>(),
+        )?;
+        // SAFETY: all descriptions are alive.
+        let found = unsafe {
+            lt::get_matmul_algo_heuristic(
+                self.handle,
+                description,
+                layouts[0],
+                layouts[1],
+                layouts[2],
+                layouts[2],
+                preference,
+            )
+        };
+        // SAFETY: made above, and used no more.
+        let _ = unsafe { lt::destroy_matmul_pref(preference) };
+        let found = found.map_err(failed)?;
+        Ok(Planned { description, layouts, algorithm: found.algo })
+    }
+
+    /// Replaces the lower triangle of `matrix` `[n, n]` (row-major) by `L`, `L L^T = matrix`; false if
+    /// it is not positive definite.
+    pub fn cholesky(&self, matrix: &Buffer, n: usize) -> Result<bool> {
+        self.gpu.bind()?;
+        // Row-major and lower is column-major and upper.
+        let upper = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
+        let size = i32::try_from(n)
+            .map_err(|_| Error::machine(format!("a Hessian of {n} channels is too large")))?;
+        let pointer = matrix.pointer() as *mut f32;
+        let mut work = 0;
+        // SAFETY: the matrix holds n * n values; the call writes one integer.
+        let asked = unsafe {
+            solver::cusolverDnSpotrf_bufferSize(self.solver, upper, size, pointer, size, &mut work)
+        };
+        solved("cusolverDnSpotrf_bufferSize", asked)?;
+        let workspace = self.gpu.alloc(4 * work.max(1) as usize)?;
+        let info = self.gpu.zeros(4)?;
+        // SAFETY: workspace and info are as large as was asked for.
+        let done = unsafe {
+            solver::cusolverDnSpotrf(
+                self.solver,
+                upper,
+                size,
+                pointer,
+                size,
+                workspace.pointer() as *mut f32,
+                work,
+                info.pointer() as *mut i32,
+            )
+        };
+        solved("cusolverDnSpotrf", done)?;
+        Ok(info.download::<i32>(0..4)?[0] == 0)
+    }
+}
+
+impl Drop for Products {
+    fn drop(&mut self) {
+        if self.gpu.wait(Stream::Main).is_err() {
+            return;
+        }
+        let planned = self.planned.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: everything was made here and is used no more.
+        unsafe {
+            for (_, Planned { description, layouts, .. }) in planned.drain() {
+                let _ = lt::destroy_matmul_desc(description);
+                for layout in layouts {
+                    let _ = lt::destroy_matrix_layout(layout);
+                }
+            }
+            let _ = lt::destroy_handle(self.handle);
+            let _ = solver::cusolverDnDestroy(self.solver);
+        }
+    }
+}
+
+impl Precision {
+    /// Bytes of an operand's and of the result's elements.
+    fn bytes(self) -> (usize, usize) {
+        match self {
+            Self::HalfToHalf => (2, 2),
+            Self::HalfToFloat => (2, 4),
+            Self::Float | Self::Tensor32 => (4, 4),
+        }
+    }
+
+    fn types(self) -> (DataType, DataType, Compute) {
+        let (half, float) = (DataType::CUDA_R_16F, DataType::CUDA_R_32F);
+        match self {
+            Self::HalfToHalf => (half, half, Compute::CUBLAS_COMPUTE_32F),
+            Self::HalfToFloat => (half, float, Compute::CUBLAS_COMPUTE_32F),
+            Self::Float => (float, float, Compute::CUBLAS_COMPUTE_32F),
+            Self::Tensor32 => (float, float, Compute::CUBLAS_COMPUTE_32F_FAST_TF32),
+        }
+    }
+}
+
+fn failed(call: &str, error: lt::CublasError) -> Error {
+    Error::machine(format!("{call} failed: {error}"))
+        .hint("`nvidia-smi` says whether the GPU is well; or run with --device cpu")
+}
+
+fn solved(call: &str, status: solver::cusolverStatus_t) -> Result<()> {
+    if status == solver::cusolverStatus_t::CUSOLVER_STATUS_SUCCESS {
+        return Ok(());
+    }
+    Err(Error::machine(format!("{call} failed: {status:?}"))
+        .hint("`nvidia-smi` says whether the GPU is well; or run with --device cpu"))
+}

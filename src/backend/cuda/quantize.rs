@@ -1,0 +1,448 @@
+/*! Channel order, transform and quantization of activations and weights; the integer product; codes to
+and from the host. */
+
+use std::sync::{Arc, PoisonError};
+
+use half::f16;
+
+use super::gpu::Buffer;
+use super::launch::{Geometry, arguments};
+use super::product::Precision;
+use super::tensor::{
+    Codes, OUTLIER_MULTIPLE, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE, Site, Tensor,
+    Weight,
+};
+use super::{Cuda, THREADS};
+use crate::quant::linear::{OutlierBlock, QuantizedLinear};
+use crate::quant::site::{GREATEST_INT8, OutlierFormat, SiteFormat, Transform};
+use crate::quant::weights::WeightFormat;
+use crate::{Error, Result};
+
+/// Shared memory that a row may be staged in: eight blocks of threads fit an SM beside each other.
+const STAGED_BYTES: usize = 24 << 10;
+/// Groups that are worked on in registers; arrange.cu has the same list.
+const IN_REGISTERS: [usize; 6] = [32, 64, 128, 256, 512, 1024];
+/// Shared memory of a block where groups are worked on there.
+const GROUP_BYTES: usize = 96 << 10;
+
+/// How arrange.cu is compiled and launched for a site.
+pub(super) struct Arranging {
+    pub(super) defines: [(&'static str, String); 4],
+    threads: usize,
+    shared_bytes: usize,
+    /// Whether a row is staged in shared memory.
+    pub(super) staged: i32,
+}
+
+impl Arranging {
+    /// `element` is the type of the rows.
+    pub(super) fn new(format: &SiteFormat, element: &str) -> Self {
+        let transform = i32::from(format.transform == Transform::Hadamard);
+        let row_bytes = format.channels * if element == "float" { 4 } else { 2 };
+        let (threads, group_bytes) = if IN_REGISTERS.contains(&format.group_size) {
+            (THREADS, 0)
+        } else {
+            // As many warps as there is room for their groups.
+            let warps = (GROUP_BYTES / (4 * format.group_size)).clamp(1, THREADS / 32);
+            (32 * warps, 4 * format.group_size * warps)
+        };
+        let staged = row_bytes <= STAGED_BYTES;
+        let row_bytes = if staged { row_bytes.next_multiple_of(16) } else { 0 };
+        Self {
+            defines: [
+                ("GROUP", format.group_size.to_string()),
+                ("TRANSFORM", transform.to_string()),
+                ("IN", element.to_owned()),
+                ("THREADS", threads.to_string()),
+            ],
+            threads,
+            shared_bytes: row_bytes + group_bytes,
+            staged: i32::from(staged),
+        }
+    }
+
+    pub(super) fn geometry(&self, rows: usize) -> Geometry {
+        Geometry {
+            grid: (rows, 1, 1),
+            threads: self.threads,
+            shared_bytes: self.shared_bytes,
+        }
+    }
+}
+
+impl Cuda {
+    /// Rows `[rows, channels]` of type `element` in the site's order, transformed, as f16 or f32.
+    pub(super) fn arrange_rows(
+        &self,
+        x: u64,
+        element: &str,
+        rows: usize,
+        site: &Site,
+        to: u64,
+        to_element: &str,
+    ) -> Result<()> {
+        let format = &site.format;
+        let arranging = Arranging::new(format, element);
+        self.kernels.launch(
+            "arrange",
+            &arranging.defines,
+            &format!("arrange_to_{to_element}"),
+            arranging.geometry(rows),
+            arguments![
+                x,
+                &site.order,
+                format.channels,
+                format.groups,
+                format.outlier_channels,
+                arranging.staged,
+                to
+            ],
+        )
+    }
+
+    /// A weight in the site's order, transformed: f16 or f32.
+    pub(super) fn arranged(
+        &self,
+        weight: &Weight,
+        site: &Site,
+        precision: Precision,
+    ) -> Result<Buffer> {
+        let (bytes, element) =
+            if precision == Precision::HalfToHalf { (2, "half") } else { (4, "float") };
+        let to = self.gpu.alloc(bytes * weight.rows * site.format.width())?;
+        self.arrange_rows(weight.data.pointer(), weight.kind(), weight.rows, site, to.pointer(), element)?;
+        Ok(to)
+    }
+
+    pub(super) fn quantize_rows(&self, x: &Tensor, site: &Site) -> Result<Rows> {
+        let format = &site.format;
+        let (values, element) = x.typed();
+        let tokens = x.rows;
+        let outliers = self.outliers(format.outlier_channels, format.outlier_format, tokens)?;
+        let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
+        let rows = Rows {
+            tokens,
+            group_size: format.group_size,
+            groups: format.groups,
+            codes: self.gpu.alloc(tokens * format.grouped_channels())?,
+            scales: self.gpu.alloc(4 * scale_stride * format.groups)?,
+            scale_stride,
+            outliers,
+        };
+        let bad = self.gpu.alloc(4)?;
+        bad.fill(0xff)?;
+        let (least, greatest) = format.code_limits();
+        let arranging = Arranging::new(format, element);
+        self.kernels.launch(
+            "arrange",
+            &arranging.defines,
+            "quantize",
+            arranging.geometry(tokens),
+            arguments![
+                values,
+                &site.order,
+                format.channels,
+                format.groups,
+                format.outlier_channels,
+                rows.outliers.padded(),
+                i32::from(rows.outliers.values.is_some()),
+                arranging.staged,
+                format.clip,
+                least,
+                greatest,
+                &rows.codes,
+                &rows.scales,
+                scale_stride,
+                rows.outliers.codes.as_ref(),
+                rows.outliers.scales.as_ref(),
+                rows.outliers.values.as_ref(),
+                &bad
+            ],
+        )?;
+        match bad.download::<u32>(0..4)?[0] {
+            u32::MAX => Ok(rows),
+            token => Err(Error::input(format!(
+                "the activation of token {token} is not finite or beyond the range of f16"
+            ))
+            .hint("the model overflows f16 on this text: try --device cpu")),
+        }
+    }
+
+    /// Room for the outliers of `rows` rows.
+    pub(super) fn outliers(
+        &self,
+        channels: usize,
+        format: OutlierFormat,
+        rows: usize,
+    ) -> Result<Outliers> {
+        let padded = channels.next_multiple_of(OUTLIER_MULTIPLE);
+        let (codes, scales, values) = match format {
+            _ if channels == 0 => (None, None, None),
+            OutlierFormat::Int8 => {
+                (Some(self.gpu.alloc(rows * padded)?), Some(self.gpu.alloc(4 * rows)?), None)
+            }
+            OutlierFormat::F16 => (None, None, Some(self.gpu.alloc(4 * rows * channels)?)),
+        };
+        Ok(Outliers { channels, codes, scales, values })
+    }
+
+    pub(super) fn dequantize_rows(&self, x: &Rows) -> Result<Tensor> {
+        let y = self.half(x.tokens, x.groups * x.group_size + x.outliers.channels)?;
+        let outliers = [&x.outliers.codes, &x.outliers.scales, &x.outliers.values]
+            .map(|buffer| buffer.as_ref().map_or(0, Buffer::pointer));
+        self.launch_dequantize(
+            x.group_size,
+            x.tokens,
+            [x.codes.pointer(), x.scales.pointer()],
+            outliers,
+            [x.groups, x.outliers.channels, x.outliers.padded(), 1, 1, x.scale_stride],
+            y.half(),
+            "half",
+        )?;
+        Ok(y)
+    }
+
+    /// The weights that codes stand for `[rows, width]`, in f16 or in f32.
+    pub(super) fn dequantized(&self, weight: &Quantized, half: bool) -> Result<Buffer> {
+        let WeightFormat { group_size, groups, rows_per_scale, .. } = weight.format;
+        let (bytes, element) = if half { (2, "half") } else { (4, "float") };
+        let to = self.gpu.alloc(bytes * weight.rows * weight.format.width())?;
+        let outliers = &weight.shared.outliers;
+        self.launch_dequantize(
+            group_size,
+            weight.rows,
+            [weight.codes(), weight.scales()],
+            weight.outliers(),
+            [groups, outliers.channels, outliers.padded(), rows_per_scale, groups, 1],
+            &to,
+            element,
+        )?;
+        Ok(to)
+    }
+
+    /// `sizes`: groups, outliers, padded outliers, rows a scale, and the scales' strides from row to
+    /// row and from group to group.
+    #[expect(clippy::too_many_arguments, reason = "the operands of one kernel")]
+    fn launch_dequantize(
+        &self,
+        group_size: usize,
+        rows: usize,
+        [codes, scales]: [u64; 2],
+        [outlier_codes, outlier_scales, outlier_values]: [u64; 3],
+        [groups, outliers, padded, rows_per_scale, row_stride, group_stride]: [usize; 6],
+        to: &Buffer,
+        element: &str,
+    ) -> Result<()> {
+        // The transform and the type of rows play no part on the way back.
+        let defines = [
+            ("GROUP", group_size.to_string()),
+            ("TRANSFORM", "0".to_owned()),
+            ("IN", "half".to_owned()),
+            ("THREADS", THREADS.to_string()),
+        ];
+        self.kernels.launch(
+            "arrange",
+            &defines,
+            &format!("dequantize_to_{element}"),
+            Geometry::line(rows, THREADS),
+            arguments![
+                codes,
+                scales,
+                outlier_codes,
+                outlier_scales,
+                outlier_values,
+                groups,
+                outliers,
+                padded,
+                rows_per_scale,
+                row_stride,
+                group_stride,
+                to
+            ],
+        )
+    }
+
+    pub(super) fn pack(&self, weight: &Quantized) -> Result<Packed> {
+        let WeightFormat { groups, rows_per_scale, .. } = weight.format;
+        let stride = weight.rows.next_multiple_of(SCALE_MULTIPLE);
+        let scales = self.gpu.alloc(4 * stride * groups)?;
+        self.launch(
+            "gptq",
+            "spread_scales",
+            Geometry::over(weight.rows * groups, THREADS),
+            arguments![weight.scales(), weight.rows, groups, rows_per_scale, stride, &scales],
+        )?;
+        let shared = Arc::clone(&weight.shared);
+        let Quantized { format, first_row, rows, .. } = *weight;
+        Ok(Packed { weight: Quantized { format, first_row, rows, shared }, scales })
+    }
+
+    /// `x w^T` by the integer path, in f16 or in f32.
+    pub(super) fn integer(&self, x: &Rows, weight: &Packed, half: bool) -> Result<Buffer> {
+        let Packed { weight, scales } = weight;
+        let (tokens, rows) = (x.tokens, weight.rows);
+        assert_eq!(
+            (x.group_size, x.groups, x.outliers.channels),
+            (weight.format.group_size, weight.format.groups, weight.format.outlier_channels)
+        );
+        let f16_outliers = x.outliers.values.as_ref();
+        // f16 outliers are added to the f32 sums, which are rounded afterwards.
+        let half_now = half && f16_outliers.is_none();
+        let y = self.gpu.alloc(if half_now { 2 } else { 4 } * tokens * rows)?;
+        let [outlier_codes, outlier_scales, outlier_values] = weight.outliers();
+        let defines = [
+            ("GROUP", x.group_size.to_string()),
+            ("OUT_HALF", i32::from(half_now).to_string()),
+        ];
+        self.kernels.launch(
+            "integer",
+            &defines,
+            "integer_product",
+            integer_geometry(x.group_size, tokens, rows),
+            arguments![
+                &x.codes,
+                &x.scales,
+                x.outliers.codes.as_ref(),
+                x.outliers.scales.as_ref(),
+                weight.codes(),
+                scales,
+                outlier_codes,
+                outlier_scales,
+                &y,
+                tokens,
+                rows,
+                x.groups,
+                x.outliers.padded()
+            ],
+        )?;
+        let Some(values) = f16_outliers else { return Ok(y) };
+        self.kernels.launch(
+            "integer",
+            &defines,
+            "add_f16_outliers",
+            Geometry {
+                grid: (rows.div_ceil(64), tokens.div_ceil(64), 1),
+                threads: THREADS,
+                shared_bytes: 0,
+            },
+            arguments![values, outlier_values, &y, tokens, rows, x.outliers.channels],
+        )?;
+        if !half {
+            return Ok(y);
+        }
+        let rounded = self.gpu.alloc(2 * tokens * rows)?;
+        let bad = self.gpu.alloc(8)?;
+        self.launch(
+            "elementwise",
+            "convert_float",
+            Geometry::line((tokens * rows).div_ceil(THREADS * 16).clamp(1, 4096), THREADS),
+            arguments![&y, (tokens * rows) as i64, &rounded, &bad],
+        )?;
+        Ok(rounded)
+    }
+
+    /// A quantized weight on the host. On the stream beside the kernels.
+    pub(super) fn to_host(&self, weight: &Quantized) -> Result<QuantizedLinear> {
+        let WeightFormat { bits, group_size, groups, rows_per_scale, outlier_channels, .. } =
+            weight.format;
+        let rows = weight.rows;
+        let grouped = weight.format.grouped_channels();
+        let mut staging = self.downloads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut codes = vec![0i8; rows * grouped];
+        let Codes { codes: all, scales: all_scales, outliers } = &*weight.shared;
+        staging.download(all, weight.first_row * grouped, bytemuck::cast_slice_mut(&mut codes))?;
+        let mut halves = |buffer: &Buffer, first: usize, count: usize| -> Result<Vec<f16>> {
+            let mut floats = vec![0f32; count];
+            staging.download(buffer, 4 * first, bytemuck::cast_slice_mut(&mut floats))?;
+            Ok(floats.into_iter().map(f16::from_f32).collect())
+        };
+        let scales =
+            halves(all_scales, weight.first_scale() * groups, weight.scale_rows() * groups)?;
+        let outlier_block = match (&outliers.codes, &outliers.scales, &outliers.values) {
+            (Some(all), Some(all_scales), _) => {
+                let scales = halves(all_scales, weight.first_row, rows)?;
+                let padded = outliers.padded();
+                let mut codes = vec![0i8; rows * padded];
+                let first = weight.first_row * padded;
+                staging.download(all, first, bytemuck::cast_slice_mut(&mut codes))?;
+                let codes = codes.chunks(padded).flat_map(|row| &row[..outlier_channels]).copied();
+                OutlierBlock::Int8 { codes: codes.collect(), scales }
+            }
+            (_, _, Some(values)) => {
+                let first = weight.first_row * outlier_channels;
+                OutlierBlock::F16(halves(values, first, rows * outlier_channels)?)
+            }
+            _ => OutlierBlock::None,
+        };
+        Ok(QuantizedLinear {
+            rows,
+            bits,
+            group_size,
+            groups,
+            rows_per_scale,
+            codes,
+            scales,
+            outlier_channels,
+            outliers: outlier_block,
+        })
+    }
+
+    pub(super) fn from_host(&self, weight: &QuantizedLinear) -> Result<Quantized> {
+        let QuantizedLinear { rows, bits, group_size, groups, rows_per_scale, .. } = *weight;
+        let channels = weight.outlier_channels;
+        let floats = |values: &[f16]| -> Result<Buffer> {
+            self.gpu.upload(&values.iter().map(|value| value.to_f32()).collect::<Vec<_>>())
+        };
+        let outliers = match &weight.outliers {
+            OutlierBlock::None => Outliers { channels: 0, codes: None, scales: None, values: None },
+            OutlierBlock::Int8 { codes, scales } => {
+                let padded = channels.next_multiple_of(OUTLIER_MULTIPLE);
+                let mut wide = vec![0i8; rows * padded];
+                for (to, from) in wide.chunks_mut(padded).zip(codes.chunks(channels)) {
+                    to[..channels].copy_from_slice(from);
+                }
+                let (codes, scales) = (Some(self.gpu.upload(&wide)?), Some(floats(scales)?));
+                Outliers { channels, codes, scales, values: None }
+            }
+            OutlierBlock::F16(values) => {
+                Outliers { channels, codes: None, scales: None, values: Some(floats(values)?) }
+            }
+        };
+        let outlier_format = match weight.outliers {
+            OutlierBlock::F16(_) => OutlierFormat::F16,
+            _ => OutlierFormat::Int8,
+        };
+        let format = WeightFormat {
+            bits,
+            group_size,
+            groups,
+            rows_per_scale,
+            // Of no use once the codes are there.
+            clip: 1.0,
+            outlier_channels: channels,
+            outlier_format,
+        };
+        let codes = self.gpu.upload(&weight.codes)?;
+        let scales = floats(&weight.scales)?;
+        let shared = Arc::new(Codes { codes, scales, outliers });
+        Ok(Quantized { format, first_row: 0, rows, shared })
+    }
+
+    /// The ratio of absmax to scale of INT8 outliers.
+    pub(super) fn outlier_ratio() -> f32 {
+        1.0 / GREATEST_INT8
+    }
+
+}
+
+/// integer.cu's tiles: 128 tokens by 128 rows, in stages of whole groups where they are short.
+fn integer_geometry(group: usize, tokens: usize, rows: usize) -> Geometry {
+    let groups_a_stage = if group <= 128 { 128 / group } else { 1 };
+    let stage_bytes = 2 * 128 * 128 + 2 * groups_a_stage * 128 * 4;
+    let stages = if group > 64 { 3 } else { 2 };
+    Geometry {
+        grid: (tokens.div_ceil(128) * rows.div_ceil(128), 1, 1),
+        threads: THREADS,
+        shared_bytes: stages * stage_bytes,
+    }
+}

@@ -1,0 +1,190 @@
+/*! What lives in device memory: activations, weights, codes. */
+
+use std::sync::Arc;
+
+use super::gpu::{Buffer, Pinned};
+use crate::checkpoint::Dtype;
+use crate::quant::site::SiteFormat;
+use crate::quant::weights::WeightFormat;
+
+/// Activations `[rows, columns]`, row-major. Hidden states between blocks are f32, what an operation
+/// inside a block gives is f16.
+pub struct Tensor {
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) data: Data,
+}
+
+/// Where a tensor's values are.
+pub(super) enum Data {
+    Float(Buffer),
+    Half(Buffer),
+    /// f32 in page-locked host memory, set aside.
+    Aside(Pinned),
+}
+
+impl Tensor {
+    pub(super) fn count(&self) -> usize {
+        self.rows * self.columns
+    }
+
+    /// The values, where they are f32.
+    pub(super) fn float(&self) -> &Buffer {
+        match &self.data {
+            Data::Float(buffer) => buffer,
+            _ => unreachable!("hidden states are f32 and on the device while they are used"),
+        }
+    }
+
+    /// The values, where they are f16.
+    pub(super) fn half(&self) -> &Buffer {
+        match &self.data {
+            Data::Half(buffer) => buffer,
+            _ => unreachable!("what a block's operations give is f16"),
+        }
+    }
+
+    /// The values and the name that kernels have for their type.
+    pub(super) fn typed(&self) -> (&Buffer, &'static str) {
+        match &self.data {
+            Data::Float(buffer) => (buffer, "float"),
+            Data::Half(buffer) => (buffer, "half"),
+            Data::Aside(_) => unreachable!("a tensor is recalled before it is used"),
+        }
+    }
+}
+
+/// A source's weight `[rows, columns]` in its own type.
+pub struct Weight {
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) dtype: Dtype,
+    pub(super) data: Arc<Buffer>,
+}
+
+impl Weight {
+    /// The name that kernels have for the type.
+    pub(super) fn kind(&self) -> &'static str {
+        match self.dtype {
+            Dtype::F16 => "half",
+            Dtype::BF16 => "bf16",
+            _ => "float",
+        }
+    }
+}
+
+/// A full-precision weight `[rows, columns]` in f16.
+pub struct Dense {
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) data: Arc<Buffer>,
+}
+
+/// A site's format, its order on the device.
+pub struct Site {
+    pub(super) format: SiteFormat,
+    pub(super) order: Buffer,
+}
+
+/// Outlier channels are stored so many at a time: the depth of an integer matrix instruction.
+pub(super) const OUTLIER_MULTIPLE: usize = 32;
+
+/// Scales lie in rows of a multiple of so many, which kernels load at once.
+pub(super) const SCALE_MULTIPLE: usize = 4;
+
+/// The outlier channels of activations or weights, or none.
+pub(super) struct Outliers {
+    /// How many.
+    pub(super) channels: usize,
+    /// INT8 codes `[rows, padded]`, zeros behind; none for f16.
+    pub(super) codes: Option<Buffer>,
+    /// Their scales, one a row.
+    pub(super) scales: Option<Buffer>,
+    /// f16 values as f32, `[rows, channels]`.
+    pub(super) values: Option<Buffer>,
+}
+
+impl Outliers {
+    /// Columns of the codes.
+    pub(super) fn padded(&self) -> usize {
+        if self.codes.is_some() { self.channels.next_multiple_of(OUTLIER_MULTIPLE) } else { 0 }
+    }
+}
+
+/// Quantized activations: codes `[tokens, groups * group_size]`, scales `[groups, scale_stride]`.
+pub struct Rows {
+    pub(super) tokens: usize,
+    pub(super) group_size: usize,
+    pub(super) groups: usize,
+    pub(super) codes: Buffer,
+    pub(super) scales: Buffer,
+    pub(super) scale_stride: usize,
+    pub(super) outliers: Outliers,
+}
+
+/// The codes of one or more linears, row under row.
+pub(super) struct Codes {
+    /// `[rows, grouped channels]`.
+    pub(super) codes: Buffer,
+    /// `[ceil(rows / rows_per_scale), groups]`, f16 values as f32.
+    pub(super) scales: Buffer,
+    pub(super) outliers: Outliers,
+}
+
+/// A quantized linear: its part of some codes. The first row begins a scale of its own.
+pub struct Quantized {
+    pub(super) format: WeightFormat,
+    pub(super) first_row: usize,
+    pub(super) rows: usize,
+    pub(super) shared: Arc<Codes>,
+}
+
+impl Quantized {
+    /// Its first scale's place, counted in rows of scales.
+    pub(super) fn first_scale(&self) -> usize {
+        self.first_row / self.format.rows_per_scale
+    }
+
+    /// How many rows of scales it has.
+    pub(super) fn scale_rows(&self) -> usize {
+        self.rows.div_ceil(self.format.rows_per_scale)
+    }
+
+    /// Where its codes begin.
+    pub(super) fn codes(&self) -> u64 {
+        self.shared.codes.pointer() + (self.first_row * self.format.grouped_channels()) as u64
+    }
+
+    /// Where its scales begin.
+    pub(super) fn scales(&self) -> u64 {
+        self.shared.scales.pointer() + (4 * self.first_scale() * self.format.groups) as u64
+    }
+
+    /// Where its outliers' codes, scales and values begin; 0 for what there is not.
+    pub(super) fn outliers(&self) -> [u64; 3] {
+        let Outliers { channels, codes, scales, values } = &self.shared.outliers;
+        let at = |buffer: &Option<Buffer>, bytes: usize| {
+            buffer.as_ref().map_or(0, |buffer| buffer.pointer() + (self.first_row * bytes) as u64)
+        };
+        [at(codes, self.shared.outliers.padded()), at(scales, 4), at(values, 4 * channels)]
+    }
+}
+
+/// A quantized linear with its scales as the integer product reads them: `[groups, scale_stride]`.
+pub struct Packed {
+    pub(super) weight: Quantized,
+    pub(super) scales: Buffer,
+}
+
+/// A running sum of `x^T x`, `[n, n]`. While tokens are added, the upper triangle is kept up to date;
+/// the factorization mirrors it.
+pub struct Hessian {
+    pub(super) n: usize,
+    pub(super) data: Buffer,
+}
+
+/// `R` of `H = R D R^T` above the diagonal of `[n, n]`; the rest is of no meaning.
+pub struct Factor {
+    pub(super) n: usize,
+    pub(super) data: Buffer,
+}
