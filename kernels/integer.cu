@@ -264,12 +264,16 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
         constexpr int STEPS_A_GROUP = GROUP <= 128 ? GROUP / DEPTH : SPAN / DEPTH;
 #pragma unroll
         for (int step = 0; step < SPAN / DEPTH; step++) {
+            // Where each step ends a group, loads stay behind barriers: scales and codes of several steps
+            // would not fit into the registers.
+            if (STEPS_A_GROUP == 1) __syncwarp();
             Codes codes;
             load_codes<DEPTH>(codes, x_at, w_at, step);
             // A group of several stages goes on where the last stage ended; START is then set at its end.
             const bool first = PARTS_A_GROUP == 1 && step % STEPS_A_GROUP == 0;
             const bool last = step % STEPS_A_GROUP == STEPS_A_GROUP - 1 && stage % PARTS_A_GROUP == PARTS_A_GROUP - 1;
             Scales scales;
+            if (STEPS_A_GROUP == 1 && DEPTH == 32) __syncwarp();
             if (last) load_scales(scales, stage_scales + step / STEPS_A_GROUP * 2 * TILE, own);
 #pragma unroll
             for (int m = 0; m < 4; m++) {
