@@ -85,7 +85,7 @@ impl Fake {
         fs_err::write(&file, source).unwrap();
         let built = Command::new("gcc")
             .args(["-shared", "-fPIC", "-w", "-o"])
-            .arg(directory.path().join("libcuda.so.1"))
+            .arg(directory.path().join("libcuda.so"))
             .arg(&file)
             .status();
         match built {
@@ -95,6 +95,10 @@ impl Fake {
                 return None;
             }
         }
+        // Under the name that goes before and the one a machine without the toolkit has, so that a
+        // driver of this machine is not taken for it.
+        let file = |name| directory.path().join(name);
+        fs_err::copy(file("libcuda.so"), file("libcuda.so.1")).unwrap();
         Some(directory)
     }
 }

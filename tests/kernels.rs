@@ -1,0 +1,269 @@
+/*! What the CUDA kernels become, checked without a GPU: NVRTC compiles every family for every
+architecture, its log tells of registers that did not suffice, and the machine code is searched for
+the tensor cores' instructions. */
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use atom::backend::cuda::compile::Compiler;
+use atom::backend::cuda::kernels::FAMILIES;
+use atom::backend::cuda::libraries;
+use common::{names, skipped};
+use fs_err as fs;
+
+/// One architecture of every generation the kernels run on, and 8.6 and 8.9, which have less shared
+/// memory than 8.0.
+const ARCHITECTURES: [&str; 6] = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
+
+/// Registers of a block of 1,024 threads hold 64 values a thread: 128 are kept.
+const SPILLS: &str = r#"
+extern "C" __global__ void __launch_bounds__(1024) spills(const float* from, float* to) {
+    float kept[128];
+#pragma unroll
+    for (int i = 0; i < 128; ++i) kept[i] = from[i * 1024 + threadIdx.x];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 128; ++i) to[threadIdx.x * 128 + (i * 37) % 128] = kept[i] * kept[127 - i];
+}"#;
+
+/// Registers have no index: a table that is read by one lies in memory.
+const STACK: &str = r#"
+extern "C" __global__ void stacks(const int* at, float* to) {
+    float table[64];
+    for (int i = 0; i < 64; ++i) table[i] = to[i];
+    for (int i = 0; i < 64; ++i) table[at[i]] += 1;
+    for (int i = 0; i < 64; ++i) to[i + threadIdx.x] = table[at[i + 64]];
+}"#;
+
+/// A product on the tensor cores; `PLAIN` leaves it out.
+const TENSOR: &str = r#"
+extern "C" __global__ void multiplies(const unsigned* a, int* d) {
+    unsigned i = threadIdx.x;
+    int c[4] = {0, 0, 0, 0};
+#if !PLAIN
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a[i]), "r"(a[i + 32]), "r"(a[i + 64]), "r"(a[i + 96]), "r"(a[i + 128]), "r"(a[i + 160]));
+#endif
+    for (int j = 0; j < 4; ++j) d[i + 32 * j] = c[j] + int(a[i]);
+}"#;
+
+/// What the compiler's log says of one function.
+#[derive(Debug)]
+struct Usage {
+    function: String,
+    stack_bytes: u32,
+    spill_bytes: u32,
+}
+
+impl Usage {
+    /// Every function of a log.
+    fn all(log: &str) -> Vec<Self> {
+        let mut function = None;
+        let mut all = Vec::new();
+        for line in log.lines() {
+            if let Some((_, name)) = line.split_once("Function properties for ") {
+                function = Some(name.trim().to_owned());
+            } else if line.contains(" bytes stack frame")
+                && let Some(function) = function.take()
+            {
+                let bytes = |what: &str| -> u32 {
+                    let before = line.split(what).next().unwrap();
+                    before.rsplit([' ', ',']).next().unwrap().parse().unwrap()
+                };
+                all.push(Self {
+                    function,
+                    stack_bytes: bytes(" bytes stack frame"),
+                    spill_bytes: bytes(" bytes spill stores") + bytes(" bytes spill loads"),
+                });
+            }
+        }
+        all
+    }
+}
+
+/// What is wrong with a program by its log; a log that tells nothing is wrong as well.
+fn log_faults(log: &str) -> Vec<String> {
+    let usage = Usage::all(log);
+    let entries = log.matches("Compiling entry function").count();
+    let mut faults = Vec::new();
+    if entries == 0 || usage.len() < entries {
+        faults.push(format!("the log tells of {} of {entries} kernels:\n{log}", usage.len()));
+    }
+    for Usage { function, stack_bytes, spill_bytes } in usage {
+        if stack_bytes + spill_bytes > 0 {
+            faults.push(format!("{function}: {stack_bytes} bytes of stack, {spill_bytes} spilled"));
+        }
+    }
+    faults.extend(log.lines().filter(|line| line.contains("ptxas warning")).map(str::to_owned));
+    faults
+}
+
+/// NVIDIA's disassembler of machine code.
+struct Disassembler {
+    program: PathBuf,
+    directory: tempfile::TempDir,
+}
+
+impl Disassembler {
+    /// `$ATOM_NVDISASM`, or that of the Python packages, or that on the path; none where none runs.
+    fn find(test: &str) -> Option<Self> {
+        let below = |lib: PathBuf| lib.parent().map(|home| home.join("bin/nvdisasm"));
+        let packages = Command::new("python3")
+            .args(["-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
+            .output()
+            .ok()
+            .and_then(|output| String::from_utf8(output.stdout).ok())
+            .map(|path| Path::new(path.trim()).join("nvidia/cu13/bin/nvdisasm"));
+        let variable = |name| std::env::var_os(name).map(PathBuf::from);
+        let places = [
+            variable("ATOM_NVDISASM"),
+            variable(libraries::VARIABLE).and_then(below),
+            packages,
+            Some(PathBuf::from("nvdisasm")),
+        ];
+        let runs = |program: &PathBuf| {
+            Command::new(program).arg("--version").output().is_ok_and(|o| o.status.success())
+        };
+        let Some(program) = places.into_iter().flatten().find(runs) else {
+            skipped(test, "nvdisasm was not found: install tests/requirements.txt");
+            return None;
+        };
+        Some(Self { program, directory: tempfile::tempdir().unwrap() })
+    }
+
+    /// Whether an instruction, such as `HMMA`, is in the machine code.
+    fn finds(&self, instruction: &str, cubin: &[u8]) -> bool {
+        let file = tempfile::NamedTempFile::new_in(self.directory.path()).unwrap();
+        fs::write(file.path(), cubin).unwrap();
+        let output = Command::new(&self.program).arg("-c").arg(file.path()).output().unwrap();
+        let listing = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && listing.contains("EXIT"), "{output:?}");
+        listing.split_whitespace().any(|word| word.split('.').next() == Some(instruction))
+    }
+}
+
+/// The compiler for an architecture; none where there is no NVRTC.
+fn compiler(test: &str, architecture: &str) -> Option<Compiler> {
+    match Compiler::for_architecture(architecture) {
+        Ok(compiler) => Some(compiler),
+        Err(error) => {
+            skipped(test, &format!("{error}; {}", error.hint_text().unwrap_or_default()));
+            None
+        }
+    }
+}
+
+#[test]
+fn every_kernel_file_is_in_the_list() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let files: Vec<String> = names(&directory)
+        .into_iter()
+        .filter_map(|name| name.strip_suffix(".cu").map(str::to_owned))
+        .collect();
+    let mut listed: Vec<&str> = FAMILIES.iter().map(|family| family.name).collect();
+    listed.sort_unstable();
+    assert_eq!(listed, files);
+}
+
+#[test]
+fn kernels_spill_nothing_and_use_the_tensor_cores() {
+    let test = "kernels_spill_nothing_and_use_the_tensor_cores";
+    let mut programs = Vec::new();
+    for family in FAMILIES {
+        for defines in (family.variants)() {
+            programs
+                .extend(ARCHITECTURES.map(|architecture| (family, defines.clone(), architecture)));
+        }
+    }
+    assert!(!programs.is_empty(), "there is no kernel to compile: FAMILIES holds none");
+    if compiler(test, ARCHITECTURES[0]).is_none() {
+        return;
+    }
+    let disassembler = Disassembler::find(test);
+
+    let start = Instant::now();
+    let next = AtomicUsize::new(0);
+    let faults = Mutex::new(Vec::new());
+    let kernels = AtomicUsize::new(0);
+    let work = || {
+        while let Some((family, defines, architecture)) =
+            programs.get(next.fetch_add(1, Ordering::Relaxed))
+        {
+            let compiler = Compiler::for_architecture(architecture).unwrap();
+            let found = match compiler.compile(family.name, family.source, defines) {
+                Err(error) => vec![error.to_string()],
+                Ok((cubin, log)) => {
+                    kernels.fetch_add(Usage::all(&log).len(), Ordering::Relaxed);
+                    let mut found = log_faults(&log);
+                    if let (Some(instruction), Some(tool)) = (family.tensor_core, &disassembler)
+                        && !tool.finds(instruction, &cubin)
+                    {
+                        found.push(format!("there is no {instruction} in the machine code"));
+                    }
+                    found
+                }
+            };
+            let macros: Vec<String> =
+                defines.iter().map(|(name, value)| format!("{name}={value}")).collect();
+            let program = format!("{} {} {architecture}", family.name, macros.join(" "));
+            let mut faults = faults.lock().unwrap();
+            faults.extend(found.into_iter().map(|fault| format!("{program}: {fault}")));
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(work);
+        }
+    });
+    let mut faults = faults.into_inner().unwrap();
+    eprintln!(
+        "{} kernels in {} programs, compiled in {:.1} s on {threads} threads",
+        kernels.into_inner(),
+        programs.len(),
+        start.elapsed().as_secs_f64()
+    );
+    faults.sort();
+    assert!(faults.is_empty(), "{} faults:\n{}", faults.len(), faults.join("\n"));
+}
+
+#[test]
+fn kernels_that_spill_are_caught() {
+    for architecture in ARCHITECTURES {
+        let Some(compiler) = compiler("kernels_that_spill_are_caught", architecture) else {
+            return;
+        };
+        for (name, source) in [("spills", SPILLS), ("stacks", STACK)] {
+            let (_, log) = compiler.compile(name, source, &[]).unwrap();
+            let faults = log_faults(&log);
+            assert_eq!(faults.len(), 1, "{architecture} {faults:?}\n{log}");
+            assert!(faults[0].starts_with(&format!("{name}: ")), "{faults:?}");
+            let usage = &Usage::all(&log)[0];
+            assert_eq!(usage.spill_bytes > 0, name == "spills", "{architecture} {usage:?}");
+        }
+        let (_, log) = compiler.compile("fine", TENSOR, &[("PLAIN", "0".to_owned())]).unwrap();
+        assert!(log_faults(&log).is_empty(), "{architecture}: {log}");
+    }
+    assert!(!log_faults("").is_empty() && !log_faults("Compiling entry function").is_empty());
+}
+
+#[test]
+fn kernels_without_tensor_cores_are_caught() {
+    let test = "kernels_without_tensor_cores_are_caught";
+    let Some(disassembler) = Disassembler::find(test) else { return };
+    for architecture in ARCHITECTURES {
+        let Some(compiler) = compiler(test, architecture) else { return };
+        for (plain, there) in [("0", true), ("1", false)] {
+            let defines = [("PLAIN", plain.to_owned())];
+            let (cubin, _) = compiler.compile("multiplies", TENSOR, &defines).unwrap();
+            assert_eq!(disassembler.finds("IMMA", &cubin), there, "{architecture}");
+            assert!(!disassembler.finds("HMMA", &cubin), "{architecture}");
+        }
+    }
+}
