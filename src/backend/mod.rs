@@ -96,6 +96,13 @@ pub trait Backend: Sync {
     fn upload(&self, matrix: Matrix) -> Result<Self::Tensor>;
     /// Copies a tensor.
     fn duplicate(&self, tensor: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Tells how much memory a block's work takes beside the hidden states, before these are made.
+    ///
+    /// # Errors
+    /// A machine error if there is not so much.
+    fn reserve(&self, _bytes: u64) -> Result<()> {
+        Ok(())
+    }
     /// Tells that `tensor` will not be used for a while: a backend whose memory is short may move it
     /// to the host's.
     fn set_aside(&self, _tensor: &mut Self::Tensor) -> Result<()> {

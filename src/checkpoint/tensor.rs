@@ -28,7 +28,12 @@ pub struct Tensor<'a> {
     pub(super) map: Option<&'a Mmap>,
 }
 
-impl Tensor<'_> {
+impl<'a> Tensor<'a> {
+    /// A tensor whose bytes lie in memory and in no file.
+    pub fn in_memory(name: &'a str, dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> Self {
+        Self { name, dtype, shape, bytes, map: None }
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.bytes.len() / self.dtype.size_bytes()

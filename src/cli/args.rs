@@ -6,6 +6,8 @@ use clap::Args;
 
 use super::values::{self, Device};
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::Cuda;
+use crate::pipeline::progress::Progress;
 use crate::pipeline::{Calibration, Evaluation, Output};
 use crate::text::{Split, TextSet};
 use crate::{Error, Result};
@@ -36,19 +38,54 @@ impl Running {
 }
 
 #[derive(Args, Debug)]
+#[command(next_help_heading = "Running")]
 pub(crate) struct DeviceFlag {
-    /// Where the arithmetic runs: auto, cpu, cuda or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Running")]
+    /// Where the arithmetic runs: auto (a GPU if there is one), cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: Device,
+    /// GPU memory to use at most, such as 24GB; hidden states that do not fit stay in host memory
+    /// [default: all that is free]
+    #[arg(long, value_name = "SIZE", value_parser = values::bytes)]
+    gpu_memory: Option<u64>,
+}
+
+/// A backend that was opened.
+pub(crate) enum Opened {
+    /// The CPU.
+    Cpu(Cpu),
+    /// A CUDA device.
+    Cuda(Box<Cuda>),
 }
 
 impl DeviceFlag {
-    /// The backend of the device asked for.
-    pub(crate) fn open(&self) -> Result<Cpu> {
-        self.device.check()?;
-        Cpu::new()
+    /// The backend of the device asked for. `auto` takes the CPU where no GPU can be used, and says
+    /// why.
+    pub(crate) fn open(&self, progress: &dyn Progress) -> Result<Opened> {
+        let cuda = |number| Ok(Opened::Cuda(Box::new(Cuda::open(number, self.gpu_memory)?)));
+        match self.device {
+            Device::Cpu => Ok(Opened::Cpu(Cpu::new()?)),
+            Device::Cuda(number) => cuda(number),
+            Device::Auto => cuda(0).or_else(|error: Error| {
+                progress.info(&format!("running on the CPU: {error}"));
+                Ok(Opened::Cpu(Cpu::new()?))
+            }),
+        }
     }
 }
+
+/// Runs an expression with `$backend` bound to whichever backend was opened.
+macro_rules! with_backend {
+    ($opened:expr, $backend:ident => $work:expr) => {
+        match $opened {
+            $crate::cli::args::Opened::Cpu($backend) => $work,
+            $crate::cli::args::Opened::Cuda($backend) => {
+                let $backend = &**$backend;
+                $work
+            }
+        }
+    };
+}
+pub(crate) use with_backend;
 
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Model")]

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::args::{CalibrationFlags, DeviceFlag, ModelFlag, OverwriteFlag, WindowFlag};
+use super::args::{
+    CalibrationFlags, DeviceFlag, ModelFlag, OverwriteFlag, WindowFlag, with_backend,
+};
 use super::{Output, Ui, names};
 use crate::{Result, hub, pipeline};
 
@@ -27,13 +29,15 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
-    let backend = arguments.device.open()?;
+    let backend = arguments.device.open(ui)?;
     let model = &arguments.model.model;
     let source = hub::source(model)?;
     let calibration = arguments.calibration.load(&arguments.length)?;
     let out = arguments.out.clone().unwrap_or_else(|| names::calibration_out(model));
     let overwrite = arguments.overwrite.overwrite;
-    let outcome = pipeline::calibrate(&backend, &source, &calibration, &out, overwrite, ui)?;
+    let outcome = with_backend!(&backend, backend => {
+        pipeline::calibrate(backend, &source, &calibration, &out, overwrite, ui)
+    })?;
     ui.close();
     output.write(&outcome)
 }

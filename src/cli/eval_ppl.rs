@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::args::{DeviceFlag, ModelFlag, WindowFlag};
+use super::args::{DeviceFlag, ModelFlag, WindowFlag, with_backend};
 use super::limits::MaxPerplexity;
 use super::{Output, Ui, values};
 use crate::Result;
@@ -36,14 +36,16 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
-    let backend = arguments.device.open()?;
+    let backend = arguments.device.open(ui)?;
     let model = Model::open(&arguments.model.model)?;
     let evaluation = Evaluation {
         text: TextSet::load(&arguments.dataset, Split::Evaluation)?,
         seq_len: arguments.length.seq_len,
         windows: arguments.windows,
     };
-    let outcome = eval::perplexity(&backend, &model, &evaluation, ui)?;
+    let outcome = with_backend!(&backend, backend => {
+        eval::perplexity(backend, &model, &evaluation, ui)
+    })?;
     ui.close();
     output.write(&outcome)?;
     arguments.max_ppl.check(outcome.perplexity)

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Deserialize;
 
-use super::args::{DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag};
+use super::args::{DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag, with_backend};
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::{Output, Ui, names, quantize};
 use crate::recipe::Recipe;
@@ -34,15 +34,17 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
-    let backend = arguments.device.open()?;
+    let backend = arguments.device.open(ui)?;
     let model = &arguments.model.model;
     let source = hub::source(model)?;
     let destination = arguments
         .output
         .destination(|| Ok(names::checkpoint_out(model, &planned_recipe(&arguments.plan)?)))?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len)?;
-    let outcome =
-        pipeline::pack(&backend, &source, &arguments.plan, &destination, evaluation.as_ref(), ui)?;
+    let outcome = with_backend!(&backend, backend => {
+        let plan = &arguments.plan;
+        pipeline::pack(backend, &source, plan, &destination, evaluation.as_ref(), ui)
+    })?;
     ui.close();
     output.write(&outcome)?;
     quantize::check(&outcome, &arguments.max_ppl, &arguments.max_increase)

@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::args::{
-    CalibrationFlags, DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag,
+    CalibrationFlags, DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag, with_backend,
 };
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::recipe::RecipeFlags;
@@ -46,7 +46,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
-    let backend = arguments.device.open()?;
+    let backend = arguments.device.open(ui)?;
     let recipe = arguments.recipe.resolve()?;
     let source = hub::source(&arguments.model.model)?;
     let calibration = arguments.calibration.load(&arguments.length)?;
@@ -60,15 +60,15 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         return output.write(&found);
     }
     ui.info(&format!("quantizing {}\n{}", source.name(), report::recipe::lines(&recipe)));
-    let outcome = pipeline::quantize(
-        &backend,
+    let outcome = with_backend!(&backend, backend => pipeline::quantize(
+        backend,
         &source,
         &calibration,
         &recipe,
         &destination,
         evaluation.as_ref(),
         ui,
-    )?;
+    ))?;
     ui.close();
     output.write(&outcome)?;
     check(&outcome, &arguments.max_ppl, &arguments.max_increase)

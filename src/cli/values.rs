@@ -2,8 +2,6 @@
 
 use std::str::FromStr;
 
-use crate::{Error, Result};
-
 /// A count of at least 1.
 pub(crate) fn count(text: &str) -> Result<usize, String> {
     at_least(text, 1)
@@ -75,16 +73,20 @@ impl FromStr for Device {
     }
 }
 
-impl Device {
-    /// Fails for a device this version has no kernels for.
-    pub(crate) fn check(self) -> Result<()> {
-        match self {
-            Self::Auto | Self::Cpu => Ok(()),
-            Self::Cuda(number) => Err(Error::machine(format!(
-                "this version runs on the CPU only; it has no kernels for cuda:{number}"
-            ))
-            .hint("run with --device cpu")),
-        }
+/// A number of bytes, such as `24GB` or `512MiB`.
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor = match &text[digits.len()..] {
+        "" | "B" => 1.0,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "MiB" => f64::from(1 << 20),
+        "GiB" => f64::from(1 << 30),
+        _ => return Err("the units are B, MB, GB, MiB and GiB".to_owned()),
+    };
+    match digits.parse::<f64>() {
+        Ok(number) if number > 0.0 && number.is_finite() => Ok((number * factor) as u64),
+        _ => Err("it must be a size such as 24GB".to_owned()),
     }
 }
 
@@ -104,11 +106,11 @@ mod tests {
     }
 
     #[test]
-    fn devices_are_parsed_and_only_the_cpu_is_there() {
+    fn devices_and_sizes_are_parsed() {
         assert_eq!("auto".parse(), Ok(Device::Auto));
         assert_eq!("cuda:3".parse(), Ok(Device::Cuda(3)));
         assert!("cuda:".parse::<Device>().is_err() && "tpu".parse::<Device>().is_err());
-        assert!(Device::Cpu.check().is_ok());
-        assert_eq!(Device::Cuda(0).check().unwrap_err().kind(), crate::Kind::Machine);
+        assert_eq!((bytes("24GB"), bytes("1.5GiB")), (Ok(24_000_000_000), Ok(1_610_612_736)));
+        assert!(bytes("24").is_ok() && bytes("0GB").is_err() && bytes("3kB").is_err());
     }
 }

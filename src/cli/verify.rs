@@ -4,7 +4,7 @@ use std::path::Path;
 
 use clap::Args;
 
-use super::args::{DeviceFlag, EvaluationFlags, WindowFlag};
+use super::args::{DeviceFlag, EvaluationFlags, WindowFlag, with_backend};
 use super::limits::{MaxIncrease, MaxPerplexity, limits};
 use super::{Output, Ui};
 use crate::checkpoint::AtomCheckpoint;
@@ -39,7 +39,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
-    let backend = arguments.device.open()?;
+    let backend = arguments.device.open(ui)?;
     if arguments.max_increase.max_ppl_increase.is_some() && arguments.reference.is_none() {
         return Err(Error::usage("--max-ppl-increase needs --reference, to which it is relative")
             .hint("add --reference with the source of the checkpoint"));
@@ -53,8 +53,10 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
             .hint("give --model a directory that `atom quantize` has written"));
     }
     let checkpoint = AtomCheckpoint::open(directory)?;
-    let outcome =
-        eval::verify(&backend, &checkpoint, reference.as_ref(), evaluation.as_ref(), limits, ui)?;
+    let outcome = with_backend!(&backend, backend => {
+        let (reference, evaluation) = (reference.as_ref(), evaluation.as_ref());
+        eval::verify(backend, &checkpoint, reference, evaluation, limits, ui)
+    })?;
     ui.close();
     output.write(&outcome)?;
     judge(&outcome)

@@ -3,7 +3,7 @@
 use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::Tensors;
 use crate::model::Architecture;
-use crate::model::sites::EMBEDDING;
+use crate::model::sites::{EMBEDDING, SiteSpec};
 use crate::pipeline::load::expect;
 use crate::{Error, Result};
 
@@ -19,6 +19,21 @@ fn windows_per_batch(batch_bytes: usize, architecture: &Architecture, seq_len: u
     let channels =
         4 * architecture.hidden + 2 * heads * architecture.head_dim + 2 * architecture.intermediate;
     (batch_bytes / (4 * channels * seq_len)).max(1)
+}
+
+/// Device memory that a block takes beside the hidden states, at most: its weights and the next
+/// block's in 16 bits, a copy of them laid out, Hessians and a factor, and the larger of a batch inside
+/// the block and of the weights of one site while they are quantized.
+fn working_bytes(architecture: &Architecture, batch_tokens: usize) -> u64 {
+    let sites = architecture.sites(0);
+    let rows = |site: &SiteSpec| site.linears.iter().map(|linear| linear.rows).sum::<usize>();
+    let weights: usize = sites.iter().map(|site| rows(site) * site.channels).sum();
+    let squares = sites.iter().map(|site| site.channels * site.channels);
+    let (hessians, factor) = (squares.clone().sum::<usize>(), squares.max().unwrap_or(0));
+    let quantized = sites.iter().map(|site| 2 * rows(site) * site.channels).max().unwrap_or(0);
+    let widths: usize = sites.iter().map(|site| rows(site) + site.channels).sum();
+    let batch = 2 * batch_tokens * widths;
+    (6 * weights + 4 * (hessians + factor) + (4 * quantized).max(batch)) as u64 + (1 << 30)
 }
 
 impl<B: Backend> Stream<B> {
@@ -38,8 +53,10 @@ impl<B: Backend> Stream<B> {
             ))
             .hint("tokenizer.json does not belong to this model"));
         }
-        let table = backend.load(embedding)?;
         let windows = windows_per_batch(backend.batch_bytes(), architecture, seq_len);
+        let batch_tokens = tokens.len().min(windows * seq_len);
+        backend.reserve(working_bytes(architecture, batch_tokens))?;
+        let table = backend.load(embedding)?;
         let batches = tokens.chunks(windows * seq_len).map(|tokens| {
             let mut batch = backend.embed(&table, tokens)?;
             backend.set_aside(&mut batch)?;

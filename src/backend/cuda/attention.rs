@@ -43,7 +43,8 @@ impl Cuda {
             ("AFTER_ROPE", i32::from(kv.after_rope).to_string()),
         ];
         let mut rope = self.rope.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let known = |tables: &RopeTables| (&tables.host.0, &tables.host.1) == (&spec.cos, &spec.sin);
+        let known =
+            |tables: &RopeTables| (&tables.host.0, &tables.host.1) == (&spec.cos, &spec.sin);
         if !rope.as_ref().is_some_and(known) {
             *rope = Some(RopeTables {
                 host: (spec.cos.clone(), spec.sin.clone()),

@@ -99,7 +99,15 @@ impl Cuda {
             None => None,
         };
         for (first, end) in spans(format) {
-            self.sweep_span(&stack, weights, factor, (first, end), &codes, difference.as_ref(), &bad)?;
+            self.sweep_span(
+                &stack,
+                weights,
+                factor,
+                (first, end),
+                &codes,
+                difference.as_ref(),
+                &bad,
+            )?;
             if let (Some(factor), Some(difference)) = (factor, &difference) {
                 // w[:, end..] += (w - q)[:, first..end] R[first..end, end..]
                 let entry = |row: usize, column: usize| 4 * (row * width + column) as u64;
@@ -173,7 +181,14 @@ impl Cuda {
         for linear in linears {
             let weight = linear.weight;
             let to = original.pointer() + 4 * (first * width) as u64;
-            self.arrange_rows(weight.data.pointer(), weight.kind(), weight.rows, site, to, "float")?;
+            self.arrange_rows(
+                weight.data.pointer(),
+                weight.kind(),
+                weight.rows,
+                site,
+                to,
+                "float",
+            )?;
             first += weight.rows;
         }
         Ok(Stack { format, rows, original })

@@ -55,8 +55,8 @@ impl Gpu {
     /// A machine error if the context cannot be made or the limit is more than what is free.
     pub fn open(device: Device, limit_bytes: Option<u64>) -> Result<Arc<Self>> {
         let failed = |what: &str, error| failed(what, error);
-        let context =
-            CudaContext::new(device.ordinal).map_err(|error| failed("opening the device", error))?;
+        let context = CudaContext::new(device.ordinal)
+            .map_err(|error| failed("opening the device", error))?;
         // SAFETY: buffers are ordered by streams and events of our own.
         unsafe { context.disable_event_tracking() };
         let stream = || context.new_stream().map_err(|error| failed("cuStreamCreate", error));
@@ -130,9 +130,9 @@ impl Gpu {
         by(later).join(by(earlier)).map_err(|error| failed("cuStreamWaitEvent", error))
     }
 
-    /// Bytes that buffers may still take.
-    pub fn free_bytes(&self) -> u64 {
-        self.limit_bytes.saturating_sub(self.used_bytes.load(Ordering::Relaxed))
+    /// Bytes that buffers may take together.
+    pub fn limit_bytes(&self) -> u64 {
+        self.limit_bytes
     }
 
     /// Most bytes that buffers took together.
@@ -162,7 +162,12 @@ impl Gpu {
         match allocated {
             Ok(pointer) => {
                 self.peak_bytes.fetch_max(used, Ordering::Relaxed);
-                Ok(Buffer { gpu: Arc::clone(self), pointer, bytes })
+                let buffer = Buffer { gpu: Arc::clone(self), pointer, bytes };
+                // NaN in every format: what a kernel forgets to write shows in its test.
+                if cfg!(test) {
+                    buffer.fill(0xff)?;
+                }
+                Ok(buffer)
             }
             Err(error) => {
                 self.used_bytes.fetch_sub(bytes as u64, Ordering::Relaxed);
@@ -275,7 +280,13 @@ impl Buffer {
     }
 
     /// Copies page-locked memory to `offset`, on a stream: it must stay as it is until that is done.
-    pub fn copy_up(&self, offset: usize, from: &Pinned, bytes: usize, stream: Stream) -> Result<()> {
+    pub fn copy_up(
+        &self,
+        offset: usize,
+        from: &Pinned,
+        bytes: usize,
+        stream: Stream,
+    ) -> Result<()> {
         self.gpu.bind()?;
         assert!(bytes <= from.bytes && offset + bytes <= self.bytes);
         // SAFETY: both hold so many bytes; the caller keeps `from`.
@@ -288,7 +299,13 @@ impl Buffer {
     }
 
     /// Copies from `offset` to page-locked memory, on a stream.
-    pub fn copy_down(&self, offset: usize, to: &mut Pinned, bytes: usize, stream: Stream) -> Result<()> {
+    pub fn copy_down(
+        &self,
+        offset: usize,
+        to: &mut Pinned,
+        bytes: usize,
+        stream: Stream,
+    ) -> Result<()> {
         self.gpu.bind()?;
         assert!(bytes <= to.bytes && offset + bytes <= self.bytes);
         // SAFETY: both hold so many bytes; the caller waits before it reads `to`.

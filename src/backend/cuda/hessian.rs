@@ -53,7 +53,8 @@ impl Cuda {
         let n = hessian.n;
         let tiles = n.div_ceil(32);
         let square = Geometry { grid: (tiles, tiles, 1), threads: THREADS, shared_bytes: 0 };
-        let rows = Geometry { grid: (n.div_ceil(THREADS), n, 1), threads: THREADS, shared_bytes: 0 };
+        let rows =
+            Geometry { grid: (n.div_ceil(THREADS), n, 1), threads: THREADS, shared_bytes: 0 };
         let line = Geometry::over(n, THREADS);
         self.launch("gptq", "mirror", square, arguments![&hessian.data, n])?;
         let diagonal = self.gpu.alloc(4 * n)?;

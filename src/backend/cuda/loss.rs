@@ -50,9 +50,8 @@ impl Cuda {
     ) -> Result<Vec<f64>> {
         let (rows, hidden, vocabulary) = (x.rows, x.columns, head.rows);
         // Row t predicts token t + 1; a window's last row predicts nothing and its loss is dropped.
-        let targets: Vec<u32> = (1..=rows)
-            .map(|token| if token % seq_len == 0 { 0 } else { tokens[token] })
-            .collect();
+        let targets: Vec<u32> =
+            (1..=rows).map(|token| if token % seq_len == 0 { 0 } else { tokens[token] }).collect();
         let part = (LOGITS_BYTES / (4 * vocabulary)).clamp(1, rows.max(1));
         let logits = self.gpu.alloc(4 * part * vocabulary)?;
         let targets = self.gpu.upload(&targets)?;

@@ -23,6 +23,7 @@ pub mod tensor;
 #[cfg(test)]
 mod tests;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::{AttentionSpec, Backend, Damping, Matrix, Unquantized};
@@ -36,7 +37,9 @@ use gpu::{Buffer, Gpu, Stream};
 use launch::{Geometry, Kernels, arguments};
 use product::{Operand, Precision, Product, Products};
 use staging::Staging;
-use tensor::{Data, Dense, Factor, Hessian, Packed, Quantized, Rows, Site, Tensor, Weight};
+use tensor::{
+    Data, Dense, Factor, Hessian, Home, Packed, Quantized, Resident, Rows, Site, Tensor, Weight,
+};
 
 /// Threads of a block in the kernels that do not say otherwise.
 const THREADS: usize = 256;
@@ -53,6 +56,10 @@ pub struct Cuda {
     uploads: Mutex<Staging>,
     downloads: Mutex<Staging>,
     rope: Mutex<Option<RopeTables>>,
+    /// Bytes that hidden states take on the device while they are set aside.
+    aside_bytes: Arc<AtomicU64>,
+    /// Bytes that they may take.
+    aside_limit_bytes: AtomicU64,
 }
 
 impl Cuda {
@@ -73,6 +80,8 @@ impl Cuda {
             uploads: Mutex::new(Staging::new(Arc::clone(&gpu), Stream::Up)?),
             downloads: Mutex::new(Staging::new(Arc::clone(&gpu), Stream::Down)?),
             rope: Mutex::default(),
+            aside_bytes: Arc::default(),
+            aside_limit_bytes: AtomicU64::new(u64::MAX),
             gpu,
         })
     }
@@ -90,7 +99,7 @@ impl Cuda {
     /// An f16 tensor whose values are still to be written.
     fn half(&self, rows: usize, columns: usize) -> Result<Tensor> {
         let data = Data::Half(self.gpu.alloc(2 * rows * columns)?);
-        Ok(Tensor { rows, columns, data })
+        Ok(Tensor::new(rows, columns, data))
     }
 
     /// Checks a weight for values that are not finite, and with `to` converts it to f16.
@@ -162,7 +171,7 @@ impl Backend for Cuda {
 
     fn upload(&self, matrix: Matrix) -> Result<Tensor> {
         let Matrix { rows, columns, data } = matrix;
-        Ok(Tensor { rows, columns, data: Data::Float(self.gpu.upload(&data)?) })
+        Ok(Tensor::new(rows, columns, Data::Float(self.gpu.upload(&data)?)))
     }
 
     fn duplicate(&self, tensor: &Tensor) -> Result<Tensor> {
@@ -174,7 +183,49 @@ impl Backend for Cuda {
             Data::Aside(host) => copy.copy_up(0, host, bytes, Stream::Main)?,
             Data::Half(_) => unreachable!("only hidden states are copied"),
         }
-        Ok(Tensor { rows, columns, data: Data::Float(copy) })
+        Ok(Tensor::new(rows, columns, Data::Float(copy)))
+    }
+
+    fn reserve(&self, bytes: u64) -> Result<()> {
+        let limit = self.gpu.limit_bytes();
+        if bytes > limit {
+            return Err(Error::machine(format!(
+                "{} has too little memory: a block's work takes about {bytes} bytes, {limit} may be used",
+                self.gpu.device.name
+            ))
+            .hint("end what else uses the GPU, raise --gpu-memory, or run with --device cpu"));
+        }
+        self.aside_limit_bytes.store(limit - bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn set_aside(&self, tensor: &mut Tensor) -> Result<()> {
+        let bytes = 4 * tensor.count();
+        if matches!(tensor.home, Home::Undecided) {
+            let limit = self.aside_limit_bytes.load(Ordering::Relaxed);
+            let resident = Resident::take(bytes as u64, &self.aside_bytes, limit);
+            tensor.home =
+                resident.map_or(Home::Host, |resident| Home::Device { _resident: resident });
+        }
+        if matches!(tensor.home, Home::Host) {
+            let mut host = self.gpu.pinned(bytes)?;
+            tensor.float().copy_down(0, &mut host, bytes, Stream::Main)?;
+            self.gpu.wait(Stream::Main)?;
+            tensor.data = Data::Aside(host);
+        }
+        Ok(())
+    }
+
+    fn recall(&self, tensor: &mut Tensor) -> Result<()> {
+        if let Data::Aside(host) = &tensor.data {
+            let bytes = 4 * tensor.count();
+            let buffer = self.gpu.alloc(bytes)?;
+            buffer.copy_up(0, host, bytes, Stream::Main)?;
+            // The host's copy must stay until it is read.
+            self.gpu.wait(Stream::Main)?;
+            tensor.data = Data::Float(buffer);
+        }
+        Ok(())
     }
 
     fn load<'a>(&self, tensor: checkpoint::Tensor<'a>) -> Result<Weight> {
@@ -205,7 +256,7 @@ impl Backend for Cuda {
             Geometry::line(rows, THREADS),
             arguments![&*table.data, &tokens, columns, &y],
         )?;
-        Ok(Tensor { rows, columns, data: Data::Float(y) })
+        Ok(Tensor::new(rows, columns, Data::Float(y)))
     }
 
     fn dense(&self, weight: &Weight, site: Option<&Site>) -> Result<Dense> {
@@ -277,7 +328,7 @@ impl Backend for Cuda {
 
     fn integer_product(&self, x: &Rows, weight: &Packed) -> Result<Tensor> {
         let data = Data::Half(self.integer(x, weight, true)?);
-        Ok(Tensor { rows: x.tokens, columns: weight.weight.rows, data })
+        Ok(Tensor::new(x.tokens, weight.weight.rows, data))
     }
 
     fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {

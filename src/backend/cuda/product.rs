@@ -156,8 +156,7 @@ impl Products {
         let Product { m, n, k, a, b, precision, .. } = *product;
         let (input, output, compute) = precision.types();
         let failed = |error| failed("choosing a kernel of cuBLASLt", error);
-        let description =
-            lt::create_matmul_desc(compute, DataType::CUDA_R_32F).map_err(failed)?;
+        let description = lt::create_matmul_desc(compute, DataType::CUDA_R_32F).map_err(failed)?;
         for (attribute, operand) in [
             (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSA, a),
             (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSB, b),

@@ -62,11 +62,7 @@ impl Arranging {
     }
 
     pub(super) fn geometry(&self, rows: usize) -> Geometry {
-        Geometry {
-            grid: (rows, 1, 1),
-            threads: self.threads,
-            shared_bytes: self.shared_bytes,
-        }
+        Geometry { grid: (rows, 1, 1), threads: self.threads, shared_bytes: self.shared_bytes }
     }
 }
 
@@ -110,7 +106,14 @@ impl Cuda {
         let (bytes, element) =
             if precision == Precision::HalfToHalf { (2, "half") } else { (4, "float") };
         let to = self.gpu.alloc(bytes * weight.rows * site.format.width())?;
-        self.arrange_rows(weight.data.pointer(), weight.kind(), weight.rows, site, to.pointer(), element)?;
+        self.arrange_rows(
+            weight.data.pointer(),
+            weight.kind(),
+            weight.rows,
+            site,
+            to.pointer(),
+            element,
+        )?;
         Ok(to)
     }
 
@@ -290,10 +293,8 @@ impl Cuda {
         let half_now = half && f16_outliers.is_none();
         let y = self.gpu.alloc(if half_now { 2 } else { 4 } * tokens * rows)?;
         let [outlier_codes, outlier_scales, outlier_values] = weight.outliers();
-        let defines = [
-            ("GROUP", x.group_size.to_string()),
-            ("OUT_HALF", i32::from(half_now).to_string()),
-        ];
+        let defines =
+            [("GROUP", x.group_size.to_string()), ("OUT_HALF", i32::from(half_now).to_string())];
         self.kernels.launch(
             "integer",
             &defines,
@@ -432,7 +433,6 @@ impl Cuda {
     pub(super) fn outlier_ratio() -> f32 {
         1.0 / GREATEST_INT8
     }
-
 }
 
 /// integer.cu's tiles: 128 tokens by 128 rows, in stages of whole groups where they are short.

@@ -1,6 +1,7 @@
 /*! What lives in device memory: activations, weights, codes. */
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::gpu::{Buffer, Pinned};
 use crate::checkpoint::Dtype;
@@ -13,6 +14,40 @@ pub struct Tensor {
     pub(super) rows: usize,
     pub(super) columns: usize,
     pub(super) data: Data,
+    pub(super) home: Home,
+}
+
+/// Where a tensor is while it is set aside.
+pub(super) enum Home {
+    /// It never was.
+    Undecided,
+    /// On the device.
+    Device { _resident: Resident },
+    /// In host memory.
+    Host,
+}
+
+/// A share of the device memory that tensors set aside take together.
+pub(super) struct Resident {
+    bytes: u64,
+    all: Arc<AtomicU64>,
+}
+
+impl Resident {
+    /// A share, if no more than `limit` bytes are taken with it.
+    pub(super) fn take(bytes: u64, all: &Arc<AtomicU64>, limit: u64) -> Option<Self> {
+        if all.fetch_add(bytes, Ordering::Relaxed) + bytes > limit {
+            all.fetch_sub(bytes, Ordering::Relaxed);
+            return None;
+        }
+        Some(Self { bytes, all: Arc::clone(all) })
+    }
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 /// Where a tensor's values are.
@@ -24,6 +59,10 @@ pub(super) enum Data {
 }
 
 impl Tensor {
+    pub(super) fn new(rows: usize, columns: usize, data: Data) -> Self {
+        Self { rows, columns, data, home: Home::Undecided }
+    }
+
     pub(super) fn count(&self) -> usize {
         self.rows * self.columns
     }
