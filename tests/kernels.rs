@@ -141,7 +141,9 @@ impl Disassembler {
     fn finds(&self, instruction: &str, cubin: &[u8]) -> bool {
         let file = tempfile::NamedTempFile::new_in(self.directory.path()).unwrap();
         fs::write(file.path(), cubin).unwrap();
-        let output = Command::new(&self.program).arg("-c").arg(file.path()).output().unwrap();
+        // Without the analysis of data flow: it is a third of the time.
+        let output =
+            Command::new(&self.program).args(["-c", "-ndf"]).arg(file.path()).output().unwrap();
         let listing = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success() && listing.contains("EXIT"), "{output:?}");
         listing.split_whitespace().any(|word| word.split('.').next() == Some(instruction))
@@ -257,7 +259,8 @@ fn kernels_that_spill_are_caught() {
 fn kernels_without_tensor_cores_are_caught() {
     let test = "kernels_without_tensor_cores_are_caught";
     let Some(disassembler) = Disassembler::find(test) else { return };
-    for architecture in ARCHITECTURES {
+    // The oldest and the newest: nvdisasm takes half a second to start.
+    for architecture in [ARCHITECTURES[0], ARCHITECTURES[ARCHITECTURES.len() - 1]] {
         let Some(compiler) = compiler(test, architecture) else { return };
         for (plain, there) in [("0", true), ("1", false)] {
             let defines = [("PLAIN", plain.to_owned())];
