@@ -89,6 +89,8 @@ pub trait Backend: Sync {
     /// Bytes that a batch's activations inside a block may take, counted as f32: enough that each
     /// operation fills the device. Results do not depend on it.
     fn batch_bytes(&self) -> usize;
+    /// Bytes of hidden states that an evaluation may hold at once. Results do not depend on it.
+    fn stream_bytes(&self) -> usize;
 
     /// Rows of a tensor.
     fn rows(&self, tensor: &Self::Tensor) -> usize;

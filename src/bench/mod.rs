@@ -2,6 +2,7 @@
 
 mod cpu;
 mod quantize;
+mod rate;
 mod synthetic;
 
 use serde::Serialize;

@@ -1,31 +1,43 @@
-/*! `atom bench quantize`: the whole pipeline on a synthetic checkpoint, from files to a file. */
+/*! `atom bench quantize`: the whole pipeline on a synthetic checkpoint, from files to a file, and each
+stage beside what the device does with a block's products alone. */
 
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::rate::{attention_operations, product_operations, products};
 use super::{BenchOutcome, SyntheticModel};
 use crate::backend::Backend;
 use crate::checkpoint::Source;
+use crate::eval::source_perplexity;
+use crate::model::Architecture;
+use crate::model::sites::SiteKind;
+use crate::pipeline::outcome::QuantizeOutcome;
 use crate::pipeline::progress::Progress;
-use crate::pipeline::{Calibration, Output, quantize as run};
+use crate::pipeline::{Calibration, Evaluation, Output, quantize as run};
 use crate::recipe::Recipe;
 use crate::text::{Split, TextSet};
 use crate::{Error, Result};
+
+/// Tokens on which the products' own rate is measured.
+const RATE_TOKENS: usize = 16_384;
 
 /// One figure.
 #[derive(Serialize)]
 struct Figure {
     figure: String,
     value: Value,
+    /// What was reached of the rate of the block's products alone.
+    share: Option<f64>,
 }
 
-/// Writes the model, quantizes it by the default recipe and returns seconds by stage, peak memory and
-/// sizes.
+/// Writes the model, quantizes it by `recipe` and returns seconds by stage, memory and sizes.
 pub fn quantize<B: Backend>(
     backend: &B,
     model: &SyntheticModel,
+    recipe: &Recipe,
     progress: &dyn Progress,
 ) -> Result<BenchOutcome> {
+    let known = model.known_shape()?;
     let temporary = tempfile::tempdir()?;
     let directory = model.directory.as_deref().unwrap_or(temporary.path());
     let source = directory.join(&model.shape);
@@ -36,6 +48,11 @@ pub fn quantize<B: Backend>(
     progress.info(&format!("writing random weights to {}", source.display()));
     model.write(&source)?;
     let source = Source::open(&source)?;
+    let architecture = Architecture::from_config(source.config())?;
+    let tokens = model.samples * model.seq_len;
+    let rate = products(backend, &architecture, tokens.min(RATE_TOKENS))?;
+    backend.trim();
+
     let calibration = Calibration {
         text: TextSet::load("sample", Split::Calibration)?,
         samples: model.samples,
@@ -44,19 +61,109 @@ pub fn quantize<B: Backend>(
     };
     let out = directory.join(format!("{}-atom", model.shape));
     let output = Output { out, overwrite: false, resume: false };
-    let outcome =
-        run(backend, &source, &calibration, &Recipe::default_recipe(), &output, None, progress)?;
-    let figure = |figure: &str, value: Value| Figure { figure: figure.to_owned(), value };
-    let mut figures =
-        vec![figure("device", json!(outcome.device)), figure("seconds", json!(outcome.seconds))];
+    let outcome = run(backend, &source, &calibration, recipe, &output, None, progress)?;
+
+    let figure = |name: &str, value: Value| Figure { figure: name.to_owned(), value, share: None };
+    let mut figures = vec![
+        figure("device", json!(outcome.device)),
+        figure("product rate TFLOP/s", json!(rate / 1e12)),
+        figure("seconds", json!(outcome.seconds)),
+    ];
+    let blocks = architecture.blocks as f64;
     for stage in &outcome.stage_seconds {
-        figures.push(figure(&format!("{} seconds", stage.stage), json!(stage.seconds)));
+        let operations = stage_operations(&stage.stage, &architecture, model, recipe.gptq);
+        figures.push(Figure {
+            figure: format!("{} seconds", stage.stage),
+            value: json!(stage.seconds),
+            share: operations.map(|operations| operations / stage.seconds / rate),
+        });
     }
-    figures.extend([
-        figure("peak RSS bytes", json!(outcome.peak_rss_bytes)),
-        figure("source bytes", json!(outcome.source_bytes)),
-        figure("checkpoint bytes", json!(outcome.out_bytes)),
-        figure("bits per weight", json!(outcome.bits_per_weight)),
-    ]);
+    figures.push(figure("seconds a block", json!(outcome.seconds / blocks)));
+    if known.blocks != architecture.blocks {
+        let whole = outcome.seconds / blocks * known.blocks as f64;
+        figures.push(figure(&format!("seconds a block x {}", known.blocks), json!(whole)));
+    }
+    figures.extend(sizes(&outcome).map(|(name, value)| figure(name, value)));
+    figures.extend(evaluation(backend, &source, model, rate, progress)?);
     Ok(BenchOutcome::of(&figures))
+}
+
+fn sizes(outcome: &QuantizeOutcome) -> [(&'static str, Value); 5] {
+    [
+        ("peak RSS bytes", json!(outcome.peak_rss_bytes)),
+        ("peak device bytes", json!(outcome.peak_gpu_bytes)),
+        ("bytes read", json!(outcome.source_bytes)),
+        ("bytes written", json!(outcome.out_bytes)),
+        ("bits per weight", json!(outcome.bits_per_weight)),
+    ]
+}
+
+/// Perplexity of the source on as many windows as it was calibrated on: tokens a second, and the share
+/// of the products' rate.
+fn evaluation<B: Backend>(
+    backend: &B,
+    source: &Source,
+    model: &SyntheticModel,
+    rate: f64,
+    progress: &dyn Progress,
+) -> Result<[Figure; 2]> {
+    let mut text = TextSet::load("sample", Split::Evaluation)?;
+    // The sample is short; how often it comes does not change the work.
+    let own = text.text.clone();
+    while text.text.len() < 8 * model.samples * model.seq_len {
+        text.text.push_str(&own);
+    }
+    let (seq_len, windows) = (model.seq_len, Some(model.samples));
+    let evaluation = Evaluation { text, seq_len, windows };
+    let architecture = Architecture::from_config(source.config())?;
+    let outcome = source_perplexity(backend, source, &evaluation, progress)?;
+    let head = 2.0 * (architecture.hidden * architecture.vocabulary) as f64;
+    let operations = product_operations(&architecture) * architecture.blocks as f64 + head;
+    Ok([
+        Figure {
+            figure: "eval-ppl seconds".to_owned(),
+            value: json!(outcome.seconds),
+            share: Some(operations * outcome.tokens_per_second / rate),
+        },
+        Figure {
+            figure: "eval-ppl tokens/s".to_owned(),
+            value: json!(outcome.tokens_per_second),
+            share: None,
+        },
+    ])
+}
+
+/// Multiplications and additions of a stage, where it consists of them.
+fn stage_operations(
+    stage: &str,
+    architecture: &Architecture,
+    model: &SyntheticModel,
+    gptq: bool,
+) -> Option<f64> {
+    let tokens = (model.samples * model.seq_len) as f64;
+    let blocks = architecture.blocks as f64;
+    let sites = architecture.sites(0);
+    let pass = product_operations(architecture) + attention_operations(architecture, model.seq_len);
+    let squares: f64 = sites.iter().map(|site| (site.channels as f64).powi(2)).sum();
+    match stage {
+        "calibrate" => Some(blocks * tokens * pass),
+        "propagate" if gptq => Some((blocks - 1.0) * tokens * pass),
+        "hessians" => {
+            let last = sites.iter().filter(|site| site.kind == SiteKind::MlpAct);
+            let down =
+                last.flat_map(|site| &site.linears).map(|l| 2.0 * (l.rows * l.columns) as f64);
+            // Half of x^T x, which is symmetric.
+            Some(blocks * tokens * (pass - down.sum::<f64>() + squares))
+        }
+        "gptq" => {
+            let site = |site: &crate::model::sites::SiteSpec| {
+                let rows: usize = site.linears.iter().map(|linear| linear.rows).sum();
+                let n = site.channels as f64;
+                // The factor, the sweep, and two quadratic forms.
+                n.powi(3) / 3.0 + rows as f64 * n * n + 4.0 * rows as f64 * n * n
+            };
+            Some(blocks * sites.iter().map(site).sum::<f64>())
+        }
+        _ => None,
+    }
 }

@@ -26,29 +26,58 @@ pub struct SyntheticModel {
     pub directory: Option<PathBuf>,
 }
 
-/// Widths of a model: hidden, intermediate, blocks, heads, key/value heads.
-type Shape = (usize, usize, usize, usize, usize);
+/// Widths of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Channels of the residual stream.
+    pub hidden: usize,
+    /// Channels between the MLP's projections.
+    pub intermediate: usize,
+    /// Decoder blocks.
+    pub blocks: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+}
+
+const fn shape(
+    hidden: usize,
+    intermediate: usize,
+    blocks: usize,
+    heads: usize,
+    kv_heads: usize,
+) -> Shape {
+    Shape { hidden, intermediate, blocks, heads, kv_heads }
+}
 
 /// The known models.
 pub const SHAPES: [(&str, Shape); 7] = [
-    ("llama-7b", (4096, 11008, 32, 32, 32)),
-    ("llama-13b", (5120, 13824, 40, 40, 40)),
-    ("llama-30b", (6656, 17920, 60, 52, 52)),
-    ("llama-65b", (8192, 22016, 80, 64, 64)),
-    ("llama-2-7b", (4096, 11008, 32, 32, 32)),
-    ("llama-2-13b", (5120, 13824, 40, 40, 40)),
-    ("llama-2-70b", (8192, 28672, 80, 64, 8)),
+    ("llama-7b", shape(4096, 11008, 32, 32, 32)),
+    ("llama-13b", shape(5120, 13824, 40, 40, 40)),
+    ("llama-30b", shape(6656, 17920, 60, 52, 52)),
+    ("llama-65b", shape(8192, 22016, 80, 64, 64)),
+    ("llama-2-7b", shape(4096, 11008, 32, 32, 32)),
+    ("llama-2-13b", shape(5120, 13824, 40, 40, 40)),
+    ("llama-2-70b", shape(8192, 28672, 80, 64, 8)),
 ];
 
 impl SyntheticModel {
-    /// Writes the checkpoint into `directory`, a tensor at a time.
+    /// The widths of the model it is named after.
+    pub fn known_shape(&self) -> Result<Shape> {
+        SHAPES.iter().find(|(name, _)| *name == self.shape).map(|(_, shape)| *shape).ok_or_else(
+            || {
+                let known: Vec<&str> = SHAPES.iter().map(|(name, _)| *name).collect();
+                Error::usage(format!("there is no shape named `{}`", self.shape))
+                    .hint(format!("the shapes are {}", known.join(", ")))
+            },
+        )
+    }
+
+    /// Writes the checkpoint into `directory`, a tensor at a time, and sees that it is read from the
+    /// disk and not from the system's cache.
     pub fn write(&self, directory: &Path) -> Result<()> {
-        let Some((_, shape)) = SHAPES.iter().find(|(name, _)| *name == self.shape) else {
-            let known: Vec<&str> = SHAPES.iter().map(|(name, _)| *name).collect();
-            return Err(Error::usage(format!("there is no shape named `{}`", self.shape))
-                .hint(format!("the shapes are {}", known.join(", "))));
-        };
-        let (hidden, intermediate, blocks, heads, kv_heads) = *shape;
+        let Shape { hidden, intermediate, blocks, heads, kv_heads } = self.known_shape()?;
         let config = json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -91,7 +120,13 @@ impl SyntheticModel {
                 _ => write_random(&mut file, seed as u64, shape)?,
             }
         }
-        file.flush()?;
+        let file = file.into_inner().map_err(|error| error.into_error())?;
+        file.sync_all()?;
+        // SAFETY: the descriptor is open. The call is advice.
+        unsafe {
+            use std::os::fd::AsRawFd;
+            libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED);
+        }
         Ok(())
     }
 }

@@ -70,6 +70,14 @@ impl<'a> Tensor<'a> {
         self.values_f32(rows.start * width..rows.end * width)
     }
 
+    /// Asks the system to read the tensor's pages before they are touched.
+    pub fn read_ahead(&self) {
+        let Some(map) = self.map else { return };
+        let offset = self.bytes.as_ptr() as usize - map.as_ptr() as usize;
+        // Advice: where it is not taken, the pages are read when they are touched.
+        let _ = map.advise_range(memmap2::Advice::WillNeed, offset, self.bytes.len());
+    }
+
     /// Gives the tensor's pages back to the system, so that a pass over the model holds one
     /// block's pages at a time. They are read from the file again if touched again.
     pub fn release(&self) {

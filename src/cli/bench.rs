@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
+use super::args::{DeviceFlag, with_backend};
+use super::recipe::RecipeFlags;
 use super::{Output, Ui, values};
 use crate::Result;
-use crate::backend::cpu::Cpu;
 use crate::bench::{self, SyntheticModel};
 
 #[derive(Args, Debug)]
@@ -46,6 +47,10 @@ struct SyntheticFlags {
     /// Directory for the checkpoint and the result [default: a temporary one, removed at the end]
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
+    #[command(flatten)]
+    recipe: RecipeFlags,
+    #[command(flatten)]
+    device: DeviceFlag,
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
@@ -59,7 +64,10 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
                 seq_len: flags.seq_len,
                 directory: flags.dir.clone(),
             };
-            bench::quantize(&Cpu::new()?, &model, ui)?
+            model.known_shape()?;
+            let recipe = flags.recipe.resolve()?;
+            let backend = flags.device.open(ui)?;
+            with_backend!(&backend, backend => bench::quantize(backend, &model, &recipe, ui))?
         }
     };
     ui.close();

@@ -23,9 +23,6 @@ use crate::{Error, Result};
 
 use super::atom_plan;
 
-/// Bytes of hidden states held at once. Results do not depend on it.
-const STREAM_BYTES: usize = 1 << 30;
-
 /// The result of `atom eval-ppl`.
 #[derive(Clone, Debug, Serialize)]
 pub struct PerplexityOutcome {
@@ -143,7 +140,7 @@ impl<B: Backend> Run<'_, B> {
         let Self { backend, architecture, progress, .. } = self;
         let seq_len = self.evaluation.seq_len;
         let window_bytes = 4 * seq_len * architecture.hidden;
-        let part = (STREAM_BYTES / window_bytes).max(1) * seq_len;
+        let part = (backend.stream_bytes() / window_bytes).max(1) * seq_len;
         let parts = tokens.len().div_ceil(part);
         progress.begin(&format!("evaluate {}", self.name), parts * (architecture.blocks + 1));
         let mut means = Vec::with_capacity(tokens.len() / seq_len);

@@ -123,6 +123,10 @@ impl Backend for Cpu {
         (64 << 20) + rayon::current_num_threads() * (24 << 20)
     }
 
+    fn stream_bytes(&self) -> usize {
+        1 << 30
+    }
+
     fn rows(&self, tensor: &Tensor) -> usize {
         tensor.rows
     }

@@ -105,7 +105,13 @@ const CUBLASLT_SYMBOLS: &[&str] = &[
     "cublasLtMatrixLayoutSetAttribute",
 ];
 
-const CUSOLVER_SYMBOLS: &[&str] = &["cusolverDnCreate", "cusolverDnDestroy", "cusolverDnSetStream"];
+const CUSOLVER_SYMBOLS: &[&str] = &[
+    "cusolverDnCreate",
+    "cusolverDnDestroy",
+    "cusolverDnSetStream",
+    "cusolverDnSpotrf",
+    "cusolverDnSpotrf_bufferSize",
+];
 
 /// A version of the driver or of NVRTC, or a device's compute capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

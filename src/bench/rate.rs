@@ -1,0 +1,83 @@
+/*! What a device does with a block's matrix products and nothing else: the measure of everything that
+consists of such products. */
+
+use std::time::Instant;
+
+use super::median;
+use crate::Result;
+use crate::backend::{Backend, Matrix};
+use crate::checkpoint::{Dtype, Tensor};
+use crate::model::Architecture;
+
+/// Rounds of which the median is taken.
+const ROUNDS: usize = 5;
+
+/// Multiplications and additions a second of the products of one block, all its linears in turn, on
+/// `tokens` random tokens.
+pub fn products<B: Backend>(
+    backend: &B,
+    architecture: &Architecture,
+    tokens: usize,
+) -> Result<f64> {
+    let sites = architecture.sites(0);
+    let mut weights = Vec::new();
+    let mut inputs = Vec::new();
+    for site in &sites {
+        let ones = backend.upload(Matrix {
+            rows: 1,
+            columns: site.channels,
+            data: vec![1.0; site.channels],
+        })?;
+        let data = random(tokens * site.channels);
+        let x = backend.upload(Matrix { rows: tokens, columns: site.channels, data })?;
+        inputs.push(backend.rms_norm(&x, &ones, 1e-5)?);
+        let mut own = Vec::new();
+        for linear in &site.linears {
+            let bytes: Vec<u8> = random(linear.rows * linear.columns)
+                .into_iter()
+                .flat_map(|value| half::f16::from_f32(value).to_le_bytes())
+                .collect();
+            let shape = [linear.rows, linear.columns];
+            let stored = Tensor::in_memory(&linear.name, Dtype::F16, &shape, &bytes);
+            own.push(backend.dense(&backend.load(stored)?, None)?);
+        }
+        weights.push(own);
+    }
+    let mut seconds = Vec::new();
+    for round in 0..=ROUNDS {
+        let start = Instant::now();
+        for (x, weights) in inputs.iter().zip(&weights) {
+            for weight in weights {
+                backend.product(x, weight)?;
+            }
+        }
+        backend.wait()?;
+        if round > 0 {
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+    }
+    Ok(product_operations(architecture) * tokens as f64 / median(&mut seconds))
+}
+
+/// Multiplications and additions of a block's linears for one token.
+pub fn product_operations(architecture: &Architecture) -> f64 {
+    let sites = architecture.sites(0);
+    let linears = sites.iter().flat_map(|site| &site.linears);
+    2.0 * linears.map(|linear| linear.rows as f64 * linear.columns as f64).sum::<f64>()
+}
+
+/// Multiplications and additions of a block's causal attention for one token of a window, on average.
+pub fn attention_operations(architecture: &Architecture, seq_len: usize) -> f64 {
+    let width = (architecture.heads * architecture.head_dim) as f64;
+    // Scores and outputs, over half of the window.
+    2.0 * 2.0 * width * (seq_len + 1) as f64 / 2.0
+}
+
+/// Values in -1..1, the same in every run.
+fn random(count: usize) -> Vec<f32> {
+    let value = |at: usize| {
+        let hash = (at as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        ((hash ^ (hash >> 31)) as u32) as f32 / (1u32 << 31) as f32 - 1.0
+    };
+    (0..count).map(value).collect()
+}
