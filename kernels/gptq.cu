@@ -93,14 +93,50 @@ extern "C" __global__ void __launch_bounds__(THREADS) wide_group_scales(
     }
 }
 
+/// A warp's share of a span: column i is in lane i % 32, register i / 32.
+template <int ROWS> struct Span {
+    float v[ROWS][4];
+};
+
+/// Visits columns `start` to `end` in order: `target` gives a column what it becomes, from the value it
+/// has by then, and what that loses of the weight before any update goes to the columns after it.
+template <int ROWS, class Target> static __device__ __forceinline__ void spread(
+    Span<ROWS>& w, const Span<ROWS>& original, const float* tile, int start, int end, int feedback, Target target
+) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        int last = min(32, end - 32 * c);
+        for (int from = max(0, start - 32 * c); from < last; from++) {
+#pragma unroll
+            for (int row = 0; row < ROWS; row++) {
+                float value = __shfl_sync(0xffffffffu, w.v[row][c], from);
+                float before = __shfl_sync(0xffffffffu, original.v[row][c], from);
+                float lost = before - target(row, c, from, value);
+                if (feedback) {
+                    const float* r = tile + (32 * c + from) * SPAN + lane;
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        if (k >= c) w.v[row][k] = fmaf(lost, r[32 * k], w.v[row][k]);
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Sweeps columns `first` to `first + count` (at most SPAN). `weights` carries every update from the
-/// columns before them, `original` none; both `[rows, width]`. Column i of the span is in lane i % 32,
-/// register i / 32. Leaves codes, the scales of groups that begin in the span (unless `wide`: then the
-/// span's one scale is there already), and w - q in `difference` `[rows, SPAN]`. With `feedback` 0 each
-/// column is rounded on its own.
+/// columns before them, `original` none; both `[rows, width]`. Leaves codes, the scales of groups that
+/// begin in the span (unless `wide`: then the span's one scale is there already), and w - q in
+/// `difference` `[rows, SPAN]`. With `feedback` 0 each column is rounded on its own.
+///
+/// A group's scale is taken from the values its columns would have if none of them were rounded, as
+/// gptq.py's update leaves them at that moment: what earlier columns lost, spread over the group in its
+/// order. `relaxed` (not null) asks for these values of the whole span instead of codes.
 template <int ROWS> static __device__ __forceinline__ void sweep(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
-    int group_size, int groups, int wide, int feedback, Grid grid, i8* codes, float* scales, float* difference, u32* bad
+    int group_size, int groups, int wide, int feedback, Grid grid, i8* codes, float* scales, float* difference,
+    float* relaxed, u32* bad
 ) {
     extern __shared__ float tile[];
     // R's part above the diagonal, zeros elsewhere, so that an update never changes a finished column.
@@ -114,7 +150,7 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
     int set = (blockIdx.x * THREADS + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (set * ROWS >= rows) return;
     int grouped = groups * group_size;
-    float w[ROWS][4], w0[ROWS][4], d[ROWS][4];
+    Span<ROWS> w, before, lost;
     int code[ROWS][4];
 #pragma unroll
     for (int row = 0; row < ROWS; row++) {
@@ -124,56 +160,63 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
         for (int c = 0; c < 4; c++) {
             int column = c * 32 + lane;
             bool inside = there && column < count;
-            w[row][c] = inside ? weights[at + column] : 0.0f;
-            w0[row][c] = inside ? original[at + column] : 0.0f;
-            d[row][c] = 0.0f;
+            w.v[row][c] = inside ? weights[at + column] : 0.0f;
+            before.v[row][c] = inside ? original[at + column] : 0.0f;
+            lost.v[row][c] = 0.0f;
             code[row][c] = 0;
         }
     }
-    float scale = wide ? scales[(long long)set * groups + first / group_size] : 0.0f;
-    float inverse = inverse_of(scale);
-    int until = wide ? count : 0;
+    auto unrounded = [](int, int, int, float value) { return value; };
+    if (relaxed) {
+        spread(w, before, tile, 0, count, feedback, unrounded);
 #pragma unroll
-    for (int c = 0; c < 4; c++) {
-        for (int from = 0; from < 32; from++) {
-            int column = c * 32 + from;
-            if (column >= count) break;
-            if (column == until) {
-                u32 most = 0;
+        for (int row = 0; row < ROWS; row++) {
 #pragma unroll
-                for (int row = 0; row < ROWS; row++) {
-#pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        int other = k * 32 + lane;
-                        if (other >= column && other < column + group_size) most = max(most, magnitude(w[row][k]));
-                    }
-                }
-                scale = grid.scale(warp_max(most));
-                inverse = inverse_of(scale);
-                until = column + group_size;
-                if (lane == 0) {
-                    scales[(long long)set * groups + (first + column) / group_size] = scale;
-                    if (!is_finite(scale)) atomicMin(bad, (u32)(set * ROWS));
-                }
-            }
-#pragma unroll
-            for (int row = 0; row < ROWS; row++) {
-                float value = __shfl_sync(0xffffffffu, w[row][c], from);
-                float before = __shfl_sync(0xffffffffu, w0[row][c], from);
-                float q = grid.code(value, inverse);
-                float lost = before - q * scale;
-                if (lane == from) {
-                    code[row][c] = (int)q;
-                    d[row][c] = lost;
-                }
-                if (feedback) {
-#pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        if (k >= c) w[row][k] = fmaf(lost, tile[column * SPAN + k * 32 + lane], w[row][k]);
-                    }
+            for (int c = 0; c < 4; c++) {
+                int column = c * 32 + lane;
+                if (set * ROWS + row < rows && column < count) {
+                    long long own = set * ROWS + row;
+                    relaxed[own * width + first + column] = w.v[row][c];
+                    difference[own * SPAN + column] = before.v[row][c] - w.v[row][c];
                 }
             }
         }
+        return;
+    }
+    for (int start = 0; start < count;) {
+        int end = wide ? count : min(count, start + group_size);
+        float scale;
+        if (wide) {
+            scale = scales[(long long)set * groups + first / group_size];
+        } else {
+            Span<ROWS> values = w;
+            // Nothing is lost before the first column.
+            if (feedback && first + start > 0) spread(values, before, tile, start, end, 1, unrounded);
+            u32 most = 0;
+#pragma unroll
+            for (int row = 0; row < ROWS; row++) {
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    int column = c * 32 + lane;
+                    if (column >= start && column < end) most = max(most, magnitude(values.v[row][c]));
+                }
+            }
+            scale = grid.scale(warp_max(most));
+            if (lane == 0) {
+                scales[(long long)set * groups + (first + start) / group_size] = scale;
+                if (!is_finite(scale)) atomicMin(bad, (u32)(set * ROWS));
+            }
+        }
+        float inverse = inverse_of(scale);
+        spread(w, before, tile, start, end, feedback, [&](int row, int c, int from, float value) {
+            float q = grid.code(value, inverse);
+            if (lane == from) {
+                code[row][c] = (int)q;
+                lost.v[row][c] = before.v[row][c] - q * scale;
+            }
+            return q * scale;
+        });
+        start = end;
     }
 #pragma unroll
     for (int row = 0; row < ROWS; row++) {
@@ -184,27 +227,27 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
             int column = c * 32 + lane;
             if (column < count) {
                 codes[own * grouped + first + column] = (i8)code[row][c];
-                if (feedback) difference[own * SPAN + column] = d[row][c];
+                if (feedback) difference[own * SPAN + column] = lost.v[row][c];
             }
         }
     }
 }
-extern "C" __global__ void __launch_bounds__(THREADS) sweep_rows(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) sweep_rows(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
     int group_size, int groups, int wide, int feedback, float ratio, float least, float greatest, i8* codes, float* scales,
-    float* difference, u32* bad
+    float* difference, float* relaxed, u32* bad
 ) {
     Grid grid{ratio, least, greatest};
-    sweep<1>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, bad);
+    sweep<1>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, relaxed, bad);
 }
 /// The same where two rows share their scales.
-extern "C" __global__ void __launch_bounds__(THREADS) sweep_row_pairs(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) sweep_row_pairs(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
     int group_size, int groups, int wide, int feedback, float ratio, float least, float greatest, i8* codes, float* scales,
-    float* difference, u32* bad
+    float* difference, float* relaxed, u32* bad
 ) {
     Grid grid{ratio, least, greatest};
-    sweep<2>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, bad);
+    sweep<2>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, relaxed, bad);
 }
 
 /// The outlier block, the last `outliers` columns of `weights` `[rows, width]`: INT8 codes

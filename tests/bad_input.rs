@@ -435,8 +435,9 @@ fn a_model_of_the_hub_comes_with_the_command_that_fetches_it() {
 #[test]
 fn a_device_that_is_not_there() {
     let home = Home::with_model();
-    refused(&home, "--device cuda", 4, &["runs on the CPU only", "hint: run with --device cpu"]);
-    home.run("eval-ppl --model model --device cuda:1").fails(4, &["cuda:1", "hint: "]);
+    // No machine has so many; many have none, nor the driver's library.
+    refused(&home, "--device cuda:999", 4, &["hint: "]);
+    home.run("eval-ppl --model model --device cuda:999").fails(4, &["hint: "]);
     let run = home.run_on("sse9", "eval-ppl --model model");
     run.fails(2, &["ATOM_ISA is `sse9`", "hint: use one of plain"]);
 }

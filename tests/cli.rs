@@ -166,9 +166,10 @@ fn a_bad_recipe_file_is_bad_input() {
 
 #[test]
 fn a_missing_device_is_the_machines_fault() {
-    let stderr = refusal(&atom(&["eval-ppl", "--model", "m", "--device", "cuda:0"]), 4);
-    assert!(stderr.contains("this version runs on the CPU only"), "{stderr}");
-    assert!(stderr.contains("hint: run with --device cpu"), "{stderr}");
+    // No machine has so many devices; many have no driver either.
+    let stderr = refusal(&atom(&["eval-ppl", "--model", "m", "--device", "cuda:999"]), 4);
+    assert!(stderr.contains("libcuda") || stderr.contains("cuda:999 was asked for"), "{stderr}");
+    assert!(stderr.contains("hint: "), "{stderr}");
 }
 
 #[test]
@@ -192,7 +193,7 @@ fn with_json_an_error_is_one_object_on_stdout() {
     for (words, code, kind) in [
         (vec!["quantize", "--model", "m", "--bits", "5", "--json"], 2, "usage"),
         (vec!["--json", "inspect", "./absent"], 3, "input"),
-        (vec!["eval-ppl", "--model", "m", "--device", "cuda", "--json"], 4, "machine"),
+        (vec!["eval-ppl", "--model", "m", "--device", "cuda:999", "--json"], 4, "machine"),
         // The parser's own refusals as well.
         (vec!["quantize", "--json", "--bitz"], 2, "usage"),
     ] {
@@ -232,6 +233,6 @@ fn a_closed_pipe_is_no_panic() {
 
 #[test]
 fn of_a_repeated_flag_the_last_wins() {
-    let words = ["eval-ppl", "--model", "m", "--device", "cuda", "--device", "cuda:7"];
-    assert!(refusal(&atom(&words), 4).contains("cuda:7"));
+    let words = ["eval-ppl", "--model", "./absent", "--device", "cuda:999", "--device", "cpu"];
+    assert!(refusal(&atom(&words), 3).contains("absent"));
 }

@@ -145,6 +145,16 @@ pub trait Backend: Sync {
     fn dequantize(&self, x: &Self::Rows) -> Result<Self::Tensor>;
     /// `x W^T`, with sums in f32.
     fn product(&self, x: &Self::Tensor, weight: &Self::Dense) -> Result<Self::Tensor>;
+    /// `x += y W^T`.
+    fn add_product(
+        &self,
+        x: &mut Self::Tensor,
+        y: &Self::Tensor,
+        weight: &Self::Dense,
+    ) -> Result<()> {
+        let product = self.product(y, weight)?;
+        self.add(x, &product)
+    }
     /// `x W^T` by the integer path: the specification of docs/format.md, bit for bit.
     fn integer_product(&self, x: &Self::Rows, weight: &Self::Packed) -> Result<Self::Tensor>;
     /// `x += y`.
@@ -227,6 +237,10 @@ pub trait Backend: Sync {
     }
     /// Frees what the backend keeps for reuse.
     fn trim(&self) {}
+    /// Seconds of each of the device's kernels so far, where they are timed.
+    fn kernel_seconds(&self) -> Vec<(String, f64)> {
+        Vec::new()
+    }
     /// Most device memory in use so far; none where the device's memory is the host's.
     fn peak_bytes(&self) -> Option<u64> {
         None

@@ -85,6 +85,8 @@ pub fn quantize<B: Backend>(
     }
     figures.extend(sizes(&outcome).map(|(name, value)| figure(name, value)));
     figures.extend(evaluation(backend, &source, model, rate, progress)?);
+    let kernels = backend.kernel_seconds().into_iter();
+    figures.extend(kernels.map(|(name, seconds)| figure(&name, json!(seconds))));
     Ok(BenchOutcome::of(&figures))
 }
 

@@ -9,8 +9,9 @@ use crate::backend::{Backend, Matrix};
 use crate::checkpoint::{Dtype, Tensor};
 use crate::model::Architecture;
 
-/// Rounds of which the median is taken.
-const ROUNDS: usize = 5;
+/// Seconds for which the products are repeated: a device that is hot or at its power limit is slower
+/// than one that was just woken, and everything that is compared with this rate runs longer still.
+const SECONDS: f64 = 3.0;
 
 /// Multiplications and additions a second of the products of one block, all its linears in turn, on
 /// `tokens` random tokens.
@@ -44,7 +45,8 @@ pub fn products<B: Backend>(
         weights.push(own);
     }
     let mut seconds = Vec::new();
-    for round in 0..=ROUNDS {
+    let begin = Instant::now();
+    while seconds.len() < 3 || begin.elapsed().as_secs_f64() < SECONDS {
         let start = Instant::now();
         for (x, weights) in inputs.iter().zip(&weights) {
             for weight in weights {
@@ -52,9 +54,7 @@ pub fn products<B: Backend>(
             }
         }
         backend.wait()?;
-        if round > 0 {
-            seconds.push(start.elapsed().as_secs_f64());
-        }
+        seconds.push(start.elapsed().as_secs_f64());
     }
     Ok(product_operations(architecture) * tokens as f64 / median(&mut seconds))
 }

@@ -51,39 +51,46 @@ pub(crate) struct DeviceFlag {
 
 /// A backend that was opened.
 pub(crate) enum Opened {
-    /// The CPU.
-    Cpu(Cpu),
+    /// The CPU, and why `auto` took it.
+    Cpu(Cpu, Option<Error>),
     /// A CUDA device.
     Cuda(Box<Cuda>),
 }
 
-impl DeviceFlag {
-    /// The backend of the device asked for. `auto` takes the CPU where no GPU can be used, and says
-    /// why.
-    pub(crate) fn open(&self, progress: &dyn Progress) -> Result<Opened> {
-        let cuda = |number| Ok(Opened::Cuda(Box::new(Cuda::open(number, self.gpu_memory)?)));
-        match self.device {
-            Device::Cpu => Ok(Opened::Cpu(Cpu::new()?)),
-            Device::Cuda(number) => cuda(number),
-            Device::Auto => cuda(0).or_else(|error: Error| {
-                progress.info(&format!("running on the CPU: {error}"));
-                Ok(Opened::Cpu(Cpu::new()?))
-            }),
+impl Opened {
+    /// Says why there is no GPU in use where one might be expected.
+    pub(crate) fn announce(&self, progress: &dyn Progress) {
+        if let Self::Cpu(_, Some(why)) = self {
+            progress.info(&format!("running on the CPU: {why}"));
         }
     }
 }
 
-/// Runs an expression with `$backend` bound to whichever backend was opened.
+impl DeviceFlag {
+    /// The backend of the device asked for. `auto` takes the CPU where no GPU can be used.
+    pub(crate) fn open(&self) -> Result<Opened> {
+        let cuda = |number| Ok(Opened::Cuda(Box::new(Cuda::open(number, self.gpu_memory)?)));
+        match self.device {
+            Device::Cpu => Ok(Opened::Cpu(Cpu::new()?, None)),
+            Device::Cuda(number) => cuda(number),
+            Device::Auto => cuda(0).or_else(|error| Ok(Opened::Cpu(Cpu::new()?, Some(error)))),
+        }
+    }
+}
+
+/// Announces what was opened and runs an expression with `$backend` bound to it.
 macro_rules! with_backend {
-    ($opened:expr, $backend:ident => $work:expr) => {
-        match $opened {
-            $crate::cli::args::Opened::Cpu($backend) => $work,
+    ($opened:expr, $ui:expr, $backend:ident => $work:expr) => {{
+        let opened: &$crate::cli::args::Opened = $opened;
+        opened.announce($ui);
+        match opened {
+            $crate::cli::args::Opened::Cpu($backend, _) => $work,
             $crate::cli::args::Opened::Cuda($backend) => {
                 let $backend = &**$backend;
                 $work
             }
         }
-    };
+    }};
 }
 pub(crate) use with_backend;
 

@@ -21,7 +21,7 @@ enum What {
     /// Matrix products and integer kernels, beside faer's f32 product on the same shapes
     Cpu,
     /// Speed and memory of `quantize` on a synthetic checkpoint of a known model's widths
-    Quantize(SyntheticFlags),
+    Quantize(Box<SyntheticFlags>),
 }
 
 #[derive(Args, Debug)]
@@ -66,8 +66,8 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
             };
             model.known_shape()?;
             let recipe = flags.recipe.resolve()?;
-            let backend = flags.device.open(ui)?;
-            with_backend!(&backend, backend => bench::quantize(backend, &model, &recipe, ui))?
+            let backend = flags.device.open()?;
+            with_backend!(&backend, ui, backend => bench::quantize(backend, &model, &recipe, ui))?
         }
     };
     ui.close();

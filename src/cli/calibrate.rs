@@ -29,13 +29,13 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
-    let backend = arguments.device.open(ui)?;
+    let backend = arguments.device.open()?;
     let model = &arguments.model.model;
     let source = hub::source(model)?;
     let calibration = arguments.calibration.load(&arguments.length)?;
     let out = arguments.out.clone().unwrap_or_else(|| names::calibration_out(model));
     let overwrite = arguments.overwrite.overwrite;
-    let outcome = with_backend!(&backend, backend => {
+    let outcome = with_backend!(&backend, ui, backend => {
         pipeline::calibrate(backend, &source, &calibration, &out, overwrite, ui)
     })?;
     ui.close();

@@ -36,14 +36,14 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
-    let backend = arguments.device.open(ui)?;
+    let backend = arguments.device.open()?;
     let model = Model::open(&arguments.model.model)?;
     let evaluation = Evaluation {
         text: TextSet::load(&arguments.dataset, Split::Evaluation)?,
         seq_len: arguments.length.seq_len,
         windows: arguments.windows,
     };
-    let outcome = with_backend!(&backend, backend => {
+    let outcome = with_backend!(&backend, ui, backend => {
         eval::perplexity(backend, &model, &evaluation, ui)
     })?;
     ui.close();

@@ -34,14 +34,14 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
-    let backend = arguments.device.open(ui)?;
+    let backend = arguments.device.open()?;
     let model = &arguments.model.model;
     let source = hub::source(model)?;
     let destination = arguments
         .output
         .destination(|| Ok(names::checkpoint_out(model, &planned_recipe(&arguments.plan)?)))?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len)?;
-    let outcome = with_backend!(&backend, backend => {
+    let outcome = with_backend!(&backend, ui, backend => {
         let plan = &arguments.plan;
         pipeline::pack(backend, &source, plan, &destination, evaluation.as_ref(), ui)
     })?;

@@ -46,7 +46,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
-    let backend = arguments.device.open(ui)?;
+    let backend = arguments.device.open()?;
     let recipe = arguments.recipe.resolve()?;
     let source = hub::source(&arguments.model.model)?;
     let calibration = arguments.calibration.load(&arguments.length)?;
@@ -60,7 +60,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         return output.write(&found);
     }
     ui.info(&format!("quantizing {}\n{}", source.name(), report::recipe::lines(&recipe)));
-    let outcome = with_backend!(&backend, backend => pipeline::quantize(
+    let outcome = with_backend!(&backend, ui, backend => pipeline::quantize(
         backend,
         &source,
         &calibration,

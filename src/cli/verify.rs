@@ -39,7 +39,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
-    let backend = arguments.device.open(ui)?;
+    let backend = arguments.device.open()?;
     if arguments.max_increase.max_ppl_increase.is_some() && arguments.reference.is_none() {
         return Err(Error::usage("--max-ppl-increase needs --reference, to which it is relative")
             .hint("add --reference with the source of the checkpoint"));
@@ -53,7 +53,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
             .hint("give --model a directory that `atom quantize` has written"));
     }
     let checkpoint = AtomCheckpoint::open(directory)?;
-    let outcome = with_backend!(&backend, backend => {
+    let outcome = with_backend!(&backend, ui, backend => {
         let (reference, evaluation) = (reference.as_ref(), evaluation.as_ref());
         eval::verify(backend, &checkpoint, reference, evaluation, limits, ui)
     })?;

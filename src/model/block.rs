@@ -64,8 +64,7 @@ impl<B: Backend> Block<B> {
         observer: Observer<B::Tensor>,
     ) -> Result<()> {
         let z = self.until_mlp_act(backend, attention, x, observer)?;
-        let [down] = self.sites[3].apply(backend, z, observer)?;
-        backend.add(x, &down)
+        self.sites[3].apply_onto(backend, z, x, observer)
     }
 
     /// Shows `observer` every site's activation; `x` is used up on the way. The last product is
@@ -96,9 +95,7 @@ impl<B: Backend> Block<B> {
         let [q, k, v] = attn_in.apply(backend, normed, observer)?;
         let heads = backend.attention(attention, &q, &k, &v)?;
         drop((q, k, v));
-        let [o] = attn_out.apply(backend, heads, observer)?;
-        backend.add(x, &o)?;
-        drop(o);
+        attn_out.apply_onto(backend, heads, x, observer)?;
         let normed = backend.rms_norm(x, &self.mlp_norm, self.epsilon)?;
         let [gate, up] = mlp_in.apply(backend, normed, observer)?;
         backend.silu_mul(gate, &up)
@@ -120,10 +117,14 @@ impl<B: Backend> Site<B> {
         observer: Observer<B::Tensor>,
     ) -> Result<[B::Tensor; N]> {
         let input = self.input(backend, x, observer)?;
+        self.outputs(backend, &input)
+    }
+
+    fn outputs<const N: usize>(&self, backend: &B, input: &Input<B>) -> Result<[B::Tensor; N]> {
         let outputs: Vec<B::Tensor> = self
             .linears
             .iter()
-            .map(|linear| match (linear, &input) {
+            .map(|linear| match (linear, input) {
                 (Linear::Dense(weight), Input::Float(x)) => backend.product(x, weight),
                 (Linear::Packed(weight), Input::Rows(x)) => backend.integer_product(x, weight),
                 (Linear::Dense(weight), Input::Rows(x)) => {
@@ -135,6 +136,23 @@ impl<B: Backend> Site<B> {
             })
             .collect::<Result<_>>()?;
         Ok(outputs.try_into().ok().expect("a site is built with the linears of its kind"))
+    }
+
+    /// Adds the output of the site's one linear for the activation `x` to the residual stream.
+    fn apply_onto(
+        &self,
+        backend: &B,
+        x: B::Tensor,
+        stream: &mut B::Tensor,
+        observer: Observer<B::Tensor>,
+    ) -> Result<()> {
+        match (&self.linears[..], self.input(backend, x, observer)?) {
+            ([Linear::Dense(weight)], Input::Float(x)) => backend.add_product(stream, &x, weight),
+            (_, input) => {
+                let [output] = self.outputs(backend, &input)?;
+                backend.add(stream, &output)
+            }
+        }
     }
 
     fn input(&self, backend: &B, x: B::Tensor, observer: Observer<B::Tensor>) -> Result<Input<B>> {

@@ -192,10 +192,11 @@ pub fn run<B: Backend>(
     let Written { errors, resumed_blocks } = match written {
         Ok(written) => written,
         Err(error) => {
-            match writer.done().len() {
+            let blocks = writer.done().iter().filter(|done| !KEPT.contains(&done.block.as_str()));
+            match blocks.count() {
                 0 => writer.discard(),
                 done if error.kind() != Kind::Interrupted => progress
-                    .info(&format!("{done} finished parts are kept; --resume goes on after them")),
+                    .info(&format!("{done} finished blocks are kept; --resume goes on after them")),
                 _ => {}
             }
             return Err(error);
@@ -273,7 +274,10 @@ fn write_tensors<B: Backend>(
     let writer = Mutex::new(writer);
     std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel(1);
-        let writing = scope.spawn(|| write_behind(backend, job, &writer, receiver));
+        let writing = scope.spawn(|| {
+            write_kept(job, &done, &writer)?;
+            write_behind(backend, job, &writer, receiver)
+        });
         let run = Blocks { backend, job, done: &done, writer: &writer, progress };
         let computed = run.quantize(timing, energies, sender);
         let written = timing.measure("write", || writing.join());
@@ -286,6 +290,22 @@ fn write_tensors<B: Backend>(
 /// A writer that two threads reach; a panic of one is passed on by the other.
 fn locked<'a, 'w>(writer: &'a Mutex<&'w mut Writer>) -> std::sync::MutexGuard<'a, &'w mut Writer> {
     writer.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is written beside the blocks: the embedding, the last norm, and the head if it is another.
+const KEPT: [&str; 3] = ["embedding", "norm", "head"];
+
+/// Writes the tensors beside the blocks, while the first block is computed.
+fn write_kept(job: &Job, done: &[DoneBlock], writer: &Mutex<&mut Writer>) -> Result<()> {
+    let head = job.architecture.head_name();
+    for (unit, name) in KEPT.into_iter().zip([EMBEDDING, FINAL_NORM, head]) {
+        let tied_head = unit == KEPT[2] && job.architecture.tied;
+        if !tied_head && done.iter().all(|done| done.block != unit) {
+            let tensors = job.copies([name.to_owned()])?;
+            locked(writer).write_block(unit, tensors, Value::Null)?;
+        }
+    }
+    Ok(())
 }
 
 /// Packs and writes finished blocks as they come.
@@ -392,8 +412,6 @@ impl<B: Backend> Blocks<'_, '_, B> {
             Ok(())
         })?;
         progress.end();
-        drop((stream, finished));
-        self.write_kept(timing)?;
         progress.check_stop()?;
         Ok(written)
     }
@@ -409,22 +427,6 @@ impl<B: Backend> Blocks<'_, '_, B> {
         let sites = read_sites(&**locked(self.writer), &self.job.blocks[index])?;
         let sites = sites.into_iter().map(|site| site.restore(self.backend));
         Ok(Some(QuantizedBlock { sites: sites.collect::<Result<_>>()?, errors }))
-    }
-
-    /// Writes the tensors beside the blocks.
-    fn write_kept(&self, timing: &mut Timing) -> Result<()> {
-        let Self { job, .. } = self;
-        let head = job.architecture.head_name();
-        for (unit, name) in [("embedding", EMBEDDING), ("norm", FINAL_NORM), ("head", head)] {
-            let tied_head = unit == "head" && job.architecture.tied;
-            if !tied_head && self.done.iter().all(|done| done.block != unit) {
-                timing.measure("write", || {
-                    let tensors = job.copies([name.to_owned()])?;
-                    locked(self.writer).write_block(unit, tensors, Value::Null)
-                })?;
-            }
-        }
-        Ok(())
     }
 }
 

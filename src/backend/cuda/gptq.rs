@@ -3,7 +3,7 @@ that is GPTQ). Linears of one site share a factor, and those of one format are s
 
 use std::sync::Arc;
 
-use super::gpu::Buffer;
+use super::gpu::{Buffer, Stream};
 use super::launch::{Geometry, arguments};
 use super::product::{Operand, Precision, Product};
 use super::quantize::Arranging;
@@ -37,6 +37,29 @@ struct Stack {
     rows: usize,
     /// `[rows, width]`, f32.
     original: Buffer,
+}
+
+/// The operands of every step of a sweep.
+struct Step<'a> {
+    stack: &'a Stack,
+    /// With every update so far.
+    weights: &'a Buffer,
+    /// None to round to nearest.
+    factor: Option<&'a Factor>,
+    codes: &'a Codes,
+    /// `w - q` of a span, `[rows, SPAN]`; there with a factor.
+    difference: Option<Buffer>,
+    bad: &'a Buffer,
+}
+
+impl Step<'_> {
+    fn grid(&self) -> Grid {
+        let WeightFormat { bits, clip, .. } = self.stack.format;
+        match self.factor {
+            Some(_) => Grid::gptq(bits, clip),
+            None => Grid::rounding(bits, clip),
+        }
+    }
 }
 
 impl Cuda {
@@ -77,13 +100,14 @@ impl Cuda {
         let Stack { format, rows, original } = &stack;
         let (rows, width) = (*rows, format.width());
         let scale_rows = rows.div_ceil(format.rows_per_scale);
-        let codes = Codes {
+        let mut codes = Codes {
             codes: self.gpu.alloc(rows * format.grouped_channels())?,
             scales: self.gpu.alloc(4 * scale_rows * format.groups)?,
             outliers: self.outliers(format.outlier_channels, format.outlier_format, rows)?,
+            ready: self.gpu.mark()?,
         };
         let bad = self.gpu.alloc(4)?;
-        bad.fill(0xff)?;
+        bad.fill(0xff, Stream::Main)?;
         let updated = match factor {
             None => None,
             Some(factor) => {
@@ -98,38 +122,13 @@ impl Cuda {
             Some(_) => Some(self.gpu.alloc(4 * rows * SPAN)?),
             None => None,
         };
+        let step = Step { stack: &stack, weights, factor, codes: &codes, difference, bad: &bad };
         for (first, end) in spans(format) {
-            self.sweep_span(
-                &stack,
-                weights,
-                factor,
-                (first, end),
-                &codes,
-                difference.as_ref(),
-                &bad,
-            )?;
-            if let (Some(factor), Some(difference)) = (factor, &difference) {
-                // w[:, end..] += (w - q)[:, first..end] R[first..end, end..]
-                let entry = |row: usize, column: usize| 4 * (row * width + column) as u64;
-                self.products.run(&Product {
-                    m: width - end,
-                    n: rows,
-                    k: end - first,
-                    a: Operand {
-                        pointer: factor.data.pointer() + entry(first, end),
-                        stride: width,
-                        transposed: false,
-                    },
-                    b: Operand { pointer: difference.pointer(), stride: SPAN, transposed: false },
-                    c: Operand {
-                        pointer: weights.pointer() + entry(0, end),
-                        stride: width,
-                        transposed: false,
-                    },
-                    add: true,
-                    precision: Precision::Float,
-                })?;
+            if format.group_size > SPAN && first.is_multiple_of(format.group_size) {
+                self.wide_scales(&step, first)?;
             }
+            self.sweep_span(&step, weights, (first, end), None)?;
+            self.carry(&step, weights, (first, end), width)?;
         }
         if format.outlier_channels > 0 {
             self.launch(
@@ -150,6 +149,7 @@ impl Cuda {
                 ],
             )?;
         }
+        codes.ready = self.gpu.mark()?;
         let bad = bad.download::<u32>(0..4)?[0];
         let mut first_row = 0;
         let shared = Arc::new(codes);
@@ -194,73 +194,112 @@ impl Cuda {
         Ok(Stack { format, rows, original })
     }
 
-    /// Columns `first..end`.
-    #[expect(clippy::too_many_arguments, reason = "the operands of one step")]
+    /// Sweeps columns `first..end` of `weights`; with `relaxed` without rounding, into it.
     fn sweep_span(
         &self,
-        stack: &Stack,
+        step: &Step<'_>,
         weights: &Buffer,
-        factor: Option<&Factor>,
         (first, end): (usize, usize),
-        codes: &Codes,
-        difference: Option<&Buffer>,
-        bad: &Buffer,
+        relaxed: Option<&Buffer>,
     ) -> Result<()> {
-        let Stack { format, rows, original } = stack;
-        let WeightFormat { bits, group_size, groups, rows_per_scale, clip, .. } = *format;
-        let (rows, width) = (*rows, format.width());
-        let grid = match factor {
-            Some(_) => Grid::gptq(bits, clip),
-            None => Grid::rounding(bits, clip),
-        };
-        let warps = rows.div_ceil(rows_per_scale);
-        let wide = group_size > SPAN;
-        if wide && first.is_multiple_of(group_size) {
-            self.launch(
-                "gptq",
-                "wide_group_scales",
-                Geometry::over(32 * warps, THREADS),
-                arguments![
-                    weights,
-                    rows,
-                    width,
-                    rows_per_scale,
-                    first,
-                    group_size,
-                    first / group_size,
-                    groups,
-                    grid.ratio(),
-                    &codes.scales,
-                    bad
-                ],
-            )?;
-        }
+        let Stack { format, rows, original } = step.stack;
+        let WeightFormat { group_size, groups, rows_per_scale, .. } = *format;
+        let grid = step.grid();
         let (least, greatest) = grid.limits();
         let entry = if rows_per_scale == 1 { "sweep_rows" } else { "sweep_row_pairs" };
-        let shared_bytes = if factor.is_some() { 4 * SPAN * (end - first) } else { 0 };
+        let shared_bytes = if step.factor.is_some() { 4 * SPAN * (end - first) } else { 0 };
         self.launch(
             "gptq",
             entry,
-            Geometry { shared_bytes, ..Geometry::over(32 * warps, THREADS) },
+            Geometry {
+                shared_bytes,
+                ..Geometry::over(32 * rows.div_ceil(rows_per_scale), THREADS)
+            },
             arguments![
                 weights,
                 original,
-                factor.map(|factor| &factor.data),
-                rows,
-                width,
+                step.factor.map(|factor| &factor.data),
+                *rows,
+                format.width(),
                 first,
                 end - first,
                 group_size,
                 groups,
-                i32::from(wide),
-                i32::from(factor.is_some()),
+                i32::from(group_size > SPAN),
+                i32::from(step.factor.is_some()),
                 grid.ratio(),
                 least,
                 greatest,
-                &codes.codes,
-                &codes.scales,
-                difference,
-                bad
+                &step.codes.codes,
+                &step.codes.scales,
+                step.difference.as_ref(),
+                relaxed,
+                step.bad
+            ],
+        )
+    }
+
+    /// `w[:, end..until] += (w - q)[:, first..end] R[first..end, end..until]`.
+    fn carry(
+        &self,
+        step: &Step<'_>,
+        weights: &Buffer,
+        (first, end): (usize, usize),
+        until: usize,
+    ) -> Result<()> {
+        let (Some(factor), Some(difference)) = (step.factor, &step.difference) else {
+            return Ok(());
+        };
+        let width = step.stack.format.width();
+        let entry = |row: usize, column: usize| 4 * (row * width + column) as u64;
+        let operand = |pointer, stride| Operand { pointer, stride, transposed: false };
+        self.products.run(&Product {
+            m: until - end,
+            n: step.stack.rows,
+            k: end - first,
+            a: operand(factor.data.pointer() + entry(first, end), width),
+            b: operand(difference.pointer(), SPAN),
+            c: operand(weights.pointer() + entry(0, end), width),
+            add: true,
+            // What tensor cores round away of an update is far below the step of a code.
+            precision: Precision::Tensor32,
+        })
+    }
+
+    /// The scales of a group that is wider than a span and begins at `first`.
+    fn wide_scales(&self, step: &Step<'_>, first: usize) -> Result<()> {
+        let Stack { format, rows, .. } = step.stack;
+        let WeightFormat { group_size, groups, rows_per_scale, .. } = *format;
+        let (rows, width) = (*rows, format.width());
+        // Nothing is lost before the first column, nor without feedback.
+        let relaxed = if step.factor.is_some() && first > 0 {
+            let relaxed = self.gpu.alloc(4 * rows * width)?;
+            relaxed.copy_from(step.weights, 4 * rows * width)?;
+            for start in (first..first + group_size).step_by(SPAN) {
+                let span = (start, (start + SPAN).min(first + group_size));
+                self.sweep_span(step, &relaxed, span, Some(&relaxed))?;
+                self.carry(step, &relaxed, span, first + group_size)?;
+            }
+            Some(relaxed)
+        } else {
+            None
+        };
+        self.launch(
+            "gptq",
+            "wide_group_scales",
+            Geometry::over(32 * rows.div_ceil(rows_per_scale), THREADS),
+            arguments![
+                relaxed.as_ref().unwrap_or(step.weights),
+                rows,
+                width,
+                rows_per_scale,
+                first,
+                group_size,
+                first / group_size,
+                groups,
+                step.grid().ratio(),
+                &step.codes.scales,
+                step.bad
             ],
         )
     }

@@ -4,15 +4,17 @@ Work goes to one stream, `main`, in the order it is asked for; memory comes from
 that order too, so a buffer that is dropped can be reused by what comes after without waiting. Two
 more streams copy: `up` for weights that are read ahead, `down` for results that are written behind. */
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use cudarc::driver::result::{self, mem_pool};
 use cudarc::driver::sys::{self, CUdeviceptr, CUmemPool_attribute, CUresult, CUstream};
-use cudarc::driver::{CudaContext, CudaStream, DriverError};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 
 use super::libraries::Device;
 use crate::{Error, Result};
@@ -30,12 +32,20 @@ pub struct Gpu {
     limit_bytes: u64,
     used_bytes: AtomicU64,
     peak_bytes: AtomicU64,
+    /// Seconds of each kernel, where they were asked for.
+    trace: Option<Mutex<BTreeMap<String, f64>>>,
 }
+
+/// The environment variable that has every kernel timed. Each is waited for, so the whole is slower.
+pub const TRACE_VARIABLE: &str = "ATOM_GPU_TRACE";
 
 // SAFETY: the pool is a handle of the driver, whose calls may come from any thread.
 unsafe impl Send for Gpu {}
 // SAFETY: as above.
 unsafe impl Sync for Gpu {}
+
+/// A place in the main stream's work.
+pub struct Mark(CudaEvent);
 
 /// Which stream a copy goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,17 +74,19 @@ impl Gpu {
         // SAFETY: the device is the context's.
         let pool = unsafe { result::device::get_default_mem_pool(context.cu_device()) }
             .map_err(|error| failed("cuDeviceGetDefaultMemPool", error))?;
+        let set = |attribute, value: *mut c_void| {
+            // SAFETY: each attribute is given as the number it is.
+            unsafe { sys::cuMemPoolSetAttribute(pool, attribute, value) }
+                .result()
+                .map_err(|error| failed("cuMemPoolSetAttribute", error))
+        };
+        // Memory stays in the pool until it is trimmed.
         let mut keep = u64::MAX;
-        // SAFETY: the attribute is a 64-bit number: memory stays in the pool until it is trimmed.
-        unsafe {
-            sys::cuMemPoolSetAttribute(
-                pool,
-                CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
-                (&raw mut keep).cast(),
-            )
-        }
-        .result()
-        .map_err(|error| failed("cuMemPoolSetAttribute", error))?;
+        set(CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, (&raw mut keep).cast())?;
+        // Memory that kernels may still use is not given to a copy, which would wait for them.
+        let mut wait = 0i32;
+        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES;
+        set(attribute, (&raw mut wait).cast())?;
         let (free, _) = result::mem_get_info().map_err(|error| failed("cuMemGetInfo", error))?;
         let free = free as u64;
         if let Some(limit) = limit_bytes.filter(|limit| *limit > free) {
@@ -94,6 +106,7 @@ impl Gpu {
             limit_bytes: limit_bytes.unwrap_or(free),
             used_bytes: AtomicU64::new(0),
             peak_bytes: AtomicU64::new(0),
+            trace: std::env::var_os(TRACE_VARIABLE).map(|_| Mutex::default()),
         }))
     }
 
@@ -119,15 +132,42 @@ impl Gpu {
             .map_err(|error| failed("a kernel or copy", error))
     }
 
-    /// What `later` is given from now on comes after what `earlier` was given so far.
-    pub fn order(&self, earlier: Stream, later: Stream) -> Result<()> {
-        let by = |stream| match stream {
+    /// A mark behind all that the main stream was given so far.
+    pub fn mark(&self) -> Result<Mark> {
+        self.main.record_event(None).map(Mark).map_err(|error| failed("cuEventRecord", error))
+    }
+
+    /// What `stream` is given from now on comes after the mark.
+    pub fn after(&self, mark: &Mark, stream: Stream) -> Result<()> {
+        let stream = match stream {
             Stream::Main => &self.main,
             Stream::Up => &self.up,
             Stream::Down => &self.down,
         };
-        self.bind()?;
-        by(later).join(by(earlier)).map_err(|error| failed("cuStreamWaitEvent", error))
+        stream.wait(&mark.0).map_err(|error| failed("cuStreamWaitEvent", error))
+    }
+
+    /// Gives work to the main stream; where kernels are timed, waits for it and books its seconds.
+    pub fn traced(
+        &self,
+        name: impl FnOnce() -> String,
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let Some(trace) = &self.trace else { return work() };
+        self.wait(Stream::Main)?;
+        let start = Instant::now();
+        work()?;
+        self.wait(Stream::Main)?;
+        let mut trace = trace.lock().unwrap_or_else(PoisonError::into_inner);
+        *trace.entry(name()).or_default() += start.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Seconds of each kernel so far, where they are timed.
+    pub fn kernel_seconds(&self) -> Vec<(String, f64)> {
+        let Some(trace) = &self.trace else { return Vec::new() };
+        let trace = trace.lock().unwrap_or_else(PoisonError::into_inner);
+        trace.iter().map(|(name, seconds)| (name.clone(), *seconds)).collect()
     }
 
     /// Bytes that buffers may take together.
@@ -140,11 +180,16 @@ impl Gpu {
         self.peak_bytes.load(Ordering::Relaxed)
     }
 
-    /// Uninitialized memory, at least 16 bytes.
+    /// Uninitialized memory for the main stream, at least 16 bytes.
     ///
     /// # Errors
     /// A machine error with what was needed and what was there.
     pub fn alloc(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
+        self.alloc_on(Stream::Main, bytes)
+    }
+
+    /// Uninitialized memory that a stream uses first; the main stream may use it when that is done.
+    pub fn alloc_on(self: &Arc<Self>, stream: Stream, bytes: usize) -> Result<Buffer> {
         self.bind()?;
         let bytes = bytes.next_multiple_of(16).max(16);
         let used = self.used_bytes.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
@@ -152,11 +197,11 @@ impl Gpu {
             Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))
         } else {
             // SAFETY: the stream is alive.
-            unsafe { result::malloc_async(self.main.cu_stream(), bytes) }.or_else(|_| {
+            unsafe { result::malloc_async(self.stream(stream), bytes) }.or_else(|_| {
                 // Memory that other sizes have left in the pool may do when it is whole again.
                 self.trim();
                 // SAFETY: as above.
-                unsafe { result::malloc_async(self.main.cu_stream(), bytes) }
+                unsafe { result::malloc_async(self.stream(stream), bytes) }
             })
         };
         match allocated {
@@ -165,7 +210,7 @@ impl Gpu {
                 let buffer = Buffer { gpu: Arc::clone(self), pointer, bytes };
                 // NaN in every format: what a kernel forgets to write shows in its test.
                 if cfg!(test) {
-                    buffer.fill(0xff)?;
+                    buffer.fill(0xff, stream)?;
                 }
                 Ok(buffer)
             }
@@ -198,7 +243,7 @@ impl Gpu {
     /// Memory of zeros.
     pub fn zeros(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
         let buffer = self.alloc(bytes)?;
-        buffer.fill(0)?;
+        buffer.fill(0, Stream::Main)?;
         Ok(buffer)
     }
 
@@ -243,27 +288,34 @@ impl Buffer {
     }
 
     /// Sets every byte.
-    pub fn fill(&self, byte: u8) -> Result<()> {
+    pub fn fill(&self, byte: u8, stream: Stream) -> Result<()> {
         self.gpu.bind()?;
         // SAFETY: the memory is ours.
-        unsafe {
-            result::memset_d8_async(self.pointer, byte, self.bytes, self.gpu.main.cu_stream())
-        }
-        .map_err(|error| failed("cuMemsetD8Async", error))
+        unsafe { result::memset_d8_async(self.pointer, byte, self.bytes, self.gpu.stream(stream)) }
+            .map_err(|error| failed("cuMemsetD8Async", error))
     }
 
-    /// The values in a range of bytes, after all work given so far.
+    /// The values in a range of bytes, after all that the main stream was given so far.
     pub fn download<T: bytemuck::Pod>(&self, range: Range<usize>) -> Result<Vec<T>> {
+        self.download_on(Stream::Main, range)
+    }
+
+    /// The values in a range of bytes, after all that a stream was given so far.
+    pub fn download_on<T: bytemuck::Pod>(
+        &self,
+        stream: Stream,
+        range: Range<usize>,
+    ) -> Result<Vec<T>> {
         self.gpu.bind()?;
         assert!(range.end <= self.bytes && range.len().is_multiple_of(size_of::<T>()));
         let mut values = vec![T::zeroed(); range.len() / size_of::<T>()];
         if !values.is_empty() {
             let from = self.pointer + range.start as u64;
             // SAFETY: the range lies in the buffer, and the values are not touched before the wait.
-            unsafe { result::memcpy_dtoh_async(&mut values, from, self.gpu.main.cu_stream()) }
+            unsafe { result::memcpy_dtoh_async(&mut values, from, self.gpu.stream(stream)) }
                 .map_err(|error| failed("cuMemcpyDtoHAsync", error))?;
         }
-        self.gpu.wait(Stream::Main)?;
+        self.gpu.wait(stream)?;
         Ok(values)
     }
 

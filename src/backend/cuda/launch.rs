@@ -150,7 +150,8 @@ impl Kernels {
         geometry: Geometry,
         arguments: &[Argument],
     ) -> Result<()> {
-        self.launch_on(Stream::Main, family, defines, entry, geometry, arguments)
+        let work = || self.launch_on(Stream::Main, family, defines, entry, geometry, arguments);
+        self.gpu.traced(|| entry.to_owned(), work)
     }
 
     /// Launches on a given stream.

@@ -3,7 +3,7 @@
 use super::launch::{Geometry, arguments};
 use super::product::Precision;
 use super::tensor::{Dense, Tensor};
-use super::{Cuda, THREADS};
+use super::{Cuda, Part, THREADS};
 use crate::Result;
 
 /// Bytes of logits held at once.
@@ -48,7 +48,7 @@ impl Cuda {
         tokens: &[u32],
         seq_len: usize,
     ) -> Result<Vec<f64>> {
-        let (rows, hidden, vocabulary) = (x.rows, x.columns, head.rows);
+        let (rows, vocabulary) = (x.rows, head.rows);
         // Row t predicts token t + 1; a window's last row predicts nothing and its loss is dropped.
         let targets: Vec<u32> =
             (1..=rows).map(|token| if token % seq_len == 0 { 0 } else { tokens[token] }).collect();
@@ -58,8 +58,8 @@ impl Cuda {
         let nats = self.gpu.alloc(8 * rows)?;
         for first in (0..rows).step_by(part) {
             let count = part.min(rows - first);
-            let own = x.half().pointer() + (2 * first * hidden) as u64;
-            self.multiply(own, count, head, logits.pointer(), Precision::HalfToFloat)?;
+            let rows = Part { first, count };
+            self.multiply_part(x, rows, head, &logits, Precision::HalfToFloat, false)?;
             self.launch(
                 "reduce",
                 "cross_entropy",

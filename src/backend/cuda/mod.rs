@@ -105,11 +105,8 @@ impl Cuda {
     /// Checks a weight for values that are not finite, and with `to` converts it to f16.
     fn convert(&self, weight: &Weight, to: Option<&Buffer>, stream: Stream) -> Result<Option<u64>> {
         let count = weight.rows * weight.columns;
-        let bad = self.gpu.alloc(8)?;
-        bad.fill(0xff)?;
-        if stream != Stream::Main {
-            self.gpu.order(Stream::Main, stream)?;
-        }
+        let bad = self.gpu.alloc_on(stream, 8)?;
+        bad.fill(0xff, stream)?;
         self.kernels.launch_on(
             stream,
             "elementwise",
@@ -118,32 +115,53 @@ impl Cuda {
             Geometry::line(count.div_ceil(THREADS * 16).clamp(1, 2048), THREADS),
             arguments![&*weight.data, count as i64, to, &bad],
         )?;
-        self.gpu.order(stream, Stream::Main)?;
-        let first = bad.download::<u64>(0..8)?[0];
+        let first = bad.download_on::<u64>(stream, 0..8)?[0];
         Ok((first != u64::MAX).then_some(first))
     }
 
-    /// `x w^T` for `rows` rows of f16 at `x`, with the result `[rows, w's rows]` at `to`.
+    /// `x w^T` into `to` `[x's rows, w's rows]`, or added to it.
     fn multiply(
         &self,
-        x: u64,
-        rows: usize,
+        x: &Tensor,
         weight: &Dense,
-        to: u64,
+        to: &Buffer,
         precision: Precision,
+        add: bool,
+    ) -> Result<()> {
+        let rows = Part { first: 0, count: x.rows };
+        self.multiply_part(x, rows, weight, to, precision, add)
+    }
+
+    /// The same for some rows of `x`, the first of which gives the first of `to`.
+    fn multiply_part(
+        &self,
+        x: &Tensor,
+        rows: Part,
+        weight: &Dense,
+        to: &Buffer,
+        precision: Precision,
+        add: bool,
     ) -> Result<()> {
         let operand = |pointer, transposed| Operand { pointer, stride: weight.columns, transposed };
+        let x = x.half().pointer() + (2 * rows.first * weight.columns) as u64;
         self.products.run(&Product {
             m: weight.rows,
-            n: rows,
+            n: rows.count,
             k: weight.columns,
             a: operand(weight.data.pointer(), true),
             b: operand(x, false),
-            c: Operand { pointer: to, stride: weight.rows, transposed: false },
-            add: false,
+            c: Operand { pointer: to.pointer(), stride: weight.rows, transposed: false },
+            add,
             precision,
         })
     }
+}
+
+/// Some rows of a tensor.
+#[derive(Clone, Copy)]
+struct Part {
+    first: usize,
+    count: usize,
 }
 
 impl Backend for Cuda {
@@ -235,7 +253,7 @@ impl Backend for Cuda {
     fn load<'a>(&self, tensor: checkpoint::Tensor<'a>) -> Result<Weight> {
         tensor.read_ahead();
         let (rows, columns) = (tensor.shape[0], tensor.shape[1..].iter().product());
-        let data = Arc::new(self.gpu.alloc(tensor.bytes.len())?);
+        let data = Arc::new(self.gpu.alloc_on(Stream::Up, tensor.bytes.len())?);
         self.uploads
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -326,9 +344,12 @@ impl Backend for Cuda {
 
     fn product(&self, x: &Tensor, weight: &Dense) -> Result<Tensor> {
         let y = self.half(x.rows, weight.rows)?;
-        let to = y.half().pointer();
-        self.multiply(x.half().pointer(), x.rows, weight, to, Precision::HalfToHalf)?;
+        self.multiply(x, weight, y.half(), Precision::HalfToHalf, false)?;
         Ok(y)
+    }
+
+    fn add_product(&self, x: &mut Tensor, y: &Tensor, weight: &Dense) -> Result<()> {
+        self.multiply(y, weight, x.float(), Precision::HalfToFloat, true)
     }
 
     fn integer_product(&self, x: &Rows, weight: &Packed) -> Result<Tensor> {
@@ -427,15 +448,19 @@ impl Backend for Cuda {
     }
 
     fn fetch(&self, weight: Quantized) -> Result<QuantizedLinear> {
-        self.to_host(&weight)
+        self.fetched(&weight)
     }
 
     fn restore(&self, weight: QuantizedLinear) -> Result<Quantized> {
-        self.from_host(&weight)
+        self.restored(&weight)
     }
 
     fn wait(&self) -> Result<()> {
         self.gpu.wait(Stream::Main)
+    }
+
+    fn kernel_seconds(&self) -> Vec<(String, f64)> {
+        self.gpu.kernel_seconds()
     }
 
     fn peak_bytes(&self) -> Option<u64> {

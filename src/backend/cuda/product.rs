@@ -4,6 +4,7 @@ Everything here is row-major for its callers. The libraries are column-major, wh
 is its own transpose: `y = x w^T` is asked for as `y^T = w x^T`. */
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -109,6 +110,13 @@ impl Products {
 
     /// Computes a product on the main stream.
     pub fn run(&self, product: &Product) -> Result<()> {
+        let Product { m, n, k, add, precision, .. } = *product;
+        let name =
+            || format!("product {m} x {n} x {k} {precision:?}{}", if add { " added" } else { "" });
+        self.gpu.traced(name, || self.multiply(product))
+    }
+
+    fn multiply(&self, product: &Product) -> Result<()> {
         let Product { m, n, k, a, b, c, add, precision } = *product;
         if m == 0 || n == 0 || k == 0 {
             return Ok(());
@@ -123,10 +131,10 @@ impl Products {
         let forms = [form(a, in_bytes), form(b, in_bytes), form(c, out_bytes)];
         let key = (m, n, k, forms, add, precision);
         let mut planned = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
-        if !planned.contains_key(&key) {
-            planned.insert(key, self.plan(product, forms)?);
-        }
-        let plan = &planned[&key];
+        let plan = match planned.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(self.plan(product, forms)?),
+        };
         let (alpha, beta) = (1f32, if add { 1f32 } else { 0.0 });
         // SAFETY: the plan was made for these shapes; the operands are device memory of these sizes.
         unsafe {
@@ -242,7 +250,7 @@ impl Products {
         let workspace = self.gpu.alloc(4 * work.max(1) as usize)?;
         let info = self.gpu.zeros(4)?;
         // SAFETY: workspace and info are as large as was asked for.
-        let done = unsafe {
+        let factorize = || unsafe {
             solver::cusolverDnSpotrf(
                 self.solver,
                 upper,
@@ -254,7 +262,8 @@ impl Products {
                 info.pointer() as *mut i32,
             )
         };
-        solved("cusolverDnSpotrf", done)?;
+        let name = || format!("cholesky {n}");
+        self.gpu.traced(name, || solved("cusolverDnSpotrf", factorize()))?;
         Ok(info.download::<i32>(0..4)?[0] == 0)
     }
 }

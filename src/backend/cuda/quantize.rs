@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 
 use half::f16;
 
-use super::gpu::Buffer;
+use super::gpu::{Buffer, Stream};
 use super::launch::{Geometry, arguments};
 use super::product::Precision;
 use super::tensor::{
@@ -133,7 +133,7 @@ impl Cuda {
             outliers,
         };
         let bad = self.gpu.alloc(4)?;
-        bad.fill(0xff)?;
+        bad.fill(0xff, Stream::Main)?;
         let (least, greatest) = format.code_limits();
         let arranging = Arranging::new(format, element);
         self.kernels.launch(
@@ -343,14 +343,15 @@ impl Cuda {
     }
 
     /// A quantized weight on the host. On the stream beside the kernels.
-    pub(super) fn to_host(&self, weight: &Quantized) -> Result<QuantizedLinear> {
+    pub(super) fn fetched(&self, weight: &Quantized) -> Result<QuantizedLinear> {
         let WeightFormat { bits, group_size, groups, rows_per_scale, outlier_channels, .. } =
             weight.format;
         let rows = weight.rows;
         let grouped = weight.format.grouped_channels();
         let mut staging = self.downloads.lock().unwrap_or_else(PoisonError::into_inner);
         let mut codes = vec![0i8; rows * grouped];
-        let Codes { codes: all, scales: all_scales, outliers } = &*weight.shared;
+        let Codes { codes: all, scales: all_scales, outliers, ready } = &*weight.shared;
+        staging.after(ready)?;
         staging.download(all, weight.first_row * grouped, bytemuck::cast_slice_mut(&mut codes))?;
         let mut halves = |buffer: &Buffer, first: usize, count: usize| -> Result<Vec<f16>> {
             let mut floats = vec![0f32; count];
@@ -388,7 +389,7 @@ impl Cuda {
         })
     }
 
-    pub(super) fn from_host(&self, weight: &QuantizedLinear) -> Result<Quantized> {
+    pub(super) fn restored(&self, weight: &QuantizedLinear) -> Result<Quantized> {
         let QuantizedLinear { rows, bits, group_size, groups, rows_per_scale, .. } = *weight;
         let channels = weight.outlier_channels;
         let floats = |values: &[f16]| -> Result<Buffer> {
@@ -425,7 +426,7 @@ impl Cuda {
         };
         let codes = self.gpu.upload(&weight.codes)?;
         let scales = floats(&weight.scales)?;
-        let shared = Arc::new(Codes { codes, scales, outliers });
+        let shared = Arc::new(Codes { codes, scales, outliers, ready: self.gpu.mark()? });
         Ok(Quantized { format, first_row: 0, rows, shared })
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::gpu::{Buffer, Gpu, Pinned, Stream};
+use super::gpu::{Buffer, Gpu, Mark, Pinned, Stream};
 use crate::Result;
 
 /// Bytes of a half: long enough that a copy's start costs nothing beside it.
@@ -25,10 +25,9 @@ impl Staging {
         Ok(Self { gpu, halves, stream })
     }
 
-    /// Copies `from`, which may lie in a file's map, to the device; returns when it is there.
+    /// Copies `from`, which may lie in a file's map, to a buffer that was made for this stream; returns
+    /// when it is there.
     pub(super) fn upload(&mut self, from: &[u8], to: &Buffer) -> Result<()> {
-        // The buffer's memory may still be in use by what was given to the main stream before.
-        self.gpu.order(Stream::Main, self.stream)?;
         for (index, part) in from.chunks(HALF_BYTES).enumerate() {
             let half = &mut self.halves[index % 2];
             half.as_mut_slice()[..part.len()]
@@ -42,9 +41,13 @@ impl Staging {
         self.gpu.wait(self.stream)
     }
 
+    /// What is downloaded from now on comes after the mark.
+    pub(super) fn after(&self, mark: &Mark) -> Result<()> {
+        self.gpu.after(mark, self.stream)
+    }
+
     /// Copies bytes `first..` of `from` to the host.
     pub(super) fn download(&mut self, from: &Buffer, first: usize, to: &mut [u8]) -> Result<()> {
-        self.gpu.order(Stream::Main, self.stream)?;
         let mut before: Option<(usize, &mut [u8])> = None;
         for (index, part) in to.chunks_mut(HALF_BYTES).enumerate() {
             let at = first + index * HALF_BYTES;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::gpu::{Buffer, Pinned};
+use super::gpu::{Buffer, Mark, Pinned};
 use crate::checkpoint::Dtype;
 use crate::quant::site::SiteFormat;
 use crate::quant::weights::WeightFormat;
@@ -168,6 +168,8 @@ pub(super) struct Codes {
     /// `[ceil(rows / rows_per_scale), groups]`, f16 values as f32.
     pub(super) scales: Buffer,
     pub(super) outliers: Outliers,
+    /// When they are there.
+    pub(super) ready: Mark,
 }
 
 /// A quantized linear: its part of some codes. The first row begins a scale of its own.

@@ -224,7 +224,13 @@ fn embeddings_and_products_agree_with_the_cpu() {
                 cpu.product(&cpu.upload(x.clone()).unwrap(), &cpu.dense(&host, None).unwrap());
             let dense = cuda.dense(&weight, None).unwrap();
             let found = cuda.product(&cuda.half_tensor(&x), &dense).unwrap();
-            close(&cuda.values(&found), expected.unwrap().values(), 1e-3, &what);
+            let expected = expected.unwrap();
+            close(&cuda.values(&found), expected.values(), 1e-3, &what);
+            let ones = Matrix { rows: m, columns: n, data: vec![1.0; m * n] };
+            let mut sum = cuda.upload(ones).unwrap();
+            cuda.add_product(&mut sum, &cuda.half_tensor(&x), &dense).unwrap();
+            let expected: Vec<f32> = expected.values().iter().map(|value| value + 1.0).collect();
+            close(&cuda.values(&sum), &expected, 1e-3, &format!("1 + {what}"));
 
             let tokens: Vec<u32> = (0..m).map(|i| (i * 5 % n) as u32).collect();
             let expected = cpu.embed(&host, &tokens).unwrap();
