@@ -130,13 +130,17 @@ template <int ROWS, class Target> static __device__ __forceinline__ void spread(
 /// begin in the span (unless `wide`: then the span's one scale is there already), and w - q in
 /// `difference` `[rows, SPAN]`. With `feedback` 0 each column is rounded on its own.
 ///
+/// `errors` `[rows, 2]` gathers what the sweep costs: with the damped Hessian, E H E^T is the sum over the
+/// columns of (pivot_j (w'_j - q_j))^2, D's entries being the squares of the pivots; and E E^T, to take
+/// the damping out of it. As a product with H it would be a small difference of large numbers.
+///
 /// A group's scale is taken from the values its columns would have if none of them were rounded, as
 /// gptq.py's update leaves them at that moment: what earlier columns lost, spread over the group in its
 /// order. `relaxed` (not null) asks for these values of the whole span instead of codes.
 template <int ROWS> static __device__ __forceinline__ void sweep(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
     int group_size, int groups, int wide, int feedback, Grid grid, i8* codes, float* scales, float* difference,
-    float* relaxed, u32* bad
+    float* relaxed, const float* pivots, double* errors, u32* bad
 ) {
     extern __shared__ float tile[];
     // R's part above the diagonal, zeros elsewhere, so that an update never changes a finished column.
@@ -183,6 +187,9 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
         }
         return;
     }
+    float cost[ROWS];
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) cost[row] = 0.0f;
     for (int start = 0; start < count;) {
         int end = wide ? count : min(count, start + group_size);
         float scale;
@@ -209,12 +216,16 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
         }
         float inverse = inverse_of(scale);
         spread(w, before, tile, start, end, feedback, [&](int row, int c, int from, float value) {
-            float q = grid.code(value, inverse);
+            float code_of_value = grid.code(value, inverse), q = code_of_value * scale;
             if (lane == from) {
-                code[row][c] = (int)q;
-                lost.v[row][c] = before.v[row][c] - q * scale;
+                code[row][c] = (int)code_of_value;
+                lost.v[row][c] = before.v[row][c] - q;
             }
-            return q * scale;
+            if (feedback) {
+                float own = pivots[first + 32 * c + from] * (value - q);
+                cost[row] = fmaf(own, own, cost[row]);
+            }
+            return q;
         });
         start = end;
     }
@@ -222,6 +233,16 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
     for (int row = 0; row < ROWS; row++) {
         long long own = set * ROWS + row;
         if (own >= rows) break;
+        if (feedback) {
+            float square = 0.0f;
+#pragma unroll
+            for (int c = 0; c < 4; c++) square = fmaf(lost.v[row][c], lost.v[row][c], square);
+            square = warp_sum(square);
+            if (lane == 0) {
+                errors[2 * own] += cost[row];
+                errors[2 * own + 1] += square;
+            }
+        }
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             int column = c * 32 + lane;
@@ -235,19 +256,19 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sweep_rows(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
     int group_size, int groups, int wide, int feedback, float ratio, float least, float greatest, i8* codes, float* scales,
-    float* difference, float* relaxed, u32* bad
+    float* difference, float* relaxed, const float* pivots, double* errors, u32* bad
 ) {
     Grid grid{ratio, least, greatest};
-    sweep<1>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, relaxed, bad);
+    sweep<1>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, relaxed, pivots, errors, bad);
 }
 /// The same where two rows share their scales.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sweep_row_pairs(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
     int group_size, int groups, int wide, int feedback, float ratio, float least, float greatest, i8* codes, float* scales,
-    float* difference, float* relaxed, u32* bad
+    float* difference, float* relaxed, const float* pivots, double* errors, u32* bad
 ) {
     Grid grid{ratio, least, greatest};
-    sweep<2>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, relaxed, bad);
+    sweep<2>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, relaxed, pivots, errors, bad);
 }
 
 /// The outlier block, the last `outliers` columns of `weights` `[rows, width]`: INT8 codes
@@ -278,6 +299,47 @@ extern "C" __global__ void __launch_bounds__(THREADS) outlier_block(
         for (int i = lane; i < padded; i += 32) codes[row * padded + i] = i < outliers ? (i8)grid.code(own[i], inverse) : (i8)0;
     }
     if (!sound) atomicMin(bad, (u32)row);
+}
+
+/// Adds to `errors` what the outlier columns cost (see sweep): no feedback goes from one to the next, so
+/// the residue of each is its own rounding and what those before it lost. A warp a row.
+extern "C" __global__ void __launch_bounds__(THREADS) outlier_errors(
+    const float* weights, const float* original, const float* r, const float* pivots, int rows, int width, int outliers,
+    int padded, const i8* codes, const float* scales, const float* values, double* errors
+) {
+    long long row = (blockIdx.x * THREADS + threadIdx.x) / 32;
+    int lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    int first = width - outliers;
+    auto rounded = [&](int i) { return values ? values[row * outliers + i] : (float)codes[row * padded + i] * scales[row]; };
+    float cost = 0.0f, square = 0.0f;
+    for (int base = 0; base < outliers; base += 128) {
+        float residue[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int i = 0; i < min(outliers, base + 128); i++) {
+            float lost = original[row * width + first + i] - rounded(i);
+            const float* spread = r + (long long)(first + i) * width + first;
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                int j = base + 32 * k + lane;
+                if (j > i && j < outliers) residue[k] = fmaf(lost, spread[j], residue[k]);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            int j = base + 32 * k + lane;
+            if (j >= outliers) continue;
+            float own = pivots[first + j] * (weights[row * width + first + j] - rounded(j) + residue[k]);
+            float lost = original[row * width + first + j] - rounded(j);
+            cost = fmaf(own, own, cost);
+            square = fmaf(lost, lost, square);
+        }
+    }
+    cost = warp_sum(cost);
+    square = warp_sum(square);
+    if (lane == 0) {
+        errors[2 * row] += cost;
+        errors[2 * row + 1] += square;
+    }
 }
 
 /// `x -= y`, `count` values.

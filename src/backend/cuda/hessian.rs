@@ -78,14 +78,15 @@ impl Cuda {
             let divisors = diagonal.download::<f32>(0..4 * n)?;
             if divisors.iter().all(|value| value.is_finite() && *value > 0.0) {
                 self.launch("gptq", "unit_upper", rows, arguments![&data, &diagonal, n])?;
-                return Ok(Some((Factor { n, data }, Damping { share, failures })));
+                let factor = Factor { n, data, pivots: diagonal, damp };
+                return Ok(Some((factor, Damping { share, failures })));
             }
         }
         Ok(None)
     }
 
-    /// `sqrt(tr(E H E^T) / tr(W H W^T))`, by products on the tensor cores: a number to be read, not
-    /// to be computed with.
+    /// `sqrt(tr(E H E^T) / tr(W H W^T))`. A sweep has found the first; the second is a number to be
+    /// read, for which the tensor cores are precise enough.
     pub(super) fn relative_error(
         &self,
         hessian: &Hessian,
@@ -94,16 +95,21 @@ impl Cuda {
         quantized: &Quantized,
     ) -> Result<f64> {
         let original = self.arranged(weight, site, Precision::Float)?;
-        let error = self.dequantized(quantized, false)?;
-        let count = weight.rows * hessian.n;
-        self.launch(
-            "gptq",
-            "subtract",
-            Geometry::over(count, THREADS),
-            arguments![&error, &original, count as i64],
-        )?;
-        let [lost, total] = [&error, &original].map(|w| self.energy_of(w, weight.rows, hessian));
-        let (lost, total) = (lost?, total?);
+        let total = self.energy_of(&original, weight.rows, hessian, Precision::Tensor32)?;
+        let lost = match quantized.lost {
+            Some(lost) => lost,
+            None => {
+                let error = self.dequantized(quantized, false)?;
+                let count = weight.rows * hessian.n;
+                self.launch(
+                    "gptq",
+                    "subtract",
+                    Geometry::over(count, THREADS),
+                    arguments![&error, &original, count as i64],
+                )?;
+                self.energy_of(&error, weight.rows, hessian, Precision::Float)?
+            }
+        };
         if total > 0.0 && lost.is_finite() {
             Ok((lost.max(0.0) / total).sqrt())
         } else if total == 0.0 {
@@ -114,7 +120,13 @@ impl Cuda {
     }
 
     /// `tr(W H W^T)` for `weights` `[rows, n]` in f32; the Hessian is mirrored.
-    fn energy_of(&self, weights: &Buffer, rows: usize, hessian: &Hessian) -> Result<f64> {
+    fn energy_of(
+        &self,
+        weights: &Buffer,
+        rows: usize,
+        hessian: &Hessian,
+        precision: Precision,
+    ) -> Result<f64> {
         let n = hessian.n;
         let product = self.gpu.alloc(4 * n * rows.min(ERROR_ROWS))?;
         let parts = self.gpu.alloc(8 * PARTS)?;
@@ -131,7 +143,7 @@ impl Cuda {
                 b: operand(own),
                 c: operand(product.pointer()),
                 add: false,
-                precision: Precision::Tensor32,
+                precision,
             })?;
             self.launch(
                 "reduce",

@@ -277,7 +277,7 @@ impl Cuda {
         )?;
         let shared = Arc::clone(&weight.shared);
         let Quantized { format, first_row, rows, .. } = *weight;
-        Ok(Packed { weight: Quantized { format, first_row, rows, shared }, scales })
+        Ok(Packed { weight: Quantized { format, first_row, rows, shared, lost: None }, scales })
     }
 
     /// `x w^T` by the integer path, in f16 or in f32.
@@ -427,7 +427,7 @@ impl Cuda {
         let codes = self.gpu.upload(&weight.codes)?;
         let scales = floats(&weight.scales)?;
         let shared = Arc::new(Codes { codes, scales, outliers, ready: self.gpu.mark()? });
-        Ok(Quantized { format, first_row: 0, rows, shared })
+        Ok(Quantized { format, first_row: 0, rows, shared, lost: None })
     }
 
     /// The ratio of absmax to scale of INT8 outliers.

@@ -178,6 +178,8 @@ pub struct Quantized {
     pub(super) first_row: usize,
     pub(super) rows: usize,
     pub(super) shared: Arc<Codes>,
+    /// `tr(E H E^T)`, where a sweep has found it.
+    pub(super) lost: Option<f64>,
 }
 
 impl Quantized {
@@ -228,4 +230,8 @@ pub struct Hessian {
 pub struct Factor {
     pub(super) n: usize,
     pub(super) data: Buffer,
+    /// The square roots of D.
+    pub(super) pivots: Buffer,
+    /// What was added to the Hessian's diagonal.
+    pub(super) damp: f32,
 }

@@ -525,6 +525,11 @@ fn gptq_makes_the_cpus_decisions() {
             // Hessians differ in the last bits, a few codes with them, and all that follows those.
             assert!((error / host_error - 1.0).abs() < 0.1, "{what}: {error} {host_error}");
             ratios.push(error / host_error);
+            // What the sweep has added up is what a product with the Hessian gives.
+            let again = Quantized { lost: None, ..found };
+            let product = cuda.output_error(&hessian, &site, weight, &again).unwrap();
+            assert!((error / product - 1.0).abs() < 2e-3, "{what}: {error} {product}");
+            let found = again;
             let found = cuda.fetch(found).unwrap();
             assert_eq!(found, cuda.fetch(again).unwrap(), "{what}: a second run differs");
             let equal = found.codes.iter().zip(&expected.codes).filter(|(a, b)| a == b).count();
