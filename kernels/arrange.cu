@@ -9,9 +9,13 @@
 // GROUP      channels of a group, a multiple of 16
 // TRANSFORM  1: Hadamard transform of each group
 // IN         half, bf16 or float: the row's type
+// PAIRED     1: `quantize` takes two rows a block (see Span); IN has 16 bits, GROUP is 32, 64, 128 or 256
 
 #ifndef THREADS
 #define THREADS 256
+#endif
+#ifndef PAIRED
+#define PAIRED 0
 #endif
 #define WARPS (THREADS / 32)
 
@@ -188,26 +192,219 @@ static __device__ __forceinline__ float scale_of(float absmax, float clip, float
 }
 static __device__ __forceinline__ float inverse_of(float scale) { return scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale); }
 
-static __device__ __forceinline__ int code_of(float value, float inverse, float least, float greatest) {
-    return (int)fminf(fmaxf(rintf(value * inverse), least), greatest);
+/// The code, in two's complement, in the lowest byte. The limits are integers, so that clamping first
+/// and rounding then gives what rounding first does; and the sum with 1.5 * 2^23 rounds to an integer,
+/// ties to even, that its lowest bits hold. Conversions would take four times as long as additions.
+static __device__ __forceinline__ u32 code_of(float value, float inverse, float least, float greatest) {
+    return __float_as_uint(fminf(fmaxf(value * inverse, least), greatest) + 12582912.0f);
 }
+static __device__ __forceinline__ u32 pack_codes(u32 a, u32 b, u32 c, u32 d) {
+    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+#if PAIRED
+/// Values of a span: 256 places of the order, of two rows.
+#define SPAN 256
+
+/// A load past the first-level cache, which is left to the order: every row reads it.
+static __device__ __forceinline__ uint2 load_once(const uint2* from) {
+    uint2 value;
+    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from));
+    return value;
+}
+
+/// Stages two rows, the values of a channel beside each other in one word: one access to shared memory
+/// then gathers for both rows, and the order is read once for both. Word -1, which is what an order's
+/// -1 picks, is zero.
+static __device__ __forceinline__ const u32* stage_pair(const IN* first, const IN* second, int channels, u32* shared) {
+    u32* row = shared + 4;
+    if (threadIdx.x == 0) row[-1] = 0;
+    if (channels % 4 == 0) {
+        constexpr int FLIGHT = 4;
+        const uint2 *left = reinterpret_cast<const uint2*>(first), *right = reinterpret_cast<const uint2*>(second);
+        for (int start = threadIdx.x; start < channels / 4; start += FLIGHT * THREADS) {
+            uint2 a[FLIGHT], b[FLIGHT];
+#pragma unroll
+            for (int i = 0; i < FLIGHT; i++) {
+                int at = start + i * THREADS;
+                if (at < channels / 4) {
+                    a[i] = load_once(left + at);
+                    b[i] = load_once(right + at);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < FLIGHT; i++) {
+                int at = start + i * THREADS;
+                if (at < channels / 4)
+                    reinterpret_cast<uint4*>(row)[at] =
+                        make_uint4(__byte_perm(a[i].x, b[i].x, 0x5410), __byte_perm(a[i].x, b[i].x, 0x7632),
+                                   __byte_perm(a[i].y, b[i].y, 0x5410), __byte_perm(a[i].y, b[i].y, 0x7632));
+            }
+        }
+    } else {
+        for (int i = threadIdx.x; i < channels; i += THREADS) row[i] = first[i].bits | (u32)second[i].bits << 16;
+    }
+    __syncthreads();
+    return row;
+}
+
+/// The greater magnitude of two, or NaN if one is.
+static __device__ __forceinline__ float greater_magnitude(float a, float b) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(fabsf(a)), "f"(fabsf(b)));
+    return most;
+}
+
+/// A warp's share of a pair of rows: the groups of one span, transformed.
+///
+/// Shuffles and gathers from shared memory, not arithmetic, are what a group waits for. With sixteen
+/// neighbouring values of one row in a lane four of the butterflies' distances are registers, the
+/// groups of eight lanes (for GROUP 128) share each remaining shuffle and each division, and codes
+/// leave sixteen bytes at a time. But the order is read, and the words of both rows are gathered, best
+/// with the places of lanes side by side. Between the two forms lie two exchanges, made with 16-bit
+/// values still packed, so that each costs a quarter of what a butterfly of distance 4 would:
+///
+///     bits of a place, and the row   registers       lanes
+///     gathered                       0 1 7 row       2 3 4 5 6
+///     place 7 against place 2        0 1 2 row       7 3 4 5 6
+///     row against place 3            0 1 2 3         7 row 4 5 6
+struct Span {
+    float v[16];
+
+    __device__ __forceinline__ static int row() { return threadIdx.x >> 1 & 1; }
+    /// The place of the first value, from the span's first on.
+    __device__ __forceinline__ static int place() { return (threadIdx.x & 1) * 128 + (threadIdx.x >> 2 & 7) * 16; }
+
+    /// The span that begins at place `first`; zeros from place `end` on.
+    __device__ __forceinline__ void load(const u32* words, const int* order, int first, int end) {
+        const u32 all = 0xffffffffu;
+        int lane = threadIdx.x % 32, near = first + lane * 4, far = near + 128;
+        int4 nothing = make_int4(-1, -1, -1, -1);
+        int4 here = near < end ? *reinterpret_cast<const int4*>(order + near) : nothing;
+        int4 there = far < end ? *reinterpret_cast<const int4*>(order + far) : nothing;
+        u32 low[4] = {words[here.x], words[here.y], words[here.z], words[here.w]};
+        u32 high[4] = {words[there.x], words[there.y], words[there.z], words[there.w]};
+        u32 eight[8];
+        bool upper = lane & 1;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u32 other = __shfl_xor_sync(all, upper ? low[i] : high[i], 1);
+            eight[i] = upper ? other : low[i];
+            eight[4 + i] = upper ? high[i] : other;
+        }
+        upper = lane & 2;
+        u32 own_halves = upper ? 0x7632 : 0x5410, other_halves = upper ? 0x5410 : 0x7632;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u32 own = __byte_perm(eight[2 * i], eight[2 * i + 1], own_halves);
+            u32 other = __shfl_xor_sync(all, __byte_perm(eight[2 * i], eight[2 * i + 1], other_halves), 2);
+            u32 left = upper ? other : own, right = upper ? own : other;
+            v[2 * i] = to_float(IN{(unsigned short)left});
+            v[2 * i + 1] = to_float(IN{(unsigned short)(left >> 16)});
+            v[8 + 2 * i] = to_float(IN{(unsigned short)right});
+            v[8 + 2 * i + 1] = to_float(IN{(unsigned short)(right >> 16)});
+        }
+        if (TRANSFORM) transform();
+    }
+
+    __device__ __forceinline__ void transform() {
+#pragma unroll
+        for (int distance = 1; distance < 16; distance *= 2) {
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                if (i & distance) continue;
+                float a = v[i], b = v[i + distance];
+                v[i] = a + b;
+                v[i + distance] = a - b;
+            }
+        }
+        butterfly<16>(4);
+        butterfly<32>(8);
+        butterfly<64>(16);
+        butterfly<128>(1);
+#pragma unroll
+        for (int i = 0; i < 16; i++) v[i] *= block_scale();
+    }
+
+    /// A product with 1 or -1 is exact: one instruction adds or subtracts.
+    template <int DISTANCE> __device__ __forceinline__ void butterfly(int lanes) {
+        if (DISTANCE >= GROUP) return;
+        float sign = threadIdx.x & lanes ? -1.0f : 1.0f;
+#pragma unroll
+        for (int i = 0; i < 16; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(0xffffffffu, v[i], lanes));
+    }
+
+    /// The greatest magnitude of the lane's group, or NaN.
+    __device__ __forceinline__ float absmax() const {
+        float most[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            most[i] = greater_magnitude(greater_magnitude(v[4 * i], v[4 * i + 1]), greater_magnitude(v[4 * i + 2], v[4 * i + 3]));
+        float all = greater_magnitude(greater_magnitude(most[0], most[1]), greater_magnitude(most[2], most[3]));
+        if (GROUP > 16) all = greater_magnitude(all, __shfl_xor_sync(0xffffffffu, all, 4));
+        if (GROUP > 32) all = greater_magnitude(all, __shfl_xor_sync(0xffffffffu, all, 8));
+        if (GROUP > 64) all = greater_magnitude(all, __shfl_xor_sync(0xffffffffu, all, 16));
+        if (GROUP > 128) all = greater_magnitude(all, __shfl_xor_sync(0xffffffffu, all, 1));
+        return all;
+    }
+};
+
+/// What rows[row] of the pair holds at a place of the order.
+static __device__ __forceinline__ float at(const u32* words, int channel, int row) {
+    return to_float(IN{(unsigned short)(words[channel] >> (16 * row))});
+}
+#endif
 
 /// Quantizes `[tokens, channels]`: codes `[tokens, groups * GROUP]`, scales `[groups, scale_stride]`; the
 /// outliers' codes `[tokens, padded_outliers]` with zeros behind and scales `[tokens]`, or with
 /// `f16_outliers` their values `[tokens, outliers]`. `bad` becomes the least row that holds a value
-/// that is not finite or beyond f16. One block a row.
+/// that is not finite or beyond f16. One block a row; with PAIRED one block two rows, `staged` says how
+/// many rows there are, and shared memory holds 4 * (channels + 4) bytes.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
     const IN* x, const int* order, int channels, int groups, int outliers, int padded_outliers, int f16_outliers, int staged,
     float clip, float least, float greatest, i8* codes, float* scales, int scale_stride, i8* outlier_codes, float* outlier_scales,
     float* outlier_values, u32* bad
 ) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    bool sound = true;
+#if PAIRED
+    // The last row may have no other beside it; it is then its own other.
+    long long pair = 2ll * blockIdx.x;
+    bool both = pair + 1 < staged;
+    const u32* words = stage_pair(x + pair * channels, x + (pair + both) * channels, channels, reinterpret_cast<u32*>(shared_bytes));
+    int end = groups * GROUP;
+    long long token = pair + (Span::row() && both);
+    bool stored = both || Span::row() == 0;
+    for (int first = warp * SPAN; first < end; first += WARPS * SPAN) {
+        Span span;
+        span.load(words, order, first, end);
+        float scale = scale_of(span.absmax(), clip, greatest);
+        float inverse = inverse_of(scale);
+        sound = sound && is_finite(scale);
+        int place = first + Span::place();
+        if (stored && place < end) {
+            if (place % GROUP == 0) scales[(long long)(place / GROUP) * scale_stride + token] = scale;
+            u32 packed[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                packed[i] = pack_codes(code_of(span.v[4 * i], inverse, least, greatest), code_of(span.v[4 * i + 1], inverse, least, greatest),
+                                       code_of(span.v[4 * i + 2], inverse, least, greatest), code_of(span.v[4 * i + 3], inverse, least, greatest));
+            *reinterpret_cast<uint4*>(codes + token * end + place) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+        }
+    }
+    if (!sound) atomicMin(bad, (u32)token);
+    // The last warps have the fewest spans, or none; each takes one row's outliers.
+    int side = WARPS - 1 - warp;
+    if (outliers == 0 || side > both) return;
+    sound = true;
+    token = pair + side;
+    auto outlier = [&](int i) { return at(words, order[end + i], side); };
+#else
     long long token = blockIdx.x;
-    int lane = threadIdx.x % 32;
     Row row = stage(x + token * channels, order, channels, staged, reinterpret_cast<IN*>(shared_bytes));
     float* spare = groups_of(shared_bytes, channels, staged);
-    bool sound = true;
     Group values;
-    for (int group = threadIdx.x / 32; group < groups; group += WARPS) {
+    for (int group = warp; group < groups; group += WARPS) {
         values.load(row, group, spare);
         u32 most = 0;
         values.each([&](int, float value) { most = max(most, magnitude(value)); });
@@ -219,35 +416,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
 #if IN_REGISTERS && LANE_VALUES % 4 == 0
 #pragma unroll
         for (int i = 0; i < LANE_VALUES; i += 4) {
-            u32 word = 0;
-#pragma unroll
-            for (int j = 0; j < 4; j++) word |= (u32)(code_of(values.v[i + j], inverse, least, greatest) & 0xff) << (8 * j);
-            *reinterpret_cast<u32*>(to + lane * LANE_VALUES + i) = word;
+            *reinterpret_cast<u32*>(to + lane * LANE_VALUES + i) =
+                pack_codes(code_of(values.v[i], inverse, least, greatest), code_of(values.v[i + 1], inverse, least, greatest),
+                           code_of(values.v[i + 2], inverse, least, greatest), code_of(values.v[i + 3], inverse, least, greatest));
         }
 #else
         values.each([&](int i, float value) { to[i] = (i8)code_of(value, inverse, least, greatest); });
 #endif
     }
     // The last warp has the fewest groups, or none.
-    if (outliers > 0 && threadIdx.x / 32 == WARPS - 1) {
-        int first = groups * GROUP;
-        if (f16_outliers) {
-            for (int i = lane; i < outliers; i += 32) {
-                float value = to_float(to_half(row.at(first + i)));
-                sound = sound && is_finite(value);
-                outlier_values[token * outliers + i] = value;
-            }
-        } else {
-            u32 most = 0;
-            for (int i = lane; i < outliers; i += 32) most = max(most, magnitude(row.at(first + i)));
-            float scale = scale_of(__uint_as_float(warp_max(most)), 1.0f, 127.0f);
-            float inverse = inverse_of(scale);
-            sound = sound && is_finite(scale);
-            if (lane == 0) outlier_scales[token] = scale;
-            for (int i = lane; i < padded_outliers; i += 32) {
-                float value = i < outliers ? row.at(first + i) : 0.0f;
-                outlier_codes[token * padded_outliers + i] = (i8)code_of(value, inverse, -127.0f, 127.0f);
-            }
+    bool takes_outliers = outliers > 0 && warp == WARPS - 1;
+    auto outlier = [&](int i) { return row.at(groups * GROUP + i); };
+    if (!takes_outliers) {
+        if (!sound) atomicMin(bad, (u32)token);
+        return;
+    }
+#endif
+    if (f16_outliers) {
+        for (int i = lane; i < outliers; i += 32) {
+            float value = to_float(to_half(outlier(i)));
+            sound = sound && is_finite(value);
+            outlier_values[token * outliers + i] = value;
+        }
+    } else {
+        u32 most = 0;
+        for (int i = lane; i < outliers; i += 32) most = max(most, magnitude(outlier(i)));
+        float scale = scale_of(__uint_as_float(warp_max(most)), 1.0f, 127.0f);
+        float inverse = inverse_of(scale);
+        sound = sound && is_finite(scale);
+        if (lane == 0) outlier_scales[token] = scale;
+        for (int i = lane; i < padded_outliers; i += 32) {
+            float value = i < outliers ? outlier(i) : 0.0f;
+            outlier_codes[token * padded_outliers + i] = (i8)code_of(value, inverse, -127.0f, 127.0f);
         }
     }
     if (!sound) atomicMin(bad, (u32)token);
@@ -305,7 +505,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) dequantize_to_float(
 
 /// For each row of a weight `[rows, channels]` and of its codes: the sums over the source's channels of
 /// `energy * (w - q)^2` and of `energy * w^2`, `[rows, 2]`. One block a row.
-extern "C" __global__ void __launch_bounds__(THREADS, 4) energy_errors(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) energy_errors(
     const IN* x, const int* order, int channels, int groups, int outliers, int padded_outliers, int staged, const i8* codes,
     const float* scales, const i8* outlier_codes, const float* outlier_scales, const float* outlier_values, int rows_per_scale,
     const double* energy, double* sums

@@ -53,13 +53,21 @@ impl Cuda {
             });
         }
         let RopeTables { cos, sin, .. } = rope.as_ref().expect("made above");
+        // attention.cu: QUADS, QUAD_LANES, QUAD_HEADS.
+        let rotated = kv.rotate && kv.is_quantized();
+        let quads = head_dim.is_multiple_of(16) && (!rotated || head_dim.is_power_of_two());
+        let (lanes, together) =
+            if quads { ((head_dim / 8).next_power_of_two(), 4) } else { (32, 1) };
         let prepare = |entry: &str, x: &Tensor, heads: usize| -> Result<Buffer> {
             let to = self.gpu.alloc(2 * x.rows * heads * width)?;
             self.kernels.launch(
                 "attention",
                 &defines,
                 entry,
-                Geometry::line((x.rows * heads).div_ceil(THREADS / 32), THREADS),
+                Geometry::line(
+                    (x.rows * heads.div_ceil(together)).div_ceil(THREADS / lanes),
+                    THREADS,
+                ),
                 arguments![
                     x.half(),
                     x.columns as i64,

@@ -36,21 +36,25 @@ pub const FAMILIES: &[Family] = &[
         source: source!("arrange"),
         tensor_core: None,
         variants: || {
-            let set = |group: usize, transform: usize, element: &str| {
+            let set = |group: usize, transform: usize, element: &str, paired: usize| {
                 vec![
                     ("GROUP", group.to_string()),
                     ("TRANSFORM", transform.to_string()),
                     ("IN", element.to_owned()),
                     ("THREADS", "256".to_owned()),
+                    ("PAIRED", paired.to_string()),
                 ]
             };
             vec![
-                set(128, 1, "half"),
-                set(128, 0, "float"),
-                set(64, 1, "bf16"),
-                set(1024, 1, "half"),
-                set(48, 1, "half"),
-                set(176, 0, "bf16"),
+                set(128, 1, "half", 1),
+                set(128, 1, "half", 0),
+                set(128, 0, "float", 0),
+                set(32, 0, "half", 1),
+                set(256, 1, "half", 1),
+                set(64, 1, "bf16", 1),
+                set(1024, 1, "half", 0),
+                set(48, 1, "half", 0),
+                set(176, 0, "bf16", 0),
             ]
         },
     },

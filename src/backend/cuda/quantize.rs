@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError};
 use half::f16;
 
 use super::gpu::{Buffer, Stream};
-use super::launch::{Geometry, arguments};
+use super::launch::{Argument, Geometry, arguments};
 use super::product::Precision;
 use super::tensor::{
     Codes, OUTLIER_MULTIPLE, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE, Site, Tensor,
@@ -22,16 +22,23 @@ use crate::{Error, Result};
 const STAGED_BYTES: usize = 24 << 10;
 /// Groups that are worked on in registers; arrange.cu has the same list.
 const IN_REGISTERS: [usize; 6] = [32, 64, 128, 256, 512, 1024];
+/// Groups of which `quantize` takes two rows of 16-bit values a block, as arrange.cu says.
+const PAIRED: [usize; 4] = [32, 64, 128, 256];
+/// Shared memory that two rows may be staged in: three blocks of threads fit an SM of 228 KiB beside
+/// each other, one an SM of 100 KiB.
+const PAIR_BYTES: usize = 64 << 10;
 /// Shared memory of a block where groups are worked on there.
 const GROUP_BYTES: usize = 96 << 10;
 
 /// How arrange.cu is compiled and launched for a site.
 pub(super) struct Arranging {
-    pub(super) defines: [(&'static str, String); 4],
+    pub(super) defines: [(&'static str, String); 5],
     threads: usize,
     shared_bytes: usize,
     /// Whether a row is staged in shared memory.
     pub(super) staged: i32,
+    /// Shared memory of a pair of rows, where `quantize` takes two a block.
+    pair_bytes: Option<usize>,
 }
 
 impl Arranging {
@@ -48,21 +55,39 @@ impl Arranging {
         };
         let staged = row_bytes <= STAGED_BYTES;
         let row_bytes = if staged { row_bytes.next_multiple_of(16) } else { 0 };
+        // A word a channel, and sixteen bytes before the first.
+        let pair_bytes = 4 * (format.channels.next_multiple_of(4) + 4);
+        let paired =
+            element != "float" && PAIRED.contains(&format.group_size) && pair_bytes <= PAIR_BYTES;
         Self {
             defines: [
                 ("GROUP", format.group_size.to_string()),
                 ("TRANSFORM", transform.to_string()),
                 ("IN", element.to_owned()),
                 ("THREADS", threads.to_string()),
+                ("PAIRED", i32::from(paired).to_string()),
             ],
             threads,
             shared_bytes: row_bytes + group_bytes,
             staged: i32::from(staged),
+            pair_bytes: paired.then_some(pair_bytes),
         }
     }
 
     pub(super) fn geometry(&self, rows: usize) -> Geometry {
         Geometry { grid: (rows, 1, 1), threads: self.threads, shared_bytes: self.shared_bytes }
+    }
+
+    /// How `quantize` is launched, and its argument `staged`: where it takes two rows a block, how many
+    /// there are.
+    fn quantizing(&self, rows: usize) -> (Geometry, Argument) {
+        match self.pair_bytes {
+            Some(shared_bytes) => {
+                let grid = (rows.div_ceil(2), 1, 1);
+                (Geometry { grid, threads: self.threads, shared_bytes }, rows.into())
+            }
+            None => (self.geometry(rows), self.staged.into()),
+        }
     }
 }
 
@@ -136,11 +161,12 @@ impl Cuda {
         bad.fill(0xff, Stream::Main)?;
         let (least, greatest) = format.code_limits();
         let arranging = Arranging::new(format, element);
+        let (geometry, staged) = arranging.quantizing(tokens);
         self.kernels.launch(
             "arrange",
             &arranging.defines,
             "quantize",
-            arranging.geometry(tokens),
+            geometry,
             arguments![
                 values,
                 &site.order,
@@ -149,7 +175,7 @@ impl Cuda {
                 format.outlier_channels,
                 rows.outliers.padded(),
                 i32::from(rows.outliers.values.is_some()),
-                arranging.staged,
+                staged,
                 format.clip,
                 least,
                 greatest,
