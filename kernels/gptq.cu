@@ -301,8 +301,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) outlier_block(
     if (!sound) atomicMin(bad, (u32)row);
 }
 
-/// Adds to `errors` what the outlier columns cost (see sweep): no feedback goes from one to the next, so
-/// the residue of each is its own rounding and what those before it lost. A warp a row.
+/// Adds to `errors` what the outlier columns cost (see sweep). `weights` holds the best value of each if
+/// none were rounded; they are, without feedback, so the residue of each is its own rounding and what
+/// the rounding of those before it brings. A warp a row.
 extern "C" __global__ void __launch_bounds__(THREADS) outlier_errors(
     const float* weights, const float* original, const float* r, const float* pivots, int rows, int width, int outliers,
     int padded, const i8* codes, const float* scales, const float* values, double* errors
@@ -316,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) outlier_errors(
     for (int base = 0; base < outliers; base += 128) {
         float residue[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         for (int i = 0; i < min(outliers, base + 128); i++) {
-            float lost = original[row * width + first + i] - rounded(i);
+            float lost = weights[row * width + first + i] - rounded(i);
             const float* spread = r + (long long)(first + i) * width + first;
 #pragma unroll
             for (int k = 0; k < 4; k++) {

@@ -41,7 +41,7 @@ impl Running {
 #[command(next_help_heading = "Running")]
 pub(crate) struct DeviceFlag {
     /// Where the arithmetic runs: auto (a GPU if there is one), cpu, cuda or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    #[arg(long, value_name = "DEVICE", default_value = "auto", env = "ATOM_DEVICE")]
     pub(crate) device: Device,
     /// GPU memory to use at most, such as 24GB; hidden states that do not fit stay in host memory
     /// [default: all that is free]

@@ -55,6 +55,8 @@ impl Home {
             .current_dir(self.dir.path())
             .env("RUST_BACKTRACE", "1")
             .env_remove("ATOM_ISA")
+            // Tests on a GPU ask for it.
+            .env("ATOM_DEVICE", "cpu")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

@@ -144,6 +144,15 @@ impl Cuda {
             self.sweep_span(&step, weights, (first, end), None)?;
             self.carry(&step, weights, (first, end), width)?;
         }
+        if factor.is_some() {
+            // Outliers are rounded together, so each must be at its best value before, given what the
+            // groups lost: as a sweep would leave them that rounds nothing.
+            for first in (format.grouped_channels()..width).step_by(SPAN) {
+                let span = (first, (first + SPAN).min(width));
+                self.sweep_span(&step, weights, span, Some(weights))?;
+                self.carry(&step, weights, span, width)?;
+            }
+        }
         if format.outlier_channels > 0 {
             self.launch(
                 "gptq",
@@ -308,8 +317,6 @@ impl Cuda {
             b: operand(difference.pointer(), SPAN),
             c: operand(weights.pointer() + entry(0, end), width),
             add: true,
-            // Not on the tensor cores: w - q is what all updates so far have made it, so that what they
-            // round away of it is more than an outlier's step (SmolLM2's perplexity rose by 6 %).
             precision: Precision::Float,
         })
     }

@@ -1,0 +1,153 @@
+/*! The pipeline on a GPU: what it gives beside the CPU, run after run, with little memory, and when it is
+stopped. Each test says SKIPPED, loudly, where no GPU can be used. */
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Dtype, Home, RandomModel};
+
+/// A bundled model, and a recipe that fits it.
+const QUANTIZE: &str =
+    "quantize --model tiny-llama --group 64 --outliers 32 --samples 8 --seq-len 512";
+/// A block of it fits, and the hidden states besides do not.
+const LITTLE: &str = "--gpu-memory 1.12GB";
+
+/// Whether there is a GPU; says so where there is none. A GPU that is there must work.
+fn gpu(test: &str) -> bool {
+    let home = Home::new();
+    let run = home.run("eval-ppl --model tiny-llama --windows 1 --seq-len 64 --device cuda");
+    let missing = run.code == Some(4)
+        && ["libcuda", "cuInit", "no device"].iter().any(|part| run.stderr.contains(part));
+    if missing {
+        // Past the harness, which shows what a test prints only if it fails.
+        use std::io::Write;
+        let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {}", run.stderr.trim());
+        return false;
+    }
+    run.done();
+    true
+}
+
+fn weights(home: &Home, name: &str) -> Vec<u8> {
+    fs_err::read(home.path(name).join("model.safetensors")).unwrap()
+}
+
+#[test]
+fn full_precision_is_the_cpus() {
+    if !gpu("full_precision_is_the_cpus") {
+        return;
+    }
+    let home = Home::new();
+    let line = "eval-ppl --model tiny-llama --dataset sample";
+    let [cpu, cuda] = ["cpu", "cuda"].map(|device| {
+        home.json(&format!("{line} --device {device}"))["perplexity"].as_f64().unwrap()
+    });
+    assert!((cpu - cuda).abs() < 0.02, "{cpu} {cuda}");
+    let auto = home.json(&format!("{line} --device auto --windows 1"));
+    assert!(auto["device"].as_str().unwrap().starts_with("cuda:0"), "{auto}");
+}
+
+#[test]
+fn two_runs_give_the_same_bytes_and_about_the_cpus_perplexity() {
+    if !gpu("two_runs_give_the_same_bytes_and_about_the_cpus_perplexity") {
+        return;
+    }
+    let home = Home::new();
+    for recipe in ["default", "paper"] {
+        let line = format!("{QUANTIZE} --recipe {recipe}");
+        let perplexity = |device: &str, out: &str| {
+            let outcome = home.json(&format!("{line} --device {device} --out {out}-{recipe}"));
+            outcome["perplexity"]["after"].as_f64().unwrap()
+        };
+        let (cuda, again) = (perplexity("cuda", "cuda"), perplexity("cuda", "again"));
+        let cpu = perplexity("cpu", "cpu");
+        assert_eq!(cuda, again, "{recipe}");
+        assert!((cuda / cpu - 1.0).abs() < 0.01, "{recipe}: {cuda} on the GPU, {cpu} on the CPU");
+        let bytes = |name: &str| weights(&home, &format!("{name}-{recipe}"));
+        assert!(bytes("cuda") == bytes("again"), "{recipe}: a second run differs");
+
+        // What the checkpoint means does not depend on who computes it.
+        let line = format!("eval-ppl --model cuda-{recipe}");
+        let [cpu, cuda] = ["cpu", "cuda"].map(|device| {
+            home.json(&format!("{line} --device {device}"))["perplexity"].as_f64().unwrap()
+        });
+        assert!((cuda / cpu - 1.0).abs() < 0.003, "{recipe}: {cuda} on the GPU, {cpu} on the CPU");
+        home.run(&format!("verify --model cuda-{recipe} --device cuda")).done();
+    }
+}
+
+#[test]
+fn stages_and_element_types_do_not_change_the_bytes() {
+    if !gpu("stages_and_element_types_do_not_change_the_bytes") {
+        return;
+    }
+    let home = Home::with_model();
+    let small = "--group 32 --outliers 16";
+    let draw = "--samples 4 --seq-len 64 --device cuda";
+    home.run(&format!("quantize --model model {small} {draw} --no-eval --out one")).done();
+    home.run(&format!("calibrate --model model {draw} --out c")).done();
+    home.run(&format!("plan c {small} --out p")).done();
+    home.run("pack --model model --plan p --device cuda --no-eval --out three").done();
+    assert!(weights(&home, "one") == weights(&home, "three"));
+
+    RandomModel::new(2).write(&home.path("bf16"), Dtype::BF16, 2);
+    RandomModel::new(2).write(&home.path("f32"), Dtype::F32, 1);
+    for (model, more) in [
+        ("bf16", "--recipe paper"),
+        ("f32", "--no-gptq"),
+        ("f32", "--act-bits 16 --kv-bits 16"),
+        ("bf16", "--outlier-format f16"),
+        ("f32", "--group row --outliers 0 --no-order"),
+    ] {
+        let line =
+            format!("quantize --model {model} {small} {draw} {more} --windows 2 --overwrite");
+        let cuda = home.json(&format!("{line} --out x"));
+        let cpu = home.json(&format!("{line} --device cpu --out y"));
+        let [cuda, cpu] = [cuda, cpu].map(|run| run["perplexity"]["after"].as_f64().unwrap());
+        assert!((cuda / cpu - 1.0).abs() < 0.02, "{model} {more}: {cuda} {cpu}");
+    }
+}
+
+#[test]
+fn little_memory_costs_time_and_no_bytes() {
+    if !gpu("little_memory_costs_time_and_no_bytes") {
+        return;
+    }
+    let home = Home::new();
+    let line = format!("{QUANTIZE} --no-eval --device cuda");
+    home.run(&format!("{line} --out much")).done();
+    home.run(&format!("{line} {LITTLE} --out little")).done();
+    assert!(weights(&home, "much") == weights(&home, "little"));
+
+    let run = home.run(&format!("{line} --gpu-memory 200MB --out none"));
+    run.fails(4, &["too little memory", "200000000", "hint: "]);
+    home.run(&format!("{line} --gpu-memory 100000GB --out none")).fails(4, &["are free", "hint: "]);
+    let names = home.names();
+    assert_eq!(names, ["little", "much"], "nothing half-written");
+}
+
+#[test]
+fn a_killed_run_goes_on_to_the_same_bytes() {
+    if !gpu("a_killed_run_goes_on_to_the_same_bytes") {
+        return;
+    }
+    let home = Home::new();
+    let line = format!("{QUANTIZE} --no-eval --device cuda");
+    home.run(&format!("{line} --out whole")).done();
+    let mut child = home.command(&format!("{line} --out parts")).spawn().unwrap();
+    let log = home.path(".parts.atom-work").join("done.jsonl");
+    loop {
+        let done = fs_err::read_to_string(&log).unwrap_or_default();
+        if done.contains("model.layers.") {
+            break;
+        }
+        assert!(child.try_wait().unwrap().is_none(), "it was done before it could be killed");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!home.path("parts").exists());
+    home.run(&format!("{line} --out parts --resume")).done();
+    assert!(weights(&home, "whole") == weights(&home, "parts"));
+}
