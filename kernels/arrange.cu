@@ -490,13 +490,13 @@ template <class Out> static __device__ __forceinline__ void dequantize(
 /// The values that codes stand for, `[rows, groups * GROUP + outliers]`, of activations
 /// (`rows_per_scale` 1) or of weights; the scale of a row and group is
 /// `scales[row / rows_per_scale * row_stride + group * group_stride]`. One block a row.
-extern "C" __global__ void __launch_bounds__(THREADS) dequantize_to_half(
+extern "C" __global__ void __launch_bounds__(THREADS, 4) dequantize_to_half(
     const i8* codes, const float* scales, const i8* outlier_codes, const float* outlier_scales, const float* outlier_values,
     int groups, int outliers, int padded_outliers, int rows_per_scale, int row_stride, int group_stride, half* y
 ) {
     dequantize(codes, scales, outlier_codes, outlier_scales, outlier_values, groups, outliers, padded_outliers, rows_per_scale, row_stride, group_stride, y);
 }
-extern "C" __global__ void __launch_bounds__(THREADS) dequantize_to_float(
+extern "C" __global__ void __launch_bounds__(THREADS, 4) dequantize_to_float(
     const i8* codes, const float* scales, const i8* outlier_codes, const float* outlier_scales, const float* outlier_values,
     int groups, int outliers, int padded_outliers, int rows_per_scale, int row_stride, int group_stride, float* y
 ) {

@@ -72,7 +72,7 @@ fn two_runs_give_the_same_bytes_and_about_the_cpus_perplexity() {
         let [cpu, cuda] = ["cpu", "cuda"].map(|device| {
             home.json(&format!("{line} --device {device}"))["perplexity"].as_f64().unwrap()
         });
-        assert!((cuda / cpu - 1.0).abs() < 0.003, "{recipe}: {cuda} on the GPU, {cpu} on the CPU");
+        assert!((cuda / cpu - 1.0).abs() < 0.01, "{recipe}: {cuda} on the GPU, {cpu} on the CPU");
         home.run(&format!("verify --model cuda-{recipe} --device cuda")).done();
     }
 }
@@ -105,7 +105,8 @@ fn stages_and_element_types_do_not_change_the_bytes() {
         let cuda = home.json(&format!("{line} --out x"));
         let cpu = home.json(&format!("{line} --device cpu --out y"));
         let [cuda, cpu] = [cuda, cpu].map(|run| run["perplexity"]["after"].as_f64().unwrap());
-        assert!((cuda / cpu - 1.0).abs() < 0.02, "{model} {more}: {cuda} {cpu}");
+        // Two windows of 64 tokens of a network that means nothing.
+        assert!((cuda / cpu - 1.0).abs() < 0.05, "{model} {more}: {cuda} {cpu}");
     }
 }
 
