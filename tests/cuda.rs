@@ -105,8 +105,8 @@ fn stages_and_element_types_do_not_change_the_bytes() {
         let cuda = home.json(&format!("{line} --out x"));
         let cpu = home.json(&format!("{line} --device cpu --out y"));
         let [cuda, cpu] = [cuda, cpu].map(|run| run["perplexity"]["after"].as_f64().unwrap());
-        // Two windows of 64 tokens of a network that means nothing.
-        assert!((cuda / cpu - 1.0).abs() < 0.05, "{model} {more}: {cuda} {cpu}");
+        // Two windows of 64 tokens of a network that means nothing: its loss is what can be compared.
+        assert!((cuda.ln() / cpu.ln() - 1.0).abs() < 0.03, "{model} {more}: {cuda} {cpu}");
     }
 }
 
