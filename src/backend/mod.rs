@@ -7,12 +7,12 @@ CPU's integer path computes (docs/format.md), and results must not depend on the
 pub mod cpu;
 pub mod cuda;
 
-use crate::Result;
 use crate::checkpoint;
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::SiteFormat;
 use crate::quant::weights::WeightFormat;
+use crate::{Error, Result};
 
 /// A matrix on the host, row-major `[rows, columns]`.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,6 +38,20 @@ pub struct AttentionSpec {
     pub sin: Vec<f32>,
     /// How keys and values are held.
     pub kv: KvFormat,
+}
+
+/// `sqrt(lost / total)` of two quadratic forms with a Hessian: a linear's relative output error.
+///
+/// # Errors
+/// An input error if the Hessian was not finite.
+pub(crate) fn output_error(lost: f64, total: f64) -> Result<f64> {
+    if total > 0.0 && lost.is_finite() {
+        Ok((lost.max(0.0) / total).sqrt())
+    } else if total == 0.0 {
+        Ok(0.0)
+    } else {
+        Err(Error::input("the calibration activations are not finite"))
+    }
 }
 
 /// A linear that is to be quantized.

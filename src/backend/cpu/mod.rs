@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::{AttentionSpec, Backend, Damping, Matrix, Unquantized};
+use super::{AttentionSpec, Backend, Damping, Matrix, Unquantized, output_error};
 use crate::checkpoint;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::rows::QuantizedRows;
@@ -368,13 +368,7 @@ impl Backend for Cpu {
         let half = hessian.half_panels();
         let [lost, total] = [&error, &original.data]
             .map(|weights| hessian::energy(self.isa, weights, original.columns, &half));
-        if total > 0.0 && lost.is_finite() {
-            Ok((lost.max(0.0) / total).sqrt())
-        } else if total == 0.0 {
-            Ok(0.0)
-        } else {
-            Err(Error::input("the calibration activations are not finite"))
-        }
+        output_error(lost, total)
     }
 
     fn energy_error(

@@ -5,9 +5,9 @@ use super::launch::{Geometry, arguments};
 use super::product::{Operand, Precision, Product};
 use super::tensor::{Factor, Hessian, Quantized, Site, Tensor, Weight};
 use super::{Cuda, THREADS};
-use crate::backend::Damping;
+use crate::Result;
+use crate::backend::{Damping, output_error};
 use crate::quant::gptq::DAMPING_LADDER;
-use crate::{Error, Result};
 
 /// Columns that are accumulated by one product, down to the matrix's last row: half of the work above
 /// the diagonal is left out, and each product still fills the device.
@@ -110,13 +110,7 @@ impl Cuda {
                 self.energy_of(&error, weight.rows, hessian, Precision::Float)?
             }
         };
-        if total > 0.0 && lost.is_finite() {
-            Ok((lost.max(0.0) / total).sqrt())
-        } else if total == 0.0 {
-            Ok(0.0)
-        } else {
-            Err(Error::input("the calibration activations are not finite"))
-        }
+        output_error(lost, total)
     }
 
     /// `tr(W H W^T)` for `weights` `[rows, n]` in f32; the Hessian is mirrored.
