@@ -317,6 +317,7 @@ impl Cuda {
             b: operand(difference.pointer(), SPAN),
             c: operand(weights.pointer() + entry(0, end), width),
             add: true,
+            // In f32: no later column makes up for what an update rounds away.
             precision: Precision::Float,
         })
     }
