@@ -9,14 +9,9 @@
 // GROUP      channels of a group, a multiple of 16
 // TRANSFORM  1: Hadamard transform of each group
 // IN         half, bf16 or float: the row's type
+// THREADS    threads of a block
 // PAIRED     1: `quantize` takes two rows a block (see Span); IN has 16 bits, GROUP is 32, 64, 128 or 256
 
-#ifndef THREADS
-#define THREADS 256
-#endif
-#ifndef PAIRED
-#define PAIRED 0
-#endif
 #define WARPS (THREADS / 32)
 
 // The largest power of two that divides a group: the length of the transform's blocks.
@@ -31,14 +26,7 @@
 #define LANE_VALUES 1
 #endif
 
-// 1 / sqrt(BLOCK), computed in f64 and rounded once.
-static __device__ __forceinline__ float block_scale() {
-    constexpr int log = BLOCK == 1 ? 0 : BLOCK == 2 ? 1 : BLOCK == 4 ? 2 : BLOCK == 8 ? 3 : BLOCK == 16 ? 4
-        : BLOCK == 32 ? 5 : BLOCK == 64 ? 6 : BLOCK == 128 ? 7 : BLOCK == 256 ? 8 : BLOCK == 512 ? 9 : BLOCK == 1024 ? 10
-        : BLOCK == 2048 ? 11 : BLOCK == 4096 ? 12 : BLOCK == 8192 ? 13 : BLOCK == 16384 ? 14 : 15;
-    constexpr double halved = 1.0 / (double)(1 << (log / 2));
-    return (float)(log % 2 == 0 ? halved : halved * 0.70710678118654752440);
-}
+static constexpr float BLOCK_SCALE = hadamard_scale<BLOCK>();
 
 struct Row {
     const IN* values;
@@ -106,7 +94,7 @@ struct Group {
             }
         }
 #pragma unroll
-        for (int i = 0; i < LANE_VALUES; i++) v[i] *= block_scale();
+        for (int i = 0; i < LANE_VALUES; i++) v[i] *= BLOCK_SCALE;
     }
 
     template <class Visit> __device__ __forceinline__ void each(Visit visit) {
@@ -140,7 +128,7 @@ struct Group {
             }
             __syncwarp();
         }
-        for (int i = lane; i < GROUP; i += 32) v[i] *= block_scale();
+        for (int i = lane; i < GROUP; i += 32) v[i] *= BLOCK_SCALE;
         __syncwarp();
     }
 
@@ -186,11 +174,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange_to_float(
     arrange(x, order, channels, groups, outliers, staged, y);
 }
 
-/// The scale of a clipped absmax, and its inverse; the first is infinite if f16 cannot hold it.
+/// The scale of a clipped absmax; infinite if f16 cannot hold it.
 static __device__ __forceinline__ float scale_of(float absmax, float clip, float greatest) {
     return to_float(to_half(__fdiv_rn(absmax * clip, greatest)));
 }
-static __device__ __forceinline__ float inverse_of(float scale) { return scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale); }
 
 /// The code, in two's complement, in the lowest byte. The limits are integers, so that clamping first
 /// and rounding then gives what rounding first does; and the sum with 1.5 * 2^23 rounds to an integer,
@@ -323,7 +310,7 @@ struct Span {
         butterfly<64>(16);
         butterfly<128>(1);
 #pragma unroll
-        for (int i = 0; i < 16; i++) v[i] *= block_scale();
+        for (int i = 0; i < 16; i++) v[i] *= BLOCK_SCALE;
     }
 
     /// A product with 1 or -1 is exact: one instruction adds or subtracts.

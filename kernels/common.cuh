@@ -43,6 +43,26 @@ static __device__ __forceinline__ bool is_finite(float x) { return (__float_as_u
 /// The greater magnitude, as bit patterns: a NaN is the greatest of all.
 static __device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
+/// What values are multiplied with to become codes: 0 for the scale of a group of zeros.
+static __device__ __forceinline__ float inverse_of(float scale) { return scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale); }
+
+/// What makes a Hadamard transform of LENGTH values, a power of two, orthonormal: 1 / sqrt(LENGTH), computed
+/// in f64 and rounded once.
+template <int LENGTH> static __device__ constexpr float hadamard_scale() {
+    int log = 0;
+    for (int length = LENGTH; length > 1; length /= 2) log++;
+    double even = 1.0 / (double)(1 << (log / 2));
+    return (float)(log % 2 == 0 ? even : even * 0.70710678118654752440);
+}
+
+#ifdef HEAD_DIM
+/// Values of a head in memory: a multiple of the depth of one matrix instruction.
+#define DP ((HEAD_DIM + 15) / 16 * 16)
+/// The length of the blocks that a Hadamard transform of a head works on, 2 to 256.
+static constexpr int BLOCK = HEAD_DIM & -HEAD_DIM;
+static constexpr float BLOCK_SCALE = hadamard_scale<BLOCK>();
+#endif
+
 static __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);

@@ -70,7 +70,6 @@ struct Grid {
         return fminf(fmaxf(rintf(value * inverse), least), greatest);
     }
 };
-static __device__ __forceinline__ float inverse_of(float scale) { return scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale); }
 
 /// The scale of one group, columns `first` to `first + size` of the rows that share it, where a group
 /// is wider than a span. A warp a scale.

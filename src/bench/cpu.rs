@@ -136,7 +136,7 @@ fn arranged(site: &SiteFormat, row: &[f32]) -> Vec<f32> {
 }
 
 /// Values in -1..1, the same in every run.
-fn random(len: usize, seed: u64) -> Vec<f32> {
+pub(super) fn random(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed;
     (0..len)
         .map(|_| {

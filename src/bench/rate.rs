@@ -3,6 +3,7 @@ consists of such products. */
 
 use std::time::Instant;
 
+use super::cpu::random;
 use super::median;
 use crate::Result;
 use crate::backend::{Backend, Matrix};
@@ -29,12 +30,12 @@ pub fn products<B: Backend>(
             columns: site.channels,
             data: vec![1.0; site.channels],
         })?;
-        let data = random(tokens * site.channels);
+        let data = random(tokens * site.channels, 1);
         let x = backend.upload(Matrix { rows: tokens, columns: site.channels, data })?;
         inputs.push(backend.rms_norm(&x, &ones, 1e-5)?);
         let mut own = Vec::new();
         for linear in &site.linears {
-            let bytes: Vec<u8> = random(linear.rows * linear.columns)
+            let bytes: Vec<u8> = random(linear.rows * linear.columns, 2)
                 .into_iter()
                 .flat_map(|value| half::f16::from_f32(value).to_le_bytes())
                 .collect();
@@ -71,13 +72,4 @@ pub fn attention_operations(architecture: &Architecture, seq_len: usize) -> f64 
     let width = (architecture.heads * architecture.head_dim) as f64;
     // Scores and outputs, over half of the window.
     2.0 * 2.0 * width * (seq_len + 1) as f64 / 2.0
-}
-
-/// Values in -1..1, the same in every run.
-fn random(count: usize) -> Vec<f32> {
-    let value = |at: usize| {
-        let hash = (at as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        ((hash ^ (hash >> 31)) as u32) as f32 / (1u32 << 31) as f32 - 1.0
-    };
-    (0..count).map(value).collect()
 }

@@ -3,11 +3,11 @@
 use super::gpu::Buffer;
 use super::launch::{Geometry, arguments};
 use super::tensor::Tensor;
-use super::{Cuda, THREADS};
+use super::{Cuda, THREADS, kernels};
 use crate::backend::AttentionSpec;
 use crate::{Error, Result};
 
-/// The widest head that attention.cu is written for.
+/// The widest head that prepare.cu and attention.cu are written for.
 const WIDEST_HEAD: usize = 256;
 /// Threads of a block of flash_attention, as in attention.cu.
 const ATTENTION_THREADS: usize = 128;
@@ -36,12 +36,9 @@ impl Cuda {
         }
         let windows = q.rows / seq_len;
         let width = head_dim.next_multiple_of(16);
-        let defines = [
-            ("HEAD_DIM", head_dim.to_string()),
-            ("KV_BITS", if kv.is_quantized() { kv.bits } else { 16 }.to_string()),
-            ("ROTATE", i32::from(kv.rotate).to_string()),
-            ("AFTER_ROPE", i32::from(kv.after_rope).to_string()),
-        ];
+        let rotated = kv.rotate && kv.is_quantized();
+        let kv_bits = if kv.is_quantized() { kv.bits } else { 16 };
+        let prepared = kernels::prepare(head_dim, kv_bits, rotated, kv.after_rope);
         let mut rope = self.rope.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let known =
             |tables: &RopeTables| (&tables.host.0, &tables.host.1) == (&spec.cos, &spec.sin);
@@ -53,16 +50,15 @@ impl Cuda {
             });
         }
         let RopeTables { cos, sin, .. } = rope.as_ref().expect("made above");
-        // attention.cu: QUADS, QUAD_LANES, QUAD_HEADS.
-        let rotated = kv.rotate && kv.is_quantized();
+        // prepare.cu: QUADS, QUAD_LANES, QUAD_HEADS.
         let quads = head_dim.is_multiple_of(16) && (!rotated || head_dim.is_power_of_two());
         let (lanes, together) =
             if quads { ((head_dim / 8).next_power_of_two(), 4) } else { (32, 1) };
         let prepare = |entry: &str, x: &Tensor, heads: usize| -> Result<Buffer> {
             let to = self.gpu.alloc(2 * x.rows * heads * width)?;
             self.kernels.launch(
-                "attention",
-                &defines,
+                "prepare",
+                &prepared,
                 entry,
                 Geometry::line(
                     (x.rows * heads.div_ceil(together)).div_ceil(THREADS / lanes),
@@ -91,7 +87,7 @@ impl Cuda {
         let pitch = if width.is_multiple_of(64) { 2 * width } else { 2 * width + 16 };
         self.kernels.launch(
             "attention",
-            &defines,
+            &kernels::attention(head_dim, rotated),
             "flash_attention",
             Geometry {
                 grid: (seq_len.div_ceil(query_rows), heads, windows),

@@ -115,13 +115,17 @@ impl Gpu {
         self.context.bind_to_thread().map_err(|error| failed("cuCtxSetCurrent", error))
     }
 
+    fn own(&self, stream: Stream) -> &CudaStream {
+        match stream {
+            Stream::Main => &self.main,
+            Stream::Up => &self.up,
+            Stream::Down => &self.down,
+        }
+    }
+
     /// A stream's handle.
     pub fn stream(&self, stream: Stream) -> CUstream {
-        match stream {
-            Stream::Main => self.main.cu_stream(),
-            Stream::Up => self.up.cu_stream(),
-            Stream::Down => self.down.cu_stream(),
-        }
+        self.own(stream).cu_stream()
     }
 
     /// Returns when all that a stream was given is done.
@@ -139,12 +143,7 @@ impl Gpu {
 
     /// What `stream` is given from now on comes after the mark.
     pub fn after(&self, mark: &Mark, stream: Stream) -> Result<()> {
-        let stream = match stream {
-            Stream::Main => &self.main,
-            Stream::Up => &self.up,
-            Stream::Down => &self.down,
-        };
-        stream.wait(&mark.0).map_err(|error| failed("cuStreamWaitEvent", error))
+        self.own(stream).wait(&mark.0).map_err(|error| failed("cuStreamWaitEvent", error))
     }
 
     /// Gives work to the main stream; where kernels are timed, waits for it and books its seconds.

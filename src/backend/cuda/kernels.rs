@@ -15,6 +15,47 @@ pub struct Family {
     pub variants: fn() -> Vec<Defines>,
 }
 
+/// Macros of `arrange` for rows of type `element`: half, bf16 or float.
+pub fn arrange(
+    group: usize,
+    hadamard: bool,
+    element: &str,
+    threads: usize,
+    paired: bool,
+) -> Defines {
+    vec![
+        ("GROUP", group.to_string()),
+        ("TRANSFORM", flag(hadamard)),
+        ("IN", element.to_owned()),
+        ("THREADS", threads.to_string()),
+        ("PAIRED", flag(paired)),
+    ]
+}
+
+/// Macros of `prepare`; `kv_bits` is 16 where nothing is quantized.
+pub fn prepare(head_dim: usize, kv_bits: u8, rotated: bool, after_rope: bool) -> Defines {
+    vec![
+        ("HEAD_DIM", head_dim.to_string()),
+        ("KV_BITS", kv_bits.to_string()),
+        ("ROTATED", flag(rotated)),
+        ("AFTER_ROPE", flag(after_rope)),
+    ]
+}
+
+/// Macros of `attention`.
+pub fn attention(head_dim: usize, rotated: bool) -> Defines {
+    vec![("HEAD_DIM", head_dim.to_string()), ("ROTATED", flag(rotated))]
+}
+
+/// Macros of `integer`; `half` gives f16 instead of f32.
+pub fn integer(group: usize, half: bool) -> Defines {
+    vec![("GROUP", group.to_string()), ("OUT_HALF", flag(half))]
+}
+
+fn flag(set: bool) -> String {
+    u8::from(set).to_string()
+}
+
 /// The source of a family. Line numbers in the compiler's messages are those of its own file.
 macro_rules! source {
     ($name:literal) => {
@@ -36,25 +77,16 @@ pub const FAMILIES: &[Family] = &[
         source: source!("arrange"),
         tensor_core: None,
         variants: || {
-            let set = |group: usize, transform: usize, element: &str, paired: usize| {
-                vec![
-                    ("GROUP", group.to_string()),
-                    ("TRANSFORM", transform.to_string()),
-                    ("IN", element.to_owned()),
-                    ("THREADS", "256".to_owned()),
-                    ("PAIRED", paired.to_string()),
-                ]
-            };
             vec![
-                set(128, 1, "half", 1),
-                set(128, 1, "half", 0),
-                set(128, 0, "float", 0),
-                set(32, 0, "half", 1),
-                set(256, 1, "half", 1),
-                set(64, 1, "bf16", 1),
-                set(1024, 1, "half", 0),
-                set(48, 1, "half", 0),
-                set(176, 0, "bf16", 0),
+                arrange(128, true, "half", 256, true),
+                arrange(128, true, "half", 256, false),
+                arrange(128, false, "float", 256, false),
+                arrange(32, false, "half", 256, true),
+                arrange(256, true, "half", 256, true),
+                arrange(64, true, "bf16", 256, true),
+                arrange(1024, true, "half", 256, false),
+                arrange(48, true, "half", 256, false),
+                arrange(176, false, "bf16", 256, false),
             ]
         },
     },
@@ -63,21 +95,13 @@ pub const FAMILIES: &[Family] = &[
         source: source!("attention"),
         tensor_core: Some("HMMA"),
         variants: || {
-            let set = |head_dim: usize, bits: usize, rotate: usize, after_rope: usize| {
-                vec![
-                    ("HEAD_DIM", head_dim.to_string()),
-                    ("KV_BITS", bits.to_string()),
-                    ("ROTATE", rotate.to_string()),
-                    ("AFTER_ROPE", after_rope.to_string()),
-                ]
-            };
             vec![
-                set(128, 16, 0, 1),
-                set(128, 4, 1, 1),
-                set(64, 4, 0, 0),
-                set(96, 4, 1, 0),
-                set(20, 8, 1, 1),
-                set(256, 4, 1, 1),
+                attention(128, false),
+                attention(128, true),
+                attention(64, false),
+                attention(96, true),
+                attention(20, true),
+                attention(256, true),
             ]
         },
     },
@@ -93,10 +117,29 @@ pub const FAMILIES: &[Family] = &[
         source: source!("integer"),
         tensor_core: Some("IMMA"),
         variants: || {
-            let set = |group: usize, half: usize| {
-                vec![("GROUP", group.to_string()), ("OUT_HALF", half.to_string())]
-            };
-            vec![set(128, 1), set(64, 1), set(16, 0), set(48, 0), set(176, 1), set(10880, 0)]
+            vec![
+                integer(128, true),
+                integer(64, true),
+                integer(16, false),
+                integer(48, false),
+                integer(176, true),
+                integer(10880, false),
+            ]
+        },
+    },
+    Family {
+        name: "prepare",
+        source: source!("prepare"),
+        tensor_core: None,
+        variants: || {
+            vec![
+                prepare(128, 16, false, true),
+                prepare(128, 4, true, true),
+                prepare(64, 4, false, false),
+                prepare(96, 4, true, false),
+                prepare(20, 8, true, true),
+                prepare(256, 4, true, true),
+            ]
         },
     },
     Family {

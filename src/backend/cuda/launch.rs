@@ -188,8 +188,8 @@ impl Kernels {
         let mut pointers: Vec<*mut c_void> =
             slots.iter_mut().map(|slot| (slot as *mut u64).cast()).collect();
         let dimension = |size: usize| u32::try_from(size).expect("a grid of less than 2^32 blocks");
-        // SAFETY: the arguments are what the kernel takes: each caller stands beside its source, and
-        // the tests run all of them under compute-sanitizer.
+        // SAFETY: the arguments are what the kernel takes: each launch names them in the order of its
+        // source, and the tests compare what every kernel gives.
         unsafe {
             result::launch_kernel(
                 function,

@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use half::f16;
 
 use super::gpu::{Buffer, Stream};
+use super::kernels::{self, Defines};
 use super::launch::{Argument, Geometry, arguments};
 use super::product::Precision;
 use super::tensor::{
@@ -32,7 +33,7 @@ const GROUP_BYTES: usize = 96 << 10;
 
 /// How arrange.cu is compiled and launched for a site.
 pub(super) struct Arranging {
-    pub(super) defines: [(&'static str, String); 5],
+    pub(super) defines: Defines,
     threads: usize,
     shared_bytes: usize,
     /// Whether a row is staged in shared memory.
@@ -44,7 +45,7 @@ pub(super) struct Arranging {
 impl Arranging {
     /// `element` is the type of the rows.
     pub(super) fn new(format: &SiteFormat, element: &str) -> Self {
-        let transform = i32::from(format.transform == Transform::Hadamard);
+        let hadamard = format.transform == Transform::Hadamard;
         let row_bytes = format.channels * if element == "float" { 4 } else { 2 };
         let (threads, group_bytes) = if IN_REGISTERS.contains(&format.group_size) {
             (THREADS, 0)
@@ -60,13 +61,7 @@ impl Arranging {
         let paired =
             element != "float" && PAIRED.contains(&format.group_size) && pair_bytes <= PAIR_BYTES;
         Self {
-            defines: [
-                ("GROUP", format.group_size.to_string()),
-                ("TRANSFORM", transform.to_string()),
-                ("IN", element.to_owned()),
-                ("THREADS", threads.to_string()),
-                ("PAIRED", i32::from(paired).to_string()),
-            ],
+            defines: kernels::arrange(format.group_size, hadamard, element, threads, paired),
             threads,
             shared_bytes: row_bytes + group_bytes,
             staged: i32::from(staged),
@@ -263,12 +258,7 @@ impl Cuda {
         element: &str,
     ) -> Result<()> {
         // The transform and the type of rows play no part on the way back.
-        let defines = [
-            ("GROUP", group_size.to_string()),
-            ("TRANSFORM", "0".to_owned()),
-            ("IN", "half".to_owned()),
-            ("THREADS", THREADS.to_string()),
-        ];
+        let defines = kernels::arrange(group_size, false, "half", THREADS, false);
         self.kernels.launch(
             "arrange",
             &defines,
@@ -319,8 +309,7 @@ impl Cuda {
         let half_now = half && f16_outliers.is_none();
         let y = self.gpu.alloc(if half_now { 2 } else { 4 } * tokens * rows)?;
         let [outlier_codes, outlier_scales, outlier_values] = weight.outliers();
-        let defines =
-            [("GROUP", x.group_size.to_string()), ("OUT_HALF", i32::from(half_now).to_string())];
+        let defines = kernels::integer(x.group_size, half_now);
         self.kernels.launch(
             "integer",
             &defines,
