@@ -161,8 +161,8 @@ fn stage_operations(
             let site = |site: &crate::model::sites::SiteSpec| {
                 let rows: usize = site.linears.iter().map(|linear| linear.rows).sum();
                 let n = site.channels as f64;
-                // The factor, the sweep, and two quadratic forms.
-                n.powi(3) / 3.0 + rows as f64 * n * n + 4.0 * rows as f64 * n * n
+                // The factor, the sweep, and the quadratic form of the weights.
+                n.powi(3) / 3.0 + rows as f64 * n * n + 2.0 * rows as f64 * n * n
             };
             Some(blocks * sites.iter().map(site).sum::<f64>())
         }
