@@ -106,3 +106,80 @@ extern "C" __global__ void __launch_bounds__(THREADS) dot_parts(const float* a, 
         parts[blockIdx.x] = total;
     }
 }
+
+/// `|x - y|^2 / |y|^2` of rows `[columns]`; 0 where nothing changed. One block a row.
+extern "C" __global__ void __launch_bounds__(THREADS) row_changes(const float* x, const float* y, int columns, double* changes) {
+    __shared__ double change_of[THREADS / 32], whole_of[THREADS / 32];
+    x += (long long)blockIdx.x * columns;
+    y += (long long)blockIdx.x * columns;
+    double change = 0.0, whole = 0.0;
+    for (int i = threadIdx.x; i < columns; i += THREADS) {
+        double difference = (double)x[i] - (double)y[i];
+        change += difference * difference;
+        whole += (double)y[i] * (double)y[i];
+    }
+    change = warp_sum(change);
+    whole = warp_sum(whole);
+    if (threadIdx.x % 32 == 0) {
+        change_of[threadIdx.x / 32] = change;
+        whole_of[threadIdx.x / 32] = whole;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        change = whole = 0.0;
+        for (int i = 0; i < THREADS / 32; i++) {
+            change += change_of[i];
+            whole += whole_of[i];
+        }
+        changes[blockIdx.x] = change == 0.0 ? 0.0 : change / whole;
+    }
+}
+
+/// KL(p || q) in nats of the distributions with `logits` `[rows, vocabulary]` (p) and `changed` (q). One
+/// block a row. With t = p's logit less its greatest and s likewise of q: sum p (t - s) - ln sum e^t + ln sum e^s,
+/// p = e^t / sum e^t. A NaN in either stays one.
+extern "C" __global__ void __launch_bounds__(THREADS) divergence(const float* changed, const float* logits, int vocabulary, double* nats) {
+    __shared__ float most_of[2][THREADS / 32];
+    __shared__ double sum_of[3][THREADS / 32];
+    logits += (long long)blockIdx.x * vocabulary;
+    changed += (long long)blockIdx.x * vocabulary;
+    float most = __uint_as_float(0xff800000u), other = most;
+    bool sound = true;
+    for (int i = threadIdx.x; i < vocabulary; i += THREADS) {
+        sound = sound && logits[i] == logits[i] && changed[i] == changed[i];
+        most = fmaxf(most, logits[i]);
+        other = fmaxf(other, changed[i]);
+    }
+    sound = __syncthreads_and(sound);
+    most = warp_max(most);
+    other = warp_max(other);
+    if (threadIdx.x % 32 == 0) {
+        most_of[0][threadIdx.x / 32] = most;
+        most_of[1][threadIdx.x / 32] = other;
+    }
+    __syncthreads();
+    for (int i = 0; i < THREADS / 32; i++) {
+        most = fmaxf(most, most_of[0][i]);
+        other = fmaxf(other, most_of[1][i]);
+    }
+    double sums[3] = {0.0, 0.0, 0.0};
+    for (int i = threadIdx.x; i < vocabulary; i += THREADS) {
+        float t = logits[i] - most, s = changed[i] - other, weight = expf(t);
+        sums[0] += weight;
+        sums[1] += expf(s);
+        sums[2] += (double)weight * ((double)t - (double)s);
+    }
+#pragma unroll
+    for (int k = 0; k < 3; k++) {
+        sums[k] = warp_sum(sums[k]);
+        if (threadIdx.x % 32 == 0) sum_of[k][threadIdx.x / 32] = sums[k];
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        double total[3] = {0.0, 0.0, 0.0};
+        for (int i = 0; i < THREADS / 32; i++) {
+            for (int k = 0; k < 3; k++) total[k] += sum_of[k][i];
+        }
+        nats[blockIdx.x] = sound ? total[2] / total[0] - log(total[0]) + log(total[1]) : __longlong_as_double(0x7ff8000000000000ll);
+    }
+}

@@ -193,6 +193,19 @@ pub trait Backend: Sync {
         seq_len: usize,
     ) -> Result<Vec<f64>>;
 
+    /// What was done to each row: `|x - y|^2 / |y|^2` with `y` the row of `original`, both hidden
+    /// states; 0 for a row of zeros that still is one.
+    fn row_changes(&self, x: &Self::Tensor, original: &Self::Tensor) -> Result<Vec<f64>>;
+    /// Kullback-Leibler divergence in nats of each row's distribution over the vocabulary, `x head^T`,
+    /// from that of `original`: what a token costs on average if it is drawn by `original`'s. Both are
+    /// normed hidden states.
+    fn divergence(
+        &self,
+        x: &Self::Tensor,
+        original: &Self::Tensor,
+        head: &Self::Dense,
+    ) -> Result<Vec<f64>>;
+
     /// Adds each channel's sum of squares over the tokens to `energy`.
     fn add_energy(&self, x: &Self::Tensor, energy: &mut [f64]) -> Result<()>;
     /// A Hessian of zeros.

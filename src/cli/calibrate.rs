@@ -7,11 +7,23 @@ use clap::Args;
 use super::args::{
     CalibrationFlags, DeviceFlag, ModelFlag, OverwriteFlag, WindowFlag, with_backend,
 };
+use super::recipe::RecipeFlags;
+use super::target::OUTLIER_COUNTS;
 use super::{Output, Ui, names};
-use crate::{Result, hub, pipeline};
+use crate::pipeline::Measuring;
+use crate::{Error, Result, hub, pipeline};
+
+const EXAMPLES: &str = "\
+Examples:
+  atom calibrate --model ./SmolLM2 --calib wiki.jsonl
+  atom calibrate --model ./SmolLM2 --sensitivity --group 64 --outliers 64
+
+With --sensitivity the file also says what each width of a linear and each outlier count of a site
+would cost under the recipe, so that `atom plan --target-bits` can choose. It takes about as long
+as two or three times `atom quantize`, once for all targets.";
 
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  atom calibrate --model ./SmolLM2 --calib wiki.jsonl")]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     model: ModelFlag,
@@ -24,19 +36,43 @@ pub(crate) struct Arguments {
     calibration: CalibrationFlags,
     #[command(flatten, next_help_heading = "Calibration")]
     length: WindowFlag,
+    /// Measure what each width and outlier count would cost, for `atom plan --target-bits`
+    #[arg(long, help_heading = "Sensitivity")]
+    sensitivity: bool,
+    /// Outlier counts to measure beside the recipe's [default: 0,32,64,128]
+    #[arg(
+        long,
+        value_name = "N,...",
+        value_delimiter = ',',
+        requires = "sensitivity",
+        help_heading = "Sensitivity"
+    )]
+    outlier_counts: Option<Vec<usize>>,
+    #[command(flatten)]
+    recipe: RecipeFlags,
     #[command(flatten)]
     device: DeviceFlag,
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+    if arguments.recipe.given() && !arguments.sensitivity {
+        return Err(Error::usage(
+            "recipe flags change nothing that is measured without --sensitivity",
+        )
+        .hint("add --sensitivity, or give the recipe to `atom plan`"));
+    }
+    let recipe = arguments.recipe.resolve()?;
     let backend = arguments.device.open()?;
     let model = &arguments.model.model;
     let source = hub::source(model)?;
     let calibration = arguments.calibration.load(&arguments.length)?;
     let out = arguments.out.clone().unwrap_or_else(|| names::calibration_out(model));
     let overwrite = arguments.overwrite.overwrite;
+    let counts = arguments.outlier_counts.as_deref().unwrap_or(&OUTLIER_COUNTS);
+    let measuring = Measuring { recipe: &recipe, outlier_counts: counts };
+    let measuring = arguments.sensitivity.then_some(&measuring);
     let outcome = with_backend!(&backend, ui, backend => {
-        pipeline::calibrate(backend, &source, &calibration, &out, overwrite, ui)
+        pipeline::calibrate(backend, &source, &calibration, measuring, &out, overwrite, ui)
     })?;
     ui.close();
     output.write(&outcome)

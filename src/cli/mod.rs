@@ -17,6 +17,7 @@ mod pack;
 mod plan;
 mod quantize;
 mod recipe;
+mod target;
 mod ui;
 mod values;
 mod verify;

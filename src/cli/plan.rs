@@ -1,4 +1,5 @@
-/*! `atom plan`: channel orders, groups and bits, decided from a calibration file by a recipe. */
+/*! `atom plan`: channel orders, groups and bits, decided from a calibration file by a recipe, or by what
+was measured and a target. */
 
 use std::path::PathBuf;
 
@@ -6,11 +7,24 @@ use clap::Args;
 
 use super::args::OverwriteFlag;
 use super::recipe::RecipeFlags;
+use super::target::TargetFlags;
 use super::{Output, names};
-use crate::{Result, pipeline};
+use crate::Result;
+use crate::pipeline::{self, Planning};
+
+const EXAMPLES: &str = "\
+Examples:
+  atom plan SmolLM2-calibration.safetensors --group 64
+  atom calibrate --model ./SmolLM2 --sensitivity --group 64 --outliers 64
+  atom plan SmolLM2-calibration.safetensors --target-bits 4.5
+  atom plan SmolLM2-calibration.safetensors --target-size 120MB --widths 3,4,8
+
+With a target, each linear gets the width and each site the outlier count that cost least by the
+measurements of `atom calibrate --sensitivity`. Another target takes a moment. Without recipe flags
+the recipe is the one that was measured. The plan is JSON and may be edited; `atom pack` obeys it.";
 
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  atom plan SmolLM2-calibration.safetensors --group 64")]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Arguments {
     /// File that `atom calibrate` wrote
     #[arg(value_name = "CALIBRATION", required_unless_present = "calibration")]
@@ -24,6 +38,17 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     overwrite: OverwriteFlag,
     #[command(flatten)]
+    target: TargetFlags,
+    /// Outlier counts to choose among [default: all that were measured]
+    #[arg(
+        long,
+        value_name = "N,...",
+        value_delimiter = ',',
+        requires = "target",
+        help_heading = "Allocation"
+    )]
+    outlier_counts: Option<Vec<usize>>,
+    #[command(flatten)]
     recipe: RecipeFlags,
 }
 
@@ -35,5 +60,12 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Result<()> {
         .or(arguments.file.as_deref())
         .expect("the parser requires one of the two");
     let out = arguments.out.clone().unwrap_or_else(|| names::plan_out(calibration));
-    output.write(&pipeline::plan(calibration, &recipe, &out, arguments.overwrite.overwrite)?)
+    let allocating = arguments.target.allocating(arguments.outlier_counts.clone());
+    let planning = match &allocating {
+        None => Planning::Uniform(&recipe),
+        Some(allocating) => {
+            Planning::Allocated(arguments.recipe.given().then_some(&recipe), allocating)
+        }
+    };
+    output.write(&pipeline::plan(calibration, planning, &out, arguments.overwrite.overwrite)?)
 }

@@ -7,9 +7,10 @@ use super::args::{
 };
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::recipe::RecipeFlags;
+use super::target::{OUTLIER_COUNTS, TargetFlags};
 use super::{Output, Ui, names};
 use crate::pipeline::outcome::QuantizeOutcome;
-use crate::pipeline::{self, progress::Progress};
+use crate::pipeline::{self, Measuring, progress::Progress};
 use crate::{Result, hub, report};
 
 const EXAMPLES: &str = "\
@@ -17,6 +18,7 @@ Examples:
   atom quantize --model tiny-llama
   atom quantize --model ./SmolLM2 --calib wiki.jsonl --group 64 --outliers 64
   atom quantize --model ./SmolLM2 --recipe paper --no-gptq --dry-run
+  atom quantize --model ./SmolLM2 --target-bits 4.5
   atom quantize --model ./SmolLM2 --json --max-ppl-increase 0.5 > report.json";
 
 #[derive(Args, Debug)]
@@ -27,10 +29,21 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     output: OutputFlags,
     /// Check everything that can be checked in seconds, say what would be done, and stop
-    #[arg(long, help_heading = "Output")]
+    #[arg(long, help_heading = "Output", conflicts_with = "target")]
     dry_run: bool,
     #[command(flatten)]
     recipe: RecipeFlags,
+    #[command(flatten)]
+    target: TargetFlags,
+    /// Outlier counts to choose among [default: 0,32,64,128 and the recipe's]
+    #[arg(
+        long,
+        value_name = "N,...",
+        value_delimiter = ',',
+        requires = "target",
+        help_heading = "Allocation"
+    )]
+    outlier_counts: Option<Vec<usize>>,
     #[command(flatten)]
     calibration: CalibrationFlags,
     #[command(flatten, next_help_heading = "Calibration")]
@@ -60,15 +73,32 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         return output.write(&found);
     }
     ui.info(&format!("quantizing {}\n{}", source.name(), report::recipe::lines(&recipe)));
-    let outcome = with_backend!(&backend, ui, backend => pipeline::quantize(
-        backend,
-        &source,
-        &calibration,
-        &recipe,
-        &destination,
-        evaluation.as_ref(),
-        ui,
-    ))?;
+    let evaluation = evaluation.as_ref();
+    let outcome = match arguments.target.allocating(arguments.outlier_counts.clone()) {
+        None => with_backend!(&backend, ui, backend => pipeline::quantize(
+            backend,
+            &source,
+            &calibration,
+            &recipe,
+            &destination,
+            evaluation,
+            ui,
+        ))?,
+        Some(allocating) => {
+            let counts = arguments.outlier_counts.as_deref().unwrap_or(&OUTLIER_COUNTS);
+            let measuring = Measuring { recipe: &recipe, outlier_counts: counts };
+            with_backend!(&backend, ui, backend => pipeline::quantize_to_target(
+                backend,
+                &source,
+                &calibration,
+                &measuring,
+                &allocating,
+                &destination,
+                evaluation,
+                ui,
+            ))?
+        }
+    };
     ui.close();
     output.write(&outcome)?;
     check(&outcome, &arguments.max_ppl, &arguments.max_increase)

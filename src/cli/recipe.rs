@@ -93,6 +93,11 @@ impl RecipeFlags {
         Recipe::resolve(&self.recipe, &changes).map_err(|error| self.blame(error, &changes))
     }
 
+    /// Whether any of the flags was given.
+    pub(crate) fn given(&self) -> bool {
+        self.recipe != "default" || !self.changes().is_empty()
+    }
+
     /// A recipe that is sound without the flags was broken by a flag, and a name that is no file's
     /// is a slip on the command line: both are wrong usage, while a bad file is bad input.
     fn blame(&self, error: Error, changes: &Table) -> Error {

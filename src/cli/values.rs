@@ -28,6 +28,22 @@ pub(crate) fn perplexity(text: &str) -> Result<f64, String> {
     }
 }
 
+/// An average of bits a weight.
+pub(crate) fn target_bits(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number > 0.0 && number.is_finite() => Ok(number),
+        _ => Err("it must be an average of bits such as 4.5".to_owned()),
+    }
+}
+
+/// Bits of a weight.
+pub(crate) fn width(text: &str) -> Result<u8, String> {
+    match text.parse() {
+        Ok(bits @ (2 | 3 | 4 | 8 | 16)) => Ok(bits),
+        _ => Err("the widths are 2, 3, 4, 8 and 16".to_owned()),
+    }
+}
+
 /// A relative increase: 0.1 is 10 %.
 pub(crate) fn increase(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
@@ -103,6 +119,10 @@ mod tests {
         assert!(perplexity("inf").is_err());
         assert_eq!(increase("0.1"), Ok(0.1));
         assert!(increase("-0.1").is_err());
+        assert_eq!(target_bits("4.25"), Ok(4.25));
+        assert!(target_bits("0").is_err() && target_bits("inf").is_err());
+        assert_eq!((width("16"), width("3")), (Ok(16), Ok(3)));
+        assert!(width("5").is_err());
     }
 
     #[test]

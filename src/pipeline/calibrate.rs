@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::load::{BlockWeights, source_block};
 use super::progress::Progress;
+use super::sensitivity::Sensitivity;
 use super::stream::Stream;
 use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::sha256_hex;
@@ -72,7 +73,8 @@ pub fn advance_and_measure<B: Backend>(
     Ok(energies)
 }
 
-/// What `atom calibrate` writes: a safetensors file with the windows and every site's energies.
+/// What `atom calibrate` writes: a safetensors file with the windows, every site's energies, and the
+/// sensitivity if it was measured.
 pub struct CalibrationData {
     /// Name of the model.
     pub model: String,
@@ -86,6 +88,8 @@ pub struct CalibrationData {
     pub tokens: Vec<u32>,
     /// Every block's energies.
     pub energies: Vec<Energies>,
+    /// What widths and outlier counts would cost, where it was measured.
+    pub sensitivity: Option<Sensitivity>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -95,6 +99,8 @@ struct Header {
     fingerprint: String,
     config: serde_json::Value,
     provenance: Provenance,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sensitivity: Option<Sensitivity>,
 }
 
 const KEY: &str = "atom_calibration";
@@ -141,6 +147,7 @@ impl CalibrationData {
             fingerprint: self.fingerprint.clone(),
             config: self.config.clone(),
             provenance: self.provenance.clone(),
+            sensitivity: self.sensitivity.clone(),
         };
         let header = serde_json::to_string(&header).expect("a header has only JSON types");
         safetensors::serialize(&tensors, Some([(KEY.to_owned(), header)].into()))
@@ -188,8 +195,8 @@ impl CalibrationData {
             }
             energies.push(block);
         }
-        let Header { model, fingerprint, config, provenance, .. } = header;
-        let data = Self { model, fingerprint, config, provenance, tokens, energies };
+        let Header { model, fingerprint, config, provenance, sensitivity, .. } = header;
+        let data = Self { model, fingerprint, config, provenance, tokens, energies, sensitivity };
         Ok((data, architecture, sha256_hex(&bytes)))
     }
 }

@@ -158,6 +158,28 @@ pub fn hessian_block<B: Backend>(
     })
 }
 
+/// One site in its order, with full-precision weights but for `quantized`, a linear's number and its
+/// weights. Activations are quantized as `format` says, or with `float` left in floating point.
+pub fn arranged_site<B: Backend>(
+    backend: &B,
+    architecture: &Architecture,
+    weights: &BlockWeights<B>,
+    at: usize,
+    format: &SiteFormat,
+    float: bool,
+    quantized: Option<(usize, &B::Quantized)>,
+) -> Result<Site<B>> {
+    let order = backend.site(format)?;
+    let linears = (0..weights.sites[at].len()).map(|linear| match quantized {
+        Some((changed, codes)) if changed == linear => Ok(Linear::Dense(backend.dense_of(codes)?)),
+        _ => Ok(Linear::Dense(backend.dense(weights.weight(at, linear), Some(&order))?)),
+    });
+    let linears = linears.collect::<Result<_>>()?;
+    let treatment = if float { Treatment::Arranged(order) } else { treatment::<B>(format, order) };
+    let name = architecture.sites(weights.index)[at].name.clone();
+    Ok(Site { kind: SITES[at], name, treatment, linears })
+}
+
 /// A block as the checkpoint means it: the integer path, or with activations in floating point the
 /// weights that the codes stand for.
 pub fn quantized_block<B: Backend>(

@@ -5,6 +5,7 @@ channel energies are measured, and one through the quantized blocks, on which GP
 Memory is one block and the streams, never the model. */
 
 mod ahead;
+pub mod allocate;
 mod block;
 mod calibrate;
 mod load;
@@ -12,6 +13,7 @@ pub mod outcome;
 pub mod plan;
 pub mod progress;
 mod run;
+pub mod sensitivity;
 mod stream;
 mod timing;
 
@@ -37,10 +39,12 @@ use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
 use crate::text::{TextSet, Tokenizer, calibration_windows};
 use crate::{Error, Result};
-use outcome::{DryRun, FileOutcome, PerplexityChange, QuantizeOutcome};
+use allocate::{Allocating, allocate};
+use outcome::{DryRun, FileOutcome, Measured, PerplexityChange, QuantizeOutcome, StageSeconds};
 use plan::{CalibrationFile, PLAN_VERSION, PlanFile, bits_per_weight, check_plan, plan_network};
 use progress::Progress;
 use run::Job;
+use sensitivity::{Sensor, Subject};
 
 /// Which windows a model is calibrated on.
 pub struct Calibration {
@@ -52,6 +56,14 @@ pub struct Calibration {
     pub seq_len: usize,
     /// Seed of the draw.
     pub seed: u64,
+}
+
+/// What sensitivity is measured of.
+pub struct Measuring<'a> {
+    /// How linears are quantized; its width and outlier count are those that effects are measured at.
+    pub recipe: &'a Recipe,
+    /// Outlier counts beside the recipe's.
+    pub outlier_counts: &'a [usize],
 }
 
 /// Where the checkpoint goes and what may be there already.
@@ -209,76 +221,124 @@ fn evaluate_change<B: Backend>(
     })
 }
 
-/// `atom calibrate`: channel energies of every site, into a file.
+/// `atom calibrate`: channel energies of every site, and with `measuring` their sensitivity, into a file.
 pub fn calibrate<B: Backend>(
     backend: &B,
     source: &Source,
     calibration: &Calibration,
+    measuring: Option<&Measuring<'_>>,
     out: &Path,
     overwrite: bool,
     progress: &dyn Progress,
 ) -> Result<FileOutcome> {
     let start = Instant::now();
     refuse_existing(out, overwrite)?;
-    // Any recipe will do: only the windows and the network are looked at.
-    let job = prepare(
-        source,
-        calibration,
-        &Recipe { group: crate::recipe::Group::Row, outliers: 0, ..Recipe::paper() },
-    )?;
+    // Any recipe will do where only the windows and the network are looked at.
+    let any = Recipe { group: crate::recipe::Group::Row, outliers: 0, ..Recipe::paper() };
+    let recipe = measuring.map_or(&any, |measuring| measuring.recipe);
+    let job = prepare(source, calibration, recipe)?;
     job.check_tensors()?;
-    let attention = attention_spec(&job.architecture, KvFormat::FULL, calibration.seq_len);
-    let mut stream =
-        Stream::embed(backend, source, &job.architecture, &job.tokens, calibration.seq_len)?;
-    progress.begin("calibrate", job.architecture.blocks);
-    let blocks = job.architecture.blocks;
-    let mut energies = Vec::with_capacity(blocks);
-    let load =
-        |index| BlockWeights::<B>::load(backend, source, &job.architecture, index, |_, _| true);
-    one_ahead(0..blocks, load, |_, weights| {
-        energies.push(calibrate::advance_and_measure(
-            backend,
-            &job.architecture,
-            &attention,
-            &weights()?,
-            &mut stream,
-            progress,
-        )?);
-        progress.advance("");
-        Ok(())
-    })?;
-    progress.end();
-    let Job { architecture, tokens, provenance, .. } = job;
-    let data = CalibrationData {
-        model: source.name().to_owned(),
-        fingerprint: source.fingerprint()?,
-        config: source.config().clone(),
-        provenance,
-        tokens,
-        energies,
-    };
-    write_whole(out, &data.to_bytes(&architecture)?)?;
+    let data = measure(backend, &job, measuring, progress)?;
+    write_whole(out, &data.to_bytes(&job.architecture)?)?;
     Ok(FileOutcome {
         out: out.to_owned(),
         model: data.model,
         seconds: start.elapsed().as_secs_f64(),
-        sites: architecture.blocks * crate::model::sites::SITES.len(),
-        linears: count_linears(&architecture),
+        sites: job.architecture.blocks * crate::model::sites::SITES.len(),
+        linears: count_linears(&job.architecture),
         bits_per_weight: None,
+        sensitivity: data.sensitivity.as_ref().map(Measured::of),
+        allocation: None,
     })
+}
+
+/// Carries the windows through the original blocks and measures on the way.
+fn measure<B: Backend>(
+    backend: &B,
+    job: &Job<'_>,
+    measuring: Option<&Measuring<'_>>,
+    progress: &dyn Progress,
+) -> Result<CalibrationData> {
+    let Job { source, architecture, tokens, provenance, .. } = job;
+    let seq_len = provenance.seq_len;
+    let attention = attention_spec(architecture, KvFormat::FULL, seq_len);
+    let mut stream = Stream::embed(backend, *source, architecture, tokens, seq_len)?;
+    let mut sensor = match measuring {
+        None => None,
+        Some(&Measuring { recipe, outlier_counts }) => {
+            let tensors = *source;
+            let attention = &attention;
+            let subject = Subject { backend, tensors, architecture, attention, recipe, progress };
+            Some(Sensor::new(subject, outlier_counts, tokens)?)
+        }
+    };
+    progress.begin("calibrate", architecture.blocks);
+    let mut energies = Vec::with_capacity(architecture.blocks);
+    let load = |index| BlockWeights::<B>::load(backend, *source, architecture, index, |_, _| true);
+    one_ahead(0..architecture.blocks, load, |_, weights| {
+        let weights = weights()?;
+        let energy = calibrate::advance_and_measure(
+            backend,
+            architecture,
+            &attention,
+            &weights,
+            &mut stream,
+            progress,
+        )?;
+        if let Some(sensor) = &mut sensor {
+            sensor.measure(&weights, &energy)?;
+        }
+        energies.push(energy);
+        progress.advance("");
+        Ok(())
+    })?;
+    let sensitivity = sensor.map(|sensor| sensor.finish(job.kept_bytes()?)).transpose()?;
+    progress.end();
+    Ok(CalibrationData {
+        model: source.name().to_owned(),
+        fingerprint: source.fingerprint()?,
+        config: source.config().clone(),
+        provenance: provenance.clone(),
+        tokens: tokens.clone(),
+        energies,
+        sensitivity,
+    })
+}
+
+/// What decides a plan, beside the calibration.
+#[derive(Clone, Copy)]
+pub enum Planning<'a> {
+    /// One width and outlier count everywhere: those of the recipe.
+    Uniform(&'a Recipe),
+    /// What costs least within a target, by the recipe given or the one that was measured.
+    Allocated(Option<&'a Recipe>, &'a Allocating),
 }
 
 /// `atom plan`: what becomes of every site and linear, from a calibration file and a recipe.
 pub fn plan(
     calibration_file: &Path,
-    recipe: &Recipe,
+    planning: Planning<'_>,
     out: &Path,
     overwrite: bool,
 ) -> Result<FileOutcome> {
     let start = Instant::now();
     refuse_existing(out, overwrite)?;
     let (data, architecture, sha256) = CalibrationData::read(calibration_file)?;
-    let blocks = plan_network(recipe, &architecture)?;
+    let (recipe, blocks, allocation) = match planning {
+        Planning::Uniform(recipe) => (recipe.clone(), plan_network(recipe, &architecture)?, None),
+        Planning::Allocated(recipe, allocating) => {
+            let sensitivity = data.sensitivity.as_ref().ok_or_else(|| {
+                Error::input(format!(
+                    "{} holds no sensitivity, by which bits are allocated",
+                    calibration_file.display()
+                ))
+                .hint("measure it once with `atom calibrate --sensitivity`")
+            })?;
+            let recipe = recipe.unwrap_or(&sensitivity.recipe);
+            let (blocks, allocated) = allocate(sensitivity, &architecture, recipe, allocating)?;
+            (recipe.clone(), blocks, Some(allocated))
+        }
+    };
     let bits = bits_per_weight(&blocks);
     // Relative where both files lie in one directory, so that the two can be moved together.
     let calibration = std::path::absolute(calibration_file)?;
@@ -291,7 +351,7 @@ pub fn plan(
     let plan = PlanFile {
         plan_version: PLAN_VERSION,
         model: data.model.clone(),
-        recipe: recipe.clone(),
+        recipe,
         calibration: CalibrationFile { path, sha256 },
         blocks,
     };
@@ -304,7 +364,43 @@ pub fn plan(
         sites,
         linears: count_linears(&architecture),
         bits_per_weight: Some(bits),
+        sensitivity: None,
+        allocation,
     })
+}
+
+/// `atom quantize --target-bits`: calibrate with sensitivity, plan and pack in one go.
+#[allow(clippy::too_many_arguments)]
+pub fn quantize_to_target<B: Backend>(
+    backend: &B,
+    source: &Source,
+    calibration: &Calibration,
+    measuring: &Measuring<'_>,
+    allocating: &Allocating,
+    output: &Output,
+    evaluation: Option<&Evaluation>,
+    progress: &dyn Progress,
+) -> Result<QuantizeOutcome> {
+    let start = Instant::now();
+    let mut job = prepare(source, calibration, measuring.recipe)?;
+    check_evaluation(source, evaluation)?;
+    job.check_tensors()?;
+    job.check_kept()?;
+    writable(&output.out, output.overwrite || output.resume)?;
+    let data = measure(backend, &job, Some(measuring), progress)?;
+    backend.trim();
+    let sensitivity = data.sensitivity.as_ref().expect("it was just measured");
+    let (blocks, allocated) =
+        allocate(sensitivity, &job.architecture, measuring.recipe, allocating)?;
+    job.blocks = blocks;
+    let seconds = start.elapsed().as_secs_f64();
+    let mut outcome = run::run(backend, &job, output, evaluation, progress, |weights, _| {
+        Ok(data.energies[weights.index].clone())
+    })?;
+    outcome.seconds += seconds;
+    outcome.stage_seconds.insert(0, StageSeconds { stage: "sensitivity".to_owned(), seconds });
+    outcome.allocation = Some(allocated);
+    Ok(outcome)
 }
 
 /// `atom pack`: the checkpoint that a plan describes.

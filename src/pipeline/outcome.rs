@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::allocate::Allocated;
+use super::sensitivity::Sensitivity;
 use crate::recipe::Recipe;
 
 /// One quantized linear.
@@ -59,7 +61,7 @@ pub struct QuantizeOutcome {
     pub peak_rss_bytes: u64,
     /// Highest device memory; none on the CPU.
     pub peak_gpu_bytes: Option<u64>,
-    /// Bits a weight of the quantized linears takes, with scales, outliers and channel orders.
+    /// Bits a weight of the linears takes, with scales, outliers and channel orders.
     pub bits_per_weight: f64,
     /// Bytes of the source's tensors.
     pub source_bytes: u64,
@@ -73,6 +75,9 @@ pub struct QuantizeOutcome {
     pub linears: Vec<LinearOutcome>,
     /// What it cost in accuracy, unless the measurement was turned off.
     pub perplexity: Option<PerplexityChange>,
+    /// How bits were allocated, where the run did so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allocation: Option<Allocated>,
 }
 
 fn stage_map<S: serde::Serializer>(
@@ -126,4 +131,54 @@ pub struct FileOutcome {
     pub linears: usize,
     /// Planned bits a weight, if the file is a plan.
     pub bits_per_weight: Option<f64>,
+    /// What of sensitivity the file holds, if it is a calibration with one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sensitivity: Option<Measured>,
+    /// How bits were allocated, if the file is a plan for a target.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allocation: Option<Allocated>,
+}
+
+/// What `atom calibrate --sensitivity` measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct Measured {
+    /// The recipe it holds for.
+    pub recipe: Recipe,
+    /// Widths, ascending.
+    pub widths: Vec<u8>,
+    /// Outlier counts, the recipe's first.
+    pub outlier_counts: Vec<usize>,
+    /// Windows that Hessians were measured on.
+    pub hessian_windows: usize,
+    /// Windows that effects and divergences were measured on.
+    pub effect_windows: usize,
+    /// Nats that the recipe's width and outlier count everywhere are expected to cost a token.
+    pub uniform_nats: f64,
+    /// The same by block.
+    pub block_nats: Vec<f64>,
+}
+
+impl Measured {
+    /// What `sensitivity` holds.
+    pub(super) fn of(sensitivity: &Sensitivity) -> Self {
+        let mut outlier_counts: Vec<usize> = Vec::new();
+        for site in sensitivity.blocks.iter().flat_map(|block| &block.sites) {
+            for count in &site.counts {
+                if !outlier_counts.contains(&count.outliers) {
+                    outlier_counts.push(count.outliers);
+                }
+            }
+        }
+        let block_nats: Vec<f64> =
+            sensitivity.blocks.iter().map(|block| block.carry * block.effects()).collect();
+        Self {
+            recipe: sensitivity.recipe.clone(),
+            widths: sensitivity.widths.clone(),
+            outlier_counts,
+            hessian_windows: sensitivity.hessian_windows,
+            effect_windows: sensitivity.effect_windows,
+            uniform_nats: block_nats.iter().sum(),
+            block_nats,
+        }
+    }
 }

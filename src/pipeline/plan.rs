@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::linear::LinearShape;
+use crate::checkpoint::TensorSpec;
+use crate::checkpoint::linear::{LinearShape, order_spec, specs};
 use crate::model::Architecture;
 use crate::model::sites::{LinearSpec, SiteSpec};
 use crate::quant::kv::KvFormat;
@@ -102,16 +103,10 @@ pub fn plan_block(recipe: &Recipe, sites: &[SiteSpec]) -> Result<BlockPlan> {
     sites
         .iter()
         .map(|site| {
-            let group_size = match recipe.group {
-                Group::Size(size) => size,
-                Group::Row => {
-                    site.channels.saturating_sub(recipe.outliers).next_multiple_of(16).max(16)
-                }
-            };
             let plan = SitePlan {
                 name: site.name.clone(),
                 channels: site.channels,
-                group_size,
+                group_size: group_size(recipe.group, site.channels, recipe.outliers),
                 outlier_channels: recipe.outliers,
                 outlier_format: recipe.outlier_format,
                 order: recipe.order,
@@ -124,6 +119,13 @@ pub fn plan_block(recipe: &Recipe, sites: &[SiteSpec]) -> Result<BlockPlan> {
             Ok(plan)
         })
         .collect()
+}
+
+fn group_size(group: Group, channels: usize, outliers: usize) -> usize {
+    match group {
+        Group::Size(size) => size,
+        Group::Row => channels.saturating_sub(outliers).next_multiple_of(16).max(16),
+    }
 }
 
 fn plan_linear(recipe: &Recipe, linear: &LinearSpec) -> LinearPlan {
@@ -176,6 +178,16 @@ impl SitePlan {
         Ok(())
     }
 
+    /// The site with another outlier count; none if so many would be most of its channels.
+    pub fn with_outliers(&self, outliers: usize, group: Group) -> Option<Self> {
+        if outliers == self.outlier_channels {
+            return Some(self.clone());
+        }
+        let group_size = group_size(group, self.channels, outliers);
+        let fits = outliers <= self.channels / 2;
+        fits.then(|| Self { outlier_channels: outliers, group_size, ..self.clone() })
+    }
+
     /// Groups before the outlier block.
     pub fn groups(&self) -> usize {
         (self.channels - self.outlier_channels).div_ceil(self.group_size)
@@ -219,6 +231,15 @@ impl SitePlan {
         }
     }
 
+    /// Bytes of the tensors it is stored as; `source_bytes` are those of each linear left alone.
+    pub fn stored_bytes(&self, source_bytes: &[u64]) -> u64 {
+        let linears = self.linears.iter().zip(source_bytes).map(|(linear, source)| {
+            let specs = || specs(&linear.name, &self.shape(linear));
+            if linear.bits == 16 { *source } else { specs().iter().map(TensorSpec::bytes).sum() }
+        });
+        linears.sum::<u64>() + order_spec(&self.name, self.width()).bytes()
+    }
+
     /// What is stored of one of its linears.
     pub fn shape(&self, linear: &LinearPlan) -> LinearShape {
         LinearShape {
@@ -232,13 +253,17 @@ impl SitePlan {
         }
     }
 
-    /// Bits all its quantized linears take, scales and outliers included, and their weights' count.
-    /// The site's channel order counts once.
+    /// Bits all its linears take, scales and outliers included, and their weights' count. A linear
+    /// that is left alone counts 16 bits a weight, the site's channel order once.
     pub fn bits_and_weights(&self) -> (u64, u64) {
-        let quantized = self.linears.iter().filter(|linear| linear.bits < 16);
-        let mut bits = 0;
+        let mut bits = 32 * self.width() as u64;
         let mut weights = 0;
-        for linear in quantized {
+        for linear in &self.linears {
+            weights += (linear.rows * self.channels) as u64;
+            if linear.bits == 16 {
+                bits += 16 * (linear.rows * self.channels) as u64;
+                continue;
+            }
             let groups = self.groups();
             let outlier_bits = match self.outlier_format {
                 _ if self.outlier_channels == 0 => 0,
@@ -248,16 +273,12 @@ impl SitePlan {
             let row = groups * self.group_size * usize::from(linear.bits) + outlier_bits;
             let scales = linear.rows.div_ceil(linear.rows_per_scale) * groups * 16;
             bits += (linear.rows * row + scales) as u64;
-            weights += (linear.rows * self.channels) as u64;
-        }
-        if weights > 0 {
-            bits += 32 * self.width() as u64;
         }
         (bits, weights)
     }
 }
 
-/// Average bits a quantized weight takes, scales, outliers and channel orders included.
+/// Average bits a weight of the linears takes, scales, outliers and channel orders included.
 pub fn bits_per_weight(blocks: &[BlockPlan]) -> f64 {
     let (bits, weights) = blocks
         .iter()

@@ -58,12 +58,7 @@ impl Job<'_> {
     /// Refuses a NaN or infinity in a tensor that is kept: such tensors are few, and the output head
     /// would otherwise be looked at after all the work.
     pub fn check_kept(&self) -> Result<()> {
-        let norms = (0..self.blocks.len()).flat_map(|block| self.architecture.norm_names(block));
-        for name in [EMBEDDING, FINAL_NORM, self.architecture.head_name()]
-            .into_iter()
-            .map(str::to_owned)
-            .chain(norms)
-        {
+        for name in self.kept_names() {
             let tensor = self.source.tensor(&name)?;
             tensor.check_finite()?;
             tensor.release();
@@ -94,6 +89,27 @@ impl Job<'_> {
             all.push(self.kept(self.architecture.head_name())?);
         }
         Ok(all)
+    }
+
+    /// Bytes of what is in the output whatever the plan: the tensors beside the linears, and the files
+    /// beside the shards.
+    pub fn kept_bytes(&self) -> Result<u64> {
+        let mut bytes = self.source.side_files()?.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+        for name in self.kept_names() {
+            bytes += self.kept(&name)?.bytes();
+        }
+        Ok(bytes)
+    }
+
+    /// The tensors beside the linears; a tied head once.
+    fn kept_names(&self) -> Vec<String> {
+        let norms = (0..self.blocks.len()).flat_map(|block| self.architecture.norm_names(block));
+        let mut names = vec![EMBEDDING.to_owned(), FINAL_NORM.to_owned()];
+        if !self.architecture.tied {
+            names.push(self.architecture.head_name().to_owned());
+        }
+        names.extend(norms);
+        names
     }
 
     /// A tensor that stays as the source has it.
@@ -242,6 +258,7 @@ pub fn run<B: Backend>(
             .map(|(plan, (_, error))| linear(plan, *error))
             .collect(),
         perplexity,
+        allocation: None,
     })
 }
 

@@ -1,6 +1,7 @@
 /*! The method, as functions on slices and matrices: number formats, channel order, group scales,
-rounding and GPTQ. Knows nothing of files, devices or models' names. */
+rounding, GPTQ and bit allocation. Knows nothing of files, devices or models' names. */
 
+pub mod allocation;
 pub mod gptq;
 pub mod grid;
 pub mod hadamard;

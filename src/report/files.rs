@@ -1,7 +1,7 @@
 /*! The report of `atom calibrate` and `atom plan`. */
 
 use super::layout::Facts;
-use super::{Report, units};
+use super::{Report, allocation, units};
 use crate::pipeline::outcome::FileOutcome;
 
 impl Report for FileOutcome {
@@ -13,14 +13,22 @@ impl Report for FileOutcome {
         if let Some(bits) = self.bits_per_weight {
             facts.add("bits per weight", format!("{bits:.2}"));
         }
+        if let Some(measured) = &self.sensitivity {
+            allocation::measured(measured, &mut facts);
+        }
+        if let Some(allocated) = &self.allocation {
+            allocation::facts(allocated, &mut facts);
+        }
         facts.add("time", units::seconds(self.seconds));
+        let tables = self.allocation.as_ref().map(allocation::tables).unwrap_or_default();
         let out = self.out.display();
         // Only a plan knows its bits; the other file is a calibration, which is planned next.
         let next = match self.bits_per_weight {
             Some(_) => format!("atom pack --model MODEL --plan {out}"),
+            None if self.sensitivity.is_some() => format!("atom plan {out} --target-bits 4.5"),
             None => format!("atom plan {out}"),
         };
-        format!("{}\nwrote {out}\nnext: {next}\n", facts.text())
+        format!("{}\n{tables}wrote {out}\nnext: {next}\n", facts.text())
     }
 }
 
@@ -37,6 +45,8 @@ mod tests {
             sites: 16,
             linears: 28,
             bits_per_weight: None,
+            sensitivity: None,
+            allocation: None,
         };
         assert_eq!(
             calibration.text(),

@@ -3,6 +3,7 @@
 Each outcome is plain data that serializes as its `--json` object; here it gets a text form as well.
 How anything was computed is not known here. */
 
+mod allocation;
 mod bench;
 mod dry_run;
 mod files;

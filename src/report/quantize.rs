@@ -1,7 +1,7 @@
 /*! The report of `atom quantize` and `atom pack`. */
 
 use super::layout::Facts;
-use super::{Report, linears, recipe, units};
+use super::{Report, allocation, linears, recipe, units};
 use crate::pipeline::outcome::QuantizeOutcome;
 
 impl Report for QuantizeOutcome {
@@ -19,6 +19,9 @@ impl Report for QuantizeOutcome {
             ),
         );
         facts.add("bits per weight", format!("{:.2}", self.bits_per_weight));
+        if let Some(allocated) = &self.allocation {
+            allocation::facts(allocated, &mut facts);
+        }
         facts.add("perplexity", self.perplexity_line());
         facts.add("time", self.time_line());
         let device_memory = self
@@ -32,9 +35,10 @@ impl Report for QuantizeOutcome {
                 format!("{} found done", units::counted(self.resumed_blocks, "block")),
             );
         }
+        let tables = self.allocation.as_ref().map(allocation::tables).unwrap_or_default();
         let out = self.out.display();
         format!(
-            "{}\n{}\nwrote {out}\nnext: atom verify --model {out}\n",
+            "{}\n{tables}{}\nwrote {out}\nnext: atom verify --model {out}\n",
             facts.text(),
             linears::summary(&self.linears)
         )
@@ -101,6 +105,7 @@ mod tests {
                 before: 20.97,
                 after: 30.48,
             }),
+            allocation: None,
         }
     }
 

@@ -103,6 +103,30 @@ fn log_sum_exp_body(logits: &[f32]) -> f64 {
     f64::from(max) + fold(lanes, |a, b| a + b).ln()
 }
 
+/// Kullback-Leibler divergence in nats of the distribution with logits `changed` from the one with
+/// `logits`: `sum p (logit - changed) - ln sum e^logit + ln sum e^changed`, p the latter's.
+pub fn divergence(isa: Isa, changed: &[f32], logits: &[f32]) -> f64 {
+    assert!(changed.len() == logits.len(), "lengths of logits differ");
+    dispatch!(isa, divergence_body(changed: &[f32], logits: &[f32]) -> f64)
+}
+
+#[inline(always)]
+fn divergence_body(changed: &[f32], logits: &[f32]) -> f64 {
+    let max = max_by_lanes(logits);
+    let mut weights = [0.0f64; LANES];
+    let mut weighted = [0.0f64; LANES];
+    for (changed, logits) in changed.chunks(LANES).zip(logits.chunks(LANES)) {
+        for (lane, (changed, logit)) in changed.iter().zip(logits).enumerate() {
+            let weight = f64::from(exp(logit - max));
+            weights[lane] += weight;
+            weighted[lane] += weight * (f64::from(*logit) - f64::from(*changed));
+        }
+    }
+    let weight = fold(weights, |a, b| a + b);
+    let log_sum = f64::from(max) + weight.ln();
+    fold(weighted, |a, b| a + b) / weight - log_sum + log_sum_exp_body(changed)
+}
+
 /// Rotary embedding of one head in place, with the halves of the head as pairs (Hugging Face's
 /// `rotate_half`): `x` `[head_dim]`, `cos` and `sin` `[head_dim / 2]`.
 pub fn rope(isa: Isa, x: &mut [f32], cos: &[f32], sin: &[f32]) {
@@ -248,6 +272,25 @@ mod tests {
     }
 
     #[test]
+    fn divergence_is_that_of_the_definition() {
+        for n in [1, 2, 15, 16, 17, 4099] {
+            let (x, y) = (wave(n, 3.0), wave(n + 1, 2.0)[1..].to_vec());
+            let softmax = |logits: &[f32]| {
+                let powers: Vec<f64> = logits.iter().map(|x| f64::from(*x).exp()).collect();
+                let sum: f64 = powers.iter().sum();
+                powers.into_iter().map(move |power| power / sum)
+            };
+            let exact: f64 = softmax(&y).zip(softmax(&x)).map(|(p, q)| p * (p / q).ln()).sum();
+            let found = divergence(Isa::detect().unwrap(), &x, &y);
+            assert!((found - exact).abs() < 1e-6, "{n}: {found} {exact}");
+            assert!(divergence(Isa::detect().unwrap(), &y, &y).abs() < 1e-12);
+            let mut spoiled = x.clone();
+            spoiled[n / 2] = f32::NAN;
+            assert!(divergence(Isa::detect().unwrap(), &spoiled, &y).is_nan());
+        }
+    }
+
+    #[test]
     fn every_set_gives_the_same_bits() {
         for n in [1, 2, 15, 16, 17, 64, 172, 576] {
             let (x, y) = (wave(n, 3.0), wave(n + 1, 2.0)[1..].to_vec());
@@ -261,7 +304,7 @@ mod tests {
                 rope(isa, &mut rotated, &y[..half], &y[half..2 * half]);
                 softmax.push(sum);
                 let floats = [norm, silu, softmax, rotated].map(|values| bits(&values));
-                (floats, log_sum_exp(isa, &x))
+                (floats, [log_sum_exp(isa, &x), divergence(isa, &x, &y)].map(f64::to_bits))
             };
             let expected = run(Isa::Plain);
             for isa in Isa::available() {

@@ -48,6 +48,19 @@ const HEAD_ROWS: usize = 240;
 /// Columns of the output head whose logits are made at once, so that they stay in L2.
 const HEAD_COLUMNS: usize = 1024;
 
+/// Rows whose whole logits a thread holds, twice, for their divergence.
+const DIVERGENCE_ROWS: usize = 24;
+
+/// `|x - y|^2 / |y|^2`.
+fn row_change(x: &[f32], y: &[f32]) -> f64 {
+    let (mut change, mut whole) = (0.0, 0.0);
+    for (x, y) in x.iter().zip(y) {
+        change += (f64::from(*x) - f64::from(*y)).powi(2);
+        whole += f64::from(*y).powi(2);
+    }
+    if change == 0.0 { 0.0 } else { change / whole }
+}
+
 /// A token's cross entropy while the logits come in parts.
 #[derive(Clone, Copy)]
 struct Loss {
@@ -306,6 +319,39 @@ impl Backend for Cpu {
             .flatten()
             .collect();
         Ok(losses)
+    }
+
+    fn row_changes(&self, x: &Tensor, original: &Tensor) -> Result<Vec<f64>> {
+        let rows = x.data.par_chunks(x.columns).zip(original.data.par_chunks(x.columns));
+        Ok(rows.map(|(x, y)| row_change(x, y)).collect())
+    }
+
+    fn divergence(&self, x: &Tensor, original: &Tensor, head: &Panels) -> Result<Vec<f64>> {
+        let (hidden, vocabulary) = (x.columns, head.n());
+        let part = DIVERGENCE_ROWS * hidden;
+        let parts = x.data.par_chunks(part).zip(original.data.par_chunks(part));
+        let divergences = parts
+            .map_init(
+                || {
+                    [
+                        vec![0f32; DIVERGENCE_ROWS * vocabulary],
+                        vec![0f32; DIVERGENCE_ROWS * vocabulary],
+                    ]
+                },
+                |[changed, logits], (x, original)| {
+                    let rows = x.len() / hidden;
+                    for (x, logits) in [(x, &mut *changed), (original, &mut *logits)] {
+                        let rows = Rows::new(x, rows, hidden);
+                        let all = head.part(0..vocabulary, 0..hidden);
+                        gemm(self.isa, rows, all, logits, vocabulary, false);
+                    }
+                    let rows = changed.chunks(vocabulary).zip(logits.chunks(vocabulary)).take(rows);
+                    rows.map(|(x, y)| elementwise::divergence(self.isa, x, y)).collect::<Vec<f64>>()
+                },
+            )
+            .flatten()
+            .collect();
+        Ok(divergences)
     }
 
     fn add_energy(&self, x: &Tensor, energy: &mut [f64]) -> Result<()> {

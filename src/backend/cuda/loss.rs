@@ -1,4 +1,4 @@
-/*! Sums over tokens and over the vocabulary. */
+/*! Sums over tokens, over channels and over the vocabulary. */
 
 use super::launch::{Geometry, arguments};
 use super::product::Precision;
@@ -75,5 +75,45 @@ impl Cuda {
         let nats = nats.download::<f64>(0..8 * rows)?;
         let windows = nats.chunks(seq_len).flat_map(|window| &window[..window.len() - 1]);
         Ok(windows.copied().collect())
+    }
+
+    /// `|x - y|^2 / |y|^2` of each row of two tensors of hidden states.
+    pub(super) fn changes(&self, x: &Tensor, original: &Tensor) -> Result<Vec<f64>> {
+        let changes = self.gpu.alloc(8 * x.rows)?;
+        self.launch(
+            "reduce",
+            "row_changes",
+            Geometry::line(x.rows, THREADS),
+            arguments![x.float(), original.float(), x.columns, &changes],
+        )?;
+        changes.download::<f64>(0..8 * x.rows)
+    }
+
+    /// Each row's divergence from `original`'s.
+    pub(super) fn divergences(
+        &self,
+        x: &Tensor,
+        original: &Tensor,
+        head: &Dense,
+    ) -> Result<Vec<f64>> {
+        let (rows, vocabulary) = (x.rows, head.rows);
+        let part = (LOGITS_BYTES / (8 * vocabulary)).clamp(1, rows.max(1));
+        let changed = self.gpu.alloc(4 * part * vocabulary)?;
+        let logits = self.gpu.alloc(4 * part * vocabulary)?;
+        let nats = self.gpu.alloc(8 * rows)?;
+        for first in (0..rows).step_by(part) {
+            let count = part.min(rows - first);
+            for (x, logits) in [(x, &changed), (original, &logits)] {
+                let rows = Part { first, count };
+                self.multiply_part(x, rows, head, logits, Precision::HalfToFloat, false)?;
+            }
+            self.launch(
+                "reduce",
+                "divergence",
+                Geometry::line(count, THREADS),
+                arguments![&changed, &logits, vocabulary, nats.pointer() + 8 * first as u64],
+            )?;
+        }
+        nats.download::<f64>(0..8 * rows)
     }
 }

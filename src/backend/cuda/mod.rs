@@ -398,6 +398,14 @@ impl Backend for Cuda {
         self.losses(x, head, tokens, seq_len)
     }
 
+    fn row_changes(&self, x: &Tensor, original: &Tensor) -> Result<Vec<f64>> {
+        self.changes(x, original)
+    }
+
+    fn divergence(&self, x: &Tensor, original: &Tensor, head: &Dense) -> Result<Vec<f64>> {
+        self.divergences(x, original, head)
+    }
+
     fn add_energy(&self, x: &Tensor, energy: &mut [f64]) -> Result<()> {
         self.energy(x, energy)
     }

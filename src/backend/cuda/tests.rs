@@ -440,6 +440,44 @@ fn losses_agree_with_the_cpu() {
 }
 
 #[test]
+fn changes_and_divergences_agree_with_the_cpu() {
+    let Some(cuda) = device("changes_and_divergences_agree_with_the_cpu") else { return };
+    let cpu = Cpu::new().unwrap();
+    let mut random = Random(11);
+    for (rows, hidden, vocabulary) in [(1, 16, 3), (5, 64, 1000), (33, 576, 4099), (700, 32, 50_000)] {
+        let original = Matrix { rows, columns: hidden, data: random.values(rows * hidden) };
+        let changed = original.data.iter().map(|x| f16::from_f32(x + random.value() / 8.0).to_f32());
+        let mut changed = Matrix { rows, columns: hidden, data: changed.collect() };
+        // A row that stays as it is.
+        changed.data[..hidden].copy_from_slice(&original.data[..hidden]);
+        let on_cpu = |matrix: &Matrix| cpu.upload(matrix.clone()).unwrap();
+        let on_gpu = |matrix: &Matrix| cuda.upload(matrix.clone()).unwrap();
+        let expected = cpu.row_changes(&on_cpu(&changed), &on_cpu(&original)).unwrap();
+        let found = cuda.row_changes(&on_gpu(&changed), &on_gpu(&original)).unwrap();
+        assert_eq!(found.len(), rows);
+        assert_eq!((found[0], expected[0]), (0.0, 0.0));
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() <= 1e-9 * expected, "{found} {expected}");
+        }
+
+        let shape = [vocabulary, hidden];
+        let bytes: Vec<u8> = (0..vocabulary * hidden)
+            .flat_map(|_| f16::from_f32(random.value() / (hidden as f32).sqrt()).to_le_bytes())
+            .collect();
+        let stored = Stored::in_memory("head", Dtype::F16, &shape, &bytes);
+        let head = cpu.dense(&cpu.load(stored).unwrap(), None).unwrap();
+        let expected = cpu.divergence(&on_cpu(&changed), &on_cpu(&original), &head).unwrap();
+        let head = cuda.dense(&cuda.load(stored).unwrap(), None).unwrap();
+        let (changed, original) = (cuda.half_tensor(&changed), cuda.half_tensor(&original));
+        let found = cuda.divergence(&changed, &original, &head).unwrap();
+        assert_eq!(found.len(), rows);
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() <= 2e-6 + 1e-3 * expected, "{found} {expected}");
+        }
+    }
+}
+
+#[test]
 fn hessians_and_their_factors_are_what_they_are_called() {
     let Some(cuda) = device("hessians_and_their_factors_are_what_they_are_called") else { return };
     let mut random = Random(7);

@@ -1,0 +1,384 @@
+/*! Bits where they matter: from a calibration's sensitivity and a target to the plan of every block. */
+
+use serde::Serialize;
+
+use super::plan::{BlockPlan, SitePlan, bits_per_weight, plan_block};
+use super::sensitivity::{BlockSensitivity, Sensitivity, SiteSensitivity};
+use crate::model::Architecture;
+use crate::quant::allocation::{self, Choice};
+use crate::recipe::Recipe;
+use crate::{Error, Result};
+
+/// How large the result may be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Target {
+    /// Average bits a weight of the linears, scales, outliers and orders included.
+    Bits(f64),
+    /// Bytes of the whole checkpoint.
+    Bytes(u64),
+}
+
+/// What may be chosen, and how large the result may be.
+#[derive(Clone, Debug)]
+pub struct Allocating {
+    /// The target.
+    pub target: Target,
+    /// Widths to choose among; 16 leaves a linear as it is.
+    pub widths: Vec<u8>,
+    /// Outlier counts to choose among; none for all that were measured.
+    pub outlier_counts: Option<Vec<usize>>,
+}
+
+/// Bytes of headers and of `atom.json` that a linear takes beside its tensors, at most.
+const LINEAR_DESCRIPTION_BYTES: u64 = 2000;
+/// The same for a site and the tensors around it.
+const SITE_DESCRIPTION_BYTES: u64 = 1000;
+
+/// A plan's size and what it may be expected to cost.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Expected {
+    /// Average bits a weight of the linears.
+    pub bits_per_weight: f64,
+    /// Nats that the loss of a token may be expected to grow by: about the growth of ln perplexity.
+    pub nats: f64,
+}
+
+/// How many linears have a width.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct WidthShare {
+    /// The width.
+    pub bits: u8,
+    /// Linears of that width.
+    pub linears: usize,
+    /// Their weights.
+    pub weights: u64,
+}
+
+/// How many sites have an outlier count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct OutlierShare {
+    /// The outlier count.
+    pub outliers: usize,
+    /// Sites with so many.
+    pub sites: usize,
+}
+
+/// A linear and its width.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Favoured {
+    /// Its name.
+    pub name: String,
+    /// Its width.
+    pub bits: u8,
+    /// Nats it would have cost at the recipe's width.
+    pub nats: f64,
+}
+
+/// What the solver decided.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Allocated {
+    /// Average bits asked for, if the target was one of bits.
+    pub target_bits: Option<f64>,
+    /// Bytes asked for, if the target was one of size.
+    pub target_bytes: Option<u64>,
+    /// Bytes of the planned checkpoint's tensors, files beside them and headers at most.
+    pub checkpoint_bytes: u64,
+    /// The plan.
+    pub planned: Expected,
+    /// The recipe's width and outlier count everywhere.
+    pub uniform: Expected,
+    /// The least that any plan within the target could be expected to cost: what the solver proved.
+    pub least_nats: f64,
+    /// Linears by width, ascending.
+    pub widths: Vec<WidthShare>,
+    /// Sites by outlier count, ascending.
+    pub outliers: Vec<OutlierShare>,
+    /// Linears that got the most bits, the most sensitive first.
+    pub favoured: Vec<Favoured>,
+}
+
+/// The blocks' plans that the target allows and that cost least.
+///
+/// # Errors
+/// A sensitivity of another recipe or without what is to be chosen among; a target below the least.
+pub fn allocate(
+    sensitivity: &Sensitivity,
+    architecture: &Architecture,
+    recipe: &Recipe,
+    allocating: &Allocating,
+) -> Result<(Vec<BlockPlan>, Allocated)> {
+    check_recipe(sensitivity, recipe)?;
+    let widths = widths_of(sensitivity, allocating)?;
+    let counts = counts_of(sensitivity, recipe, allocating)?;
+    let usual = (0..architecture.blocks)
+        .map(|block| plan_block(recipe, &architecture.sites(block)))
+        .collect::<Result<Vec<_>>>()?;
+    let measured = || {
+        usual.iter().zip(&sensitivity.blocks).flat_map(|(plan, block)| {
+            plan.iter().zip(&block.sites).map(move |(plan, site)| Options {
+                sensitivity,
+                block,
+                site,
+                plan,
+            })
+        })
+    };
+    let options: Vec<Vec<Planned>> =
+        measured().map(|site| site.all(&widths, &counts, recipe, allocating.target)).collect();
+    let choices: Vec<Vec<Choice>> =
+        options.iter().map(|site| site.iter().map(|planned| planned.choice).collect()).collect();
+    let linears: usize = usual.iter().flatten().map(|site| site.linears.len()).sum();
+    let described = linears as u64 * LINEAR_DESCRIPTION_BYTES
+        + choices.len() as u64 * SITE_DESCRIPTION_BYTES
+        + sensitivity.kept_bytes;
+    let weights: u64 = usual.iter().flatten().map(|site| site.bits_and_weights().1).sum();
+    let budget = match allocating.target {
+        Target::Bits(bits) => (bits * weights as f64).floor() as u64,
+        Target::Bytes(bytes) => 8 * bytes.saturating_sub(described),
+    };
+    let found = allocation::allocate(&choices, budget)
+        .map_err(|least| too_small(allocating.target, least, weights, described))?;
+    let mut chosen =
+        found.chosen.iter().zip(options).map(|(at, mut site)| site.swap_remove(*at).plan);
+    let blocks: Vec<BlockPlan> = sensitivity
+        .blocks
+        .iter()
+        .map(|block| chosen.by_ref().take(block.sites.len()).collect())
+        .collect();
+    let uniform_nats = measured().map(|site| site.nats(site.plan)).sum();
+    let stored = blocks.iter().flatten().zip(measured());
+    let stored: u64 = stored.map(|(plan, site)| plan.stored_bytes(&site.site.source_bytes)).sum();
+    let allocated = Allocated {
+        target_bits: match allocating.target {
+            Target::Bits(bits) => Some(bits),
+            Target::Bytes(_) => None,
+        },
+        target_bytes: match allocating.target {
+            Target::Bits(_) => None,
+            Target::Bytes(bytes) => Some(bytes),
+        },
+        checkpoint_bytes: stored + described,
+        planned: Expected { bits_per_weight: bits_per_weight(&blocks), nats: found.cost },
+        uniform: Expected { bits_per_weight: bits_per_weight(&usual), nats: uniform_nats },
+        least_nats: found.bound,
+        widths: width_shares(&blocks),
+        outliers: outlier_shares(&blocks),
+        favoured: favoured(&blocks, measured()),
+    };
+    Ok((blocks, allocated))
+}
+
+/// A site with what was measured of it.
+struct Options<'a> {
+    sensitivity: &'a Sensitivity,
+    block: &'a BlockSensitivity,
+    site: &'a SiteSensitivity,
+    /// Its plan by the recipe.
+    plan: &'a SitePlan,
+}
+
+/// One way to treat a site.
+struct Planned {
+    plan: SitePlan,
+    choice: Choice,
+}
+
+impl Options<'_> {
+    /// Every outlier count with every width of each linear.
+    fn all(
+        &self,
+        widths: &[u8],
+        counts: &[usize],
+        recipe: &Recipe,
+        target: Target,
+    ) -> Vec<Planned> {
+        let linears = self.plan.linears.len();
+        let mut all = Vec::new();
+        for outliers in counts {
+            let measured = self.sensitivity.count(self.site, *outliers).is_some();
+            let plan = self.plan.with_outliers(*outliers, recipe.group).filter(|_| measured);
+            let Some(mut plan) = plan else { continue };
+            for combination in 0..widths.len().pow(linears as u32) {
+                let mut rest = combination;
+                for linear in &mut plan.linears {
+                    linear.bits = widths[rest % widths.len()];
+                    rest /= widths.len();
+                }
+                let bits = match target {
+                    Target::Bits(_) => plan.bits_and_weights().0,
+                    Target::Bytes(_) => 8 * plan.stored_bytes(&self.site.source_bytes),
+                };
+                let choice = Choice { bits, cost: self.nats(&plan) };
+                all.push(Planned { plan: plan.clone(), choice });
+            }
+        }
+        all
+    }
+
+    /// What a plan of the site, of a measured outlier count, may be expected to cost.
+    fn nats(&self, plan: &SitePlan) -> f64 {
+        let count = self.sensitivity.count(self.site, plan.outlier_channels);
+        let count = count.expect("only measured outlier counts are planned");
+        let linears = plan
+            .linears
+            .iter()
+            .enumerate()
+            .map(|(at, linear)| self.sensitivity.effect(self.site, count, at, linear.bits));
+        self.block.carry * (count.activation + linears.sum::<f64>())
+    }
+
+    /// What one linear costs as the recipe has it.
+    fn linear_nats(&self, linear: usize) -> f64 {
+        self.block.carry * self.site.effects[linear]
+    }
+}
+
+/// Refuses a sensitivity that was measured with other settings: all but width and outlier count, which are
+/// chosen, and the KV cache, which has no part in it.
+fn check_recipe(sensitivity: &Sensitivity, recipe: &Recipe) -> Result<()> {
+    let table = |recipe: &Recipe| {
+        let table = serde_json::to_value(recipe).expect("a recipe has only JSON types");
+        table.as_object().expect("a recipe is a table").clone()
+    };
+    let (measured, wanted) = (table(&sensitivity.recipe), table(recipe));
+    let free = ["kv_bits", "clip_kv", "rotate_kv", "kv_after_rope"];
+    let differing: Vec<String> = wanted
+        .iter()
+        .filter(|(key, value)| !free.contains(&key.as_str()) && measured.get(*key) != Some(*value))
+        .map(|(key, value)| match measured.get(key) {
+            Some(measured) => format!("{key} was {measured} and is now {value}"),
+            None => format!("{key} is new"),
+        })
+        .collect();
+    if differing.is_empty() {
+        return Ok(());
+    }
+    Err(Error::input(format!(
+        "the sensitivity was measured with other settings: {}",
+        differing.join(", ")
+    ))
+    .hint("plan with the recipe flags of the calibration, or measure again with `atom calibrate --sensitivity` and these"))
+}
+
+fn widths_of(sensitivity: &Sensitivity, allocating: &Allocating) -> Result<Vec<u8>> {
+    let unknown = |bits: &&u8| **bits != 16 && !sensitivity.widths.contains(bits);
+    if let Some(bits) = allocating.widths.iter().find(unknown) {
+        let known: Vec<String> = sensitivity.widths.iter().map(u8::to_string).collect();
+        return Err(Error::usage(format!("{bits} bits were not measured"))
+            .hint(format!("choose --widths among {} and 16", known.join(", "))));
+    }
+    let mut widths = allocating.widths.clone();
+    widths.sort_unstable();
+    widths.dedup();
+    Ok(widths)
+}
+
+/// Outlier counts to choose among. The recipe's is always one of them: a site that is too narrow for
+/// others has it.
+fn counts_of(
+    sensitivity: &Sensitivity,
+    recipe: &Recipe,
+    allocating: &Allocating,
+) -> Result<Vec<usize>> {
+    let sites = sensitivity.blocks.iter().flat_map(|block| &block.sites);
+    let mut measured: Vec<usize> =
+        sites.flat_map(|site| &site.counts).map(|count| count.outliers).collect();
+    measured.sort_unstable();
+    measured.dedup();
+    let Some(wanted) = &allocating.outlier_counts else { return Ok(measured) };
+    if let Some(count) = wanted.iter().find(|count| !measured.contains(count)) {
+        let known: Vec<String> = measured.iter().map(usize::to_string).collect();
+        return Err(Error::usage(format!("{count} outliers were not measured")).hint(format!(
+            "choose --outlier-counts among {}, or measure with `atom calibrate --sensitivity --outlier-counts {count}`",
+            known.join(", ")
+        )));
+    }
+    let mut counts = wanted.clone();
+    let narrow =
+        |site: &SiteSensitivity| site.counts.iter().all(|count| !wanted.contains(&count.outliers));
+    if sensitivity.blocks.iter().flat_map(|block| &block.sites).any(narrow) {
+        counts.push(recipe.outliers);
+    }
+    counts.sort_unstable();
+    counts.dedup();
+    Ok(counts)
+}
+
+fn too_small(target: Target, least: u64, weights: u64, described: u64) -> Error {
+    let hint =
+        "or allow smaller --widths or fewer --outlier-counts, or calibrate with a larger --group";
+    match target {
+        Target::Bits(bits) => {
+            // Rounded up, so that the number shown is one that can be asked for.
+            let least = (least as f64 / weights as f64 * 1000.0).ceil() / 1000.0;
+            Error::input(format!(
+                "{bits} bits a weight are too few: the smallest plan takes {least}, scales, outliers and orders included"
+            ))
+            .hint(format!("ask for --target-bits {least} or more, {hint}"))
+        }
+        Target::Bytes(bytes) => {
+            let least = least.div_ceil(8) + described;
+            Error::input(format!(
+                "{bytes} bytes are too few: the smallest plan takes {least}, of which {described} are what is never quantized"
+            ))
+            .hint(format!("ask for --target-size {least} or more, {hint}"))
+        }
+    }
+}
+
+fn width_shares(blocks: &[BlockPlan]) -> Vec<WidthShare> {
+    let mut shares: Vec<WidthShare> = Vec::new();
+    for site in blocks.iter().flatten() {
+        for linear in &site.linears {
+            let weights = (linear.rows * site.channels) as u64;
+            match shares.iter_mut().find(|share| share.bits == linear.bits) {
+                Some(share) => {
+                    share.linears += 1;
+                    share.weights += weights;
+                }
+                None => shares.push(WidthShare { bits: linear.bits, linears: 1, weights }),
+            }
+        }
+    }
+    shares.sort_by_key(|share| share.bits);
+    shares
+}
+
+fn outlier_shares(blocks: &[BlockPlan]) -> Vec<OutlierShare> {
+    let mut shares: Vec<OutlierShare> = Vec::new();
+    for site in blocks.iter().flatten() {
+        match shares.iter_mut().find(|share| share.outliers == site.outlier_channels) {
+            Some(share) => share.sites += 1,
+            None => shares.push(OutlierShare { outliers: site.outlier_channels, sites: 1 }),
+        }
+    }
+    shares.sort_by_key(|share| share.outliers);
+    shares
+}
+
+/// Linears named by a report.
+const FAVOURED: usize = 5;
+
+/// The linears of the greatest width, the most sensitive first.
+fn favoured<'a>(
+    blocks: &[BlockPlan],
+    measured: impl Iterator<Item = Options<'a>>,
+) -> Vec<Favoured> {
+    let mut all: Vec<Favoured> = blocks
+        .iter()
+        .flatten()
+        .zip(measured)
+        .flat_map(|(plan, site)| {
+            let named = plan.linears.iter().enumerate();
+            let favoured = named.map(move |(at, linear)| Favoured {
+                name: linear.name.clone(),
+                bits: linear.bits,
+                nats: site.linear_nats(at),
+            });
+            favoured.collect::<Vec<_>>()
+        })
+        .collect();
+    all.sort_by(|a, b| b.bits.cmp(&a.bits).then(b.nats.total_cmp(&a.nats)));
+    all.truncate(FAVOURED);
+    all
+}
