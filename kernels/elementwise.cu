@@ -57,6 +57,22 @@ static __device__ __forceinline__ u32 silu_mul2(u32 gate, u32 up) {
     return pack_half2(silu_mul(low_half(gate), low_half(up)), silu_mul(high_half(gate), high_half(up)));
 }
 
+/// `x - y` in f16, held within its range: a hidden state may differ by more.
+template <class In> static __device__ __forceinline__ void difference(const In* x, const In* y, long long count, half* to) {
+    long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= count) return;
+    float value = to_float(x[i]) - to_float(y[i]);
+    // Comparisons, so that a NaN stays one.
+    value = value > 65504.0f ? 65504.0f : value;
+    to[i] = to_half(value < -65504.0f ? -65504.0f : value);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) difference_half(const half* x, const half* y, long long count, half* to) {
+    difference(x, y, count, to);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) difference_float(const float* x, const float* y, long long count, half* to) {
+    difference(x, y, count, to);
+}
+
 /// `gate = silu(gate) * up`, `count` values in place, eight a thread.
 extern "C" __global__ void __launch_bounds__(THREADS) silu_mul_half(half* gate, const half* up, long long count) {
     long long first = ((long long)blockIdx.x * THREADS + threadIdx.x) * 8;

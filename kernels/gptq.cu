@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) divisors(const float* l, i
     if (i < n) to[i] = l[(long long)(n - 1 - i) * n + (n - 1 - i)];
 }
 
-/// R above its diagonal from L below it, in one buffer: R[i][j] = L[n-1-i][n-1-j] / L[n-1-j][n-1-j].
+/// R above its diagonal from L below it and on it, in one buffer; L stays: R[i][j] = L[n-1-i][n-1-j] / L[n-1-j][n-1-j].
 extern "C" __global__ void __launch_bounds__(THREADS) unit_upper(float* l, const float* divisors, int n) {
     long long i = blockIdx.y;
     int j = blockIdx.x * THREADS + threadIdx.x;
@@ -340,6 +340,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) outlier_errors(
         errors[2 * row] += cost;
         errors[2 * row + 1] += square;
     }
+}
+
+/// `to` is `x` `[rows, n]` with its columns reversed. A row a block of `blockIdx.y`.
+extern "C" __global__ void __launch_bounds__(THREADS) reverse_columns(const float* x, int n, float* to) {
+    long long row = blockIdx.y;
+    int column = blockIdx.x * THREADS + threadIdx.x;
+    if (column < n) to[row * n + column] = x[row * n + (n - 1 - column)];
+}
+
+/// `weights += share * change` for `weights` `[rows, n]` and a `change` whose columns are reversed.
+extern "C" __global__ void __launch_bounds__(THREADS) add_reversed(float* weights, const float* change, int n, float share) {
+    long long row = blockIdx.y;
+    int column = blockIdx.x * THREADS + threadIdx.x;
+    if (column < n) weights[row * n + column] = fmaf(share, change[row * n + (n - 1 - column)], weights[row * n + column]);
 }
 
 /// `x -= y`, `count` values.

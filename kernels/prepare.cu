@@ -112,7 +112,7 @@ static __device__ __forceinline__ void round_trip(float (&x)[HELD], float clip) 
 
 template <Role ROLE>
 static __device__ __forceinline__ void prepare(const half* x, long long row_stride, const float* cos, const float* sin, half* out,
-                                               int tokens, int heads, int seq_len, float clip) {
+                                               int tokens, int heads, int seq_len, float clip, const float* mean) {
     constexpr int HALF = HEAD_DIM / 2;
     u32 tiles = (heads + QUAD_HEADS - 1) / QUAD_HEADS;
     u32 task = blockIdx.x * (PREPARE_THREADS / QUAD_LANES) + threadIdx.x / QUAD_LANES;
@@ -154,6 +154,11 @@ static __device__ __forceinline__ void prepare(const half* x, long long row_stri
             if (ROTATED && AFTER_ROPE) transform(values);
         } else {
             if (ROLE == Role::Key && AFTER_ROPE) embed(values, c, s);
+            if (ROLE == Role::Key && mean && there && first + i < heads) {
+                const float* own = mean + (long long)(first + i) * HEAD_DIM + at;
+#pragma unroll
+                for (int j = 0; j < HELD; j++) values[j] -= own[j / 4 * HALF + j % 4];
+            }
             if (ROTATED) transform(values);
             if (KV_BITS < 16) round_trip(values, clip);
             if (ROLE == Role::Key && !AFTER_ROPE) {
@@ -273,7 +278,7 @@ static __device__ __forceinline__ void round_trip(float (&x)[HELD], int lane, fl
 
 template <Role ROLE>
 static __device__ __forceinline__ void prepare(const half* x, long long row_stride, const float* cos, const float* sin, half* out,
-                                               int tokens, int heads, int seq_len, float clip) {
+                                               int tokens, int heads, int seq_len, float clip, const float* mean) {
     __shared__ float exchange[PREPARE_THREADS / 32][HEAD_DIM];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     long long task = (long long)blockIdx.x * (PREPARE_THREADS / 32) + warp;
@@ -296,6 +301,13 @@ static __device__ __forceinline__ void prepare(const half* x, long long row_stri
         if (ROTATED && AFTER_ROPE) transform(values, lane);
     } else {
         if (ROLE == Role::Key && AFTER_ROPE) embed(values, lane, cos, sin, exchange[warp]);
+        if (ROLE == Role::Key && mean) {
+#pragma unroll
+            for (int i = 0; i < HELD; i++) {
+                int index = lane + 32 * i;
+                if (index < HEAD_DIM) values[i] -= mean[(long long)head * HEAD_DIM + index];
+            }
+        }
         if (ROTATED) transform(values, lane);
         if (KV_BITS < 16) round_trip(values, lane, clip);
         if (ROLE == Role::Key && !AFTER_ROPE) {
@@ -317,20 +329,21 @@ static __device__ __forceinline__ void prepare(const half* x, long long row_stri
 /// products see them.
 extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
     prepare_queries(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
-                    int seq_len, float clip) {
-    prepare<Role::Query>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip);
+                    int seq_len, float clip, const float* mean) {
+    prepare<Role::Query>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip, mean);
 }
 
-/// As prepare_queries, for keys as the cache gives them back.
+/// As prepare_queries, for keys as the cache gives them back; `mean` [heads, HEAD_DIM], if not null, is taken
+/// from the embedded keys first.
 extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
     prepare_keys(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
-                 int seq_len, float clip) {
-    prepare<Role::Key>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip);
+                 int seq_len, float clip, const float* mean) {
+    prepare<Role::Key>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip, mean);
 }
 
 /// As prepare_queries, for values as the cache gives them back, still rotated; cos and sin are unused.
 extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
     prepare_values(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
-                   int seq_len, float clip) {
-    prepare<Role::Value>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip);
+                   int seq_len, float clip, const float* mean) {
+    prepare<Role::Value>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip, mean);
 }

@@ -43,6 +43,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) energy_parts(const half* x
     }
 }
 
+/// Sums over the tokens of one head of one window, `keys` `[windows, heads, seq_len, width]`: a block each,
+/// `sums` `[windows, heads, head_dim]`. Warps take turns with the tokens, lanes with the channels.
+extern "C" __global__ void __launch_bounds__(THREADS) key_parts(const half* keys, int seq_len, int head_dim, int width, double* sums) {
+    __shared__ double parts[THREADS / 32][32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    keys += (long long)blockIdx.x * seq_len * width;
+    for (int first = 0; first < head_dim; first += 32) {
+        double sum = 0.0;
+        if (first + lane < head_dim) {
+            for (int token = warp; token < seq_len; token += THREADS / 32) sum += to_float(keys[(long long)token * width + first + lane]);
+        }
+        parts[warp][lane] = sum;
+        __syncthreads();
+        if (warp == 0 && first + lane < head_dim) {
+            for (int i = 1; i < THREADS / 32; i++) sum += parts[i][lane];
+            sums[(long long)blockIdx.x * head_dim + first + lane] = sum;
+        }
+        __syncthreads();
+    }
+}
+
 /// Sums `parts` `[parts, channels]` in order.
 extern "C" __global__ void __launch_bounds__(THREADS) energy_sum(const double* parts, int count, int channels, double* energy) {
     int channel = blockIdx.x * THREADS + threadIdx.x;

@@ -99,8 +99,16 @@ pub struct Recipe {
     pub rotate_kv: bool,
     /// Quantize K after RoPE instead of before.
     pub kv_after_rope: bool,
+    /// Take each head's mean key from the embedded keys before they are quantized.
+    pub center_keys: bool,
     /// Choose weight codes by GPTQ instead of rounding to nearest.
     pub gptq: bool,
+    /// GPTQ: quantize a block site by site, each behind the quantized sites before it, instead of at once.
+    pub sequential: bool,
+    /// GPTQ, sequential: how much of what quantization has changed in a linear's input and in the hidden
+    /// states its weights make up for, 0 to 1.
+    #[serde(serialize_with = "crate::decimal::serialize")]
+    pub correction: f32,
     /// GPTQ: share of the Hessian's mean diagonal that is added to the diagonal.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub damping: f32,
@@ -124,7 +132,10 @@ impl Recipe {
             transform: Transform::None,
             rotate_kv: false,
             kv_after_rope: false,
+            center_keys: false,
             gptq: true,
+            sequential: false,
+            correction: 0.0,
             damping: 0.01,
         }
     }
@@ -137,6 +148,9 @@ impl Recipe {
             transform: Transform::Hadamard,
             rotate_kv: true,
             kv_after_rope: true,
+            center_keys: true,
+            sequential: true,
+            correction: 0.5,
             ..Self::paper()
         }
     }
@@ -238,6 +252,21 @@ impl Recipe {
                 self.damping
             )));
         }
+        if self.center_keys && !self.kv_after_rope {
+            return Err(Error::input("center_keys needs kv_after_rope").hint(
+                "before the rotary embedding, the mean key does not leave the scores as they are",
+            ));
+        }
+        if !(0.0..=1.0).contains(&self.correction) {
+            return Err(Error::input(format!(
+                "correction is {}; it must lie in [0, 1]",
+                self.correction
+            )));
+        }
+        if self.correction > 0.0 && !self.sequential {
+            return Err(Error::input("correction needs sequential")
+                .hint("all sites of a block at once have no corrected inputs to go by: set sequential = true"));
+        }
         if self.bits == 16 {
             return Err(Error::input("bits is 16: nothing would be quantized")
                 .hint("choose --bits 2, 3, 4 or 8; activations and KV cache may stay at 16"));
@@ -252,6 +281,7 @@ impl Recipe {
             clip: self.clip_kv,
             rotate: self.rotate_kv,
             after_rope: self.kv_after_rope,
+            center: self.center_keys,
         }
     }
 

@@ -64,6 +64,21 @@ pub struct Unquantized<'a, W> {
     pub format: WeightFormat,
 }
 
+/// How far quantization has moved a site: what its linears' targets are corrected by.
+///
+/// A linear's input is `x` behind the quantized blocks and was `x0` behind the source's. The weights that come
+/// closest to the source's output on `x` are `W + (W sum d x^T + sum r x^T) H^-1`, with `d = x0 - x` and, for a linear that
+/// adds to the hidden states, `r` what these have lost so far (least squares; GPTAQ, arXiv 2504.02692, and Qronos,
+/// arXiv 2505.11695, correct the first part).
+pub struct Drift<C> {
+    /// `sum d x^T` over the calibration tokens, `[channels, channels]`.
+    pub inputs: C,
+    /// `sum r x^T`, `[hidden, channels]`.
+    pub outputs: Option<C>,
+    /// How much of the correction is made, 0 to 1.
+    pub share: f32,
+}
+
 /// What a Hessian's factorization took.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Damping {
@@ -95,6 +110,8 @@ pub trait Backend: Sync {
     type Site: Send + Sync;
     /// A running sum of `x^T x`, `[channels, channels]`.
     type Hessian: Send;
+    /// A running sum of `y^T x` for two activations.
+    type Cross: Send;
     /// What the GPTQ sweep needs of the damped Hessian's Cholesky factor.
     type Factor: Send + Sync;
 
@@ -175,14 +192,18 @@ pub trait Backend: Sync {
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
     /// `silu(gate) * up`.
     fn silu_mul(&self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
-    /// Causal attention of each window, over keys and values as the cache holds them.
+    /// Causal attention of each window, over keys and values as the cache holds them. `key_mean`
+    /// `[1, kv_heads * head_dim]` is taken from the embedded keys before they are quantized.
     fn attention(
         &self,
         spec: &AttentionSpec,
         q: &Self::Tensor,
         k: &Self::Tensor,
         v: &Self::Tensor,
+        key_mean: Option<&Self::Tensor>,
     ) -> Result<Self::Tensor>;
+    /// Adds each channel's sum over the tokens of the embedded keys to `sums`.
+    fn add_keys(&self, spec: &AttentionSpec, k: &Self::Tensor, sums: &mut [f64]) -> Result<()>;
     /// Negative log likelihoods: for each window of `seq_len` rows, of tokens 1.. given the rows
     /// before them, in nats, `[windows * (seq_len - 1)]`.
     fn cross_entropy(
@@ -212,6 +233,17 @@ pub trait Backend: Sync {
     fn hessian(&self, channels: usize) -> Result<Self::Hessian>;
     /// `H += x^T x`, tokens in order.
     fn add_to_hessian(&self, hessian: &mut Self::Hessian, x: &Self::Tensor) -> Result<()>;
+    /// `x - y`: of two hidden states, or of two other activations.
+    fn difference(&self, x: &Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Zeros, `[rows, columns]`.
+    fn cross(&self, rows: usize, columns: usize) -> Result<Self::Cross>;
+    /// `C += y^T x`, tokens in order.
+    fn add_to_cross(
+        &self,
+        cross: &mut Self::Cross,
+        y: &Self::Tensor,
+        x: &Self::Tensor,
+    ) -> Result<()>;
     /// The factor of the damped Hessian, or none if no rung of the damping ladder makes it positive
     /// definite.
     fn factor(
@@ -219,14 +251,17 @@ pub trait Backend: Sync {
         hessian: &mut Self::Hessian,
         damping: f32,
     ) -> Result<Option<(Self::Factor, Damping)>>;
-    /// The GPTQ sweep over the weights of a site's linears, arranged, as
-    /// [`sweep_plain`](crate::quant::gptq::sweep_plain) defines it.
+    /// The GPTQ sweep over the weights of a site's linears, arranged and corrected for the drift, as
+    /// [`sweep_plain`](crate::quant::gptq::sweep_plain) defines it; each with its relative output error
+    /// `sqrt(tr(E H E^T) / tr(W H W^T))`, `E` what is missing to the corrected weights.
     fn gptq(
         &self,
         linears: &[Unquantized<Self::Weight<'_>>],
         site: &Self::Site,
+        hessian: &Self::Hessian,
         factor: &Self::Factor,
-    ) -> Result<Vec<Self::Quantized>>;
+        drift: Option<&Drift<Self::Cross>>,
+    ) -> Result<Vec<(Self::Quantized, f64)>>;
     /// Arranged weights rounded to nearest, as
     /// [`round_to_nearest`](crate::quant::weights::round_to_nearest) defines it.
     fn round(

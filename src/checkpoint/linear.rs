@@ -156,6 +156,18 @@ pub fn order_spec(site: &str, length: usize) -> TensorSpec {
     TensorSpec::new(format!("{site}.order"), Dtype::I32, [length])
 }
 
+/// Reads a vector of f32, which must be finite.
+pub fn read_floats(stored: &impl Stored, spec: &TensorSpec) -> Result<Vec<f32>> {
+    let bytes = stored.fetch(spec)?;
+    let values: Vec<f32> =
+        bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+    match values.iter().position(|value| !value.is_finite()) {
+        None => Ok(values),
+        Some(at) => Err(Error::input(format!("tensor `{}` is not finite at {at}", spec.name))
+            .hint("the file is damaged: copy it again")),
+    }
+}
+
 /// The tensor of a site's channel order, `(name, bytes)`.
 pub fn order_tensor(site: &str, order: &[i32]) -> (String, Vec<u8>) {
     let bytes = order.iter().flat_map(|entry| entry.to_le_bytes()).collect();

@@ -15,7 +15,7 @@ use crate::pipeline::plan::{BlockPlan, SitePlan};
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{
     BlockWeights, Evaluation, Stream, attention_spec, cpu_seconds, expect, one_ahead,
-    quantized_block, read_sites, source_block, vector,
+    quantized_block, read_key_mean, read_sites, source_block, vector,
 };
 use crate::quant::kv::KvFormat;
 use crate::text::{Tokenizer, evaluation_windows};
@@ -108,12 +108,13 @@ pub fn atom_perplexity<B: Backend>(
             site.linears[linear].bits == 16
         };
         let weights = BlockWeights::load(backend, checkpoint, &run.architecture, index, kept)?;
-        Ok((weights, read_sites(checkpoint, &blocks[index])?))
+        let key_mean = read_key_mean(checkpoint, &run.architecture, index, &kv)?;
+        Ok((weights, read_sites(checkpoint, &blocks[index])?, key_mean))
     };
-    run.measure(&tokens, load, |(weights, sites)| {
+    run.measure(&tokens, load, |(weights, sites, key_mean)| {
         let sites = sites.into_iter().map(|site| site.restore(backend));
         let sites = sites.collect::<Result<Vec<_>>>()?;
-        quantized_block(backend, &run.architecture, &weights, &sites)
+        quantized_block(backend, &run.architecture, &weights, &sites, key_mean.as_deref())
     })
 }
 

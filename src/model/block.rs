@@ -45,13 +45,23 @@ pub struct Block<B: Backend> {
     pub mlp_norm: B::Tensor,
     /// RMSNorm's epsilon.
     pub epsilon: f32,
+    /// What is taken from the embedded keys before they are quantized, `[1, kv_heads * head_dim]`.
+    pub key_mean: Option<B::Tensor>,
     /// attn_in, attn_out, mlp_in, mlp_act.
     pub sites: [Site<B>; 4],
 }
 
-/// Sees each site's activation as its dense linears see it. Sites whose linears are all packed are
-/// not shown.
-pub type Observer<'a, T> = &'a mut dyn FnMut(SiteKind, &T) -> Result<()>;
+/// What an observer is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// A site's activation as its dense linears see it. Sites whose linears are all packed are not shown.
+    Site(SiteKind),
+    /// Keys, before the rotary embedding.
+    Keys,
+}
+
+/// Sees activations on their way.
+pub type Observer<'a, T> = &'a mut dyn FnMut(Seen, &T) -> Result<()>;
 
 impl<B: Backend> Block<B> {
     /// Runs the block over `x` `[tokens, hidden]`, whole windows of `attention.seq_len` rows, in
@@ -90,14 +100,34 @@ impl<B: Backend> Block<B> {
         x: &mut B::Tensor,
         observer: Observer<B::Tensor>,
     ) -> Result<B::Tensor> {
-        let [attn_in, attn_out, mlp_in, _] = &self.sites;
+        let heads = self.heads(backend, attention, x, observer)?;
+        self.sites[1].apply_onto(backend, heads, x, observer)?;
+        self.gated(backend, x, observer)
+    }
+
+    /// The joined heads of attention for the hidden states `x`: what attn_out sees.
+    pub fn heads(
+        &self,
+        backend: &B,
+        attention: &AttentionSpec,
+        x: &B::Tensor,
+        observer: Observer<B::Tensor>,
+    ) -> Result<B::Tensor> {
         let normed = backend.rms_norm(x, &self.attn_norm, self.epsilon)?;
-        let [q, k, v] = attn_in.apply(backend, normed, observer)?;
-        let heads = backend.attention(attention, &q, &k, &v)?;
-        drop((q, k, v));
-        attn_out.apply_onto(backend, heads, x, observer)?;
+        let [q, k, v] = self.sites[0].apply(backend, normed, observer)?;
+        observer(Seen::Keys, &k)?;
+        backend.attention(attention, &q, &k, &v, self.key_mean.as_ref())
+    }
+
+    /// `silu(gate) * up` for the hidden states `x` behind attention: what mlp_act sees.
+    pub fn gated(
+        &self,
+        backend: &B,
+        x: &B::Tensor,
+        observer: Observer<B::Tensor>,
+    ) -> Result<B::Tensor> {
         let normed = backend.rms_norm(x, &self.mlp_norm, self.epsilon)?;
-        let [gate, up] = mlp_in.apply(backend, normed, observer)?;
+        let [gate, up] = self.sites[2].apply(backend, normed, observer)?;
         backend.silu_mul(gate, &up)
     }
 }
@@ -139,7 +169,7 @@ impl<B: Backend> Site<B> {
     }
 
     /// Adds the output of the site's one linear for the activation `x` to the residual stream.
-    fn apply_onto(
+    pub fn apply_onto(
         &self,
         backend: &B,
         x: B::Tensor,
@@ -155,14 +185,38 @@ impl<B: Backend> Site<B> {
         }
     }
 
+    /// Its order and format on the backend.
+    ///
+    /// # Panics
+    /// If it has none.
+    pub fn order(&self) -> &B::Site {
+        match &self.treatment {
+            Treatment::Source => unreachable!("only sites with a format are quantized"),
+            Treatment::Arranged(site) | Treatment::Quantized(site) => site,
+        }
+    }
+
+    /// The activation `x` as dense linears behind a site with a format see it, whatever its linears are.
+    pub fn seen(&self, backend: &B, x: &B::Tensor) -> Result<B::Tensor> {
+        match &self.treatment {
+            Treatment::Source => unreachable!("only sites with a format are quantized"),
+            Treatment::Arranged(site) => backend.arrange(x, site),
+            Treatment::Quantized(site) => backend.dequantize(&self.rows(backend, x, site)?),
+        }
+    }
+
+    fn rows(&self, backend: &B, x: &B::Tensor, site: &B::Site) -> Result<B::Rows> {
+        backend
+            .quantize(x, site)
+            .map_err(|error| error.context(format!("activations of {}", self.name)))
+    }
+
     fn input(&self, backend: &B, x: B::Tensor, observer: Observer<B::Tensor>) -> Result<Input<B>> {
         let float = match &self.treatment {
             Treatment::Source => x,
             Treatment::Arranged(site) => backend.arrange(&x, site)?,
             Treatment::Quantized(site) => {
-                let rows = backend
-                    .quantize(&x, site)
-                    .map_err(|error| error.context(format!("activations of {}", self.name)))?;
+                let rows = self.rows(backend, &x, site)?;
                 drop(x);
                 if self.linears.iter().any(|linear| matches!(linear, Linear::Packed(_))) {
                     return Ok(Input::Rows(rows));
@@ -170,7 +224,7 @@ impl<B: Backend> Site<B> {
                 backend.dequantize(&rows)?
             }
         };
-        observer(self.kind, &float)?;
+        observer(Seen::Site(self.kind), &float)?;
         Ok(Input::Float(float))
     }
 }

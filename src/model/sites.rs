@@ -52,6 +52,11 @@ impl Architecture {
         format!("model.layers.{block}")
     }
 
+    /// The name of block `block`'s mean keys, `[kv_heads * head_dim]`.
+    pub fn key_mean_name(&self, block: usize) -> String {
+        format!("{}.self_attn.key_mean", self.block_name(block))
+    }
+
     /// Names of the two RMSNorm weights of block `block`: before attention, before the MLP.
     pub fn norm_names(&self, block: usize) -> [String; 2] {
         ["input_layernorm", "post_attention_layernorm"]

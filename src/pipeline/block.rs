@@ -1,15 +1,16 @@
 /*! Quantizing one block: Hessians of its sites on the quantized stream, then every linear by GPTQ, or
 rounding to nearest without a Hessian. */
 
-use super::calibrate::Energies;
+use super::calibrate::Statistics;
 use super::load::{BlockWeights, QuantizedSite, hessian_block};
 use super::plan::SitePlan;
 use super::progress::Progress;
 use super::stream::Stream;
 use super::timing::Timing;
 use crate::Result;
-use crate::backend::{AttentionSpec, Backend, Unquantized};
+use crate::backend::{AttentionSpec, Backend, Drift, Unquantized};
 use crate::model::Architecture;
+use crate::model::block::Seen;
 use crate::model::sites::{SITES, SiteSpec};
 use crate::quant::site::SiteFormat;
 
@@ -29,8 +30,12 @@ pub struct BlockQuantizer<'a, B: Backend> {
     pub architecture: &'a Architecture,
     /// Attention over quantized keys and values.
     pub attention: &'a AttentionSpec,
+    /// Attention over keys and values as the source has them.
+    pub full_attention: &'a AttentionSpec,
     /// Damping of the Hessians.
     pub damping: f32,
+    /// How much of the drift is corrected, where sites are quantized in turn.
+    pub correction: f32,
     /// Told of fallbacks, and asked whether to stop.
     pub progress: &'a dyn Progress,
 }
@@ -42,20 +47,17 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         &self,
         weights: &BlockWeights<B>,
         plan: &[SitePlan],
-        energies: &Energies,
+        statistics: &Statistics,
         stream: Option<&Stream<B>>,
         timing: &mut Timing,
     ) -> Result<QuantizedBlock<B>> {
         let backend = self.backend;
-        let formats: Vec<SiteFormat> = plan
-            .iter()
-            .zip(energies)
-            .map(|(site, energy)| site.format(site.order(energy)))
-            .collect();
+        let formats = formats(plan, statistics);
         let mut hessians = match stream {
             None => vec![None, None, None, None],
             Some(stream) => timing.measure("hessians", || {
-                let hessians = self.hessians(weights, &formats, stream)?;
+                let key_mean = self.key_mean(statistics);
+                let hessians = self.hessians(weights, &formats, key_mean, stream)?;
                 backend.wait()?;
                 Ok::<_, crate::Error>(hessians)
             })?,
@@ -72,10 +74,10 @@ impl<B: Backend> BlockQuantizer<'_, B> {
                 spec: &specs[at],
                 plan: &plan[at],
                 weights: &weights.sites[at],
-                energy: &energies[at],
+                energy: &statistics.energies[at],
             };
             let linears = timing.measure(name, || {
-                let linears = self.quantize_site(&work, &format, hessian, &mut errors)?;
+                let linears = self.quantize_site(&work, &format, hessian, None, &mut errors)?;
                 backend.wait()?;
                 Ok::<_, crate::Error>(linears)
             })?;
@@ -90,10 +92,11 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         &self,
         weights: &BlockWeights<B>,
         formats: &[SiteFormat],
+        key_mean: Option<&[f32]>,
         stream: &Stream<B>,
     ) -> Result<Vec<Option<B::Hessian>>> {
         let backend = self.backend;
-        let block = hessian_block(backend, self.architecture, weights, formats)?;
+        let block = hessian_block(backend, self.architecture, weights, formats, key_mean)?;
         let mut hessians = formats
             .iter()
             .map(|format| backend.hessian(format.width()))
@@ -101,7 +104,8 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         for batch in &stream.batches {
             self.progress.check_stop()?;
             let batch = backend.duplicate(batch)?;
-            block.observe(backend, self.attention, batch, &mut |kind, x| {
+            block.observe(backend, self.attention, batch, &mut |seen, x| {
+                let Seen::Site(kind) = seen else { return Ok(()) };
                 let site = SITES.iter().position(|known| *known == kind).expect("every kind");
                 backend.add_to_hessian(&mut hessians[site], x)
             })?;
@@ -109,11 +113,19 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         Ok(hessians.into_iter().map(Some).collect())
     }
 
-    fn quantize_site(
+    /// The mean keys, where the cache is centred.
+    pub(super) fn key_mean<'s>(&self, statistics: &'s Statistics) -> Option<&'s [f32]> {
+        self.attention.kv.is_centered().then_some(&statistics.key_mean[..])
+    }
+
+    /// Quantizes a site's linears: by GPTQ with a Hessian, towards weights that make up for the drift if
+    /// there is one.
+    pub(super) fn quantize_site(
         &self,
         work: &SiteWork<B>,
         format: &SiteFormat,
         mut hessian: Option<B::Hessian>,
+        drift: Option<&Drift<B::Cross>>,
         errors: &mut Vec<(String, f64)>,
     ) -> Result<Vec<Option<B::Quantized>>> {
         let backend = self.backend;
@@ -131,23 +143,28 @@ impl<B: Backend> BlockQuantizer<'_, B> {
                 format: work.plan.weights(linear),
             })
             .collect();
-        let quantized = match &factor {
-            Some(factor) => backend.gptq(&unquantized, &site, factor)?,
-            None => unquantized
+        let quantized = match (&hessian, &factor) {
+            (Some(hessian), Some(factor)) => {
+                backend.gptq(&unquantized, &site, hessian, factor, drift)?
+            }
+            (Some(hessian), None) => round_all(backend, &unquantized, &site, hessian)?,
+            (None, _) => unquantized
                 .iter()
-                .map(|linear| backend.round(linear, &site))
+                .map(|linear| {
+                    let quantized = backend.round(linear, &site)?;
+                    let error =
+                        backend.energy_error(work.energy, &site, linear.weight, &quantized)?;
+                    Ok((quantized, error))
+                })
                 .collect::<Result<_>>()?,
         };
-        // The factor is as large as the Hessian: free it before the errors need room.
-        drop(factor);
-        for (linear, quantized) in unquantized.iter().zip(&quantized) {
-            let error = match &hessian {
-                Some(hessian) => backend.output_error(hessian, &site, linear.weight, quantized)?,
-                None => backend.energy_error(work.energy, &site, linear.weight, quantized)?,
-            };
-            errors.push((linear.name.to_owned(), error));
-        }
-        let mut quantized = quantized.into_iter();
+        errors.extend(
+            unquantized
+                .iter()
+                .zip(&quantized)
+                .map(|(linear, (_, error))| (linear.name.to_owned(), *error)),
+        );
+        let mut quantized = quantized.into_iter().map(|(quantized, _)| quantized);
         let linears = work.plan.linears.iter();
         Ok(linears.map(|linear| if linear.bits < 16 { quantized.next() } else { None }).collect())
     }
@@ -171,10 +188,31 @@ impl<B: Backend> BlockQuantizer<'_, B> {
     }
 }
 
+/// Linears rounded to nearest, each with its relative output error.
+pub(super) fn round_all<B: Backend>(
+    backend: &B,
+    linears: &[Unquantized<B::Weight<'_>>],
+    site: &B::Site,
+    hessian: &B::Hessian,
+) -> Result<Vec<(B::Quantized, f64)>> {
+    let round = |linear: &Unquantized<B::Weight<'_>>| {
+        let quantized = backend.round(linear, site)?;
+        let error = backend.output_error(hessian, site, linear.weight, &quantized)?;
+        Ok((quantized, error))
+    };
+    linears.iter().map(round).collect()
+}
+
+/// Every site's order and format.
+pub(super) fn formats(plan: &[SitePlan], statistics: &Statistics) -> Vec<SiteFormat> {
+    let sites = plan.iter().zip(&statistics.energies);
+    sites.map(|(site, energy)| site.format(site.order(energy))).collect()
+}
+
 /// What one site's linears are quantized from.
-struct SiteWork<'a, 'w, B: Backend> {
-    spec: &'a SiteSpec,
-    plan: &'a SitePlan,
-    weights: &'a [Option<B::Weight<'w>>],
-    energy: &'a [f64],
+pub(super) struct SiteWork<'a, 'w, B: Backend> {
+    pub(super) spec: &'a SiteSpec,
+    pub(super) plan: &'a SitePlan,
+    pub(super) weights: &'a [Option<B::Weight<'w>>],
+    pub(super) energy: &'a [f64],
 }

@@ -8,19 +8,29 @@ use std::path::Path;
 use safetensors::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 
-use super::load::{BlockWeights, source_block};
+use super::load::{BlockWeights, key_mean_spec, source_block};
 use super::progress::Progress;
 use super::sensitivity::Sensitivity;
 use super::stream::Stream;
 use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::sha256_hex;
 use crate::model::Architecture;
+use crate::model::block::Seen;
 use crate::model::sites::SITES;
 use crate::{Error, Result};
 
 /// Sum of squares of each channel of a block's four sites over the calibration tokens: the diagonal of
 /// GPTQ's Hessian up to a factor (outlier.py, metric `hessian`).
 pub type Energies = [Vec<f64>; 4];
+
+/// What calibration finds out about a block.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Statistics {
+    /// Of its sites.
+    pub energies: Energies,
+    /// The mean over the tokens of the embedded keys, `[kv_heads * head_dim]`.
+    pub key_mean: Vec<f32>,
+}
 
 /// Where calibration windows came from; part of a checkpoint's provenance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -37,26 +47,39 @@ pub struct Provenance {
     pub seed: u64,
 }
 
-/// Carries `stream` through a block in full precision and measures its sites.
-pub fn advance_and_measure<B: Backend>(
+/// Measures a block in full precision on `stream`, and with `advance` carries the stream through it.
+pub fn measure_block<B: Backend>(
     backend: &B,
     architecture: &Architecture,
     attention: &AttentionSpec,
     weights: &BlockWeights<B>,
     stream: &mut Stream<B>,
+    advance: bool,
     progress: &dyn Progress,
-) -> Result<Energies> {
+) -> Result<Statistics> {
     let block = source_block(backend, architecture, weights)?;
     let index = weights.index;
     let mut energies = architecture.sites(index).map(|site| vec![0.0; site.channels]);
+    let mut sums = vec![0.0; attention.kv_heads * attention.head_dim];
+    let mut tokens = 0;
     for batch in &mut stream.batches {
         progress.check_stop()?;
-        backend.recall(batch)?;
-        block.forward(backend, attention, batch, &mut |kind, x| {
-            let site = SITES.iter().position(|known| *known == kind).expect("SITES has every kind");
-            backend.add_energy(x, &mut energies[site])
-        })?;
-        backend.set_aside(batch)?;
+        tokens += backend.rows(batch);
+        let mut observer = |seen: Seen, x: &B::Tensor| match seen {
+            Seen::Site(kind) => {
+                let site = SITES.iter().position(|known| *known == kind).expect("every kind");
+                backend.add_energy(x, &mut energies[site])
+            }
+            Seen::Keys => backend.add_keys(attention, x, &mut sums),
+        };
+        if advance {
+            backend.recall(batch)?;
+            block.forward(backend, attention, batch, &mut observer)?;
+            backend.set_aside(batch)?;
+        } else {
+            let copy = backend.duplicate(batch)?;
+            block.observe(backend, attention, copy, &mut observer)?;
+        }
     }
     for (energy, site) in energies.iter().zip(architecture.sites(index)) {
         if let Some(channel) = energy.iter().position(|energy| !energy.is_finite()) {
@@ -70,10 +93,11 @@ pub fn advance_and_measure<B: Backend>(
             ));
         }
     }
-    Ok(energies)
+    let key_mean = sums.iter().map(|sum| (sum / tokens as f64) as f32).collect();
+    Ok(Statistics { energies, key_mean })
 }
 
-/// What `atom calibrate` writes: a safetensors file with the windows, every site's energies, and the
+/// What `atom calibrate` writes: a safetensors file with the windows, every block's statistics, and the
 /// sensitivity if it was measured.
 pub struct CalibrationData {
     /// Name of the model.
@@ -86,8 +110,8 @@ pub struct CalibrationData {
     pub provenance: Provenance,
     /// `[samples, seq_len]`.
     pub tokens: Vec<u32>,
-    /// Every block's energies.
-    pub energies: Vec<Energies>,
+    /// Every block's.
+    pub statistics: Vec<Statistics>,
     /// What widths and outlier counts would cost, where it was measured.
     pub sensitivity: Option<Sensitivity>,
 }
@@ -103,6 +127,8 @@ struct Header {
     sensitivity: Option<Sensitivity>,
 }
 
+/// Version of the file's format.
+const VERSION: u32 = 2;
 const KEY: &str = "atom_calibration";
 const WINDOWS: &str = "windows";
 
@@ -134,7 +160,10 @@ impl CalibrationData {
         let data = self.tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
         let windows = Bytes { dtype: Dtype::U32, shape: vec![samples, seq_len], data };
         let mut tensors = BTreeMap::from([(WINDOWS.to_owned(), windows)]);
-        for (index, energies) in self.energies.iter().enumerate() {
+        for (index, Statistics { energies, key_mean }) in self.statistics.iter().enumerate() {
+            let data = key_mean.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let spec = key_mean_spec(architecture, index);
+            tensors.insert(spec.name, Bytes { dtype: Dtype::F32, shape: spec.shape, data });
             for (site, energy) in architecture.sites(index).into_iter().zip(energies) {
                 let data = energy.iter().flat_map(|value| value.to_le_bytes()).collect();
                 let shape = vec![energy.len()];
@@ -142,7 +171,7 @@ impl CalibrationData {
             }
         }
         let header = Header {
-            version: 1,
+            version: VERSION,
             model: self.model.clone(),
             fingerprint: self.fingerprint.clone(),
             config: self.config.clone(),
@@ -170,8 +199,8 @@ impl CalibrationData {
             .ok_or_else(|| wrong("its header lacks `atom_calibration`"))?;
         let header: Header =
             serde_json::from_str(header).map_err(|error| wrong(&error.to_string()))?;
-        if header.version != 1 {
-            return Err(wrong("it was written by a newer version"));
+        if header.version != VERSION {
+            return Err(wrong("it was written by another version"));
         }
         let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(&error.to_string()))?;
         let tensor = |name: &str, dtype: Dtype, shape: &[usize]| {
@@ -185,7 +214,7 @@ impl CalibrationData {
         let Provenance { samples, seq_len, .. } = header.provenance;
         let windows = tensor(WINDOWS, Dtype::U32, &[samples, seq_len])?;
         let tokens = windows.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
-        let mut energies = Vec::with_capacity(architecture.blocks);
+        let mut statistics = Vec::with_capacity(architecture.blocks);
         for index in 0..architecture.blocks {
             let mut block = Energies::default();
             for (energy, site) in block.iter_mut().zip(architecture.sites(index)) {
@@ -193,10 +222,14 @@ impl CalibrationData {
                 *energy =
                     data.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect();
             }
-            energies.push(block);
+            let spec = key_mean_spec(&architecture, index);
+            let data = tensor(&spec.name, Dtype::F32, &spec.shape)?;
+            let key_mean =
+                data.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            statistics.push(Statistics { energies: block, key_mean });
         }
         let Header { model, fingerprint, config, provenance, sensitivity, .. } = header;
-        let data = Self { model, fingerprint, config, provenance, tokens, energies, sensitivity };
+        let data = Self { model, fingerprint, config, provenance, tokens, statistics, sensitivity };
         Ok((data, architecture, sha256_hex(&bytes)))
     }
 }

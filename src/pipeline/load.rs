@@ -2,7 +2,8 @@
 
 use super::plan::SitePlan;
 use crate::backend::{AttentionSpec, Backend, Matrix};
-use crate::checkpoint::{Tensor, Tensors};
+use crate::checkpoint::linear::read_floats;
+use crate::checkpoint::{Dtype, Tensor, TensorSpec, Tensors};
 use crate::model::Architecture;
 use crate::model::block::{Block, Linear, Site, Treatment};
 use crate::model::sites::{SITES, SiteKind};
@@ -125,11 +126,26 @@ pub fn source_block<B: Backend>(
     architecture: &Architecture,
     weights: &BlockWeights<B>,
 ) -> Result<Block<B>> {
-    block(backend, architecture, weights, |site| {
+    block(backend, architecture, weights, None, |site| {
         let linears = 0..weights.sites[site].len();
         let linears = linears
             .map(|linear| Ok(Linear::Dense(backend.dense(weights.weight(site, linear), None)?)));
         Ok((Treatment::Source, linears.collect::<Result<_>>()?))
+    })
+}
+
+/// A block whose linears are still to be quantized: its sites order and quantize their activations, and
+/// have no linears yet.
+pub fn open_block<B: Backend>(
+    backend: &B,
+    architecture: &Architecture,
+    weights: &BlockWeights<B>,
+    formats: &[SiteFormat],
+    key_mean: Option<&[f32]>,
+) -> Result<Block<B>> {
+    block(backend, architecture, weights, key_mean, |site| {
+        let format = &formats[site];
+        Ok((treatment::<B>(format, backend.site(format)?), Vec::new()))
     })
 }
 
@@ -141,8 +157,9 @@ pub fn hessian_block<B: Backend>(
     architecture: &Architecture,
     weights: &BlockWeights<B>,
     formats: &[SiteFormat],
+    key_mean: Option<&[f32]>,
 ) -> Result<Block<B>> {
-    block(backend, architecture, weights, |site| {
+    block(backend, architecture, weights, key_mean, |site| {
         let format = &formats[site];
         let order = backend.site(format)?;
         let seen = match SITES[site] {
@@ -187,21 +204,34 @@ pub fn quantized_block<B: Backend>(
     architecture: &Architecture,
     weights: &BlockWeights<B>,
     sites: &[QuantizedSite<B::Quantized>],
+    key_mean: Option<&[f32]>,
 ) -> Result<Block<B>> {
-    block(backend, architecture, weights, |site| {
-        let QuantizedSite { format, linears } = &sites[site];
+    block(backend, architecture, weights, key_mean, |site| {
+        let format = &sites[site].format;
         let order = backend.site(format)?;
-        let linears = linears.iter().enumerate().map(|(linear, quantized)| match quantized {
-            None => {
-                let weight = weights.weight(site, linear);
-                Ok(Linear::Dense(backend.dense(weight, Some(&order))?))
-            }
-            Some(quantized) if format.bits == 16 => Ok(Linear::Dense(backend.dense_of(quantized)?)),
-            Some(quantized) => Ok(Linear::Packed(backend.packed(quantized)?)),
-        });
-        let linears = linears.collect::<Result<_>>()?;
+        let linears = quantized_linears(backend, weights, site, &sites[site], &order)?;
         Ok((treatment::<B>(format, order), linears))
     })
+}
+
+/// The linears of one site of such a block.
+pub fn quantized_linears<B: Backend>(
+    backend: &B,
+    weights: &BlockWeights<B>,
+    site: usize,
+    quantized: &QuantizedSite<B::Quantized>,
+    order: &B::Site,
+) -> Result<Vec<Linear<B>>> {
+    let QuantizedSite { format, linears } = quantized;
+    let linears = linears.iter().enumerate().map(|(linear, quantized)| match quantized {
+        None => {
+            let weight = weights.weight(site, linear);
+            Ok(Linear::Dense(backend.dense(weight, Some(order))?))
+        }
+        Some(quantized) if format.bits == 16 => Ok(Linear::Dense(backend.dense_of(quantized)?)),
+        Some(quantized) => Ok(Linear::Packed(backend.packed(quantized)?)),
+    });
+    linears.collect()
 }
 
 fn treatment<B: Backend>(format: &SiteFormat, site: B::Site) -> Treatment<B> {
@@ -212,6 +242,7 @@ fn block<B: Backend>(
     backend: &B,
     architecture: &Architecture,
     weights: &BlockWeights<B>,
+    key_mean: Option<&[f32]>,
     mut fill: impl FnMut(usize) -> Result<(Treatment<B>, Vec<Linear<B>>)>,
 ) -> Result<Block<B>> {
     let names = architecture.sites(weights.index).map(|site| site.name);
@@ -219,12 +250,34 @@ fn block<B: Backend>(
         let (treatment, linears) = fill(at)?;
         Ok::<_, Error>(Site { kind: SITES[at], name: names[at].clone(), treatment, linears })
     };
+    let key_mean = key_mean.map(|mean| {
+        let data = mean.to_vec();
+        backend.upload(Matrix { rows: 1, columns: data.len(), data })
+    });
     Ok(Block {
+        key_mean: key_mean.transpose()?,
         attn_norm: backend.upload(weights.norms[0].clone())?,
         mlp_norm: backend.upload(weights.norms[1].clone())?,
         epsilon: architecture.norm_epsilon,
         sites: [site(0)?, site(1)?, site(2)?, site(3)?],
     })
+}
+
+/// The tensor of a block's mean keys.
+pub fn key_mean_spec(architecture: &Architecture, block: usize) -> TensorSpec {
+    let shape = [architecture.kv_heads * architecture.head_dim];
+    TensorSpec::new(architecture.key_mean_name(block), Dtype::F32, shape)
+}
+
+/// The mean keys of block `block` as a checkpoint holds them, where its cache is centred.
+pub fn read_key_mean(
+    stored: &impl crate::checkpoint::Stored,
+    architecture: &Architecture,
+    block: usize,
+    kv: &KvFormat,
+) -> Result<Option<Vec<f32>>> {
+    let read = || read_floats(stored, &key_mean_spec(architecture, block));
+    kv.is_centered().then(read).transpose()
 }
 
 /// A plan's sites with their linears read back from where they are stored.

@@ -8,6 +8,7 @@ mod ahead;
 pub mod allocate;
 mod block;
 mod calibrate;
+mod in_turn;
 mod load;
 pub mod outcome;
 pub mod plan;
@@ -24,9 +25,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use ahead::one_ahead;
-pub use calibrate::{CalibrationData, Provenance};
+pub use calibrate::{CalibrationData, Provenance, Statistics};
 pub use load::{
-    BlockWeights, attention_spec, expect, quantized_block, read_sites, source_block, vector,
+    BlockWeights, attention_spec, expect, key_mean_spec, quantized_block, read_key_mean,
+    read_sites, source_block, vector,
 };
 pub use stream::Stream;
 pub use timing::{cpu_seconds, peak_rss_bytes};
@@ -98,31 +100,7 @@ pub fn quantize<B: Backend>(
 ) -> Result<QuantizeOutcome> {
     let job = prepare(source, calibration, recipe)?;
     check_evaluation(source, evaluation)?;
-    let mut stream = None;
-    let attention = attention_spec(&job.architecture, KvFormat::FULL, calibration.seq_len);
-    run::run(backend, &job, output, evaluation, progress, |weights, timing| {
-        timing.measure("calibrate", || {
-            let stream = match &mut stream {
-                Some(stream) => stream,
-                None => stream.insert(Stream::embed(
-                    backend,
-                    source,
-                    &job.architecture,
-                    &job.tokens,
-                    calibration.seq_len,
-                )?),
-            };
-            let architecture = &job.architecture;
-            calibrate::advance_and_measure(
-                backend,
-                architecture,
-                &attention,
-                weights,
-                stream,
-                progress,
-            )
-        })
-    })
+    run::run(backend, &job, output, evaluation, progress, None)
 }
 
 /// Everything `quantize` would find out before its first product.
@@ -273,22 +251,23 @@ fn measure<B: Backend>(
         }
     };
     progress.begin("calibrate", architecture.blocks);
-    let mut energies = Vec::with_capacity(architecture.blocks);
+    let mut statistics = Vec::with_capacity(architecture.blocks);
     let load = |index| BlockWeights::<B>::load(backend, *source, architecture, index, |_, _| true);
     one_ahead(0..architecture.blocks, load, |_, weights| {
         let weights = weights()?;
-        let energy = calibrate::advance_and_measure(
+        let measured = calibrate::measure_block(
             backend,
             architecture,
             &attention,
             &weights,
             &mut stream,
+            true,
             progress,
         )?;
         if let Some(sensor) = &mut sensor {
-            sensor.measure(&weights, &energy)?;
+            sensor.measure(&weights, &measured.energies)?;
         }
-        energies.push(energy);
+        statistics.push(measured);
         progress.advance("");
         Ok(())
     })?;
@@ -300,7 +279,7 @@ fn measure<B: Backend>(
         config: source.config().clone(),
         provenance: provenance.clone(),
         tokens: tokens.clone(),
-        energies,
+        statistics,
         sensitivity,
     })
 }
@@ -394,9 +373,8 @@ pub fn quantize_to_target<B: Backend>(
         allocate(sensitivity, &job.architecture, measuring.recipe, allocating)?;
     job.blocks = blocks;
     let seconds = start.elapsed().as_secs_f64();
-    let mut outcome = run::run(backend, &job, output, evaluation, progress, |weights, _| {
-        Ok(data.energies[weights.index].clone())
-    })?;
+    let known = Some(&data.statistics[..]);
+    let mut outcome = run::run(backend, &job, output, evaluation, progress, known)?;
     outcome.seconds += seconds;
     outcome.stage_seconds.insert(0, StageSeconds { stage: "sensitivity".to_owned(), seconds });
     outcome.allocation = Some(allocated);
@@ -433,12 +411,10 @@ pub fn pack<B: Backend>(
     let architecture = Architecture::from_config(source.config())?;
     check_plan(&architecture, &plan.blocks)?;
     check_evaluation(source, evaluation)?;
-    let CalibrationData { provenance, tokens, energies, .. } = data;
+    let CalibrationData { provenance, tokens, statistics, .. } = data;
     let PlanFile { recipe, blocks, .. } = plan;
     let job = Job { source, architecture, recipe, blocks, tokens, provenance };
-    run::run(backend, &job, output, evaluation, progress, |weights, _| {
-        Ok(energies[weights.index].clone())
-    })
+    run::run(backend, &job, output, evaluation, progress, Some(&statistics))
 }
 
 fn count_linears(architecture: &Architecture) -> usize {

@@ -12,21 +12,25 @@ use serde_json::{Value, json};
 
 use super::ahead::one_ahead;
 use super::block::{BlockQuantizer, QuantizedBlock};
-use super::calibrate::{Energies, Provenance};
-use super::load::{BlockWeights, attention_spec, expect, quantized_block, read_sites};
+use super::calibrate::{Provenance, Statistics, measure_block};
+use super::in_turn::Streams;
+use super::load::{
+    BlockWeights, attention_spec, expect, key_mean_spec, quantized_block, read_sites, source_block,
+};
 use super::outcome::{LinearOutcome, QuantizeOutcome};
 use super::plan::{BlockPlan, LinearPlan, bits_per_weight};
 use super::progress::Progress;
 use super::stream::Stream;
 use super::timing::{Timing, peak_rss_bytes};
 use super::{Evaluation, Output, evaluate_change};
-use crate::backend::Backend;
+use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::linear::{order_spec, order_tensor, specs, to_tensors};
 use crate::checkpoint::{
     DEFAULT_SHARD_BYTES, DoneBlock, FORMAT_VERSION, Options, Source, TensorSpec, Writer,
 };
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
+use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
 use crate::{Error, Kind, Result};
 
@@ -72,6 +76,9 @@ impl Job<'_> {
         for (index, block) in self.blocks.iter().enumerate() {
             for norm in self.architecture.norm_names(index) {
                 all.push(self.kept(&norm)?);
+            }
+            if self.recipe.kv().is_centered() {
+                all.push(key_mean_spec(&self.architecture, index));
             }
             for site in block {
                 all.push(order_spec(&site.name, site.width()));
@@ -185,14 +192,14 @@ impl Job<'_> {
     }
 }
 
-/// Quantizes and writes the whole model. `energies` is called once for every block, in order.
+/// Quantizes and writes the whole model. What is `known` of the blocks is not measured again.
 pub fn run<B: Backend>(
     backend: &B,
     job: &Job,
     output: &Output,
     evaluation: Option<&Evaluation>,
     progress: &dyn Progress,
-    energies: impl FnMut(&BlockWeights<B>, &mut Timing) -> Result<Energies>,
+    known: Option<&[Statistics]>,
 ) -> Result<QuantizeOutcome> {
     let start = Instant::now();
     let mut timing = Timing::default();
@@ -204,7 +211,7 @@ pub fn run<B: Backend>(
         max_shard_bytes: DEFAULT_SHARD_BYTES,
     };
     let mut writer = Writer::create(&output.out, job.tensor_specs()?, &job.identity()?, options)?;
-    let written = write_tensors(backend, job, &mut writer, progress, &mut timing, energies);
+    let written = write_tensors(backend, job, &mut writer, progress, &mut timing, known);
     let Written { errors, resumed_blocks } = match written {
         Ok(written) => written,
         Err(error) => {
@@ -285,7 +292,7 @@ fn write_tensors<B: Backend>(
     writer: &mut Writer,
     progress: &dyn Progress,
     timing: &mut Timing,
-    energies: impl FnMut(&BlockWeights<B>, &mut Timing) -> Result<Energies>,
+    known: Option<&[Statistics]>,
 ) -> Result<Written> {
     let done = writer.done().to_vec();
     let writer = Mutex::new(writer);
@@ -296,7 +303,7 @@ fn write_tensors<B: Backend>(
             write_behind(backend, job, &writer, receiver)
         });
         let run = Blocks { backend, job, done: &done, writer: &writer, progress };
-        let computed = run.quantize(timing, energies, sender);
+        let computed = run.quantize(timing, known, sender);
         let written = timing.measure("write", || writing.join());
         // What stopped the writing stopped the computing too, and says why.
         written.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
@@ -325,15 +332,26 @@ fn write_kept(job: &Job, done: &[DoneBlock], writer: &Mutex<&mut Writer>) -> Res
     Ok(())
 }
 
+/// A block on its way to the disk.
+struct Finished<B: Backend> {
+    index: usize,
+    block: QuantizedBlock<B>,
+    key_mean: Vec<f32>,
+}
+
 /// Packs and writes finished blocks as they come.
 fn write_behind<B: Backend>(
     backend: &B,
     job: &Job,
     writer: &Mutex<&mut Writer>,
-    blocks: Receiver<(usize, QuantizedBlock<B>)>,
+    blocks: Receiver<Finished<B>>,
 ) -> Result<()> {
-    for (index, QuantizedBlock { sites, errors }) in blocks {
+    for Finished { index, block: QuantizedBlock { sites, errors }, key_mean } in blocks {
         let mut tensors = job.copies(job.architecture.norm_names(index))?;
+        if job.recipe.kv().is_centered() {
+            let bytes = key_mean.iter().flat_map(|value| value.to_le_bytes()).collect();
+            tensors.push((job.architecture.key_mean_name(index), bytes));
+        }
         for (site, quantized) in job.blocks[index].iter().zip(sites) {
             tensors.push(order_tensor(&site.name, &quantized.format.order));
             for (linear, weights) in site.linears.iter().zip(quantized.linears) {
@@ -351,6 +369,18 @@ fn write_behind<B: Backend>(
     Ok(())
 }
 
+/// The hidden states that move with a run.
+enum Moving<B: Backend> {
+    /// Rounding by statistics that are known.
+    None,
+    /// The source's, to be measured on, for rounding.
+    Source(Stream<B>),
+    /// GPTQ of a block at once; the source's stream to be measured on.
+    Apart { source: Option<Stream<B>>, quantized: Stream<B> },
+    /// GPTQ site by site.
+    Together(Streams<B>),
+}
+
 /// The blocks of a run, and what each needs.
 struct Blocks<'a, 'w, B: Backend> {
     backend: &'a B,
@@ -366,61 +396,103 @@ impl<B: Backend> Blocks<'_, '_, B> {
     fn quantize(
         &self,
         timing: &mut Timing,
-        mut energies: impl FnMut(&BlockWeights<B>, &mut Timing) -> Result<Energies>,
-        finished: SyncSender<(usize, QuantizedBlock<B>)>,
+        known: Option<&[Statistics]>,
+        finished: SyncSender<Finished<B>>,
     ) -> Result<Written> {
         let Self { backend, job, progress, .. } = *self;
-        let architecture = &job.architecture;
+        let Job { architecture, recipe, .. } = job;
         let seq_len = job.provenance.seq_len;
-        let attention = attention_spec(architecture, job.recipe.kv(), seq_len);
-        let mut stream = if job.recipe.gptq {
-            Some(Stream::embed(backend, job.source, architecture, &job.tokens, seq_len)?)
-        } else {
-            None
-        };
+        let attention = attention_spec(architecture, recipe.kv(), seq_len);
+        let full_attention = attention_spec(architecture, KvFormat::FULL, seq_len);
         let quantizer = BlockQuantizer {
             backend,
             architecture,
             attention: &attention,
-            damping: job.recipe.damping,
+            full_attention: &full_attention,
+            damping: recipe.damping,
+            correction: recipe.correction,
             progress,
         };
+        let mut streams = self.streams(known.is_none())?;
         progress.begin("quantize", job.blocks.len());
         let mut written = Written { errors: Vec::new(), resumed_blocks: 0 };
         let load =
             |index| BlockWeights::load(backend, job.source, architecture, index, |_, _| true);
         one_ahead(0..job.blocks.len(), load, |index, next| {
+            // Nobody needs the states after the last block.
+            let last = index + 1 == job.blocks.len();
             let weights = timing.measure("load", next)?;
-            let energies = energies(&weights, timing)?;
-            let done = self.resumed(index)?;
-            let resumed = done.is_some();
-            let block = match done {
-                Some(block) => block,
+            let statistics = match (known, &mut streams) {
+                (Some(known), _) => known[index].clone(),
+                (None, Moving::Source(source) | Moving::Apart { source: Some(source), .. }) => {
+                    timing.measure("calibrate", || {
+                        self.measure(&weights, &full_attention, source, true)
+                    })?
+                }
+                (None, Moving::Together(Streams { source, .. })) => timing
+                    .measure("calibrate", || {
+                        self.measure(&weights, &full_attention, source, false)
+                    })?,
+                (None, _) => unreachable!("the source's stream is there where it is measured on"),
+            };
+            let plan = &job.blocks[index];
+            let (resumed, block) = match self.resumed(index)? {
+                Some(block) => (true, block),
                 None => {
-                    let plan = &job.blocks[index];
-                    quantizer.quantize(&weights, plan, &energies, stream.as_ref(), timing)?
+                    let block = match &mut streams {
+                        Moving::Together(streams) => quantizer.quantize_in_turn(
+                            &weights,
+                            plan,
+                            &statistics,
+                            streams,
+                            last,
+                            timing,
+                        )?,
+                        Moving::Apart { quantized, .. } => {
+                            let stream = Some(&*quantized);
+                            quantizer.quantize(&weights, plan, &statistics, stream, timing)?
+                        }
+                        _ => quantizer.quantize(&weights, plan, &statistics, None, timing)?,
+                    };
+                    (false, block)
                 }
             };
             written.resumed_blocks += usize::from(resumed);
             written.errors.extend(block.errors.clone());
             let worst = worst_of(&block.errors);
-            // Nobody needs the states after the last block.
-            let stream = stream.as_mut().filter(|_| index + 1 < job.blocks.len());
-            let laid_out = match &stream {
+            // What the quantized block, and after a replay the source's, still have to be carried through.
+            let [source, quantized] = match &mut streams {
+                _ if last => [None, None],
+                Moving::Apart { quantized, .. } => [None, Some(quantized)],
+                Moving::Together(Streams { source, quantized }) if resumed => {
+                    [Some(source), Some(quantized)]
+                }
+                _ => [None, None],
+            };
+            let check_stop = || progress.check_stop();
+            if let Some(stream) = source {
+                timing.measure("propagate", || {
+                    let block = source_block(backend, architecture, &weights)?;
+                    stream.advance(backend, &full_attention, &block, check_stop)
+                })?;
+            }
+            let laid_out = match &quantized {
                 None => None,
                 Some(_) => Some(timing.measure("propagate", || {
-                    quantized_block(backend, architecture, &weights, &block.sites)
+                    let key_mean = quantizer.key_mean(&statistics);
+                    quantized_block(backend, architecture, &weights, &block.sites, key_mean)
                 })?),
             };
             drop(weights);
             if !resumed {
                 // It fails if the writing has failed, which is then the error that counts.
-                let sent = timing.measure("write", || finished.send((index, block)));
+                let sent = Finished { index, block, key_mean: statistics.key_mean };
+                let sent = timing.measure("write", || finished.send(sent));
                 sent.map_err(|_| Error::machine("the checkpoint could not be written"))?;
             }
-            if let (Some(stream), Some(block)) = (stream, laid_out) {
+            if let (Some(stream), Some(block)) = (quantized, laid_out) {
                 timing.measure("propagate", || {
-                    stream.advance(backend, &attention, &block, || progress.check_stop())?;
+                    stream.advance(backend, &attention, &block, check_stop)?;
                     backend.wait()
                 })?;
             }
@@ -431,6 +503,31 @@ impl<B: Backend> Blocks<'_, '_, B> {
         progress.end();
         progress.check_stop()?;
         Ok(written)
+    }
+
+    /// The streams that this run needs; the source's if statistics are to be measured, too.
+    fn streams(&self, measured: bool) -> Result<Moving<B>> {
+        let Self { backend, job, .. } = *self;
+        let Job { source, architecture, tokens, recipe, provenance, .. } = job;
+        let embed = || Stream::embed(backend, *source, architecture, tokens, provenance.seq_len);
+        Ok(match (recipe.gptq, recipe.sequential, measured) {
+            (true, true, _) => Moving::Together(Streams { source: embed()?, quantized: embed()? }),
+            (true, false, true) => Moving::Apart { source: Some(embed()?), quantized: embed()? },
+            (true, false, false) => Moving::Apart { source: None, quantized: embed()? },
+            (false, _, true) => Moving::Source(embed()?),
+            (false, _, false) => Moving::None,
+        })
+    }
+
+    fn measure(
+        &self,
+        weights: &BlockWeights<B>,
+        attention: &AttentionSpec,
+        stream: &mut Stream<B>,
+        advance: bool,
+    ) -> Result<Statistics> {
+        let Self { backend, job, progress, .. } = *self;
+        measure_block(backend, &job.architecture, attention, weights, stream, advance, progress)
     }
 
     /// Block `index` as an earlier run left it, if one did.

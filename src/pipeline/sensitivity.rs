@@ -21,6 +21,7 @@ The cost of a choice is `carry` times its effects: nats that a token's loss may 
 
 use serde::{Deserialize, Serialize};
 
+use super::block::round_all;
 use super::calibrate::Energies;
 use super::load::{
     BlockWeights, QuantizedSite, arranged_site, expect, hessian_block, quantized_block,
@@ -33,7 +34,7 @@ use crate::Result;
 use crate::backend::{AttentionSpec, Backend, Unquantized};
 use crate::checkpoint::Tensors;
 use crate::model::Architecture;
-use crate::model::block::{Block, Site};
+use crate::model::block::{Block, Seen, Site};
 use crate::model::sites::{FINAL_NORM, SITES, SiteSpec};
 use crate::quant::site::SiteFormat;
 use crate::quant::weights::WeightFormat;
@@ -320,7 +321,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
         wanted: &[bool],
     ) -> Result<Vec<Option<B::Hessian>>> {
         let Subject { backend, architecture, attention, progress, .. } = self.subject;
-        let block = hessian_block(backend, architecture, weights, formats)?;
+        let block = hessian_block(backend, architecture, weights, formats, None)?;
         let mut hessians = formats
             .iter()
             .zip(wanted)
@@ -329,7 +330,8 @@ impl<'a, B: Backend> Sensor<'a, B> {
         for batch in self.originals.iter().chain(&self.others.batches) {
             progress.check_stop()?;
             let batch = backend.duplicate(batch)?;
-            block.observe(backend, attention, batch, &mut |kind, x| {
+            block.observe(backend, attention, batch, &mut |seen, x| {
+                let Seen::Site(kind) = seen else { return Ok(()) };
                 let site = SITES.iter().position(|known| *known == kind).expect("every kind");
                 match &mut hessians[site] {
                     Some(hessian) => backend.add_to_hessian(hessian, x),
@@ -366,18 +368,14 @@ impl<'a, B: Backend> Sensor<'a, B> {
                 })
                 .collect();
             let quantized = match &factor {
-                Some((factor, _)) => backend.gptq(&unquantized, &site, factor)?,
-                None => unquantized
-                    .iter()
-                    .map(|linear| backend.round(linear, &site))
-                    .collect::<Result<_>>()?,
+                Some((factor, _)) => backend.gptq(&unquantized, &site, &hessian, factor, None)?,
+                None => round_all(backend, &unquantized, &site, &hessian)?,
             };
-            for ((linear, quantized), errors) in unquantized.iter().zip(&quantized).zip(&mut errors)
-            {
-                errors.push(backend.output_error(&hessian, &site, linear.weight, quantized)?);
+            for ((_, error), errors) in quantized.iter().zip(&mut errors) {
+                errors.push(*error);
             }
             if *bits == recipe.bits {
-                reference = quantized;
+                reference = quantized.into_iter().map(|(quantized, _)| quantized).collect();
             }
         }
         Ok(Measured { errors, reference })
@@ -394,7 +392,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
         for stream in self.changed.iter_mut().chain([&mut self.others]) {
             stream.advance(backend, attention, source, || progress.check_stop())?;
         }
-        let block = quantized_block(backend, architecture, weights, sites)?;
+        let block = quantized_block(backend, architecture, weights, sites, None)?;
         let mut batches = self.outputs(&block)?;
         for batch in &mut batches {
             backend.set_aside(batch)?;

@@ -20,15 +20,24 @@ pub struct KvFormat {
     pub rotate: bool,
     /// Whether keys are quantized after the rotary embedding, or before it.
     pub after_rope: bool,
+    /// Whether each head's mean key on the calibration text is taken from the embedded keys first.
+    #[serde(default)]
+    pub center: bool,
 }
 
 impl KvFormat {
     /// No quantization.
-    pub const FULL: Self = Self { bits: 16, clip: 1.0, rotate: false, after_rope: true };
+    pub const FULL: Self =
+        Self { bits: 16, clip: 1.0, rotate: false, after_rope: true, center: false };
 
     /// Whether anything is quantized.
     pub fn is_quantized(&self) -> bool {
         self.bits < 16
+    }
+
+    /// Whether mean keys are taken from the keys.
+    pub fn is_centered(&self) -> bool {
+        self.is_quantized() && self.center
     }
 
     /// The largest code.

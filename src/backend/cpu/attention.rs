@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use super::elementwise::{dispatch, rope_body, softmax_row};
 use super::gemm::{Panels, Rows, Shared, gemm};
 use super::isa::Isa;
+use crate::backend::AttentionSpec;
 use crate::quant::hadamard;
 use crate::quant::kv::{self, KvFormat};
 
@@ -59,6 +60,7 @@ pub fn attention(
     q: &[f32],
     k: &[f32],
     v: &[f32],
+    key_mean: Option<&[f32]>,
     out: &mut [f32],
 ) {
     let AttentionShape { heads, kv_heads, head_dim, seq_len } = shape;
@@ -82,7 +84,9 @@ pub fn attention(
             prepare(&mut head);
             head
         };
-        let keys = from_cache(k, &|head| keys_of_cache(isa, head, head_dim, format, cos, sin));
+        let mean = key_mean.map_or(&[][..], |mean| &mean[kv_head * head_dim..][..head_dim]);
+        let keys =
+            from_cache(k, &|head| keys_of_cache(isa, head, head_dim, format, cos, sin, mean));
         let keys = Panels::from_rows(&keys, seq_len, head_dim);
         let values = from_cache(v, &|head| values_of_cache(isa, head, head_dim, format));
         let values = Panels::from_columns(&values, seq_len, head_dim, head_dim);
@@ -145,7 +149,9 @@ fn gather(
     }
 }
 
-/// Keys `[seq_len, head_dim]` of one head as the products with queries see them.
+/// Keys `[seq_len, head_dim]` of one head as the products with queries see them. `mean` `[head_dim]`,
+/// or empty, is taken from the embedded keys of a quantized cache: a query's scores all change by the
+/// same number, which the softmax does not see.
 pub fn keys_of_cache(
     isa: Isa,
     keys: &mut [f32],
@@ -153,18 +159,43 @@ pub fn keys_of_cache(
     format: &KvFormat,
     cos: &[f32],
     sin: &[f32],
+    mean: &[f32],
 ) {
-    dispatch!(isa, keys_body(keys: &mut [f32], head_dim: usize, format: &KvFormat, cos: &[f32], sin: &[f32]));
+    dispatch!(isa, keys_body(keys: &mut [f32], head_dim: usize, format: &KvFormat, cos: &[f32], sin: &[f32], mean: &[f32]));
+}
+
+/// Adds each channel's sum over the tokens of the embedded keys `k` `[windows * seq_len, kv_heads *
+/// head_dim]` to `sums`.
+pub fn add_keys(isa: Isa, spec: &AttentionSpec, k: &[f32], sums: &mut [f64]) {
+    let AttentionSpec { kv_heads, head_dim, seq_len, .. } = *spec;
+    sums.par_chunks_mut(head_dim).enumerate().for_each(|(head, sums)| {
+        let mut keys = vec![0.0; seq_len * head_dim];
+        for window in 0..k.len() / (seq_len * kv_heads * head_dim) {
+            gather(k, kv_heads * head_dim, window * seq_len, head * head_dim, head_dim, &mut keys);
+            keys_of_cache(isa, &mut keys, head_dim, &KvFormat::FULL, &spec.cos, &spec.sin, &[]);
+            for key in keys.chunks(head_dim) {
+                sums.iter_mut().zip(key).for_each(|(sum, key)| *sum += f64::from(*key));
+            }
+        }
+    });
 }
 
 #[inline(always)]
-fn keys_body(keys: &mut [f32], head_dim: usize, format: &KvFormat, cos: &[f32], sin: &[f32]) {
+fn keys_body(
+    keys: &mut [f32],
+    head_dim: usize,
+    format: &KvFormat,
+    cos: &[f32],
+    sin: &[f32],
+    mean: &[f32],
+) {
     let rotate = format.is_quantized() && format.rotate;
     let half = head_dim / 2;
     let tables = cos.chunks_exact(half).zip(sin.chunks_exact(half));
     for (key, (cos, sin)) in keys.chunks_exact_mut(head_dim).zip(tables) {
         if format.after_rope {
             rope_body(key, cos, sin);
+            key.iter_mut().zip(mean).for_each(|(key, mean)| *key -= mean);
         }
         if rotate {
             hadamard::transform(key);
@@ -235,7 +266,7 @@ fn rotate_back_body(outputs: &mut [f32], head_dim: usize) {
 mod tests {
     use super::*;
 
-    const INT4: KvFormat = KvFormat { bits: 4, clip: 1.0, rotate: true, after_rope: true };
+    const INT4: KvFormat = KvFormat { bits: 4, rotate: true, ..KvFormat::FULL };
     const FORMATS: [KvFormat; 5] = [
         KvFormat::FULL,
         INT4,
@@ -281,7 +312,7 @@ mod tests {
             let mut out = vec![f32::NAN; self.q.len()];
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let Self { shape, cos, sin, q, k, v } = self;
-            pool.install(|| attention(isa, *shape, format, cos, sin, q, k, v, &mut out));
+            pool.install(|| attention(isa, *shape, format, cos, sin, q, k, v, None, &mut out));
             out
         }
 

@@ -2,6 +2,7 @@
 set or the number of threads. Its integer path is the specification of what a checkpoint means. */
 
 pub mod attention;
+mod drift;
 pub mod elementwise;
 mod factor;
 pub mod gemm;
@@ -20,7 +21,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::{AttentionSpec, Backend, Damping, Matrix, Unquantized, output_error};
+use super::{AttentionSpec, Backend, Damping, Drift, Matrix, Unquantized, output_error};
 use crate::checkpoint;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::rows::QuantizedRows;
@@ -110,6 +111,11 @@ impl Cpu {
         Self { isa, pool: Arc::default() }
     }
 
+    /// `W += share (W C_in + C_out) H^-1`, arranged, with the factor of the damped Hessian.
+    pub(crate) fn correct(&self, weights: &mut Matrix, drift: &Drift<Matrix>, factor: &[f32]) {
+        drift::correct(self.isa, weights, drift, factor);
+    }
+
     fn tensor(&self, rows: usize, columns: usize) -> Tensor {
         Tensor::unwritten(&self.pool, rows, columns)
     }
@@ -124,6 +130,7 @@ impl Backend for Cpu {
     type Packed = IntegerLinear;
     type Site = SiteFormat;
     type Hessian = Hessian;
+    type Cross = Matrix;
     type Factor = Vec<f32>;
 
     fn device(&self) -> String {
@@ -254,6 +261,7 @@ impl Backend for Cpu {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
+        key_mean: Option<&Tensor>,
     ) -> Result<Tensor> {
         let mut out = self.tensor(q.rows, q.columns);
         let shape = AttentionShape {
@@ -271,9 +279,15 @@ impl Backend for Cpu {
             &q.data,
             &k.data,
             &v.data,
+            key_mean.map(|mean| &mean.data[..]),
             &mut out.data,
         );
         Ok(out)
+    }
+
+    fn add_keys(&self, spec: &AttentionSpec, k: &Tensor, sums: &mut [f64]) -> Result<()> {
+        attention::add_keys(self.isa, spec, &k.data, sums);
+        Ok(())
     }
 
     fn cross_entropy(
@@ -379,15 +393,45 @@ impl Backend for Cpu {
         Ok(factor::factor(&hessian.lower, hessian.n, damping))
     }
 
+    fn difference(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        let mut difference = self.duplicate(x)?;
+        difference.data.par_chunks_mut(CHUNK).zip(y.data.par_chunks(CHUNK)).for_each(|(x, y)| {
+            for (x, y) in x.iter_mut().zip(y) {
+                *x -= y;
+            }
+        });
+        Ok(difference)
+    }
+
+    fn cross(&self, rows: usize, columns: usize) -> Result<Matrix> {
+        Ok(Matrix { rows, columns, data: vec![0.0; rows * columns] })
+    }
+
+    fn add_to_cross(&self, cross: &mut Matrix, y: &Tensor, x: &Tensor) -> Result<()> {
+        drift::add(self.isa, cross, &y.data, &x.data, x.rows);
+        Ok(())
+    }
+
     fn gptq(
         &self,
         linears: &[Unquantized<checkpoint::Tensor<'_>>],
         site: &SiteFormat,
+        hessian: &Hessian,
         factor: &Vec<f32>,
-    ) -> Result<Vec<QuantizedLinear>> {
+        drift: Option<&Drift<Matrix>>,
+    ) -> Result<Vec<(QuantizedLinear, f64)>> {
+        let half = hessian.half_panels();
         let sweep = |linear: &Unquantized<checkpoint::Tensor<'_>>| {
-            gptq::sweep(self.isa, arranged(linear.weight, site)?, &linear.format, factor)
-                .map_err(|error| error.context(format!("weights of {}", linear.name)))
+            let mut weights = arranged(linear.weight, site)?;
+            let total = hessian::energy(self.isa, &weights.data, weights.columns, &half);
+            if let Some(drift) = drift {
+                self.correct(&mut weights, drift, factor);
+            }
+            let quantized = gptq::sweep(self.isa, weights.clone(), &linear.format, factor)
+                .map_err(|error| error.context(format!("weights of {}", linear.name)))?;
+            let error = weights::difference(&quantized, &weights);
+            let lost = hessian::energy(self.isa, &error, weights.columns, &half);
+            Ok((quantized, output_error(lost, total)?))
         };
         linears.iter().map(sweep).collect()
     }

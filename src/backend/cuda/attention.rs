@@ -5,6 +5,7 @@ use super::launch::{Geometry, arguments};
 use super::tensor::Tensor;
 use super::{Cuda, THREADS, kernels};
 use crate::backend::AttentionSpec;
+use crate::quant::kv::KvFormat;
 use crate::{Error, Result};
 
 /// The widest head that prepare.cu and attention.cu are written for.
@@ -26,61 +27,15 @@ impl Cuda {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
+        key_mean: Option<&Tensor>,
     ) -> Result<Tensor> {
         let AttentionSpec { heads, kv_heads, head_dim, seq_len, ref kv, .. } = *spec;
-        if head_dim > WIDEST_HEAD {
-            return Err(Error::machine(format!(
-                "attention on a GPU knows heads of up to {WIDEST_HEAD} channels, not {head_dim}"
-            ))
-            .hint("run with --device cpu"));
-        }
         let windows = q.rows / seq_len;
         let width = head_dim.next_multiple_of(16);
         let rotated = kv.rotate && kv.is_quantized();
-        let kv_bits = if kv.is_quantized() { kv.bits } else { 16 };
-        let prepared = kernels::prepare(head_dim, kv_bits, rotated, kv.after_rope);
-        let mut rope = self.rope.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let known =
-            |tables: &RopeTables| (&tables.host.0, &tables.host.1) == (&spec.cos, &spec.sin);
-        if !rope.as_ref().is_some_and(known) {
-            *rope = Some(RopeTables {
-                host: (spec.cos.clone(), spec.sin.clone()),
-                cos: self.gpu.upload(&spec.cos)?,
-                sin: self.gpu.upload(&spec.sin)?,
-            });
-        }
-        let RopeTables { cos, sin, .. } = rope.as_ref().expect("made above");
-        // prepare.cu: QUADS, QUAD_LANES, QUAD_HEADS.
-        let quads = head_dim.is_multiple_of(16) && (!rotated || head_dim.is_power_of_two());
-        let (lanes, together) =
-            if quads { ((head_dim / 8).next_power_of_two(), 4) } else { (32, 1) };
-        let prepare = |entry: &str, x: &Tensor, heads: usize| -> Result<Buffer> {
-            let to = self.gpu.alloc(2 * x.rows * heads * width)?;
-            self.kernels.launch(
-                "prepare",
-                &prepared,
-                entry,
-                Geometry::line(
-                    (x.rows * heads.div_ceil(together)).div_ceil(THREADS / lanes),
-                    THREADS,
-                ),
-                arguments![
-                    x.half(),
-                    x.columns as i64,
-                    cos,
-                    sin,
-                    &to,
-                    x.rows,
-                    heads,
-                    seq_len,
-                    kv.clip
-                ],
-            )?;
-            Ok(to)
-        };
-        let queries = prepare("prepare_queries", q, heads)?;
-        let keys = prepare("prepare_keys", k, kv_heads)?;
-        let values = prepare("prepare_values", v, kv_heads)?;
+        let queries = self.prepare("prepare_queries", spec, q, heads, None)?;
+        let keys = self.prepare("prepare_keys", spec, k, kv_heads, key_mean)?;
+        let values = self.prepare("prepare_values", spec, v, kv_heads, None)?;
         let out = self.half(q.rows, q.columns)?;
         // attention.cu: QUERY_ROWS, KEY_ROWS, PITCH.
         let (query_rows, key_rows) = if width <= 128 { (128, 64) } else { (64, 32) };
@@ -106,5 +61,84 @@ impl Cuda {
             ],
         )?;
         Ok(out)
+    }
+
+    /// Queries, keys or values as the products see them, `[windows, heads, seq_len, width]`.
+    fn prepare(
+        &self,
+        entry: &str,
+        spec: &AttentionSpec,
+        x: &Tensor,
+        heads: usize,
+        mean: Option<&Tensor>,
+    ) -> Result<Buffer> {
+        let AttentionSpec { head_dim, seq_len, ref kv, .. } = *spec;
+        if head_dim > WIDEST_HEAD {
+            return Err(Error::machine(format!(
+                "attention on a GPU knows heads of up to {WIDEST_HEAD} channels, not {head_dim}"
+            ))
+            .hint("run with --device cpu"));
+        }
+        let width = head_dim.next_multiple_of(16);
+        let rotated = kv.rotate && kv.is_quantized();
+        let kv_bits = if kv.is_quantized() { kv.bits } else { 16 };
+        let prepared = kernels::prepare(head_dim, kv_bits, rotated, kv.after_rope);
+        let mut rope = self.rope.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let known =
+            |tables: &RopeTables| (&tables.host.0, &tables.host.1) == (&spec.cos, &spec.sin);
+        if !rope.as_ref().is_some_and(known) {
+            *rope = Some(RopeTables {
+                host: (spec.cos.clone(), spec.sin.clone()),
+                cos: self.gpu.upload(&spec.cos)?,
+                sin: self.gpu.upload(&spec.sin)?,
+            });
+        }
+        let RopeTables { cos, sin, .. } = rope.as_ref().expect("made above");
+        // prepare.cu: QUADS, QUAD_LANES, QUAD_HEADS.
+        let quads = head_dim.is_multiple_of(16) && (!rotated || head_dim.is_power_of_two());
+        let (lanes, together) =
+            if quads { ((head_dim / 8).next_power_of_two(), 4) } else { (32, 1) };
+        let to = self.gpu.alloc(2 * x.rows * heads * width)?;
+        let tasks = x.rows * heads.div_ceil(together);
+        self.kernels.launch(
+            "prepare",
+            &prepared,
+            entry,
+            Geometry::line(tasks.div_ceil(THREADS / lanes), THREADS),
+            arguments![
+                x.half(),
+                x.columns as i64,
+                cos,
+                sin,
+                &to,
+                x.rows,
+                heads,
+                seq_len,
+                kv.clip,
+                mean.map(Tensor::float)
+            ],
+        )?;
+        Ok(to)
+    }
+
+    /// Adds each channel's sum over the tokens of the embedded keys to `sums`.
+    pub(super) fn sum_keys(
+        &self,
+        spec: &AttentionSpec,
+        k: &Tensor,
+        sums: &mut [f64],
+    ) -> Result<()> {
+        let spec = AttentionSpec { kv: KvFormat::FULL, ..spec.clone() };
+        let AttentionSpec { kv_heads, head_dim, seq_len, .. } = spec;
+        let keys = self.prepare("prepare_keys", &spec, k, kv_heads, None)?;
+        let windows = k.rows / seq_len;
+        let parts = self.gpu.alloc(8 * windows * kv_heads * head_dim)?;
+        self.launch(
+            "reduce",
+            "key_parts",
+            Geometry::line(windows * kv_heads, THREADS),
+            arguments![&keys, seq_len, head_dim, head_dim.next_multiple_of(16), &parts],
+        )?;
+        self.sum_parts(&parts, windows, sums)
     }
 }

@@ -7,9 +7,9 @@ use super::gpu::{Buffer, Stream};
 use super::launch::{Geometry, arguments};
 use super::product::{Operand, Precision, Product};
 use super::quantize::Arranging;
-use super::tensor::{Codes, Factor, Quantized, Site, Weight};
+use super::tensor::{Codes, Cross, Factor, Quantized, Site, Weight};
 use super::{Cuda, THREADS};
-use crate::backend::Unquantized;
+use crate::backend::{Drift, Unquantized};
 use crate::quant::grid::Grid;
 use crate::quant::weights::WeightFormat;
 use crate::{Error, Result};
@@ -31,7 +31,7 @@ fn spans(format: &WeightFormat) -> Vec<(usize, usize)> {
         .collect()
 }
 
-/// Weights that are swept together, arranged, row under row.
+/// Weights that are swept together, arranged and corrected for the drift, row under row.
 struct Stack {
     format: WeightFormat,
     rows: usize,
@@ -70,6 +70,7 @@ impl Cuda {
         linears: &[Unquantized<Weight>],
         site: &Site,
         factor: &Factor,
+        drift: Option<&Drift<Cross>>,
     ) -> Result<Vec<Quantized>> {
         // Rows that share a scale must not lie in two linears.
         let together = |a: &Unquantized<Weight>, b: &Unquantized<Weight>| {
@@ -77,7 +78,7 @@ impl Cuda {
         };
         let mut quantized = Vec::with_capacity(linears.len());
         for part in linears.chunk_by(together) {
-            quantized.extend(self.sweep(part, site, Some(factor))?);
+            quantized.extend(self.sweep(part, site, Some(factor), drift)?);
         }
         Ok(quantized)
     }
@@ -87,7 +88,7 @@ impl Cuda {
         linear: &Unquantized<Weight>,
         site: &Site,
     ) -> Result<Quantized> {
-        let mut quantized = self.sweep(std::slice::from_ref(linear), site, None)?;
+        let mut quantized = self.sweep(std::slice::from_ref(linear), site, None, None)?;
         Ok(quantized.remove(0))
     }
 
@@ -97,8 +98,12 @@ impl Cuda {
         linears: &[Unquantized<Weight>],
         site: &Site,
         factor: Option<&Factor>,
+        drift: Option<&Drift<Cross>>,
     ) -> Result<Vec<Quantized>> {
         let stack = self.stack(linears, site)?;
+        if let (Some(factor), Some(drift)) = (factor, drift) {
+            self.correct(&stack.original, stack.rows, drift, factor)?;
+        }
         let Stack { format, rows, original } = &stack;
         let (rows, width) = (*rows, format.width());
         let scale_rows = rows.div_ceil(format.rows_per_scale);

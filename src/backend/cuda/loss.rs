@@ -1,5 +1,6 @@
 /*! Sums over tokens, over channels and over the vocabulary. */
 
+use super::gpu::Buffer;
 use super::launch::{Geometry, arguments};
 use super::product::Precision;
 use super::tensor::{Dense, Tensor};
@@ -19,7 +20,6 @@ impl Cuda {
         assert_eq!(energy.len(), channels, "channels of x and of the energies");
         let count = tokens.div_ceil(ENERGY_TOKENS);
         let parts = self.gpu.alloc(8 * count * channels)?;
-        let sums = self.gpu.alloc(8 * channels)?;
         self.launch(
             "reduce",
             "energy_parts",
@@ -30,14 +30,21 @@ impl Cuda {
             },
             arguments![x.half(), tokens, channels, ENERGY_TOKENS, &parts],
         )?;
+        self.sum_parts(&parts, count, energy)
+    }
+
+    /// Adds the sums of `parts` `[count, channels]`, in order, to `sums`.
+    pub(super) fn sum_parts(&self, parts: &Buffer, count: usize, sums: &mut [f64]) -> Result<()> {
+        let channels = sums.len();
+        let total = self.gpu.alloc(8 * channels)?;
         self.launch(
             "reduce",
             "energy_sum",
             Geometry::over(channels, THREADS),
-            arguments![&parts, count, channels, &sums],
+            arguments![parts, count, channels, &total],
         )?;
-        let sums = sums.download::<f64>(0..8 * channels)?;
-        energy.iter_mut().zip(sums).for_each(|(energy, sum)| *energy += sum);
+        let total = total.download::<f64>(0..8 * channels)?;
+        sums.iter_mut().zip(total).for_each(|(sum, more)| *sum += more);
         Ok(())
     }
 

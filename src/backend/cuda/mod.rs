@@ -8,6 +8,7 @@ integer product are those of the CPU, bit for bit, for the same activations. */
 
 mod attention;
 pub mod compile;
+mod drift;
 mod gptq;
 pub mod gpu;
 mod hessian;
@@ -26,7 +27,7 @@ mod tests;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::{AttentionSpec, Backend, Damping, Matrix, Unquantized};
+use super::{AttentionSpec, Backend, Damping, Drift, Matrix, Unquantized};
 use crate::checkpoint::{self, Dtype};
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::SiteFormat;
@@ -38,7 +39,8 @@ use launch::{Geometry, Kernels, arguments};
 use product::{Operand, Precision, Product, Products};
 use staging::Staging;
 use tensor::{
-    Data, Dense, Factor, Hessian, Home, Packed, Quantized, Resident, Rows, Site, Tensor, Weight,
+    Cross, Data, Dense, Factor, Hessian, Home, Packed, Quantized, Resident, Rows, Site, Tensor,
+    Weight,
 };
 
 /// Threads of a block in the kernels that do not say otherwise.
@@ -173,6 +175,7 @@ impl Backend for Cuda {
     type Packed = Packed;
     type Site = Site;
     type Hessian = Hessian;
+    type Cross = Cross;
     type Factor = Factor;
 
     fn device(&self) -> String {
@@ -384,8 +387,13 @@ impl Backend for Cuda {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
+        key_mean: Option<&Tensor>,
     ) -> Result<Tensor> {
-        self.attend(spec, q, k, v)
+        self.attend(spec, q, k, v, key_mean)
+    }
+
+    fn add_keys(&self, spec: &AttentionSpec, k: &Tensor, sums: &mut [f64]) -> Result<()> {
+        self.sum_keys(spec, k, sums)
     }
 
     fn cross_entropy(
@@ -418,6 +426,28 @@ impl Backend for Cuda {
         self.accumulate(hessian, x)
     }
 
+    fn difference(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        let to = self.half(x.rows, x.columns)?;
+        let (left, kind) = x.typed();
+        let (right, same) = y.typed();
+        assert!(kind == same && x.count() == y.count(), "the difference of unlike tensors");
+        self.launch(
+            "elementwise",
+            &format!("difference_{kind}"),
+            Geometry::over(x.count(), THREADS),
+            arguments![left, right, x.count() as i64, to.half()],
+        )?;
+        Ok(to)
+    }
+
+    fn cross(&self, rows: usize, columns: usize) -> Result<Cross> {
+        Ok(Cross { rows, columns, data: self.gpu.zeros(4 * rows * columns)? })
+    }
+
+    fn add_to_cross(&self, cross: &mut Cross, y: &Tensor, x: &Tensor) -> Result<()> {
+        self.accumulate_cross(cross, y, x)
+    }
+
     fn factor(&self, hessian: &mut Hessian, damping: f32) -> Result<Option<(Factor, Damping)>> {
         self.factorize(hessian, damping)
     }
@@ -426,9 +456,16 @@ impl Backend for Cuda {
         &self,
         linears: &[Unquantized<Weight>],
         site: &Site,
+        hessian: &Hessian,
         factor: &Factor,
-    ) -> Result<Vec<Quantized>> {
-        self.sweep_all(linears, site, factor)
+        drift: Option<&Drift<Cross>>,
+    ) -> Result<Vec<(Quantized, f64)>> {
+        let quantized = self.sweep_all(linears, site, factor, drift)?;
+        let with_error = |(linear, quantized): (&Unquantized<Weight>, Quantized)| {
+            let error = self.relative_error(hessian, site, linear.weight, &quantized)?;
+            Ok((quantized, error))
+        };
+        linears.iter().zip(quantized).map(with_error).collect()
     }
 
     fn round(&self, linear: &Unquantized<Weight>, site: &Site) -> Result<Quantized> {

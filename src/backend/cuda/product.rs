@@ -266,6 +266,34 @@ impl Products {
         self.gpu.traced(name, || solved("cusolverDnSpotrf", factorize()))?;
         Ok(info.download::<i32>(0..4)?[0] == 0)
     }
+
+    /// Replaces each row `b` of `right` `[rows, n]` by `(L L^T)^-1 b`, with `L` the lower triangle of
+    /// `factor` `[n, n]` as [`cholesky`](Self::cholesky) leaves it.
+    pub fn solve(&self, factor: &Buffer, n: usize, right: &Buffer, rows: usize) -> Result<()> {
+        self.gpu.bind()?;
+        let upper = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
+        let size = |n: usize| {
+            i32::try_from(n).map_err(|_| Error::machine(format!("{n} channels are too many")))
+        };
+        let (n, rows) = (size(n)?, size(rows)?);
+        let info = self.gpu.zeros(4)?;
+        // SAFETY: the buffers hold n * n and rows * n values; the call writes one integer.
+        let solve = || unsafe {
+            solver::cusolverDnSpotrs(
+                self.solver,
+                upper,
+                n,
+                rows,
+                factor.pointer() as *const f32,
+                n,
+                right.pointer() as *mut f32,
+                n,
+                info.pointer() as *mut i32,
+            )
+        };
+        let name = || format!("solve {n}");
+        self.gpu.traced(name, || solved("cusolverDnSpotrs", solve()))
+    }
 }
 
 impl Drop for Products {

@@ -226,7 +226,15 @@ pub struct Hessian {
     pub(super) data: Buffer,
 }
 
-/// `R` of `H = R D R^T` above the diagonal of `[n, n]`; the rest is of no meaning.
+/// A running sum of `y^T x`, `[rows, columns]`.
+pub struct Cross {
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) data: Buffer,
+}
+
+/// `R` of `H = R D R^T` above the diagonal of `[n, n]`, and below and on it `L` of the reversed Hessian,
+/// `J H J = L L^T`.
 pub struct Factor {
     pub(super) n: usize,
     pub(super) data: Buffer,

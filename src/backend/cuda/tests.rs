@@ -364,7 +364,7 @@ fn attention_agrees_with_the_cpu() {
     let Some(cuda) = device("attention_agrees_with_the_cpu") else { return };
     let cpu = Cpu::new().unwrap();
     let mut random = Random(5);
-    let int4 = KvFormat { bits: 4, clip: 1.0, rotate: true, after_rope: true };
+    let int4 = KvFormat { bits: 4, rotate: true, ..KvFormat::FULL };
     let formats = [
         KvFormat::FULL,
         int4,
@@ -402,10 +402,22 @@ fn attention_agrees_with_the_cpu() {
             };
             let operands = [matrix(heads), matrix(kv_heads), matrix(kv_heads)];
             let [q, k, v] = operands.each_ref().map(|m| cpu.upload(m.clone()).unwrap());
-            let expected = cpu.attention(&spec, &q, &k, &v).unwrap();
+            let mean = matrix_row(&mut random, kv_heads * head_dim);
+            let centered = kv.is_quantized() && kv.after_rope && head_dim != 96;
+            let host_mean = cpu.upload(mean.clone()).unwrap();
+            let own_mean = cuda.upload(mean).unwrap();
+            let host_mean = centered.then_some(&host_mean);
+            let expected = cpu.attention(&spec, &q, &k, &v, host_mean).unwrap();
+            let mut host_sums = vec![1.0; kv_heads * head_dim];
+            cpu.add_keys(&spec, &k, &mut host_sums).unwrap();
             let [q, k, v] = operands.each_ref().map(|m| cuda.half_tensor(m));
-            let found = cuda.values(&cuda.attention(&spec, &q, &k, &v).unwrap());
+            let own_mean = centered.then_some(&own_mean);
+            let found = cuda.values(&cuda.attention(&spec, &q, &k, &v, own_mean).unwrap());
             close(&found, expected.values(), 3e-3, &what);
+            let mut sums = vec![1.0; kv_heads * head_dim];
+            cuda.add_keys(&spec, &k, &mut sums).unwrap();
+            let floats = |sums: &[f64]| sums.iter().map(|sum| *sum as f32).collect::<Vec<f32>>();
+            close(&floats(&sums), &floats(&host_sums), 3e-3, &format!("keys of {what}"));
         }
     }
 }
@@ -444,9 +456,12 @@ fn changes_and_divergences_agree_with_the_cpu() {
     let Some(cuda) = device("changes_and_divergences_agree_with_the_cpu") else { return };
     let cpu = Cpu::new().unwrap();
     let mut random = Random(11);
-    for (rows, hidden, vocabulary) in [(1, 16, 3), (5, 64, 1000), (33, 576, 4099), (700, 32, 50_000)] {
+    for (rows, hidden, vocabulary) in
+        [(1, 16, 3), (5, 64, 1000), (33, 576, 4099), (700, 32, 50_000)]
+    {
         let original = Matrix { rows, columns: hidden, data: random.values(rows * hidden) };
-        let changed = original.data.iter().map(|x| f16::from_f32(x + random.value() / 8.0).to_f32());
+        let changed =
+            original.data.iter().map(|x| f16::from_f32(x + random.value() / 8.0).to_f32());
         let mut changed = Matrix { rows, columns: hidden, data: changed.collect() };
         // A row that stays as it is.
         changed.data[..hidden].copy_from_slice(&original.data[..hidden]);
@@ -530,6 +545,72 @@ fn hessians_and_their_factors_are_what_they_are_called() {
     assert!(cuda.factor(&mut matrix([4.0, 0.0, 0.0, 0.0]), 0.01).unwrap().is_some());
 }
 
+fn matrix_row(random: &mut Random, columns: usize) -> Matrix {
+    Matrix { rows: 1, columns, data: random.values(columns) }
+}
+
+#[test]
+fn drift_is_corrected_as_on_the_cpu() {
+    let Some(cuda) = device("drift_is_corrected_as_on_the_cpu") else { return };
+    let cpu = Cpu::new().unwrap();
+    let mut random = Random(12);
+    let mut all = sites(&mut random);
+    all.retain(|format| format.channels <= 2100);
+    for format in all {
+        let (width, channels, rows) = (format.width(), format.channels, 77);
+        let tokens = 2 * width + 3;
+        let x = random.correlated(tokens, channels);
+        let mut x0 = x.clone();
+        x0.data
+            .iter_mut()
+            .for_each(|x| *x = f16::from_f32(*x * 1.1 + 0.1 * random.value()).to_f32());
+        let mut state =
+            || Matrix { rows: tokens, columns: rows, data: random.values(tokens * rows) };
+        let (before, after) = (state(), state());
+
+        let host = |m: &Matrix| cpu.upload(m.clone()).unwrap();
+        let seen = cpu.arrange(&host(&x), &format).unwrap();
+        let wanted = cpu.arrange(&host(&x0), &format).unwrap();
+        let mut host_hessian = cpu.hessian(width).unwrap();
+        cpu.add_to_hessian(&mut host_hessian, &seen).unwrap();
+        let (host_factor, _) = cpu.factor(&mut host_hessian, 0.01).unwrap().unwrap();
+        let mut host_drift = Drift {
+            inputs: cpu.cross(width, width).unwrap(),
+            outputs: Some(cpu.cross(rows, width).unwrap()),
+            share: 0.5,
+        };
+        let difference = cpu.difference(&wanted, &seen).unwrap();
+        cpu.add_to_cross(&mut host_drift.inputs, &difference, &seen).unwrap();
+        let lost = cpu.difference(&host(&before), &host(&after)).unwrap();
+        cpu.add_to_cross(host_drift.outputs.as_mut().unwrap(), &lost, &seen).unwrap();
+
+        let site = cuda.site(&format).unwrap();
+        let seen = cuda.arrange(&cuda.half_tensor(&x), &site).unwrap();
+        let wanted = cuda.arrange(&cuda.half_tensor(&x0), &site).unwrap();
+        let mut hessian = cuda.hessian(width).unwrap();
+        cuda.add_to_hessian(&mut hessian, &seen).unwrap();
+        let (factor, _) = cuda.factor(&mut hessian, 0.01).unwrap().unwrap();
+        let mut drift = Drift {
+            inputs: cuda.cross(width, width).unwrap(),
+            outputs: Some(cuda.cross(rows, width).unwrap()),
+            share: 0.5,
+        };
+        let difference = cuda.difference(&wanted, &seen).unwrap();
+        cuda.add_to_cross(&mut drift.inputs, &difference, &seen).unwrap();
+        let states = [before, after].map(|m| cuda.upload(m).unwrap());
+        let lost = cuda.difference(&states[0], &states[1]).unwrap();
+        cuda.add_to_cross(drift.outputs.as_mut().unwrap(), &lost, &seen).unwrap();
+
+        let weights = random.values(rows * width);
+        let mut expected = Matrix { rows, columns: width, data: weights.clone() };
+        cpu.correct(&mut expected, &host_drift, &host_factor);
+        let corrected = cuda.gpu.upload(&weights).unwrap();
+        cuda.correct(&corrected, rows, &drift, &factor).unwrap();
+        let found = corrected.download::<f32>(0..4 * rows * width).unwrap();
+        close(&found, &expected.data, 1e-2, &format!("{format:?}"));
+    }
+}
+
 #[test]
 fn gptq_makes_the_cpus_decisions() {
     let Some(cuda) = device("gptq_makes_the_cpus_decisions") else { return };
@@ -569,15 +650,15 @@ fn gptq_makes_the_cpus_decisions() {
             host_linears.push(Unquantized { name: "w", weight: stored, format });
             linears.push(Unquantized { name: "w", weight, format });
         }
-        let expected = cpu.gptq(&host_linears, &format, &host_factor).unwrap();
-        let found = cuda.gptq(&linears, &site, &factor).unwrap();
-        let again = cuda.gptq(&linears, &site, &factor).unwrap();
-        for (((expected, found), second), (stored, weight)) in
+        let expected = cpu.gptq(&host_linears, &format, &host_hessian, &host_factor, None).unwrap();
+        let sweep = || cuda.gptq(&linears, &site, &hessian, &factor, None).unwrap();
+        let (found, again) = (sweep(), sweep());
+        for ((((expected, host_error), (found, error)), (second, _)), (stored, weight)) in
             expected.iter().zip(found).zip(again).zip(stored.iter().zip(&weights))
         {
             let what = format!("{format:?}, {} rows", expected.rows);
-            let host_error = cpu.output_error(&host_hessian, &format, stored, expected).unwrap();
-            let error = cuda.output_error(&hessian, &site, weight, &found).unwrap();
+            let product = cpu.output_error(&host_hessian, &format, stored, expected).unwrap();
+            assert!((host_error / product - 1.0).abs() < 1e-6, "{what}: {host_error} {product}");
             // Hessians differ in the last bits, a few codes with them, and all that follows those.
             assert!((error / host_error - 1.0).abs() < 0.1, "{what}: {error} {host_error}");
             ratios.push(error / host_error);

@@ -1,0 +1,84 @@
+/*! Sums of `y^T x`, and the correction of weights by them. */
+
+use super::gemm::par_gemm;
+use super::gemm_pack::{Panels, Rows};
+use super::isa::Isa;
+use crate::backend::{Drift, Matrix};
+
+/// `C += y^T x` for `tokens` rows of both, in order: batches give the bits of all tokens at once.
+pub(super) fn add(isa: Isa, cross: &mut Matrix, y: &[f32], x: &[f32], tokens: usize) {
+    let Matrix { rows, columns, data } = cross;
+    let panels = Panels::from_columns(x, tokens, *columns, *columns);
+    par_gemm(isa, Rows::transposed(y, *rows), &panels, data, *columns, true);
+}
+
+/// `W += share (W C_in + C_out) H^-1` for `weights` `[out, channels]`, arranged. `factor` is `U`,
+/// `U^T U = H^-1`, the damped Hessian's.
+pub(super) fn correct(isa: Isa, weights: &mut Matrix, drift: &Drift<Matrix>, factor: &[f32]) {
+    let Matrix { rows, columns: n, .. } = *weights;
+    assert_eq!(drift.inputs.data.len(), n * n, "channels of the drift and of the weights");
+    let times = |left: &[f32], right: &Panels| {
+        let mut product = vec![0.0; rows * n];
+        par_gemm(isa, Rows::new(left, rows, n), right, &mut product, n, false);
+        product
+    };
+    let mut wanted = times(&weights.data, &Panels::from_columns(&drift.inputs.data, n, n, n));
+    if let Some(outputs) = &drift.outputs {
+        assert_eq!(outputs.data.len(), rows * n, "outputs of the drift and of the weights");
+        wanted.iter_mut().zip(&outputs.data).for_each(|(wanted, lost)| *wanted += lost);
+    }
+    let half = times(&wanted, &Panels::from_rows(factor, n, n));
+    let change = times(&half, &Panels::from_columns(factor, n, n, n));
+    for (weight, change) in weights.data.iter_mut().zip(change) {
+        *weight = drift.share.mul_add(change, *weight);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::factor::factor;
+    use super::super::gemm::tests::random;
+    use super::*;
+
+    /// The corrected weights give on `x` what the source's gave on `x0`, when that can be had at all:
+    /// here `x0 = A x`, and `r = B x`.
+    #[test]
+    fn a_linear_drift_is_undone() {
+        let (tokens, n, rows) = (300, 24, 7);
+        let x = random(tokens * n, 1);
+        let [a, b, w] = [n * n, rows * n, rows * n].map(|len| random(len, len as u64));
+        let apply = |m: &[f32], rows: usize, x: &[f32]| -> Vec<f32> {
+            (0..rows).map(|i| (0..n).map(|j| m[i * n + j] * x[j]).sum()).collect()
+        };
+        let rows_of = |m: &[f32], rows: usize| -> Vec<f32> {
+            x.chunks(n).flat_map(|x| apply(m, rows, x)).collect()
+        };
+        let (x0, r) = (rows_of(&a, n), rows_of(&b, rows));
+        let d: Vec<f32> = x0.iter().zip(&x).map(|(x0, x)| x0 - x).collect();
+        let mut h = vec![0.0; n * n];
+        for x in x.chunks(n) {
+            (0..n * n).for_each(|at| h[at] += x[at / n] * x[at % n]);
+        }
+        let (u, _) = factor(&h, n, 1e-6).unwrap();
+        let cross = |rows| Matrix { rows, columns: n, data: vec![0.0; rows * n] };
+        for (share, isa) in Isa::available().into_iter().flat_map(|isa| [(1.0, isa), (0.5, isa)]) {
+            let mut drift = Drift { inputs: cross(n), outputs: Some(cross(rows)), share };
+            // In two batches.
+            let cut = tokens / 3;
+            for part in [0..cut, cut..tokens] {
+                let of = |y: &[f32], width: usize| y[part.start * width..part.end * width].to_vec();
+                add(isa, &mut drift.inputs, &of(&d, n), &of(&x, n), part.len());
+                let outputs = drift.outputs.as_mut().unwrap();
+                add(isa, outputs, &of(&r, rows), &of(&x, n), part.len());
+            }
+            let mut weights = Matrix { rows, columns: n, data: w.clone() };
+            correct(isa, &mut weights, &drift, &u);
+            for (i, got) in weights.data.iter().enumerate() {
+                let (row, j) = (i / n, i % n);
+                let full: f32 = (0..n).map(|k| w[row * n + k] * a[k * n + j]).sum::<f32>() + b[i];
+                let expected = w[i] + share * (full - w[i]);
+                assert!((got - expected).abs() < 1e-2, "{isa:?} {share}: {got} for {expected}");
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+/*! Quantizing one block site by site: each site's Hessian is measured behind the quantized linears of the sites
+before it, and its linears aim at what the source computes there.
+
+Both streams go through the block together, a site at a time, and nothing is computed twice but norms and the
+gated activation, which is too wide to be kept. */
+
+use super::block::{BlockQuantizer, QuantizedBlock, SiteWork, formats};
+use super::calibrate::Statistics;
+use super::load::{BlockWeights, QuantizedSite, open_block, quantized_linears, source_block};
+use super::plan::SitePlan;
+use super::stream::Stream;
+use super::timing::Timing;
+use crate::Result;
+use crate::backend::{Backend, Drift};
+use crate::model::block::{Block, Observer};
+use crate::model::sites::{SITES, SiteKind};
+
+/// The hidden states of the calibration windows, batch by batch alike.
+pub struct Streams<B: Backend> {
+    /// Behind the source's blocks.
+    pub source: Stream<B>,
+    /// Behind the quantized blocks.
+    pub quantized: Stream<B>,
+}
+
+/// What attn_out sees of a batch: of the source, and of the quantized block. It is kept while o is
+/// quantized.
+type Heads<B> = [<B as Backend>::Tensor; 2];
+
+/// What a site's linears are quantized by.
+struct Sums<B: Backend> {
+    hessian: B::Hessian,
+    drift: Option<Drift<B::Cross>>,
+}
+
+impl<B: Backend> BlockQuantizer<'_, B> {
+    /// Quantizes a block by `plan` and carries both streams through it; not all the way if it is the
+    /// `last`, whose states nobody needs.
+    pub fn quantize_in_turn(
+        &self,
+        weights: &BlockWeights<B>,
+        plan: &[SitePlan],
+        statistics: &Statistics,
+        streams: &mut Streams<B>,
+        last: bool,
+        timing: &mut Timing,
+    ) -> Result<QuantizedBlock<B>> {
+        let Self { backend, architecture, .. } = *self;
+        let formats = formats(plan, statistics);
+        let source = source_block(backend, architecture, weights)?;
+        let key_mean = self.key_mean(statistics);
+        let mut block = open_block(backend, architecture, weights, &formats, key_mean)?;
+        let mut made = QuantizedBlock { sites: Vec::new(), errors: Vec::new() };
+        let mut heads = Vec::new();
+        let specs = architecture.sites(weights.index);
+        for (at, (spec, format)) in specs.iter().zip(formats).enumerate() {
+            let pair = [&source, &block];
+            let sums = timing.measure("hessians", || {
+                let sums = self.sums(pair, at, format.width(), streams, &mut heads)?;
+                backend.wait()?;
+                Ok::<_, crate::Error>(sums)
+            })?;
+            backend.trim();
+            let work = SiteWork {
+                spec,
+                plan: &plan[at],
+                weights: &weights.sites[at],
+                energy: &statistics.energies[at],
+            };
+            block.sites[at].linears = timing.measure("gptq", || {
+                let Sums { hessian, drift } = sums;
+                let (hessian, errors) = (Some(hessian), &mut made.errors);
+                let linears =
+                    self.quantize_site(&work, &format, hessian, drift.as_ref(), errors)?;
+                let order = backend.site(&format)?;
+                let site = QuantizedSite { format, linears };
+                let laid_out = quantized_linears(backend, weights, at, &site, &order)?;
+                made.sites.push(site);
+                backend.wait()?;
+                Ok::<_, crate::Error>(laid_out)
+            })?;
+            let pair = [&source, &block];
+            timing.measure("propagate", || {
+                match SITES[at] {
+                    SiteKind::AttnOut => self.add_heads(pair, streams, std::mem::take(&mut heads)),
+                    SiteKind::MlpAct if !last => self.add_gated(pair, streams),
+                    _ => Ok(()),
+                }?;
+                backend.wait()
+            })?;
+        }
+        Ok(made)
+    }
+
+    /// Site `at`'s Hessian and drift, on the streams as they reach it. What attn_out sees is kept in
+    /// `heads`.
+    fn sums(
+        &self,
+        [source, block]: [&Block<B>; 2],
+        at: usize,
+        width: usize,
+        streams: &mut Streams<B>,
+        heads: &mut Vec<Heads<B>>,
+    ) -> Result<Sums<B>> {
+        let Self { backend, architecture, attention, full_attention, .. } = *self;
+        let mut hessian = backend.hessian(width)?;
+        let mut drift = if self.correction > 0.0 {
+            let adds = matches!(SITES[at], SiteKind::AttnOut | SiteKind::MlpAct);
+            let outputs = adds.then(|| backend.cross(architecture.hidden, width)).transpose()?;
+            let inputs = backend.cross(width, width)?;
+            Some(Drift { inputs, outputs, share: self.correction })
+        } else {
+            None
+        };
+        self.for_batches(streams, |before, after| {
+            let nobody: Observer<B::Tensor> = &mut |_, _| Ok(());
+            let norm = |x: &B::Tensor, weight| backend.rms_norm(x, weight, source.epsilon);
+            let [x0, x] = match SITES[at] {
+                SiteKind::AttnIn => {
+                    [norm(before, &source.attn_norm)?, norm(after, &block.attn_norm)?]
+                }
+                SiteKind::AttnOut => [
+                    source.heads(backend, full_attention, before, nobody)?,
+                    block.heads(backend, attention, after, nobody)?,
+                ],
+                SiteKind::MlpIn => [norm(before, &source.mlp_norm)?, norm(after, &block.mlp_norm)?],
+                SiteKind::MlpAct => {
+                    [source.gated(backend, before, nobody)?, block.gated(backend, after, nobody)?]
+                }
+            };
+            let site = &block.sites[at];
+            let seen = site.seen(backend, &x)?;
+            backend.add_to_hessian(&mut hessian, &seen)?;
+            if let Some(Drift { inputs, outputs, .. }) = &mut drift {
+                let wanted = backend.arrange(&x0, site.order())?;
+                backend.add_to_cross(inputs, &backend.difference(&wanted, &seen)?, &seen)?;
+                if let Some(outputs) = outputs {
+                    let lost = backend.difference(before, after)?;
+                    backend.add_to_cross(outputs, &lost, &seen)?;
+                }
+            }
+            if SITES[at] == SiteKind::AttnOut {
+                heads.push([x0, x]);
+            }
+            Ok(())
+        })?;
+        Ok(Sums { hessian, drift })
+    }
+
+    /// Adds attention's output to both streams.
+    fn add_heads(
+        &self,
+        [source, block]: [&Block<B>; 2],
+        streams: &mut Streams<B>,
+        heads: Vec<Heads<B>>,
+    ) -> Result<()> {
+        let backend = self.backend;
+        let mut heads = heads.into_iter();
+        self.for_batches(streams, |before, after| {
+            let [x0, x] = heads.next().expect("as many as batches");
+            source.sites[1].apply_onto(backend, x0, before, &mut |_, _| Ok(()))?;
+            block.sites[1].apply_onto(backend, x, after, &mut |_, _| Ok(()))
+        })
+    }
+
+    /// Adds the MLP's output to both streams.
+    fn add_gated(&self, pair: [&Block<B>; 2], streams: &mut Streams<B>) -> Result<()> {
+        let backend = self.backend;
+        self.for_batches(streams, |before, after| {
+            for (block, x) in pair.into_iter().zip([before, after]) {
+                let gated = block.gated(backend, x, &mut |_, _| Ok(()))?;
+                block.sites[3].apply_onto(backend, gated, x, &mut |_, _| Ok(()))?;
+            }
+            Ok(())
+        })
+    }
+
+    fn for_batches(
+        &self,
+        streams: &mut Streams<B>,
+        mut work: impl FnMut(&mut B::Tensor, &mut B::Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let backend = self.backend;
+        let Streams { source, quantized } = streams;
+        for (before, after) in source.batches.iter_mut().zip(&mut quantized.batches) {
+            self.progress.check_stop()?;
+            backend.recall(before)?;
+            backend.recall(after)?;
+            work(before, after)?;
+            backend.set_aside(before)?;
+            backend.set_aside(after)?;
+        }
+        Ok(())
+    }
+}
