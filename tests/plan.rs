@@ -56,7 +56,8 @@ fn a_measurement_serves_every_target_and_more_bits_cost_less() {
     let plan = home.json("plan c --target-bits 4.75 --out p --overwrite");
     let uniform = number(&plan, "/allocation/uniform/bits_per_weight");
     let plan = home.json(&format!("plan c --target-bits {uniform} --out p --overwrite"));
-    let [planned, everywhere] = ["planned", "uniform"].map(|of| number(&plan["allocation"], &format!("/{of}/nats")));
+    let [planned, everywhere] =
+        ["planned", "uniform"].map(|of| number(&plan["allocation"], &format!("/{of}/nats")));
     assert!(planned < everywhere, "{plan}");
     assert!(planned > 0.0 && everywhere.is_finite());
 }

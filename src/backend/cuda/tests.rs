@@ -444,9 +444,12 @@ fn changes_and_divergences_agree_with_the_cpu() {
     let Some(cuda) = device("changes_and_divergences_agree_with_the_cpu") else { return };
     let cpu = Cpu::new().unwrap();
     let mut random = Random(11);
-    for (rows, hidden, vocabulary) in [(1, 16, 3), (5, 64, 1000), (33, 576, 4099), (700, 32, 50_000)] {
+    for (rows, hidden, vocabulary) in
+        [(1, 16, 3), (5, 64, 1000), (33, 576, 4099), (700, 32, 50_000)]
+    {
         let original = Matrix { rows, columns: hidden, data: random.values(rows * hidden) };
-        let changed = original.data.iter().map(|x| f16::from_f32(x + random.value() / 8.0).to_f32());
+        let changed =
+            original.data.iter().map(|x| f16::from_f32(x + random.value() / 8.0).to_f32());
         let mut changed = Matrix { rows, columns: hidden, data: changed.collect() };
         // A row that stays as it is.
         changed.data[..hidden].copy_from_slice(&original.data[..hidden]);
