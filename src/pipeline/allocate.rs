@@ -195,7 +195,7 @@ impl Options<'_> {
         let linears = self.plan.linears.len();
         let mut all = Vec::new();
         for outliers in counts {
-            let measured = self.sensitivity.count(self.site, *outliers).is_some();
+            let measured = self.site.count(*outliers).is_some();
             let plan = self.plan.with_outliers(*outliers, recipe.group).filter(|_| measured);
             let Some(mut plan) = plan else { continue };
             for combination in 0..widths.len().pow(linears as u32) {
@@ -217,7 +217,7 @@ impl Options<'_> {
 
     /// What a plan of the site, of a measured outlier count, may be expected to cost.
     fn nats(&self, plan: &SitePlan) -> f64 {
-        let count = self.sensitivity.count(self.site, plan.outlier_channels);
+        let count = self.site.count(plan.outlier_channels);
         let count = count.expect("only measured outlier counts are planned");
         let linears = plan
             .linears

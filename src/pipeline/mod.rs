@@ -1,8 +1,9 @@
 /*! The stages and their order: calibrate, plan, pack, block by block.
 
 Two streams of hidden states travel beside the weights: one through the original blocks, on which
-channel energies are measured, and one through the quantized blocks, on which GPTQ's Hessians are.
-Memory is one block and the streams, never the model. */
+channel energies (and sensitivities, where they are asked for) are measured, and one through the
+quantized blocks, on which GPTQ's Hessians are. Memory is one block and the
+streams, never the model. */
 
 mod ahead;
 pub mod allocate;
@@ -240,7 +241,6 @@ fn measure<B: Backend>(
     let Job { source, architecture, tokens, provenance, .. } = job;
     let seq_len = provenance.seq_len;
     let attention = attention_spec(architecture, KvFormat::FULL, seq_len);
-    let mut stream = Stream::embed(backend, *source, architecture, tokens, seq_len)?;
     let mut sensor = match measuring {
         None => None,
         Some(&Measuring { recipe, outlier_counts }) => {
@@ -250,6 +250,8 @@ fn measure<B: Backend>(
             Some(Sensor::new(subject, outlier_counts, tokens)?)
         }
     };
+    // Last, because its batches are the largest: what it reserves for a block's work is what holds.
+    let mut stream = Stream::embed(backend, *source, architecture, tokens, seq_len)?;
     progress.begin("calibrate", architecture.blocks);
     let mut statistics = Vec::with_capacity(architecture.blocks);
     let load = |index| BlockWeights::<B>::load(backend, *source, architecture, index, |_, _| true);
@@ -349,13 +351,11 @@ pub fn plan(
 }
 
 /// `atom quantize --target-bits`: calibrate with sensitivity, plan and pack in one go.
-#[allow(clippy::too_many_arguments)]
 pub fn quantize_to_target<B: Backend>(
     backend: &B,
     source: &Source,
     calibration: &Calibration,
-    measuring: &Measuring<'_>,
-    allocating: &Allocating,
+    (measuring, allocating): (&Measuring<'_>, &Allocating),
     output: &Output,
     evaluation: Option<&Evaluation>,
     progress: &dyn Progress,

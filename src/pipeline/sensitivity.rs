@@ -40,7 +40,7 @@ use crate::quant::site::SiteFormat;
 use crate::quant::weights::WeightFormat;
 use crate::recipe::Recipe;
 
-/// Widths that are measured. 16 needs no measurement: such a linear has no error.
+/// Widths that are measured, any recipe's among them. 16 needs none: such a linear has no error.
 pub const WIDTHS: [u8; 4] = [2, 3, 4, 8];
 
 /// Tokens on which Hessians are measured: about as many as the widest sites have channels.
@@ -94,6 +94,13 @@ pub struct SiteSensitivity {
     pub counts: Vec<CountSensitivity>,
 }
 
+impl SiteSensitivity {
+    /// What was measured of outlier count `outliers`, if it was.
+    pub fn count(&self, outliers: usize) -> Option<&CountSensitivity> {
+        self.counts.iter().find(|count| count.outliers == outliers)
+    }
+}
+
 /// What was measured of an outlier count.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CountSensitivity {
@@ -106,15 +113,6 @@ pub struct CountSensitivity {
 }
 
 impl Sensitivity {
-    /// The measurement of outlier count `outliers` at `site`, if there is one.
-    pub fn count<'a>(
-        &self,
-        site: &'a SiteSensitivity,
-        outliers: usize,
-    ) -> Option<&'a CountSensitivity> {
-        site.counts.iter().find(|count| count.outliers == outliers)
-    }
-
     /// Effect of linear `linear` at `bits` bits under `count`: 0 at 16.
     pub fn effect(
         &self,
@@ -162,7 +160,6 @@ pub struct Sensor<'a, B: Backend> {
     subject: Subject<'a, B>,
     /// Outlier counts, the recipe's first.
     counts: Vec<usize>,
-    widths: Vec<u8>,
     /// Original states of the windows that effects are measured on, ready for use.
     originals: Vec<B::Tensor>,
     /// Those of the windows that serve Hessians only.
@@ -200,14 +197,9 @@ impl<'a, B: Backend> Sensor<'a, B> {
                 all.push(*count);
             }
         }
-        let mut widths = WIDTHS.to_vec();
-        if !widths.contains(&recipe.bits) {
-            widths.push(recipe.bits);
-        }
         Ok(Self {
             subject,
             counts: all,
-            widths,
             originals,
             others: embed(rest)?,
             changed: Vec::new(),
@@ -354,9 +346,9 @@ impl<'a, B: Backend> Sensor<'a, B> {
         let Subject { backend, recipe, .. } = self.subject;
         let site = backend.site(format)?;
         let factor = backend.factor(&mut hessian, recipe.damping)?.filter(|_| recipe.gptq);
-        let mut errors = vec![Vec::with_capacity(self.widths.len()); plan.linears.len()];
+        let mut errors = vec![Vec::with_capacity(WIDTHS.len()); plan.linears.len()];
         let mut reference = Vec::new();
-        for bits in &self.widths {
+        for bits in &WIDTHS {
             let unquantized: Vec<Unquantized<B::Weight<'_>>> = plan
                 .linears
                 .iter()
@@ -424,7 +416,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
         }
         Ok(Sensitivity {
             recipe: recipe.clone(),
-            widths: self.widths,
+            widths: WIDTHS.to_vec(),
             effect_windows: self.windows[0],
             hessian_windows: self.windows[1],
             kept_bytes,

@@ -217,6 +217,9 @@ fn search(
         let mut next = Vec::new();
         for (choice, candidate) in (0..).zip(site) {
             let own = candidate.cost + slope * candidate.bits as f64 - least;
+            if own > gap + slack {
+                continue;
+            }
             for (from, state) in (0..).zip(&states) {
                 let bits = state.bits + candidate.bits;
                 let excess = state.excess + own;
