@@ -137,7 +137,8 @@ fn a_bad_recipe_flag_is_wrong_usage() {
         ("--bits 16", "nothing would be quantized"),
         ("--clip-act 1.5", "clip_act is 1.5"),
         ("--recipe papr", "there is no recipe named `papr`"),
-        ("--format fp4", "no FP4 weights"),
+        ("--format fp4 --bits 3", "bits is 3; weights of the format fp4 have 4"),
+        ("--format fp4 --act-bits 2", "act_bits is 2; activations of the format fp4 have 4"),
     ] {
         let line = format!("quantize --model m {flags}");
         let words: Vec<&str> = line.split_whitespace().collect();

@@ -24,7 +24,8 @@ use std::time::Instant;
 pub use ahead::one_ahead;
 pub use calibrate::{CalibrationData, Provenance};
 pub use load::{
-    BlockWeights, attention_spec, expect, quantized_block, read_sites, source_block, vector,
+    BlockWeights, attention_spec, check_levels, expect, quantized_block, read_sites, source_block,
+    vector,
 };
 pub use stream::Stream;
 pub use timing::{cpu_seconds, peak_rss_bytes};

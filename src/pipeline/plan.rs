@@ -9,6 +9,7 @@ use crate::checkpoint::linear::LinearShape;
 use crate::model::Architecture;
 use crate::model::sites::{LinearSpec, SiteSpec};
 use crate::quant::kv::KvFormat;
+use crate::quant::levels::Levels;
 use crate::quant::order::channel_order;
 use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
 use crate::quant::weights::WeightFormat;
@@ -25,6 +26,9 @@ pub struct LinearPlan {
     pub rows: usize,
     /// Bits of a code: 2, 3, 4, 8, or 16 to leave the linear as it is.
     pub bits: u8,
+    /// What codes stand for.
+    #[serde(rename = "format", default)]
+    pub levels: Levels,
     /// Adjacent rows that share a scale.
     pub rows_per_scale: usize,
     /// Clip ratio of the groups.
@@ -53,6 +57,9 @@ pub struct SitePlan {
     pub order: Order,
     /// Bits of an activation code, 16 for floating point.
     pub bits: u8,
+    /// What the activation's codes stand for.
+    #[serde(rename = "format", default)]
+    pub levels: Levels,
     /// Clip ratio of the groups.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip: f32,
@@ -116,6 +123,7 @@ pub fn plan_block(recipe: &Recipe, sites: &[SiteSpec]) -> Result<BlockPlan> {
                 outlier_format: recipe.outlier_format,
                 order: recipe.order,
                 bits: recipe.act_bits,
+                levels: recipe.act_format(),
                 clip: recipe.clip_act,
                 transform: recipe.transform,
                 linears: site.linears.iter().map(|linear| plan_linear(recipe, linear)).collect(),
@@ -131,6 +139,7 @@ fn plan_linear(recipe: &Recipe, linear: &LinearSpec) -> LinearPlan {
         name: linear.name.clone(),
         rows: linear.rows,
         bits: recipe.bits,
+        levels: recipe.format,
         rows_per_scale: recipe.rows_per_scale,
         clip: recipe.clip_weight,
         error: None,
@@ -166,6 +175,28 @@ impl SitePlan {
                 self.bits
             )));
         }
+        let formats = self.linears.iter().map(|linear| (&linear.name, linear.bits, linear.levels));
+        let wrong =
+            |(_, bits, levels): &(&String, u8, Levels)| *bits < 16 && !levels.has_bits(*bits);
+        if let Some((name, bits, levels)) =
+            formats.chain([(name, self.bits, self.levels)]).find(wrong)
+        {
+            return Err(Error::input(format!(
+                "{name}: there are no {} codes of {bits} bits",
+                levels.name()
+            ))
+            .hint("fp4 and fp4-bnb have 4 bits; the format of 2, 3 and 8 bits is int"));
+        }
+        let wide = |levels: Levels| levels == Levels::Fp4Bnb;
+        if self.bits < 16
+            && wide(self.levels)
+            && self.linears.iter().any(|linear| linear.bits < 16 && !wide(linear.levels))
+        {
+            return Err(Error::input(format!(
+                "{name}: activations of fp4-bnb feed weights of another format"
+            ))
+            .hint("activations of fp4-bnb need weights of fp4-bnb, which take any activations"));
+        }
         let ratios = self.linears.iter().map(|linear| linear.clip).chain([self.clip]);
         if let Some(clip) = ratios.into_iter().find(|clip| !(*clip > 0.0 && *clip <= 1.0)) {
             return Err(Error::input(format!("{name}: clip ratio {clip}; it must lie in (0, 1]")));
@@ -196,6 +227,7 @@ impl SitePlan {
             outlier_channels: self.outlier_channels,
             outlier_format: self.outlier_format,
             bits: self.bits,
+            levels: self.levels,
             clip: self.clip,
             transform: self.transform,
         }
@@ -210,6 +242,7 @@ impl SitePlan {
     pub fn weights(&self, linear: &LinearPlan) -> WeightFormat {
         WeightFormat {
             bits: linear.bits,
+            levels: linear.levels,
             group_size: self.group_size,
             groups: self.groups(),
             rows_per_scale: linear.rows_per_scale,
@@ -224,6 +257,7 @@ impl SitePlan {
         LinearShape {
             rows: linear.rows,
             bits: linear.bits,
+            levels: linear.levels,
             group_size: self.group_size,
             groups: self.groups(),
             rows_per_scale: linear.rows_per_scale,
@@ -242,7 +276,7 @@ impl SitePlan {
             let groups = self.groups();
             let outlier_bits = match self.outlier_format {
                 _ if self.outlier_channels == 0 => 0,
-                OutlierFormat::Int8 => 8 * self.outlier_channels + 16,
+                OutlierFormat::Int8 | OutlierFormat::Fp8 => 8 * self.outlier_channels + 16,
                 OutlierFormat::F16 => 16 * self.outlier_channels,
             };
             let row = groups * self.group_size * usize::from(linear.bits) + outlier_bits;

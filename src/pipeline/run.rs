@@ -13,7 +13,9 @@ use serde_json::{Value, json};
 use super::ahead::one_ahead;
 use super::block::{BlockQuantizer, QuantizedBlock};
 use super::calibrate::{Energies, Provenance};
-use super::load::{BlockWeights, attention_spec, expect, quantized_block, read_sites};
+use super::load::{
+    BlockWeights, attention_spec, check_levels, expect, quantized_block, read_sites,
+};
 use super::outcome::{LinearOutcome, QuantizeOutcome};
 use super::plan::{BlockPlan, LinearPlan, bits_per_weight};
 use super::progress::Progress;
@@ -122,6 +124,7 @@ impl Job<'_> {
             "bits": self.recipe.bits,
             "act_bits": self.recipe.act_bits,
             "kv_bits": self.recipe.kv_bits,
+            "format": self.recipe.format,
             "group": self.recipe.group,
             "outliers": self.recipe.outliers,
         });
@@ -180,6 +183,7 @@ pub fn run<B: Backend>(
 ) -> Result<QuantizeOutcome> {
     let start = Instant::now();
     let mut timing = Timing::default();
+    check_levels(backend, &job.blocks)?;
     job.check_tensors()?;
     job.check_kept()?;
     let options = Options {

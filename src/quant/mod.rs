@@ -1,10 +1,12 @@
 /*! The method, as functions on slices and matrices: number formats, channel order, group scales,
 rounding and GPTQ. Knows nothing of files, devices or models' names. */
 
+pub mod float;
 pub mod gptq;
 pub mod grid;
 pub mod hadamard;
 pub mod kv;
+pub mod levels;
 pub mod linear;
 pub mod order;
 pub mod rows;

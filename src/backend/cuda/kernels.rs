@@ -22,6 +22,7 @@ pub fn arrange(
     element: &str,
     threads: usize,
     paired: bool,
+    fp4: bool,
 ) -> Defines {
     vec![
         ("GROUP", group.to_string()),
@@ -29,7 +30,13 @@ pub fn arrange(
         ("IN", element.to_owned()),
         ("THREADS", threads.to_string()),
         ("PAIRED", flag(paired)),
+        ("FP4", flag(fp4)),
     ]
+}
+
+/// Macros of `gptq`'s sweep; the other kernels of the file are the same with all of them.
+pub fn gptq(fp4: bool) -> Defines {
+    if fp4 { vec![("FP4", flag(fp4))] } else { vec![] }
 }
 
 /// Macros of `prepare`; `kv_bits` is 16 where nothing is quantized.
@@ -78,15 +85,17 @@ pub const FAMILIES: &[Family] = &[
         tensor_core: None,
         variants: || {
             vec![
-                arrange(128, true, "half", 256, true),
-                arrange(128, true, "half", 256, false),
-                arrange(128, false, "float", 256, false),
-                arrange(32, false, "half", 256, true),
-                arrange(256, true, "half", 256, true),
-                arrange(64, true, "bf16", 256, true),
-                arrange(1024, true, "half", 256, false),
-                arrange(48, true, "half", 256, false),
-                arrange(176, false, "bf16", 256, false),
+                arrange(128, true, "half", 256, true, false),
+                arrange(128, true, "half", 256, false, false),
+                arrange(128, false, "float", 256, false, false),
+                arrange(32, false, "half", 256, true, false),
+                arrange(256, true, "half", 256, true, false),
+                arrange(64, true, "bf16", 256, true, false),
+                arrange(1024, true, "half", 256, false, false),
+                arrange(48, true, "half", 256, false, false),
+                arrange(176, false, "bf16", 256, false, false),
+                arrange(128, true, "half", 256, true, true),
+                arrange(48, true, "float", 256, false, true),
             ]
         },
     },
@@ -111,7 +120,12 @@ pub const FAMILIES: &[Family] = &[
         tensor_core: None,
         variants: || vec![vec![]],
     },
-    Family { name: "gptq", source: source!("gptq"), tensor_core: None, variants: || vec![vec![]] },
+    Family {
+        name: "gptq",
+        source: source!("gptq"),
+        tensor_core: None,
+        variants: || vec![gptq(false), gptq(true)],
+    },
     Family {
         name: "integer",
         source: source!("integer"),
