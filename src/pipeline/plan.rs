@@ -414,6 +414,61 @@ mod tests {
     }
 
     #[test]
+    fn every_format_fits_every_group() {
+        for (format, act_bits) in [
+            (Levels::Int, 4),
+            (Levels::Fp4, 4),
+            (Levels::Fp4, 8),
+            (Levels::Fp4, 16),
+            (Levels::Fp4Bnb, 4),
+            (Levels::Fp4Bnb, 8),
+        ] {
+            for (group, width) in
+                [(Group::Size(16), 181), (Group::Size(48), 197), (Group::Row, 181)]
+            {
+                let recipe = Recipe { format, act_bits, ..recipe(group, 5) };
+                let site = &plan_block(&recipe, &[site(172)]).unwrap()[0];
+                assert_eq!((site.width(), site.linears[0].levels), (width, format));
+                assert_eq!(site.levels, if act_bits == 4 { format } else { Levels::Int });
+                site.format(site.order(&[1.0; 172])).check().unwrap();
+                let shape = site.shape(&site.linears[0]);
+                let specs = crate::checkpoint::linear::specs("p", &shape);
+                let bytes: u64 = specs.iter().map(crate::checkpoint::TensorSpec::bytes).sum();
+                assert_eq!(site.bits_and_weights().0, 8 * bytes + 32 * width as u64);
+            }
+        }
+    }
+
+    #[test]
+    fn formats_that_do_not_go_together_are_refused() {
+        let sound = |site: &SitePlan| site.check().map_err(|error| error.to_string());
+        let recipe = Recipe { format: Levels::Fp4Bnb, ..recipe(Group::Size(64), 0) };
+        let plan = plan_block(&recipe, &[site(172)]).unwrap().remove(0);
+        assert_eq!(sound(&plan), Ok(()));
+        let mut eight = plan.clone();
+        eight.linears[0].bits = 8;
+        assert!(sound(&eight).unwrap_err().contains("no fp4-bnb codes of 8 bits"));
+        let mut mixed = plan.clone();
+        mixed.linears[0].levels = Levels::Int;
+        assert!(sound(&mixed).unwrap_err().contains("feed weights of another format"));
+        // A linear that is left alone takes any activations.
+        mixed.linears[0].bits = 16;
+        assert_eq!(sound(&mixed), Ok(()));
+    }
+
+    #[test]
+    fn a_plan_without_formats_is_one_of_integers() {
+        let plan = plan_block(&recipe(Group::Size(64), 0), &[site(172)]).unwrap();
+        let mut json = serde_json::to_value(&plan).unwrap();
+        for object in [0, 1] {
+            let site = &mut json[0];
+            let object = if object == 0 { site } else { &mut site["linears"][0] };
+            assert_eq!(object.as_object_mut().unwrap().remove("format").unwrap(), "int");
+        }
+        assert_eq!(serde_json::from_value::<BlockPlan>(json).unwrap(), plan);
+    }
+
+    #[test]
     fn bits_count_scales_outliers_and_order() {
         let plan = plan_block(&recipe(Group::Size(64), 64), &[site(192)]).unwrap();
         // A row: 128 codes of 4 bits, 2 scales, 64 INT8 outliers with a scale; the order once.
