@@ -357,9 +357,10 @@ static __device__ __forceinline__ float at(const u32* words, int channel, int ro
 
 /// Quantizes `[tokens, channels]`: codes `[tokens, groups * GROUP]`, scales `[groups, scale_stride]`; the
 /// outliers' codes `[tokens, padded_outliers]` with zeros behind and scales `[tokens]`, or where
-/// `outlier_format` is F16 or FP8 their values `[tokens, outliers]`, with FP8 also scales. `bad` becomes the least row that holds a value
-/// that is not finite or beyond f16. One block a row; with PAIRED one block two rows, `staged` says how
-/// many rows there are, and shared memory holds 4 * (channels + 4) bytes.
+/// `outlier_format` is F16 or FP8 their values `[tokens, outliers]`, with FP8 scales as well. `bad`
+/// becomes the least row that holds a value that is not finite or beyond f16. One block a row; with
+/// PAIRED one block two rows, `staged` says how many rows there are, and shared memory holds
+/// 4 * (channels + 4) bytes.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
     const IN* x, const int* order, int channels, int groups, int outliers, int padded_outliers, int outlier_format, int staged,
     float clip, float least, float greatest, i8* codes, float* scales, int scale_stride, i8* outlier_codes, float* outlier_scales,

@@ -280,9 +280,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sweep_row_pairs(
 }
 
 /// The outlier block, the last `outliers` columns of `weights` `[rows, width]`: INT8 codes
-/// `[rows, padded]` with zeros behind and one scale a row; or `values` (not null), with `scales` FP8's
-/// numbers times one scale a row, without rounded to f16.
-/// A warp a row.
+/// `[rows, padded]` with zeros behind and one scale a row; or with `values` (not null) FP8's numbers
+/// times one scale a row, or without `scales` (null) values rounded to f16. A warp a row.
 extern "C" __global__ void __launch_bounds__(THREADS) outlier_block(
     const float* weights, int rows, int width, int outliers, int padded, float ratio, i8* codes, float* scales, float* values, u32* bad
 ) {

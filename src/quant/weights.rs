@@ -197,3 +197,51 @@ pub fn dequantize(linear: &QuantizedLinear) -> Vec<f32> {
     }
     weights
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One group of 16 and two outliers, in two rows.
+    fn rounded(levels: Levels, rows_per_scale: usize) -> QuantizedLinear {
+        let format = WeightFormat {
+            bits: 4,
+            levels,
+            group_size: 16,
+            groups: 1,
+            rows_per_scale,
+            clip: 1.0,
+            outlier_channels: 2,
+            outlier_format: OutlierFormat::Fp8,
+        };
+        let mut weights = [0.0; 36];
+        weights[..8].copy_from_slice(&[-6.0, 5.0, 3.5, 2.5, 1.75, -1.25, 0.75, 0.25]);
+        weights[16..18].copy_from_slice(&[448.0, -3.1]);
+        weights[18..20].copy_from_slice(&[0.5, -12.0]);
+        round_to_nearest(&weights, 2, &format).unwrap()
+    }
+
+    #[test]
+    fn fp4_weights_and_fp8_outliers_are_the_nearest_numbers() {
+        let linear = rounded(Levels::Fp4, 1);
+        assert_eq!(linear.scales, [f16::from_f32(0.5), f16::from_f32(1.0)]);
+        assert_eq!(linear.codes[..8], [-12, 8, 8, 4, 4, -2, 2, 0]);
+        assert_eq!(linear.codes[16..18], [0, -12], "halves go to even");
+        // 1100 0000 is -2 and 1100 0101 -3.25; the nearest to -3.1 is -3, 1100 0100.
+        let codes = vec![0x7e, 0xc4, 0, 0];
+        let scales = vec![f16::ONE, f16::ZERO];
+        assert_eq!(linear.outliers, OutlierBlock::Fp8 { codes, scales });
+        let weights = dequantize(&linear);
+        assert_eq!(weights[..8], [-6.0, 4.0, 4.0, 2.0, 2.0, -1.0, 1.0, 0.0]);
+        assert_eq!(weights[16..20], [448.0, -3.0, 0.0, -12.0]);
+    }
+
+    #[test]
+    fn bitsandbytes_sixteenths_are_codes_of_one() {
+        let linear = rounded(Levels::Fp4Bnb, 2);
+        assert_eq!(linear.scales, [f16::ONE]);
+        assert_eq!(linear.codes[..8], [-6, 4, 3, 2, 2, -2, 1, 1]);
+        assert_eq!(linear.codes[16..18], [1, -12]);
+        assert_eq!(dequantize(&linear)[6..8], [0.0625; 2]);
+    }
+}
