@@ -81,8 +81,8 @@ impl Levels {
                     (7.0, 8.0),
                     (10.0, 12.0),
                 ];
-                let above = STEPS.iter().filter(|(tie, _)| value.abs() > *tie);
-                above.last().map_or(0.0, |(_, level)| level.copysign(value))
+                let below = STEPS.iter().rfind(|(tie, _)| value.abs() > *tie);
+                below.map_or(0.0, |(_, level)| level.copysign(value))
             }
         }
     }
