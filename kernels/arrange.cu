@@ -10,8 +10,16 @@
 // TRANSFORM  1: Hadamard transform of each group
 // IN         half, bf16 or float: the row's type
 // THREADS    threads of a block
-// FP4        1: `quantize` makes FP4 codes, doubled numbers of E2M1, 0: integers
 // PAIRED     1: `quantize` takes two rows a block (see Span); IN has 16 bits, GROUP is 32, 64, 128 or 256
+// FP4        1: `quantize` makes FP4 codes, doubled numbers of E2M1; 0 or absent: integers
+// FP8        1: outliers that are no codes are FP8 (E4M3) times a scale; 0 or absent: f16
+
+#ifndef FP4
+#define FP4 0
+#endif
+#ifndef FP8
+#define FP8 0
+#endif
 
 #define WARPS (THREADS / 32)
 
@@ -351,18 +359,13 @@ static __device__ __forceinline__ float at(const u32* words, int channel, int ro
 }
 #endif
 
-/// How outliers are held, as src/backend/cuda/quantize.rs says it; 0 is INT8.
-#define F16 1
-#define FP8 2
-
 /// Quantizes `[tokens, channels]`: codes `[tokens, groups * GROUP]`, scales `[groups, scale_stride]`; the
-/// outliers' codes `[tokens, padded_outliers]` with zeros behind and scales `[tokens]`, or where
-/// `outlier_format` is F16 or FP8 their values `[tokens, outliers]`, with FP8 scales as well. `bad`
-/// becomes the least row that holds a value that is not finite or beyond f16. One block a row; with
-/// PAIRED one block two rows, `staged` says how many rows there are, and shared memory holds
-/// 4 * (channels + 4) bytes.
+/// outliers' codes `[tokens, padded_outliers]` with zeros behind and scales `[tokens]`, or with
+/// `float_outliers` their values `[tokens, outliers]`, and FP8's scales. `bad` becomes the least row that
+/// holds a value that is not finite or beyond f16. One block a row; with PAIRED one block two rows,
+/// `staged` says how many rows there are, and shared memory holds 4 * (channels + 4) bytes.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
-    const IN* x, const int* order, int channels, int groups, int outliers, int padded_outliers, int outlier_format, int staged,
+    const IN* x, const int* order, int channels, int groups, int outliers, int padded_outliers, int float_outliers, int staged,
     float clip, float least, float greatest, i8* codes, float* scales, int scale_stride, i8* outlier_codes, float* outlier_scales,
     float* outlier_values, u32* bad
 ) {
@@ -433,13 +436,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
         return;
     }
 #endif
-    if (outlier_format == F16) {
-        for (int i = lane; i < outliers; i += 32) {
-            float value = to_float(to_half(outlier(i)));
-            sound = sound && is_finite(value);
-            outlier_values[token * outliers + i] = value;
-        }
-    } else if (outlier_format == FP8) {
+    if (float_outliers) {
+#if FP8
         u32 most = 0;
         for (int i = lane; i < outliers; i += 32) most = max(most, magnitude(outlier(i)));
         float scale = scale_of(__uint_as_float(warp_max(most)), 1.0f, 448.0f);
@@ -447,6 +445,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
         sound = sound && is_finite(scale);
         if (lane == 0) outlier_scales[token] = scale;
         for (int i = lane; i < outliers; i += 32) outlier_values[token * outliers + i] = nearest_e4m3(outlier(i) * inverse) * scale;
+#else
+        for (int i = lane; i < outliers; i += 32) {
+            float value = to_float(to_half(outlier(i)));
+            sound = sound && is_finite(value);
+            outlier_values[token * outliers + i] = value;
+        }
+#endif
     } else {
         u32 most = 0;
         for (int i = lane; i < outliers; i += 32) most = max(most, magnitude(outlier(i)));

@@ -263,7 +263,7 @@ impl Cuda {
         let shared_bytes = if step.factor.is_some() { 4 * SPAN * (end - first) } else { 0 };
         self.kernels.launch(
             "gptq",
-            &kernels::gptq(format.levels == Levels::Fp4),
+            &kernels::formats(format.levels == Levels::Fp4, false),
             entry,
             Geometry {
                 shared_bytes,

@@ -22,7 +22,6 @@ pub fn arrange(
     element: &str,
     threads: usize,
     paired: bool,
-    fp4: bool,
 ) -> Defines {
     vec![
         ("GROUP", group.to_string()),
@@ -30,13 +29,13 @@ pub fn arrange(
         ("IN", element.to_owned()),
         ("THREADS", threads.to_string()),
         ("PAIRED", flag(paired)),
-        ("FP4", flag(fp4)),
     ]
 }
 
-/// Macros of `gptq`'s sweep; the other kernels of the file are the same with all of them.
-pub fn gptq(fp4: bool) -> Defines {
-    if fp4 { vec![("FP4", flag(fp4))] } else { vec![] }
+/// Macros that `arrange` and `gptq` have beside their others where codes are FP4 or outliers FP8.
+pub fn formats(fp4: bool, fp8: bool) -> Defines {
+    let all = [("FP4", fp4), ("FP8", fp8)];
+    all.into_iter().filter(|(_, set)| *set).map(|(name, set)| (name, flag(set))).collect()
 }
 
 /// Macros of `prepare`; `kv_bits` is 16 where nothing is quantized.
@@ -85,17 +84,17 @@ pub const FAMILIES: &[Family] = &[
         tensor_core: None,
         variants: || {
             vec![
-                arrange(128, true, "half", 256, true, false),
-                arrange(128, true, "half", 256, false, false),
-                arrange(128, false, "float", 256, false, false),
-                arrange(32, false, "half", 256, true, false),
-                arrange(256, true, "half", 256, true, false),
-                arrange(64, true, "bf16", 256, true, false),
-                arrange(1024, true, "half", 256, false, false),
-                arrange(48, true, "half", 256, false, false),
-                arrange(176, false, "bf16", 256, false, false),
-                arrange(128, true, "half", 256, true, true),
-                arrange(48, true, "float", 256, false, true),
+                arrange(128, true, "half", 256, true),
+                arrange(128, true, "half", 256, false),
+                arrange(128, false, "float", 256, false),
+                arrange(32, false, "half", 256, true),
+                arrange(256, true, "half", 256, true),
+                arrange(64, true, "bf16", 256, true),
+                arrange(1024, true, "half", 256, false),
+                arrange(48, true, "half", 256, false),
+                arrange(176, false, "bf16", 256, false),
+                [arrange(128, true, "half", 256, true), formats(true, true)].concat(),
+                [arrange(48, true, "float", 256, false), formats(true, false)].concat(),
             ]
         },
     },
@@ -124,7 +123,7 @@ pub const FAMILIES: &[Family] = &[
         name: "gptq",
         source: source!("gptq"),
         tensor_core: None,
-        variants: || vec![gptq(false), gptq(true)],
+        variants: || vec![vec![], formats(true, false)],
     },
     Family {
         name: "integer",

@@ -65,14 +65,7 @@ impl Arranging {
         let paired =
             element != "float" && PAIRED.contains(&format.group_size) && pair_bytes <= PAIR_BYTES;
         Self {
-            defines: kernels::arrange(
-                format.group_size,
-                hadamard,
-                element,
-                threads,
-                paired,
-                format.levels == Levels::Fp4,
-            ),
+            defines: kernels::arrange(format.group_size, hadamard, element, threads, paired),
             threads,
             shared_bytes: row_bytes + group_bytes,
             staged: i32::from(staged),
@@ -168,9 +161,11 @@ impl Cuda {
         let (least, greatest) = format.code_limits();
         let arranging = Arranging::new(format, element);
         let (geometry, staged) = arranging.quantizing(tokens);
+        let fp8 = format.outlier_format == OutlierFormat::Fp8;
+        let formats = kernels::formats(format.levels == Levels::Fp4, fp8);
         self.kernels.launch(
             "arrange",
-            &arranging.defines,
+            &[arranging.defines, formats].concat(),
             "quantize",
             geometry,
             arguments![
@@ -180,7 +175,7 @@ impl Cuda {
                 format.groups,
                 format.outlier_channels,
                 rows.outliers.padded(),
-                kernel_format(format.outlier_format),
+                i32::from(rows.outliers.values.is_some()),
                 staged,
                 format.clip,
                 least,
@@ -272,7 +267,7 @@ impl Cuda {
         element: &str,
     ) -> Result<()> {
         // The transform and the type of rows play no part on the way back.
-        let defines = kernels::arrange(group_size, false, "half", THREADS, false, false);
+        let defines = kernels::arrange(group_size, false, "half", THREADS, false);
         self.kernels.launch(
             "arrange",
             &defines,
@@ -495,15 +490,6 @@ impl Cuda {
     pub(super) fn outlier_ratio(format: OutlierFormat) -> f32 {
         let grid = if format == OutlierFormat::Fp8 { Grid::fp8() } else { Grid::rounding(8, 1.0) };
         grid.ratio()
-    }
-}
-
-/// How outliers are held, for arrange.cu.
-fn kernel_format(format: OutlierFormat) -> i32 {
-    match format {
-        OutlierFormat::Int8 => 0,
-        OutlierFormat::F16 => 1,
-        OutlierFormat::Fp8 => 2,
     }
 }
 
