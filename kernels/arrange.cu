@@ -11,6 +11,15 @@
 // IN         half, bf16 or float: the row's type
 // THREADS    threads of a block
 // PAIRED     1: `quantize` takes two rows a block (see Span); IN has 16 bits, GROUP is 32, 64, 128 or 256
+// FP4        1: `quantize` makes FP4 codes, doubled numbers of E2M1; 0 or absent: integers
+// FP8        1: outliers that are no codes are FP8 (E4M3) times a scale; 0 or absent: f16
+
+#ifndef FP4
+#define FP4 0
+#endif
+#ifndef FP8
+#define FP8 0
+#endif
 
 #define WARPS (THREADS / 32)
 
@@ -185,6 +194,14 @@ static __device__ __forceinline__ float scale_of(float absmax, float clip, float
 static __device__ __forceinline__ u32 code_of(float value, float inverse, float least, float greatest) {
     return __float_as_uint(fminf(fmaxf(value * inverse, least), greatest) + 12582912.0f);
 }
+/// The code of a value in a group: as code_of, or FP4.
+static __device__ __forceinline__ u32 group_code(float value, float inverse, float least, float greatest) {
+#if FP4
+    return __float_as_uint(nearest_e2m1_doubled(value * inverse) + 12582912.0f);
+#else
+    return code_of(value, inverse, least, greatest);
+#endif
+}
 static __device__ __forceinline__ u32 pack_codes(u32 a, u32 b, u32 c, u32 d) {
     return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
@@ -344,11 +361,11 @@ static __device__ __forceinline__ float at(const u32* words, int channel, int ro
 
 /// Quantizes `[tokens, channels]`: codes `[tokens, groups * GROUP]`, scales `[groups, scale_stride]`; the
 /// outliers' codes `[tokens, padded_outliers]` with zeros behind and scales `[tokens]`, or with
-/// `f16_outliers` their values `[tokens, outliers]`. `bad` becomes the least row that holds a value
-/// that is not finite or beyond f16. One block a row; with PAIRED one block two rows, `staged` says how
-/// many rows there are, and shared memory holds 4 * (channels + 4) bytes.
+/// `float_outliers` their values `[tokens, outliers]`, and FP8's scales. `bad` becomes the least row that
+/// holds a value that is not finite or beyond f16. One block a row; with PAIRED one block two rows,
+/// `staged` says how many rows there are, and shared memory holds 4 * (channels + 4) bytes.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
-    const IN* x, const int* order, int channels, int groups, int outliers, int padded_outliers, int f16_outliers, int staged,
+    const IN* x, const int* order, int channels, int groups, int outliers, int padded_outliers, int float_outliers, int staged,
     float clip, float least, float greatest, i8* codes, float* scales, int scale_stride, i8* outlier_codes, float* outlier_scales,
     float* outlier_values, u32* bad
 ) {
@@ -374,8 +391,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
             u32 packed[4];
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                packed[i] = pack_codes(code_of(span.v[4 * i], inverse, least, greatest), code_of(span.v[4 * i + 1], inverse, least, greatest),
-                                       code_of(span.v[4 * i + 2], inverse, least, greatest), code_of(span.v[4 * i + 3], inverse, least, greatest));
+                packed[i] = pack_codes(group_code(span.v[4 * i], inverse, least, greatest), group_code(span.v[4 * i + 1], inverse, least, greatest),
+                                       group_code(span.v[4 * i + 2], inverse, least, greatest), group_code(span.v[4 * i + 3], inverse, least, greatest));
             *reinterpret_cast<uint4*>(codes + token * end + place) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
         }
     }
@@ -404,11 +421,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
 #pragma unroll
         for (int i = 0; i < LANE_VALUES; i += 4) {
             *reinterpret_cast<u32*>(to + lane * LANE_VALUES + i) =
-                pack_codes(code_of(values.v[i], inverse, least, greatest), code_of(values.v[i + 1], inverse, least, greatest),
-                           code_of(values.v[i + 2], inverse, least, greatest), code_of(values.v[i + 3], inverse, least, greatest));
+                pack_codes(group_code(values.v[i], inverse, least, greatest), group_code(values.v[i + 1], inverse, least, greatest),
+                           group_code(values.v[i + 2], inverse, least, greatest), group_code(values.v[i + 3], inverse, least, greatest));
         }
 #else
-        values.each([&](int i, float value) { to[i] = (i8)code_of(value, inverse, least, greatest); });
+        values.each([&](int i, float value) { to[i] = (i8)group_code(value, inverse, least, greatest); });
 #endif
     }
     // The last warp has the fewest groups, or none.
@@ -419,12 +436,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
         return;
     }
 #endif
-    if (f16_outliers) {
+    if (float_outliers) {
+#if FP8
+        u32 most = 0;
+        for (int i = lane; i < outliers; i += 32) most = max(most, magnitude(outlier(i)));
+        float scale = scale_of(__uint_as_float(warp_max(most)), 1.0f, 448.0f);
+        float inverse = inverse_of(scale);
+        sound = sound && is_finite(scale);
+        if (lane == 0) outlier_scales[token] = scale;
+        for (int i = lane; i < outliers; i += 32) outlier_values[token * outliers + i] = nearest_e4m3(outlier(i) * inverse) * scale;
+#else
         for (int i = lane; i < outliers; i += 32) {
             float value = to_float(to_half(outlier(i)));
             sound = sound && is_finite(value);
             outlier_values[token * outliers + i] = value;
         }
+#endif
     } else {
         u32 most = 0;
         for (int i = lane; i < outliers; i += 32) most = max(most, magnitude(outlier(i)));

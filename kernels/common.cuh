@@ -46,6 +46,20 @@ static __device__ __forceinline__ u32 magnitude(float x) { return __float_as_uin
 /// What values are multiplied with to become codes: 0 for the scale of a group of zeros.
 static __device__ __forceinline__ float inverse_of(float scale) { return scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale); }
 
+/// The number of a small floating-point format nearest to a value, ties to even, held within the format
+/// (src/quant/float.rs): `steps` numbers from a power of two to the next, equal steps below `normal`.
+/// What is added leaves no bit below a step.
+static __device__ __forceinline__ float round_float(float value, float steps, float normal, float highest) {
+    value = fminf(fmaxf(value, -highest), highest);
+    float power = fmaxf(__uint_as_float(__float_as_uint(value) & 0x7f800000u), normal);
+    float rounder = power * (12582912.0f / steps);
+    return (value + rounder) - rounder;
+}
+/// E2M1, doubled so that its numbers are integers: up to 12.
+static __device__ __forceinline__ float nearest_e2m1_doubled(float value) { return round_float(value, 2.0f, 2.0f, 12.0f); }
+/// E4M3, up to 448.
+static __device__ __forceinline__ float nearest_e4m3(float value) { return round_float(value, 8.0f, 0.015625f, 448.0f); }
+
 /// What makes a Hadamard transform of LENGTH values, a power of two, orthonormal: 1 / sqrt(LENGTH), computed
 /// in f64 and rounded once.
 template <int LENGTH> static __device__ constexpr float hadamard_scale() {

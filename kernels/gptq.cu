@@ -11,6 +11,11 @@
 // Columns go in blocks of at most 128: a warp sweeps its rows inside a block in registers, and a matrix
 // product carries the block's w - q to the columns behind it (src/backend/cuda/gptq.rs).
 
+// FP4 (default 0)  1: codes are FP4, doubled numbers of E2M1, 0: integers
+
+#ifndef FP4
+#define FP4 0
+#endif
 #define THREADS 256
 #define SPAN 128
 
@@ -67,7 +72,11 @@ struct Grid {
 
     __device__ __forceinline__ float scale(u32 absmax) const { return to_float(to_half(__uint_as_float(absmax) * ratio)); }
     __device__ __forceinline__ float code(float value, float inverse) const {
+#if FP4
+        return nearest_e2m1_doubled(value * inverse);
+#else
         return fminf(fmaxf(rintf(value * inverse), least), greatest);
+#endif
     }
 };
 
@@ -271,8 +280,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sweep_row_pairs(
 }
 
 /// The outlier block, the last `outliers` columns of `weights` `[rows, width]`: INT8 codes
-/// `[rows, padded]` with zeros behind and one scale a row, or with `values` (not null) rounded to f16.
-/// A warp a row.
+/// `[rows, padded]` with zeros behind and one scale a row; or with `values` (not null) FP8's numbers
+/// times one scale a row, or without `scales` (null) values rounded to f16. A warp a row.
 extern "C" __global__ void __launch_bounds__(THREADS) outlier_block(
     const float* weights, int rows, int width, int outliers, int padded, float ratio, i8* codes, float* scales, float* values, u32* bad
 ) {
@@ -281,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) outlier_block(
     if (row >= rows) return;
     const float* own = weights + row * width + (width - outliers);
     bool sound = true;
-    if (values) {
+    if (values && !scales) {
         for (int i = lane; i < outliers; i += 32) {
             float value = to_float(to_half(own[i]));
             sound = sound && is_finite(value);
@@ -290,12 +299,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) outlier_block(
     } else {
         u32 most = 0;
         for (int i = lane; i < outliers; i += 32) most = max(most, magnitude(own[i]));
-        Grid grid{ratio, -127.0f, 127.0f};
+        Grid grid{ratio, 0.0f, 0.0f};
         float scale = grid.scale(warp_max(most));
         float inverse = inverse_of(scale);
         sound = is_finite(scale);
         if (lane == 0) scales[row] = scale;
-        for (int i = lane; i < padded; i += 32) codes[row * padded + i] = i < outliers ? (i8)grid.code(own[i], inverse) : (i8)0;
+        if (values) {
+            for (int i = lane; i < outliers; i += 32) values[row * outliers + i] = nearest_e4m3(own[i] * inverse) * scale;
+        } else {
+            for (int i = lane; i < padded; i += 32) {
+                float code = i < outliers ? fminf(fmaxf(rintf(own[i] * inverse), -127.0f), 127.0f) : 0.0f;
+                codes[row * padded + i] = (i8)code;
+            }
+        }
     }
     if (!sound) atomicMin(bad, (u32)row);
 }

@@ -14,7 +14,7 @@
 // integer_product: PRODUCT_THREADS threads, ceil(tokens / 128) * ceil(rows / 128) blocks in one
 // dimension, and PRODUCT_SHARED bytes of dynamic shared memory, at most 101376 unless STAGES is given.
 //
-// add_f16_outliers: PRODUCT_THREADS threads, grid (ceil(rows / 64), ceil(tokens / 64)).
+// add_float_outliers: PRODUCT_THREADS threads, grid (ceil(rows / 64), ceil(tokens / 64)).
 
 #define PRODUCT_THREADS 256
 #define TILE 128
@@ -371,12 +371,14 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
     }
 }
 
-// ---- Outliers in f16 ----
+// ---- Outliers in f16 or FP8 ----
 
+/// FP8's numbers come with their scales multiplied in, which is exact in f32.
+///
 /// Goes on with y [tokens, rows] in place: acc = fma(xo, wo, acc) channel by channel, with xo [tokens, o]
 /// and wo [rows, o].
 extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS)
-    add_f16_outliers(const float* xo, const float* wo, float* y, int tokens, int rows, int o) {
+    add_float_outliers(const float* xo, const float* wo, float* y, int tokens, int rows, int o) {
     // 64 tokens x 64 rows, 32 channels at a time; a thread has every 16th token and row. The odd width
     // keeps the columns that are read in different banks.
     __shared__ float x_part[64][33], w_part[64][33];

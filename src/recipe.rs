@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use crate::quant::kv::KvFormat;
+use crate::quant::levels::Levels;
 use crate::quant::site::{OutlierFormat, Transform};
 use crate::{Error, Result};
 
@@ -74,6 +75,10 @@ pub struct Recipe {
     pub act_bits: u8,
     /// Bits of a cached key or value: 2, 3, 4, 8, or 16 for floating point.
     pub kv_bits: u8,
+    /// What 4-bit codes of weights and activations stand for. Activations of 8 bits are integers
+    /// whatever it says, and the KV cache is.
+    #[serde(default)]
+    pub format: Levels,
     /// Channels that share a scale.
     pub group: Group,
     /// Outlier channels of each site.
@@ -121,6 +126,7 @@ impl Recipe {
             bits: 4,
             act_bits: 4,
             kv_bits: 4,
+            format: Levels::Int,
             group: Group::Size(128),
             outliers: 128,
             outlier_format: OutlierFormat::Int8,
@@ -267,11 +273,33 @@ impl Recipe {
             return Err(Error::input("correction needs sequential")
                 .hint("all sites of a block at once have no corrected inputs to go by: set sequential = true"));
         }
+        let format = self.format.name();
+        if self.bits < 16 && !self.format.has_bits(self.bits) {
+            return Err(Error::input(format!(
+                "bits is {}; weights of the format {format} have 4",
+                self.bits
+            ))
+            .hint(format!("choose --bits 4 with --format {format}, or --format int")));
+        }
+        if self.act_bits < 8 && !self.format.has_bits(self.act_bits) {
+            return Err(Error::input(format!(
+                "act_bits is {}; activations of the format {format} have 4",
+                self.act_bits
+            ))
+            .hint(format!(
+                "with --format {format} choose --act-bits 4, 8 (integers) or 16 (floating point)"
+            )));
+        }
         if self.bits == 16 {
             return Err(Error::input("bits is 16: nothing would be quantized")
                 .hint("choose --bits 2, 3, 4 or 8; activations and KV cache may stay at 16"));
         }
         Ok(self)
+    }
+
+    /// What activations' codes stand for.
+    pub fn act_format(&self) -> Levels {
+        if self.act_bits == 4 { self.format } else { Levels::Int }
     }
 
     /// How keys and values are held.
@@ -285,13 +313,17 @@ impl Recipe {
         }
     }
 
-    /// Short name for output directories: `w4a4kv4-g128`.
+    /// Short name for output directories: `w4a4-g128`, `w4a4-fp4-g128`.
     pub fn tag(&self) -> String {
         let group = match self.group {
             Group::Row => "row".to_owned(),
             Group::Size(size) => format!("g{size}"),
         };
-        format!("w{}a{}-{group}", self.bits, self.act_bits)
+        let format = match self.format {
+            Levels::Int => String::new(),
+            other => format!("-{}", other.name()),
+        };
+        format!("w{}a{}{format}-{group}", self.bits, self.act_bits)
     }
 }
 
@@ -326,6 +358,19 @@ mod tests {
     }
 
     #[test]
+    fn fp4_goes_with_activations_of_4_8_and_16_bits() {
+        for (act_bits, act_format, tag) in [
+            (4, Levels::Fp4, "w4a4-fp4-g64"),
+            (8, Levels::Int, "w4a8-fp4-g64"),
+            (16, Levels::Int, "w4a16-fp4-g64"),
+        ] {
+            let text = format!("format = \"fp4\"\nact_bits = {act_bits}\ngroup = 64");
+            let recipe = Recipe::resolve("default", &overrides(&text)).unwrap();
+            assert_eq!((recipe.act_format(), recipe.tag().as_str()), (act_format, tag));
+        }
+    }
+
+    #[test]
     fn bad_settings_are_refused() {
         for (text, part) in [
             ("grup = 64", "unknown recipe key `grup`"),
@@ -335,6 +380,12 @@ mod tests {
             ("bits = 16", "nothing would be quantized"),
             ("clip_act = 1.5", "clip_act is 1.5"),
             ("gptq = 3", "gptq"),
+            ("format = \"fp5\"", "recipe key `format`"),
+            ("format = \"fp4\"\nbits = 3", "bits is 3; weights of the format fp4 have 4"),
+            (
+                "format = \"fp4-bnb\"\nact_bits = 3",
+                "act_bits is 3; activations of the format fp4-bnb",
+            ),
             ("rows_per_scale = 3", "rows_per_scale is 3"),
         ] {
             let error = Recipe::resolve("default", &overrides(text)).unwrap_err();

@@ -132,7 +132,7 @@ fn what_the_parser_refuses_is_wrong_usage() {
         ("quantize", "--model <MODEL>"),
         ("quantize --model m --bitz 4", "unexpected argument '--bitz'"),
         ("quantize --model m --group foo", "or `row`"),
-        ("quantize --model m --outlier-format int9", "int8, fp16"),
+        ("quantize --model m --outlier-format int9", "int8, fp8, fp16"),
         ("quantize --model m --samples 0", "at least 1"),
         ("quantize --model m --seq-len 1", "at least 2"),
         ("quantize --model m --device tpu", "auto, cpu, cuda and cuda:N"),
@@ -157,7 +157,8 @@ fn a_bad_recipe_flag_is_wrong_usage() {
         ("--bits 16", "nothing would be quantized"),
         ("--clip-act 1.5", "clip_act is 1.5"),
         ("--recipe papr", "there is no recipe named `papr`"),
-        ("--format fp4", "no FP4 weights"),
+        ("--format fp4 --bits 3", "bits is 3; weights of the format fp4 have 4"),
+        ("--format fp4 --act-bits 2", "act_bits is 2; activations of the format fp4 have 4"),
     ] {
         let line = format!("quantize --model m {flags}");
         let words: Vec<&str> = line.split_whitespace().collect();

@@ -50,6 +50,8 @@ fn the_checkpoint_does_not_depend_on_the_instruction_set() {
         SMALL.to_owned(),
         format!("--recipe paper {SMALL} --act-bits 8 --kv-bits 8"),
         format!("{SMALL} --no-gptq --act-bits 16 --outlier-format fp16"),
+        format!("{SMALL} --format fp4 --outlier-format fp8"),
+        format!("{SMALL} --format fp4-bnb"),
     ] {
         for isa in &isas {
             let line = format!("quantize --model model {flags} --no-eval --overwrite --out {isa}");
@@ -68,10 +70,13 @@ fn the_perplexity_is_the_same_to_the_last_bit() {
         ("w4a4", ""),
         ("w3a8", "--bits 3 --act-bits 8 --kv-bits 8 --outlier-format fp16"),
         ("w8a16", "--bits 8 --act-bits 16 --kv-bits 16"),
+        ("fp4", "--format fp4 --outlier-format fp8"),
+        ("fp4a8", "--format fp4 --act-bits 8"),
+        ("bnb", "--format fp4-bnb"),
     ] {
         home.run(&format!("quantize --model model {SMALL} {flags} --no-eval --out {out}")).done();
     }
-    for model in ["w4a4", "w3a8", "w8a16", "model", "tiny-llama"] {
+    for model in ["w4a4", "w3a8", "w8a16", "fp4", "fp4a8", "bnb", "model", "tiny-llama"] {
         let line = format!("eval-ppl --model {model} {common} --json");
         let mut found = Vec::new();
         for isa in &isas {
@@ -99,6 +104,7 @@ fn three_stages_give_the_bytes_of_one() {
             "--group 32 --outliers 16 --no-gptq",
             "--group 32 --outliers 16 --act-bits 16 --kv-bits 16",
             "--group row --outliers 0 --bits 3 --no-order",
+            "--group 48 --outliers 16 --format fp4 --outlier-format fp8",
         ] {
             let quantize = format!("quantize --model {model} {windows} {recipe}");
             home.run(&format!("{quantize} --no-eval --out whole --overwrite")).done();

@@ -15,16 +15,19 @@ use atom::quant::site::{SiteFormat, Transform};
 use atom::quant::weights;
 use serde_json::Value;
 
-/// Settings of `atom quantize` that reach every form a linear can have: all widths of codes, both
-/// kinds of outliers and none, padding first and padding last, with and without the transform,
+/// Settings of `atom quantize` that reach every form a linear can have: all widths of codes and kinds
+/// of numbers, every kind of outliers and none, padding first and padding last, with and without the transform,
 /// scales shared by two rows; and how far the weights may be from the source's, relatively.
-const SETTINGS: [(&str, f64); 6] = [
+const SETTINGS: [(&str, f64); 9] = [
     ("--group 64 --outliers 64", 0.2),
     ("--recipe paper --group 32 --outliers 32 --outlier-format fp16", 0.3),
     ("--bits 3 --group 48 --outliers 20 --no-gptq", 0.3),
     ("--bits 2 --group row --outliers 0 --rows-per-scale 2 --no-gptq", 0.9),
     ("--bits 8 --group 80 --outliers 7 --no-order --no-gptq --clip-weight 1", 0.01),
     ("--bits 8 --group 48 --outliers 1 --transform none --no-gptq --clip-weight 1", 0.01),
+    ("--format fp4 --group 16 --outliers 20 --outlier-format fp8", 0.2),
+    ("--format fp4 --act-bits 8 --group row --outliers 0 --rows-per-scale 2 --no-gptq", 0.3),
+    ("--format fp4-bnb --group 48 --outliers 5 --outlier-format fp8 --no-gptq", 0.3),
 ];
 
 fn python() -> String {
@@ -121,7 +124,7 @@ fn the_reader_in_the_document_is_the_one_that_is_tested() {
     let reader = repository("tests/read_atom.py");
     assert_eq!(block, reader);
     let lines = reader.lines().filter(|line| !line.trim().is_empty()).count();
-    assert!(lines <= 25, "the reader has grown to {lines} lines");
+    assert!(lines <= 30, "the reader has grown to {lines} lines");
 }
 
 #[test]

@@ -5,7 +5,7 @@ def tensor(folder, name):
     shard = json.loads(index.read_text())["weight_map"][name] if index.exists() else "model.safetensors"
     with open(pathlib.Path(folder, shard), "rb") as file:
         entry = json.loads(file.read(int.from_bytes(file.read(8), "little")))[name]
-        kind = {"U8": "u1", "I8": "i1", "I32": "<i4", "F16": "<f2"}[entry["dtype"]]
+        kind = {"U8": "u1", "I8": "i1", "F8_E4M3": "u1", "I32": "<i4", "F16": "<f2"}[entry["dtype"]]
         return np.memmap(file, kind, "r", file.tell() + entry["data_offsets"][0], tuple(entry["shape"]))
 
 def dequantize(folder, name):
@@ -13,15 +13,19 @@ def dequantize(folder, name):
     sites = sum(json.loads(pathlib.Path(folder, "atom.json").read_text())["blocks"], [])
     site, linear = next((s, l) for s in sites for l in s["linears"] if l["name"] == name)
     rows, bits, size = linear["rows"], linear["bits"], site["group_size"]
+    half = {"fp4": [0, 1, 2, 3, 4, 6, 8, 12], "fp4-bnb": [0, 1 / 16, 2, 3, 4, 6, 8, 12]}.get(linear.get("format"))
+    values = np.r_[half, np.negative(half)] if half else np.r_[:2 ** (bits - 1), -(2 ** (bits - 1)):0]
     stream = np.unpackbits(tensor(folder, f"{name}.weight_codes"), bitorder="little")
-    codes = stream.reshape(rows, -1, size, bits) @ np.r_[2.0 ** np.arange(bits - 1), -(2.0 ** (bits - 1))]
+    codes = values[stream.reshape(rows, -1, size, bits) @ 2 ** np.arange(bits)]
     scales = tensor(folder, f"{name}.weight_scales").repeat(linear["rows_per_scale"], axis=0)[:rows]
     weight, h = codes * scales[:, :, None], np.ones((1, 1))
     while site["transform"] == "hadamard" and size % (2 * len(h)) == 0: h = np.block([[h, h], [h, -h]])
     weight = (weight.reshape(rows, -1, len(h)) @ h / len(h) ** 0.5).reshape(rows, -1)
     if site["outlier_channels"]:
-        last = tensor(folder, f"{name}.outlier_" + {"int8": "codes", "f16": "weights"}[site["outlier_format"]])
-        scale = tensor(folder, f"{name}.outlier_scales") if site["outlier_format"] == "int8" else np.ones(rows)
+        last = tensor(folder, f"{name}.outlier_" + ("weights" if site["outlier_format"] == "f16" else "codes"))
+        if site["outlier_format"] == "fp8":  # the exponents of E4M3 and f16 count from 7 and 15
+            last = ((last & 127).astype("<u2") << 7 | (last & 128).astype("<u2") << 8).view("<f2") * 256.0
+        scale = np.ones(rows) if site["outlier_format"] == "f16" else tensor(folder, f"{name}.outlier_scales")
         weight = np.c_[weight, last * scale.astype(float)[:, None]]
     order = tensor(folder, f"{site['name']}.order")
     return weight[:, order >= 0][:, order[order >= 0].argsort()]

@@ -17,9 +17,14 @@ const WORK: &str = ".out.atom-work";
 
 /// A model of many blocks, and what an undisturbed run makes of it, `expected`.
 fn home() -> Home {
+    home_of("")
+}
+
+/// The same with more flags.
+fn home_of(flags: &str) -> Home {
     let home = Home::new();
     RandomModel::new(BLOCKS).write(&home.path("model"), Dtype::F16, 2);
-    home.run(&format!("{QUANTIZE} --out expected")).done();
+    home.run(&format!("{QUANTIZE} {flags} --out expected")).done();
     home
 }
 
@@ -77,8 +82,10 @@ fn a_killed_run_goes_on_and_gives_the_same_bytes() {
 
 #[test]
 fn a_run_killed_twice_goes_on_twice_and_says_what_it_found() {
-    let home = home();
-    let line = format!("{QUANTIZE} --out out --resume");
+    // What the second run reads back are packed FP4 codes and FP8 outliers.
+    let flags = "--format fp4 --outlier-format fp8";
+    let home = home_of(flags);
+    let line = format!("{QUANTIZE} {flags} --out out --resume");
     kill(start(&home, &line, || blocks_done(&home) >= 2));
     let first = blocks_done(&home);
     kill(start(&home, &line, || blocks_done(&home) > first));

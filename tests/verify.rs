@@ -104,7 +104,7 @@ fn a_checkpoint_says_what_it_holds() {
         (&down["rows"], &down["columns"], &down["bits"]),
         (&json!(64), &json!(172), &json!(3))
     );
-    assert_fields(down, "group_size:i outliers:i bytes:i error:n");
+    assert_fields(down, "format:s group_size:i outliers:i bytes:i error:n");
     for model in ["model", "atom", "tiny-llama"] {
         assert!(home.run(&format!("inspect {model}")).done().stdout.contains("LlamaForCausalLM"));
     }
@@ -322,6 +322,14 @@ fn every_width_and_format_is_quantized_verified_and_run() {
         "--rows-per-scale 2 --bits 2",
         "--act-bits 2 --kv-bits 2",
         "--act-bits 3 --kv-bits 3 --no-gptq",
+        "--format fp4",
+        "--format fp4 --act-bits 8 --outlier-format fp8 --group 16",
+        "--format fp4 --act-bits 16 --group row --no-gptq",
+        "--format fp4 --outliers 63 --group 48 --rows-per-scale 2 --outlier-format fp8",
+        "--format fp4-bnb --group 48 --outlier-format fp8",
+        "--format fp4-bnb --act-bits 8 --outliers 0",
+        "--format fp4-bnb --act-bits 16 --no-gptq",
+        "--bits 8 --act-bits 16 --outlier-format fp8",
         "--recipe paper --group 32 --outliers 16",
         "--clip-act 1 --clip-weight 1 --clip-kv 0.9 --damping 0.1",
     ] {

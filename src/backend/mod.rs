@@ -9,6 +9,7 @@ pub mod cuda;
 
 use crate::checkpoint;
 use crate::quant::kv::KvFormat;
+use crate::quant::levels::Levels;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::SiteFormat;
 use crate::quant::weights::WeightFormat;
@@ -158,6 +159,13 @@ pub trait Backend: Sync {
     fn dense_of(&self, weight: &Self::Quantized) -> Result<Self::Dense>;
     /// Lays a quantized weight out for [`integer_product`](Self::integer_product).
     fn packed(&self, weight: &Self::Quantized) -> Result<Self::Packed>;
+    /// Refuses codes that the backend cannot compute with; asked before long work.
+    ///
+    /// # Errors
+    /// A machine error that names another way.
+    fn check_levels(&self, _levels: Levels) -> Result<()> {
+        Ok(())
+    }
     /// Prepares a site.
     fn site(&self, format: &SiteFormat) -> Result<Self::Site>;
 

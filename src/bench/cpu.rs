@@ -14,6 +14,7 @@ use crate::backend::cpu::gemm::{Panels, Rows, par_gemm};
 use crate::backend::cpu::integer::{IntegerLinear, linear};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::quantize::quantize_rows;
+use crate::quant::levels::Levels;
 use crate::quant::order::channel_order;
 use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
 use crate::quant::weights::{WeightFormat, round_to_nearest};
@@ -124,6 +125,7 @@ fn identity_site(channels: usize) -> SiteFormat {
         outlier_channels,
         outlier_format: OutlierFormat::Int8,
         bits: 4,
+        levels: Levels::Int,
         clip: 1.0,
         transform: Transform::None,
     }

@@ -9,6 +9,8 @@ pub enum Dtype {
     U8,
     /// INT8 codes.
     I8,
+    /// FP8 codes: 4 bits of exponent, 3 of mantissa, no infinities.
+    F8E4m3,
     /// Channel orders.
     I32,
     /// IEEE half precision.
@@ -23,7 +25,7 @@ impl Dtype {
     /// Bytes of one element.
     pub fn size_bytes(self) -> usize {
         match self {
-            Self::U8 | Self::I8 => 1,
+            Self::U8 | Self::I8 | Self::F8E4m3 => 1,
             Self::F16 | Self::BF16 => 2,
             Self::I32 | Self::F32 => 4,
         }
@@ -34,6 +36,7 @@ impl Dtype {
         match self {
             Self::U8 => "U8",
             Self::I8 => "I8",
+            Self::F8E4m3 => "F8_E4M3",
             Self::I32 => "I32",
             Self::F16 => "F16",
             Self::BF16 => "BF16",
@@ -47,6 +50,7 @@ impl Dtype {
         match dtype {
             Theirs::U8 => Some(Self::U8),
             Theirs::I8 => Some(Self::I8),
+            Theirs::F8_E4M3 => Some(Self::F8E4m3),
             Theirs::I32 => Some(Self::I32),
             Theirs::F16 => Some(Self::F16),
             Theirs::BF16 => Some(Self::BF16),

@@ -5,9 +5,12 @@ its site has outlier channels, `.outlier_codes` with `.outlier_scales` or `.outl
 site `model.layers.0.self_attn.attn_in` is stored as its `.order`. */
 
 use half::f16;
+use rayon::prelude::*;
 
 use super::packing::{pack, row_bytes, unpack};
 use super::{Dtype, Stored, TensorSpec};
+use crate::quant::float::e4m3_value;
+use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::site::OutlierFormat;
 use crate::{Error, Result};
@@ -19,6 +22,8 @@ pub struct LinearShape {
     pub rows: usize,
     /// Bits of a code: 2, 3, 4 or 8.
     pub bits: u8,
+    /// What codes stand for.
+    pub levels: Levels,
     /// Channels in a group.
     pub group_size: usize,
     /// Groups in a row.
@@ -37,11 +42,13 @@ impl LinearShape {
         let (outlier_channels, outlier_format) = match linear.outliers {
             OutlierBlock::None => (0, OutlierFormat::Int8),
             OutlierBlock::Int8 { .. } => (linear.outlier_channels, OutlierFormat::Int8),
+            OutlierBlock::Fp8 { .. } => (linear.outlier_channels, OutlierFormat::Fp8),
             OutlierBlock::F16(_) => (linear.outlier_channels, OutlierFormat::F16),
         };
         Self {
             rows: linear.rows,
             bits: linear.bits,
+            levels: linear.levels,
             group_size: linear.group_size,
             groups: linear.groups,
             rows_per_scale: linear.rows_per_scale,
@@ -67,7 +74,9 @@ impl LinearShape {
 
     fn outlier_codes(&self, prefix: &str) -> TensorSpec {
         let shape = [self.rows, self.outlier_channels];
-        TensorSpec::new(format!("{prefix}.outlier_codes"), Dtype::I8, shape)
+        let fp8 = self.outlier_format == OutlierFormat::Fp8;
+        let dtype = if fp8 { Dtype::F8E4m3 } else { Dtype::I8 };
+        TensorSpec::new(format!("{prefix}.outlier_codes"), dtype, shape)
     }
 
     fn outlier_scales(&self, prefix: &str) -> TensorSpec {
@@ -85,7 +94,7 @@ pub fn specs(prefix: &str, shape: &LinearShape) -> Vec<TensorSpec> {
     let mut specs = vec![shape.codes(prefix), shape.scales(prefix)];
     match shape.outlier_format {
         _ if shape.outlier_channels == 0 => {}
-        OutlierFormat::Int8 => {
+        OutlierFormat::Int8 | OutlierFormat::Fp8 => {
             specs.extend([shape.outlier_codes(prefix), shape.outlier_scales(prefix)]);
         }
         OutlierFormat::F16 => specs.push(shape.outlier_weights(prefix)),
@@ -96,7 +105,13 @@ pub fn specs(prefix: &str, shape: &LinearShape) -> Vec<TensorSpec> {
 /// The tensors of a linear, `(name, bytes)`, in the order of [`specs`].
 pub fn to_tensors(prefix: &str, linear: &QuantizedLinear) -> Vec<(String, Vec<u8>)> {
     let name = |part: &str| format!("{prefix}.{part}");
-    let codes = pack(&linear.codes, linear.rows, linear.grouped_channels(), linear.bits);
+    let pack = |codes| pack(codes, linear.rows, linear.grouped_channels(), linear.bits);
+    let codes = if linear.levels.is_int() {
+        pack(&linear.codes)
+    } else {
+        let stored = linear.codes.par_iter().map(|&code| linear.levels.stored(code));
+        pack(&stored.collect::<Vec<i8>>())
+    };
     let mut tensors =
         vec![(name("weight_codes"), codes), (name("weight_scales"), f16_bytes(&linear.scales))];
     match &linear.outliers {
@@ -106,13 +121,17 @@ pub fn to_tensors(prefix: &str, linear: &QuantizedLinear) -> Vec<(String, Vec<u8
             (name("outlier_codes"), bytemuck::cast_slice(codes).to_vec()),
             (name("outlier_scales"), f16_bytes(scales)),
         ]),
+        OutlierBlock::Fp8 { codes, scales } => tensors.extend([
+            (name("outlier_codes"), codes.clone()),
+            (name("outlier_scales"), f16_bytes(scales)),
+        ]),
         OutlierBlock::F16(values) => tensors.push((name("outlier_weights"), f16_bytes(values))),
     }
     tensors
 }
 
 /// Reads a linear back. A tensor of another type or shape, a scale that is no number, an outlier
-/// code of -128 are errors that name the tensor.
+/// code of -128 or an FP8 one of NaN are errors that name the tensor.
 pub fn from_tensors(
     stored: &impl Stored,
     prefix: &str,
@@ -120,8 +139,11 @@ pub fn from_tensors(
 ) -> Result<QuantizedLinear> {
     let spec = shape.codes(prefix);
     let bytes = stored.fetch(&spec)?;
-    let codes = unpack(&bytes, shape.rows, shape.grouped_channels(), shape.bits)
+    let mut codes = unpack(&bytes, shape.rows, shape.grouped_channels(), shape.bits)
         .map_err(|error| error.context(format!("tensor `{}` cannot be unpacked", spec.name)))?;
+    if !shape.levels.is_int() {
+        codes.par_iter_mut().for_each(|code| *code = shape.levels.restored(*code));
+    }
     let scales = read_f16(stored, &shape.scales(prefix))?;
     let outliers = match shape.outlier_format {
         _ if shape.outlier_channels == 0 => OutlierBlock::None,
@@ -135,11 +157,21 @@ pub fn from_tensors(
             }
             OutlierBlock::Int8 { codes, scales: read_f16(stored, &shape.outlier_scales(prefix))? }
         }
+        OutlierFormat::Fp8 => {
+            let spec = shape.outlier_codes(prefix);
+            let codes = stored.fetch(&spec)?.to_vec();
+            if codes.iter().any(|&code| e4m3_value(code).is_nan()) {
+                let message = format!("tensor `{}` holds a code that is no number", spec.name);
+                return Err(Error::input(message).hint("the file is damaged: copy it again"));
+            }
+            OutlierBlock::Fp8 { codes, scales: read_f16(stored, &shape.outlier_scales(prefix))? }
+        }
         OutlierFormat::F16 => OutlierBlock::F16(read_f16(stored, &shape.outlier_weights(prefix))?),
     };
     Ok(QuantizedLinear {
         rows: shape.rows,
         bits: shape.bits,
+        levels: shape.levels,
         group_size: shape.group_size,
         groups: shape.groups,
         rows_per_scale: shape.rows_per_scale,

@@ -17,6 +17,7 @@ const EXAMPLES: &str = "\
 Examples:
   atom quantize --model tiny-llama
   atom quantize --model ./SmolLM2 --calib wiki.jsonl --group 64 --outliers 64
+  atom quantize --model ./SmolLM2 --format fp4 --outlier-format fp8
   atom quantize --model ./SmolLM2 --recipe paper --no-gptq --dry-run
   atom quantize --model ./SmolLM2 --target-bits 4.5
   atom quantize --model ./SmolLM2 --json --max-ppl-increase 0.5 > report.json";

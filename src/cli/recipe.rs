@@ -22,9 +22,9 @@ pub(crate) struct RecipeFlags {
     /// Bits of a cached key or value; 16 leaves the cache as it is [default recipe: 4]
     #[arg(long, value_name = "2|3|4|8|16")]
     kv_bits: Option<u8>,
-    /// Kind of number a weight is held as
-    #[arg(long, value_name = "int|fp4", default_value = "int", hide_possible_values = true)]
-    format: Format,
+    /// Kind of number that 4-bit codes of weights and activations are [default recipe: int]
+    #[arg(long, value_name = "int|fp4|fp4-bnb", hide_possible_values = true)]
+    format: Option<Format>,
     /// Channels that share a scale, a multiple of 16; `row` for all [default recipe: 128]
     #[arg(long, value_name = "N|row", value_parser = values::group)]
     group: Option<Value>,
@@ -32,7 +32,7 @@ pub(crate) struct RecipeFlags {
     #[arg(long, value_name = "N")]
     outliers: Option<u32>,
     /// How outlier channels are held [default recipe: int8]
-    #[arg(long, value_name = "int8|fp16", hide_possible_values = true)]
+    #[arg(long, value_name = "int8|fp8|fp16", hide_possible_values = true)]
     outlier_format: Option<OutlierFormat>,
     /// Clip ratio of activation groups [default recipe: 0.9]
     #[arg(long, value_name = "RATIO")]
@@ -60,15 +60,17 @@ pub(crate) struct RecipeFlags {
     rows_per_scale: Option<u8>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+#[derive(Clone, Copy, Debug, ValueEnum)]
 enum Format {
     Int,
     Fp4,
+    Fp4Bnb,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum OutlierFormat {
     Int8,
+    Fp8,
     #[value(alias = "f16")]
     Fp16,
 }
@@ -85,10 +87,6 @@ impl RecipeFlags {
     /// # Errors
     /// Kind `Input` where the recipe file is at fault, `Usage` where a flag is.
     pub(crate) fn resolve(&self) -> Result<Recipe> {
-        if self.format == Format::Fp4 {
-            return Err(Error::usage("this version has no FP4 weights (--format fp4)")
-                .hint("leave --format out, or write --format int"));
-        }
         let changes = self.changes();
         Recipe::resolve(&self.recipe, &changes).map_err(|error| self.blame(error, &changes))
     }
@@ -121,12 +119,21 @@ impl RecipeFlags {
             ("bits", whole(self.bits)),
             ("act_bits", whole(self.act_bits)),
             ("kv_bits", whole(self.kv_bits)),
+            (
+                "format",
+                self.format.map(|format| match format {
+                    Format::Int => word("int"),
+                    Format::Fp4 => word("fp4"),
+                    Format::Fp4Bnb => word("fp4-bnb"),
+                }),
+            ),
             ("group", self.group.clone()),
             ("outliers", self.outliers.map(|number| Value::Integer(number.into()))),
             (
                 "outlier_format",
                 self.outlier_format.map(|format| match format {
                     OutlierFormat::Int8 => word("int8"),
+                    OutlierFormat::Fp8 => word("fp8"),
                     OutlierFormat::Fp16 => word("f16"),
                 }),
             ),
@@ -154,6 +161,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::quant::levels::Levels;
     use crate::quant::site;
     use crate::recipe::{Group, Order};
 
@@ -198,6 +206,18 @@ mod tests {
     }
 
     #[test]
+    fn each_format_has_its_flag() {
+        for (name, levels) in
+            [("int", Levels::Int), ("fp4", Levels::Fp4), ("fp4-bnb", Levels::Fp4Bnb)]
+        {
+            assert_eq!(resolve(&format!("--format {name}")).unwrap().format, levels);
+            assert_eq!(levels.name(), name);
+        }
+        let fp8 = resolve("--outlier-format fp8").unwrap().outlier_format;
+        assert_eq!(fp8, site::OutlierFormat::Fp8);
+    }
+
+    #[test]
     fn without_flags_the_recipe_is_the_default_and_the_last_of_a_flag_wins() {
         assert_eq!(resolve("").unwrap(), Recipe::default_recipe());
         assert_eq!(resolve("--group 64 --group 32").unwrap().group, Group::Size(32));
@@ -208,7 +228,7 @@ mod tests {
         for line in ["--bits 5", "--group 0", "--group 24", "--clip-act 1.5", "--recipe papr"] {
             assert_eq!(resolve(line).unwrap_err().kind(), Kind::Usage, "{line}");
         }
-        assert_eq!(resolve("--format fp4").unwrap_err().kind(), Kind::Usage);
+        assert_eq!(resolve("--format fp4 --bits 8").unwrap_err().kind(), Kind::Usage);
         for line in ["--recipe absent.toml", "--recipe absent.toml --bits 5"] {
             assert_eq!(resolve(line).unwrap_err().kind(), Kind::Input, "{line}");
         }

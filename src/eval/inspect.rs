@@ -10,6 +10,7 @@ use crate::model::Architecture;
 use crate::pipeline::Provenance;
 use crate::pipeline::plan::bits_per_weight;
 use crate::quant::kv::KvFormat;
+use crate::quant::levels::Levels;
 use crate::recipe::Recipe;
 
 /// Which of the two kinds of checkpoint a directory is.
@@ -43,6 +44,8 @@ pub struct InspectedLinear {
     pub columns: usize,
     /// Bits of its codes.
     pub bits: u8,
+    /// What they stand for.
+    pub format: Levels,
     /// Channels that share a scale.
     pub group_size: usize,
     /// Outlier channels.
@@ -128,6 +131,7 @@ fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
                 rows: linear.rows,
                 columns: site.channels,
                 bits: linear.bits,
+                format: linear.levels,
                 group_size: site.group_size,
                 outliers: site.outlier_channels,
                 bytes: specs(&linear.name, &site.shape(linear)).iter().map(TensorSpec::bytes).sum(),

@@ -14,7 +14,7 @@ use crate::model::sites::FINAL_NORM;
 use crate::pipeline::plan::{BlockPlan, SitePlan};
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{
-    BlockWeights, Evaluation, Stream, attention_spec, cpu_seconds, expect, one_ahead,
+    BlockWeights, Evaluation, Stream, attention_spec, check_levels, cpu_seconds, expect, one_ahead,
     quantized_block, read_key_mean, read_sites, source_block, vector,
 };
 use crate::quant::kv::KvFormat;
@@ -91,6 +91,7 @@ pub fn atom_perplexity<B: Backend>(
 ) -> Result<PerplexityOutcome> {
     let architecture = Architecture::from_config(checkpoint.config())?;
     let (kv, blocks): (_, Vec<BlockPlan>) = atom_plan(checkpoint, &architecture)?;
+    check_levels(backend, &blocks)?;
     let attention = attention_spec(&architecture, kv, evaluation.seq_len);
     let tokens = windows(&checkpoint.tokenizer()?, checkpoint.name(), evaluation)?;
     let run = Run {

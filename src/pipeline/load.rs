@@ -1,6 +1,6 @@
 /*! Blocks from named tensors: as the source holds them, arranged for GPTQ's Hessians, or quantized. */
 
-use super::plan::SitePlan;
+use super::plan::{BlockPlan, SitePlan};
 use crate::backend::{AttentionSpec, Backend, Matrix};
 use crate::checkpoint::linear::read_floats;
 use crate::checkpoint::{Dtype, Tensor, TensorSpec, Tensors};
@@ -94,6 +94,19 @@ pub fn attention_spec(architecture: &Architecture, kv: KvFormat, seq_len: usize)
         sin,
         kv,
     }
+}
+
+/// Asks the backend whether it computes with every format of a plan.
+///
+/// # Errors
+/// The backend's, which names another way.
+pub fn check_levels<B: Backend>(backend: &B, blocks: &[BlockPlan]) -> Result<()> {
+    for site in blocks.iter().flatten() {
+        let linears = site.linears.iter().map(|linear| (linear.bits, linear.levels));
+        let quantized = linears.chain([(site.bits, site.levels)]).filter(|(bits, _)| *bits < 16);
+        quantized.into_iter().try_for_each(|(_, levels)| backend.check_levels(levels))?;
+    }
+    Ok(())
 }
 
 /// A tensor of the shape the architecture asks for.

@@ -10,6 +10,7 @@ use crate::checkpoint::linear::{LinearShape, order_spec, specs};
 use crate::model::Architecture;
 use crate::model::sites::{LinearSpec, SiteSpec};
 use crate::quant::kv::KvFormat;
+use crate::quant::levels::Levels;
 use crate::quant::order::channel_order;
 use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
 use crate::quant::weights::WeightFormat;
@@ -26,6 +27,9 @@ pub struct LinearPlan {
     pub rows: usize,
     /// Bits of a code: 2, 3, 4, 8, or 16 to leave the linear as it is.
     pub bits: u8,
+    /// What codes stand for.
+    #[serde(rename = "format", default)]
+    pub levels: Levels,
     /// Adjacent rows that share a scale.
     pub rows_per_scale: usize,
     /// Clip ratio of the groups.
@@ -54,6 +58,9 @@ pub struct SitePlan {
     pub order: Order,
     /// Bits of an activation code, 16 for floating point.
     pub bits: u8,
+    /// What the activation's codes stand for.
+    #[serde(rename = "format", default)]
+    pub levels: Levels,
     /// Clip ratio of the groups.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip: f32,
@@ -111,6 +118,7 @@ pub fn plan_block(recipe: &Recipe, sites: &[SiteSpec]) -> Result<BlockPlan> {
                 outlier_format: recipe.outlier_format,
                 order: recipe.order,
                 bits: recipe.act_bits,
+                levels: recipe.act_format(),
                 clip: recipe.clip_act,
                 transform: recipe.transform,
                 linears: site.linears.iter().map(|linear| plan_linear(recipe, linear)).collect(),
@@ -133,6 +141,7 @@ fn plan_linear(recipe: &Recipe, linear: &LinearSpec) -> LinearPlan {
         name: linear.name.clone(),
         rows: linear.rows,
         bits: recipe.bits,
+        levels: recipe.format,
         rows_per_scale: recipe.rows_per_scale,
         clip: recipe.clip_weight,
         error: None,
@@ -167,6 +176,28 @@ impl SitePlan {
                 "{name}: {} bits; it must be 2, 3, 4, 8 or 16",
                 self.bits
             )));
+        }
+        let formats = self.linears.iter().map(|linear| (&linear.name, linear.bits, linear.levels));
+        let wrong =
+            |(_, bits, levels): &(&String, u8, Levels)| *bits < 16 && !levels.has_bits(*bits);
+        if let Some((name, bits, levels)) =
+            formats.chain([(name, self.bits, self.levels)]).find(wrong)
+        {
+            return Err(Error::input(format!(
+                "{name}: there are no {} codes of {bits} bits",
+                levels.name()
+            ))
+            .hint("fp4 and fp4-bnb have 4 bits; the format of 2, 3 and 8 bits is int"));
+        }
+        let wide = |levels: Levels| levels == Levels::Fp4Bnb;
+        if self.bits < 16
+            && wide(self.levels)
+            && self.linears.iter().any(|linear| linear.bits < 16 && !wide(linear.levels))
+        {
+            return Err(Error::input(format!(
+                "{name}: activations of fp4-bnb feed weights of another format"
+            ))
+            .hint("activations of fp4-bnb need weights of fp4-bnb, which take any activations"));
         }
         let ratios = self.linears.iter().map(|linear| linear.clip).chain([self.clip]);
         if let Some(clip) = ratios.into_iter().find(|clip| !(*clip > 0.0 && *clip <= 1.0)) {
@@ -208,6 +239,7 @@ impl SitePlan {
             outlier_channels: self.outlier_channels,
             outlier_format: self.outlier_format,
             bits: self.bits,
+            levels: self.levels,
             clip: self.clip,
             transform: self.transform,
         }
@@ -222,6 +254,7 @@ impl SitePlan {
     pub fn weights(&self, linear: &LinearPlan) -> WeightFormat {
         WeightFormat {
             bits: linear.bits,
+            levels: linear.levels,
             group_size: self.group_size,
             groups: self.groups(),
             rows_per_scale: linear.rows_per_scale,
@@ -245,6 +278,7 @@ impl SitePlan {
         LinearShape {
             rows: linear.rows,
             bits: linear.bits,
+            levels: linear.levels,
             group_size: self.group_size,
             groups: self.groups(),
             rows_per_scale: linear.rows_per_scale,
@@ -267,7 +301,7 @@ impl SitePlan {
             let groups = self.groups();
             let outlier_bits = match self.outlier_format {
                 _ if self.outlier_channels == 0 => 0,
-                OutlierFormat::Int8 => 8 * self.outlier_channels + 16,
+                OutlierFormat::Int8 | OutlierFormat::Fp8 => 8 * self.outlier_channels + 16,
                 OutlierFormat::F16 => 16 * self.outlier_channels,
             };
             let row = groups * self.group_size * usize::from(linear.bits) + outlier_bits;
@@ -398,6 +432,61 @@ mod tests {
             let error = plan_block(&recipe(group, outliers), &[site(172)]).unwrap_err();
             assert!(error.to_string().contains(part), "{error}");
         }
+    }
+
+    #[test]
+    fn every_format_fits_every_group() {
+        for (format, act_bits) in [
+            (Levels::Int, 4),
+            (Levels::Fp4, 4),
+            (Levels::Fp4, 8),
+            (Levels::Fp4, 16),
+            (Levels::Fp4Bnb, 4),
+            (Levels::Fp4Bnb, 8),
+        ] {
+            for (group, width) in
+                [(Group::Size(16), 181), (Group::Size(48), 197), (Group::Row, 181)]
+            {
+                let recipe = Recipe { format, act_bits, ..recipe(group, 5) };
+                let site = &plan_block(&recipe, &[site(172)]).unwrap()[0];
+                assert_eq!((site.width(), site.linears[0].levels), (width, format));
+                assert_eq!(site.levels, if act_bits == 4 { format } else { Levels::Int });
+                site.format(site.order(&[1.0; 172])).check().unwrap();
+                let shape = site.shape(&site.linears[0]);
+                let specs = crate::checkpoint::linear::specs("p", &shape);
+                let bytes: u64 = specs.iter().map(crate::checkpoint::TensorSpec::bytes).sum();
+                assert_eq!(site.bits_and_weights().0, 8 * bytes + 32 * width as u64);
+            }
+        }
+    }
+
+    #[test]
+    fn formats_that_do_not_go_together_are_refused() {
+        let sound = |site: &SitePlan| site.check().map_err(|error| error.to_string());
+        let recipe = Recipe { format: Levels::Fp4Bnb, ..recipe(Group::Size(64), 0) };
+        let plan = plan_block(&recipe, &[site(172)]).unwrap().remove(0);
+        assert_eq!(sound(&plan), Ok(()));
+        let mut eight = plan.clone();
+        eight.linears[0].bits = 8;
+        assert!(sound(&eight).unwrap_err().contains("no fp4-bnb codes of 8 bits"));
+        let mut mixed = plan.clone();
+        mixed.linears[0].levels = Levels::Int;
+        assert!(sound(&mixed).unwrap_err().contains("feed weights of another format"));
+        // A linear that is left alone takes any activations.
+        mixed.linears[0].bits = 16;
+        assert_eq!(sound(&mixed), Ok(()));
+    }
+
+    #[test]
+    fn a_plan_without_formats_is_one_of_integers() {
+        let plan = plan_block(&recipe(Group::Size(64), 0), &[site(172)]).unwrap();
+        let mut json = serde_json::to_value(&plan).unwrap();
+        for object in [0, 1] {
+            let site = &mut json[0];
+            let object = if object == 0 { site } else { &mut site["linears"][0] };
+            assert_eq!(object.as_object_mut().unwrap().remove("format").unwrap(), "int");
+        }
+        assert_eq!(serde_json::from_value::<BlockPlan>(json).unwrap(), plan);
     }
 
     #[test]

@@ -15,7 +15,8 @@ use super::block::{BlockQuantizer, QuantizedBlock};
 use super::calibrate::{Provenance, Statistics, measure_block};
 use super::in_turn::Streams;
 use super::load::{
-    BlockWeights, attention_spec, expect, key_mean_spec, quantized_block, read_sites, source_block,
+    BlockWeights, attention_spec, check_levels, expect, key_mean_spec, quantized_block, read_sites,
+    source_block,
 };
 use super::outcome::{LinearOutcome, QuantizeOutcome};
 use super::plan::{BlockPlan, LinearPlan, bits_per_weight};
@@ -145,6 +146,7 @@ impl Job<'_> {
             "bits": self.recipe.bits,
             "act_bits": self.recipe.act_bits,
             "kv_bits": self.recipe.kv_bits,
+            "format": self.recipe.format,
             "group": self.recipe.group,
             "outliers": self.recipe.outliers,
         });
@@ -203,6 +205,7 @@ pub fn run<B: Backend>(
 ) -> Result<QuantizeOutcome> {
     let start = Instant::now();
     let mut timing = Timing::default();
+    check_levels(backend, &job.blocks)?;
     job.check_tensors()?;
     job.check_kept()?;
     let options = Options {

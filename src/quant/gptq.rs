@@ -3,7 +3,7 @@
 Minimizes `||(W - Q) X||^2` row by row: columns are quantized in order, and the error of each is
 spread over the columns after it by the rows of `U`, the upper Cholesky factor of the inverse
 Hessian. Column order is the site's, low energy first, so the outlier block comes last and takes up
-the errors of all others before it is rounded to INT8.
+the errors of all others before it is rounded.
 
 Two slips of the reference are corrected: a group's scale is taken from weights that carry every
 update so far (there: those of former column blocks only), and a group with values of one sign does
@@ -14,7 +14,7 @@ may block it for speed and still give the same bits. */
 
 use half::f16;
 
-use super::grid::{Grid, inverse};
+use super::grid::inverse;
 use super::linear::QuantizedLinear;
 use super::weights::{WeightFormat, absmax, assemble};
 use crate::Result;
@@ -32,7 +32,7 @@ pub fn sweep_plain(
     u: &[f32],
 ) -> Result<QuantizedLinear> {
     let (width, grouped) = (format.width(), format.grouped_channels());
-    let grid = Grid::gptq(format.bits, format.clip);
+    let grid = format.grid(true);
     let mut codes = vec![0i8; rows * grouped];
     let mut scales = vec![f16::ZERO; rows.div_ceil(format.rows_per_scale) * format.groups];
     for (pair, (weights, codes)) in weights
@@ -54,7 +54,7 @@ pub fn sweep_plain(
                 for (weight, &u) in row[column + 1..].iter_mut().zip(&update[column + 1..]) {
                     *weight = (-error).mul_add(u, *weight);
                 }
-                codes[column] = code as i8;
+                codes[column] = grid.stored(code);
             }
         }
     }

@@ -1,10 +1,12 @@
-/*! The grid of signed codes: scale from a group's largest magnitude, code from a value.
+/*! The grid of codes: scale from a group's largest magnitude, code from a value.
 
 Shared by rounding, GPTQ and their outlier blocks (design: numbers). The scale is rounded to f16
 before any code is computed with it. */
 
 use half::f16;
 
+use super::float::E4M3;
+use super::levels::Levels;
 use crate::{Error, Result};
 
 /// How magnitudes become scales and values become codes.
@@ -14,6 +16,7 @@ pub struct Grid {
     highest: f32,
     /// `scale = absmax * ratio`.
     ratio: f32,
+    levels: Levels,
 }
 
 impl Grid {
@@ -21,14 +24,27 @@ impl Grid {
     /// `quantize_tensor`: `absmax * clip / (2^(bits-1) - 1)`).
     pub fn rounding(bits: u8, clip: f32) -> Self {
         let (lowest, highest) = bounds(bits);
-        Self { lowest, highest, ratio: clip / highest }
+        Self { lowest, highest, ratio: clip / highest, levels: Levels::Int }
     }
 
     /// Codes of `bits` bits; the clipped absmax lies half a step above the highest code (gptq.py
     /// `Quantizer`: `2 * absmax * clip / (2^bits - 1)`).
     pub fn gptq(bits: u8, clip: f32) -> Self {
         let (lowest, highest) = bounds(bits);
-        Self { lowest, highest, ratio: clip / (highest + 0.5) }
+        Self { lowest, highest, ratio: clip / (highest + 0.5), levels: Levels::Int }
+    }
+
+    /// FP4, for both ways of choosing codes: the clipped absmax lies on the highest number (gptq.py
+    /// `Quantizer` with `--quant_type fp`: `2 * absmax * clip / 24`).
+    pub fn fp4(levels: Levels, clip: f32) -> Self {
+        let (lowest, highest) = levels.limits(4);
+        Self { lowest, highest, ratio: clip / highest, levels }
+    }
+
+    /// FP8 outliers (E4M3), unclipped: the absmax lies on the highest number.
+    pub fn fp8() -> Self {
+        let highest = E4M3.highest;
+        Self { lowest: -highest, highest, ratio: 1.0 / highest, levels: Levels::Int }
     }
 
     /// `scale / absmax`, before the scale is rounded.
@@ -56,18 +72,23 @@ impl Grid {
         }
     }
 
-    /// The code of `value` under the scale whose [`inverse`] is given: rounded half to even, held
-    /// within the grid.
+    /// The number nearest to `value`, in units of the scale whose [`inverse`] is given, held within the
+    /// grid. Among integers it is the code; [`stored`](Self::stored) gives any number's.
     #[inline(always)]
     pub fn code(&self, value: f32, inverse: f32) -> f32 {
-        (value * inverse).round_ties_even().clamp(self.lowest, self.highest)
+        self.levels.nearest(value * inverse, (self.lowest, self.highest))
+    }
+
+    /// The code of a number that [`code`](Self::code) gave.
+    #[inline(always)]
+    pub fn stored(&self, number: f32) -> i8 {
+        self.levels.code(number)
     }
 }
 
 /// `-2^(bits-1)..=2^(bits-1)-1`, but -127..=127 at 8 bits.
 fn bounds(bits: u8) -> (f32, f32) {
-    let highest = f32::from((1u8 << (bits - 1)) - 1);
-    (if bits == 8 { -highest } else { -highest - 1.0 }, highest)
+    Levels::Int.limits(bits)
 }
 
 /// What a value is multiplied by to come onto the grid; 0 for the scale of a group of zeros.

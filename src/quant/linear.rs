@@ -4,6 +4,8 @@ The checkpoint packs it, a backend re-lays it for its kernels, GPTQ and rounding
 
 use half::f16;
 
+use super::levels::Levels;
+
 /// The outlier channels of a linear: the last columns of the site's channel order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum OutlierBlock {
@@ -11,6 +13,8 @@ pub enum OutlierBlock {
     None,
     /// INT8 codes `[out, outliers]` in -127..=127 and one scale a row, `[out]`.
     Int8 { codes: Vec<i8>, scales: Vec<f16> },
+    /// FP8 codes (the bits of E4M3) `[out, outliers]` and one scale a row, `[out]`.
+    Fp8 { codes: Vec<u8>, scales: Vec<f16> },
     /// Values `[out, outliers]`, unquantized but for f16.
     F16(Vec<f16>),
 }
@@ -23,13 +27,16 @@ pub struct QuantizedLinear {
     pub rows: usize,
     /// Bits of a code: 2, 3, 4 or 8.
     pub bits: u8,
+    /// What codes stand for.
+    pub levels: Levels,
     /// Channels in a group.
     pub group_size: usize,
     /// Groups in a row; `groups * group_size` channels lie before the outliers (padding included).
     pub groups: usize,
     /// Adjacent rows that share one scale: 1, or 2 as in the reference's kernels.
     pub rows_per_scale: usize,
-    /// Codes `[rows, groups * group_size]`, each in `-2^(bits-1)..2^(bits-1)`.
+    /// Codes `[rows, groups * group_size]`, each in `-2^(bits-1)..2^(bits-1)`, or one of
+    /// FP4's (see [`Levels`]).
     pub codes: Vec<i8>,
     /// Scales `[rows.div_ceil(rows_per_scale), groups]`.
     pub scales: Vec<f16>,

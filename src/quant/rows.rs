@@ -1,5 +1,7 @@
 /*! Quantized activations: what the integer kernels multiply a [`QuantizedLinear`] with. */
 
+use super::levels::Levels;
+
 /// The outlier channels of each token.
 #[derive(Clone, Debug, PartialEq)]
 pub enum OutlierRows {
@@ -7,6 +9,8 @@ pub enum OutlierRows {
     None,
     /// INT8 codes `[tokens, outliers]` in -127..=127 and one scale a token, `[tokens]`.
     Int8 { codes: Vec<i8>, scales: Vec<f32> },
+    /// Values `[tokens, outliers]`: a number of E4M3 times the token's scale, exact in f32.
+    Fp8(Vec<f32>),
     /// Values `[tokens, outliers]`, rounded to f16 and held as f32.
     F16(Vec<f32>),
 }
@@ -21,6 +25,8 @@ pub struct QuantizedRows {
     pub group_size: usize,
     /// Groups in a row.
     pub groups: usize,
+    /// What codes stand for.
+    pub levels: Levels,
     /// Codes `[tokens, groups * group_size]`; 4 or 8 bits wide (2 and 3 as well), -128 never occurs
     /// at 8 bits.
     pub codes: Vec<i8>,

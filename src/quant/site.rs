@@ -7,6 +7,8 @@ to the bit, fast. */
 use half::f16;
 use serde::{Deserialize, Serialize};
 
+use super::float::E4M3;
+use super::levels::Levels;
 use super::rows::{OutlierRows, QuantizedRows};
 use super::{grid, hadamard};
 use crate::{Error, Result};
@@ -23,6 +25,8 @@ pub const GROUP_MULTIPLE: usize = 16;
 pub enum OutlierFormat {
     /// INT8 codes, one scale a token (activations) or a row (weights).
     Int8,
+    /// FP8 (E4M3) times one scale a token (activations) or a row (weights).
+    Fp8,
     /// Values rounded to f16.
     F16,
 }
@@ -55,6 +59,8 @@ pub struct SiteFormat {
     pub outlier_format: OutlierFormat,
     /// Bits of a code: 2, 3, 4 or 8; 16 leaves the activation in floating point.
     pub bits: u8,
+    /// What codes stand for.
+    pub levels: Levels,
     /// The factor on a group's absmax before its scale is taken; 1 clips nothing.
     pub clip: f32,
     /// What is done to each group before it is quantized.
@@ -72,16 +78,10 @@ impl SiteFormat {
         self.order.len()
     }
 
-    /// The least and the greatest code of a group: `-2^(bits-1)` and `2^(bits-1) - 1`, but
-    /// -127 and 127 at 8 bits.
+    /// The least and the greatest number of a group, [`Levels::limits`]; the greatest is what a
+    /// group's (clipped) absmax becomes.
     pub fn code_limits(&self) -> (f32, f32) {
-        let greatest = self.greatest_code();
-        (if self.bits == 8 { -greatest } else { -greatest - 1.0 }, greatest)
-    }
-
-    /// `2^(bits-1) - 1`, the code that a group's (clipped) absmax becomes.
-    fn greatest_code(&self) -> f32 {
-        ((1_i32 << (self.bits - 1)) - 1) as f32
+        self.levels.limits(self.bits)
     }
 
     /// Checks that the fields agree with each other; every other function relies on it.
@@ -92,6 +92,13 @@ impl SiteFormat {
         let wrong = |what: String| Err(Error::input(what));
         if !matches!(self.bits, 2 | 3 | 4 | 8 | 16) {
             return wrong(format!("activations of {} bits are not supported", self.bits));
+        }
+        if self.bits < 16 && !self.levels.has_bits(self.bits) {
+            return wrong(format!(
+                "there are no {} codes of {} bits",
+                self.levels.name(),
+                self.bits
+            ));
         }
         if !(self.clip.is_finite() && self.clip > 0.0) {
             return wrong(format!("the clip ratio {} is not a positive number", self.clip));
@@ -172,10 +179,17 @@ pub fn scale_of(absmax: f32, clip: f32, greatest: f32) -> f32 {
     f16::from_f32(absmax * clip / greatest).to_f32()
 }
 
-/// The code of `value`: rounded half to even, then clamped.
+/// The code of `value`: that of the nearest number, ties as [`Levels::nearest`] has them.
 #[inline(always)]
-pub fn code_of(value: f32, inverse: f32, (least, greatest): (f32, f32)) -> i8 {
-    (value * inverse).round_ties_even().clamp(least, greatest) as i8
+pub fn code_of(levels: Levels, value: f32, inverse: f32, limits: (f32, f32)) -> i8 {
+    levels.code(levels.nearest(value * inverse, limits))
+}
+
+/// What FP8 makes of `value`: the nearest number of E4M3 times the scale, a product that f32 holds
+/// exactly.
+#[inline(always)]
+pub fn fp8_of(value: f32, inverse: f32, scale: f32) -> f32 {
+    E4M3.round(value * inverse) * scale
 }
 
 /// The greatest INT8 code; its negative is the least.
@@ -212,7 +226,8 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
                 return Err(overflow(token, &format!("the scale of group {group}")));
             }
             let inverse = grid::inverse(scale);
-            codes.extend(values.iter().map(|&value| code_of(value, inverse, limits)));
+            let code = |&value: &f32| code_of(format.levels, value, inverse, limits);
+            codes.extend(values.iter().map(code));
             scales.push(scale);
         }
         match format.outlier_format {
@@ -223,8 +238,17 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
                     return Err(overflow(token, "the scale of the outlier channels"));
                 }
                 let (inverse, limits) = (grid::inverse(scale), (-GREATEST_INT8, GREATEST_INT8));
-                outlier_codes.extend(tail.iter().map(|&value| code_of(value, inverse, limits)));
+                let code = |&value: &f32| code_of(Levels::Int, value, inverse, limits);
+                outlier_codes.extend(tail.iter().map(code));
                 outlier_scales.push(scale);
+            }
+            OutlierFormat::Fp8 => {
+                let scale = scale_of(absmax(tail), 1.0, E4M3.highest);
+                if !scale.is_finite() {
+                    return Err(overflow(token, "the scale of the outlier channels"));
+                }
+                let inverse = grid::inverse(scale);
+                outlier_values.extend(tail.iter().map(|&value| fp8_of(value, inverse, scale)));
             }
             OutlierFormat::F16 => {
                 let rounded = tail.iter().map(|&value| f16::from_f32(value).to_f32());
@@ -239,6 +263,7 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
         tokens,
         group_size: format.group_size,
         groups: format.groups,
+        levels: format.levels,
         codes,
         scales,
         outlier_channels: outliers,
@@ -247,19 +272,20 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
             OutlierFormat::Int8 => {
                 OutlierRows::Int8 { codes: outlier_codes, scales: outlier_scales }
             }
+            OutlierFormat::Fp8 => OutlierRows::Fp8(outlier_values),
             OutlierFormat::F16 => OutlierRows::F16(outlier_values),
         },
     })
 }
 
-/// What the codes mean: `code * scale`, and f16 outliers as they are, `[tokens, width]`.
+/// What the codes mean: `value(code) * scale`, and FP8 and f16 outliers as they are, `[tokens, width]`.
 pub fn dequantize_rows_plain(rows: &QuantizedRows) -> Vec<f32> {
     let (grouped, outliers) = (rows.groups * rows.group_size, rows.outlier_channels);
     let mut values = Vec::with_capacity(rows.tokens * (grouped + outliers));
     for token in 0..rows.tokens {
         for group in token * rows.groups..(token + 1) * rows.groups {
             let codes = &rows.codes[group * rows.group_size..][..rows.group_size];
-            values.extend(codes.iter().map(|&code| f32::from(code) * rows.scales[group]));
+            values.extend(codes.iter().map(|&code| rows.levels.value(code) * rows.scales[group]));
         }
         let own = token * outliers..(token + 1) * outliers;
         match &rows.outliers {
@@ -267,7 +293,9 @@ pub fn dequantize_rows_plain(rows: &QuantizedRows) -> Vec<f32> {
             OutlierRows::Int8 { codes, scales } => {
                 values.extend(codes[own].iter().map(|&code| f32::from(code) * scales[token]));
             }
-            OutlierRows::F16(outliers) => values.extend(&outliers[own]),
+            OutlierRows::Fp8(outliers) | OutlierRows::F16(outliers) => {
+                values.extend(&outliers[own])
+            }
         }
     }
     values

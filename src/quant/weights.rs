@@ -5,7 +5,9 @@ All of it works on a weight matrix `[out, channels]` already arranged in its sit
 
 use half::f16;
 
+use super::float::{E4M3, e4m3_bits, e4m3_value};
 use super::grid::{Grid, inverse};
+use super::levels::Levels;
 use super::linear::{OutlierBlock, QuantizedLinear};
 use super::site::{OutlierFormat, SiteFormat};
 use crate::{Error, Result};
@@ -15,6 +17,8 @@ use crate::{Error, Result};
 pub struct WeightFormat {
     /// Bits of a code: 2, 3, 4 or 8.
     pub bits: u8,
+    /// What codes stand for.
+    pub levels: Levels,
     /// Channels in a group.
     pub group_size: usize,
     /// Groups in a row.
@@ -30,16 +34,26 @@ pub struct WeightFormat {
 }
 
 impl WeightFormat {
-    /// The format of a linear fed by `site`.
+    /// The format of a linear of integer codes fed by `site`.
     pub fn of(site: &SiteFormat, bits: u8, rows_per_scale: usize, clip: f32) -> Self {
         Self {
             bits,
+            levels: Levels::Int,
             group_size: site.group_size,
             groups: site.groups,
             rows_per_scale,
             clip,
             outlier_channels: site.outlier_channels,
             outlier_format: site.outlier_format,
+        }
+    }
+
+    /// Where the weights of a group may lie, chosen by GPTQ or rounded.
+    pub fn grid(&self, gptq: bool) -> Grid {
+        match self.levels {
+            Levels::Int if gptq => Grid::gptq(self.bits, self.clip),
+            Levels::Int => Grid::rounding(self.bits, self.clip),
+            levels => Grid::fp4(levels, self.clip),
         }
     }
 
@@ -63,7 +77,7 @@ pub fn round_to_nearest(
     format: &WeightFormat,
 ) -> Result<QuantizedLinear> {
     let (width, grouped, group) = (format.width(), format.grouped_channels(), format.group_size);
-    let grid = Grid::rounding(format.bits, format.clip);
+    let grid = format.grid(false);
     let mut codes = vec![0i8; rows * grouped];
     let mut scales = Vec::with_capacity(rows.div_ceil(format.rows_per_scale) * format.groups);
     for (rows, codes) in weights
@@ -77,7 +91,7 @@ pub fn round_to_nearest(
                 for (code, &value) in
                     codes[start..start + group].iter_mut().zip(&row[start..start + group])
                 {
-                    *code = grid.code(value, inverse) as i8;
+                    *code = grid.stored(grid.code(value, inverse));
                 }
             }
             scales.push(scale);
@@ -96,7 +110,7 @@ pub(crate) fn absmax(weights: &[f32], width: usize, start: usize, len: usize) ->
 
 /// Joins finished codes and scales with the outlier block, which is rounded from the last columns
 /// of `weights` `[rows, width]` (after GPTQ: as its updates left them): INT8 with one scale a row
-/// and no clipping, or f16.
+/// and no clipping, FP8 likewise, or f16.
 pub(crate) fn assemble(
     weights: &[f32],
     rows: usize,
@@ -114,6 +128,17 @@ pub(crate) fn assemble(
             }
             OutlierBlock::F16(values)
         }
+        OutlierFormat::Fp8 => {
+            let mut codes = Vec::with_capacity(rows * format.outlier_channels);
+            let mut scales = Vec::with_capacity(rows);
+            for row in columns {
+                let scale = Grid::fp8().scale(absmax(row, row.len(), 0, row.len()))?;
+                let inverse = inverse(scale.to_f32());
+                codes.extend(row.iter().map(|&value| e4m3_bits(E4M3.round(value * inverse))));
+                scales.push(scale);
+            }
+            OutlierBlock::Fp8 { codes, scales }
+        }
         OutlierFormat::Int8 => {
             let grid = Grid::rounding(8, 1.0);
             let mut codes = Vec::with_capacity(rows * format.outlier_channels);
@@ -130,6 +155,7 @@ pub(crate) fn assemble(
     Ok(QuantizedLinear {
         rows,
         bits: format.bits,
+        levels: format.levels,
         group_size: format.group_size,
         groups: format.groups,
         rows_per_scale: format.rows_per_scale,
@@ -152,7 +178,7 @@ pub fn dequantize(linear: &QuantizedLinear) -> Vec<f32> {
         {
             let scale = linear.scale(row, group);
             for (out, &code) in out.iter_mut().zip(codes) {
-                *out = f32::from(code) * scale;
+                *out = linear.levels.value(code) * scale;
             }
         }
         let block = row * linear.outlier_channels..(row + 1) * linear.outlier_channels;
@@ -162,9 +188,60 @@ pub fn dequantize(linear: &QuantizedLinear) -> Vec<f32> {
                 OutlierBlock::Int8 { codes, scales } => {
                     f32::from(codes[column]) * scales[row].to_f32()
                 }
+                OutlierBlock::Fp8 { codes, scales } => {
+                    e4m3_value(codes[column]) * scales[row].to_f32()
+                }
                 OutlierBlock::F16(values) => values[column].to_f32(),
             };
         }
     }
     weights
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One group of 16 and two outliers, in two rows.
+    fn rounded(levels: Levels, rows_per_scale: usize) -> QuantizedLinear {
+        let format = WeightFormat {
+            bits: 4,
+            levels,
+            group_size: 16,
+            groups: 1,
+            rows_per_scale,
+            clip: 1.0,
+            outlier_channels: 2,
+            outlier_format: OutlierFormat::Fp8,
+        };
+        let mut weights = [0.0; 36];
+        weights[..8].copy_from_slice(&[-6.0, 5.0, 3.5, 2.5, 1.75, -1.25, 0.75, 0.25]);
+        weights[16..18].copy_from_slice(&[448.0, -3.1]);
+        weights[18..20].copy_from_slice(&[0.5, -12.0]);
+        round_to_nearest(&weights, 2, &format).unwrap()
+    }
+
+    #[test]
+    fn fp4_weights_and_fp8_outliers_are_the_nearest_numbers() {
+        let linear = rounded(Levels::Fp4, 1);
+        assert_eq!(linear.scales, [f16::from_f32(0.5), f16::from_f32(1.0)]);
+        assert_eq!(linear.codes[..8], [-12, 8, 8, 4, 4, -2, 2, 0]);
+        assert_eq!(linear.codes[16..18], [0, -12], "halves go to even");
+        // 1100 0000 is -2 and 1100 0101 -3.25; the nearest to -3.1 is -3, 1100 0100.
+        let codes = vec![0x7e, 0xc4, 0, 0];
+        let scales = vec![f16::ONE, f16::ZERO];
+        assert_eq!(linear.outliers, OutlierBlock::Fp8 { codes, scales });
+        let weights = dequantize(&linear);
+        assert_eq!(weights[..8], [-6.0, 4.0, 4.0, 2.0, 2.0, -1.0, 1.0, 0.0]);
+        assert_eq!(weights[16..20], [448.0, -3.0, 0.0, -12.0]);
+    }
+
+    #[test]
+    fn bitsandbytes_sixteenths_are_codes_of_one() {
+        let linear = rounded(Levels::Fp4Bnb, 2);
+        assert_eq!(linear.scales, [f16::ONE]);
+        assert_eq!(linear.codes[..8], [-6, 4, 3, 2, 2, -2, 1, 1]);
+        assert_eq!(linear.codes[16..18], [1, -12]);
+        assert_eq!(dequantize(&linear)[6..8], [0.0625; 2]);
+    }
 }

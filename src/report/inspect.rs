@@ -62,6 +62,7 @@ impl Report for InspectOutcome {
 mod tests {
     use super::*;
     use crate::eval::{CheckpointKind, InspectedLinear};
+    use crate::quant::levels::Levels;
     use crate::recipe::Recipe;
 
     fn source() -> InspectOutcome {
@@ -103,6 +104,7 @@ tensors       38, 8.9 MB
             rows: 256,
             columns: 768,
             bits: 4,
+            format: Levels::Int,
             group_size: 128,
             outliers: 128,
             bytes: 118_784,

@@ -1,5 +1,6 @@
 /*! A recipe in a few words. */
 
+use crate::quant::levels::Levels;
 use crate::quant::site::{OutlierFormat, Transform};
 use crate::recipe::{Group, Order, Recipe};
 
@@ -19,7 +20,8 @@ fn weights(recipe: &Recipe) -> String {
         "rounded to nearest".to_owned()
     };
     let shared = if recipe.rows_per_scale == 1 { "" } else { ", rows share scales by two" };
-    format!("weights int{}, {group}, clip {}{shared}, {rounding}", recipe.bits, recipe.clip_weight)
+    let format = number_format(recipe.format, recipe.bits);
+    format!("weights {format}, {group}, clip {}{shared}, {rounding}", recipe.clip_weight)
 }
 
 fn channels(recipe: &Recipe) -> String {
@@ -30,6 +32,7 @@ fn channels(recipe: &Recipe) -> String {
     match (recipe.outliers, recipe.outlier_format) {
         (0, _) => format!("{order}, no outliers"),
         (number, OutlierFormat::Int8) => format!("{order}, {number} outliers in int8"),
+        (number, OutlierFormat::Fp8) => format!("{order}, {number} outliers in fp8"),
         (number, OutlierFormat::F16) => format!("{order}, {number} outliers in f16"),
     }
 }
@@ -42,7 +45,18 @@ fn activations(recipe: &Recipe) -> String {
     };
     match recipe.act_bits {
         16 => format!("activations in floating point{transform}"),
-        bits => format!("activations int{bits}, clip {}{transform}", recipe.clip_act),
+        bits => {
+            let format = number_format(recipe.act_format(), bits);
+            format!("activations {format}, clip {}{transform}", recipe.clip_act)
+        }
+    }
+}
+
+/// `int4`, `fp4`, `fp4-bnb`.
+pub(super) fn number_format(levels: Levels, bits: u8) -> String {
+    match levels {
+        Levels::Int => format!("int{bits}"),
+        other => other.name().to_owned(),
     }
 }
 

@@ -12,7 +12,7 @@ use super::gemm_pack::{Panels, Rows};
 use super::isa::Isa;
 use crate::Result;
 use crate::backend::Matrix;
-use crate::quant::grid::{Grid, inverse};
+use crate::quant::grid::inverse;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::weights::{WeightFormat, absmax, assemble};
 
@@ -128,7 +128,7 @@ impl Span<'_> {
         errors: &mut [f32],
     ) -> Result<()> {
         let Self { first, end, width, format, u } = *self;
-        let grid = Grid::gptq(format.bits, format.clip);
+        let grid = format.grid(true);
         for column in first..end {
             let group = column / format.group_size;
             if column % format.group_size == 0 {
@@ -147,7 +147,7 @@ impl Span<'_> {
                 for (weight, &u) in row[1..].iter_mut().zip(&update[1..]) {
                     *weight = error.mul_add(u, *weight);
                 }
-                codes[column] = code as i8;
+                codes[column] = grid.stored(code);
                 errors[column - first] = error;
             }
         }
@@ -159,6 +159,7 @@ impl Span<'_> {
 mod tests {
     use super::*;
     use crate::quant::gptq::sweep_plain;
+    use crate::quant::levels::Levels;
     use crate::quant::site::OutlierFormat;
 
     #[test]
@@ -168,21 +169,29 @@ mod tests {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 8) as f32 / (1 << 23) as f32 - 1.0
         };
-        for (rows, group_size, groups, outliers, rows_per_scale, bits) in [
-            (5, 16, 9, 20, 2, 4),
-            (3, 64, 5, 0, 1, 4),
-            (4, 48, 7, 3, 1, 3),
-            (2, 192, 2, 64, 2, 2),
-            (1, 304, 1, 1, 1, 8),
+        use Levels::{Fp4, Fp4Bnb, Int};
+        use OutlierFormat::{F16, Fp8, Int8};
+        for (rows, group_size, groups, outliers, rows_per_scale, bits, levels, outlier_format) in [
+            (5, 16, 9, 20, 2, 4, Int, Int8),
+            (3, 64, 5, 0, 1, 4, Int, Int8),
+            (4, 48, 7, 3, 1, 3, Int, F16),
+            (2, 192, 2, 64, 2, 2, Int, Int8),
+            (1, 304, 1, 1, 1, 8, Int, Int8),
+            (5, 16, 9, 20, 2, 4, Fp4, Fp8),
+            (4, 48, 7, 3, 1, 4, Fp4, Int8),
+            (3, 176, 1, 0, 1, 4, Fp4, Int8),
+            (2, 304, 2, 33, 1, 4, Fp4Bnb, Fp8),
+            (3, 64, 3, 7, 2, 4, Fp4Bnb, F16),
         ] {
             let format = WeightFormat {
                 bits,
+                levels,
                 group_size,
                 groups,
                 rows_per_scale,
                 clip: 0.85,
                 outlier_channels: outliers,
-                outlier_format: OutlierFormat::Int8,
+                outlier_format,
             };
             let width = format.width();
             let weights: Vec<f32> = (0..rows * width).map(|_| random()).collect();

@@ -2,7 +2,8 @@
 
 There is one body for all instruction sets, which the compiler vectorises for each. The bits agree
 because every step is exact or correctly rounded by itself: maxima, the butterflies of the
-transform in their fixed order, one product a value. Rounding half to even is an addition: with
+transform in their fixed order, one product a value. Rounding half to even is an addition (for
+integers here, for floating-point formats in `quant::float`): with
 `|v| <= 127`, the sum `1.5 * 2^23 + v` has a unit in the last place of 1, so its low byte is the
 code in two's complement. */
 
@@ -12,11 +13,14 @@ use rayon::prelude::*;
 
 use super::isa::Isa;
 use crate::Result;
+use crate::quant::float::E4M3;
 use crate::quant::grid::inverse;
 use crate::quant::hadamard;
+use crate::quant::levels::Levels;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 use crate::quant::site::{
-    self, GREATEST_INT8, OutlierFormat, PADDING, SiteFormat, Transform, absmax, scale_of,
+    self, GREATEST_INT8, OutlierFormat, PADDING, SiteFormat, Transform, absmax, code_of, fp8_of,
+    scale_of,
 };
 
 /// Tokens that a thread takes at a time.
@@ -44,12 +48,12 @@ pub fn quantize_rows(
     }
     let (groups, outliers) = (format.groups, format.outlier_channels);
     let int8 = outliers > 0 && format.outlier_format == OutlierFormat::Int8;
-    let halves = outliers > 0 && format.outlier_format == OutlierFormat::F16;
+    let floats = outliers > 0 && !int8;
     let mut codes = vec![0; tokens * format.grouped_channels()];
     let mut scales = vec![0.0; tokens * groups];
     let mut outlier_codes = vec![0; if int8 { tokens * outliers } else { 0 }];
     let mut outlier_scales = vec![0.0; if int8 { tokens } else { 0 }];
-    let mut outlier_values = vec![0.0; if halves { tokens * outliers } else { 0 }];
+    let mut outlier_values = vec![0.0; if floats { tokens * outliers } else { 0 }];
 
     let mut rest = Tile {
         x,
@@ -81,6 +85,7 @@ pub fn quantize_rows(
         tokens,
         group_size: format.group_size,
         groups,
+        levels: format.levels,
         codes,
         scales,
         outlier_channels: outliers,
@@ -89,6 +94,7 @@ pub fn quantize_rows(
             OutlierFormat::Int8 => {
                 OutlierRows::Int8 { codes: outlier_codes, scales: outlier_scales }
             }
+            OutlierFormat::Fp8 => OutlierRows::Fp8(outlier_values),
             OutlierFormat::F16 => OutlierRows::F16(outlier_values),
         },
     })
@@ -226,7 +232,7 @@ fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool {
             if !scale.is_finite() {
                 return false;
             }
-            encode(values, inverse(*scale), limits, codes);
+            encode(format.levels, values, inverse(*scale), limits, codes);
         }
         if let Some(scale) = tile.outlier_scales.get_mut(token) {
             *scale = scale_of(absmax(tail), 1.0, GREATEST_INT8);
@@ -234,9 +240,20 @@ fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool {
                 return false;
             }
             let codes = &mut tile.outlier_codes[token * outliers..][..outliers];
-            encode(tail, inverse(*scale), (-GREATEST_INT8, GREATEST_INT8), codes);
+            encode(Levels::Int, tail, inverse(*scale), (-GREATEST_INT8, GREATEST_INT8), codes);
         } else if !tile.outlier_values.is_empty() {
             let values = &mut tile.outlier_values[token * outliers..][..outliers];
+            if format.outlier_format == OutlierFormat::Fp8 {
+                let scale = scale_of(absmax(tail), 1.0, E4M3.highest);
+                if !scale.is_finite() {
+                    return false;
+                }
+                let inverse = inverse(scale);
+                for (to, &value) in values.iter_mut().zip(tail) {
+                    *to = fp8_of(value, inverse, scale);
+                }
+                continue;
+            }
             halves.convert_from_f32_slice(tail);
             halves.convert_to_f32_slice(values);
             if !absmax(values).is_finite() {
@@ -249,7 +266,19 @@ fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool {
 
 /// Rounds and clamps: [`site::code_of`] of finite values.
 #[inline(always)]
-fn encode(values: &[f32], inverse: f32, (least, greatest): (f32, f32), codes: &mut [i8]) {
+fn encode(
+    levels: Levels,
+    values: &[f32],
+    inverse: f32,
+    (least, greatest): (f32, f32),
+    codes: &mut [i8],
+) {
+    if !levels.is_int() {
+        for (code, &value) in codes.iter_mut().zip(values) {
+            *code = code_of(levels, value, inverse, (least, greatest));
+        }
+        return;
+    }
     for (code, value) in codes.iter_mut().zip(values) {
         let value = value * inverse;
         // Clamping first gives the same code, as the limits are integers. These comparisons are
@@ -298,20 +327,22 @@ fn dequantize(rows: &QuantizedRows, token: usize, out: &mut [f32]) {
     let (grouped, tail) = out.split_at_mut(rows.groups * size);
     for (group, out) in grouped.chunks_exact_mut(size).enumerate() {
         let place = token * rows.groups + group;
-        decode(&rows.codes[place * size..][..size], rows.scales[place], out);
+        decode(rows.levels, &rows.codes[place * size..][..size], rows.scales[place], out);
     }
     let own = token * outliers..(token + 1) * outliers;
     match &rows.outliers {
         OutlierRows::None => {}
-        OutlierRows::Int8 { codes, scales } => decode(&codes[own], scales[token], tail),
-        OutlierRows::F16(values) => tail.copy_from_slice(&values[own]),
+        OutlierRows::Int8 { codes, scales } => {
+            decode(Levels::Int, &codes[own], scales[token], tail);
+        }
+        OutlierRows::Fp8(values) | OutlierRows::F16(values) => tail.copy_from_slice(&values[own]),
     }
 }
 
 #[inline(always)]
-fn decode(codes: &[i8], scale: f32, out: &mut [f32]) {
+fn decode(levels: Levels, codes: &[i8], scale: f32, out: &mut [f32]) {
     for (value, &code) in out.iter_mut().zip(codes) {
-        *value = f32::from(code) * scale;
+        *value = levels.value(code) * scale;
     }
 }
 

@@ -4,13 +4,15 @@ that is GPTQ). Linears of one site share a factor, and those of one format are s
 use std::sync::Arc;
 
 use super::gpu::{Buffer, Stream};
+use super::kernels;
 use super::launch::{Geometry, arguments};
 use super::product::{Operand, Precision, Product};
 use super::quantize::Arranging;
 use super::tensor::{Codes, Cross, Factor, Quantized, Site, Weight};
 use super::{Cuda, THREADS};
-use crate::backend::{Drift, Unquantized};
+use crate::backend::{Backend, Drift, Unquantized};
 use crate::quant::grid::Grid;
+use crate::quant::levels::Levels;
 use crate::quant::weights::WeightFormat;
 use crate::{Error, Result};
 
@@ -56,11 +58,7 @@ struct Step<'a> {
 
 impl Step<'_> {
     fn grid(&self) -> Grid {
-        let WeightFormat { bits, clip, .. } = self.stack.format;
-        match self.factor {
-            Some(_) => Grid::gptq(bits, clip),
-            None => Grid::rounding(bits, clip),
-        }
+        self.stack.format.grid(self.factor.is_some())
     }
 }
 
@@ -169,7 +167,7 @@ impl Cuda {
                     width,
                     format.outlier_channels,
                     codes.outliers.padded(),
-                    Self::outlier_ratio(),
+                    Self::outlier_ratio(format.outlier_format),
                     codes.outliers.codes.as_ref(),
                     codes.outliers.scales.as_ref(),
                     codes.outliers.values.as_ref(),
@@ -233,6 +231,7 @@ impl Cuda {
 
     fn stack(&self, linears: &[Unquantized<Weight>], site: &Site) -> Result<Stack> {
         let format = linears[0].format;
+        self.check_levels(format.levels)?;
         let width = format.width();
         let rows = linears.iter().map(|linear| linear.weight.rows).sum();
         let original = self.gpu.alloc(4 * rows * width)?;
@@ -267,8 +266,9 @@ impl Cuda {
         let (least, greatest) = grid.limits();
         let entry = if rows_per_scale == 1 { "sweep_rows" } else { "sweep_row_pairs" };
         let shared_bytes = if step.factor.is_some() { 4 * SPAN * (end - first) } else { 0 };
-        self.launch(
+        self.kernels.launch(
             "gptq",
+            &kernels::formats(format.levels == Levels::Fp4, false),
             entry,
             Geometry {
                 shared_bytes,
@@ -418,6 +418,7 @@ mod tests {
         for (group_size, groups) in [(16, 9), (48, 7), (128, 3), (192, 3), (304, 1), (96, 5)] {
             let format = WeightFormat {
                 bits: 4,
+                levels: Levels::Int,
                 group_size,
                 groups,
                 rows_per_scale: 1,

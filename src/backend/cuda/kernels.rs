@@ -32,6 +32,12 @@ pub fn arrange(
     ]
 }
 
+/// Macros that `arrange` and `gptq` have beside their others where codes are FP4 or outliers FP8.
+pub fn formats(fp4: bool, fp8: bool) -> Defines {
+    let all = [("FP4", fp4), ("FP8", fp8)];
+    all.into_iter().filter(|(_, set)| *set).map(|(name, set)| (name, flag(set))).collect()
+}
+
 /// Macros of `prepare`; `kv_bits` is 16 where nothing is quantized.
 pub fn prepare(head_dim: usize, kv_bits: u8, rotated: bool, after_rope: bool) -> Defines {
     vec![
@@ -87,6 +93,8 @@ pub const FAMILIES: &[Family] = &[
                 arrange(1024, true, "half", 256, false),
                 arrange(48, true, "half", 256, false),
                 arrange(176, false, "bf16", 256, false),
+                [arrange(128, true, "half", 256, true), formats(true, true)].concat(),
+                [arrange(48, true, "float", 256, false), formats(true, false)].concat(),
             ]
         },
     },
@@ -111,7 +119,12 @@ pub const FAMILIES: &[Family] = &[
         tensor_core: None,
         variants: || vec![vec![]],
     },
-    Family { name: "gptq", source: source!("gptq"), tensor_core: None, variants: || vec![vec![]] },
+    Family {
+        name: "gptq",
+        source: source!("gptq"),
+        tensor_core: None,
+        variants: || vec![vec![], formats(true, false)],
+    },
     Family {
         name: "integer",
         source: source!("integer"),

@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex};
 
 use super::{AttentionSpec, Backend, Damping, Drift, Matrix, Unquantized};
 use crate::checkpoint::{self, Dtype};
+use crate::quant::levels::Levels;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::SiteFormat;
 use crate::{Error, Result};
@@ -315,7 +316,18 @@ impl Backend for Cuda {
         self.pack(weight)
     }
 
+    fn check_levels(&self, levels: Levels) -> Result<()> {
+        if levels == Levels::Fp4Bnb {
+            return Err(Error::machine("the CUDA backend has no kernels for fp4-bnb codes")
+                .hint("run with --device cpu, or quantize with --format fp4, which both have"));
+        }
+        Ok(())
+    }
+
     fn site(&self, format: &SiteFormat) -> Result<Site> {
+        if format.bits < 16 {
+            self.check_levels(format.levels)?;
+        }
         Ok(Site { format: format.clone(), order: self.gpu.upload(&format.order)? })
     }
 

@@ -14,8 +14,12 @@ use super::tensor::{
     Weight,
 };
 use super::{Cuda, THREADS};
+use crate::backend::Backend;
+use crate::quant::float::{e4m3_bits, e4m3_value};
+use crate::quant::grid::Grid;
+use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
-use crate::quant::site::{GREATEST_INT8, OutlierFormat, SiteFormat, Transform};
+use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
 use crate::quant::weights::WeightFormat;
 use crate::{Error, Result};
 
@@ -157,9 +161,11 @@ impl Cuda {
         let (least, greatest) = format.code_limits();
         let arranging = Arranging::new(format, element);
         let (geometry, staged) = arranging.quantizing(tokens);
+        let fp8 = format.outlier_format == OutlierFormat::Fp8;
+        let formats = kernels::formats(format.levels == Levels::Fp4, fp8);
         self.kernels.launch(
             "arrange",
-            &arranging.defines,
+            &[arranging.defines, formats].concat(),
             "quantize",
             geometry,
             arguments![
@@ -204,6 +210,9 @@ impl Cuda {
             _ if channels == 0 => (None, None, None),
             OutlierFormat::Int8 => {
                 (Some(self.gpu.alloc(rows * padded)?), Some(self.gpu.alloc(4 * rows)?), None)
+            }
+            OutlierFormat::Fp8 => {
+                (None, Some(self.gpu.alloc(4 * rows)?), Some(self.gpu.alloc(4 * rows * channels)?))
             }
             OutlierFormat::F16 => (None, None, Some(self.gpu.alloc(4 * rows * channels)?)),
         };
@@ -304,9 +313,9 @@ impl Cuda {
             (x.group_size, x.groups, x.outliers.channels),
             (weight.format.group_size, weight.format.groups, weight.format.outlier_channels)
         );
-        let f16_outliers = x.outliers.values.as_ref();
-        // f16 outliers are added to the f32 sums, which are rounded afterwards.
-        let half_now = half && f16_outliers.is_none();
+        let float_outliers = x.outliers.values.as_ref();
+        // Outliers in f16 and FP8 are added to the f32 sums, which are rounded afterwards.
+        let half_now = half && float_outliers.is_none();
         let y = self.gpu.alloc(if half_now { 2 } else { 4 } * tokens * rows)?;
         let [outlier_codes, outlier_scales, outlier_values] = weight.outliers();
         let defines = kernels::integer(x.group_size, half_now);
@@ -331,11 +340,11 @@ impl Cuda {
                 x.outliers.padded()
             ],
         )?;
-        let Some(values) = f16_outliers else { return Ok(y) };
+        let Some(values) = float_outliers else { return Ok(y) };
         self.kernels.launch(
             "integer",
             &defines,
-            "add_f16_outliers",
+            "add_float_outliers",
             Geometry {
                 grid: (rows.div_ceil(64), tokens.div_ceil(64), 1),
                 threads: THREADS,
@@ -359,8 +368,9 @@ impl Cuda {
 
     /// A quantized weight on the host. On the stream beside the kernels.
     pub(super) fn fetched(&self, weight: &Quantized) -> Result<QuantizedLinear> {
-        let WeightFormat { bits, group_size, groups, rows_per_scale, outlier_channels, .. } =
-            weight.format;
+        let WeightFormat {
+            bits, levels, group_size, groups, rows_per_scale, outlier_channels, ..
+        } = weight.format;
         let rows = weight.rows;
         let grouped = weight.format.grouped_channels();
         let mut staging = self.downloads.lock().unwrap_or_else(PoisonError::into_inner);
@@ -385,6 +395,22 @@ impl Cuda {
                 let codes = codes.chunks(padded).flat_map(|row| &row[..outlier_channels]).copied();
                 OutlierBlock::Int8 { codes: codes.collect(), scales }
             }
+            (None, Some(all_scales), Some(values)) => {
+                let scales = halves(all_scales, weight.first_row, rows)?;
+                let mut numbers = vec![0f32; rows * outlier_channels];
+                let first = 4 * weight.first_row * outlier_channels;
+                staging.download(values, first, bytemuck::cast_slice_mut(&mut numbers))?;
+                let rows = numbers.chunks(outlier_channels).zip(&scales);
+                // Exact: a value is its number times the scale, without rounding.
+                let codes = rows.flat_map(|(row, scale)| {
+                    let scale = scale.to_f32();
+                    row.iter().map(move |value| match scale {
+                        0.0 => 0,
+                        scale => e4m3_bits(value / scale),
+                    })
+                });
+                OutlierBlock::Fp8 { codes: codes.collect(), scales }
+            }
             (_, _, Some(values)) => {
                 let first = weight.first_row * outlier_channels;
                 OutlierBlock::F16(halves(values, first, rows * outlier_channels)?)
@@ -394,6 +420,7 @@ impl Cuda {
         Ok(QuantizedLinear {
             rows,
             bits,
+            levels,
             group_size,
             groups,
             rows_per_scale,
@@ -405,7 +432,9 @@ impl Cuda {
     }
 
     pub(super) fn restored(&self, weight: &QuantizedLinear) -> Result<Quantized> {
-        let QuantizedLinear { rows, bits, group_size, groups, rows_per_scale, .. } = *weight;
+        let QuantizedLinear { rows, bits, levels, group_size, groups, rows_per_scale, .. } =
+            *weight;
+        self.check_levels(levels)?;
         let channels = weight.outlier_channels;
         let floats = |values: &[f16]| -> Result<Buffer> {
             self.gpu.upload(&values.iter().map(|value| value.to_f32()).collect::<Vec<_>>())
@@ -421,16 +450,28 @@ impl Cuda {
                 let (codes, scales) = (Some(self.gpu.upload(&wide)?), Some(floats(scales)?));
                 Outliers { channels, codes, scales, values: None }
             }
+            OutlierBlock::Fp8 { codes, scales } => {
+                let rows = codes.chunks(channels).zip(scales);
+                let values: Vec<f32> = rows
+                    .flat_map(|(row, scale)| {
+                        row.iter().map(|&code| e4m3_value(code) * scale.to_f32())
+                    })
+                    .collect();
+                let (scales, values) = (Some(floats(scales)?), Some(self.gpu.upload(&values)?));
+                Outliers { channels, codes: None, scales, values }
+            }
             OutlierBlock::F16(values) => {
                 Outliers { channels, codes: None, scales: None, values: Some(floats(values)?) }
             }
         };
         let outlier_format = match weight.outliers {
+            OutlierBlock::Fp8 { .. } => OutlierFormat::Fp8,
             OutlierBlock::F16(_) => OutlierFormat::F16,
             _ => OutlierFormat::Int8,
         };
         let format = WeightFormat {
             bits,
+            levels,
             group_size,
             groups,
             rows_per_scale,
@@ -445,9 +486,10 @@ impl Cuda {
         Ok(Quantized { format, first_row: 0, rows, shared, lost: None })
     }
 
-    /// The ratio of absmax to scale of INT8 outliers.
-    pub(super) fn outlier_ratio() -> f32 {
-        1.0 / GREATEST_INT8
+    /// The ratio of scale to absmax of INT8 and FP8 outliers.
+    pub(super) fn outlier_ratio(format: OutlierFormat) -> f32 {
+        let grid = if format == OutlierFormat::Fp8 { Grid::fp8() } else { Grid::rounding(8, 1.0) };
+        grid.ratio()
     }
 }
 

@@ -135,11 +135,11 @@ pub(super) const SCALE_MULTIPLE: usize = 4;
 pub(super) struct Outliers {
     /// How many.
     pub(super) channels: usize,
-    /// INT8 codes `[rows, padded]`, zeros behind; none for f16.
+    /// INT8 codes `[rows, padded]`, zeros behind; none for the others.
     pub(super) codes: Option<Buffer>,
-    /// Their scales, one a row.
+    /// INT8's and FP8's scales, one a row.
     pub(super) scales: Option<Buffer>,
-    /// f16 values as f32, `[rows, channels]`.
+    /// f16 values, or FP8's numbers times the scale, as f32, `[rows, channels]`; none for INT8.
     pub(super) values: Option<Buffer>,
 }
 

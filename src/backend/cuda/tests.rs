@@ -8,6 +8,7 @@ use super::*;
 use crate::backend::cpu::Cpu;
 use crate::checkpoint::Tensor as Stored;
 use crate::quant::kv::KvFormat;
+use crate::quant::levels::Levels;
 use crate::quant::order::channel_order;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 use crate::quant::site::{OutlierFormat, Transform};
@@ -90,7 +91,7 @@ impl Cuda {
         }
     }
 
-    fn rows_on_host(&self, rows: &Rows) -> QuantizedRows {
+    fn rows_on_host(&self, rows: &Rows, levels: Levels) -> QuantizedRows {
         let Rows { tokens, group_size, groups, scale_stride, .. } = *rows;
         let codes = rows.codes.download::<i8>(0..tokens * groups * group_size).unwrap();
         let scales = rows.scales.download::<f32>(0..4 * scale_stride * groups).unwrap();
@@ -107,13 +108,25 @@ impl Cuda {
                 let scales = scales.download::<f32>(0..4 * tokens).unwrap();
                 OutlierRows::Int8 { codes: codes.collect(), scales }
             }
+            (None, Some(_), Some(values)) => {
+                OutlierRows::Fp8(values.download(0..4 * tokens * channels).unwrap())
+            }
             (_, _, Some(values)) => {
                 OutlierRows::F16(values.download(0..4 * tokens * channels).unwrap())
             }
             _ => OutlierRows::None,
         };
         let outlier_channels = channels;
-        QuantizedRows { tokens, group_size, groups, codes, scales, outlier_channels, outliers }
+        QuantizedRows {
+            tokens,
+            group_size,
+            groups,
+            levels,
+            codes,
+            scales,
+            outlier_channels,
+            outliers,
+        }
     }
 }
 
@@ -153,6 +166,7 @@ fn site(
         outlier_channels: outliers,
         outlier_format,
         bits,
+        levels: Levels::Int,
         clip: 0.9,
         transform,
     };
@@ -162,7 +176,8 @@ fn site(
 
 /// Sites of odd widths, groups and outliers.
 fn sites(random: &mut Random) -> Vec<SiteFormat> {
-    use OutlierFormat::{F16, Int8};
+    let fp4 = fp4_sites(random);
+    use OutlierFormat::{F16, Fp8, Int8};
     use Transform::{Hadamard, None};
     [
         (1, 16, 0, 4, None, Int8),
@@ -178,10 +193,34 @@ fn sites(random: &mut Random) -> Vec<SiteFormat> {
         (2100, 1024, 1, 4, Hadamard, Int8),
         (4096, 3968, 128, 4, None, Int8),
         (11008, 128, 128, 4, Hadamard, Int8),
+        (172, 32, 12, 4, Hadamard, Fp8),
+        (1000, 96, 40, 8, None, Fp8),
     ]
     .into_iter()
     .map(|(channels, group, outliers, bits, transform, format)| {
         site(channels, group, outliers, bits, transform, format, random)
+    })
+    .chain(fp4)
+    .collect()
+}
+
+/// Sites whose activations are FP4: two rows a block, one, groups in shared memory, a whole row.
+fn fp4_sites(random: &mut Random) -> Vec<SiteFormat> {
+    use OutlierFormat::{F16, Fp8, Int8};
+    use Transform::{Hadamard, None};
+    [
+        (1, 16, 0, None, Int8),
+        (172, 16, 5, Hadamard, Fp8),
+        (172, 48, 4, None, F16),
+        (172, 176, 0, Hadamard, Int8),
+        (576, 64, 64, Hadamard, Int8),
+        (1000, 128, 33, Hadamard, Fp8),
+        (2100, 1024, 1, None, Int8),
+    ]
+    .into_iter()
+    .map(|(channels, group, outliers, transform, format)| SiteFormat {
+        levels: Levels::Fp4,
+        ..site(channels, group, outliers, 4, transform, format, random)
     })
     .collect()
 }
@@ -295,7 +334,7 @@ fn codes_and_scales_are_the_cpus_bits() {
             let expected = cpu.quantize(&host, &format).unwrap();
             for tensor in [cuda.upload(x.clone()).unwrap(), cuda.half_tensor(&x)] {
                 let rows = cuda.quantize(&tensor, &site).unwrap();
-                assert_eq!(cuda.rows_on_host(&rows), expected, "{what}");
+                assert_eq!(cuda.rows_on_host(&rows, format.levels), expected, "{what}");
                 let values = cuda.dequantize(&rows).unwrap();
                 let expected = cpu.dequantize(&expected).unwrap();
                 close(&cuda.values(&values), expected.values(), 5e-4, &what);
@@ -331,8 +370,12 @@ fn integer_products_are_the_cpus_bits() {
             if format.channels > 4000 && tokens > 20 {
                 continue;
             }
-            let bits = [4, 3, 8, 2][at % 4];
-            let weights = WeightFormat::of(&format, bits, 1 + at % 2, 0.85);
+            let bits = if format.levels == Levels::Fp4 { 4 } else { [4, 3, 8, 2][at % 4] };
+            let mut weights = WeightFormat::of(&format, bits, 1 + at % 2, 0.85);
+            // FP4 weights behind FP4 activations and behind some of the integers.
+            if bits == 4 && (format.levels == Levels::Fp4 || at % 8 == 0) {
+                weights.levels = Levels::Fp4;
+            }
             let linear = random_codes(&weights, rows, &mut random);
             let x = random.activations(tokens, format.channels);
             let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format).unwrap();
@@ -643,7 +686,10 @@ fn gptq_makes_the_cpus_decisions() {
             .map(|(shape, bytes)| Stored::in_memory("w", Dtype::BF16, shape, bytes))
             .collect();
         let weights: Vec<Weight> = stored.iter().map(|s| cuda.load(*s).unwrap()).collect();
-        let formats = [4, 4, 3].map(|bits| WeightFormat::of(&format, bits, 1 + at % 2, 0.85));
+        let formats = [4, 4, 3].map(|bits| {
+            let levels = if bits == 4 { format.levels } else { Levels::Int };
+            WeightFormat { levels, ..WeightFormat::of(&format, bits, 1 + at % 2, 0.85) }
+        });
         let mut host_linears = Vec::new();
         let mut linears = Vec::new();
         for ((stored, weight), format) in stored.iter().zip(&weights).zip(formats) {
@@ -721,4 +767,17 @@ fn what_does_not_fit_is_set_aside_or_refused() {
     let small = Cuda::open(0, Some(200 << 20)).unwrap();
     assert!(small.gpu.alloc(300 << 20).is_err() && small.gpu.alloc(100 << 20).is_ok());
     assert!(Cuda::open(0, Some(1 << 50)).is_err());
+}
+
+#[test]
+fn codes_without_kernels_are_refused() {
+    let Some(cuda) = device("codes_without_kernels_are_refused") else { return };
+    let mut random = Random(10);
+    let format = SiteFormat { levels: Levels::Fp4Bnb, ..sites(&mut random)[1].clone() };
+    let weights = WeightFormat { levels: Levels::Fp4Bnb, ..WeightFormat::of(&format, 4, 1, 1.0) };
+    let linear = random_codes(&weights, 3, &mut random);
+    for error in [cuda.site(&format).err().unwrap(), cuda.restore(linear).err().unwrap()] {
+        assert_eq!(error.kind(), crate::Kind::Machine);
+        assert!(error.message().contains("no kernels for fp4-bnb"), "{error}");
+    }
 }

@@ -4,6 +4,7 @@ use crate::checkpoint::linear::{
     to_tensors,
 };
 use crate::checkpoint::{AtomCheckpoint, Options, Stored, Writer};
+use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use half::f16;
 use serde_json::json;
@@ -11,7 +12,7 @@ use serde_json::json;
 const PREFIX: &str = "model.layers.0.self_attn.q_proj";
 const SITE: &str = "model.layers.0.self_attn.attn_in";
 
-/// Every combination of bits, rows that share a scale and outlier formats.
+/// Every combination of formats, rows that share a scale and outlier formats.
 fn linears() -> Vec<QuantizedLinear> {
     let f16s = |n: usize| (0..n).map(|i| f16::from_f32(i as f32 / 8.0)).collect::<Vec<_>>();
     let i8s = |n: usize| (0..n).map(|i| (i * 37 % 255) as u8 as i8).map(|c| c.max(-127)).collect();
@@ -20,16 +21,20 @@ fn linears() -> Vec<QuantizedLinear> {
         (0, OutlierBlock::None),
         (4, OutlierBlock::Int8 { codes: i8s(20), scales: f16s(5) }),
         (4, OutlierBlock::F16(f16s(20))),
+        (4, OutlierBlock::Fp8 { codes: (0..20).map(|i| i * 13).collect(), scales: f16s(5) }),
     ];
     let mut linears = Vec::new();
-    for bits in [2u8, 3, 4, 8] {
+    use Levels::{Fp4, Fp4Bnb, Int};
+    for (bits, levels) in [(2u8, Int), (3, Int), (4, Int), (8, Int), (4, Fp4), (4, Fp4Bnb)] {
         for rows_per_scale in [1, 2] {
             for (outlier_channels, outliers) in outliers.clone() {
-                let codes = (0..240).map(|i| (i * 101 % 251) as u8 as i8 >> (8 - bits)).collect();
+                let bits_of = |i: usize| (i * 101 % 251) as u8 as i8 >> (8 - bits);
+                let codes = (0..240).map(|i| levels.restored(bits_of(i))).collect();
                 let scales = f16s(rows.div_ceil(rows_per_scale) * groups);
                 linears.push(QuantizedLinear {
                     rows,
                     bits,
+                    levels,
                     group_size,
                     groups,
                     rows_per_scale,
@@ -78,7 +83,7 @@ fn a_linear_is_what_it_was_written_as() {
 
 #[test]
 fn names_types_and_shapes_are_those_of_the_format() {
-    let linear = &linears()[7]; // 3 bits, one scale a row, INT8 outliers
+    let linear = &linears()[9]; // 3 bits, one scale a row, INT8 outliers
     assert_eq!((linear.bits, linear.rows_per_scale), (3, 1));
     let forms: Vec<String> = linear_specs("p", &LinearShape::of(linear))
         .iter()
@@ -99,7 +104,7 @@ fn names_types_and_shapes_are_those_of_the_format() {
 fn a_linear_comes_back_from_the_work_and_from_the_finished_checkpoint() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("out");
-    let linear = &linears()[13];
+    let linear = &linears()[17];
     let shape = LinearShape::of(linear);
     let order: Vec<i32> = (0..48).chain([-1, -1]).rev().chain([49, 48, 50, 51]).collect();
     let mut specs = linear_specs(PREFIX, &shape);
@@ -138,6 +143,13 @@ fn damaged_scales_and_codes_are_named() {
     assert_eq!(damage(1, &[0, 0x7c]), "tensor `p.weight_scales` holds inf at 1");
     assert_eq!(damage(3, &[1, 0x7e]), "tensor `p.outlier_scales` holds NaN at 1");
     assert_eq!(damage(2, &[0x80]), "tensor `p.outlier_codes` holds -128, not a code");
+    let fp8 = &linears()[3];
+    let shape = LinearShape::of(fp8);
+    let mut tensors = to_tensors("p", fp8);
+    tensors[2].1[7] = 0xff;
+    let tensors = linear_specs("p", &shape).into_iter().zip(tensors.into_iter().map(|t| t.1));
+    let error = from_tensors(&Memory(tensors.collect()), "p", &shape).unwrap_err();
+    assert_eq!(error.message(), "tensor `p.outlier_codes` holds a code that is no number");
 }
 
 #[test]

@@ -200,6 +200,7 @@ fn only_floating_point_weights_are_a_source() {
     let file = safetensors(&[
         ("codes", "I32", &[1], &[0; 4]),
         ("e4m3", "F8_E4M3", &[4], &[0; 4]),
+        ("e5m2", "F8_E5M2", &[4], &[0; 4]),
         ("w", "BF16", &[1], &[0x80, 0x3f]),
     ]);
     write(&home.path().join("model.safetensors"), file);
@@ -208,7 +209,10 @@ fn only_floating_point_weights_are_a_source() {
     let error = source.tensor("codes").unwrap_err();
     assert!(error.message().ends_with("is I32, not F16, BF16 or F32"));
     let error = source.tensor("e4m3").unwrap_err();
-    assert_eq!(error.message(), "tensor `e4m3` is F8_E4M3 [4], a type that atom does not read");
+    assert!(error.message().ends_with("is F8_E4M3, not F16, BF16 or F32"));
+    assert!(error.hint_text().is_some());
+    let error = source.tensor("e5m2").unwrap_err();
+    assert_eq!(error.message(), "tensor `e5m2` is F8_E5M2 [4], a type that atom does not read");
     assert!(error.hint_text().is_some());
 }
 

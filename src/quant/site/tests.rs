@@ -11,6 +11,7 @@ fn format(order: Vec<i32>, group_size: usize, outlier_channels: usize) -> SiteFo
         outlier_channels,
         outlier_format: OutlierFormat::Int8,
         bits: 4,
+        levels: Levels::Int,
         clip: 1.0,
         transform: Transform::None,
     }
@@ -76,6 +77,27 @@ fn codes_are_rounded_half_to_even_with_the_rounded_scale() {
 }
 
 #[test]
+fn fp4_and_fp8_are_rounded_to_their_own_numbers() {
+    let mut row = [0.0; 14];
+    row[2..8].copy_from_slice(&[6.0, 2.5, -3.5, 5.0, 1.25, -0.25]);
+    row[..2].copy_from_slice(&[-448.0, 17.0]);
+    let outlier_format = OutlierFormat::Fp8;
+    let fp4 = SiteFormat { levels: Levels::Fp4, outlier_format, ..small() };
+    let rows = quantize_rows_plain(&row, 1, &fp4).unwrap();
+    // Scales are those of halves: 6 is 12 of them. Ties go to 2, -4, 4, 1 and 0.
+    assert_eq!(rows.scales, [0.5]);
+    assert_eq!(rows.codes[6..12], [0, 2, 8, -8, 4, 12]);
+    assert_eq!(rows.outliers, OutlierRows::Fp8(vec![16.0, -448.0]));
+    row[2..8].copy_from_slice(&[12.0, 2.5, -3.5, 5.1, 1.25, -0.04]);
+    let bnb = SiteFormat { levels: Levels::Fp4Bnb, ..fp4 };
+    let rows = quantize_rows_plain(&row, 1, &bnb).unwrap();
+    assert_eq!(rows.scales, [1.0]);
+    assert_eq!(rows.codes[6..12], [-1, 2, 6, -3, 2, 12]);
+    assert_eq!(dequantize_rows_plain(&rows)[6..8], [-0.0625, 2.0]);
+    assert!(SiteFormat { bits: 8, ..bnb }.check().is_err());
+}
+
+#[test]
 fn clipping_saturates_at_the_limits_of_the_format() {
     for (bits, least, greatest) in [(2, -2, 1), (3, -4, 3), (4, -8, 7), (8, -127, 127)] {
         let mut row = [0.0; 14];
@@ -106,7 +128,7 @@ fn zeros_have_scale_zero_and_nonfinite_values_are_named() {
 #[test]
 fn dequantizing_is_within_half_a_step() {
     let x: Vec<f32> = (0..28).map(|i| (i as f32 * 1.7).sin()).collect();
-    for outlier_format in [OutlierFormat::Int8, OutlierFormat::F16] {
+    for outlier_format in [OutlierFormat::Int8, OutlierFormat::Fp8, OutlierFormat::F16] {
         let format = SiteFormat { outlier_format, ..small() };
         let rows = quantize_rows_plain(&x, 2, &format).unwrap();
         let arranged = format.arrange_rows_plain(&x, 2);

@@ -14,6 +14,8 @@ use bytemuck::{Pod, Zeroable};
 use half::f16;
 use rayon::prelude::*;
 
+use crate::quant::float::e4m3_value;
+use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 
 /// Output rows in a panel.
@@ -53,6 +55,9 @@ pub struct IntegerLinear {
     pub(super) scales: Vec<f16>,
     pub(super) outlier_channels: usize,
     pub(super) outliers: Outliers,
+    /// The linear itself where the kernels cannot compute it: bitsandbytes' FP4, whose sixteenths do
+    /// not fit bytes. The rest is then empty.
+    pub(super) plain: Option<Box<QuantizedLinear>>,
 }
 
 /// The outlier block in panels.
@@ -63,6 +68,11 @@ pub(super) enum Outliers {
         codes: Vec<Line>,
         scales: Vec<f16>,
     },
+    /// Numbers of E4M3, `[panels, outliers, 32]`, and scales `[panels, 32]`.
+    Fp8 {
+        numbers: Vec<f16>,
+        scales: Vec<f16>,
+    },
     /// `[panels, outliers, 32]`.
     F16(Vec<f16>),
 }
@@ -70,8 +80,22 @@ pub(super) enum Outliers {
 impl IntegerLinear {
     /// Re-lays a linear for the kernels.
     pub fn new(linear: &QuantizedLinear) -> Self {
+        if linear.levels == Levels::Fp4Bnb {
+            return Self {
+                rows: linear.rows,
+                group_size: linear.group_size,
+                groups: linear.groups,
+                nibbles: false,
+                codes: Vec::new(),
+                scales: Vec::new(),
+                outlier_channels: linear.outlier_channels,
+                outliers: Outliers::None,
+                plain: Some(Box::new(linear.clone())),
+            };
+        }
         let panels = linear.rows.div_ceil(PANEL);
-        let nibbles = linear.bits <= 4;
+        // FP4's codes are up to 12.
+        let nibbles = linear.bits <= 4 && linear.levels.is_int();
         let chunks = linear.grouped_channels() / CHUNK;
         let mut codes =
             vec![Line([0; 64]); panels * chunks * if nibbles { 1 } else { CHUNK_LINES }];
@@ -114,6 +138,15 @@ impl IntegerLinear {
                 }
                 Outliers::Int8 { codes: unpacked, scales: in_panels(1, &|row, _| scales[row]) }
             }
+            OutlierBlock::Fp8 { codes, scales } => {
+                let number = |row: usize, channel: usize| {
+                    f16::from_f32(e4m3_value(codes[row * linear.outlier_channels + channel]))
+                };
+                Outliers::Fp8 {
+                    numbers: in_panels(linear.outlier_channels, &number),
+                    scales: in_panels(1, &|row, _| scales[row]),
+                }
+            }
             OutlierBlock::F16(values) => {
                 let value = |row, channel| values[row * linear.outlier_channels + channel];
                 Outliers::F16(in_panels(linear.outlier_channels, &value))
@@ -128,6 +161,7 @@ impl IntegerLinear {
             scales,
             outlier_channels: linear.outlier_channels,
             outliers,
+            plain: None,
         }
     }
 
@@ -141,9 +175,11 @@ impl IntegerLinear {
         let outliers = match &self.outliers {
             Outliers::None => 0,
             Outliers::Int8 { codes, scales } => size_of_val(&**codes) + size_of_val(&**scales),
+            Outliers::Fp8 { numbers, scales } => size_of_val(&**numbers) + size_of_val(&**scales),
             Outliers::F16(values) => size_of_val(&**values),
         };
-        size_of_val(&*self.codes) + size_of_val(&*self.scales) + outliers
+        let plain = self.plain.as_ref().map_or(0, |linear| linear.codes.len());
+        plain + size_of_val(&*self.codes) + size_of_val(&*self.scales) + outliers
     }
 
     pub(super) fn panels(&self) -> usize {

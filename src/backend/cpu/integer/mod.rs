@@ -24,6 +24,7 @@ use rayon::prelude::*;
 pub use layout::IntegerLinear;
 
 use super::isa::Isa;
+use crate::quant::levels::Levels;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 use layout::{BYTE_OFFSET, CHUNK, CHUNK_LINES, Line, NIBBLE_OFFSET, Outliers, PANEL, STEP};
 
@@ -59,7 +60,7 @@ struct IntegerBlock<'a> {
     groups_stride: usize,
 }
 
-/// The f16 outliers of one panel: `acc[t][r] = fma(x[t, c], weights[c][r], acc[t][r])` for each
+/// The FP8 or f16 outliers of one panel: `acc[t][r] = fma(x[t, c], weights[c][r], acc[t][r])` for each
 /// channel `c`, ascending.
 struct FloatBlock<'a> {
     weights: &'a [[f32; PANEL]],
@@ -80,7 +81,8 @@ struct Prepared {
 }
 
 /// `y = x * w^T`, with `y` `[tokens, rows]`, all of which is written: the bits of [`plain::linear`].
-/// [`Isa::Plain`] runs the portable kernels, since `w` is already in panels.
+/// [`Isa::Plain`] runs the portable kernels, since `w` is already in panels. bitsandbytes' FP4 is
+/// computed by [`plain::linear`] itself.
 ///
 /// # Panics
 /// If `x` and `w` have different groups, or outliers of different number or kind.
@@ -91,12 +93,18 @@ pub fn linear(isa: Isa, x: &QuantizedRows, w: &IntegerLinear, y: &mut [f32]) {
     assert_eq!(x.codes.len(), x.tokens * x.groups * x.group_size, "length of the codes of x");
     assert_eq!(x.scales.len(), x.tokens * x.groups, "length of the scales of x");
     assert!(Isa::available().contains(&isa), "this machine has no {}", isa.name());
+    if let Some(w) = &w.plain {
+        plain::linear(x, w, y);
+        return;
+    }
+    assert!(x.levels != Levels::Fp4Bnb, "weights of other numbers than the activations'");
     let kinds_agree = match (&x.outliers, &w.outliers) {
         (OutlierRows::None, Outliers::None) => true,
         (OutlierRows::Int8 { codes, scales }, Outliers::Int8 { .. }) => {
             codes.len() == x.tokens * x.outlier_channels && scales.len() == x.tokens
         }
-        (OutlierRows::F16(values), Outliers::F16(_)) => {
+        (OutlierRows::Fp8(values), Outliers::Fp8 { .. })
+        | (OutlierRows::F16(values), Outliers::F16(_)) => {
             values.len() == x.tokens * x.outlier_channels
         }
         _ => false,
@@ -251,6 +259,23 @@ fn run(
                     groups_stride: 1,
                 };
                 integer(isa, &block, acc, Some(&out));
+            }
+            (OutlierRows::Fp8(values), Outliers::Fp8 { numbers: weights, scales: w_scales })
+                if w.outlier_channels > 0 =>
+            {
+                let channels = w.outlier_channels;
+                let unpacked = &mut scales[..channels];
+                weights[panel * channels * PANEL..][..channels * PANEL]
+                    .convert_to_f32_slice(unpacked.as_flattened_mut());
+                let mut row_scales = [0.0; PANEL];
+                w_scales[panel * PANEL..][..PANEL].convert_to_f32_slice(&mut row_scales);
+                for (weight, scale) in
+                    unpacked.iter_mut().flat_map(|w| w.iter_mut().zip(&row_scales))
+                {
+                    *weight *= scale;
+                }
+                let x = &values[tokens.start * channels..tokens.end * channels];
+                float(isa, &FloatBlock { weights: unpacked, x }, acc, Some(&out));
             }
             (OutlierRows::F16(values), Outliers::F16(weights)) if w.outlier_channels > 0 => {
                 let channels = w.outlier_channels;

@@ -2,15 +2,23 @@
 
 Every other kernel, on any device, is tested for equality with this one, bit by bit. */
 
+use rayon::prelude::*;
+
+use crate::quant::float::e4m3_value;
+use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 
 /// `y = x * w^T`, with `y` `[tokens, rows]`. For each output: the exact integer dot product of
 /// each group, `acc = fma(s_x * s_w, dot, acc)` in f32 with the groups ascending from `acc = 0`,
-/// and last the outlier block, the same for INT8, `acc = fma(x, w, acc)` channel by channel for f16.
+/// and last the outlier block, the same for INT8, `acc = fma(x, w, acc)` channel by channel for FP8 and
+/// f16, where an FP8 weight is its number times the row's scale.
+///
+/// bitsandbytes' FP4 has sixteenths: its dot product is counted in them, and `s_x * s_w` is multiplied
+/// with their size, a power of two.
 ///
 /// A dot product fits i32 by far: 28672 channels (the widest layer of the family) of codes of
-/// magnitude 128 make 2^28.8.
+/// magnitude 128 make 2^28.8, and of 192 sixteenths 2^30.
 ///
 /// # Panics
 /// If `x` and `w` have different groups, or outliers of different number or kind.
@@ -19,14 +27,19 @@ pub fn linear(x: &QuantizedRows, w: &QuantizedLinear, y: &mut [f32]) {
     assert_eq!(x.outlier_channels, w.outlier_channels, "outliers of x and w");
     assert_eq!(y.len(), x.tokens * w.rows, "length of y");
     let (groups, size, outliers) = (w.groups, w.group_size, w.outlier_channels);
-    for token in 0..x.tokens {
-        for row in 0..w.rows {
+    let unit = x.levels.unit() * w.levels.unit();
+    let tokens = y.par_chunks_mut(w.rows.max(1)).enumerate();
+    tokens.for_each(|(token, y)| {
+        for (row, y) in y.iter_mut().enumerate() {
             let mut acc = 0.0_f32;
             for group in 0..groups {
                 let (x_group, w_group) = (token * groups + group, row * groups + group);
-                let integer =
-                    dot(&x.codes[x_group * size..][..size], &w.codes[w_group * size..][..size]);
-                acc = (x.scales[x_group] * w.scale(row, group)).mul_add(integer as f32, acc);
+                let integer = dot(
+                    (x.levels, &x.codes[x_group * size..][..size]),
+                    (w.levels, &w.codes[w_group * size..][..size]),
+                );
+                let scale = x.scales[x_group] * w.scale(row, group) * unit;
+                acc = scale.mul_add(integer as f32, acc);
             }
             let (x_own, w_own) = (token * outliers, row * outliers);
             acc = match (&x.outliers, &w.outliers) {
@@ -35,8 +48,16 @@ pub fn linear(x: &QuantizedRows, w: &QuantizedLinear, y: &mut [f32]) {
                     OutlierRows::Int8 { codes: x_codes, scales: x_scales },
                     OutlierBlock::Int8 { codes: w_codes, scales: w_scales },
                 ) => {
-                    let integer = dot(&x_codes[x_own..][..outliers], &w_codes[w_own..][..outliers]);
+                    let integer = dot(
+                        (Levels::Int, &x_codes[x_own..][..outliers]),
+                        (Levels::Int, &w_codes[w_own..][..outliers]),
+                    );
                     (x_scales[token] * w_scales[row].to_f32()).mul_add(integer as f32, acc)
+                }
+                (OutlierRows::Fp8(x), OutlierBlock::Fp8 { codes, scales }) => {
+                    let scale = scales[row].to_f32();
+                    let pairs = x[x_own..][..outliers].iter().zip(&codes[w_own..][..outliers]);
+                    pairs.fold(acc, |acc, (x, &w)| x.mul_add(e4m3_value(w) * scale, acc))
                 }
                 (OutlierRows::F16(x), OutlierBlock::F16(w)) => {
                     let pairs = x[x_own..][..outliers].iter().zip(&w[w_own..][..outliers]);
@@ -44,12 +65,12 @@ pub fn linear(x: &QuantizedRows, w: &QuantizedLinear, y: &mut [f32]) {
                 }
                 _ => panic!("the outliers of x and w are of different kinds"),
             };
-            y[token * w.rows + row] = acc;
+            *y = acc;
         }
-    }
+    });
 }
 
 /// The exact dot product of two groups of codes.
-fn dot(x: &[i8], w: &[i8]) -> i32 {
-    x.iter().zip(w).map(|(&x, &w)| i32::from(x) * i32::from(w)).sum()
+fn dot((x_levels, x): (Levels, &[i8]), (w_levels, w): (Levels, &[i8])) -> i32 {
+    x.iter().zip(w).map(|(&x, &w)| x_levels.whole(x) * w_levels.whole(w)).sum()
 }

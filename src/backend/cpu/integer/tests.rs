@@ -3,6 +3,7 @@
 use half::f16;
 
 use super::*;
+use crate::quant::float::e4m3_value;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::site::OutlierFormat;
 
@@ -40,6 +41,8 @@ struct Shape {
     outlier_format: OutlierFormat,
     weight_bits: u8,
     activation_bits: u8,
+    /// Of activations and of weights; FP4 makes the bits 4.
+    levels: (Levels, Levels),
     rows_per_scale: usize,
 }
 
@@ -52,6 +55,7 @@ const SMALL: Shape = Shape {
     outlier_format: OutlierFormat::Int8,
     weight_bits: 4,
     activation_bits: 4,
+    levels: (Levels::Int, Levels::Int),
     rows_per_scale: 1,
 };
 
@@ -59,38 +63,57 @@ fn limits(bits: u8) -> (i32, i32) {
     (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
 }
 
+/// Any code as one of E4M3's that is a number.
+fn number(code: i8) -> u8 {
+    match code as u8 {
+        nan if nan & 0x7f == 0x7f => nan - 1,
+        code => code,
+    }
+}
+
 /// Random operands of a shape; `fill` replaces every code of a group where given, the activation's
 /// first.
 fn operands(shape: Shape, fill: Option<(i8, i8)>) -> (QuantizedRows, QuantizedLinear) {
     let mut random = Random(shape.tokens as u64 * 31 + shape.rows as u64);
     let Shape { tokens, rows, groups, group_size, outliers, .. } = shape;
-    let mut codes = |count: usize, bits: u8, fill: Option<i8>| -> Vec<i8> {
+    let mut codes = |count: usize, bits: u8, levels: Levels, fill: Option<i8>| -> Vec<i8> {
         let (least, greatest) = limits(bits);
-        (0..count).map(|_| fill.unwrap_or_else(|| random.code(least, greatest))).collect()
+        let mut code = || match levels {
+            Levels::Int => random.code(least, greatest),
+            _ => levels.restored(random.code(-8, 7)),
+        };
+        (0..count).map(|_| fill.unwrap_or_else(&mut code)).collect()
     };
+    let (x_levels, w_levels) = shape.levels;
     let x_codes =
-        codes(tokens * groups * group_size, shape.activation_bits, fill.map(|fill| fill.0));
-    let w_codes = codes(rows * groups * group_size, shape.weight_bits, fill.map(|fill| fill.1));
-    let x_outliers = codes(tokens * outliers, 8, None);
-    let w_outliers = codes(rows * outliers, 8, None);
+        codes(tokens * groups * group_size, shape.activation_bits, x_levels, fill.map(|f| f.0));
+    let w_codes = codes(rows * groups * group_size, shape.weight_bits, w_levels, fill.map(|f| f.1));
+    let x_outliers = codes(tokens * outliers, 8, Levels::Int, None);
+    let w_outliers = codes(rows * outliers, 8, Levels::Int, None);
     let mut halves = |count: usize| -> Vec<f16> { (0..count).map(|_| random.scale()).collect() };
     let mut floats = |count| halves(count).into_iter().map(f16::to_f32).collect::<Vec<_>>();
     let x = QuantizedRows {
         tokens,
         group_size,
         groups,
+        levels: x_levels,
         codes: x_codes,
         scales: floats(tokens * groups),
         outlier_channels: outliers,
         outliers: match shape.outlier_format {
             _ if outliers == 0 => OutlierRows::None,
             OutlierFormat::Int8 => OutlierRows::Int8 { codes: x_outliers, scales: floats(tokens) },
+            OutlierFormat::Fp8 => {
+                let numbers = x_outliers.iter().map(|&code| e4m3_value(number(code)) * 1.375);
+                OutlierRows::Fp8(numbers.collect())
+            }
             OutlierFormat::F16 => OutlierRows::F16(floats(tokens * outliers)),
         },
     };
     let w = QuantizedLinear {
         rows,
         bits: shape.weight_bits,
+        levels: w_levels,
         group_size,
         groups,
         rows_per_scale: shape.rows_per_scale,
@@ -100,6 +123,10 @@ fn operands(shape: Shape, fill: Option<(i8, i8)>) -> (QuantizedRows, QuantizedLi
         outliers: match shape.outlier_format {
             _ if outliers == 0 => OutlierBlock::None,
             OutlierFormat::Int8 => OutlierBlock::Int8 { codes: w_outliers, scales: halves(rows) },
+            OutlierFormat::Fp8 => OutlierBlock::Fp8 {
+                codes: w_outliers.into_iter().map(number).collect(),
+                scales: halves(rows),
+            },
             OutlierFormat::F16 => OutlierBlock::F16(halves(rows * outliers)),
         },
     };
@@ -124,23 +151,26 @@ fn check(shape: Shape, fill: Option<(i8, i8)>) {
 
 #[test]
 fn plain_is_the_sum_of_dequantized_products() {
-    let (x, w) = operands(SMALL, None);
+    use Levels::{Fp4, Fp4Bnb, Int};
+    for levels in [(Int, Int), (Fp4, Fp4), (Fp4Bnb, Fp4Bnb), (Int, Fp4Bnb)] {
+        for outlier_format in [OutlierFormat::Int8, OutlierFormat::Fp8, OutlierFormat::F16] {
+            sum_of_products(Shape { levels, outlier_format, ..SMALL });
+        }
+    }
+}
+
+fn sum_of_products(shape: Shape) {
+    let (x, w) = operands(shape, None);
     let mut y = vec![f32::NAN; x.tokens * w.rows];
     plain::linear(&x, &w, &mut y);
     let values = crate::quant::site::dequantize_rows_plain(&x);
     let width = w.grouped_channels() + w.outlier_channels;
-    let OutlierBlock::Int8 { codes, scales } = &w.outliers else { unreachable!() };
+    let weights = crate::quant::weights::dequantize(&w);
     for (i, y) in y.iter().enumerate() {
         let (token, row) = (i / w.rows, i % w.rows);
         let sum: f64 = (0..width)
             .map(|channel| {
-                let weight = if channel < w.grouped_channels() {
-                    f32::from(w.codes[row * w.grouped_channels() + channel])
-                        * w.scale(row, channel / w.group_size)
-                } else {
-                    let outlier = channel - w.grouped_channels();
-                    f32::from(codes[row * w.outlier_channels + outlier]) * scales[row].to_f32()
-                };
+                let weight = weights[row * width + channel];
                 f64::from(weight) * f64::from(values[token * width + channel])
             })
             .sum();
@@ -184,10 +214,32 @@ fn every_number_format_gives_the_same_bits() {
 #[test]
 fn every_outlier_block_gives_the_same_bits() {
     for outliers in [0, 1, 3, 4, 64, 128] {
-        for outlier_format in [OutlierFormat::Int8, OutlierFormat::F16] {
+        for outlier_format in [OutlierFormat::Int8, OutlierFormat::Fp8, OutlierFormat::F16] {
             for rows in [5, 64] {
                 check(Shape { outliers, outlier_format, rows, ..SMALL }, None);
             }
+        }
+    }
+}
+
+#[test]
+fn fp4_gives_the_same_bits_beside_itself_and_integers() {
+    use Levels::{Fp4, Fp4Bnb, Int};
+    for levels in [(Fp4, Fp4), (Int, Fp4), (Fp4, Int), (Fp4Bnb, Fp4Bnb), (Int, Fp4Bnb)] {
+        for (groups, group_size) in [(9, 16), (3, 48), (1, 176), (2, 576)] {
+            for activation_bits in if levels.0 == Int { &[4, 8][..] } else { &[4] } {
+                for outlier_format in [OutlierFormat::Int8, OutlierFormat::Fp8] {
+                    let activation_bits = *activation_bits;
+                    let shape = Shape { levels, groups, group_size, activation_bits, ..SMALL };
+                    check(Shape { outlier_format, ..shape }, None);
+                }
+            }
+        }
+        let extreme = Shape { levels, group_size: 576, ..SMALL };
+        for x in [-12, 12] {
+            let x = if levels.0 == Int { x / 2 } else { x };
+            let w = if levels.1 == Int { 7 } else { 12 };
+            check(extreme, Some((x, w)));
         }
     }
 }

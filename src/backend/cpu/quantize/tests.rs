@@ -25,6 +25,7 @@ fn format(channels: usize, group_size: usize, outliers: usize) -> SiteFormat {
         outlier_channels: outliers,
         outlier_format: OutlierFormat::Int8,
         bits: 4,
+        levels: Levels::Int,
         clip: 1.0,
         transform: Transform::Hadamard,
     }
@@ -82,6 +83,12 @@ fn every_shape_gives_the_same_bits() {
             }
         }
     }
+    for levels in [Levels::Fp4, Levels::Fp4Bnb] {
+        for (channels, group_size, outliers) in [(172, 16, 0), (172, 48, 5), (172, 176, 0)] {
+            let format = SiteFormat { levels, ..format(channels, group_size, outliers) };
+            check(7, &SiteFormat { outlier_format: OutlierFormat::Fp8, ..format });
+        }
+    }
     for tokens in [0, 1, 16, 35] {
         check(tokens, &format(100, 32, 10));
     }
@@ -89,12 +96,15 @@ fn every_shape_gives_the_same_bits() {
 
 #[test]
 fn every_format_gives_the_same_bits() {
-    for bits in [2, 3, 4, 8] {
+    use Levels::{Fp4, Fp4Bnb, Int};
+    use OutlierFormat::{F16, Fp8, Int8};
+    for (bits, levels) in [(2, Int), (3, Int), (4, Int), (8, Int), (4, Fp4), (4, Fp4Bnb)] {
         for clip in [1.0, 0.85, 1e-9] {
-            for outlier_format in [OutlierFormat::Int8, OutlierFormat::F16] {
+            for outlier_format in [Int8, Fp8, F16] {
                 for transform in [Transform::None, Transform::Hadamard] {
                     let format = format(333, 64, 40);
-                    check(14, &SiteFormat { bits, clip, outlier_format, transform, ..format });
+                    let format = SiteFormat { bits, levels, clip, transform, ..format };
+                    check(14, &SiteFormat { outlier_format, ..format });
                 }
             }
         }
@@ -105,7 +115,7 @@ fn every_format_gives_the_same_bits() {
 fn errors_are_those_of_the_definition() {
     let format = format(100, 32, 10);
     for (place, value) in [(2 * 100, f32::NAN), (57, f32::NEG_INFINITY), (1999, 1e30)] {
-        for outlier_format in [OutlierFormat::Int8, OutlierFormat::F16] {
+        for outlier_format in [OutlierFormat::Int8, OutlierFormat::Fp8, OutlierFormat::F16] {
             let format = SiteFormat { outlier_format, ..format.clone() };
             let mut x = activations(20, 100);
             x[place] = value;
@@ -126,10 +136,13 @@ proptest::proptest! {
         exponent in -50..1_i32,
     ) {
         let format = SiteFormat { transform: Transform::None, ..format(50, 16, 5) };
+        let fp = SiteFormat { outlier_format: OutlierFormat::Fp8, levels: Levels::Fp4, ..format.clone() };
         let x: Vec<f32> = x.iter().map(|value| value * 2_f32.powi(exponent)).collect();
-        let expected = quantize_rows_plain(&x, 3, &format).unwrap();
-        for isa in Isa::available() {
-            assert_eq!(quantize_rows(isa, &x, 3, &format).unwrap(), expected);
+        for format in [format, fp] {
+            let expected = quantize_rows_plain(&x, 3, &format).unwrap();
+            for isa in Isa::available() {
+                assert_eq!(quantize_rows(isa, &x, 3, &format).unwrap(), expected);
+            }
         }
     }
 }
