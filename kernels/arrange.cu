@@ -188,6 +188,12 @@ static __device__ __forceinline__ float scale_of(float absmax, float clip, float
     return to_float(to_half(__fdiv_rn(absmax * clip, greatest)));
 }
 
+/// The scale of a group: its clipped absmax becomes `top`, and with `signed_scales` its peak the least code.
+static __device__ __forceinline__ float group_scale(u32 peak, float clip, float top, int signed_scales) {
+    float scale = scale_of(peak_magnitude(peak), clip, top);
+    return signed_scales ? signed_scale(scale, peak) : scale;
+}
+
 /// The code, in two's complement, in the lowest byte. The limits are integers, so that clamping first
 /// and rounding then gives what rounding first does; and the sum with 1.5 * 2^23 rounds to an integer,
 /// ties to even, that its lowest bits hold. Conversions would take four times as long as additions.
@@ -250,13 +256,6 @@ static __device__ __forceinline__ const u32* stage_pair(const IN* first, const I
     }
     __syncthreads();
     return row;
-}
-
-/// The greater magnitude of two, or NaN if one is.
-static __device__ __forceinline__ float greater_magnitude(float a, float b) {
-    float most;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(fabsf(a)), "f"(fabsf(b)));
-    return most;
 }
 
 /// A warp's share of a pair of rows: the groups of one span, transformed.
@@ -338,17 +337,17 @@ struct Span {
         for (int i = 0; i < 16; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(0xffffffffu, v[i], lanes));
     }
 
-    /// The greatest magnitude of the lane's group, or NaN.
-    __device__ __forceinline__ float absmax() const {
-        float most[4];
+    /// The peak of the lane's group.
+    __device__ __forceinline__ u32 peak() const {
+        u32 most[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            most[i] = greater_magnitude(greater_magnitude(v[4 * i], v[4 * i + 1]), greater_magnitude(v[4 * i + 2], v[4 * i + 3]));
-        float all = greater_magnitude(greater_magnitude(most[0], most[1]), greater_magnitude(most[2], most[3]));
-        if (GROUP > 16) all = greater_magnitude(all, __shfl_xor_sync(0xffffffffu, all, 4));
-        if (GROUP > 32) all = greater_magnitude(all, __shfl_xor_sync(0xffffffffu, all, 8));
-        if (GROUP > 64) all = greater_magnitude(all, __shfl_xor_sync(0xffffffffu, all, 16));
-        if (GROUP > 128) all = greater_magnitude(all, __shfl_xor_sync(0xffffffffu, all, 1));
+            most[i] = max(max(peak_of(v[4 * i]), peak_of(v[4 * i + 1])), max(peak_of(v[4 * i + 2]), peak_of(v[4 * i + 3])));
+        u32 all = max(max(most[0], most[1]), max(most[2], most[3]));
+        if (GROUP > 16) all = max(all, __shfl_xor_sync(0xffffffffu, all, 4));
+        if (GROUP > 32) all = max(all, __shfl_xor_sync(0xffffffffu, all, 8));
+        if (GROUP > 64) all = max(all, __shfl_xor_sync(0xffffffffu, all, 16));
+        if (GROUP > 128) all = max(all, __shfl_xor_sync(0xffffffffu, all, 1));
         return all;
     }
 };
@@ -366,7 +365,7 @@ static __device__ __forceinline__ float at(const u32* words, int channel, int ro
 /// `staged` says how many rows there are, and shared memory holds 4 * (channels + 4) bytes.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
     const IN* x, const int* order, int channels, int groups, int outliers, int padded_outliers, int float_outliers, int staged,
-    float clip, float least, float greatest, i8* codes, float* scales, int scale_stride, i8* outlier_codes, float* outlier_scales,
+    float clip, float top, int signed_scales, float least, float greatest, i8* codes, float* scales, int scale_stride, i8* outlier_codes, float* outlier_scales,
     float* outlier_values, u32* bad
 ) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -382,7 +381,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
     for (int first = warp * SPAN; first < end; first += WARPS * SPAN) {
         Span span;
         span.load(words, order, first, end);
-        float scale = scale_of(span.absmax(), clip, greatest);
+        float scale = group_scale(span.peak(), clip, top, signed_scales);
         float inverse = inverse_of(scale);
         sound = sound && is_finite(scale);
         int place = first + Span::place();
@@ -411,8 +410,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
     for (int group = warp; group < groups; group += WARPS) {
         values.load(row, group, spare);
         u32 most = 0;
-        values.each([&](int, float value) { most = max(most, magnitude(value)); });
-        float scale = scale_of(__uint_as_float(warp_max(most)), clip, greatest);
+        values.each([&](int, float value) { most = max(most, peak_of(value)); });
+        float scale = group_scale(warp_max(most), clip, top, signed_scales);
         float inverse = inverse_of(scale);
         sound = sound && is_finite(scale);
         if (lane == 0) scales[(long long)group * scale_stride + token] = scale;

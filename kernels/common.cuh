@@ -43,6 +43,16 @@ static __device__ __forceinline__ bool is_finite(float x) { return (__float_as_u
 /// The greater magnitude, as bit patterns: a NaN is the greatest of all.
 static __device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
+/// A value as a peak: magnitudes compare like their bit patterns, NaN the greatest, and the sign lies below
+/// (src/quant/grid.rs, Peak).
+static __device__ __forceinline__ u32 peak_of(float x) {
+    u32 bits = __float_as_uint(x);
+    return bits << 1 | bits >> 31;
+}
+static __device__ __forceinline__ float peak_magnitude(u32 peak) { return __uint_as_float(peak >> 1); }
+/// A scale with the sign that brings the peak to the least code.
+static __device__ __forceinline__ float signed_scale(float scale, u32 peak) { return (peak & 1) || scale == 0.0f ? scale : -scale; }
+
 /// What values are multiplied with to become codes: 0 for the scale of a group of zeros.
 static __device__ __forceinline__ float inverse_of(float scale) { return scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale); }
 

@@ -69,8 +69,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) unit_upper(float* l, const
 /// How the codes of a sweep are held.
 struct Grid {
     float ratio, least, greatest;
+    int signed_scales;
 
-    __device__ __forceinline__ float scale(u32 absmax) const { return to_float(to_half(__uint_as_float(absmax) * ratio)); }
+    __device__ __forceinline__ float scale(u32 peak) const {
+        float scale = to_float(to_half(peak_magnitude(peak) * ratio));
+        return signed_scales ? signed_scale(scale, peak) : scale;
+    }
     __device__ __forceinline__ float code(float value, float inverse) const {
 #if FP4
         return nearest_e2m1_doubled(value * inverse);
@@ -84,16 +88,16 @@ struct Grid {
 /// is wider than a span. A warp a scale.
 extern "C" __global__ void __launch_bounds__(THREADS) wide_group_scales(
     const float* weights, int rows, int width, int rows_per_scale, int first, int size, int group, int groups,
-    float ratio, float* scales, u32* bad
+    float ratio, int signed_scales, float* scales, u32* bad
 ) {
     int set = (blockIdx.x * THREADS + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (set * rows_per_scale >= rows) return;
     u32 most = 0;
     for (int row = set * rows_per_scale; row < min(rows, (set + 1) * rows_per_scale); row++) {
         const float* values = weights + (long long)row * width + first;
-        for (int i = lane; i < size; i += 32) most = max(most, magnitude(values[i]));
+        for (int i = lane; i < size; i += 32) most = max(most, peak_of(values[i]));
     }
-    Grid grid{ratio, 0.0f, 0.0f};
+    Grid grid{ratio, 0.0f, 0.0f, signed_scales};
     float scale = grid.scale(warp_max(most));
     if (lane == 0) {
         scales[(long long)set * groups + group] = scale;
@@ -213,7 +217,7 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     int column = c * 32 + lane;
-                    if (column >= start && column < end) most = max(most, magnitude(values.v[row][c]));
+                    if (column >= start && column < end) most = max(most, peak_of(values.v[row][c]));
                 }
             }
             scale = grid.scale(warp_max(most));
@@ -263,19 +267,19 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sweep_rows(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
-    int group_size, int groups, int wide, int feedback, float ratio, float least, float greatest, i8* codes, float* scales,
+    int group_size, int groups, int wide, int feedback, float ratio, int signed_scales, float least, float greatest, i8* codes, float* scales,
     float* difference, float* relaxed, const float* pivots, double* errors, u32* bad
 ) {
-    Grid grid{ratio, least, greatest};
+    Grid grid{ratio, least, greatest, signed_scales};
     sweep<1>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, relaxed, pivots, errors, bad);
 }
 /// The same where two rows share their scales.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sweep_row_pairs(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
-    int group_size, int groups, int wide, int feedback, float ratio, float least, float greatest, i8* codes, float* scales,
+    int group_size, int groups, int wide, int feedback, float ratio, int signed_scales, float least, float greatest, i8* codes, float* scales,
     float* difference, float* relaxed, const float* pivots, double* errors, u32* bad
 ) {
-    Grid grid{ratio, least, greatest};
+    Grid grid{ratio, least, greatest, signed_scales};
     sweep<2>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, relaxed, pivots, errors, bad);
 }
 
@@ -298,8 +302,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) outlier_block(
         }
     } else {
         u32 most = 0;
-        for (int i = lane; i < outliers; i += 32) most = max(most, magnitude(own[i]));
-        Grid grid{ratio, 0.0f, 0.0f};
+        for (int i = lane; i < outliers; i += 32) most = max(most, peak_of(own[i]));
+        Grid grid{ratio, 0.0f, 0.0f, 0};
         float scale = grid.scale(warp_max(most));
         float inverse = inverse_of(scale);
         sound = is_finite(scale);

@@ -93,6 +93,8 @@ pub struct Recipe {
     /// Clip ratio of weight groups.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip_weight: f32,
+    /// Give scales a sign, so that the peak of each group falls on the least code (-8 of INT4).
+    pub signed_scales: bool,
     /// Clip ratio of keys and values.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip_kv: f32,
@@ -133,6 +135,7 @@ impl Recipe {
             order: Order::Energy,
             clip_act: 0.9,
             clip_weight: 0.85,
+            signed_scales: false,
             clip_kv: 1.0,
             rows_per_scale: 2,
             transform: Transform::None,
@@ -146,10 +149,14 @@ impl Recipe {
         }
     }
 
-    /// The default: the paper's bits, groups and outlier channels, with a Hadamard transform in each
-    /// group, rotated K and V heads, and a scale for every output row.
+    /// The default: the paper's bits, groups and outlier channels. A Hadamard transform in each group, a
+    /// scale with a sign for every output row, K and V heads rotated and keys centred, and sites
+    /// quantized in turn towards what the source computes.
     pub fn default_recipe() -> Self {
         Self {
+            clip_act: 0.95,
+            clip_weight: 0.95,
+            signed_scales: true,
             rows_per_scale: 1,
             transform: Transform::Hadamard,
             rotate_kv: true,

@@ -127,6 +127,7 @@ fn identity_site(channels: usize) -> SiteFormat {
         bits: 4,
         levels: Levels::Int,
         clip: 1.0,
+        signed_scales: false,
         transform: Transform::None,
     }
 }

@@ -64,6 +64,9 @@ pub struct SitePlan {
     /// Clip ratio of the groups.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip: f32,
+    /// Whether scales are signed, in activations and weights.
+    #[serde(default)]
+    pub signed_scales: bool,
     /// Transform of each group.
     pub transform: Transform,
     /// The linears it feeds, in the model's order.
@@ -120,6 +123,7 @@ pub fn plan_block(recipe: &Recipe, sites: &[SiteSpec]) -> Result<BlockPlan> {
                 bits: recipe.act_bits,
                 levels: recipe.act_format(),
                 clip: recipe.clip_act,
+                signed_scales: recipe.signed_scales,
                 transform: recipe.transform,
                 linears: site.linears.iter().map(|linear| plan_linear(recipe, linear)).collect(),
             };
@@ -241,6 +245,7 @@ impl SitePlan {
             bits: self.bits,
             levels: self.levels,
             clip: self.clip,
+            signed_scales: self.signed_scales,
             transform: self.transform,
         }
     }
@@ -259,6 +264,7 @@ impl SitePlan {
             groups: self.groups(),
             rows_per_scale: linear.rows_per_scale,
             clip: linear.clip,
+            signed_scales: self.signed_scales,
             outlier_channels: self.outlier_channels,
             outlier_format: self.outlier_format,
         }

@@ -16,7 +16,7 @@ use half::f16;
 
 use super::grid::inverse;
 use super::linear::QuantizedLinear;
-use super::weights::{WeightFormat, absmax, assemble};
+use super::weights::{WeightFormat, assemble, peak};
 use crate::Result;
 
 /// Damping tried when the Hessian has no Cholesky factor, as multiples of the recipe's.
@@ -44,7 +44,7 @@ pub fn sweep_plain(
         for column in 0..grouped {
             let group = column / format.group_size;
             if column % format.group_size == 0 {
-                scales[group] = grid.scale(absmax(weights, width, column, format.group_size))?;
+                scales[group] = grid.scale(peak(weights, width, column, format.group_size))?;
             }
             let scale = scales[group].to_f32();
             let update = &u[column * width..(column + 1) * width];

@@ -9,6 +9,42 @@ use super::float::E4M3;
 use super::levels::Levels;
 use crate::{Error, Result};
 
+/// The greatest magnitude of some values, and whether it is a negative value's (both signs: yes).
+///
+/// Magnitudes compare like their bit patterns, with NaN the greatest of all; the sign is kept below them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Peak(u32);
+
+impl Peak {
+    /// Of no values.
+    pub const NONE: Self = Self(0);
+
+    /// Of `values`.
+    #[inline(always)]
+    pub fn of(values: &[f32]) -> Self {
+        values.iter().fold(Self::NONE, |peak, &value| peak.with(value))
+    }
+
+    /// Of these values and one more.
+    #[inline(always)]
+    pub fn with(self, value: f32) -> Self {
+        Self(self.0.max(value.to_bits().rotate_left(1)))
+    }
+
+    /// The greatest magnitude, NaN if any value is NaN.
+    #[inline(always)]
+    pub fn magnitude(self) -> f32 {
+        f32::from_bits(self.0 >> 1)
+    }
+
+    /// `scale` with the sign that brings the peak to the least code: integers have one more below zero
+    /// than above it.
+    #[inline(always)]
+    pub fn signed(self, scale: f32) -> f32 {
+        if self.0 & 1 == 1 || scale == 0.0 { scale } else { -scale }
+    }
+}
+
 /// How magnitudes become scales and values become codes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Grid {
@@ -16,6 +52,8 @@ pub struct Grid {
     highest: f32,
     /// `scale = absmax * ratio`.
     ratio: f32,
+    /// Whether scales have the sign of [`Peak::signed`].
+    signed: bool,
     levels: Levels,
 }
 
@@ -24,27 +62,34 @@ impl Grid {
     /// `quantize_tensor`: `absmax * clip / (2^(bits-1) - 1)`).
     pub fn rounding(bits: u8, clip: f32) -> Self {
         let (lowest, highest) = bounds(bits);
-        Self { lowest, highest, ratio: clip / highest, levels: Levels::Int }
+        Self { lowest, highest, ratio: clip / highest, signed: false, levels: Levels::Int }
     }
 
     /// Codes of `bits` bits; the clipped absmax lies half a step above the highest code (gptq.py
     /// `Quantizer`: `2 * absmax * clip / (2^bits - 1)`).
     pub fn gptq(bits: u8, clip: f32) -> Self {
         let (lowest, highest) = bounds(bits);
-        Self { lowest, highest, ratio: clip / (highest + 0.5), levels: Levels::Int }
+        Self { lowest, highest, ratio: clip / (highest + 0.5), signed: false, levels: Levels::Int }
+    }
+
+    /// Codes of `bits` bits, fewer than 8; the clipped peak lies on the lowest code, by the sign of the scale.
+    /// A step is 7/8 of what the magnitude alone would allow at 4 bits, 3/4 at 3.
+    pub fn signed(bits: u8, clip: f32) -> Self {
+        let (lowest, highest) = bounds(bits);
+        Self { lowest, highest, ratio: clip / -lowest, signed: true, levels: Levels::Int }
     }
 
     /// FP4, for both ways of choosing codes: the clipped absmax lies on the highest number (gptq.py
     /// `Quantizer` with `--quant_type fp`: `2 * absmax * clip / 24`).
     pub fn fp4(levels: Levels, clip: f32) -> Self {
         let (lowest, highest) = levels.limits(4);
-        Self { lowest, highest, ratio: clip / highest, levels }
+        Self { lowest, highest, ratio: clip / highest, signed: false, levels }
     }
 
     /// FP8 outliers (E4M3), unclipped: the absmax lies on the highest number.
     pub fn fp8() -> Self {
         let highest = E4M3.highest;
-        Self { lowest: -highest, highest, ratio: 1.0 / highest, levels: Levels::Int }
+        Self { lowest: -highest, highest, ratio: 1.0 / highest, signed: false, levels: Levels::Int }
     }
 
     /// `scale / absmax`, before the scale is rounded.
@@ -52,19 +97,25 @@ impl Grid {
         self.ratio
     }
 
+    /// Whether scales are signed.
+    pub fn is_signed(&self) -> bool {
+        self.signed
+    }
+
     /// The least and the greatest code.
     pub fn limits(&self) -> (f32, f32) {
         (self.lowest, self.highest)
     }
 
-    /// The scale of a group whose largest magnitude is `absmax`, rounded to f16.
+    /// The scale of a group of that peak, rounded to f16.
     ///
     /// # Errors
     /// The magnitude is not finite, or its scale exceeds f16.
-    pub fn scale(&self, absmax: f32) -> Result<f16> {
+    pub fn scale(&self, peak: Peak) -> Result<f16> {
+        let absmax = peak.magnitude();
         let scale = f16::from_f32(absmax * self.ratio);
         if scale.is_finite() {
-            Ok(scale)
+            Ok(if self.signed { f16::from_f32(peak.signed(scale.to_f32())) } else { scale })
         } else {
             Err(Error::input(format!(
                 "a group's largest magnitude is {absmax}: its scale is not an f16"
@@ -114,17 +165,36 @@ mod tests {
 
     #[test]
     fn scales_follow_the_references_two_grids() {
-        assert_eq!(Grid::rounding(4, 0.5).scale(14.0).unwrap().to_f32(), 1.0);
-        assert_eq!(Grid::gptq(4, 0.5).scale(15.0).unwrap().to_f32(), 1.0);
-        assert!(Grid::gptq(4, 1.0).scale(f32::INFINITY).is_err());
-        assert!(Grid::gptq(4, 1.0).scale(1e9).is_err());
+        assert_eq!(Grid::rounding(4, 0.5).scale(Peak::of(&[14.0])).unwrap().to_f32(), 1.0);
+        assert_eq!(Grid::gptq(4, 0.5).scale(Peak::of(&[15.0])).unwrap().to_f32(), 1.0);
+        assert!(Grid::gptq(4, 1.0).scale(Peak::of(&[f32::INFINITY])).is_err());
+        assert!(Grid::gptq(4, 1.0).scale(Peak::of(&[1e9])).is_err());
     }
 
     #[test]
     fn zeros_have_scale_and_code_zero() {
         let grid = Grid::rounding(4, 0.9);
-        let scale = grid.scale(0.0).unwrap().to_f32();
+        let scale = grid.scale(Peak::of(&[0.0, -0.0])).unwrap().to_f32();
         assert_eq!((scale, grid.code(0.0, inverse(scale))), (0.0, 0.0));
+    }
+
+    #[test]
+    fn a_signed_scale_brings_the_peak_to_the_least_code() {
+        for bits in [2u8, 3, 4] {
+            let least = -f32::from(1u8 << (bits - 1));
+            let grid = Grid::signed(bits, 1.0);
+            for (values, sign) in
+                [([1.0f32, -4.0, 2.0], 1.0), ([1.0, 4.0, -2.0], -1.0), ([4.0, -4.0, 0.5], 1.0)]
+            {
+                let scale = grid.scale(Peak::of(&values)).unwrap().to_f32();
+                assert_eq!(scale, sign * 4.0 / -least);
+                let codes = values.map(|value| grid.code(value, inverse(scale)));
+                assert!(codes.contains(&least));
+            }
+        }
+        let zero = Grid::signed(4, 1.0).scale(Peak::of(&[0.0])).unwrap();
+        assert_eq!(zero.to_bits(), 0);
+        assert!(Grid::signed(4, 1.0).scale(Peak::of(&[f32::NAN, 1.0])).is_err());
     }
 
     #[test]

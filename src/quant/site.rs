@@ -8,9 +8,10 @@ use half::f16;
 use serde::{Deserialize, Serialize};
 
 use super::float::E4M3;
+use super::grid::{self, Peak};
+use super::hadamard;
 use super::levels::Levels;
 use super::rows::{OutlierRows, QuantizedRows};
-use super::{grid, hadamard};
 use crate::{Error, Result};
 
 /// An entry of a channel order that stands for a channel of zeros.
@@ -63,6 +64,9 @@ pub struct SiteFormat {
     pub levels: Levels,
     /// The factor on a group's absmax before its scale is taken; 1 clips nothing.
     pub clip: f32,
+    /// Whether scales of integer codes are signed, so that a group's peak becomes its least code; of 8
+    /// bits, whose codes are as many on both sides, they never are.
+    pub signed_scales: bool,
     /// What is done to each group before it is quantized.
     pub transform: Transform,
 }
@@ -78,10 +82,29 @@ impl SiteFormat {
         self.order.len()
     }
 
-    /// The least and the greatest number of a group, [`Levels::limits`]; the greatest is what a
-    /// group's (clipped) absmax becomes.
+    /// The least and the greatest number of a group, [`Levels::limits`].
     pub fn code_limits(&self) -> (f32, f32) {
         self.levels.limits(self.bits)
+    }
+
+    /// Whether scales have a sign.
+    #[inline(always)]
+    pub fn has_signs(&self) -> bool {
+        self.signed_scales && self.levels.is_int() && self.bits < 8
+    }
+
+    /// The magnitude that a group's (clipped) absmax becomes, in units of the scale.
+    #[inline(always)]
+    pub fn top(&self) -> f32 {
+        let (least, greatest) = self.code_limits();
+        if self.has_signs() { -least } else { greatest }
+    }
+
+    /// The scale of a group of that peak; not finite if f16 cannot hold it.
+    #[inline(always)]
+    pub fn scale(&self, peak: Peak) -> f32 {
+        let scale = scale_of(peak.magnitude(), self.clip, self.top());
+        if self.has_signs() { peak.signed(scale) } else { scale }
     }
 
     /// Checks that the fields agree with each other; every other function relies on it.
@@ -221,7 +244,7 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
         let (groups, tail) = arranged.split_at(grouped);
         for (group, values) in groups.chunks_exact(format.group_size).enumerate() {
             let limits = format.code_limits();
-            let scale = scale_of(absmax(values), format.clip, limits.1);
+            let scale = format.scale(Peak::of(values));
             if !scale.is_finite() {
                 return Err(overflow(token, &format!("the scale of group {group}")));
             }
@@ -301,12 +324,10 @@ pub fn dequantize_rows_plain(rows: &QuantizedRows) -> Vec<f32> {
     values
 }
 
-/// The greatest magnitude, NaN if any value is NaN: magnitudes compare like their bit patterns,
-/// and NaN's are the greatest of all.
+/// The greatest magnitude, NaN if any value is NaN.
 #[inline(always)]
 pub fn absmax(values: &[f32]) -> f32 {
-    let bits = values.iter().fold(0, |most, value| (value.to_bits() & 0x7fff_ffff).max(most));
-    f32::from_bits(bits)
+    Peak::of(values).magnitude()
 }
 
 fn overflow(token: usize, what: &str) -> Error {

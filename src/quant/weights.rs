@@ -6,7 +6,7 @@ All of it works on a weight matrix `[out, channels]` already arranged in its sit
 use half::f16;
 
 use super::float::{E4M3, e4m3_bits, e4m3_value};
-use super::grid::{Grid, inverse};
+use super::grid::{Grid, Peak, inverse};
 use super::levels::Levels;
 use super::linear::{OutlierBlock, QuantizedLinear};
 use super::site::{OutlierFormat, SiteFormat};
@@ -27,6 +27,8 @@ pub struct WeightFormat {
     pub rows_per_scale: usize,
     /// Clip ratio of the groups.
     pub clip: f32,
+    /// Whether scales of integer codes are signed, see [`Grid::signed`].
+    pub signed_scales: bool,
     /// Channels in the outlier block.
     pub outlier_channels: usize,
     /// How they are held.
@@ -43,6 +45,7 @@ impl WeightFormat {
             groups: site.groups,
             rows_per_scale,
             clip,
+            signed_scales: site.signed_scales,
             outlier_channels: site.outlier_channels,
             outlier_format: site.outlier_format,
         }
@@ -51,6 +54,9 @@ impl WeightFormat {
     /// Where the weights of a group may lie, chosen by GPTQ or rounded.
     pub fn grid(&self, gptq: bool) -> Grid {
         match self.levels {
+            Levels::Int if self.signed_scales && self.bits < 8 => {
+                Grid::signed(self.bits, self.clip)
+            }
             Levels::Int if gptq => Grid::gptq(self.bits, self.clip),
             Levels::Int => Grid::rounding(self.bits, self.clip),
             levels => Grid::fp4(levels, self.clip),
@@ -85,7 +91,7 @@ pub fn round_to_nearest(
         .zip(codes.chunks_mut(format.rows_per_scale * grouped))
     {
         for start in (0..grouped).step_by(group) {
-            let scale = grid.scale(absmax(rows, width, start, group))?;
+            let scale = grid.scale(peak(rows, width, start, group))?;
             let inverse = inverse(scale.to_f32());
             for (row, codes) in rows.chunks(width).zip(codes.chunks_mut(grouped)) {
                 for (code, &value) in
@@ -100,12 +106,9 @@ pub fn round_to_nearest(
     assemble(weights, rows, format, codes, scales)
 }
 
-/// The largest magnitude of columns `start..start + len` over all rows of `weights` `[_, width]`.
-pub(crate) fn absmax(weights: &[f32], width: usize, start: usize, len: usize) -> f32 {
-    weights
-        .chunks(width)
-        .flat_map(|row| &row[start..start + len])
-        .fold(0.0, |most, value| if value.is_nan() { f32::NAN } else { value.abs().max(most) })
+/// The peak of columns `start..start + len` over all rows of `weights` `[_, width]`.
+pub(crate) fn peak(weights: &[f32], width: usize, start: usize, len: usize) -> Peak {
+    weights.chunks(width).map(|row| Peak::of(&row[start..start + len])).fold(Peak::NONE, Peak::max)
 }
 
 /// Joins finished codes and scales with the outlier block, which is rounded from the last columns
@@ -132,7 +135,7 @@ pub(crate) fn assemble(
             let mut codes = Vec::with_capacity(rows * format.outlier_channels);
             let mut scales = Vec::with_capacity(rows);
             for row in columns {
-                let scale = Grid::fp8().scale(absmax(row, row.len(), 0, row.len()))?;
+                let scale = Grid::fp8().scale(Peak::of(row))?;
                 let inverse = inverse(scale.to_f32());
                 codes.extend(row.iter().map(|&value| e4m3_bits(E4M3.round(value * inverse))));
                 scales.push(scale);
@@ -144,7 +147,7 @@ pub(crate) fn assemble(
             let mut codes = Vec::with_capacity(rows * format.outlier_channels);
             let mut scales = Vec::with_capacity(rows);
             for row in columns {
-                let scale = grid.scale(absmax(row, row.len(), 0, row.len()))?;
+                let scale = grid.scale(Peak::of(row))?;
                 let inverse = inverse(scale.to_f32());
                 codes.extend(row.iter().map(|&value| grid.code(value, inverse) as i8));
                 scales.push(scale);
@@ -211,6 +214,7 @@ mod tests {
             groups: 1,
             rows_per_scale,
             clip: 1.0,
+            signed_scales: false,
             outlier_channels: 2,
             outlier_format: OutlierFormat::Fp8,
         };

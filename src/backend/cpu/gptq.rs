@@ -14,7 +14,7 @@ use crate::Result;
 use crate::backend::Matrix;
 use crate::quant::grid::inverse;
 use crate::quant::linear::QuantizedLinear;
-use crate::quant::weights::{WeightFormat, absmax, assemble};
+use crate::quant::weights::{WeightFormat, assemble, peak};
 
 /// Columns swept before the rest is updated: their part of `U` (64 KB) stays in the caches.
 const BLOCK: usize = 128;
@@ -132,7 +132,7 @@ impl Span<'_> {
         for column in first..end {
             let group = column / format.group_size;
             if column % format.group_size == 0 {
-                scales[group] = grid.scale(absmax(weights, width, column, format.group_size))?;
+                scales[group] = grid.scale(peak(weights, width, column, format.group_size))?;
             }
             let scale = scales[group].to_f32();
             let update = &u[column * width + column..column * width + end];
@@ -190,6 +190,7 @@ mod tests {
                 groups,
                 rows_per_scale,
                 clip: 0.85,
+                signed_scales: rows != 4,
                 outlier_channels: outliers,
                 outlier_format,
             };

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use super::isa::Isa;
 use crate::Result;
 use crate::quant::float::E4M3;
-use crate::quant::grid::inverse;
+use crate::quant::grid::{Peak, inverse};
 use crate::quant::hadamard;
 use crate::quant::levels::Levels;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
@@ -228,7 +228,7 @@ fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool {
         let values = values.chunks_exact(format.group_size);
         let scales = &mut tile.scales[token * groups..][..groups];
         for ((values, codes), scale) in values.zip(codes).zip(scales) {
-            *scale = scale_of(absmax(values), format.clip, limits.1);
+            *scale = format.scale(Peak::of(values));
             if !scale.is_finite() {
                 return false;
             }

@@ -287,6 +287,7 @@ impl Cuda {
                 i32::from(group_size > SPAN),
                 i32::from(step.factor.is_some()),
                 grid.ratio(),
+                i32::from(grid.is_signed()),
                 least,
                 greatest,
                 &step.codes.codes,
@@ -359,6 +360,7 @@ impl Cuda {
                 first / group_size,
                 groups,
                 step.grid().ratio(),
+                i32::from(step.grid().is_signed()),
                 &step.codes.scales,
                 step.bad
             ],
@@ -423,6 +425,7 @@ mod tests {
                 groups,
                 rows_per_scale: 1,
                 clip: 1.0,
+                signed_scales: false,
                 outlier_channels: 5,
                 outlier_format: OutlierFormat::Int8,
             };

@@ -178,6 +178,8 @@ impl Cuda {
                 i32::from(rows.outliers.values.is_some()),
                 staged,
                 format.clip,
+                format.top(),
+                i32::from(format.has_signs()),
                 least,
                 greatest,
                 &rows.codes,
@@ -477,6 +479,7 @@ impl Cuda {
             rows_per_scale,
             // Of no use once the codes are there.
             clip: 1.0,
+            signed_scales: false,
             outlier_channels: channels,
             outlier_format,
         };

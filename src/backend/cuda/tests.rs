@@ -168,6 +168,8 @@ fn site(
         bits,
         levels: Levels::Int,
         clip: 0.9,
+        // With and without, among sites of one shape or another.
+        signed_scales: channels.is_multiple_of(16) || outliers == 4,
         transform,
     };
     format.check().unwrap();

@@ -13,6 +13,7 @@ fn format(order: Vec<i32>, group_size: usize, outlier_channels: usize) -> SiteFo
         bits: 4,
         levels: Levels::Int,
         clip: 1.0,
+        signed_scales: false,
         transform: Transform::None,
     }
 }
@@ -138,4 +139,30 @@ fn dequantizing_is_within_half_a_step() {
             assert!((value - expected).abs() <= 0.0723, "{value} for {expected}");
         }
     }
+}
+
+#[test]
+fn a_signed_scale_brings_the_peak_to_the_least_code() {
+    let mut format = SiteFormat { signed_scales: true, ..format((0..16).collect(), 16, 0) };
+    let mut row = vec![0.5; 16];
+    row[3] = 4.0;
+    row[5] = -2.0;
+    let quantized = |format: &SiteFormat, row: &[f32]| {
+        let rows = quantize_rows_plain(row, 1, format).unwrap();
+        (rows.scales[0], rows.codes)
+    };
+    let (scale, codes) = quantized(&format, &row);
+    assert_eq!((scale, codes[0], codes[3], codes[5]), (-0.5, -1, -8, 4));
+    // Of equal magnitudes the negative one decides.
+    row[5] = -4.0;
+    let (scale, codes) = quantized(&format, &row);
+    assert_eq!((scale, codes[0], codes[3], codes[5]), (0.5, 1, 7, -8));
+    let (scale, codes) = quantized(&format, &[0.0; 16]);
+    assert_eq!((scale.to_bits(), codes), (0, vec![0; 16]));
+    // INT8 and FP4 have as many codes on either side.
+    row[5] = 0.0;
+    format.bits = 8;
+    assert!(quantized(&format, &row).0 > 0.0);
+    format = SiteFormat { bits: 4, levels: Levels::Fp4, ..format };
+    assert!(quantized(&format, &row).0 > 0.0);
 }
