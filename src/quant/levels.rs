@@ -105,7 +105,7 @@ impl Levels {
         }
     }
 
-    /// [`value`](Self::value) as an integer, and what its unit is.
+    /// [`value`](Self::value) counted in [`unit`](Self::unit)s, a whole number.
     #[inline(always)]
     pub(crate) fn whole(self, code: i8) -> i32 {
         match self {

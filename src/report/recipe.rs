@@ -53,7 +53,7 @@ fn activations(recipe: &Recipe) -> String {
 }
 
 /// `int4`, `fp4`, `fp4-bnb`.
-pub(super) fn number_format(levels: Levels, bits: u8) -> String {
+fn number_format(levels: Levels, bits: u8) -> String {
     match levels {
         Levels::Int => format!("int{bits}"),
         other => other.name().to_owned(),
