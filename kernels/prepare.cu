@@ -154,7 +154,7 @@ static __device__ __forceinline__ void prepare(const half* x, long long row_stri
             if (ROTATED && AFTER_ROPE) transform(values);
         } else {
             if (ROLE == Role::Key && AFTER_ROPE) embed(values, c, s);
-            if (ROLE == Role::Key && mean && there && first + i < heads) {
+            if (ROLE == Role::Key && AFTER_ROPE && mean && there && first + i < heads) {
                 const float* own = mean + (long long)(first + i) * HEAD_DIM + at;
 #pragma unroll
                 for (int j = 0; j < HELD; j++) values[j] -= own[j / 4 * HALF + j % 4];
@@ -301,7 +301,7 @@ static __device__ __forceinline__ void prepare(const half* x, long long row_stri
         if (ROTATED && AFTER_ROPE) transform(values, lane);
     } else {
         if (ROLE == Role::Key && AFTER_ROPE) embed(values, lane, cos, sin, exchange[warp]);
-        if (ROLE == Role::Key && mean) {
+        if (ROLE == Role::Key && AFTER_ROPE && mean) {
 #pragma unroll
             for (int i = 0; i < HELD; i++) {
                 int index = lane + 32 * i;
@@ -334,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
 }
 
 /// As prepare_queries, for keys as the cache gives them back; `mean` [heads, HEAD_DIM], if not null, is taken
-/// from the embedded keys first.
+/// from the embedded keys first (with AFTER_ROPE).
 extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
     prepare_keys(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
                  int seq_len, float clip, const float* mean) {

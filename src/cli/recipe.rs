@@ -34,10 +34,10 @@ pub(crate) struct RecipeFlags {
     /// How outlier channels are held [default recipe: int8]
     #[arg(long, value_name = "int8|fp8|fp16", hide_possible_values = true)]
     outlier_format: Option<OutlierFormat>,
-    /// Clip ratio of activation groups [default recipe: 0.9]
+    /// Clip ratio of activation groups [default recipe: 0.95]
     #[arg(long, value_name = "RATIO")]
     clip_act: Option<f64>,
-    /// Clip ratio of weight groups [default recipe: 0.85]
+    /// Clip ratio of weight groups [default recipe: 0.95]
     #[arg(long, value_name = "RATIO")]
     clip_weight: Option<f64>,
     /// Clip ratio of keys and values [default recipe: 1]
@@ -58,6 +58,9 @@ pub(crate) struct RecipeFlags {
     /// Adjacent output rows that share a weight scale [default recipe: 1]
     #[arg(long, value_name = "1|2")]
     rows_per_scale: Option<u8>,
+    /// Any key of a recipe file, e.g. `correction=0.25`; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", value_parser = values::assignment)]
+    set: Vec<(String, Value)>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -152,7 +155,8 @@ impl RecipeFlags {
             ("gptq", self.no_gptq.then_some(Value::Boolean(false))),
             ("damping", self.damping.map(Value::Float)),
         ];
-        keys.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
+        let flags = keys.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?)));
+        flags.chain(self.set.iter().cloned()).collect()
     }
 }
 
@@ -182,7 +186,8 @@ mod tests {
         let recipe = resolve(
             "--recipe paper --bits 3 --act-bits 8 --kv-bits 16 --group row --outliers 64 \
              --outlier-format fp16 --clip-act 0.7 --clip-weight 0.6 --clip-kv 0.5 --no-gptq \
-             --no-order --damping 0.02 --transform hadamard --rows-per-scale 1",
+             --no-order --damping 0.02 --transform hadamard --rows-per-scale 1 \
+             --set signed_scales=true --set kv_after_rope=true",
         )
         .unwrap();
         let expected = Recipe {
@@ -200,6 +205,8 @@ mod tests {
             transform: site::Transform::Hadamard,
             gptq: false,
             damping: 0.02,
+            signed_scales: true,
+            kv_after_rope: true,
             ..Recipe::paper()
         };
         assert_eq!(recipe, expected);

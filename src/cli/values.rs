@@ -52,6 +52,15 @@ pub(crate) fn increase(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A recipe key and its value, as a line of a recipe file; a bare word is a string.
+pub(crate) fn assignment(text: &str) -> Result<(String, toml::Value), String> {
+    let (key, value) = text.split_once('=').ok_or("it must be KEY=VALUE")?;
+    let (key, value) = (key.trim().to_owned(), value.trim());
+    let line = |value: &str| format!("value = {value}").parse::<toml::Table>().ok();
+    let parsed = line(value).and_then(|mut table| table.remove("value"));
+    Ok((key, parsed.unwrap_or_else(|| toml::Value::String(value.to_owned()))))
+}
+
 /// A whole number of channels, or `row`, in the form the recipe's key `group` has.
 pub(crate) fn group(text: &str) -> Result<toml::Value, String> {
     if text == "row" {

@@ -63,8 +63,8 @@ mod tests {
 model            tiny-llama
 recipe           weights int4, groups of 128, clip 0.85, GPTQ (damping 0.01)
                  channels ordered by energy, 128 outliers in int8
-                 activations int4, clip 0.9, Hadamard in each group
-                 KV cache int4, after RoPE, heads rotated, clip 1
+                 activations int4, clip 0.95, signed scales, Hadamard in each group
+                 KV cache int4, after RoPE, heads rotated, keys centred, clip 1
 work             4 blocks, 28 linears
 calibration      128 windows of 2048 tokens
 size             10.0 MB -> 4.0 MB (2.50 x smaller)

@@ -15,13 +15,19 @@ fn weights(recipe: &Recipe) -> String {
         Group::Size(size) => format!("groups of {size}"),
     };
     let rounding = if recipe.gptq {
-        format!("GPTQ (damping {})", recipe.damping)
+        let turn = match (recipe.sequential, recipe.correction) {
+            (false, _) => String::new(),
+            (true, 0.0) => ", sites in turn".to_owned(),
+            (true, share) => format!(", sites in turn, correction {share}"),
+        };
+        format!("GPTQ (damping {}{turn})", recipe.damping)
     } else {
         "rounded to nearest".to_owned()
     };
     let shared = if recipe.rows_per_scale == 1 { "" } else { ", rows share scales by two" };
     let format = number_format(recipe.format, recipe.bits);
-    format!("weights {format}, {group}, clip {}{shared}, {rounding}", recipe.clip_weight)
+    let signed = if recipe.signed_scales { ", signed scales" } else { "" };
+    format!("weights {format}, {group}, clip {}{signed}{shared}, {rounding}", recipe.clip_weight)
 }
 
 fn channels(recipe: &Recipe) -> String {
@@ -47,7 +53,8 @@ fn activations(recipe: &Recipe) -> String {
         16 => format!("activations in floating point{transform}"),
         bits => {
             let format = number_format(recipe.act_format(), bits);
-            format!("activations {format}, clip {}{transform}", recipe.clip_act)
+            let signed = if recipe.signed_scales { ", signed scales" } else { "" };
+            format!("activations {format}, clip {}{signed}{transform}", recipe.clip_act)
         }
     }
 }
@@ -66,7 +73,8 @@ fn cache(recipe: &Recipe) -> String {
     }
     let place = if recipe.kv_after_rope { "after RoPE" } else { "before RoPE" };
     let rotated = if recipe.rotate_kv { ", heads rotated" } else { "" };
-    format!("KV cache int{}, {place}{rotated}, clip {}", recipe.kv_bits, recipe.clip_kv)
+    let centered = if recipe.center_keys { ", keys centred" } else { "" };
+    format!("KV cache int{}, {place}{rotated}{centered}, clip {}", recipe.kv_bits, recipe.clip_kv)
 }
 
 #[cfg(test)]
@@ -84,10 +92,11 @@ mod tests {
         );
         assert_eq!(
             lines(&Recipe::default_recipe()),
-            "weights int4, groups of 128, clip 0.85, GPTQ (damping 0.01)\n\
+            "weights int4, groups of 128, clip 0.95, signed scales, \
+             GPTQ (damping 0.01, sites in turn, correction 0.5)\n\
              channels ordered by energy, 128 outliers in int8\n\
-             activations int4, clip 0.9, Hadamard in each group\n\
-             KV cache int4, after RoPE, heads rotated, clip 1"
+             activations int4, clip 0.95, signed scales, Hadamard in each group\n\
+             KV cache int4, after RoPE, heads rotated, keys centred, clip 1"
         );
     }
 
