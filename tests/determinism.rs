@@ -145,7 +145,11 @@ fn shards_and_element_types_do_not_change_the_codes() {
         found
     };
     let expected = quantized("f16");
-    assert_eq!(expected.len(), 2 * (7 * 4 + 4), "codes, scales, outliers; an order a site");
+    assert_eq!(
+        expected.len(),
+        2 * (7 * 4 + 4 + 1),
+        "codes, scales, outliers; an order a site; mean keys"
+    );
     for source in ["bf16", "f32"] {
         for (expected, found) in expected.iter().zip(quantized(source)) {
             assert!(*expected == found, "{source}: {} differs", found.0);

@@ -170,7 +170,8 @@ fn a_changed_byte_is_found_in_every_kind_of_tensor() {
 /// Someone who can write a tensor can write its hash: what the numbers mean is checked as well.
 #[test]
 fn a_tensor_that_means_nothing_is_found_behind_a_right_hash() {
-    let home = home_with_atom("");
+    // Signed scales may be negative.
+    let home = home_with_atom("--set signed_scales=false");
     let (path, json_path) = (home.path("atom/model.safetensors"), home.path("atom/atom.json"));
     let sound = fs::read(&path).unwrap();
     let sound_json = fs::read(&json_path).unwrap();
@@ -181,6 +182,7 @@ fn a_tensor_that_means_nothing_is_found_behind_a_right_hash() {
         ("model.layers.0.mlp.gate_proj.weight_scales", &[0, 0xa0], "negative scale"),
         ("model.layers.0.mlp.gate_proj.outlier_codes", &[128], "-128"),
         ("model.layers.0.mlp.gate_proj.outlier_scales", &[1, 0x7c], "NaN"),
+        ("model.layers.1.self_attn.key_mean", &[0, 0, 0xc0, 0x7f], "not finite"),
         ("model.norm.weight", &[1, 0x7e], "NaN"),
     ] {
         let place = place(&sound, tensor);
@@ -380,7 +382,16 @@ fn an_output_head_of_its_own_is_kept() {
 fn the_table_names_every_check() {
     let home = home_with_atom("");
     let run: Run = home.run("verify --model atom --seq-len 64 --windows 1").done();
-    for check in ["plan", "shapes", "checksums", "orders", "codes", "kept tensors", "perplexity"] {
+    for check in [
+        "plan",
+        "shapes",
+        "checksums",
+        "orders",
+        "codes",
+        "mean keys",
+        "kept tensors",
+        "perplexity",
+    ] {
         assert!(run.stdout.contains(&format!("ok      {check}")), "{}", run.stdout);
     }
     assert!(run.stdout.ends_with("\nok\n"), "{}", run.stdout);

@@ -10,7 +10,7 @@ use crate::backend::Backend;
 use crate::checkpoint::Source;
 use crate::eval::source_perplexity;
 use crate::model::Architecture;
-use crate::model::sites::SiteKind;
+use crate::model::sites::SiteSpec;
 use crate::pipeline::outcome::QuantizeOutcome;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{Calibration, Evaluation, Output, quantize as run};
@@ -71,7 +71,7 @@ pub fn quantize<B: Backend>(
     ];
     let blocks = architecture.blocks as f64;
     for stage in &outcome.stage_seconds {
-        let operations = stage_operations(&stage.stage, &architecture, model, recipe.gptq);
+        let operations = stage_operations(&stage.stage, &architecture, model, recipe);
         figures.push(Figure {
             figure: format!("{} seconds", stage.stage),
             value: json!(stage.seconds),
@@ -140,29 +140,44 @@ fn stage_operations(
     stage: &str,
     architecture: &Architecture,
     model: &SyntheticModel,
-    gptq: bool,
+    recipe: &Recipe,
 ) -> Option<f64> {
     let tokens = (model.samples * model.seq_len) as f64;
     let blocks = architecture.blocks as f64;
     let sites = architecture.sites(0);
-    let pass = product_operations(architecture) + attention_operations(architecture, model.seq_len);
+    let attention = attention_operations(architecture, model.seq_len);
+    let pass = product_operations(architecture) + attention;
+    let of = |site: &SiteSpec| {
+        site.linears.iter().map(|l| 2.0 * (l.rows * l.columns) as f64).sum::<f64>()
+    };
+    let [attn_in, attn_out, mlp_in, mlp_act] = sites.each_ref().map(of);
+    // Half of x^T x, which is symmetric.
     let squares: f64 = sites.iter().map(|site| (site.channels as f64).powi(2)).sum();
+    let in_turn = recipe.gptq && recipe.sequential;
+    let corrected = in_turn && recipe.correction > 0.0;
     match stage {
+        "calibrate" if in_turn => Some(blocks * tokens * (pass - mlp_act)),
         "calibrate" => Some(blocks * tokens * pass),
-        "propagate" if gptq => Some((blocks - 1.0) * tokens * pass),
-        "hessians" => {
-            let last = sites.iter().filter(|site| site.kind == SiteKind::MlpAct);
-            let down =
-                last.flat_map(|site| &site.linears).map(|l| 2.0 * (l.rows * l.columns) as f64);
-            // Half of x^T x, which is symmetric.
-            Some(blocks * tokens * (pass - down.sum::<f64>() + squares))
+        "propagate" if in_turn => {
+            Some(tokens * (2.0 * blocks * attn_out + (blocks - 1.0) * (mlp_in + mlp_act)))
         }
+        "propagate" if recipe.gptq => Some((blocks - 1.0) * tokens * pass),
+        "hessians" if in_turn => {
+            let both = 2.0 * (attn_in + attention + mlp_in);
+            let hidden = architecture.hidden as f64;
+            let added = (sites[1].channels + sites[3].channels) as f64;
+            let drift = if corrected { 2.0 * squares + 2.0 * hidden * added } else { 0.0 };
+            let source = (blocks - 1.0) * tokens * mlp_act;
+            Some(blocks * tokens * (both + squares + drift) + source)
+        }
+        "hessians" => Some(blocks * tokens * (pass - mlp_act + squares)),
         "gptq" => {
-            let site = |site: &crate::model::sites::SiteSpec| {
+            let site = |site: &SiteSpec| {
                 let rows: usize = site.linears.iter().map(|linear| linear.rows).sum();
                 let n = site.channels as f64;
-                // The factor, the sweep, and the quadratic form of the weights.
-                n.powi(3) / 3.0 + rows as f64 * n * n + 2.0 * rows as f64 * n * n
+                // The factor, the sweep, and the quadratic form of the weights; the drift's product and solution.
+                let drift = if corrected { 4.0 } else { 0.0 };
+                n.powi(3) / 3.0 + (3.0 + drift) * rows as f64 * n * n
             };
             Some(blocks * sites.iter().map(site).sum::<f64>())
         }

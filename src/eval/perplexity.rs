@@ -147,7 +147,8 @@ impl<B: Backend> Run<'_, B> {
         progress.begin(&format!("evaluate {}", self.name), parts * (architecture.blocks + 1));
         let mut means = Vec::with_capacity(tokens.len() / seq_len);
         for tokens in tokens.chunks(part) {
-            let mut stream = Stream::embed(*backend, self.tensors, architecture, tokens, seq_len)?;
+            let mut stream =
+                Stream::embed(*backend, self.tensors, architecture, tokens, seq_len, 0)?;
             one_ahead(0..architecture.blocks, load, |_, next| {
                 let block = block(next()?)?;
                 stream.advance(*backend, &self.attention, &block, || progress.check_stop())?;

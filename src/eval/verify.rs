@@ -13,7 +13,8 @@ use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::pipeline::plan::{BlockPlan, SitePlan};
 use crate::pipeline::progress::Progress;
-use crate::pipeline::{Evaluation, expect};
+use crate::pipeline::{Evaluation, expect, key_mean_spec, read_key_mean};
+use crate::quant::kv::KvFormat;
 
 /// One line of `atom verify`.
 #[derive(Clone, Debug, Serialize)]
@@ -75,12 +76,15 @@ pub fn verify<B: Backend>(
         format!("{} blocks, {sites} sites, as config.json has them", blocks.len())
     });
     checks.push(check("plan", planned));
-    if let Ok((_, blocks)) = &plan {
+    if let Ok((kv, blocks)) = &plan {
         progress.begin("verify", blocks.len());
-        checks.push(check("shapes", shapes(checkpoint, &architecture, blocks)));
+        checks.push(check("shapes", shapes(checkpoint, &architecture, kv, blocks)));
         checks.push(check("checksums", checksums(checkpoint, progress)));
         checks.push(check("orders", orders(checkpoint, blocks)));
         checks.push(check("codes", codes(checkpoint, blocks, progress)));
+        if kv.is_centered() {
+            checks.push(check("mean keys", mean_keys(checkpoint, &architecture, kv)));
+        }
         checks.push(check("kept tensors", kept(checkpoint, &architecture, blocks)));
         progress.end();
     }
@@ -163,9 +167,13 @@ fn perplexity_checks(
 fn shapes(
     checkpoint: &AtomCheckpoint,
     architecture: &Architecture,
+    kv: &KvFormat,
     blocks: &[BlockPlan],
 ) -> Result<String> {
     let mut expected: Vec<TensorSpec> = Vec::new();
+    if kv.is_centered() {
+        expected.extend((0..blocks.len()).map(|block| key_mean_spec(architecture, block)));
+    }
     for site in blocks.iter().flatten() {
         expected.push(order_spec(&site.name, site.width()));
         for linear in quantized(site) {
@@ -185,6 +193,17 @@ fn shapes(
     } else {
         Err(crate::Error::check(format!("{found} tensors where the plan has {needed}")))
     }
+}
+
+fn mean_keys(
+    checkpoint: &AtomCheckpoint,
+    architecture: &Architecture,
+    kv: &KvFormat,
+) -> Result<String> {
+    for block in 0..architecture.blocks {
+        read_key_mean(checkpoint, architecture, block, kv)?;
+    }
+    Ok(format!("{} blocks' mean keys are finite", architecture.blocks))
 }
 
 fn checksums(checkpoint: &AtomCheckpoint, progress: &dyn Progress) -> Result<String> {
@@ -220,7 +239,9 @@ fn codes(
         for site in block {
             for linear in quantized(site) {
                 let codes = from_tensors(checkpoint, &linear.name, &site.shape(linear))?;
-                if let Some(scale) = codes.scales.iter().position(|scale| scale.to_f32() < 0.0) {
+                let may_be_signed = site.weights(linear).grid(true).is_signed();
+                let negative = codes.scales.iter().position(|scale| scale.to_f32() < 0.0);
+                if let Some(scale) = negative.filter(|_| !may_be_signed) {
                     return Err(crate::Error::check(format!(
                         "{}.weight_scales holds a negative scale at {scale}",
                         linear.name

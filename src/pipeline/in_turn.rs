@@ -2,7 +2,7 @@
 before it, and its linears aim at what the source computes there.
 
 Both streams go through the block together, a site at a time, and nothing is computed twice but norms and the
-gated activation, which is too wide to be kept. */
+quantized block's gated activation, which is too wide to be kept. */
 
 use super::block::{BlockQuantizer, QuantizedBlock, SiteWork, formats};
 use super::calibrate::Statistics;
@@ -12,6 +12,7 @@ use super::stream::Stream;
 use super::timing::Timing;
 use crate::Result;
 use crate::backend::{Backend, Drift};
+use crate::model::Architecture;
 use crate::model::block::{Block, Observer};
 use crate::model::sites::{SITES, SiteKind};
 
@@ -21,6 +22,14 @@ pub struct Streams<B: Backend> {
     pub source: Stream<B>,
     /// Behind the quantized blocks.
     pub quantized: Stream<B>,
+}
+
+/// Device memory that the drift of the widest site and attention's outputs of all `tokens` take.
+pub fn beside_bytes(architecture: &Architecture, tokens: usize) -> u64 {
+    let widest = architecture.sites(0).iter().map(|site| site.channels).max().unwrap_or(0);
+    let drift = widest * (widest + architecture.hidden);
+    let heads = 2 * tokens * architecture.heads * architecture.head_dim;
+    (4 * drift + 2 * heads) as u64
 }
 
 /// What attn_out sees of a batch: of the source, and of the quantized block. It is kept while o is
@@ -56,7 +65,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         for (at, (spec, format)) in specs.iter().zip(formats).enumerate() {
             let pair = [&source, &block];
             let sums = timing.measure("hessians", || {
-                let sums = self.sums(pair, at, format.width(), streams, &mut heads)?;
+                let sums = self.sums(pair, at, format.width(), streams, &mut heads, last)?;
                 backend.wait()?;
                 Ok::<_, crate::Error>(sums)
             })?;
@@ -79,11 +88,12 @@ impl<B: Backend> BlockQuantizer<'_, B> {
                 backend.wait()?;
                 Ok::<_, crate::Error>(laid_out)
             })?;
-            let pair = [&source, &block];
             timing.measure("propagate", || {
                 match SITES[at] {
-                    SiteKind::AttnOut => self.add_heads(pair, streams, std::mem::take(&mut heads)),
-                    SiteKind::MlpAct if !last => self.add_gated(pair, streams),
+                    SiteKind::AttnOut => {
+                        self.add_heads([&source, &block], streams, std::mem::take(&mut heads))
+                    }
+                    SiteKind::MlpAct if !last => self.add_gated(&block, streams),
                     _ => Ok(()),
                 }?;
                 backend.wait()
@@ -93,7 +103,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
     }
 
     /// Site `at`'s Hessian and drift, on the streams as they reach it. What attn_out sees is kept in
-    /// `heads`.
+    /// `heads`; the source's stream is through with the block at its last site.
     fn sums(
         &self,
         [source, block]: [&Block<B>; 2],
@@ -101,6 +111,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         width: usize,
         streams: &mut Streams<B>,
         heads: &mut Vec<Heads<B>>,
+        last: bool,
     ) -> Result<Sums<B>> {
         let Self { backend, architecture, attention, full_attention, .. } = *self;
         let mut hessian = backend.hessian(width)?;
@@ -139,8 +150,12 @@ impl<B: Backend> BlockQuantizer<'_, B> {
                     backend.add_to_cross(outputs, &lost, &seen)?;
                 }
             }
-            if SITES[at] == SiteKind::AttnOut {
-                heads.push([x0, x]);
+            match SITES[at] {
+                SiteKind::AttnOut => heads.push([x0, x]),
+                SiteKind::MlpAct if !last => {
+                    source.sites[at].apply_onto(backend, x0, before, nobody)?
+                }
+                _ => {}
             }
             Ok(())
         })?;
@@ -163,15 +178,12 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         })
     }
 
-    /// Adds the MLP's output to both streams.
-    fn add_gated(&self, pair: [&Block<B>; 2], streams: &mut Streams<B>) -> Result<()> {
+    /// Adds the MLP's output to the quantized stream.
+    fn add_gated(&self, block: &Block<B>, streams: &mut Streams<B>) -> Result<()> {
         let backend = self.backend;
-        self.for_batches(streams, |before, after| {
-            for (block, x) in pair.into_iter().zip([before, after]) {
-                let gated = block.gated(backend, x, &mut |_, _| Ok(()))?;
-                block.sites[3].apply_onto(backend, gated, x, &mut |_, _| Ok(()))?;
-            }
-            Ok(())
+        self.for_batches(streams, |_, after| {
+            let gated = block.gated(backend, after, &mut |_, _| Ok(()))?;
+            block.sites[3].apply_onto(backend, gated, after, &mut |_, _| Ok(()))
         })
     }
 

@@ -145,7 +145,7 @@ pub fn dry_run(
     })
 }
 
-/// One block in f32, its Hessians, the streams, and 300 MB.
+/// One block in f32, its Hessians, the streams and what is kept beside them, and 300 MB.
 fn memory_estimate(job: &Job, calibration: &Calibration) -> u64 {
     let Some(block) = job.blocks.first() else { return 0 };
     let weights: usize = block
@@ -154,7 +154,12 @@ fn memory_estimate(job: &Job, calibration: &Calibration) -> u64 {
         .sum();
     let hessians: usize = block.iter().map(|site| site.width() * site.width()).sum();
     let state = calibration.samples * calibration.seq_len * job.architecture.hidden;
-    let values = if job.recipe.gptq { weights + hessians + 2 * state } else { weights + state };
+    let values = match (job.recipe.gptq, job.recipe.sequential) {
+        (false, _) => weights + state,
+        (true, false) => weights + hessians + 2 * state,
+        // Only the widest site's Hessian and as large a drift, but attention's outputs of both streams.
+        (true, true) => weights + 2 * hessians + 4 * state,
+    };
     4 * values as u64 + 300_000_000
 }
 
@@ -251,7 +256,7 @@ fn measure<B: Backend>(
         }
     };
     // Last, because its batches are the largest: what it reserves for a block's work is what holds.
-    let mut stream = Stream::embed(backend, *source, architecture, tokens, seq_len)?;
+    let mut stream = Stream::embed(backend, *source, architecture, tokens, seq_len, 0)?;
     progress.begin("calibrate", architecture.blocks);
     let mut statistics = Vec::with_capacity(architecture.blocks);
     let load = |index| BlockWeights::<B>::load(backend, *source, architecture, index, |_, _| true);

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::ahead::one_ahead;
 use super::block::{BlockQuantizer, QuantizedBlock};
 use super::calibrate::{Provenance, Statistics, measure_block};
-use super::in_turn::Streams;
+use super::in_turn::{Streams, beside_bytes};
 use super::load::{
     BlockWeights, attention_spec, check_levels, expect, key_mean_spec, quantized_block, read_sites,
     source_block,
@@ -512,7 +512,12 @@ impl<B: Backend> Blocks<'_, '_, B> {
     fn streams(&self, measured: bool) -> Result<Moving<B>> {
         let Self { backend, job, .. } = *self;
         let Job { source, architecture, tokens, recipe, provenance, .. } = job;
-        let embed = || Stream::embed(backend, *source, architecture, tokens, provenance.seq_len);
+        let beside_bytes = match (recipe.gptq, recipe.sequential) {
+            (true, true) => beside_bytes(architecture, tokens.len()),
+            _ => 0,
+        };
+        let seq_len = provenance.seq_len;
+        let embed = || Stream::embed(backend, *source, architecture, tokens, seq_len, beside_bytes);
         Ok(match (recipe.gptq, recipe.sequential, measured) {
             (true, true, _) => Moving::Together(Streams { source: embed()?, quantized: embed()? }),
             (true, false, true) => Moving::Apart { source: Some(embed()?), quantized: embed()? },

@@ -186,7 +186,8 @@ impl<'a, B: Backend> Sensor<'a, B> {
         let samples = tokens.len() / seq_len;
         let windows = [EFFECT_TOKENS, HESSIAN_TOKENS].map(|n| n.div_ceil(seq_len).min(samples));
         let (effect, rest) = tokens[..windows[1] * seq_len].split_at(windows[0] * seq_len);
-        let embed = |tokens: &[u32]| Stream::embed(backend, tensors, architecture, tokens, seq_len);
+        let embed =
+            |tokens: &[u32]| Stream::embed(backend, tensors, architecture, tokens, seq_len, 0);
         let mut originals = embed(effect)?.batches;
         for batch in &mut originals {
             backend.recall(batch)?;

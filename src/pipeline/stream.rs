@@ -37,13 +37,15 @@ fn working_bytes(architecture: &Architecture, batch_tokens: usize) -> u64 {
 }
 
 impl<B: Backend> Stream<B> {
-    /// The embeddings of `tokens`, whole windows of `seq_len`.
+    /// The embeddings of `tokens`, whole windows of `seq_len`. A block's work takes `beside_bytes` of device
+    /// memory beside what every work on a block does.
     pub fn embed(
         backend: &B,
         tensors: &dyn Tensors,
         architecture: &Architecture,
         tokens: &[u32],
         seq_len: usize,
+        beside_bytes: u64,
     ) -> Result<Self> {
         let vocabulary = architecture.vocabulary;
         let embedding = expect(tensors, EMBEDDING, &[vocabulary, architecture.hidden])?;
@@ -55,7 +57,7 @@ impl<B: Backend> Stream<B> {
         }
         let windows = windows_per_batch(backend.batch_bytes(), architecture, seq_len);
         let batch_tokens = tokens.len().min(windows * seq_len);
-        backend.reserve(working_bytes(architecture, batch_tokens))?;
+        backend.reserve(working_bytes(architecture, batch_tokens) + beside_bytes)?;
         let table = backend.load(embedding)?;
         let batches = tokens.chunks(windows * seq_len).map(|tokens| {
             let mut batch = backend.embed(&table, tokens)?;
