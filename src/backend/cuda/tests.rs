@@ -614,20 +614,20 @@ fn drift_is_corrected_as_on_the_cpu() {
         let (before, after) = (state(), state());
 
         let host = |m: &Matrix| cpu.upload(m.clone()).unwrap();
-        let seen = cpu.arrange(&host(&x), &format).unwrap();
+        let host_seen = cpu.arrange(&host(&x), &format).unwrap();
         let wanted = cpu.arrange(&host(&x0), &format).unwrap();
         let mut host_hessian = cpu.hessian(width).unwrap();
-        cpu.add_to_hessian(&mut host_hessian, &seen).unwrap();
+        cpu.add_to_hessian(&mut host_hessian, &host_seen).unwrap();
         let (host_factor, _) = cpu.factor(&mut host_hessian, 0.01).unwrap().unwrap();
         let mut host_drift = Drift {
             inputs: cpu.cross(width, width).unwrap(),
             outputs: Some(cpu.cross(rows, width).unwrap()),
             share: 0.5,
         };
-        let difference = cpu.difference(&wanted, &seen).unwrap();
-        cpu.add_to_cross(&mut host_drift.inputs, &difference, &seen).unwrap();
+        let difference = cpu.difference(&wanted, &host_seen).unwrap();
+        cpu.add_to_cross(&mut host_drift.inputs, &difference, &host_seen).unwrap();
         let lost = cpu.difference(&host(&before), &host(&after)).unwrap();
-        cpu.add_to_cross(host_drift.outputs.as_mut().unwrap(), &lost, &seen).unwrap();
+        cpu.add_to_cross(host_drift.outputs.as_mut().unwrap(), &lost, &host_seen).unwrap();
 
         let site = cuda.site(&format).unwrap();
         let seen = cuda.arrange(&cuda.half_tensor(&x), &site).unwrap();
@@ -652,8 +652,18 @@ fn drift_is_corrected_as_on_the_cpu() {
         let corrected = cuda.gpu.upload(&weights).unwrap();
         cuda.correct(&corrected, rows, &drift, &factor).unwrap();
         let found = corrected.download::<f32>(0..4 * rows * width).unwrap();
-        // The sums differ in f16's last bits, and the Hessian of correlated channels makes more of that.
-        close(&found, &expected.data, 3e-2, &format!("{format:?}"));
+        // Directions that hardly occur are as good as free: what counts is the output on the tokens.
+        let outputs = |left: &[f32], right: &[f32]| -> f64 {
+            let change: Vec<f32> = left.iter().zip(right).map(|(a, b)| a - b).collect();
+            let token = |x: &[f32]| -> f64 {
+                let row = |row: &[f32]| row.iter().zip(x).map(|(w, x)| w * x).sum::<f32>();
+                change.chunks(width).map(|w| f64::from(row(w)).powi(2)).sum()
+            };
+            host_seen.values().chunks(width).map(token).sum()
+        };
+        let (wrong, made) = (outputs(&found, &expected.data), outputs(&expected.data, &weights));
+        let share = (wrong / made).sqrt();
+        assert!(made > 0.0 && share < 0.02, "{format:?}: {share} of the correction is another");
     }
 }
 
