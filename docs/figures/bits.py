@@ -11,14 +11,14 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT, LEFT, TOP, GAP = 420, 300, 64, 40, 80
-COLORS = {"uniform": "#8a5a00", "planned": "#0a5fb4"}
+COLORS = ["#0a5fb4", "#8a5a00", "#888888"]
 
 
 def panel(model, rows, x0):
     source = [p for s, _, p in rows if s == "source"][0]
     points = [(s, b, p) for s, b, p in rows if s != "source"]
     low_b, high_b = math.floor(min(b for _, b, _ in points)), math.ceil(max(b for _, b, _ in points))
-    low, high = math.log(source * 0.97), math.log(max(p for _, _, p in points) * 1.1)
+    low, high = math.log(source * 0.99), math.log(max(p for _, _, p in points) * 1.02)
 
     def x(bits):
         return x0 + (bits - low_b) / (high_b - low_b) * WIDTH
@@ -35,15 +35,11 @@ def panel(model, rows, x0):
     ]
     for bits in range(low_b, high_b + 1):
         out.append(f'<text x="{x(bits):.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{bits}</text>')
-    step = 2 ** max(0, round(math.log2((high - low) / math.log(2) / 5)))
-    level = source * 1.0
-    while level < math.exp(high):
-        shown = round(level)
-        if abs(y(shown) - y(source)) > 14 and TOP < y(shown) < TOP + HEIGHT:
-            out.append(f'<text x="{x0 - 6}" y="{y(shown) + 4:.1f}" text-anchor="end">{shown}</text>')
-            out.append(f'<line x1="{x0}" x2="{x0 + WIDTH}" y1="{y(shown):.1f}" y2="{y(shown):.1f}" stroke="#eee"/>')
-        level *= 1 + 0.15 * step
-    for at, (series, color) in enumerate(COLORS.items()):
+    for shown in range(math.ceil(math.exp(low)), math.floor(math.exp(high)) + 1, 2):
+        out.append(f'<text x="{x0 - 6}" y="{y(shown) + 4:.1f}" text-anchor="end">{shown}</text>')
+        out.append(f'<line x1="{x0}" x2="{x0 + WIDTH}" y1="{y(shown):.1f}" y2="{y(shown):.1f}" stroke="#eee"/>')
+    series_of = sorted({s for s, _, _ in points})
+    for at, (series, color) in enumerate(zip(series_of, COLORS)):
         own = sorted((b, p) for s, b, p in points if s == series)
         path = " ".join(f"{x(b):.1f},{y(p):.1f}" for b, p in own)
         out.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
