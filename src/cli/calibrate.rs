@@ -19,8 +19,8 @@ Examples:
   atom calibrate --model ./SmolLM2 --sensitivity --group 64 --outliers 64
 
 With --sensitivity the file also says what each width of a linear and each outlier count of a site
-would cost under the recipe, so that `atom plan --target-bits` can choose. It takes about as long
-as two or three times `atom quantize`, once for all targets.";
+would cost under the recipe, so that `atom plan --target-bits` can choose. It takes several times
+as long as `atom quantize`, once for all targets.";
 
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]

@@ -1,8 +1,8 @@
 /*! Quantizing one block site by site: each site's Hessian is measured behind the quantized linears of the sites
 before it, and its linears aim at what the source computes there.
 
-Both streams go through the block together, a site at a time, and nothing is computed twice but norms and the
-quantized block's gated activation, which is too wide to be kept. */
+Both streams go through the block together, a site at a time, and no product is computed twice but the quantized
+block's gate and up, whose result is too wide to be kept. */
 
 use super::block::{BlockQuantizer, QuantizedBlock, SiteWork, formats};
 use super::calibrate::Statistics;
