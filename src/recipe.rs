@@ -267,7 +267,7 @@ impl Recipe {
         }
         if self.center_keys && !self.kv_after_rope {
             return Err(Error::input("center_keys needs kv_after_rope").hint(
-                "before the rotary embedding, the mean key does not leave the scores as they are",
+                "a mean key leaves the scores as they are after the rotary embedding only: set center_keys = false, or kv_after_rope = true",
             ));
         }
         if !(0.0..=1.0).contains(&self.correction) {
@@ -278,7 +278,7 @@ impl Recipe {
         }
         if self.correction > 0.0 && !self.sequential {
             return Err(Error::input("correction needs sequential")
-                .hint("all sites of a block at once have no corrected inputs to go by: set sequential = true"));
+                .hint("a block quantized at once has no inputs to correct for: set correction = 0, or sequential = true"));
         }
         let format = self.format.name();
         if self.bits < 16 && !self.format.has_bits(self.bits) {
@@ -394,6 +394,9 @@ mod tests {
                 "act_bits is 3; activations of the format fp4-bnb",
             ),
             ("rows_per_scale = 3", "rows_per_scale is 3"),
+            ("correction = 2", "correction is 2"),
+            ("sequential = false", "correction needs sequential"),
+            ("kv_after_rope = false", "center_keys needs kv_after_rope"),
         ] {
             let error = Recipe::resolve("default", &overrides(text)).unwrap_err();
             assert!(error.to_string().contains(part), "{text}: {error}");
