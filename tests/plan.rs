@@ -164,3 +164,22 @@ fn what_cannot_be_planned_is_refused_with_what_to_do() {
     let least = run.stderr.split("--target-bits ").nth(1).unwrap().split(' ').next().unwrap();
     home.run(&format!("plan c --target-bits {least} --out p")).done();
 }
+
+/// FP4 has four bits: a linear of any other width becomes integers.
+#[test]
+fn an_fp4_recipe_is_planned_with_integers_beside_it() {
+    let home = Home::with_model();
+    home.run(&format!("{MEASURE} --format fp4 --out c")).done();
+    home.run("plan c --target-bits 6 --widths 3,4,8 --out p").done();
+    let plan: Value = serde_json::from_slice(&fs::read(home.path("p")).unwrap()).unwrap();
+    let mut formats = Vec::new();
+    for (_, linear) in linears(&plan) {
+        let format = linear["format"].as_str().unwrap_or("int").to_owned();
+        let bits = linear["bits"].as_u64().unwrap();
+        assert_eq!(format == "fp4", bits == 4, "{linear}");
+        formats.push(format);
+    }
+    assert!(formats.contains(&"fp4".to_owned()) && formats.contains(&"int".to_owned()), "{plan}");
+    home.run("pack --model model --plan p --no-eval --out out").done();
+    home.run("verify --model out --seq-len 64 --windows 1").done();
+}

@@ -200,8 +200,9 @@ impl Options<'_> {
             let Some(mut plan) = plan else { continue };
             for combination in 0..widths.len().pow(linears as u32) {
                 let mut rest = combination;
+                plan.linears.clone_from(&self.plan.linears);
                 for linear in &mut plan.linears {
-                    linear.bits = widths[rest % widths.len()];
+                    linear.set_width(widths[rest % widths.len()]);
                     rest /= widths.len();
                 }
                 let bits = match target {
@@ -234,14 +235,22 @@ impl Options<'_> {
 }
 
 /// Refuses a sensitivity that was measured with other settings: all but width and outlier count, which are
-/// chosen, and the KV cache, which has no part in it.
+/// chosen, and the KV cache and what GPTQ aims at, which have no part in it.
 fn check_recipe(sensitivity: &Sensitivity, recipe: &Recipe) -> Result<()> {
     let table = |recipe: &Recipe| {
         let table = serde_json::to_value(recipe).expect("a recipe has only JSON types");
         table.as_object().expect("a recipe is a table").clone()
     };
     let (measured, wanted) = (table(&sensitivity.recipe), table(recipe));
-    let free = ["kv_bits", "clip_kv", "rotate_kv", "kv_after_rope"];
+    let free = [
+        "kv_bits",
+        "clip_kv",
+        "rotate_kv",
+        "kv_after_rope",
+        "center_keys",
+        "sequential",
+        "correction",
+    ];
     let differing: Vec<String> = wanted
         .iter()
         .filter(|(key, value)| !free.contains(&key.as_str()) && measured.get(*key) != Some(*value))

@@ -40,6 +40,16 @@ pub struct LinearPlan {
     pub error: Option<f64>,
 }
 
+impl LinearPlan {
+    /// Gives it codes of `bits` bits: integers where its kind of number has no such width.
+    pub fn set_width(&mut self, bits: u8) {
+        self.bits = bits;
+        if bits < 16 && !self.levels.has_bits(bits) {
+            self.levels = Levels::Int;
+        }
+    }
+}
+
 /// What becomes of a site's activation, and of the linears it feeds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -37,7 +37,6 @@ use crate::model::Architecture;
 use crate::model::block::{Block, Seen, Site};
 use crate::model::sites::{FINAL_NORM, SITES, SiteSpec};
 use crate::quant::site::SiteFormat;
-use crate::quant::weights::WeightFormat;
 use crate::recipe::Recipe;
 
 /// Widths that are measured, any recipe's among them. 16 needs none: such a linear has no error.
@@ -354,10 +353,11 @@ impl<'a, B: Backend> Sensor<'a, B> {
                 .linears
                 .iter()
                 .zip(&weights.sites[at])
-                .map(|(linear, weight)| Unquantized {
-                    name: &linear.name,
-                    weight: weight.as_ref().expect("every weight is loaded to be measured"),
-                    format: WeightFormat { bits: *bits, ..plan.weights(linear) },
+                .map(|(linear, weight)| {
+                    let mut at_width = linear.clone();
+                    at_width.set_width(*bits);
+                    let weight = weight.as_ref().expect("every weight is loaded to be measured");
+                    Unquantized { name: &linear.name, weight, format: plan.weights(&at_width) }
                 })
                 .collect();
             let quantized = match &factor {
