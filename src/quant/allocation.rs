@@ -3,7 +3,9 @@
 This is the multiple-choice knapsack problem. A multiplier λ on the bits gives a lower bound of every
 allocation's cost,
 
-    L(λ) = sum_i min_j (cost_ij + λ bits_ij) - λ budget,
+```text
+L(λ) = sum_i min_j (cost_ij + λ bits_ij) - λ budget,
+```
 
 which is best at the slope where the steps along the sites' convex hulls, steepest first, use up the
 budget (the linear relaxation; Sinha and Zoltners, 1979). Those steps are an allocation already. What is left
