@@ -115,7 +115,16 @@ impl<B: Backend> BlockQuantizer<'_, B> {
     ) -> Result<Sums<B>> {
         let Self { backend, architecture, attention, full_attention, .. } = *self;
         let mut hessian = backend.hessian(width)?;
-        let mut drift = if self.correction > 0.0 {
+        // Least squares with more unknowns than tokens would learn the tokens by heart.
+        let tokens: usize = streams.source.batches.iter().map(|batch| backend.rows(batch)).sum();
+        if self.correction > 0.0 && tokens < width {
+            self.progress.warn(&format!(
+                "{}: {tokens} calibration tokens are fewer than its {width} channels; the drift of its \
+                 inputs is not corrected: give more with --samples or --seq-len",
+                block.sites[at].name
+            ));
+        }
+        let mut drift = if self.correction > 0.0 && tokens >= width {
             let adds = matches!(SITES[at], SiteKind::AttnOut | SiteKind::MlpAct);
             let outputs = adds.then(|| backend.cross(architecture.hidden, width)).transpose()?;
             let inputs = backend.cross(width, width)?;
