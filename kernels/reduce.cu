@@ -65,12 +65,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) key_parts(const half* keys
 }
 
 /// Sums `parts` `[parts, channels]` in order.
-extern "C" __global__ void __launch_bounds__(THREADS) energy_sum(const double* parts, int count, int channels, double* energy) {
+extern "C" __global__ void __launch_bounds__(THREADS) sum_parts(const double* parts, int count, int channels, double* sums) {
     int channel = blockIdx.x * THREADS + threadIdx.x;
     if (channel >= channels) return;
     double sum = 0.0;
     for (int part = 0; part < count; part++) sum += parts[(long long)part * channels + channel];
-    energy[channel] = sum;
+    sums[channel] = sum;
 }
 
 /// Negative log likelihood of each row's target under `logits` `[rows, vocabulary]`, in nats. One block

@@ -1,7 +1,7 @@
 /*! Quantizing one block: Hessians of its sites on the quantized stream, then every linear by GPTQ, or
 rounding to nearest without a Hessian. */
 
-use super::calibrate::Statistics;
+use super::calibrate::{Energies, Statistics};
 use super::load::{BlockWeights, QuantizedSite, hessian_block};
 use super::plan::SitePlan;
 use super::progress::Progress;
@@ -52,7 +52,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         timing: &mut Timing,
     ) -> Result<QuantizedBlock<B>> {
         let backend = self.backend;
-        let formats = formats(plan, statistics);
+        let formats = formats(plan, &statistics.energies);
         let mut hessians = match stream {
             None => vec![None, None, None, None],
             Some(stream) => timing.measure("hessians", || {
@@ -204,8 +204,8 @@ pub(super) fn round_all<B: Backend>(
 }
 
 /// Every site's order and format.
-pub(super) fn formats(plan: &[SitePlan], statistics: &Statistics) -> Vec<SiteFormat> {
-    let sites = plan.iter().zip(&statistics.energies);
+pub(super) fn formats(plan: &[SitePlan], energies: &Energies) -> Vec<SiteFormat> {
+    let sites = plan.iter().zip(energies);
     sites.map(|(site, energy)| site.format(site.order(energy))).collect()
 }
 

@@ -16,13 +16,9 @@ use crate::model::Architecture;
 use crate::model::block::{Block, Observer};
 use crate::model::sites::{SITES, SiteKind};
 
-/// The hidden states of the calibration windows, batch by batch alike.
-pub struct Streams<B: Backend> {
-    /// Behind the source's blocks.
-    pub source: Stream<B>,
-    /// Behind the quantized blocks.
-    pub quantized: Stream<B>,
-}
+/// The hidden states of the calibration windows behind the source's blocks and behind the quantized ones,
+/// batch by batch alike.
+type Streams<'s, B> = [&'s mut Stream<B>; 2];
 
 /// Device memory that the drift of the widest site and attention's outputs of all `tokens` take.
 pub fn beside_bytes(architecture: &Architecture, tokens: usize) -> u64 {
@@ -50,12 +46,12 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         weights: &BlockWeights<B>,
         plan: &[SitePlan],
         statistics: &Statistics,
-        streams: &mut Streams<B>,
+        mut streams: [&mut Stream<B>; 2],
         last: bool,
         timing: &mut Timing,
     ) -> Result<QuantizedBlock<B>> {
         let Self { backend, architecture, .. } = *self;
-        let formats = formats(plan, statistics);
+        let formats = formats(plan, &statistics.energies);
         let source = source_block(backend, architecture, weights)?;
         let key_mean = self.key_mean(statistics);
         let mut block = open_block(backend, architecture, weights, &formats, key_mean)?;
@@ -65,7 +61,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         for (at, (spec, format)) in specs.iter().zip(formats).enumerate() {
             let pair = [&source, &block];
             let sums = timing.measure("hessians", || {
-                let sums = self.sums(pair, at, format.width(), streams, &mut heads, last)?;
+                let sums = self.sums(pair, at, format.width(), &mut streams, &mut heads, last)?;
                 backend.wait()?;
                 Ok::<_, crate::Error>(sums)
             })?;
@@ -91,9 +87,10 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             timing.measure("propagate", || {
                 match SITES[at] {
                     SiteKind::AttnOut => {
-                        self.add_heads([&source, &block], streams, std::mem::take(&mut heads))
+                        let heads = std::mem::take(&mut heads);
+                        self.add_heads([&source, &block], &mut streams, heads)
                     }
-                    SiteKind::MlpAct if !last => self.add_gated(&block, streams),
+                    SiteKind::MlpAct if !last => self.add_gated(&block, &mut streams),
                     _ => Ok(()),
                 }?;
                 backend.wait()
@@ -109,14 +106,14 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         [source, block]: [&Block<B>; 2],
         at: usize,
         width: usize,
-        streams: &mut Streams<B>,
+        streams: &mut Streams<'_, B>,
         heads: &mut Vec<Heads<B>>,
         last: bool,
     ) -> Result<Sums<B>> {
         let Self { backend, architecture, attention, full_attention, .. } = *self;
         let mut hessian = backend.hessian(width)?;
         // Least squares with more unknowns than tokens would learn the tokens by heart.
-        let tokens: usize = streams.source.batches.iter().map(|batch| backend.rows(batch)).sum();
+        let tokens: usize = streams[0].batches.iter().map(|batch| backend.rows(batch)).sum();
         if self.correction > 0.0 && tokens < width {
             self.progress.warn(&format!(
                 "{}: {tokens} calibration tokens are fewer than its {width} channels; the drift of its \
@@ -175,7 +172,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
     fn add_heads(
         &self,
         [source, block]: [&Block<B>; 2],
-        streams: &mut Streams<B>,
+        streams: &mut Streams<'_, B>,
         heads: Vec<Heads<B>>,
     ) -> Result<()> {
         let backend = self.backend;
@@ -188,7 +185,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
     }
 
     /// Adds the MLP's output to the quantized stream.
-    fn add_gated(&self, block: &Block<B>, streams: &mut Streams<B>) -> Result<()> {
+    fn add_gated(&self, block: &Block<B>, streams: &mut Streams<'_, B>) -> Result<()> {
         let backend = self.backend;
         self.for_batches(streams, |_, after| {
             let gated = block.gated(backend, after, &mut |_, _| Ok(()))?;
@@ -198,11 +195,11 @@ impl<B: Backend> BlockQuantizer<'_, B> {
 
     fn for_batches(
         &self,
-        streams: &mut Streams<B>,
+        streams: &mut Streams<'_, B>,
         mut work: impl FnMut(&mut B::Tensor, &mut B::Tensor) -> Result<()>,
     ) -> Result<()> {
         let backend = self.backend;
-        let Streams { source, quantized } = streams;
+        let [source, quantized] = streams;
         for (before, after) in source.batches.iter_mut().zip(&mut quantized.batches) {
             self.progress.check_stop()?;
             backend.recall(before)?;

@@ -157,7 +157,7 @@ fn memory_estimate(job: &Job, calibration: &Calibration) -> u64 {
     let values = match (job.recipe.gptq, job.recipe.sequential) {
         (false, _) => weights + state,
         (true, false) => weights + hessians + 2 * state,
-        // Only the widest site's Hessian and as large a drift, but attention's outputs of both streams.
+        // At most: a site's Hessian and as large a drift, and attention's outputs of both streams.
         (true, true) => weights + 2 * hessians + 4 * state,
     };
     4 * values as u64 + 300_000_000

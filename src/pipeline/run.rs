@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::ahead::one_ahead;
 use super::block::{BlockQuantizer, QuantizedBlock};
 use super::calibrate::{Provenance, Statistics, measure_block};
-use super::in_turn::{Streams, beside_bytes};
+use super::in_turn::beside_bytes;
 use super::load::{
     BlockWeights, attention_spec, check_levels, expect, key_mean_spec, quantized_block, read_sites,
     source_block,
@@ -24,7 +24,7 @@ use super::progress::Progress;
 use super::stream::Stream;
 use super::timing::{Timing, peak_rss_bytes};
 use super::{Evaluation, Output, evaluate_change};
-use crate::backend::{AttentionSpec, Backend};
+use crate::backend::Backend;
 use crate::checkpoint::linear::{order_spec, order_tensor, specs, to_tensors};
 use crate::checkpoint::{
     DEFAULT_SHARD_BYTES, DoneBlock, FORMAT_VERSION, Options, Source, TensorSpec, Writer,
@@ -372,18 +372,6 @@ fn write_behind<B: Backend>(
     Ok(())
 }
 
-/// The hidden states that move with a run.
-enum Moving<B: Backend> {
-    /// Rounding by statistics that are known.
-    None,
-    /// The source's, to be measured on, for rounding.
-    Source(Stream<B>),
-    /// GPTQ of a block at once; the source's stream to be measured on.
-    Apart { source: Option<Stream<B>>, quantized: Stream<B> },
-    /// GPTQ site by site.
-    Together(Streams<B>),
-}
-
 /// The blocks of a run, and what each needs.
 struct Blocks<'a, 'w, B: Backend> {
     backend: &'a B,
@@ -416,7 +404,14 @@ impl<B: Backend> Blocks<'_, '_, B> {
             correction: recipe.correction,
             progress,
         };
-        let mut streams = self.streams(known.is_none())?;
+        let in_turn = recipe.gptq && recipe.sequential;
+        let tokens = &job.tokens;
+        let beside_bytes = if in_turn { beside_bytes(architecture, tokens.len()) } else { 0 };
+        let embed =
+            || Stream::embed(backend, job.source, architecture, tokens, seq_len, beside_bytes);
+        // The source's is measured on, or goes with the quantized one.
+        let mut source = (known.is_none() || in_turn).then(embed).transpose()?;
+        let mut quantized = recipe.gptq.then(embed).transpose()?;
         progress.begin("quantize", job.blocks.len());
         let mut written = Written { errors: Vec::new(), resumed_blocks: 0 };
         let load =
@@ -425,53 +420,52 @@ impl<B: Backend> Blocks<'_, '_, B> {
             // Nobody needs the states after the last block.
             let last = index + 1 == job.blocks.len();
             let weights = timing.measure("load", next)?;
-            let statistics = match (known, &mut streams) {
+            let statistics = match (known, &mut source) {
                 (Some(known), _) => known[index].clone(),
-                (None, Moving::Source(source) | Moving::Apart { source: Some(source), .. }) => {
-                    timing.measure("calibrate", || {
-                        self.measure(&weights, &full_attention, source, true)
-                    })?
+                (None, Some(source)) => timing.measure("calibrate", || {
+                    let attention = &full_attention;
+                    // In turn, the source's stream moves with the quantized one.
+                    let advance = !in_turn;
+                    measure_block(
+                        backend,
+                        architecture,
+                        attention,
+                        &weights,
+                        source,
+                        advance,
+                        progress,
+                    )
+                })?,
+                (None, None) => {
+                    unreachable!("what is not known is measured on the source's stream")
                 }
-                (None, Moving::Together(Streams { source, .. })) => timing
-                    .measure("calibrate", || {
-                        self.measure(&weights, &full_attention, source, false)
-                    })?,
-                (None, _) => unreachable!("the source's stream is there where it is measured on"),
             };
             let plan = &job.blocks[index];
-            let (resumed, block) = match self.resumed(index)? {
-                Some(block) => (true, block),
-                None => {
-                    let block = match &mut streams {
-                        Moving::Together(streams) => quantizer.quantize_in_turn(
-                            &weights,
-                            plan,
-                            &statistics,
-                            streams,
-                            last,
-                            timing,
-                        )?,
-                        Moving::Apart { quantized, .. } => {
-                            let stream = Some(&*quantized);
-                            quantizer.quantize(&weights, plan, &statistics, stream, timing)?
-                        }
-                        _ => quantizer.quantize(&weights, plan, &statistics, None, timing)?,
-                    };
+            let (resumed, block) = match (self.resumed(index)?, &mut source, &mut quantized) {
+                (Some(block), _, _) => (true, block),
+                (None, Some(source), Some(quantized)) if in_turn => {
+                    let streams = [source, quantized];
+                    let block = quantizer.quantize_in_turn(
+                        &weights,
+                        plan,
+                        &statistics,
+                        streams,
+                        last,
+                        timing,
+                    )?;
                     (false, block)
+                }
+                (None, _, quantized) => {
+                    let stream = quantized.as_ref();
+                    (false, quantizer.quantize(&weights, plan, &statistics, stream, timing)?)
                 }
             };
             written.resumed_blocks += usize::from(resumed);
             written.errors.extend(block.errors.clone());
             let worst = worst_of(&block.errors);
-            // What the quantized block, and after a replay the source's, still have to be carried through.
-            let [source, quantized] = match &mut streams {
-                _ if last => [None, None],
-                Moving::Apart { quantized, .. } => [None, Some(quantized)],
-                Moving::Together(Streams { source, quantized }) if resumed => {
-                    [Some(source), Some(quantized)]
-                }
-                _ => [None, None],
-            };
+            // In turn, both streams are through with the block, if it was not replayed.
+            let source = source.as_mut().filter(|_| in_turn && resumed && !last);
+            let quantized = quantized.as_mut().filter(|_| (!in_turn || resumed) && !last);
             let check_stop = || progress.check_stop();
             if let Some(stream) = source {
                 timing.measure("propagate", || {
@@ -506,36 +500,6 @@ impl<B: Backend> Blocks<'_, '_, B> {
         progress.end();
         progress.check_stop()?;
         Ok(written)
-    }
-
-    /// The streams that this run needs; the source's if statistics are to be measured, too.
-    fn streams(&self, measured: bool) -> Result<Moving<B>> {
-        let Self { backend, job, .. } = *self;
-        let Job { source, architecture, tokens, recipe, provenance, .. } = job;
-        let beside_bytes = match (recipe.gptq, recipe.sequential) {
-            (true, true) => beside_bytes(architecture, tokens.len()),
-            _ => 0,
-        };
-        let seq_len = provenance.seq_len;
-        let embed = || Stream::embed(backend, *source, architecture, tokens, seq_len, beside_bytes);
-        Ok(match (recipe.gptq, recipe.sequential, measured) {
-            (true, true, _) => Moving::Together(Streams { source: embed()?, quantized: embed()? }),
-            (true, false, true) => Moving::Apart { source: Some(embed()?), quantized: embed()? },
-            (true, false, false) => Moving::Apart { source: None, quantized: embed()? },
-            (false, _, true) => Moving::Source(embed()?),
-            (false, _, false) => Moving::None,
-        })
-    }
-
-    fn measure(
-        &self,
-        weights: &BlockWeights<B>,
-        attention: &AttentionSpec,
-        stream: &mut Stream<B>,
-        advance: bool,
-    ) -> Result<Statistics> {
-        let Self { backend, job, progress, .. } = *self;
-        measure_block(backend, &job.architecture, attention, weights, stream, advance, progress)
     }
 
     /// Block `index` as an earlier run left it, if one did.

@@ -21,7 +21,7 @@ The cost of a choice is `carry` times its effects: nats that a token's loss may 
 
 use serde::{Deserialize, Serialize};
 
-use super::block::round_all;
+use super::block::{formats, round_all};
 use super::calibrate::Energies;
 use super::load::{
     BlockWeights, QuantizedSite, arranged_site, expect, hessian_block, quantized_block,
@@ -229,11 +229,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
             if !wanted.contains(&true) {
                 continue;
             }
-            let formats: Vec<SiteFormat> = plans
-                .iter()
-                .zip(energies)
-                .map(|(site, energy)| site.format(site.order(energy)))
-                .collect();
+            let formats = formats(&plans, energies);
             let hessians = self.hessians(weights, &formats, &wanted)?;
             for (at, hessian) in hessians.into_iter().enumerate() {
                 let Some(hessian) = hessian else { continue };

@@ -39,7 +39,7 @@ impl Cuda {
         let total = self.gpu.alloc(8 * channels)?;
         self.launch(
             "reduce",
-            "energy_sum",
+            "sum_parts",
             Geometry::over(channels, THREADS),
             arguments![parts, count, channels, &total],
         )?;
