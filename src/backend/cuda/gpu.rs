@@ -123,6 +123,11 @@ impl Gpu {
         }
     }
 
+    /// The stream of the kernels.
+    pub(super) fn main(&self) -> &Arc<CudaStream> {
+        &self.main
+    }
+
     /// A stream's handle.
     pub fn stream(&self, stream: Stream) -> CUstream {
         self.own(stream).cu_stream()
@@ -160,6 +165,11 @@ impl Gpu {
         let mut trace = trace.lock().unwrap_or_else(PoisonError::into_inner);
         *trace.entry(name()).or_default() += start.elapsed().as_secs_f64();
         Ok(())
+    }
+
+    /// Whether every kernel is waited for.
+    pub(super) fn is_traced(&self) -> bool {
+        self.trace.is_some()
     }
 
     /// Seconds of each kernel so far, where they are timed.

@@ -23,6 +23,7 @@ mod staging;
 pub mod tensor;
 #[cfg(test)]
 mod tests;
+pub mod timing;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
