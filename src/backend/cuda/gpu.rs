@@ -110,6 +110,11 @@ impl Gpu {
         }))
     }
 
+    /// What the driver says of the device.
+    pub(super) fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32> {
+        self.context.attribute(attribute).map_err(|error| failed("cuDeviceGetAttribute", error))
+    }
+
     /// Makes the calling thread use this GPU.
     pub fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|error| failed("cuCtxSetCurrent", error))

@@ -16,6 +16,7 @@ pub mod kernels;
 mod launch;
 pub mod libraries;
 mod loss;
+pub mod measure;
 pub mod product;
 mod quantize;
 mod search;

@@ -8,8 +8,10 @@ use super::Cuda;
 use super::gpu::{Stream, TRACE_VARIABLE, failed};
 use crate::{Error, Result};
 
-/// Replays that are measured, behind one that warms up.
-const REPLAYS: usize = 15;
+/// Replays of a measurement, behind one that warms up.
+pub const REPLAYS: usize = 15;
+/// Replays that tell the fastest of several from the others.
+pub const TRIAL_REPLAYS: usize = 3;
 /// Seconds that a replay takes at least: beside them the graph's start is nothing.
 const REPLAY_SECONDS: f64 = 1e-3;
 /// Calls of a graph at most, so that it is made in no time.
@@ -29,16 +31,21 @@ fn passes(sets: usize, seconds: f64) -> usize {
 }
 
 impl Cuda {
-    /// Seconds of one call of `work`, by each of 15 replays. It gets the number of the operand set to use, `0..sets`
+    /// Seconds of one call of `work`, by each of so many replays. It gets the number of the operand set to use, `0..sets`
     /// in turn, and gives kernels to the main stream without allocating.
     ///
     /// # Errors
     /// A usage error where every kernel is waited for to be traced.
-    pub fn replays(&self, sets: usize, work: impl Fn(usize) -> Result<()>) -> Result<Vec<f64>> {
+    pub fn replays(
+        &self,
+        sets: usize,
+        replays: usize,
+        work: impl Fn(usize) -> Result<()>,
+    ) -> Result<Vec<f64>> {
         // Kernels are compiled, and cuBLASLt asked for its own.
         work(0)?;
         let pass = self.replay(sets, 1, 1, &work)?[0] * sets as f64;
-        self.replay(sets, passes(sets, pass), REPLAYS, &work)
+        self.replay(sets, passes(sets, pass), replays, &work)
     }
 
     /// The same, by `replays` replays of `passes` over all sets.
@@ -105,16 +112,16 @@ mod tests {
         let Some(cuda) = super::super::tests::device(test) else { return };
         let buffers: Vec<_> = (0..3).map(|_| cuda.gpu.alloc(64 << 20).unwrap()).collect();
         let work = |set: usize| buffers[set].fill(set as u8, Stream::Main);
-        let seconds = cuda.replays(3, work).unwrap();
+        let seconds = cuda.replays(3, REPLAYS, work).unwrap();
         assert_eq!(seconds.len(), REPLAYS);
         // No device writes 64 MiB in less than 5 microseconds, nor needs a tenth of a second.
         assert!(seconds.iter().all(|seconds| (5e-6..0.1).contains(seconds)), "{seconds:?}");
         for (set, buffer) in buffers.iter().enumerate() {
             assert_eq!(buffer.download::<u8>(0..16).unwrap(), [set as u8; 16]);
         }
-        let failed = cuda.replays(1, |_| Err(Error::usage("no")));
+        let failed = cuda.replays(1, 1, |_| Err(Error::usage("no")));
         assert_eq!(failed.unwrap_err().message(), "no");
         // The stream is whole again.
-        assert!(cuda.replays(3, work).is_ok());
+        assert!(cuda.replays(3, REPLAYS, work).is_ok());
     }
 }
