@@ -9,7 +9,9 @@ outlier), two orders differ by no more than `(G + 2) 2^-24 sum |s p|`, beside ha
 its results to f16.
 
 **Attention** is in floating point on both sides. A result is a mean of the head's values, so that its error is
-counted in units of the greatest of these. */
+counted in units of the greatest of these. A device may round queries and keys to f16, which moves a score by up to
+`d = 2^-10 |q| |k| / sqrt(head_dim)`, and a mean's weights by twice that: `2^-8 + 2 d` are allowed, the first for what
+else is rounded. */
 
 use half::f16;
 
@@ -20,12 +22,14 @@ use crate::model::block::{Block, Linear, Seen};
 use crate::model::sites::SITES;
 use crate::pipeline::QuantizedSite;
 use crate::quant::float::e4m3_value;
-use crate::quant::kv::KvFormat;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 
-/// What attention may differ by, in units of the head's greatest value: eight times what rounding it to f16 costs.
-pub(super) const ATTENTION_TOLERANCE: f32 = 1.0 / 256.0;
+/// What attention may differ by where scores are small, in units of the head's greatest value: eight times what
+/// rounding that to f16 costs.
+const ATTENTION_TOLERANCE: f64 = 1.0 / 256.0;
+/// What rounding queries and keys to f16 moves a score by, in units of the product of their lengths.
+const SCORE_TOLERANCE: f64 = 1.0 / 1024.0;
 
 /// Results out of bounds that are counted before a linear is given up.
 const MANY: usize = 100;
@@ -181,36 +185,33 @@ impl<'a, B: Backend> Beside<'a, B> {
         findings: &mut Findings,
     ) -> Result<()> {
         let (reference, device) = (self.reference, self.device);
-        let values = operands[2].clone();
         let mut own = Vec::new();
         let mut theirs = Vec::new();
-        for operand in operands {
+        for operand in &operands {
             own.push(reference.upload(operand.clone())?);
-            theirs.push(device.upload_activation(operand)?);
+            theirs.push(device.upload_activation(operand.clone())?);
         }
         let mean = self.block.key_mean.as_ref();
         let expected = reference.attention(spec, &own[0], &own[1], &own[2], mean)?;
-        let mean = self.device_mean.as_ref();
-        let found = device.attention(spec, &theirs[0], &theirs[1], &theirs[2], mean)?;
-        let [found, expected] = [device.download(&found)?, reference.download(&expected)?];
-        let error = attention_error(spec, &found.data, &expected.data, &values.data);
+        let device_mean = self.device_mean.as_ref();
+        let found = device.attention(spec, &theirs[0], &theirs[1], &theirs[2], device_mean)?;
+        let [found, expected] =
+            [device.download(&found)?.data, reference.download(&expected)?.data];
+        let mean = mean.map(|mean| mean.values());
+        let error = attention_error(
+            spec,
+            operands.each_ref().map(|x| &x.data[..]),
+            mean,
+            (&found, &expected),
+        );
         findings.attention = findings.attention.max(error);
         if error > 1.0 {
             let name = &self.block.sites[1].name;
-            findings.faults.push(format!(
-                "attention before {name} is off by {error:.2} times the tolerance of {}",
-                tolerance(&spec.kv)
-            ));
+            let fault = format!("attention before {name} is off by {error:.2} times its tolerance");
+            findings.faults.push(fault);
         }
         Ok(())
     }
-}
-
-/// The tolerance in words.
-pub(super) fn tolerance(kv: &KvFormat) -> String {
-    let share = 100.0 * ATTENTION_TOLERANCE;
-    let bits = if kv.is_quantized() { kv.bits } else { 16 };
-    format!("{share:.1} % of a head's greatest value ({bits}-bit cache)")
 }
 
 /// Values as f16 has them.
@@ -362,26 +363,37 @@ fn half_ulp(magnitude: f32) -> f64 {
     2f64.powf(exponent - 11.0)
 }
 
-/// The greatest error, each in units of what its head's values allow.
-fn attention_error(spec: &AttentionSpec, found: &[f32], expected: &[f32], values: &[f32]) -> f64 {
+/// The greatest error of attention on these queries, keys and values, each in units of what is allowed there.
+fn attention_error(
+    spec: &AttentionSpec,
+    [q, k, v]: [&[f32]; 3],
+    mean: Option<&[f32]>,
+    (found, expected): (&[f32], &[f32]),
+) -> f64 {
     let AttentionSpec { heads, kv_heads, head_dim, .. } = *spec;
-    let mut greatest = vec![0f32; kv_heads];
-    for (at, head) in values.chunks(head_dim).enumerate() {
-        let most = &mut greatest[at % kv_heads];
-        *most = head.iter().fold(*most, |most, value| most.max(value.abs()));
-    }
     if found.len() != expected.len() {
         return f64::INFINITY;
     }
+    let greatest = |head: &[f32]| head.iter().fold(0f32, |most, x| most.max(x.abs()));
+    let length = |head: &[f32]| head.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    // Of each head over all tokens: its greatest value, and its longest key.
+    let mut values = vec![0f32; kv_heads];
+    let mut keys = vec![0f64; kv_heads];
+    for (at, (k, v)) in k.chunks(head_dim).zip(v.chunks(head_dim)).enumerate() {
+        let head = at % kv_heads;
+        values[head] = values[head].max(greatest(v));
+        let centre = mean.map_or(0.0, |mean| length(&mean[head * head_dim..][..head_dim]));
+        keys[head] = keys[head].max(length(k) + centre);
+    }
     let mut worst = 0f64;
-    for (at, (found, expected)) in found.chunks(head_dim).zip(expected.chunks(head_dim)).enumerate()
-    {
-        let allowed = f64::from(ATTENTION_TOLERANCE * greatest[at % heads / (heads / kv_heads)]);
-        for (found, expected) in found.iter().zip(expected) {
-            if found != expected {
-                let share = f64::from((found - expected).abs()) / allowed;
-                worst = if share.is_nan() { f64::INFINITY } else { worst.max(share) };
-            }
+    let results = found.chunks(head_dim).zip(expected.chunks(head_dim)).zip(q.chunks(head_dim));
+    for (at, ((found, expected), q)) in results.enumerate() {
+        let head = at % heads / (heads / kv_heads);
+        let score = SCORE_TOLERANCE * length(q) * keys[head] / (head_dim as f64).sqrt();
+        let allowed = (ATTENTION_TOLERANCE + 2.0 * score) * f64::from(values[head]);
+        for (found, expected) in found.iter().zip(expected).filter(|(x, y)| x != y) {
+            let share = f64::from((found - expected).abs()) / allowed;
+            worst = if share.is_nan() { f64::INFINITY } else { worst.max(share) };
         }
     }
     worst
@@ -392,6 +404,7 @@ mod tests {
     use super::*;
     use crate::backend::AttentionSpec;
     use crate::model::block::{Site, Treatment};
+    use crate::quant::kv::KvFormat;
     use crate::quant::levels::Levels;
     use crate::quant::order::channel_order;
     use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
@@ -625,5 +638,35 @@ mod tests {
         assert!(share(f32::NAN, true).is_infinite() && share(f32::INFINITY, false).is_infinite());
         assert_eq!(half_ulp(1.0), 2f64.powi(-11));
         assert_eq!(half_ulp(0.0), 2f64.powi(-25));
+    }
+
+    #[test]
+    fn attention_may_be_off_by_what_its_heads_allow() {
+        // Two heads of two tokens: values up to 2 and up to 0.5, queries of length 0 in the second.
+        let spec = AttentionSpec {
+            heads: 2,
+            kv_heads: 2,
+            head_dim: 4,
+            seq_len: 2,
+            cos: vec![1.0; 4],
+            sin: vec![0.0; 4],
+            kv: KvFormat::FULL,
+        };
+        let q = [3.0, 0.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0].repeat(2);
+        let k = [0.0, 8.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0].repeat(2);
+        let v = [2.0, 0.0, 0.0, -1.0, 0.5, 0.0, 0.0, 0.0].repeat(2);
+        let expected = [0.25f32; 16];
+        let share = |at: usize, off: f32, mean: Option<&[f32]>| {
+            let mut found = expected;
+            found[at] += off;
+            attention_error(&spec, [&q, &k, &v], mean, (&found, &expected))
+        };
+        assert_eq!(share(0, 0.0, None), 0.0);
+        // 2^-8 and twice 2^-10 * 5 * 8 / 2, of 2.
+        let allowed = 2.0 * (1.0 / 256.0 + 2.0 * 20.0 / 1024.0);
+        assert!((share(9, 0.01, None) - 0.01 / allowed).abs() < 1e-6);
+        assert!((share(4, 0.01, None) - 0.01 / (0.5 / 256.0)).abs() < 1e-4);
+        assert!(share(9, 0.01, Some(&[1.0; 8])) < share(9, 0.01, None));
+        assert!(share(15, f32::NAN, None).is_infinite());
     }
 }

@@ -3,7 +3,7 @@ computes with it what the CPU's integer path does, then what it costs in perplex
 
 use serde::Serialize;
 
-use super::kernels::{Beside, Findings, tolerance};
+use super::kernels::{Beside, Findings};
 use super::perplexity::PerplexityOutcome;
 use super::{Model, atom_perplexity, atom_plan, perplexity, windows};
 use crate::Result;
@@ -189,22 +189,16 @@ fn kernel_checks<B: Backend>(
     progress.end();
     device.trim();
     let wrong = checks.len();
-    let mut detail = format!(
-        "{} blocks on {} tokens: codes of {} sites, {} products",
-        blocks.len(),
-        tokens.len(),
-        all.sites,
-        all.linears
-    );
+    let mut detail = format!("{} blocks on {} tokens: ", blocks.len(), tokens.len());
+    let Findings { sites, linears, .. } = all;
     if wrong > 0 {
-        detail.push_str(&format!("; wrong in {wrong} of the blocks"));
+        detail.push_str(&format!("{wrong} are wrong, of {sites} sites and {linears} products"));
     } else {
+        detail.push_str(&format!("codes of {sites} sites identical, {linears} products"));
         let worst = if all.worst.is_empty() { String::new() } else { format!(" ({})", all.worst) };
         detail.push_str(&format!(
-            " within {:.2} of their bound{worst}, attention within {:.2} of {}",
-            all.product,
-            all.attention,
-            tolerance(&kv)
+            " within {:.2} of the bound{worst}, attention within {:.2} of its tolerance",
+            all.product, all.attention
         ));
     }
     checks.push(Check { name: "kernels".to_owned(), ok: wrong == 0, detail });
