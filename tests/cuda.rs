@@ -106,7 +106,7 @@ fn kernels_of_every_format_are_verified() {
         "--group 48 --outlier-format fp16",
         "--group 64 --outliers 1 --kv-bits 16",
         "--format fp4",
-        "--format fp4 --act-bits 8 --outlier-format fp8 --group 128",
+        "--format fp4 --act-bits 8 --outlier-format fp8 --group 48",
         "--act-bits 16",
         "--recipe paper --group 32 --outliers 16",
     ] {
