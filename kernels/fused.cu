@@ -44,10 +44,14 @@
 #define HALF 1
 #define SILU 2
 
-#define THREADS 128
-/// Blocks that registers leave room for on an SM.
-#define BLOCKS (FROM == SILU && ORDERED ? 5 : 6)
-#define WARPS (THREADS / 32)
+/// Warps that make codes, that add up squares, and in all: one more stages rows.
+/// A quarter of the SM's registers is enough for 80 of each thread of 6 warps, or 96 of 5.
+#define SUMMERS (FROM == NORM ? 2 : 0)
+#ifndef WARPS
+#define WARPS (FROM == SILU && ORDERED ? 20 : 24)
+#endif
+#define MAKERS (WARPS - SUMMERS - 1)
+#define THREADS (32 * WARPS)
 #define PANEL 128
 /// Panels that a warp makes at a time.
 #define SETS (8 / TOKENS)
@@ -72,105 +76,126 @@ static __device__ __forceinline__ int row_stride(int columns) {
     return (columns * (int)sizeof(In) + 127) / 128 * 128 + 128 / TOKENS;
 }
 
-/// What lies where in a row of values or of codes.
+/// What lies where in a row of values or of codes, and how the work is cut: units of TOKENS rows and
+/// `slice_panels` panels, of which a warp makes a task's at a time.
 struct Shape {
-    int columns;         // of the input
-    int groups;
-    int outliers;
+    int tokens, columns, groups, outliers, slice_panels;
 
     __device__ __forceinline__ int grouped() const { return groups * GROUP; }
     __device__ __forceinline__ int panels() const { return (grouped() + PANEL - 1) / PANEL; }
     __device__ __forceinline__ int outlier_panels() const { return (outliers + PANEL - 1) / PANEL; }
+    /// Outliers come with the last panels of an ordered row, or as a slice of their own.
+    __device__ __forceinline__ int slices() const { return (panels() + slice_panels - 1) / slice_panels + (!ORDERED && outliers > 0); }
+    __device__ __forceinline__ int units() const { return (tokens + TOKENS - 1) / TOKENS * slices(); }
+    __device__ __forceinline__ int tasks() const { return (slice_panels + SETS - 1) / SETS + (ORDERED && outliers > 0); }
+    /// Columns of the input that a unit stages, at most.
+    __device__ __forceinline__ int staged() const { return ORDERED ? columns : slice_panels * PANEL; }
 };
 
-/// The panels of a block of threads: `first` up to `last`, and the outliers'.
-struct Slice {
-    int first, last;
+/// Rows `row` and on, panels `first` up to `last`, and the outliers'.
+struct Unit {
+    int row, first, last;
     bool takes_outliers;
 
-    __device__ __forceinline__ Slice(const Shape& shape, int slice_panels) {
-        first = min((int)blockIdx.y * slice_panels, shape.panels());
-        last = min(first + slice_panels, shape.panels());
-        takes_outliers = shape.outliers > 0 && blockIdx.y == gridDim.y - 1;
-    }
-    /// Columns of the input that are staged.
-    __device__ __forceinline__ int columns(const Shape& shape) const {
-        return ORDERED ? shape.columns : (last - first + (takes_outliers ? shape.outlier_panels() : 0)) * PANEL;
+    __device__ __forceinline__ Unit(const Shape& shape, int unit) {
+        int slices = shape.slices(), slice = unit % slices;
+        row = unit / slices * TOKENS;
+        first = min(slice * shape.slice_panels, shape.panels());
+        last = min(first + shape.slice_panels, shape.panels());
+        takes_outliers = shape.outliers > 0 && slice == slices - 1;
     }
 };
 
-/// Threads that stage one row.
-#define ROW_THREADS (THREADS / TOKENS)
 /// Whether rows are staged by the copy engine: one instruction a row instead of one for 16 bytes.
 #define BULK (__CUDA_ARCH__ >= 900)
 
-#if BULK
 static __device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-static __device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+static __device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
 }
-static __device__ __forceinline__ void barrier_wait(u32 barrier) {
-    asm volatile("{.reg .pred done; again%=: mbarrier.try_wait.parity.shared.b64 done, [%0], 0; @!done bra again%=;}" ::"r"(barrier) : "memory");
-}
-static __device__ __forceinline__ void bulk_copy(u32 to, const void* from, int bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-#endif
-
-/// Stages rows in shared memory; rows that there are not become zeros.
-struct Stage {
-    const Shape& shape;
-    const Slice& slice;
-    int row, thread;
-    bool vectors, there;
-    long long first;    // of the row in the input
-    u32 barrier;
-    int bytes;          // on their way
-
-    __device__ __forceinline__ Stage(const Shape& shape, const Slice& slice, int tokens, u32 barrier) : shape(shape), slice(slice), barrier(barrier), bytes(0) {
-        row = threadIdx.x / ROW_THREADS;
-        thread = threadIdx.x % ROW_THREADS;
-        vectors = shape.columns % (16 / (int)sizeof(In)) == 0;
-        long long token = (long long)blockIdx.x * TOKENS + row;
-        there = token < tokens;
-        first = (there ? token : 0) * shape.columns;
-    }
-
-    /// `count` values, and zeros behind them up to `filled`.
-    __device__ __forceinline__ void part(const In* from, int count, int filled, In* to) {
-        if (!there) count = 0;
-        int copied = 0;
-        if (vectors) {
+static __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
 #if BULK
-            if (thread == 0 && count > 0) bulk_copy(shared_address(to), from, count * sizeof(In), barrier);
-            bytes += count * (int)sizeof(In);
+    asm volatile("{.reg .pred done; again%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra again%=;}" ::"r"(barrier), "r"(parity) : "memory");
 #else
-            constexpr int WIDTH = 16 / sizeof(In);
-            for (int i = thread * WIDTH; i < count; i += ROW_THREADS * WIDTH) copy16(shared_address(to + i), from + i, true);
+    asm volatile("{.reg .pred done; again%=: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done bra again%=;}" ::"r"(barrier), "r"(parity) : "memory");
 #endif
-            copied = count;
-        }
-#pragma unroll 1
-        for (int i = copied + thread; i < filled; i += ROW_THREADS) to[i] = i < count ? from[i] : In{0};
-    }
+}
 
-    /// The row of `x`, from byte `to` of the shared memory on.
-    __device__ __forceinline__ void rows(const In* x, int to) {
-        unsigned char* staged = shared_bytes + to + BEFORE + row * row_stride(slice.columns(shape));
-        if (thread == 0) *reinterpret_cast<uint4*>(staged - BEFORE) = make_uint4(0, 0, 0, 0);
-        In* own = reinterpret_cast<In*>(staged);
-        x += first;
-        if (ORDERED) {
-            part(x, shape.columns, shape.columns, own);
-            return;
+/// The stages in shared memory, in turn: barriers of rows that arrived, of rows that are done with, and of sums;
+/// then the norms' factors; then the rows.
+#define MOST_STAGES 16
+#define HEAD (3 * 8 * MOST_STAGES + 4 * 8 * MOST_STAGES)
+
+struct Ring {
+    int stages, stage_bytes;
+    int stage, parity;      // of the current unit; the parity is that of its arrival
+
+    __device__ __forceinline__ Ring(int stages, int stage_bytes) : stages(stages), stage_bytes(stage_bytes), stage(0), parity(0) {}
+    __device__ __forceinline__ void advance() {
+        if (++stage == stages) {
+            stage = 0;
+            parity ^= 1;
         }
-        int begin = slice.first * PANEL, places = (slice.last - slice.first) * PANEL;
-        part(x + begin, max(0, min(places, shape.grouped() - begin)), places, own);
-        if (slice.takes_outliers) part(x + shape.grouped(), shape.outliers, shape.outlier_panels() * PANEL, own + places);
     }
+    __device__ __forceinline__ u32 arrived() const { return shared_address(shared_bytes) + 8 * stage; }
+    __device__ __forceinline__ u32 done() const { return arrived() + 8 * MOST_STAGES; }
+    __device__ __forceinline__ u32 summed() const { return arrived() + 16 * MOST_STAGES; }
+    __device__ __forceinline__ float* factors() const { return reinterpret_cast<float*>(shared_bytes + 24 * MOST_STAGES) + 8 * stage; }
+    __device__ __forceinline__ unsigned char* rows() const { return shared_bytes + HEAD + stage * stage_bytes + BEFORE; }
 };
+
+/// Stages `count` values of each of the unit's rows, by a warp. What no row fills holds anything: nothing of it is stored.
+static __device__ __forceinline__ int stage_rows(const In* x, const Shape& shape, int row, int column, int count, int stride, unsigned char* to, u32 arrived) {
+    constexpr int WIDTH = 16 / sizeof(In);
+    int lane = threadIdx.x % 32, bytes = 0;
+    if (shape.columns % WIDTH == 0) {
+#if BULK
+        if (lane < TOKENS && row + lane < shape.tokens) {
+            bytes = count * sizeof(In);
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                         ::"r"(shared_address(to + lane * stride)), "l"(x + (long long)(row + lane) * shape.columns + column), "r"(bytes), "r"(arrived) : "memory");
+        }
+#else
+        for (int i = 0; i < TOKENS && row + i < shape.tokens; i++) {
+            const In* from = x + (long long)(row + i) * shape.columns + column;
+            for (int at = lane * WIDTH; at < count; at += 32 * WIDTH) copy16(shared_address(to + i * stride + at * (int)sizeof(In)), from + at, true);
+        }
+#endif
+    } else {
+        for (int i = 0; i < TOKENS && row + i < shape.tokens; i++) {
+            const In* from = x + (long long)(row + i) * shape.columns + column;
+            for (int at = lane; at < count; at += 32) reinterpret_cast<In*>(to + i * stride)[at] = from[at];
+        }
+    }
+    return bytes;
+}
+
+/// What the staging warp does: all units of the block, each as soon as a stage is free.
+static __device__ __forceinline__ void stage_units(const In* x, const void* other, const Shape& shape, Ring ring) {
+    int stride = row_stride(shape.staged());
+    bool first = true;
+    for (int at = blockIdx.x; at < shape.units(); at += gridDim.x) {
+        Unit unit(shape, at);
+        if (!first) barrier_wait(ring.done(), ring.parity ^ 1);
+        int column = 0, count = shape.columns;
+        if (!ORDERED) {
+            column = unit.takes_outliers ? shape.grouped() : unit.first * PANEL;
+            count = unit.takes_outliers ? shape.outliers : min((unit.last - unit.first) * PANEL, shape.grouped() - column);
+        }
+        int bytes = stage_rows(x, shape, unit.row, column, count, stride, ring.rows(), ring.arrived());
+        if (FROM == SILU) bytes += stage_rows(reinterpret_cast<const In*>(other), shape, unit.row, column, count, stride, ring.rows() + TOKENS * stride, ring.arrived());
+#if BULK
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(ring.arrived()), "r"(bytes) : "memory");
+#else
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(ring.arrived()) : "memory");
+#endif
+        ring.advance();
+        // The first round finds every stage free.
+        if (ring.stage == 0) first = false;
+    }
+}
 
 /// The operations of cpu/elementwise.rs: e^-x without the exponent, which is in the low bits of `shifted`.
 static __device__ __forceinline__ float exp_of_minus(float x, float& shifted) {
@@ -513,26 +538,52 @@ struct Target {
     }
 };
 
-/// Makes the block's panels.
-static __device__ __forceinline__ void make(const Source& source, const Lane& lane, int tokens, const Shape& shape, const Slice& slice, const Target& target) {
-    long long token = (long long)blockIdx.x * TOKENS + lane.row;
-    int part = lane.part, outlier_panels = shape.outlier_panels();
-    int panel_tasks = (slice.last - slice.first + SETS - 1) / SETS;
-    int tasks = panel_tasks + slice.takes_outliers;
-    bool sound = true;
-    // The shuffle tells the compiler that a warp's lanes go one way.
-    for (int task = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); task < tasks; task += WARPS) {
-        bool is_outlier = task >= panel_tasks;
+/// What a warp does that makes codes: every MAKERS-th task of the block's units.
+static __device__ __forceinline__ void make(const int* places, const float* weights, const Shape& shape, const Target& target, int warp, Ring ring) {
+    Lane lane;
+    int part = lane.part, stride = row_stride(shape.staged()), outlier_panels = shape.outlier_panels(), tasks = shape.tasks();
+    Source source;
+    source.places = places;
+    source.weights = weights;
+    int task = warp, at = blockIdx.x;
+    for (;; task += MAKERS) {
+        for (; task >= tasks; task -= tasks) {
+            at += gridDim.x;
+            ring.advance();
+        }
+        if (at >= shape.units()) break;
+        Unit unit(shape, at);
+        int panel_tasks = (unit.last - unit.first + SETS - 1) / SETS;
+        bool is_outlier = task == panel_tasks && unit.takes_outliers;
+        barrier_wait(ring.arrived(), ring.parity);
+        if (FROM == NORM) {
+            barrier_wait(ring.summed(), ring.parity);
+            source.inverse = ring.factors()[lane.row];
+        }
+        source.row = ring.rows() + lane.row * stride;
+        source.other = source.row + TOKENS * stride;
+        int token = unit.row + lane.row;
         // Of outliers all panels are looked at for the scale before the first becomes codes.
-        int steps = is_outlier ? 2 * outlier_panels : 1;
+        int steps = is_outlier ? 2 * outlier_panels : task < panel_tasks;
         u32 peak = 0;
         for (int step = 0; step < steps; step++) {
             int outlier_panel = is_outlier ? (step < outlier_panels ? step : step - outlier_panels) : -1;
-            int own = slice.first + task * SETS + lane.set;
-            int panel = is_outlier ? shape.panels() + outlier_panel : min(own, slice.last - 1);
-            int staged = is_outlier ? slice.last - slice.first + outlier_panel : panel - slice.first;
+            int own = unit.first + task * SETS + lane.set;
+            int panel = is_outlier ? shape.panels() + outlier_panel : min(own, unit.last - 1);
+            int staged = is_outlier ? outlier_panel : panel - unit.first;
             float v[32];
             source.load(v, panel, staged, part);
+            if (!ORDERED) {
+                int valid = (is_outlier ? shape.outliers - outlier_panel * PANEL : shape.grouped() - panel * PANEL) - part * 32;
+                if (valid < 32) {
+#pragma unroll
+                    for (int i = 0; i < 32; i++) v[i] = i < valid ? v[i] : 0.0f;
+                }
+            }
+            if (step == steps - 1) {
+                __syncwarp();
+                if (threadIdx.x % 32 == 0) barrier_arrive(ring.done());
+            }
             float scale;
             if (is_outlier) {
                 if (step < outlier_panels) {
@@ -550,8 +601,8 @@ static __device__ __forceinline__ void make(const Source& source, const Lane& la
                 scale = quick_scale(peak_magnitude(most), target.clip, target.top, target.inverse_top);
                 if (target.signed_scales) scale = signed_scale(scale, most);
             }
-            bool stored = token < tokens && (is_outlier ? lane.set == 0 : own < slice.last);
-            sound = sound && is_finite(scale);
+            bool stored = token < shape.tokens && (is_outlier ? lane.set == 0 : own < unit.last);
+            if (!is_finite(scale) && token < shape.tokens) atomicMin(target.bad, (u32)token);
             float inverse = quick_inverse(scale);
             if (stored) {
                 if (is_outlier) {
@@ -572,86 +623,78 @@ static __device__ __forceinline__ void make(const Source& source, const Lane& la
                     *reinterpret_cast<uint4*>(target.at(shape, token, panel, outlier_panel, at)) = codes;
             }
         }
+        if (steps == 0 && threadIdx.x % 32 == 0) barrier_arrive(ring.done());
     }
-    if (!sound && token < tokens) atomicMin(target.bad, (u32)token);
 }
 
 #if FROM == NORM
-/// 1 / sqrt(mean of squares + epsilon) of each row: sums in 16 lanes, one thread each, folded in halves.
-static __device__ __forceinline__ void inverses(int columns, float epsilon, float* to) {
-    int row = threadIdx.x / 16, lane = threadIdx.x % 16;
-    // Rows of a warp lie half of the banks apart.
-    if (TOKENS > 1) row = row / 2 + row % 2 * (TOKENS / 2);
-    if (threadIdx.x < (TOKENS * 16 + 31) / 32 * 32) {
-        int staged = row < TOKENS ? row : 0;
-        const float* values = reinterpret_cast<const float*>(shared_bytes + BEFORE + staged * row_stride(columns));
-        float sum = 0.0f;
-        int i = lane;
+/// What a summing warp does: 1 / sqrt(mean of squares + epsilon) of each row of every SUMMERS-th unit. Sums run in
+/// 16 lanes, folded in halves; a warp takes two rows that lie half of the banks apart.
+static __device__ __forceinline__ void sum_units(const Shape& shape, float epsilon, int turn, Ring ring) {
+    int lane = threadIdx.x % 16, upper = threadIdx.x / 16 % 2, columns = shape.columns;
+    for (int at = blockIdx.x; at < shape.units(); at += gridDim.x, ring.advance()) {
+        if (turn-- > 0) continue;
+        turn = SUMMERS - 1;
+        barrier_wait(ring.arrived(), ring.parity);
 #pragma unroll 1
-        for (; i + 15 * 16 < columns; i += 256) {
-            float part[16];
+        for (int pair = 0; pair < (TOKENS + 1) / 2; pair++) {
+            int row = TOKENS > 1 ? pair + upper * (TOKENS / 2) : 0;
+            const float* values = reinterpret_cast<const float*>(ring.rows() + row * row_stride(columns));
+            float sum = 0.0f;
+            int i = lane;
+#pragma unroll 1
+            for (; i + 15 * 16 < columns; i += 256) {
+                float part[16];
 #pragma unroll
-            for (int j = 0; j < 16; j++) part[j] = values[i + 16 * j];
+                for (int j = 0; j < 16; j++) part[j] = values[i + 16 * j];
 #pragma unroll
-            for (int j = 0; j < 16; j++) sum += part[j] * part[j];
+                for (int j = 0; j < 16; j++) sum += part[j] * part[j];
+            }
+            for (; i < columns; i += 16) sum += values[i] * values[i];
+#pragma unroll
+            for (int distance = 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+            if (lane == 0) ring.factors()[row] = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum, (float)columns) + epsilon));
         }
-        for (; i < columns; i += 16) sum += values[i] * values[i];
-#pragma unroll
-        for (int distance = 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-        float inverse = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum, (float)columns) + epsilon));
-        if (row < TOKENS && lane == 0) to[row] = inverse;
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(ring.summed());
     }
-    __syncthreads();
 }
 #endif
 
 /// Codes of `[tokens, columns]`: `x`, of SILU the gates, and `other`, the weights of NORM in the order of `places`
 /// or SILU's rows of up. `places` holds the channel of each place, -1 for none, in whole panels: those of the groups, then the
-/// outliers'. Block (b, s) makes of rows b * TOKENS and on the panels s * slice_panels and on; the last of them the
-/// outliers too. `bad` becomes the least row with a scale that is not finite.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fused_quantize(
-    const In* x, const void* other, const int* places, int tokens, int columns, int groups, int outliers, int slice_panels, float epsilon,
-    float clip, float top, int signed_scales, float least, float greatest, i8* codes, float* scales, int scale_stride, i8* outlier_codes,
+/// outliers'. `bad` becomes the least row with a scale that is not finite. A block of threads takes every gridDim-th unit and
+/// needs HEAD + stages * (16 + rows) bytes of shared memory, rows being those of `row_stride`.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
+    const In* x, const void* other, const int* places, int tokens, int columns, int groups, int outliers, int slice_panels, int stages, float epsilon,
+    float clip, float top, float inverse_top, int signed_scales, float least, float greatest, i8* codes, float* scales, int scale_stride, i8* outlier_codes,
     float* outlier_scales, int padded_outliers, u32* bad
 ) {
-    Shape shape{columns, groups, outliers};
-    Slice slice(shape, slice_panels);
-    int stride = row_stride(slice.columns(shape));
-    u32 barrier = 0;
+    Shape shape{tokens, columns, groups, outliers, slice_panels};
+    int rows = TOKENS * (FROM == SILU ? 2 : 1), stride = row_stride(shape.staged());
+    Ring ring(stages, BEFORE + rows * stride);
+    for (int i = threadIdx.x; i < stages * rows; i += THREADS)
+        *reinterpret_cast<uint4*>(shared_bytes + HEAD + i / rows * ring.stage_bytes + i % rows * stride) = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x < stages) {
+        u32 barrier = shared_address(shared_bytes) + 8 * threadIdx.x;
+        barrier_init(barrier, 32);
+        barrier_init(barrier + 8 * MOST_STAGES, shape.tasks());
+        barrier_init(barrier + 16 * MOST_STAGES, 1);
 #if BULK
-    __shared__ __align__(8) u64 arrived;
-    barrier = shared_address(&arrived);
-    if (threadIdx.x == 0) {
-        barrier_init(barrier, TOKENS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
     }
     __syncthreads();
-#endif
-    Stage stage(shape, slice, tokens, barrier);
-    stage.rows(x, 0);
-#if FROM == SILU
-    stage.rows(reinterpret_cast<const half*>(other), TOKENS * stride);
-#endif
-#if BULK
-    if (stage.thread == 0) barrier_expect(barrier, stage.bytes);
-    __syncthreads();
-    barrier_wait(barrier);
-#else
-    copy_commit();
-    copy_wait<0>();
-    __syncthreads();
-#endif
-    Lane lane;
-    Source source;
-    source.row = shared_bytes + BEFORE + lane.row * stride;
-    source.other = source.row + TOKENS * stride;
-    source.places = places;
-    source.weights = reinterpret_cast<const float*>(other);
+    // The shuffle tells the compiler that a warp's lanes go one way.
+    int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    if (warp < MAKERS) {
+        Target target{clip, top, inverse_top, signed_scales, least, greatest, codes, scales, scale_stride, outlier_codes, outlier_scales, padded_outliers, bad};
+        make(places, reinterpret_cast<const float*>(other), shape, target, warp, ring);
 #if FROM == NORM
-    __shared__ float inverse[TOKENS];
-    inverses(columns, epsilon, inverse);
-    source.inverse = inverse[lane.row];
+    } else if (warp < MAKERS + SUMMERS) {
+        sum_units(shape, epsilon, warp - MAKERS, ring);
 #endif
-    Target target{clip, top, __fdiv_rn(1.0f, top), signed_scales, least, greatest, codes, scales, scale_stride, outlier_codes, outlier_scales, padded_outliers, bad};
-    make(source, lane, tokens, shape, slice, target);
+    } else {
+        stage_units(x, other, shape, ring);
+    }
 }
