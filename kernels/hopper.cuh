@@ -7,31 +7,33 @@
 // integer, already as a float. Codes of 8 bits, and the INT8 outliers, take the s8 instruction instead.
 //
 // The weights are the left operand: 64 rows of them times TOKENS tokens. They come packed, in the order in
-// which threads hold them (`pack_weights` in hopper_pack.cu), are unpacked in registers, and never exist as
-// bytes in memory. Tokens are the right operand and go from device memory to shared memory to the tensor
-// cores as they are.
+// which threads hold them (blocks.cu makes it), are unpacked in registers, and never exist as bytes in memory.
+// Tokens are the right operand and go from device memory to shared memory to the tensor cores as they are.
 //
 // Macros:
 //     GROUP     32, 64 or 128
-//     TOKENS    of a tile: 8, 16, 32, 64 (integer_stream), 128, 160, 176 or 192 (integer_tiles)
+//     TOKENS    of a tile: 8, 16, 32 or 64 in product_stream.cu, 128 in product_tiles.cu
+//     BLOCKS    blocks of 64 rows in a tile
+//     STAGES    stages of 128 places that shared memory holds
 //     X_BITS    4: sign and magnitude; 8: two's complement
 //     W_BITS    4 or 8: bits in which weights are packed
 //     W_FP4     1: weights are FP4, doubled
-//     OUT       0: y is f32; 1: y is f16; 2: y is f32 and added to
+//     OUT       0: y is f32; 1: y is f16
 //
-// Operands: tokens in panels of 128 places, swizzled (`Tiles` in src/backend/cuda/tensor.rs):
-//     x   [panels][padded tokens][128], sx [ceil(groups / 8)][padded tokens][8] in f16, finite also where there is no group
-//     xo  [ceil(halves / 2)][padded tokens][128] s8, sxo [padded tokens]
-// and weights in blocks of 64 rows and 128 places:
-//     w   [row tiles][panels][BLOCK_BYTES]: the codes, then [128 / GROUP][64] scales in f16
-//     wo  [row tiles][halves][OUTLIER_BYTES]: s8 codes of 64 outlier channels, then the rows' scales in f16
-// Row tiles are an even number; what lies beyond `rows` is zero. Row y[token] begins at y + token * rows.
+// Operands: tokens in panels of 128 places, a row's sixteenths exchanged (the chunk c of token t is at c ^ t % 8),
+// `padded` to a multiple of 8:
+//     x   [panels][padded][128], sx [ceil(groups / 8)][padded][8] in f16, finite also where there is no group
+//     xo  [ceil(halves / 2)][padded][128] s8, sxo [padded] in f32
+// and weights in blocks of 64 rows and 128 places, what lies beyond rows and channels being zero:
+//     w   [ceil(rows / 64)][panels][BLOCK_BYTES]: the codes, then [128 / GROUP][64] scales in f16
+//     wo  [ceil(rows / 64)][halves][OUTLIER_BYTES]: s8 codes of 64 outlier channels, then the rows' scales in f16
+// y is [tokens, rows].
 
 typedef unsigned short u16;
 
-/// Tokens of one instruction, and its results that a thread holds.
-#define N (TOKENS / PARTS)
-#define HELD (N / 2)
+/// Results of 64 rows and TOKENS tokens that a thread of a warpgroup holds: those of tokens 8 j + 2 (t % 4) and the next,
+/// in rows t % 32 / 4 and eight on of its warp's 16, are 4 j to 4 j + 3.
+#define HELD (TOKENS / 2)
 #define GROUPS_A_STAGE (128 / GROUP)
 #define STEPS_A_GROUP (GROUP / 32)
 /// Whether codes go through the FP8 units.
@@ -70,23 +72,9 @@ static __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 b
                  "r"(bytes), "r"(barrier)
                  : "memory");
 }
-/// As copy_bulk, for what is read once: L2 gives it up first.
-static __device__ __forceinline__ void copy_bulk_once(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile(
-        "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(barrier)
-        : "memory");
-}
-/// Named barriers of some of a block's threads: to wait at one, and to pass without waiting.
+/// A named barrier of some of a block's threads.
 static __device__ __forceinline__ void group_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-static __device__ __forceinline__ void barrier_pass(int id) { asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory"); }
-
-/// Lets the next kernel of the stream begin, and waits until the one before has ended and what it wrote is there: between
-/// the two, only what no kernel writes may be read.
-static __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-static __device__ __forceinline__ void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // ---- wgmma ----
 
@@ -106,69 +94,48 @@ static __device__ __forceinline__ u32 describe(u32 address) { return place_of(ad
 #define D8(d, c, i) D4(d, c, i), D4(d, c, i + 4)
 #define D16(d, c, i) D8(d, c, i), D8(d, c, i + 8)
 #define D32(d, c, i) D16(d, c, i), D16(d, c, i + 16)
-#define D40(d, c, i) D32(d, c, i), D8(d, c, i + 32)
-#define D48(d, c, i) D32(d, c, i), D16(d, c, i + 32)
 #define D64(d, c, i) D32(d, c, i), D32(d, c, i + 32)
-#define D80(d, c, i) D64(d, c, i), D16(d, c, i + 64)
-#define D88(d, c, i) D80(d, c, i), D8(d, c, i + 80)
-#define D96(d, c, i) D80(d, c, i), D16(d, c, i + 80)
 #define R4 "%0, %1, %2, %3"
 #define R8 R4 ", %4, %5, %6, %7"
 #define R16 R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define R32 R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define R40 R32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define R48 R40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define R64 R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-#define R64 R48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define R80 R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define R88 R80 ", %80, %81, %82, %83, %84, %85, %86, %87"
-#define R96 R88 ", %88, %89, %90, %91, %92, %93, %94, %95"
-/// d = a b, or with `add` d += a b: 64 rows, n tokens, 32 places. The sums are bits in either case, floats or
-/// integers, so that both can take the same registers.
-#define MULTIPLY(NAME, n, KIND, FACTORS, D, R, a0, a1, a2, a3, tokens, keep)                                                        \
-    static __device__ __forceinline__ void NAME(u32(&d)[n / 2], const u32* a, u32 b, int add) {                                     \
-        asm volatile("{\n.reg .pred p;\n.reg .b64 tokens;\nsetp.ne.b32 p, %" keep ", 0;\nmov.b64 tokens, {%" tokens ", 0x40000040};\n"                                                             \
-                     "wgmma.mma_async.sync.aligned.m64n" #n "k32." KIND " {" R "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, tokens, p" FACTORS ";\n}"                                                                                           \
-                     : D(d, "+r", 0)                                                                                                \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));                                               \
+/// The instructions for n tokens, whose sums are operands R of the assembler: d = a b, or with `add` d += a b, of 32 places
+/// of codes; and d = a b of 16 columns of f16 with nothing in half of a. Sums are bits, floats or integers, so that
+/// both can take the same registers. The operands after them have numbers: those of a, of what describes b, of the rest.
+#define MULTIPLY(name, n, kind, factors, D, R, a0, a1, a2, a3, b_, add_)                                                         \
+    static __device__ __forceinline__ void name(u32(&d)[n / 2], const u32* a, u32 b, int add) {                                  \
+        asm volatile("{\n.reg .pred p;\n.reg .b64 tokens;\nsetp.ne.b32 p, %" add_ ", 0;\nmov.b64 tokens, {%" b_ ", 0x40000040};\n" \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k32." kind " {" R "}, {%" a0 ", %" a1 ", %" a2 ", %" a3             \
+                     "}, tokens, p" factors ";\n}"                                                                               \
+                     : D(d, "+r", 0)                                                                                             \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));                                            \
     }
-#define MULTIPLY_SCALES(n, D, R, a0, a1, tokens, zero)                                                                              \
-    static __device__ __forceinline__ void multiply_scales(u32(&d)[n / 2], u32 a0_, u32 a1_, u32 b) {                                \
-        asm volatile("{\n.reg .pred p;\n.reg .b64 tokens;\nsetp.ne.b32 p, %" zero ", 0;\nmov.b64 tokens, {%" tokens ", 0x00000008};\n" \
-                     "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" R "}, {%" a0 ", %" a1 ", %" zero ", %" zero "}, tokens, p, 1, 1, 0;\n}" \
-                     : D(d, "+r", 0)                                                                                                \
-                     : "r"(a0_), "r"(a1_), "r"(b), "r"(0));                                                                         \
+#define MULTIPLY_SCALES(n, D, R, a0, a1, b_, zero)                                                                               \
+    static __device__ __forceinline__ void multiply_scales(u32(&d)[n / 2], u32 low, u32 high, u32 b) {                           \
+        asm volatile("{\n.reg .pred p;\n.reg .b64 tokens;\nsetp.ne.b32 p, %" zero ", 0;\nmov.b64 tokens, {%" b_ ", 0x00000008};\n" \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" R "}, {%" a0 ", %" a1 ", %" zero ", %" zero      \
+                     "}, tokens, p, 1, 1, 0;\n}"                                                                                 \
+                     : D(d, "+r", 0)                                                                                             \
+                     : "r"(low), "r"(high), "r"(b), "r"(0));                                                                     \
     }
-#define MULTIPLY_BOTH(n, D, R, a0, a1, a2, a3, tokens, keep)                                           \
-    MULTIPLY(multiply_e4m3, n, "f32.e4m3.e4m3", ", 1, 1", D, R, a0, a1, a2, a3, tokens, keep)          \
-    MULTIPLY(multiply_s8, n, "s32.s8.s8", "", D, R, a0, a1, a2, a3, tokens, keep)
-#if N == 8
-MULTIPLY_BOTH(8, D4, R4, "4", "5", "6", "7", "8", "9")
-MULTIPLY_SCALES(8, D4, R4, "4", "5", "6", "7")
-#elif N == 16
-MULTIPLY_BOTH(16, D8, R8, "8", "9", "10", "11", "12", "13")
-MULTIPLY_SCALES(16, D8, R8, "8", "9", "10", "11")
-#elif N == 32
-MULTIPLY_BOTH(32, D16, R16, "16", "17", "18", "19", "20", "21")
-MULTIPLY_SCALES(32, D16, R16, "16", "17", "18", "19")
-#elif N == 64
-MULTIPLY_BOTH(64, D32, R32, "32", "33", "34", "35", "36", "37")
-MULTIPLY_SCALES(64, D32, R32, "32", "33", "34", "35")
-#elif N == 80
-MULTIPLY_BOTH(80, D40, R40, "40", "41", "42", "43", "44", "45")
-MULTIPLY_SCALES(80, D40, R40, "40", "41", "42", "43")
-#elif N == 128
-MULTIPLY_BOTH(128, D64, R64, "64", "65", "66", "67", "68", "69")
-MULTIPLY_SCALES(128, D64, R64, "64", "65", "66", "67")
-#elif N == 160
-MULTIPLY_BOTH(160, D80, R80, "80", "81", "82", "83", "84", "85")
-MULTIPLY_SCALES(160, D80, R80, "80", "81", "82", "83")
-#elif N == 176
-MULTIPLY_BOTH(176, D88, R88, "88", "89", "90", "91", "92", "93")
-MULTIPLY_SCALES(176, D88, R88, "88", "89", "90", "91")
-#elif N == 96
-MULTIPLY_BOTH(96, D48, R48, "48", "49", "50", "51", "52", "53")
-MULTIPLY_SCALES(96, D48, R48, "48", "49", "50", "51")
+#define INSTRUCTIONS(n, D, R, i0, i1, i2, i3, i4, i5)                                  \
+    MULTIPLY(multiply_e4m3, n, "f32.e4m3.e4m3", ", 1, 1", D, R, i0, i1, i2, i3, i4, i5) \
+    MULTIPLY(multiply_s8, n, "s32.s8.s8", "", D, R, i0, i1, i2, i3, i4, i5)             \
+    MULTIPLY_SCALES(n, D, R, i0, i1, i2, i3)
+#if TOKENS == 8
+INSTRUCTIONS(8, D4, R4, "4", "5", "6", "7", "8", "9")
+#elif TOKENS == 16
+INSTRUCTIONS(16, D8, R8, "8", "9", "10", "11", "12", "13")
+#elif TOKENS == 32
+INSTRUCTIONS(32, D16, R16, "16", "17", "18", "19", "20", "21")
+#elif TOKENS == 64
+INSTRUCTIONS(64, D32, R32, "32", "33", "34", "35", "36", "37")
+#elif TOKENS == 128
+INSTRUCTIONS(128, D64, R64, "64", "65", "66", "67", "68", "69")
+#else
+#error "there is no tile of so many tokens"
 #endif
 
 /// Keeps the compiler from moving uses of what wgmma still reads or writes.
@@ -291,15 +258,6 @@ typedef half Output;
 typedef float Output;
 #endif
 
-/// Adds or stores one result.
-static __device__ __forceinline__ void put(Output* to, float value) {
-#if OUT == 2
-    *to += value;
-#else
-    store(to, value);
-#endif
-}
-
 // ---- The road of a stage ----
 
 struct Operands {
@@ -401,7 +359,7 @@ static __device__ __forceinline__ void start_group(u32 (&sums)[HELD], u32 (&scal
 }
 
 /// Multiplies a block of 64 outlier channels with the odd or even half of the tokens' 128, and adds to the sums if `add`.
-static __device__ __forceinline__ void multiply_outliers(u32 (&sums)[PARTS][HELD], u32 tokens, u32 block, int odd, bool add) {
+static __device__ __forceinline__ void multiply_outliers(u32 (&sums)[HELD], u32 here, u32 block, int odd, bool add) {
     u32 a[8];
 #pragma unroll
     for (int step = 0; step < 2; step++) {
@@ -412,46 +370,36 @@ static __device__ __forceinline__ void multiply_outliers(u32 (&sums)[PARTS][HELD
         a[4 * step + 3] = v.w;
     }
     pin(a);
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) pin(sums[part]);
+    pin(sums);
     multiply_fence();
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-#pragma unroll
-        for (int step = 0; step < 2; step++)
-            multiply_s8(sums[part], a + 4 * step, tokens + part * (N * 128 / 16) + 2 * (odd * 2 + step), step > 0 || add);
-    }
+    for (int step = 0; step < 2; step++) multiply_s8(sums, a + 4 * step, describe(here) + 2 * (odd * 2 + step), step > 0 || add);
     multiply_commit();
     multiply_wait<0>();
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) pin(sums[part]);
+    pin(sums);
 }
 
-/// Adds the outliers' sums to the totals; block and tokens' scales are any outlier stage's.
-static __device__ __forceinline__ void promote_outliers(float (&total)[PARTS][HELD], const u32 (&sums)[PARTS][HELD], u32 block, u32 token_scales) {
+/// Adds the outliers' sums to the totals, with the scales of any outlier stage.
+static __device__ __forceinline__ void promote_outliers(float (&total)[HELD], const u32 (&sums)[HELD], u32 here, u32 block) {
     const RowScales row_scales = load_row_scales(block + 4096);
     const float low = to_float(half{row_scales.low}), high = to_float(half{row_scales.high});
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
+    for (int j = 0; j < TOKENS / 8; j++) {
+        const float2 s = load_pair(here + TOKEN_SCALES + (8 * j + threadIdx.x % 4 * 2) * 4);
 #pragma unroll
-        for (int j = 0; j < N / 8; j++) {
-            const float2 s = load_pair(token_scales + (part * N + 8 * j + threadIdx.x % 4 * 2) * 4);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float& to = total[part][4 * j + i];
-                to = fmaf((i % 2 ? s.y : s.x) * (i / 2 ? high : low), __int2float_rn((int)sums[part][4 * j + i]), to);
-                asm volatile("" : "+f"(to));
-            }
+        for (int i = 0; i < 4; i++) {
+            float& to = total[4 * j + i];
+            to = fmaf((i % 2 ? s.y : s.x) * (i / 2 ? high : low), __int2float_rn((int)sums[4 * j + i]), to);
+            // One after the other: all scales at once would not fit into the registers.
+            asm volatile("" : "+f"(to));
         }
     }
 }
 
 /// Sets right the totals of products of FP8 numbers. A power of two changes no rounding.
-static __device__ __forceinline__ void set_right(float (&total)[PARTS][HELD]) {
-    if (!BY_FLOAT) return;
+static __device__ __forceinline__ void set_right(float (&total)[HELD]) {
+#if BY_FLOAT
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-#pragma unroll
-        for (int i = 0; i < HELD; i++) total[part][i] *= 262144.0f;
-    }
+    for (int i = 0; i < HELD; i++) total[i] *= 262144.0f;
+#endif
 }

@@ -2,7 +2,10 @@
 //
 // A tile is 64 * BLOCKS rows and all tokens. A cluster of gridDim.y blocks of threads shares its stages, in equal
 // runs, and in a block SPLIT warpgroups take the run's stages in turn. In the end they add their totals, in the
-// order of blocks and warpgroups, through each other's shared memory.
+// order of blocks and warpgroups, through each other's shared memory. Macros and operands: hopper.cuh, and
+//
+//     SPLIT    warpgroups that take a run's stages in turn
+//     PER_SM   blocks of threads that an SM should hold
 
 /// Threads that multiply; a warp more copies.
 #define THREADS (128 * BLOCKS * SPLIT)
@@ -21,7 +24,7 @@ static __device__ __forceinline__ float load_remote(u32 address, int rank) {
 /// Where result `i` of thread `thread` of a block of 64 rows belongs.
 static __device__ __forceinline__ void place(Output* y, int i, int thread, int first_row, int tokens, int rows, float value) {
     const int token = i / 4 * 8 + thread % 4 * 2 + i % 2, row = first_row + thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
-    if (token < tokens && row < rows) put(y + (long long)token * rows + row, value);
+    if (token < tokens && row < rows) store(y + (long long)token * rows + row, value);
 }
 
 /// Grid (ceil(rows / (64 * BLOCKS)), splits) in clusters of (1, splits, 1); THREADS + 32 threads, and
@@ -38,13 +41,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, PER_SM)
     const int begin = all * rank / splits, end = all * (rank + 1) / splits;
     if (threadIdx.x >= THREADS) {
         if (threadIdx.x == THREADS) {
-            // Weights may be on their way before the kernel before has written the tokens.
-            Ring<1> ring(stages, shared_address(barriers), 0), behind = ring;
-            for (int stage = begin; stage < min(end, begin + STAGES); stage++, ring.next()) ask_for_weights(of, ring, 0, blockIdx.x * BLOCKS, stage);
-            wait_for_last();
-            for (int stage = begin; stage < min(end, begin + STAGES); stage++, behind.next()) ask_for_tokens(of, behind, 0, stage);
-            let_next_begin();
-            for (int stage = begin + STAGES; stage < end; stage++, ring.next()) {
+            Ring<1> ring(stages, shared_address(barriers), 0);
+            for (int stage = begin; stage < end; stage++, ring.next()) {
                 ask_for_weights(of, ring, 0, blockIdx.x * BLOCKS, stage);
                 ask_for_tokens(of, ring, 0, stage);
             }
@@ -56,11 +54,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, PER_SM)
         }
         return;
     }
-    const int thread = threadIdx.x % 128, lane = thread % 32, group = threadIdx.x / 128, own = group % BLOCKS, turn = group / BLOCKS;
+    const int thread = threadIdx.x % 128, group = threadIdx.x / 128, own = group % BLOCKS, turn = group / BLOCKS;
     Ring<SPLIT> ring(stages, shared_address(barriers), turn);
-    float totals[1][HELD];
-    u32 sums[1][HELD], scales[HELD];
-    float(&total)[HELD] = totals[0];
+    float total[HELD];
+    u32 sums[HELD], scales[HELD];
 #pragma unroll
     for (int i = 0; i < HELD; i++) total[i] = 0.0f;
     int stage = begin + turn;
@@ -75,22 +72,22 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, PER_SM)
         pin(a);
 #pragma unroll
         for (int g = 0; g < GROUPS_A_STAGE; g++) {
-            start_group(sums[0], scales, a, load_row_scales(block + CODE_BYTES + g * 128), here, stage, g);
+            start_group(sums, scales, a, load_row_scales(block + CODE_BYTES + g * 128), here, stage, g);
             multiply_wait<0>();
-            pin(sums[0]);
+            pin(sums);
             pin(scales);
-            promote(total, sums[0], scales);
+            promote(total, sums, scales);
         }
         release(ring.empty());
         ring.next();
     }
-    set_right(totals);
+    set_right(total);
 #pragma unroll 1
     for (bool add = false; stage < end; stage += SPLIT, add = true) {
         ring.wait();
         const u32 here = ring.here, block = here + X_BYTES + own * BLOCK_BYTES;
-        multiply_outliers(sums, describe(here), block, (stage - panels) % 2, add);
-        if (stage + SPLIT >= end) promote_outliers(totals, sums, block, here + TOKEN_SCALES);
+        multiply_outliers(sums, here, block, (stage - panels) % 2, add);
+        if (stage + SPLIT >= end) promote_outliers(total, sums, here, block);
         release(ring.empty());
         ring.next();
     }

@@ -1,8 +1,8 @@
-// Many tokens: one block of threads an SM, which takes tile after tile of 64 * BLOCKS rows by TOKENS tokens. Each of
-// BLOCKS warpgroups has 64 rows, one more copies.
+// Many tokens: one block of threads an SM, which takes tile after tile of 64 * BLOCKS rows by TOKENS tokens. Each of two
+// warpgroups has 64 rows, one more copies. Macros and operands: hopper.cuh.
 //
-// A warpgroup unpacks weights, waits for its products and adds them to its totals, one after the other. With three of
-// them the tensor cores have work from another one meanwhile.
+// A warpgroup starts a stage's products, loads meanwhile what it needs of the next stage, waits, adds the sums to its
+// totals and unpacks the next weights. While it does that, the tensor cores work for the other one.
 
 /// Room in which results are turned around, a warpgroup's tokens by 64 rows in f16.
 #define TURN_BYTES (TOKENS * 128)
@@ -22,7 +22,7 @@ static __device__ __forceinline__ Tile tile_of(int index, int token_tiles, int r
 }
 
 /// Writes a warpgroup's 64 rows of TOKENS tokens.
-static __device__ __forceinline__ void write(const float (&total)[PARTS][HELD], Output* y, int first_token, int first_row, int tokens, int rows, u32 turn, int group) {
+static __device__ __forceinline__ void write(const float (&total)[HELD], Output* y, int first_token, int first_row, int tokens, int rows, u32 turn, int group) {
     // Computing the addresses again for each tile costs less than keeping them in registers.
     u32 in_block = threadIdx.x;
     keep_apart(in_block);
@@ -33,9 +33,7 @@ static __device__ __forceinline__ void write(const float (&total)[PARTS][HELD], 
         // A token's 64 values are a row, in pieces of 16 bytes that are swizzled.
 #pragma unroll
         for (int j = 0; j < TOKENS / 8; j++) {
-            const float(&own)[HELD] = total[j / (N / 8)];
-            const int at = j % (N / 8) * 4;
-            const u32 low = pack_half2(own[at], own[at + 1]), high = pack_half2(own[at + 2], own[at + 3]);
+            const u32 low = pack_half2(total[4 * j], total[4 * j + 1]), high = pack_half2(total[4 * j + 2], total[4 * j + 3]);
             const u32 token = 8 * j + lane % 8, piece = warp * 2 + lane / 8 % 2;
             asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(turn + token * 128 + (piece ^ (token & 7)) * 16),
                          "r"(low), "r"(high)
@@ -57,7 +55,7 @@ static __device__ __forceinline__ void write(const float (&total)[PARTS][HELD], 
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int token = first_token + 8 * j + lane % 4 * 2 + e % 2, row = first_row + warp * 16 + lane / 4 + e / 2 * 8;
-            if (token < tokens && row < rows) put(y + (long long)token * rows + row, total[j / (N / 8)][j % (N / 8) * 4 + e]);
+            if (token < tokens && row < rows) store(y + (long long)token * rows + row, total[4 * j + e]);
         }
     }
 }
@@ -96,18 +94,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(BLOCKS == 2 ? 240 : 160));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         const u32 turn = ring.here + STAGES * STAGE_BYTES + group * TURN_BYTES;
-#if TURNS
-        if (group == BLOCKS - 1) barrier_pass(4);
-#endif
 #pragma unroll 1
         for (int index = blockIdx.x; index < token_tiles * row_tiles; index += gridDim.x) {
             const Tile tile = tile_of(index, token_tiles, row_tiles);
-            float total[1][HELD];
-            u32 sums[1][HELD], scales[HELD];
+            float total[HELD];
+            u32 sums[HELD], scales[HELD];
 #pragma unroll
-            for (int i = 0; i < HELD; i++) total[0][i] = 0.0f;
+            for (int i = 0; i < HELD; i++) total[i] = 0.0f;
             // What the next stage needs from shared memory is loaded while this one's products run.
             u32 a[16];
             Words words;
@@ -122,24 +117,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 pin(a);
 #pragma unroll
                 for (int g = 0; g < GROUPS_A_STAGE; g++) {
-#if TURNS
-                    group_barrier(4 + group, 256);
-#endif
-                    start_group(sums[0], scales, a, row_scales[g], here, stage, g);
-#if TURNS == 1
-                    barrier_pass(4 + (group + 1) % BLOCKS);
-#endif
+                    start_group(sums, scales, a, row_scales[g], here, stage, g);
                     if (g == GROUPS_A_STAGE - 1 && stage + 1 < panels) {
                         ring.wait();
                         load(words, row_scales, ring.here, group);
                     }
                     multiply_wait<0>();
-#if TURNS == 2
-                    barrier_pass(4 + (group + 1) % BLOCKS);
-#endif
-                    pin(sums[0]);
+                    pin(sums);
                     pin(scales);
-                    promote(total[0], sums[0], scales);
+                    promote(total, sums, scales);
                 }
                 release(empty);
             }
@@ -148,8 +134,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             for (int part = 0; part < halves; part++) {
                 ring.wait();
                 const u32 here = ring.here, block = here + X_BYTES + group * BLOCK_BYTES;
-                multiply_outliers(sums, describe(here), block, part % 2, part > 0);
-                if (part == halves - 1) promote_outliers(total, sums, block, here + TOKEN_SCALES);
+                multiply_outliers(sums, here, block, part % 2, part > 0);
+                if (part == halves - 1) promote_outliers(total, sums, here, block);
                 release(ring.empty());
                 ring.next();
             }

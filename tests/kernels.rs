@@ -100,7 +100,11 @@ fn log_faults(log: &str) -> Vec<String> {
             faults.push(format!("{function}: {stack_bytes} bytes of stack, {spill_bytes} spilled"));
         }
     }
-    faults.extend(log.lines().filter(|line| line.contains("ptxas warning")).map(str::to_owned));
+    // wgmma that ptxas waits for one by one is only told as information.
+    let told = |line: &&str| {
+        line.contains("ptxas warning") || line.contains("Potential Performance Loss")
+    };
+    faults.extend(log.lines().filter(told).map(str::to_owned));
     faults
 }
 
@@ -179,8 +183,9 @@ fn kernels_spill_nothing_and_use_the_tensor_cores() {
     let mut programs = Vec::new();
     for family in FAMILIES {
         for defines in (family.variants)() {
-            programs
-                .extend(ARCHITECTURES.map(|architecture| (family, defines.clone(), architecture)));
+            let all = ARCHITECTURES.into_iter();
+            let own = all.filter(|own| family.only.is_none_or(|only| only == *own));
+            programs.extend(own.map(|architecture| (family, defines.clone(), architecture)));
         }
     }
     assert!(!programs.is_empty(), "there is no kernel to compile: FAMILIES holds none");

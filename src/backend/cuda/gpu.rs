@@ -115,6 +115,12 @@ impl Gpu {
         self.context.attribute(attribute).map_err(|error| failed("cuDeviceGetAttribute", error))
     }
 
+    /// How many multiprocessors the device has.
+    pub(super) fn multiprocessors(&self) -> Result<usize> {
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        Ok(usize::try_from(self.attribute(attribute)?).unwrap_or(1))
+    }
+
     /// Makes the calling thread use this GPU.
     pub fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|error| failed("cuCtxSetCurrent", error))

@@ -9,6 +9,8 @@ pub struct Family {
     pub name: &'static str,
     /// What NVRTC compiles: `common.cuh`, then the file.
     pub source: &'static str,
+    /// The one architecture it is for; none for any.
+    pub only: Option<&'static str>,
     /// The tensor-core instruction that the machine code must contain, such as `HMMA`.
     pub tensor_core: Option<&'static str>,
     /// Macro sets that stand for all others: each is compiled for every architecture in the tests.
@@ -58,16 +60,138 @@ pub fn integer(group: usize, half: bool) -> Defines {
     vec![("GROUP", group.to_string()), ("OUT_HALF", flag(half))]
 }
 
+/// Macros of `fused`: `from` is NORM, HALF or SILU, `tokens` the rows of a block.
+pub fn fused(
+    from: &str,
+    group: usize,
+    hadamard: bool,
+    ordered: bool,
+    tokens: usize,
+    tiled: bool,
+    wide: bool,
+) -> Defines {
+    vec![
+        ("FROM", from.to_owned()),
+        ("GROUP", group.to_string()),
+        ("TRANSFORM", flag(hadamard)),
+        ("ORDERED", flag(ordered)),
+        ("TOKENS", tokens.to_string()),
+        ("TILED", flag(tiled)),
+        ("WIDE", flag(wide)),
+    ]
+}
+
 fn flag(set: bool) -> String {
     u8::from(set).to_string()
 }
 
+/// What the two products for Hopper are compiled for.
+#[derive(Clone, Copy, Debug)]
+pub struct Tiling {
+    /// Channels that share a scale: 32, 64 or 128.
+    pub group: usize,
+    /// Tokens of a tile.
+    pub tokens: usize,
+    /// Blocks of 64 rows in a tile.
+    pub blocks: usize,
+    /// Warpgroups that share a block's stages.
+    pub split: usize,
+    /// Blocks of threads that an SM holds at least.
+    pub per_sm: usize,
+    /// Whether activations' and weights' codes have 8 bits.
+    pub wide: [bool; 2],
+    /// Whether weights are FP4.
+    pub fp4: bool,
+    /// Whether results are f16 and not f32.
+    pub half: bool,
+}
+
+impl Tiling {
+    /// For products of so many tokens.
+    pub fn of(tokens: usize, group: usize) -> Self {
+        let (tokens, blocks, split, per_sm) = match tokens {
+            ..=8 => (8, 1, 2, 3),
+            ..=16 => (16, 1, 2, 3),
+            ..=32 => (32, 2, 1, 2),
+            ..=64 => (64, 2, 1, 1),
+            _ => (128, 2, 1, 1),
+        };
+        Self { group, tokens, blocks, split, per_sm, wide: [false; 2], fp4: false, half: true }
+    }
+
+    /// The macros of `product_tiles` and `product_stream`.
+    pub fn defines(&self) -> Defines {
+        let bits = |wide: bool| if wide { "8" } else { "4" }.to_owned();
+        vec![
+            ("GROUP", self.group.to_string()),
+            ("TOKENS", self.tokens.to_string()),
+            ("BLOCKS", self.blocks.to_string()),
+            ("SPLIT", self.split.to_string()),
+            ("PER_SM", self.per_sm.to_string()),
+            ("STAGES", self.stages().to_string()),
+            ("X_BITS", bits(self.wide[0])),
+            ("W_BITS", bits(self.wide[1])),
+            ("W_FP4", flag(self.fp4)),
+            ("OUT", flag(self.half)),
+        ]
+    }
+
+    /// Whether a block of threads takes tile after tile.
+    pub fn is_for_many(&self) -> bool {
+        self.tokens > 64
+    }
+
+    /// Bytes of a stage, as hopper.cuh counts them.
+    fn stage_bytes(&self) -> usize {
+        let block = block_bytes(self.group, self.wide[1]);
+        (self.tokens * (128 + 16) + self.blocks * block).next_multiple_of(1024)
+    }
+
+    /// Bytes in which results are turned around.
+    fn turn_bytes(&self) -> usize {
+        if self.is_for_many() { self.blocks * self.tokens * 128 } else { 0 }
+    }
+
+    /// As many stages as there is room for, but no more than are of use.
+    fn stages(&self) -> usize {
+        const SM_BYTES: usize = 227 << 10;
+        // A block of threads has a kilobyte of its own, and one for alignment.
+        let room = SM_BYTES / self.per_sm - 2048 - self.turn_bytes();
+        (room / self.stage_bytes()).min(16)
+    }
+
+    /// Dynamic shared memory of a block of threads.
+    pub fn shared_bytes(&self) -> usize {
+        self.stages() * self.stage_bytes() + self.turn_bytes() + 1024
+    }
+}
+
+/// Bytes of 64 rows and 128 places of weights: codes and f16 scales.
+pub fn block_bytes(group: usize, wide: bool) -> usize {
+    64 * 128 / if wide { 1 } else { 2 } + 128 / group * 64 * 2
+}
+
+/// Macros of `blocks`.
+pub fn blocks(group: usize, wide: bool, fp4: bool) -> Defines {
+    vec![
+        ("GROUP", group.to_string()),
+        ("W_BITS", if wide { "8" } else { "4" }.to_owned()),
+        ("W_FP4", flag(fp4)),
+    ]
+}
+
 /// The source of a family. Line numbers in the compiler's messages are those of its own file.
 macro_rules! source {
-    ($name:literal) => {
+    ($name:literal $(, $header:literal)?) => {
         concat!(
             "#line 1 \"common.cuh\"\n",
             include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/common.cuh")),
+            $(
+                "\n#line 1 \"",
+                $header,
+                "\"\n",
+                include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/", $header)),
+            )?
             "\n#line 1 \"",
             $name,
             ".cu\"\n",
@@ -81,6 +205,7 @@ pub const FAMILIES: &[Family] = &[
     Family {
         name: "arrange",
         source: source!("arrange"),
+        only: None,
         tensor_core: None,
         variants: || {
             vec![
@@ -101,6 +226,7 @@ pub const FAMILIES: &[Family] = &[
     Family {
         name: "attention",
         source: source!("attention"),
+        only: None,
         tensor_core: Some("HMMA"),
         variants: || {
             vec![
@@ -114,20 +240,49 @@ pub const FAMILIES: &[Family] = &[
         },
     },
     Family {
+        name: "blocks",
+        source: source!("blocks"),
+        only: None,
+        tensor_core: None,
+        variants: || {
+            vec![blocks(128, false, false), blocks(64, false, true), blocks(32, true, false)]
+        },
+    },
+    Family {
         name: "elementwise",
         source: source!("elementwise"),
+        only: None,
         tensor_core: None,
         variants: || vec![vec![]],
     },
     Family {
+        name: "fused",
+        source: source!("fused"),
+        only: None,
+        tensor_core: None,
+        variants: || {
+            vec![
+                fused("NORM", 128, true, true, 4, true, false),
+                fused("NORM", 64, true, true, 1, false, false),
+                fused("HALF", 128, true, true, 8, true, false),
+                fused("HALF", 32, false, true, 2, true, true),
+                fused("SILU", 128, true, false, 8, true, false),
+                fused("SILU", 128, true, true, 1, true, false),
+                [fused("SILU", 64, true, true, 4, false, false), formats(true, false)].concat(),
+            ]
+        },
+    },
+    Family {
         name: "gptq",
         source: source!("gptq"),
+        only: None,
         tensor_core: None,
         variants: || vec![vec![], formats(true, false)],
     },
     Family {
         name: "integer",
         source: source!("integer"),
+        only: None,
         tensor_core: Some("IMMA"),
         variants: || {
             vec![
@@ -143,12 +298,14 @@ pub const FAMILIES: &[Family] = &[
     Family {
         name: "measure",
         source: source!("measure"),
+        only: None,
         tensor_core: None,
         variants: || vec![vec![]],
     },
     Family {
         name: "prepare",
         source: source!("prepare"),
+        only: None,
         tensor_core: None,
         variants: || {
             vec![
@@ -162,8 +319,47 @@ pub const FAMILIES: &[Family] = &[
         },
     },
     Family {
+        name: "product_stream",
+        source: source!("product_stream", "hopper.cuh"),
+        only: Some("sm_90a"),
+        tensor_core: Some("IGMMA"),
+        variants: || {
+            let tiling = |tokens, group, wide, fp4, half| {
+                Tiling { wide, fp4, half, ..Tiling::of(tokens, group) }.defines()
+            };
+            vec![
+                tiling(1, 128, [false; 2], false, true),
+                tiling(16, 64, [false; 2], true, true),
+                tiling(32, 32, [false; 2], false, false),
+                tiling(64, 128, [false; 2], false, true),
+                tiling(8, 128, [true, false], false, true),
+                tiling(64, 128, [true; 2], false, true),
+            ]
+        },
+    },
+    Family {
+        name: "product_tiles",
+        source: source!("product_tiles", "hopper.cuh"),
+        only: Some("sm_90a"),
+        tensor_core: Some("IGMMA"),
+        variants: || {
+            let tiling = |group, wide, fp4, half| {
+                Tiling { wide, fp4, half, ..Tiling::of(1024, group) }.defines()
+            };
+            vec![
+                tiling(128, [false; 2], false, true),
+                tiling(128, [false; 2], true, true),
+                tiling(64, [false; 2], false, false),
+                tiling(32, [false; 2], false, true),
+                tiling(128, [true, false], false, true),
+                tiling(64, [true; 2], false, true),
+            ]
+        },
+    },
+    Family {
         name: "reduce",
         source: source!("reduce"),
+        only: None,
         tensor_core: None,
         variants: || vec![vec![]],
     },

@@ -5,7 +5,10 @@ use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::result;
-use cudarc::driver::sys::{CUdeviceptr, CUfunction, CUfunction_attribute, CUmodule};
+use cudarc::driver::sys::{
+    CUdeviceptr, CUfunction, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
+    CUlaunchConfig, CUmodule, cuLaunchKernelEx,
+};
 
 use super::compile::Compiler;
 use super::gpu::{Buffer, Gpu, Stream, failed};
@@ -154,6 +157,51 @@ impl Kernels {
         self.gpu.traced(|| entry.to_owned(), work)
     }
 
+    /// Launches on the main stream in clusters of `cluster` blocks along y.
+    pub fn launch_clusters(
+        &self,
+        family: &str,
+        defines: &[(&'static str, String)],
+        entry: &str,
+        geometry: Geometry,
+        cluster: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        let Geometry { grid, threads, .. } = geometry;
+        let work = || {
+            let function = self.ready(family, defines, entry, geometry)?;
+            let mut slots: Vec<u64> = arguments.iter().map(|argument| argument.0).collect();
+            let mut pointers: Vec<*mut c_void> =
+                slots.iter_mut().map(|slot| (slot as *mut u64).cast()).collect();
+            // SAFETY: zeros are a value of this plain structure.
+            let mut attribute: CUlaunchAttribute = unsafe { std::mem::zeroed() };
+            attribute.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            attribute.value.clusterDim.x = 1;
+            attribute.value.clusterDim.y = dimension(cluster);
+            attribute.value.clusterDim.z = 1;
+            let config = CUlaunchConfig {
+                gridDimX: dimension(grid.0),
+                gridDimY: dimension(grid.1),
+                gridDimZ: dimension(grid.2),
+                blockDimX: dimension(threads),
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: dimension(geometry.shared_bytes),
+                hStream: self.gpu.stream(Stream::Main),
+                attrs: &raw mut attribute,
+                numAttrs: 1,
+            };
+            // SAFETY: as in launch_on; configuration and attribute outlive the call.
+            unsafe {
+                let none = std::ptr::null_mut();
+                cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), none)
+            }
+            .result()
+            .map_err(|error| failed(&format!("launching `{entry}`"), error))
+        };
+        self.gpu.traced(|| entry.to_owned(), work)
+    }
+
     /// Launches on a given stream.
     pub fn launch_on(
         &self,
@@ -168,6 +216,34 @@ impl Kernels {
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
             return Ok(());
         }
+        let function = self.ready(family, defines, entry, geometry)?;
+        let mut slots: Vec<u64> = arguments.iter().map(|argument| argument.0).collect();
+        let mut pointers: Vec<*mut c_void> =
+            slots.iter_mut().map(|slot| (slot as *mut u64).cast()).collect();
+        // SAFETY: the arguments are what the kernel takes: each launch names them in the order of its
+        // source, and the tests compare what every kernel gives.
+        unsafe {
+            result::launch_kernel(
+                function,
+                (dimension(grid.0), dimension(grid.1), dimension(grid.2)),
+                (dimension(threads), 1, 1),
+                dimension(shared_bytes),
+                self.gpu.stream(stream),
+                &mut pointers,
+            )
+        }
+        .map_err(|error| failed(&format!("launching `{entry}`"), error))
+    }
+
+    /// A kernel that may take the shared memory of a launch.
+    fn ready(
+        &self,
+        family: &str,
+        defines: &[(&'static str, String)],
+        entry: &str,
+        geometry: Geometry,
+    ) -> Result<CUfunction> {
+        let shared_bytes = geometry.shared_bytes;
         self.gpu.bind()?;
         let family = FAMILIES
             .iter()
@@ -184,24 +260,12 @@ impl Kernels {
                 failed(&format!("{entry} needs {shared_bytes} bytes of shared memory"), error)
             })?;
         }
-        let mut slots: Vec<u64> = arguments.iter().map(|argument| argument.0).collect();
-        let mut pointers: Vec<*mut c_void> =
-            slots.iter_mut().map(|slot| (slot as *mut u64).cast()).collect();
-        let dimension = |size: usize| u32::try_from(size).expect("a grid of less than 2^32 blocks");
-        // SAFETY: the arguments are what the kernel takes: each launch names them in the order of its
-        // source, and the tests compare what every kernel gives.
-        unsafe {
-            result::launch_kernel(
-                function,
-                (dimension(grid.0), dimension(grid.1), dimension(grid.2)),
-                (dimension(threads), 1, 1),
-                dimension(shared_bytes),
-                self.gpu.stream(stream),
-                &mut pointers,
-            )
-        }
-        .map_err(|error| failed(&format!("launching `{entry}`"), error))
+        Ok(function)
     }
+}
+
+fn dimension(size: usize) -> u32 {
+    u32::try_from(size).expect("a grid of less than 2^32 blocks")
 }
 
 /// Arguments of a launch, each of its own type.

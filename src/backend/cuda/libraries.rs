@@ -159,6 +159,18 @@ pub struct Device {
     pub driver: Version,
 }
 
+impl Device {
+    /// Shared memory that a block of threads may take.
+    pub fn block_shared_bytes(&self) -> usize {
+        let Version { major, minor } = self.capability;
+        match (major, minor) {
+            (8, 0 | 7) => 163 << 10,
+            (9..12, _) => 227 << 10,
+            _ => 99 << 10,
+        }
+    }
+}
+
 /// Checks that there is a driver that we can use and that it shows a device.
 ///
 /// # Errors

@@ -1,7 +1,6 @@
 /*! Random operands on the device, plain reads and copies of memory, and the operations that are measured
 beside them, none of which allocates. */
 
-use cudarc::driver::sys::CUdevice_attribute;
 
 use super::Cuda;
 use super::gpu::Buffer;
@@ -161,10 +160,4 @@ impl Cuda {
 }
 
 impl super::gpu::Gpu {
-    /// How many multiprocessors the device has.
-    fn multiprocessors(&self) -> Result<usize> {
-        let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let count = self.attribute(attribute)?;
-        Ok(usize::try_from(count).unwrap_or(1))
-    }
 }

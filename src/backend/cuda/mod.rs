@@ -9,9 +9,15 @@ integer product are those of the CPU, bit for bit, for the same activations. */
 mod attention;
 pub mod compile;
 mod drift;
+mod fused;
+#[cfg(test)]
+mod fused_tests;
 mod gptq;
 pub mod gpu;
 mod hessian;
+mod hopper;
+#[cfg(test)]
+mod hopper_tests;
 pub mod kernels;
 mod launch;
 pub mod libraries;
@@ -52,6 +58,12 @@ use tensor::{
 /// Threads of a block in the kernels that do not say otherwise.
 const THREADS: usize = 256;
 
+/// The environment variable that has integer products computed by `wgmma`, on devices that have it. It is not yet so by
+/// default: these kernels were checked by themselves, but not yet in the program (docs/kernels.md).
+const WGMMA_VARIABLE: &str = "ATOM_GPU_WGMMA";
+/// The devices that have it: Hopper's.
+const WGMMA: libraries::Version = libraries::Version { major: 9, minor: 0 };
+
 /// A batch's activations inside a block, counted as f32: 16384 tokens of Llama-2-7B's widths, whose
 /// products fill the largest devices.
 const BATCH_BYTES: usize = 3_600_000_000;
@@ -64,6 +76,8 @@ pub struct Cuda {
     uploads: Mutex<Staging>,
     downloads: Mutex<Staging>,
     rope: Mutex<Option<RopeTables>>,
+    /// Whether integer products go to Hopper's tensor cores by `wgmma`.
+    wgmma: bool,
     /// Bytes that hidden states take on the device while they are set aside.
     aside_bytes: Arc<AtomicU64>,
     /// Bytes that they may take.
@@ -81,8 +95,10 @@ impl Cuda {
         libraries::cublaslt()?;
         libraries::cusolver()?;
         let compiler = Compiler::for_device(&device)?;
+        let wgmma = device.capability == WGMMA && std::env::var_os(WGMMA_VARIABLE).is_some();
         let gpu = Gpu::open(device, memory_bytes)?;
         Ok(Self {
+            wgmma,
             kernels: Kernels::new(Arc::clone(&gpu), compiler),
             products: Products::new(Arc::clone(&gpu))?,
             uploads: Mutex::new(Staging::new(Arc::clone(&gpu), Stream::Up)?),
@@ -355,7 +371,8 @@ impl Backend for Cuda {
         if format.bits < 16 {
             self.check_levels(format.levels)?;
         }
-        Ok(Site { format: format.clone(), order: self.gpu.upload(&format.order)? })
+        let places = self.places(format)?;
+        Ok(Site { format: format.clone(), order: self.gpu.upload(&format.order)?, places })
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<Tensor> {
@@ -404,7 +421,7 @@ impl Backend for Cuda {
 
     fn integer_product(&self, x: &Rows, weight: &Packed) -> Result<Tensor> {
         let data = Data::Half(self.integer(x, weight, true)?);
-        Ok(Tensor::new(x.tokens, weight.weight.rows, data))
+        Ok(Tensor::new(x.tokens, weight.rows, data))
     }
 
     fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {

@@ -10,8 +10,8 @@ use super::kernels::{self, Defines};
 use super::launch::{Argument, Geometry, arguments};
 use super::product::Precision;
 use super::tensor::{
-    Codes, OUTLIER_MULTIPLE, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE, Site, Tensor,
-    Weight,
+    Codes, Data, Form, Layout, OUTLIER_MULTIPLE, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE, Site,
+    Tensor, Weight,
 };
 use super::{Cuda, THREADS};
 use crate::backend::Backend;
@@ -33,6 +33,8 @@ const PAIRED: [usize; 4] = [32, 64, 128, 256];
 /// Shared memory that two rows may be staged in: three blocks of threads fit an SM of 228 KiB beside
 /// each other, one an SM of 100 KiB.
 const PAIR_BYTES: usize = 64 << 10;
+/// The greatest magnitude of a code of at most 4 bits, FP4's doubled.
+const MOST_NARROW: u8 = 12;
 /// Shared memory of a block where groups are worked on there.
 const GROUP_BYTES: usize = 96 << 10;
 
@@ -91,6 +93,30 @@ impl Arranging {
     }
 }
 
+/// The least row of what was quantized so far that had a value or a scale beyond f16, or no number.
+pub(super) struct Unsound(Buffer);
+
+impl Unsound {
+    /// What kernels lower with `atomicMin`.
+    pub(super) fn buffer(&self) -> &Buffer {
+        &self.0
+    }
+
+    /// Waits for the kernels.
+    ///
+    /// # Errors
+    /// An input error that names the row, if there is one.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.0.download::<u32>(0..4)?[0] {
+            u32::MAX => Ok(()),
+            token => Err(Error::input(format!(
+                "the activation of token {token} is not finite or beyond the range of f16"
+            ))
+            .hint("the model overflows f16 on this text: try --device cpu")),
+        }
+    }
+}
+
 impl Cuda {
     /// Rows `[rows, channels]` of type `element` in the site's order, transformed, as f16 or f32.
     pub(super) fn arrange_rows(
@@ -143,12 +169,37 @@ impl Cuda {
     }
 
     pub(super) fn quantize_rows(&self, x: &Tensor, site: &Site) -> Result<Rows> {
+        let unsound = self.unsound()?;
+        let SiteFormat { group_size, outlier_channels, outlier_format, .. } = site.format;
+        let tiles = self.takes_tiles(group_size, outlier_channels, outlier_format);
+        let fused = match &x.data {
+            Data::Half(_) if tiles => self.half_quantize(x, site, Layout::Tiled, &unsound)?,
+            _ => None,
+        };
+        let rows = match fused {
+            Some(rows) => rows,
+            None if tiles => self.tiled(&self.quantize_unchecked(x, site, &unsound)?)?,
+            None => self.quantize_unchecked(x, site, &unsound)?,
+        };
+        unsound.check()?;
+        Ok(rows)
+    }
+
+    /// The same, without waiting: the caller checks `unsound` when it likes.
+    pub(super) fn quantize_unchecked(
+        &self,
+        x: &Tensor,
+        site: &Site,
+        unsound: &Unsound,
+    ) -> Result<Rows> {
         let format = &site.format;
         let (values, element) = x.typed();
         let tokens = x.rows;
         let outliers = self.outliers(format.outlier_channels, format.outlier_format, tokens)?;
         let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
         let rows = Rows {
+            layout: Layout::RowMajor,
+            bits: format.bits,
             tokens,
             levels: format.levels,
             group_size: format.group_size,
@@ -158,8 +209,6 @@ impl Cuda {
             scale_stride,
             outliers,
         };
-        let bad = self.gpu.alloc(4)?;
-        bad.fill(0xff, Stream::Main)?;
         let (least, greatest) = format.code_limits();
         let arranging = Arranging::new(format, element);
         let (geometry, staged) = arranging.quantizing(tokens);
@@ -190,16 +239,17 @@ impl Cuda {
                 rows.outliers.codes.as_ref(),
                 rows.outliers.scales.as_ref(),
                 rows.outliers.values.as_ref(),
-                &bad
+                unsound.buffer()
             ],
         )?;
-        match bad.download::<u32>(0..4)?[0] {
-            u32::MAX => Ok(rows),
-            token => Err(Error::input(format!(
-                "the activation of token {token} is not finite or beyond the range of f16"
-            ))
-            .hint("the model overflows f16 on this text: try --device cpu")),
-        }
+        Ok(rows)
+    }
+
+    /// A record of no row.
+    pub(super) fn unsound(&self) -> Result<Unsound> {
+        let least = self.gpu.alloc(4)?;
+        least.fill(0xff, Stream::Main)?;
+        Ok(Unsound(least))
     }
 
     /// Room for the outliers of `rows` rows.
@@ -225,6 +275,9 @@ impl Cuda {
 
     /// Quantized activations on the host.
     pub(super) fn fetched_rows(&self, rows: &Rows) -> Result<QuantizedRows> {
+        if rows.layout == Layout::Tiled {
+            return self.fetched_rows(&self.untiled(rows)?);
+        }
         let Rows { tokens, levels, group_size, groups, scale_stride, .. } = *rows;
         let codes = rows.codes.download::<i8>(0..tokens * groups * group_size)?;
         let scales = rows.scales.download::<f32>(0..4 * scale_stride * groups)?;
@@ -284,7 +337,21 @@ impl Cuda {
         }
         let codes = self.gpu.upload(&rows.codes)?;
         let scales = self.gpu.upload(&scales)?;
-        Ok(Rows { tokens, levels, group_size, groups, codes, scales, scale_stride, outliers })
+        // The width of the codes says how tiles hold them.
+        let wide = rows.codes.iter().any(|code| code.unsigned_abs() > MOST_NARROW);
+        let (layout, bits) = (Layout::RowMajor, if wide { 8 } else { 4 });
+        Ok(Rows {
+            layout,
+            bits,
+            tokens,
+            levels,
+            group_size,
+            groups,
+            codes,
+            scales,
+            scale_stride,
+            outliers,
+        })
     }
 
     /// INT8 outliers `[rows, channels]` with zeros behind each row.
@@ -298,6 +365,9 @@ impl Cuda {
     }
 
     pub(super) fn dequantize_rows(&self, x: &Rows) -> Result<Tensor> {
+        if x.layout == Layout::Tiled {
+            return self.dequantize_rows(&self.untiled(x)?);
+        }
         let y = self.half(x.tokens, x.groups * x.group_size + x.outliers.channels)?;
         let outliers = [&x.outliers.codes, &x.outliers.scales, &x.outliers.values]
             .map(|buffer| buffer.as_ref().map_or(0, Buffer::pointer));
@@ -369,23 +439,28 @@ impl Cuda {
     }
 
     pub(super) fn pack(&self, weight: &Quantized) -> Result<Packed> {
-        let WeightFormat { groups, rows_per_scale, .. } = weight.format;
-        let stride = weight.rows.next_multiple_of(SCALE_MULTIPLE);
+        let Quantized { format, first_row, rows, .. } = *weight;
+        let WeightFormat { group_size, groups, rows_per_scale, .. } = format;
+        if self.takes_tiles(group_size, format.outlier_channels, format.outlier_format) {
+            let form = Form::Blocks(self.blocks(weight)?);
+            return Ok(Packed { format, rows, form });
+        }
+        let stride = rows.next_multiple_of(SCALE_MULTIPLE);
         let scales = self.gpu.alloc(4 * stride * groups)?;
         self.launch(
             "gptq",
             "spread_scales",
-            Geometry::over(weight.rows * groups, THREADS),
-            arguments![weight.scales(), weight.rows, groups, rows_per_scale, stride, &scales],
+            Geometry::over(rows * groups, THREADS),
+            arguments![weight.scales(), rows, groups, rows_per_scale, stride, &scales],
         )?;
         let shared = Arc::clone(&weight.shared);
-        let Quantized { format, first_row, rows, .. } = *weight;
-        Ok(Packed { weight: Quantized { format, first_row, rows, shared, lost: None }, scales })
+        let weight = Quantized { format, first_row, rows, shared, lost: None };
+        Ok(Packed { format, rows, form: Form::Rows { weight, scales } })
     }
 
     /// `x w^T` by the integer path, in f16 or in f32.
     pub(super) fn integer(&self, x: &Rows, weight: &Packed, half: bool) -> Result<Buffer> {
-        let count = x.tokens * weight.weight.rows;
+        let count = x.tokens * weight.rows;
         let half_now = half && !x.has_float_outliers();
         let y = self.gpu.alloc(if half_now { 2 } else { 4 } * count)?;
         self.integer_into(x, weight, &y, half_now)?;
@@ -403,8 +478,9 @@ impl Cuda {
         Ok(rounded)
     }
 
-    /// The same into memory that is there, with no allocation. Outliers in f16 and FP8 are added to f32 sums,
-    /// so that `half` is not for them.
+    /// The same into memory that is there. Outliers in f16 and FP8 are added to f32 sums, so that `half` is not for
+    /// them. Nothing is allocated if `x` lies as [`quantize_rows`](Self::quantize_rows) gives it and no codes of 8 bits meet
+    /// others.
     pub(super) fn integer_into(
         &self,
         x: &Rows,
@@ -412,13 +488,24 @@ impl Cuda {
         to: &Buffer,
         half: bool,
     ) -> Result<()> {
-        let Packed { weight, scales } = weight;
-        let (tokens, rows) = (x.tokens, weight.rows);
+        let (format, tokens, rows) = (&weight.format, x.tokens, weight.rows);
         assert_eq!(
             (x.group_size, x.groups, x.outliers.channels),
-            (weight.format.group_size, weight.format.groups, weight.format.outlier_channels)
+            (format.group_size, format.groups, format.outlier_channels)
         );
         assert!(!(half && x.has_float_outliers()), "sums that are to be added to are f32");
+        let (weight, scales) = match (&weight.form, x.layout) {
+            (Form::Blocks(blocks), Layout::Tiled) => {
+                return self.tiled_product(x, blocks, rows, to, half);
+            }
+            (Form::Blocks(blocks), Layout::RowMajor) => {
+                return self.tiled_product(&self.tiled(x)?, blocks, rows, to, half);
+            }
+            (Form::Rows { weight, scales }, Layout::RowMajor) => (weight, scales),
+            (Form::Rows { .. }, Layout::Tiled) => {
+                return self.integer_into(&self.untiled(x)?, weight, to, half);
+            }
+        };
         let [outlier_codes, outlier_scales, outlier_values] = weight.outliers();
         let defines = kernels::integer(x.group_size, half);
         self.kernels.launch(

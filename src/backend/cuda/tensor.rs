@@ -124,6 +124,8 @@ pub struct Dense {
 pub struct Site {
     pub(super) format: SiteFormat,
     pub(super) order: Buffer,
+    /// The order in whole panels, where `fused` makes the site's codes.
+    pub(super) places: Option<Buffer>,
 }
 
 /// Outlier channels are stored so many at a time: the depth of an integer matrix instruction.
@@ -151,8 +153,21 @@ impl Outliers {
     }
 }
 
-/// Quantized activations: codes `[tokens, groups * group_size]`, scales `[groups, scale_stride]`.
+/// How codes of activations lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// Codes `[tokens, groups * group_size]`, scales `[groups, scale_stride]`.
+    RowMajor,
+    /// As kernels/hopper.cuh reads them: panels of 128 places, `[panels, scale_stride, 128]`, outliers' codes likewise;
+    /// f16 scales `[ceil(groups / 8), scale_stride, 8]`.
+    Tiled,
+}
+
+/// Quantized activations.
 pub struct Rows {
+    pub(super) layout: Layout,
+    /// Of a code; 8 are two's complement in either layout.
+    pub(super) bits: u8,
     pub(super) tokens: usize,
     pub(super) levels: Levels,
     pub(super) group_size: usize,
@@ -222,10 +237,30 @@ impl Quantized {
     }
 }
 
-/// A quantized linear with its scales as the integer product reads them: `[groups, scale_stride]`.
+/// A quantized linear as an integer product reads it.
 pub struct Packed {
-    pub(super) weight: Quantized,
-    pub(super) scales: Buffer,
+    pub(super) format: WeightFormat,
+    pub(super) rows: usize,
+    pub(super) form: Form,
+}
+
+/// How a [`Packed`] linear lies in memory.
+pub(super) enum Form {
+    /// Rows of codes, scales `[groups, scale_stride]`.
+    Rows { weight: Quantized, scales: Buffer },
+    /// Blocks of 64 rows.
+    Blocks(Blocks),
+}
+
+/// Weights in the blocks of kernels/hopper.cuh.
+pub(super) struct Blocks {
+    /// Whether codes have 8 bits and not 4.
+    pub(super) wide: bool,
+    pub(super) fp4: bool,
+    /// `[ceil(rows / 64), panels]` blocks, codes and scales.
+    pub(super) codes: Buffer,
+    /// `[ceil(rows / 64), ceil(outliers / 64)]` blocks, if there are outliers.
+    pub(super) outliers: Option<Buffer>,
 }
 
 /// A running sum of `x^T x`, `[n, n]`. While tokens are added, the upper triangle is kept up to date;

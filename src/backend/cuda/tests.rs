@@ -3,7 +3,7 @@
 
 use half::f16;
 
-use super::tensor::{Data, Tensor};
+use super::tensor::{Data, Layout, Tensor};
 use super::*;
 use crate::backend::cpu::Cpu;
 use crate::checkpoint::Tensor as Stored;
@@ -25,22 +25,22 @@ pub(crate) fn device(test: &str) -> Option<Cuda> {
     }
 }
 
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn next(&mut self) -> u32 {
+    pub(super) fn next(&mut self) -> u32 {
         self.0 =
             self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as u32
     }
 
     /// About normal, of deviation 1, exact in f16.
-    fn value(&mut self) -> f32 {
+    pub(super) fn value(&mut self) -> f32 {
         let sum: f32 = (0..4).map(|_| self.next() as f32 / (1u32 << 31) as f32 - 0.5).sum();
         f16::from_f32(sum * 1.7).to_f32()
     }
 
-    fn values(&mut self, count: usize) -> Vec<f32> {
+    pub(super) fn values(&mut self, count: usize) -> Vec<f32> {
         (0..count).map(|_| self.value()).collect()
     }
 
@@ -63,7 +63,7 @@ impl Random {
     }
 
     /// Channels of very different magnitudes, as activations have them.
-    fn activations(&mut self, rows: usize, columns: usize) -> Matrix {
+    pub(super) fn activations(&mut self, rows: usize, columns: usize) -> Matrix {
         let scales: Vec<f32> = (0..columns).map(|_| (self.value() * 1.5).exp()).collect();
         let data = (0..rows * columns)
             .map(|at| f16::from_f32(self.value() * scales[at % columns]).to_f32())
@@ -73,7 +73,7 @@ impl Random {
 }
 
 impl Cuda {
-    fn half_tensor(&self, matrix: &Matrix) -> Tensor {
+    pub(super) fn half_tensor(&self, matrix: &Matrix) -> Tensor {
         self.upload_activation(matrix.clone()).unwrap()
     }
 
@@ -82,8 +82,8 @@ impl Cuda {
     }
 
     /// Codes and scales, after a look at what lies behind the outliers.
-    fn rows_on_host(&self, rows: &Rows) -> QuantizedRows {
-        if let Some(codes) = &rows.outliers.codes {
+    pub(super) fn rows_on_host(&self, rows: &Rows) -> QuantizedRows {
+        if let (Some(codes), Layout::RowMajor) = (&rows.outliers.codes, rows.layout) {
             let (channels, padded) = (rows.outliers.channels, rows.outliers.padded());
             let codes = codes.download::<i8>(0..rows.tokens * padded).unwrap();
             assert!(codes.chunks(padded).all(|row| row[channels..].iter().all(|&c| c == 0)));
@@ -94,6 +94,7 @@ impl Cuda {
         fetched
     }
 }
+
 
 /// `|a - b| <= share * max |b|` everywhere, and no NaN.
 fn close(found: &[f32], expected: &[f32], share: f32, what: &str) {
@@ -113,7 +114,7 @@ fn bytes_of(values: &[f32], dtype: Dtype) -> Vec<u8> {
     }
 }
 
-fn site(
+pub(super) fn site(
     channels: usize,
     group_size: usize,
     outliers: usize,

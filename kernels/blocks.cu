@@ -1,4 +1,5 @@
-// Weights as hopper.cu reads them, from rows of codes. What lies beyond the last row or channel becomes zero.
+// What the products for Hopper read (hopper.cuh), from rows of codes, and back. What lies beyond the last row or channel
+// becomes zero.
 //
 // In a block of 64 rows and 128 places, thread t of a warpgroup holds, of rows g = t / 32 * 16 + t % 32 / 4 and g + 8,
 // four places 4 * (t % 4) and on of every 16: the left operand of wgmma. Step s of 32 places has four registers:
@@ -20,7 +21,7 @@ struct Rows {
     __device__ __forceinline__ int at(int row, long long place) const { return row < rows && place < width ? codes[row * width + place] : 0; }
 };
 
-/// Sign and lower bits of a code as hopper.cu unpacks them.
+/// Sign and lower bits of a code as hopper.cuh unpacks them.
 static __device__ __forceinline__ u32 sign_of(int code) { return code < 0; }
 static __device__ __forceinline__ u32 low_bits_of(int code) {
 #if W_FP4
@@ -94,4 +95,64 @@ extern "C" __global__ void __launch_bounds__(128) pack_outliers(const i8* codes,
         const int own = blockIdx.y * 64 + thread;
         *reinterpret_cast<half*>(block + 4096 + thread * 2) = to_half(own < rows ? scales[own] : 0.0f);
     }
+}
+
+/// Where the 16 bytes of chunk `chunk` of token `token` in a panel lie.
+static __device__ __forceinline__ long long chunk_at(int panel, int padded, int token, int chunk) {
+    return (((long long)panel * padded + token) * 8 + (chunk ^ (token & 7))) * 16;
+}
+
+/// Panels [panels][padded][128] of rows of codes [tokens, width]; with `magnitudes` as signs and magnitudes. A thread for each
+/// 16 places: panels * padded * 8.
+extern "C" __global__ void __launch_bounds__(256)
+    tile_codes(const i8* codes, int tokens, int width, int padded, int panels, int magnitudes, unsigned char* to) {
+    const long long own = blockIdx.x * 256ll + threadIdx.x;
+    if (own >= (long long)panels * padded * 8) return;
+    const int chunk = int(own % 8), token = int(own / 8 % padded), panel = int(own / 8 / padded);
+    const Rows from{codes, tokens, width};
+    u32 words[4] = {};
+    for (int i = 0; i < 16; i++) {
+        const int code = from.at(token, panel * 128ll + chunk * 16 + i);
+        const u32 byte = magnitudes ? (code < 0 ? 128 - code : code) : code & 255;
+        words[i / 4] |= byte << i % 4 * 8;
+    }
+    *reinterpret_cast<uint4*>(to + chunk_at(panel, padded, token, chunk)) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+/// The way back, to rows of `width` codes; a byte a thread.
+extern "C" __global__ void __launch_bounds__(256)
+    untile_codes(const unsigned char* from, int tokens, int width, int padded, int magnitudes, i8* codes) {
+    const long long own = blockIdx.x * 256ll + threadIdx.x;
+    if (own >= (long long)tokens * width) return;
+    const int token = int(own / width), place = int(own % width);
+    const int byte = from[chunk_at(place / 128, padded, token, place % 128 / 16) + place % 16];
+    codes[own] = i8(magnitudes && byte > 127 ? 128 - byte : byte);
+}
+
+/// Panels with signs and magnitudes as panels in two's complement; four bytes a thread.
+extern "C" __global__ void __launch_bounds__(256) widen_codes(const u32* from, long long words, u32* to) {
+    const long long own = blockIdx.x * 256ll + threadIdx.x;
+    if (own >= words) return;
+    u32 word = 0;
+    for (int i = 0; i < 32; i += 8) {
+        const u32 byte = from[own] >> i & 255;
+        word |= (byte > 127 ? (128 - byte) & 255 : byte) << i;
+    }
+    to[own] = word;
+}
+
+/// Scales [ceil(groups / 8)][padded][8] in f16 from [groups][stride] in f32; eight groups of a token a thread.
+extern "C" __global__ void __launch_bounds__(256) tile_scales(const float* scales, int groups, int stride, int tokens, int padded, half* to) {
+    const long long own = blockIdx.x * 256ll + threadIdx.x;
+    const int token = int(own % padded), first = int(own / padded) * 8;
+    if (first >= groups) return;
+    for (int i = 0; i < 8; i++)
+        to[own * 8 + i] = to_half(first + i < groups && token < tokens ? scales[(long long)(first + i) * stride + token] : 0.0f);
+}
+
+/// The way back; a scale a thread.
+extern "C" __global__ void __launch_bounds__(256) untile_scales(const half* from, int groups, int stride, int tokens, int padded, float* scales) {
+    const long long own = blockIdx.x * 256ll + threadIdx.x;
+    const int token = int(own % stride), group = int(own / stride);
+    if (group < groups && token < tokens) scales[own] = to_float(from[((long long)(group / 8) * padded + token) * 8 + group % 8]);
 }

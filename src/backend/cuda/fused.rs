@@ -1,0 +1,282 @@
+/*! From a norm, from gate and up, or from what attention gives to codes: one kernel each, the CPU's bits. */
+
+use super::Cuda;
+use super::gpu::Buffer;
+use super::hopper::{PANEL, padded_tokens, tiled_scale_bytes};
+use super::kernels;
+use super::launch::{Geometry, arguments};
+use super::quantize::Unsound;
+use super::tensor::{Layout, Outliers, Rows, SCALE_MULTIPLE, Site, Tensor};
+use crate::Result;
+use crate::quant::levels::Levels;
+use crate::quant::site::{OutlierFormat, PADDING, SiteFormat, Transform};
+
+/// Threads of a block, and panels that each block makes of rows in the site's order. fused.cu has the former too.
+const THREADS: usize = 128;
+const SLICE_PANELS: usize = 4;
+/// Outliers of a site whose codes are made here.
+const MOST_OUTLIERS: usize = 256;
+/// With fewer blocks than these the device is not filled, and a block takes fewer rows.
+const FILLED_BLOCKS: usize = 1000;
+
+/// A norm's weight in the order of a site, as the kernel reads it.
+pub(super) struct NormWeight(Buffer);
+
+/// What the columns of gate and up are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Columns {
+    /// The source's channels.
+    Channels,
+    /// Places of the site's order, padding and outliers included: the weights' rows were arranged.
+    Places,
+}
+
+/// What a row becomes codes from.
+struct Source<'a> {
+    kind: &'static str,
+    x: &'a Tensor,
+    values: &'a Buffer,
+    /// The norm's weight, or up.
+    other: Option<&'a Buffer>,
+    epsilon: f32,
+    columns: Columns,
+}
+
+/// Whether the kernels make codes of such sites; `arrange` makes those of all others.
+pub(super) fn supports(format: &SiteFormat) -> bool {
+    let outliers = format.outlier_channels;
+    format.bits < 16
+        && matches!(format.levels, Levels::Int | Levels::Fp4)
+        && matches!(format.group_size, 32 | 64 | 128)
+        && (outliers == 0 || format.outlier_format == OutlierFormat::Int8)
+        && outliers <= MOST_OUTLIERS
+}
+
+/// Panels of the groups and of the outliers.
+fn panels(format: &SiteFormat) -> [usize; 2] {
+    [format.grouped_channels(), format.outlier_channels].map(|places| places.div_ceil(PANEL))
+}
+
+/// One value a place: `of` a channel, or `none`.
+fn by_places<T: Copy>(format: &SiteFormat, none: T, of: impl Fn(usize) -> T) -> Vec<T> {
+    let [grouped, outliers] = panels(format);
+    let mut values = vec![none; (grouped + outliers) * PANEL];
+    let (groups, rest) = format.order.split_at(format.grouped_channels());
+    for (first, order) in [(0, groups), (grouped * PANEL, rest)] {
+        for (value, &channel) in values[first..].iter_mut().zip(order) {
+            if channel != PADDING {
+                *value = of(channel as usize);
+            }
+        }
+    }
+    values
+}
+
+/// How fused.cu is launched: rows and panels of a block, its shared memory.
+#[derive(Debug)]
+struct Plan {
+    tokens: usize,
+    slice_panels: usize,
+    geometry: Geometry,
+}
+
+impl Plan {
+    /// None where not even one row has room.
+    fn new(
+        format: &SiteFormat,
+        kind: &str,
+        columns: Columns,
+        rows: usize,
+        most_shared: usize,
+    ) -> Option<Self> {
+        let [grouped, outliers] = panels(format);
+        let ordered = columns == Columns::Channels;
+        // Some bytes are the kernel's own.
+        let most_shared = most_shared - 256;
+        let (element, inputs) = match kind {
+            "NORM" => (4, 1),
+            "HALF" => (2, 1),
+            _ => (2, 2),
+        };
+        // A block of ordered rows stages what it makes, any other whole rows.
+        let (slice_panels, staged) = if ordered {
+            (grouped, format.channels)
+        } else {
+            (SLICE_PANELS, SLICE_PANELS * PANEL)
+        };
+        let shared = |tokens: usize| {
+            16 + inputs * tokens * ((staged * element).next_multiple_of(128) + 128 / tokens)
+        };
+        let all: &[usize] = if ordered { &[8, 4, 2, 1] } else { &[8] };
+        let mut fitting = all.iter().copied().filter(|&tokens| shared(tokens) <= most_shared);
+        let least = fitting.clone().next_back()?;
+        let tokens =
+            fitting.find(|&tokens| rows.div_ceil(tokens) >= FILLED_BLOCKS).unwrap_or(least);
+        let slices = if ordered { 1 } else { grouped.div_ceil(slice_panels) };
+        let extra = usize::from(!ordered && outliers > 0);
+        Some(Self {
+            tokens,
+            slice_panels,
+            geometry: Geometry {
+                grid: (rows.div_ceil(tokens), slices + extra, 1),
+                threads: THREADS,
+                shared_bytes: shared(tokens),
+            },
+        })
+    }
+}
+
+impl Cuda {
+    /// A site's order in whole panels; none where its codes are not made here.
+    pub(super) fn places(&self, format: &SiteFormat) -> Result<Option<Buffer>> {
+        if !supports(format) {
+            return Ok(None);
+        }
+        let places = by_places(format, PADDING, |channel| channel as i32);
+        self.gpu.upload(&places).map(Some)
+    }
+
+    /// A norm's weight `[1, channels]` for a site behind it.
+    pub(super) fn norm_weight(&self, weight: &Tensor, site: &Site) -> Result<NormWeight> {
+        let channels = weight.float().download::<f32>(0..4 * weight.count())?;
+        let places = by_places(&site.format, 0.0, |channel| channels[channel]);
+        self.gpu.upload(&places).map(NormWeight)
+    }
+
+    /// The codes of `rms_norm(x)`; none where the kernel has no room for a row, or the site is not
+    /// one of its own.
+    pub(super) fn norm_quantize(
+        &self,
+        x: &Tensor,
+        weight: &NormWeight,
+        epsilon: f32,
+        site: &Site,
+        layout: Layout,
+        unsound: &Unsound,
+    ) -> Result<Option<Rows>> {
+        let (values, other) = (x.float(), Some(&weight.0));
+        let columns = Columns::Channels;
+        let source = Source { kind: "NORM", x, values, other, epsilon, columns };
+        self.fused_quantize(&source, site, layout, unsound)
+    }
+
+    /// The codes of f16 rows; none as above.
+    pub(super) fn half_quantize(
+        &self,
+        x: &Tensor,
+        site: &Site,
+        layout: Layout,
+        unsound: &Unsound,
+    ) -> Result<Option<Rows>> {
+        let (values, columns) = (x.half(), Columns::Channels);
+        let source = Source { kind: "HALF", x, values, other: None, epsilon: 0.0, columns };
+        self.fused_quantize(&source, site, layout, unsound)
+    }
+
+    /// The codes of `silu(gate) * up`; none as above.
+    pub(super) fn silu_quantize(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        columns: Columns,
+        site: &Site,
+        layout: Layout,
+        unsound: &Unsound,
+    ) -> Result<Option<Rows>> {
+        assert_eq!((gate.rows, gate.columns), (up.rows, up.columns));
+        let (values, other) = (gate.half(), Some(up.half()));
+        let source = Source { kind: "SILU", x: gate, values, other, epsilon: 0.0, columns };
+        self.fused_quantize(&source, site, layout, unsound)
+    }
+
+    fn fused_quantize(
+        &self,
+        source: &Source<'_>,
+        site: &Site,
+        layout: Layout,
+        unsound: &Unsound,
+    ) -> Result<Option<Rows>> {
+        let format = &site.format;
+        let &Source { kind, x, values, other, epsilon, columns } = source;
+        let most_shared = self.gpu.device.block_shared_bytes();
+        let plan = Plan::new(format, kind, columns, x.rows, most_shared);
+        let (Some(places), Some(plan)) = (&site.places, plan) else { return Ok(None) };
+        let ordered = columns == Columns::Channels;
+        assert_eq!(x.columns, if ordered { format.channels } else { format.width() });
+        let tiled = layout == Layout::Tiled;
+        let rows = self.rows_of(x.rows, format, layout)?;
+        let hadamard = format.transform == Transform::Hadamard;
+        let wide = format.bits == 8;
+        let defines =
+            kernels::fused(kind, format.group_size, hadamard, ordered, plan.tokens, tiled, wide);
+        let defines = [defines, kernels::formats(format.levels == Levels::Fp4, false)].concat();
+        let (least, greatest) = format.code_limits();
+        self.kernels.launch(
+            "fused",
+            &defines,
+            "fused_quantize",
+            plan.geometry,
+            arguments![
+                values,
+                other,
+                ordered.then_some(places),
+                x.rows,
+                x.columns,
+                format.groups,
+                format.outlier_channels,
+                plan.slice_panels,
+                epsilon,
+                format.clip,
+                format.top(),
+                i32::from(format.has_signs()),
+                least,
+                greatest,
+                &rows.codes,
+                &rows.scales,
+                rows.scale_stride,
+                rows.outliers.codes.as_ref(),
+                rows.outliers.scales.as_ref(),
+                rows.outliers.padded(),
+                unsound.buffer()
+            ],
+        )?;
+        Ok(Some(rows))
+    }
+
+    /// Room for codes and scales.
+    fn rows_of(&self, tokens: usize, format: &SiteFormat, layout: Layout) -> Result<Rows> {
+        let SiteFormat { group_size, groups, .. } = *format;
+        let [panels, outlier_panels] = panels(format);
+        let (scale_stride, codes, scale_bytes, outliers);
+        if layout == Layout::Tiled {
+            scale_stride = padded_tokens(tokens);
+            codes = panels * scale_stride * PANEL;
+            scale_bytes = tiled_scale_bytes(panels * (PANEL / group_size), tokens);
+            let there = format.outlier_channels > 0;
+            let alloc = |bytes: usize| there.then(|| self.gpu.alloc(bytes)).transpose();
+            outliers = Outliers {
+                channels: format.outlier_channels,
+                codes: alloc(outlier_panels * scale_stride * PANEL)?,
+                scales: alloc(4 * scale_stride)?,
+                values: None,
+            };
+        } else {
+            scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
+            codes = tokens * format.grouped_channels();
+            scale_bytes = 4 * scale_stride * groups;
+            outliers = self.outliers(format.outlier_channels, format.outlier_format, tokens)?;
+        }
+        Ok(Rows {
+            layout,
+            bits: format.bits,
+            tokens,
+            levels: format.levels,
+            group_size,
+            groups,
+            codes: self.gpu.alloc(codes)?,
+            scales: self.gpu.alloc(scale_bytes)?,
+            scale_stride,
+            outliers,
+        })
+    }
+}

@@ -1,0 +1,264 @@
+/*! The integer product on Hopper's tensor cores (kernels/hopper.cuh): weights in blocks, activations in tiles.
+
+It takes codes in groups of 32, 64 or 128 with INT8 outliers or none; `integer.cu` takes all others, and serves all other
+devices. */
+
+use super::gpu::Buffer;
+use super::kernels::{self, Tiling};
+use super::launch::{Geometry, arguments};
+use super::tensor::{Blocks, Layout, Outliers, Quantized, Rows, SCALE_MULTIPLE};
+use super::{Cuda, THREADS};
+use crate::Result;
+use crate::quant::levels::Levels;
+use crate::quant::site::OutlierFormat;
+use crate::quant::weights::WeightFormat;
+
+/// Places of a panel.
+pub(super) const PANEL: usize = 128;
+/// Tokens are padded to a multiple of so many where codes are tiled.
+const TOKEN_MULTIPLE: usize = 8;
+/// Groups whose scales lie beside each other.
+const SCALE_GROUPS: usize = 8;
+/// Rows of a block of weights.
+const BLOCK_ROWS: usize = 64;
+/// Outlier channels of a block of weights, and its bytes.
+const OUTLIER_PART: usize = 64;
+const OUTLIER_BYTES: usize = 64 * 64 + 64 * 2;
+/// Blocks of threads of a cluster at most, by what every device takes.
+const LARGEST_CLUSTER: usize = 8;
+
+/// Tokens as they are padded in tiles.
+pub(super) fn padded_tokens(tokens: usize) -> usize {
+    tokens.next_multiple_of(TOKEN_MULTIPLE)
+}
+
+/// Bytes of the scales of a tile's groups.
+pub(super) fn tiled_scale_bytes(groups: usize, tokens: usize) -> usize {
+    2 * groups.next_multiple_of(SCALE_GROUPS) * padded_tokens(tokens)
+}
+
+/// Panels of so many places.
+fn panels(places: usize) -> usize {
+    places.div_ceil(PANEL)
+}
+
+impl Cuda {
+    /// Whether products of such sites are computed here.
+    pub(super) fn takes_tiles(
+        &self,
+        group_size: usize,
+        outlier_channels: usize,
+        outlier_format: OutlierFormat,
+    ) -> bool {
+        self.wgmma
+            && matches!(group_size, 32 | 64 | 128)
+            && (outlier_channels == 0 || outlier_format == OutlierFormat::Int8)
+    }
+
+    /// Weights as the kernels read them.
+    pub(super) fn blocks(&self, weight: &Quantized) -> Result<Blocks> {
+        let WeightFormat { bits, levels, group_size, groups, rows_per_scale, .. } = weight.format;
+        let (wide, fp4) = (bits == 8, levels == Levels::Fp4);
+        let (panels, row_blocks) =
+            (panels(weight.format.grouped_channels()), weight.rows.div_ceil(BLOCK_ROWS));
+        let defines = kernels::blocks(group_size, wide, fp4);
+        let launch = |entry: &str, columns: usize, arguments: &[_]| {
+            let grid = (columns, row_blocks, 1);
+            let geometry = Geometry { grid, threads: 128, shared_bytes: 0 };
+            self.kernels.launch("blocks", &defines, entry, geometry, arguments)
+        };
+        let bytes = row_blocks * panels * kernels::block_bytes(group_size, wide);
+        let codes = self.gpu.alloc(bytes)?;
+        launch(
+            "pack_weights",
+            panels,
+            arguments![weight.codes(), weight.scales(), weight.rows, groups, rows_per_scale, &codes],
+        )?;
+        let parts = weight.format.outlier_channels.div_ceil(OUTLIER_PART);
+        let outliers = if parts == 0 {
+            None
+        } else {
+            let outliers = self.gpu.alloc(row_blocks * parts * OUTLIER_BYTES)?;
+            let [of_codes, of_scales, _] = weight.outliers();
+            let width = weight.shared.outliers.padded();
+            launch(
+                "pack_outliers",
+                parts,
+                arguments![of_codes, of_scales, weight.rows, width, &outliers],
+            )?;
+            Some(outliers)
+        };
+        Ok(Blocks { wide, fp4, codes, outliers })
+    }
+
+    /// Rows in tiles.
+    pub(super) fn tiled(&self, x: &Rows) -> Result<Rows> {
+        let &Rows { bits, tokens, levels, group_size, groups, scale_stride, .. } = x;
+        let padded = padded_tokens(tokens);
+        let tile = |codes: &Buffer, width: usize, magnitudes: bool| -> Result<Buffer> {
+            let panels = panels(width);
+            let to = self.gpu.alloc(panels * padded * PANEL)?;
+            self.layout(
+                "tile_codes",
+                panels * padded * PANEL / 16,
+                arguments![codes, tokens, width, padded, panels, i32::from(magnitudes), &to],
+            )?;
+            Ok(to)
+        };
+        let codes = tile(&x.codes, groups * group_size, bits < 8)?;
+        let scales = self.gpu.alloc(tiled_scale_bytes(groups, tokens))?;
+        self.layout(
+            "tile_scales",
+            groups.div_ceil(SCALE_GROUPS) * padded,
+            arguments![&x.scales, groups, scale_stride, tokens, padded, &scales],
+        )?;
+        let outliers = match (&x.outliers.codes, &x.outliers.scales) {
+            (Some(codes), Some(scales)) => {
+                let own = self.gpu.alloc(4 * padded)?;
+                own.copy_from(scales, 4 * tokens)?;
+                let codes = tile(codes, x.outliers.padded(), false)?;
+                Outliers { channels: x.outliers.channels, codes: Some(codes), scales: Some(own), values: None }
+            }
+            _ => Outliers { channels: 0, codes: None, scales: None, values: None },
+        };
+        let layout = Layout::Tiled;
+        Ok(Rows {
+            layout,
+            bits,
+            tokens,
+            levels,
+            group_size,
+            groups,
+            codes,
+            scales,
+            scale_stride: padded,
+            outliers,
+        })
+    }
+
+    /// Tiles as rows.
+    pub(super) fn untiled(&self, x: &Rows) -> Result<Rows> {
+        let &Rows { bits, tokens, levels, group_size, groups, scale_stride: padded, .. } = x;
+        let untile = |from: &Buffer, width: usize, magnitudes: bool| -> Result<Buffer> {
+            let to = self.gpu.alloc(tokens * width)?;
+            self.layout(
+                "untile_codes",
+                tokens * width,
+                arguments![from, tokens, width, padded, i32::from(magnitudes), &to],
+            )?;
+            Ok(to)
+        };
+        let codes = untile(&x.codes, groups * group_size, bits < 8)?;
+        let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
+        let scales = self.gpu.alloc(4 * scale_stride * groups)?;
+        self.layout(
+            "untile_scales",
+            scale_stride * groups,
+            arguments![&x.scales, groups, scale_stride, tokens, padded, &scales],
+        )?;
+        let outliers = match (&x.outliers.codes, &x.outliers.scales) {
+            (Some(codes), Some(scales)) => {
+                let own = self.gpu.alloc(4 * tokens)?;
+                own.copy_from(scales, 4 * tokens)?;
+                let codes = untile(codes, x.outliers.padded(), false)?;
+                Outliers { channels: x.outliers.channels, codes: Some(codes), scales: Some(own), values: None }
+            }
+            _ => Outliers { channels: 0, codes: None, scales: None, values: None },
+        };
+        let layout = Layout::RowMajor;
+        Ok(Rows { layout, bits, tokens, levels, group_size, groups, codes, scales, scale_stride, outliers })
+    }
+
+    /// Launches one of `blocks`' kernels that are the same for all formats, a thread for each of `count`.
+    fn layout(&self, entry: &str, count: usize, arguments: &[super::launch::Argument]) -> Result<()> {
+        let defines = kernels::blocks(PANEL, false, false);
+        self.kernels.launch("blocks", &defines, entry, Geometry::over(count, THREADS), arguments)
+    }
+
+    /// `x w^T` `[tokens, rows]` into `to`, in f16 or f32. With as many tokens as a whole tile's the sums are those of
+    /// the specification bit by bit; with fewer, a row's groups are added up in several parts.
+    pub(super) fn tiled_product(
+        &self,
+        x: &Rows,
+        blocks: &Blocks,
+        rows: usize,
+        to: &Buffer,
+        half: bool,
+    ) -> Result<()> {
+        assert_eq!(x.layout, Layout::Tiled);
+        let Rows { tokens, group_size, groups, scale_stride, .. } = *x;
+        // Magnitudes meet weights of 8 bits in two's complement.
+        let widened = (x.bits < 8 && blocks.wide).then(|| self.widened(x)).transpose()?;
+        let codes = widened.as_ref().unwrap_or(&x.codes);
+        let wide = [x.bits == 8 || blocks.wide, blocks.wide];
+        let tiling = Tiling { wide, fp4: blocks.fp4, half, ..Tiling::of(tokens, group_size) };
+        let panels = panels(groups * group_size);
+        let parts = x.outliers.channels.div_ceil(OUTLIER_PART);
+        let arguments = arguments![
+            codes,
+            &x.scales,
+            x.outliers.codes.as_ref(),
+            x.outliers.scales.as_ref(),
+            &blocks.codes,
+            blocks.outliers.as_ref(),
+            to,
+            tokens,
+            scale_stride,
+            rows,
+            panels,
+            parts
+        ];
+        let tiles = rows.div_ceil(BLOCK_ROWS * tiling.blocks);
+        let resident = self.gpu.multiprocessors()? * tiling.per_sm;
+        let (defines, shared_bytes) = (tiling.defines(), tiling.shared_bytes());
+        if tiling.is_for_many() {
+            let all = tiles * tokens.div_ceil(tiling.tokens);
+            let grid = (all.min(resident), 1, 1);
+            let geometry = Geometry { grid, threads: 128 * (tiling.blocks + 1), shared_bytes };
+            return self.kernels.launch("product_tiles", &defines, "integer_tiles", geometry, arguments);
+        }
+        let cluster = cluster(tiles, resident, panels + parts);
+        let threads = 128 * tiling.blocks * tiling.split + 32;
+        let geometry = Geometry { grid: (tiles, cluster, 1), threads, shared_bytes };
+        self.kernels.launch_clusters(
+            "product_stream",
+            &defines,
+            "integer_stream",
+            geometry,
+            cluster,
+            arguments,
+        )
+    }
+
+    /// The codes in two's complement.
+    fn widened(&self, x: &Rows) -> Result<Buffer> {
+        let bytes = x.codes.bytes();
+        let to = self.gpu.alloc(bytes)?;
+        self.layout("widen_codes", bytes / 4, arguments![&x.codes, (bytes / 4) as i64, &to])?;
+        Ok(to)
+    }
+}
+
+/// Blocks of threads that share a tile's stages: as many as the device holds at once, a power of two.
+fn cluster(tiles: usize, resident: usize, stages: usize) -> usize {
+    let mut cluster = 1;
+    while 2 * cluster <= LARGEST_CLUSTER.min(stages) && 2 * cluster * tiles <= resident {
+        cluster *= 2;
+    }
+    cluster
+}
+
+#[cfg(test)]
+mod tests {
+    use super::cluster;
+
+    #[test]
+    fn clusters_fill_the_device_once() {
+        assert_eq!(cluster(192, 396, 33), 2);
+        assert_eq!(cluster(64, 396, 87), 4);
+        assert_eq!(cluster(344, 396, 33), 1);
+        assert_eq!(cluster(1, 396, 87), 8);
+        assert_eq!(cluster(1, 396, 3), 2);
+        assert_eq!(cluster(1000, 396, 87), 1);
+    }
+}
