@@ -101,9 +101,8 @@ fn log_faults(log: &str) -> Vec<String> {
         }
     }
     // wgmma that ptxas waits for one by one is only told as information.
-    let told = |line: &&str| {
-        line.contains("ptxas warning") || line.contains("Potential Performance Loss")
-    };
+    let told =
+        |line: &&str| line.contains("ptxas warning") || line.contains("Potential Performance Loss");
     faults.extend(log.lines().filter(told).map(str::to_owned));
     faults
 }

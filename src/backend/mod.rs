@@ -192,6 +192,25 @@ pub trait Backend: Sync {
     fn fetch_rows(&self, x: &Self::Rows) -> Result<QuantizedRows>;
     /// Undoes [`fetch_rows`](Self::fetch_rows).
     fn restore_rows(&self, x: &QuantizedRows) -> Result<Self::Rows>;
+    /// [`quantize`](Self::quantize) of [`rms_norm`](Self::rms_norm), where the backend makes both in one step.
+    fn norm_quantize(
+        &self,
+        _x: &Self::Tensor,
+        _weight: &Self::Tensor,
+        _epsilon: f32,
+        _site: &Self::Site,
+    ) -> Result<Option<Self::Rows>> {
+        Ok(None)
+    }
+    /// [`quantize`](Self::quantize) of [`silu_mul`](Self::silu_mul), likewise.
+    fn silu_quantize(
+        &self,
+        _gate: &Self::Tensor,
+        _up: &Self::Tensor,
+        _site: &Self::Site,
+    ) -> Result<Option<Self::Rows>> {
+        Ok(None)
+    }
     /// The values quantized activations stand for, in the site's order.
     fn dequantize(&self, x: &Self::Rows) -> Result<Self::Tensor>;
     /// `x W^T`, with sums in f32.

@@ -4,8 +4,8 @@ Calibration, evaluation of the source, evaluation of the checkpoint and verifica
 code; only what a site does with its activation and how a linear is held differ. */
 
 use super::sites::SiteKind;
-use crate::Result;
 use crate::backend::{AttentionSpec, Backend};
+use crate::{Error, Result};
 
 /// A linear on a backend.
 pub enum Linear<B: Backend> {
@@ -54,7 +54,8 @@ pub struct Block<B: Backend> {
 /// What an observer is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
-    /// What enters a site, before it is arranged.
+    /// What enters a site, before it is arranged. Not shown where the backend makes codes in one step with what comes
+    /// before.
     Entering(SiteKind),
     /// A site's activation as its dense linears see it. Sites whose linears are all packed are not shown.
     Site(SiteKind),
@@ -79,8 +80,19 @@ impl<B: Backend> Block<B> {
         x: &mut B::Tensor,
         observer: Observer<B::Tensor>,
     ) -> Result<()> {
-        let z = self.until_mlp_act(backend, attention, x, observer)?;
-        self.sites[3].apply_onto(backend, z, x, observer)
+        let heads = self.heads(backend, attention, x, observer)?;
+        self.sites[1].apply_onto(backend, heads, x, observer)?;
+        let [gate, up] = self.gate_and_up(backend, x, observer)?;
+        let site = &self.sites[3];
+        if let Some(order) = site.packed_order() {
+            let rows = backend.silu_quantize(&gate, &up, order);
+            if let Some(rows) = rows.map_err(|error| site.named(error))? {
+                let [output] = site.outputs(backend, &Input::Rows(rows))?;
+                return backend.add(x, &output);
+            }
+        }
+        let z = backend.silu_mul(gate, &up)?;
+        site.apply_onto(backend, z, x, observer)
     }
 
     /// Shows `observer` every site's activation; `x` is used up on the way. The last product is
@@ -92,23 +104,12 @@ impl<B: Backend> Block<B> {
         mut x: B::Tensor,
         observer: Observer<B::Tensor>,
     ) -> Result<()> {
-        let z = self.until_mlp_act(backend, attention, &mut x, observer)?;
+        let heads = self.heads(backend, attention, &x, observer)?;
+        self.sites[1].apply_onto(backend, heads, &mut x, observer)?;
+        let z = self.gated(backend, &x, observer)?;
         drop(x);
         self.sites[3].input(backend, z, observer)?;
         Ok(())
-    }
-
-    /// Attention with its residual, then the MLP up to `silu(gate) * up`.
-    fn until_mlp_act(
-        &self,
-        backend: &B,
-        attention: &AttentionSpec,
-        x: &mut B::Tensor,
-        observer: Observer<B::Tensor>,
-    ) -> Result<B::Tensor> {
-        let heads = self.heads(backend, attention, x, observer)?;
-        self.sites[1].apply_onto(backend, heads, x, observer)?;
-        self.gated(backend, x, observer)
     }
 
     /// The joined heads of attention for the hidden states `x`: what attn_out sees.
@@ -119,8 +120,13 @@ impl<B: Backend> Block<B> {
         x: &B::Tensor,
         observer: Observer<B::Tensor>,
     ) -> Result<B::Tensor> {
-        let normed = backend.rms_norm(x, &self.attn_norm, self.epsilon)?;
-        let [q, k, v] = self.sites[0].apply(backend, normed, observer)?;
+        let [q, k, v] = match self.behind_norm(backend, 0, x, &self.attn_norm)? {
+            Some(outputs) => outputs,
+            None => {
+                let normed = backend.rms_norm(x, &self.attn_norm, self.epsilon)?;
+                self.sites[0].apply(backend, normed, observer)?
+            }
+        };
         observer(Seen::Queries, &q)?;
         observer(Seen::Keys, &k)?;
         observer(Seen::Values, &v)?;
@@ -134,9 +140,36 @@ impl<B: Backend> Block<B> {
         x: &B::Tensor,
         observer: Observer<B::Tensor>,
     ) -> Result<B::Tensor> {
-        let normed = backend.rms_norm(x, &self.mlp_norm, self.epsilon)?;
-        let [gate, up] = self.sites[2].apply(backend, normed, observer)?;
+        let [gate, up] = self.gate_and_up(backend, x, observer)?;
         backend.silu_mul(gate, &up)
+    }
+
+    fn gate_and_up(
+        &self,
+        backend: &B,
+        x: &B::Tensor,
+        observer: Observer<B::Tensor>,
+    ) -> Result<[B::Tensor; 2]> {
+        if let Some(outputs) = self.behind_norm(backend, 2, x, &self.mlp_norm)? {
+            return Ok(outputs);
+        }
+        let normed = backend.rms_norm(x, &self.mlp_norm, self.epsilon)?;
+        self.sites[2].apply(backend, normed, observer)
+    }
+
+    /// The outputs of a site behind a norm, where its codes are made in one step with the norm.
+    fn behind_norm<const N: usize>(
+        &self,
+        backend: &B,
+        site: usize,
+        x: &B::Tensor,
+        norm: &B::Tensor,
+    ) -> Result<Option<[B::Tensor; N]>> {
+        let site = &self.sites[site];
+        let Some(order) = site.packed_order() else { return Ok(None) };
+        let rows = backend.norm_quantize(x, norm, self.epsilon, order);
+        let rows = rows.map_err(|error| site.named(error))?;
+        rows.map(|rows| site.outputs(backend, &Input::Rows(rows))).transpose()
     }
 }
 
@@ -214,9 +247,20 @@ impl<B: Backend> Site<B> {
     }
 
     fn rows(&self, backend: &B, x: &B::Tensor, site: &B::Site) -> Result<B::Rows> {
-        backend
-            .quantize(x, site)
-            .map_err(|error| error.context(format!("activations of {}", self.name)))
+        backend.quantize(x, site).map_err(|error| self.named(error))
+    }
+
+    fn named(&self, error: Error) -> Error {
+        error.context(format!("activations of {}", self.name))
+    }
+
+    /// Its order, where its activation is quantized and all its linears are packed.
+    fn packed_order(&self) -> Option<&B::Site> {
+        let packed = self.linears.iter().all(|linear| matches!(linear, Linear::Packed(_)));
+        match &self.treatment {
+            Treatment::Quantized(site) if packed => Some(site),
+            _ => None,
+        }
     }
 
     fn input(&self, backend: &B, x: B::Tensor, observer: Observer<B::Tensor>) -> Result<Input<B>> {

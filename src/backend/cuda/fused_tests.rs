@@ -76,9 +76,8 @@ fn codes_behind_a_norm_are_the_cpus_bits() {
             let expected = cpu.quantize(&norm, &format).unwrap();
             let (x, weight) = (cuda.upload(x).unwrap(), cuda.upload(weight).unwrap());
             compare(&cuda, &format, &expected, &what(tokens, &format), |site, layout| {
-                let weight = cuda.norm_weight(&weight, site).unwrap();
                 let unsound = cuda.unsound().unwrap();
-                let rows = cuda.norm_quantize(&x, &weight, EPSILON, site, layout, &unsound);
+                let rows = cuda.norm_rows(&x, &weight, EPSILON, site, layout, &unsound);
                 unsound.check().unwrap();
                 rows.unwrap().unwrap()
             });
@@ -102,7 +101,7 @@ fn codes_of_halves_are_the_cpus_bits() {
             let x = cuda.half_tensor(&x);
             compare(&cuda, &format, &expected, &what(tokens, &format), |site, layout| {
                 let unsound = cuda.unsound().unwrap();
-                let rows = cuda.half_quantize(&x, site, layout, &unsound);
+                let rows = cuda.half_rows(&x, site, layout, &unsound);
                 unsound.check().unwrap();
                 rows.unwrap().unwrap()
             });
@@ -112,7 +111,8 @@ fn codes_of_halves_are_the_cpus_bits() {
 
 /// Columns in the site's order, zeros for padding.
 fn in_places(x: &Matrix, format: &SiteFormat) -> Matrix {
-    let pick = |row: &[f32], channel: i32| if channel == PADDING { 0.0 } else { row[channel as usize] };
+    let pick =
+        |row: &[f32], channel: i32| if channel == PADDING { 0.0 } else { row[channel as usize] };
     let rows = x.data.chunks(x.columns);
     let data = rows.flat_map(|row| format.order.iter().map(move |&channel| pick(row, channel)));
     Matrix { rows: x.rows, columns: format.width(), data: data.collect() }
@@ -138,7 +138,7 @@ fn codes_of_gate_and_up_are_the_cpus_bits() {
                 let what = format!("{}, {columns:?}", what(tokens, &format));
                 compare(&cuda, &format, &expected, &what, |site, layout| {
                     let unsound = cuda.unsound().unwrap();
-                    let rows = cuda.silu_quantize(&gate, &up, columns, site, layout, &unsound);
+                    let rows = cuda.silu_rows(&gate, &up, columns, site, layout, &unsound);
                     unsound.check().unwrap();
                     rows.unwrap().unwrap()
                 });
@@ -168,7 +168,7 @@ fn every_gate_has_the_cpus_bits() {
     let (gate, up) = (cuda.half_tensor(&gate), cuda.half_tensor(&up));
     compare(&cuda, &format, &expected, "every gate", |site, layout| {
         let unsound = cuda.unsound().unwrap();
-        let rows = cuda.silu_quantize(&gate, &up, Columns::Channels, site, layout, &unsound);
+        let rows = cuda.silu_rows(&gate, &up, Columns::Channels, site, layout, &unsound);
         unsound.check().unwrap();
         rows.unwrap().unwrap()
     });
@@ -183,7 +183,7 @@ fn the_first_row_that_is_not_sound_is_named() {
     let columns = format.channels;
     let fine = random.activations(40, columns);
     let ones = cuda.upload(Matrix { rows: 1, columns, data: vec![1.0; columns] }).unwrap();
-    let weight = cuda.norm_weight(&ones, &site).unwrap();
+    let weight = ones;
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut x = fine.clone();
         for row in [33, 17] {
@@ -198,11 +198,11 @@ fn the_first_row_that_is_not_sound_is_named() {
             assert!(error.message().contains("token 17 "), "{error}");
         };
         let layout = Layout::Tiled;
-        check(&|unsound| cuda.norm_quantize(&float, &weight, EPSILON, &site, layout, unsound));
-        check(&|unsound| cuda.half_quantize(&half, &site, layout, unsound));
+        check(&|unsound| cuda.norm_rows(&float, &weight, EPSILON, &site, layout, unsound));
+        check(&|unsound| cuda.half_rows(&half, &site, layout, unsound));
         let columns = Columns::Channels;
-        check(&|unsound| cuda.silu_quantize(&half, &up, columns, &site, layout, unsound));
-        check(&|unsound| cuda.silu_quantize(&up, &half, columns, &site, layout, unsound));
+        check(&|unsound| cuda.silu_rows(&half, &up, columns, &site, layout, unsound));
+        check(&|unsound| cuda.silu_rows(&up, &half, columns, &site, layout, unsound));
     }
 }
 
@@ -218,6 +218,6 @@ fn what_the_kernels_do_not_take_is_left_to_others() {
         let site = cuda.site(&format).unwrap();
         let x: Tensor = cuda.half_tensor(&random.activations(3, 1000));
         let unsound = cuda.unsound().unwrap();
-        assert!(cuda.half_quantize(&x, &site, Layout::Tiled, &unsound).unwrap().is_none());
+        assert!(cuda.half_rows(&x, &site, Layout::Tiled, &unsound).unwrap().is_none());
     }
 }

@@ -10,7 +10,7 @@ use super::tensor::{Blocks, Layout, Outliers, Quantized, Rows, SCALE_MULTIPLE};
 use super::{Cuda, THREADS};
 use crate::Result;
 use crate::quant::levels::Levels;
-use crate::quant::site::OutlierFormat;
+use crate::quant::site::{OutlierFormat, SiteFormat};
 use crate::quant::weights::WeightFormat;
 
 /// Places of a panel.
@@ -55,6 +55,12 @@ impl Cuda {
             && (outlier_channels == 0 || outlier_format == OutlierFormat::Int8)
     }
 
+    /// The same for a site whose activations have codes.
+    pub(super) fn takes_tiles_of(&self, format: &SiteFormat) -> bool {
+        format.bits < 16
+            && self.takes_tiles(format.group_size, format.outlier_channels, format.outlier_format)
+    }
+
     /// Weights as the kernels read them.
     pub(super) fn blocks(&self, weight: &Quantized) -> Result<Blocks> {
         let WeightFormat { bits, levels, group_size, groups, rows_per_scale, .. } = weight.format;
@@ -72,7 +78,14 @@ impl Cuda {
         launch(
             "pack_weights",
             panels,
-            arguments![weight.codes(), weight.scales(), weight.rows, groups, rows_per_scale, &codes],
+            arguments![
+                weight.codes(),
+                weight.scales(),
+                weight.rows,
+                groups,
+                rows_per_scale,
+                &codes
+            ],
         )?;
         let parts = weight.format.outlier_channels.div_ceil(OUTLIER_PART);
         let outliers = if parts == 0 {
@@ -117,7 +130,12 @@ impl Cuda {
                 let own = self.gpu.alloc(4 * padded)?;
                 own.copy_from(scales, 4 * tokens)?;
                 let codes = tile(codes, x.outliers.padded(), false)?;
-                Outliers { channels: x.outliers.channels, codes: Some(codes), scales: Some(own), values: None }
+                Outliers {
+                    channels: x.outliers.channels,
+                    codes: Some(codes),
+                    scales: Some(own),
+                    values: None,
+                }
             }
             _ => Outliers { channels: 0, codes: None, scales: None, values: None },
         };
@@ -161,16 +179,37 @@ impl Cuda {
                 let own = self.gpu.alloc(4 * tokens)?;
                 own.copy_from(scales, 4 * tokens)?;
                 let codes = untile(codes, x.outliers.padded(), false)?;
-                Outliers { channels: x.outliers.channels, codes: Some(codes), scales: Some(own), values: None }
+                Outliers {
+                    channels: x.outliers.channels,
+                    codes: Some(codes),
+                    scales: Some(own),
+                    values: None,
+                }
             }
             _ => Outliers { channels: 0, codes: None, scales: None, values: None },
         };
         let layout = Layout::RowMajor;
-        Ok(Rows { layout, bits, tokens, levels, group_size, groups, codes, scales, scale_stride, outliers })
+        Ok(Rows {
+            layout,
+            bits,
+            tokens,
+            levels,
+            group_size,
+            groups,
+            codes,
+            scales,
+            scale_stride,
+            outliers,
+        })
     }
 
     /// Launches one of `blocks`' kernels that are the same for all formats, a thread for each of `count`.
-    fn layout(&self, entry: &str, count: usize, arguments: &[super::launch::Argument]) -> Result<()> {
+    fn layout(
+        &self,
+        entry: &str,
+        count: usize,
+        arguments: &[super::launch::Argument],
+    ) -> Result<()> {
         let defines = kernels::blocks(PANEL, false, false);
         self.kernels.launch("blocks", &defines, entry, Geometry::over(count, THREADS), arguments)
     }
@@ -215,7 +254,13 @@ impl Cuda {
             let all = tiles * tokens.div_ceil(tiling.tokens);
             let grid = (all.min(resident), 1, 1);
             let geometry = Geometry { grid, threads: 128 * (tiling.blocks + 1), shared_bytes };
-            return self.kernels.launch("product_tiles", &defines, "integer_tiles", geometry, arguments);
+            return self.kernels.launch(
+                "product_tiles",
+                &defines,
+                "integer_tiles",
+                geometry,
+                arguments,
+            );
         }
         let cluster = cluster(tiles, resident, panels + parts);
         let threads = 128 * tiling.blocks * tiling.split + 32;

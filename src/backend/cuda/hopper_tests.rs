@@ -1,0 +1,217 @@
+//! The product on Hopper's tensor cores beside the CPU's, over odd shapes, and its layouts there and back.
+
+use half::f16;
+
+use super::tensor::{Form, Layout};
+use super::tests::{Random, device, random_codes, site};
+use super::*;
+use crate::backend::cpu::Cpu;
+use crate::quant::rows::{OutlierRows, QuantizedRows};
+use crate::quant::site::{OutlierFormat, Transform};
+use crate::quant::weights::WeightFormat;
+
+/// A device that has `wgmma`, with the switch on.
+fn hopper(test: &str) -> Option<Cuda> {
+    let mut cuda = device(test)?;
+    if cuda.gpu.device.capability != WGMMA {
+        skipped(test, "the device has no wgmma");
+        return None;
+    }
+    cuda.wgmma = true;
+    Some(cuda)
+}
+
+/// A site and weights: channels, group, outliers, bits of activations and of weights, FP4.
+type Shape = (usize, usize, usize, u8, u8, bool);
+
+const SHAPES: [Shape; 16] = [
+    (64, 64, 0, 4, 4, false),
+    (128, 128, 0, 4, 4, false),
+    (172, 32, 12, 4, 4, false),
+    (172, 64, 0, 4, 3, false),
+    (172, 128, 44, 3, 4, false),
+    (576, 64, 64, 4, 4, true),
+    (576, 32, 0, 2, 2, false),
+    (576, 128, 32, 4, 4, true),
+    (576, 128, 64, 8, 4, false),
+    (576, 64, 64, 8, 8, false),
+    (576, 32, 64, 8, 4, true),
+    (576, 128, 0, 4, 8, false),
+    (1100, 128, 200, 4, 4, false),
+    (2048, 128, 128, 4, 8, false),
+    (4096, 128, 128, 4, 4, false),
+    (11008, 128, 128, 4, 4, false),
+];
+
+fn formats(
+    (channels, group, outliers, act_bits, bits, fp4): Shape,
+    rows_per_scale: usize,
+    random: &mut Random,
+) -> (SiteFormat, WeightFormat) {
+    let transform = Transform::Hadamard;
+    let outlier_format = OutlierFormat::Int8;
+    let site = site(channels, group, outliers, act_bits, transform, outlier_format, random);
+    let levels = |bits| if fp4 && bits == 4 { Levels::Fp4 } else { Levels::Int };
+    let site = SiteFormat { levels: levels(act_bits), ..site };
+    let weights = WeightFormat::of(&site, bits, rows_per_scale, 0.85);
+    (site, WeightFormat { levels: levels(bits), ..weights })
+}
+
+/// What a result may differ by where its groups are added up in another order, `[tokens, rows]`
+/// (docs/kernels.md): `(G + 2) 2^-24 sum |s p|`.
+fn bounds(x: &QuantizedRows, w: &QuantizedLinear) -> Vec<f64> {
+    let OutlierRows::Int8 { codes: x_outliers, scales: x_scales } = (match &x.outliers {
+        OutlierRows::None => &OutlierRows::Int8 { codes: Vec::new(), scales: vec![0.0; x.tokens] },
+        outliers => outliers,
+    }) else {
+        unreachable!("outliers are INT8")
+    };
+    let (w_outliers, w_scales) = match &w.outliers {
+        crate::quant::linear::OutlierBlock::Int8 { codes, scales } => (&codes[..], &scales[..]),
+        _ => (&[][..], &[][..]),
+    };
+    let (group, groups, outliers) = (x.group_size, x.groups, x.outlier_channels);
+    let dot = |x: &[i8], w: &[i8]| -> f64 {
+        x.iter().zip(w).map(|(x, w)| f64::from(i32::from(*x) * i32::from(*w))).sum()
+    };
+    let mut bounds = Vec::with_capacity(x.tokens * w.rows);
+    for token in 0..x.tokens {
+        for row in 0..w.rows {
+            let mut sum = 0.0;
+            for at in 0..groups {
+                let (left, right) = ((token * groups + at) * group, (row * groups + at) * group);
+                let p = dot(&x.codes[left..left + group], &w.codes[right..right + group]);
+                let s = f64::from(x.scales[token * groups + at])
+                    * w.scales[row / w.rows_per_scale * groups + at].to_f64();
+                sum += (s * p).abs();
+            }
+            if outliers > 0 {
+                let (left, right) = (token * outliers, row * outliers);
+                let p =
+                    dot(&x_outliers[left..left + outliers], &w_outliers[right..right + outliers]);
+                sum += (p * f64::from(x_scales[token]) * w_scales[row].to_f64()).abs();
+            }
+            bounds.push((groups + 3) as f64 * 2f64.powi(-24) * sum);
+        }
+    }
+    bounds
+}
+
+#[test]
+fn products_in_tiles_are_the_cpus_bits_or_within_the_bound() {
+    let Some(cuda) = hopper("products_in_tiles_are_the_cpus_bits_or_within_the_bound") else {
+        return;
+    };
+    let cpu = Cpu::new().unwrap();
+    let mut random = Random(71);
+    for (at, shape) in SHAPES.into_iter().enumerate() {
+        let (format, weights) = formats(shape, 1 + at % 2, &mut random);
+        let site = cuda.site(&format).unwrap();
+        let counts = [
+            (1, 1),
+            (1, 130),
+            (8, 64),
+            (9, 65),
+            (16, 192),
+            (17, 3),
+            (33, 200),
+            (64, 128),
+            (65, 129),
+            (129, 65),
+            (300, 257),
+        ];
+        for (tokens, rows) in counts {
+            if format.channels > 4000 && tokens > 70 {
+                continue;
+            }
+            let linear = random_codes(&weights, rows, &mut random);
+            let x = random.activations(tokens, format.channels);
+            let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format).unwrap();
+            let expected = cpu.integer_product(&host, &cpu.packed(&linear).unwrap()).unwrap();
+            let expected = expected.values();
+            let what = format!("{tokens} x {rows}, {shape:?}");
+
+            let rows_on_device = cuda.quantize(&cuda.half_tensor(&x), &site).unwrap();
+            assert_eq!(rows_on_device.layout, Layout::Tiled, "{what}");
+            assert!(cuda.rows_on_host(&rows_on_device) == host, "codes of {what}");
+            let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap()).unwrap();
+            assert!(matches!(packed.form, Form::Blocks(_)), "{what}");
+
+            let float = |rows| {
+                let found = cuda.integer(rows, &packed, false).unwrap();
+                found.download::<f32>(0..4 * tokens * linear.rows).unwrap()
+            };
+            let found = float(&rows_on_device);
+            if tokens > 64 {
+                assert!(found == expected, "{what}: bits");
+            } else {
+                let bounds = bounds(&host, &linear);
+                for ((found, expected), bound) in found.iter().zip(expected).zip(bounds) {
+                    let error = (f64::from(*found) - f64::from(*expected)).abs();
+                    assert!(error <= bound, "{what}: {found} for {expected}, bound {bound}");
+                }
+            }
+            assert!(float(&rows_on_device) == found, "{what}: again");
+            // From rows as another kernel makes them.
+            let plain = cuda.restore_rows(&host).unwrap();
+            assert_eq!(plain.layout, Layout::RowMajor);
+            assert!(float(&plain) == found, "{what}: from rows");
+            let halves: Vec<f32> = found.iter().map(|v| f16::from_f32(*v).to_f32()).collect();
+            let tensor = cuda.integer_product(&rows_on_device, &packed).unwrap();
+            assert!(cuda.values(&tensor) == halves, "{what}: f16");
+        }
+    }
+}
+
+/// Every count of tokens from 1 to 300, with scales that are powers of two: whatever the order, every sum is exact.
+#[test]
+fn every_count_of_tokens_gives_exact_sums() {
+    let Some(cuda) = hopper("every_count_of_tokens_gives_exact_sums") else { return };
+    let cpu = Cpu::new().unwrap();
+    let mut random = Random(72);
+    let (format, weights) = formats((576, 64, 64, 4, 4, false), 1, &mut random);
+    let mut linear = random_codes(&weights, 200, &mut random);
+    let power = |random: &mut Random| f16::from_f32(2f32.powi((random.next() % 5) as i32 - 6));
+    linear.scales.iter_mut().for_each(|scale| *scale = power(&mut random));
+    if let crate::quant::linear::OutlierBlock::Int8 { scales, .. } = &mut linear.outliers {
+        scales.iter_mut().for_each(|scale| *scale = power(&mut random));
+    }
+    let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap()).unwrap();
+    let packed_host = cpu.packed(&linear).unwrap();
+    let x = random.activations(300, format.channels);
+    let mut all = cpu.quantize(&cpu.upload(x).unwrap(), &format).unwrap();
+    all.scales.iter_mut().for_each(|scale| *scale = power(&mut random).to_f32());
+    if let OutlierRows::Int8 { scales, .. } = &mut all.outliers {
+        scales.iter_mut().for_each(|scale| *scale = power(&mut random).to_f32());
+    }
+    // All codes of the first token are the greatest magnitude.
+    let width = all.groups * all.group_size;
+    all.codes[..width].fill(-8);
+    for tokens in 1..=300 {
+        let host = first_tokens(&all, tokens);
+        let expected = cpu.integer_product(&host, &packed_host).unwrap();
+        let rows = cuda.restore_rows(&host).unwrap();
+        let found = cuda.integer(&rows, &packed, false).unwrap();
+        let found = found.download::<f32>(0..4 * tokens * linear.rows).unwrap();
+        assert!(found == expected.values(), "{tokens} tokens");
+    }
+    // A planted error is seen.
+    let mut wrong = first_tokens(&all, 5);
+    wrong.codes[7] += 1;
+    let right = cpu.integer_product(&first_tokens(&all, 5), &packed_host).unwrap();
+    let rows = cuda.restore_rows(&wrong).unwrap();
+    let found = cuda.integer(&rows, &packed, false).unwrap();
+    assert!(found.download::<f32>(0..4 * 5 * linear.rows).unwrap() != right.values());
+}
+
+fn first_tokens(all: &QuantizedRows, tokens: usize) -> QuantizedRows {
+    let mut rows = all.clone();
+    rows.tokens = tokens;
+    rows.codes.truncate(tokens * all.groups * all.group_size);
+    rows.scales.truncate(tokens * all.groups);
+    if let OutlierRows::Int8 { codes, scales } = &mut rows.outliers {
+        codes.truncate(tokens * all.outlier_channels);
+        scales.truncate(tokens);
+    }
+    rows
+}

@@ -1,7 +1,6 @@
 /*! Random operands on the device, plain reads and copies of memory, and the operations that are measured
 beside them, none of which allocates. */
 
-
 use super::Cuda;
 use super::gpu::Buffer;
 use super::launch::{Geometry, arguments};
@@ -159,5 +158,4 @@ impl Cuda {
     }
 }
 
-impl super::gpu::Gpu {
-}
+impl super::gpu::Gpu {}

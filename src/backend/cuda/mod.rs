@@ -33,7 +33,7 @@ mod tests;
 pub mod timing;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use half::f16;
 
@@ -46,13 +46,14 @@ use crate::quant::site::SiteFormat;
 use crate::{Error, Result};
 use attention::RopeTables;
 use compile::Compiler;
+use fused::Columns;
 use gpu::{Buffer, Gpu, Stream};
 use launch::{Geometry, Kernels, arguments};
 use product::{Operand, Precision, Product, Products};
 use staging::Staging;
 use tensor::{
-    Cross, Data, Dense, Factor, Hessian, Home, Packed, Quantized, Resident, Rows, Site, Tensor,
-    Weight,
+    Cross, Data, Dense, Factor, Hessian, Home, Layout, Packed, Quantized, Resident, Rows, Site,
+    Tensor, Weight,
 };
 
 /// Threads of a block in the kernels that do not say otherwise.
@@ -372,7 +373,8 @@ impl Backend for Cuda {
             self.check_levels(format.levels)?;
         }
         let places = self.places(format)?;
-        Ok(Site { format: format.clone(), order: self.gpu.upload(&format.order)?, places })
+        let order = self.gpu.upload(&format.order)?;
+        Ok(Site { format: format.clone(), order, places, norm: OnceLock::new() })
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<Tensor> {
@@ -395,6 +397,31 @@ impl Backend for Cuda {
 
     fn quantize(&self, x: &Tensor, site: &Site) -> Result<Rows> {
         self.quantize_rows(x, site)
+    }
+
+    fn norm_quantize(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        epsilon: f32,
+        site: &Site,
+    ) -> Result<Option<Rows>> {
+        if !self.takes_tiles_of(&site.format) {
+            return Ok(None);
+        }
+        let unsound = self.unsound()?;
+        let rows = self.norm_rows(x, weight, epsilon, site, Layout::Tiled, &unsound)?;
+        unsound.check().map(|()| rows)
+    }
+
+    fn silu_quantize(&self, gate: &Tensor, up: &Tensor, site: &Site) -> Result<Option<Rows>> {
+        if !self.takes_tiles_of(&site.format) {
+            return Ok(None);
+        }
+        let unsound = self.unsound()?;
+        let columns = Columns::Channels;
+        let rows = self.silu_rows(gate, up, columns, site, Layout::Tiled, &unsound)?;
+        unsound.check().map(|()| rows)
     }
 
     fn fetch_rows(&self, x: &Rows) -> Result<QuantizedRows> {

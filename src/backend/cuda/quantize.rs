@@ -10,8 +10,8 @@ use super::kernels::{self, Defines};
 use super::launch::{Argument, Geometry, arguments};
 use super::product::Precision;
 use super::tensor::{
-    Codes, Data, Form, Layout, OUTLIER_MULTIPLE, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE, Site,
-    Tensor, Weight,
+    Codes, Data, Form, Layout, OUTLIER_MULTIPLE, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE,
+    Site, Tensor, Weight,
 };
 use super::{Cuda, THREADS};
 use crate::backend::Backend;
@@ -170,10 +170,9 @@ impl Cuda {
 
     pub(super) fn quantize_rows(&self, x: &Tensor, site: &Site) -> Result<Rows> {
         let unsound = self.unsound()?;
-        let SiteFormat { group_size, outlier_channels, outlier_format, .. } = site.format;
-        let tiles = self.takes_tiles(group_size, outlier_channels, outlier_format);
+        let tiles = self.takes_tiles_of(&site.format);
         let fused = match &x.data {
-            Data::Half(_) if tiles => self.half_quantize(x, site, Layout::Tiled, &unsound)?,
+            Data::Half(_) if tiles => self.half_rows(x, site, Layout::Tiled, &unsound)?,
             _ => None,
         };
         let rows = match fused {

@@ -1,8 +1,9 @@
 /*! What lives in device memory: activations, weights, codes. */
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use super::fused::NormWeight;
 use super::gpu::{Buffer, Mark, Pinned};
 use crate::checkpoint::Dtype;
 use crate::quant::levels::Levels;
@@ -126,6 +127,8 @@ pub struct Site {
     pub(super) order: Buffer,
     /// The order in whole panels, where `fused` makes the site's codes.
     pub(super) places: Option<Buffer>,
+    /// The weight of the norm before it, in that order: a site stands behind one norm at most.
+    pub(super) norm: OnceLock<NormWeight>,
 }
 
 /// Outlier channels are stored so many at a time: the depth of an integer matrix instruction.

@@ -77,7 +77,7 @@ impl Cuda {
         self.upload_activation(matrix.clone()).unwrap()
     }
 
-    fn values(&self, tensor: &Tensor) -> Vec<f32> {
+    pub(super) fn values(&self, tensor: &Tensor) -> Vec<f32> {
         self.download(tensor).unwrap().data
     }
 
@@ -94,7 +94,6 @@ impl Cuda {
         fetched
     }
 }
-
 
 /// `|a - b| <= share * max |b|` everywhere, and no NaN.
 fn close(found: &[f32], expected: &[f32], share: f32, what: &str) {
@@ -321,7 +320,11 @@ fn codes_and_scales_are_the_cpus_bits() {
 }
 
 /// A weight of random codes behind a site.
-fn random_codes(format: &WeightFormat, rows: usize, random: &mut Random) -> QuantizedLinear {
+pub(super) fn random_codes(
+    format: &WeightFormat,
+    rows: usize,
+    random: &mut Random,
+) -> QuantizedLinear {
     let width = format.width();
     let weights = random.values(rows * width);
     crate::quant::weights::round_to_nearest(&weights, rows, format).unwrap()
