@@ -110,6 +110,11 @@ impl Gpu {
         }))
     }
 
+    /// What the driver says of the device.
+    pub(super) fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32> {
+        self.context.attribute(attribute).map_err(|error| failed("cuDeviceGetAttribute", error))
+    }
+
     /// Makes the calling thread use this GPU.
     pub fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|error| failed("cuCtxSetCurrent", error))
@@ -121,6 +126,11 @@ impl Gpu {
             Stream::Up => &self.up,
             Stream::Down => &self.down,
         }
+    }
+
+    /// The stream of the kernels.
+    pub(super) fn main(&self) -> &Arc<CudaStream> {
+        &self.main
     }
 
     /// A stream's handle.
@@ -160,6 +170,11 @@ impl Gpu {
         let mut trace = trace.lock().unwrap_or_else(PoisonError::into_inner);
         *trace.entry(name()).or_default() += start.elapsed().as_secs_f64();
         Ok(())
+    }
+
+    /// Whether every kernel is waited for.
+    pub(super) fn is_traced(&self) -> bool {
+        self.trace.is_some()
     }
 
     /// Seconds of each kernel so far, where they are timed.

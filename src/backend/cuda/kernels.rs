@@ -141,6 +141,12 @@ pub const FAMILIES: &[Family] = &[
         },
     },
     Family {
+        name: "measure",
+        source: source!("measure"),
+        tensor_core: None,
+        variants: || vec![vec![]],
+    },
+    Family {
         name: "prepare",
         source: source!("prepare"),
         tensor_core: None,

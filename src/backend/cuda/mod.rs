@@ -16,6 +16,7 @@ pub mod kernels;
 mod launch;
 pub mod libraries;
 mod loss;
+pub mod measure;
 pub mod product;
 mod quantize;
 mod search;
@@ -23,6 +24,7 @@ mod staging;
 pub mod tensor;
 #[cfg(test)]
 mod tests;
+pub mod timing;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};

@@ -44,6 +44,10 @@ pub enum Precision {
     Float,
     /// f32 operands, rounded to 10 bits of mantissa for the tensor cores, and f32 sums.
     Tensor32,
+    /// INT8 operands, sums and result in i32.
+    Int8,
+    /// FP8 (E4M3) operands of scale 1, sums as fast as the tensor cores can, result in f16.
+    Fp8,
 }
 
 /// `c = a b`, or `c += a b`: `[m, n]` from `[m, k]` and `[k, n]`, column-major.
@@ -67,14 +71,48 @@ pub struct Product {
     pub precision: Precision,
 }
 
-/// What decides the kernel that cuBLASLt takes.
-type Key = (usize, usize, usize, [(usize, bool, u32); 3], bool, Precision);
+/// An operand as a kernel sees it: its stride, whether it is transposed, and its alignment in bytes.
+type Form = (usize, bool, u32);
 
-/// A product that cuBLASLt has chosen a kernel for.
-struct Planned {
+/// What decides the kernel that cuBLASLt takes.
+type Key = (usize, usize, usize, [Form; 3], bool, Precision);
+
+impl Product {
+    fn forms(&self) -> [Form; 3] {
+        let form = |operand: Operand, bytes: usize| {
+            // The address decides which instructions can load it, and so does the distance of columns.
+            let alignment = operand.pointer | (operand.stride * bytes) as u64 | 256;
+            (operand.stride, operand.transposed, 1 << alignment.trailing_zeros())
+        };
+        let (in_bytes, out_bytes) = self.precision.bytes();
+        [form(self.a, in_bytes), form(self.b, in_bytes), form(self.c, out_bytes)]
+    }
+}
+
+/// A product that cuBLASLt knows kernels for, those first that it thinks fastest.
+pub struct Planned {
     description: lts::cublasLtMatmulDesc_t,
     layouts: [lts::cublasLtMatrixLayout_t; 3],
-    algorithm: lts::cublasLtMatmulAlgo_t,
+    algorithms: Vec<lts::cublasLtMatmulAlgo_t>,
+}
+
+impl Planned {
+    /// How many kernels there are to choose from.
+    pub fn choices(&self) -> usize {
+        self.algorithms.len()
+    }
+}
+
+impl Drop for Planned {
+    fn drop(&mut self) {
+        // SAFETY: all was made for this product and is used no more. Nothing can be done about a failure.
+        unsafe {
+            let _ = lt::destroy_matmul_desc(self.description);
+            for layout in self.layouts {
+                let _ = lt::destroy_matrix_layout(layout);
+            }
+        }
+    }
 }
 
 /// The two libraries, opened for a device.
@@ -83,6 +121,8 @@ pub struct Products {
     handle: lts::cublasLtHandle_t,
     solver: solver::cusolverDnHandle_t,
     workspace: Buffer,
+    /// The scale of FP8 operands: 1, in f32.
+    one: Buffer,
     planned: Mutex<HashMap<Key, Planned>>,
 }
 
@@ -105,7 +145,8 @@ impl Products {
         let set = unsafe { solver::cusolverDnSetStream(solver, gpu.stream(Stream::Main).cast()) };
         solved("cusolverDnSetStream", set)?;
         let workspace = gpu.alloc(WORKSPACE_BYTES)?;
-        Ok(Self { gpu, handle, solver, workspace, planned: Mutex::default() })
+        let one = gpu.upload(&[1f32])?;
+        Ok(Self { gpu, handle, solver, workspace, one, planned: Mutex::default() })
     }
 
     /// Computes a product on the main stream.
@@ -117,32 +158,47 @@ impl Products {
     }
 
     fn multiply(&self, product: &Product) -> Result<()> {
-        let Product { m, n, k, a, b, c, add, precision } = *product;
+        let Product { m, n, k, add, precision, .. } = *product;
         if m == 0 || n == 0 || k == 0 {
             return Ok(());
         }
-        self.gpu.bind()?;
-        let form = |operand: Operand, bytes: usize| {
-            // The address decides which instructions can load it, and so does the distance of columns.
-            let alignment = operand.pointer | (operand.stride * bytes) as u64 | 256;
-            (operand.stride, operand.transposed, 1 << alignment.trailing_zeros())
-        };
-        let (in_bytes, out_bytes) = precision.bytes();
-        let forms = [form(a, in_bytes), form(b, in_bytes), form(c, out_bytes)];
+        let forms = product.forms();
         let key = (m, n, k, forms, add, precision);
         let mut planned = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = match planned.entry(key) {
             Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(self.plan(product, forms)?),
+            Entry::Vacant(entry) => {
+                let plan = self.plan(product, 1)?;
+                if plan.choices() == 0 {
+                    let none = lts::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED;
+                    return Err(failed("choosing a kernel of cuBLASLt", lt::CublasError(none)));
+                }
+                entry.insert(plan)
+            }
         };
-        let (alpha, beta) = (1f32, if add { 1f32 } else { 0.0 });
+        self.run_choice(product, plan, 0)
+    }
+
+    /// Computes a product on the main stream by one of the kernels that were planned for its shape.
+    ///
+    /// # Errors
+    /// A machine error, also where the kernel turns out not to know the shape.
+    pub fn run_choice(&self, product: &Product, plan: &Planned, choice: usize) -> Result<()> {
+        self.gpu.bind()?;
+        let Product { a, b, c, add, precision, .. } = *product;
+        let floats = [1f32, f32::from(u8::from(add))];
+        let integers = [1i32, i32::from(add)];
+        let scalar = |at: usize| match precision {
+            Precision::Int8 => (&raw const integers[at]).cast::<c_void>(),
+            _ => (&raw const floats[at]).cast(),
+        };
         // SAFETY: the plan was made for these shapes; the operands are device memory of these sizes.
         unsafe {
             lt::matmul(
                 self.handle,
                 plan.description,
-                (&raw const alpha).cast(),
-                (&raw const beta).cast(),
+                scalar(0),
+                scalar(1),
                 a.pointer as *const c_void,
                 plan.layouts[0],
                 b.pointer as *const c_void,
@@ -151,7 +207,7 @@ impl Products {
                 plan.layouts[2],
                 c.pointer as *mut c_void,
                 plan.layouts[2],
-                &raw const plan.algorithm,
+                &raw const plan.algorithms[choice],
                 self.workspace.pointer() as *mut c_void,
                 WORKSPACE_BYTES,
                 self.gpu.stream(Stream::Main).cast(),
@@ -160,22 +216,36 @@ impl Products {
         .map_err(|error| failed("cublasLtMatmul", error))
     }
 
-    fn plan(&self, product: &Product, forms: [(usize, bool, u32); 3]) -> Result<Planned> {
+    /// Asks cuBLASLt for up to `most` kernels; none where it knows none for the shape.
+    pub fn plan(&self, product: &Product, most: usize) -> Result<Planned> {
+        self.gpu.bind()?;
         let Product { m, n, k, a, b, precision, .. } = *product;
-        let (input, output, compute) = precision.types();
+        let forms = product.forms();
+        let (input, output, compute, scale) = precision.types();
         let failed = |error| failed("choosing a kernel of cuBLASLt", error);
-        let description = lt::create_matmul_desc(compute, DataType::CUDA_R_32F).map_err(failed)?;
+        let description = lt::create_matmul_desc(compute, scale).map_err(failed)?;
+        let describe = |attribute, value: *const c_void, bytes| {
+            // SAFETY: each attribute is given as the number or the address it is.
+            unsafe { lt::set_matmul_desc_attribute(description, attribute, value, bytes) }
+                .map_err(failed)
+        };
         for (attribute, operand) in [
             (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSA, a),
             (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSB, b),
         ] {
             let transposed = i32::from(operand.transposed);
-            // SAFETY: the attribute is one 32-bit number.
-            unsafe {
-                let value = (&raw const transposed).cast();
-                lt::set_matmul_desc_attribute(description, attribute, value, size_of::<i32>())
+            describe(attribute, (&raw const transposed).cast(), size_of::<i32>())?;
+        }
+        if precision == Precision::Fp8 {
+            let (one, fast) = (self.one.pointer(), 1i8);
+            for attribute in [
+                DescAttribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
+                DescAttribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER,
+            ] {
+                describe(attribute, (&raw const one).cast(), size_of::<u64>())?;
             }
-            .map_err(failed)?;
+            let attribute = DescAttribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM;
+            describe(attribute, (&raw const fast).cast(), size_of::<i8>())?;
         }
         let layout = |data, (rows, columns): (usize, usize), stride: usize, transposed| {
             let (rows, columns) = if transposed { (columns, rows) } else { (rows, columns) };
@@ -186,14 +256,15 @@ impl Products {
             layout(input, (k, n), forms[1].0, forms[1].1).map_err(failed)?,
             layout(output, (m, n), forms[2].0, false).map_err(failed)?,
         ];
+        let mut planned = Planned { description, layouts, algorithms: Vec::new() };
         let preference = lt::create_matmul_pref().map_err(failed)?;
-        let set = |attribute, value: *const c_void, bytes| {
+        let prefer = |attribute, value: *const c_void, bytes| {
             // SAFETY: each attribute is given as the number it is.
             unsafe { lt::set_matmul_pref_attribute(preference, attribute, value, bytes) }
                 .map_err(failed)
         };
         let workspace = WORKSPACE_BYTES;
-        set(
+        prefer(
             Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
             (&raw const workspace).cast(),
             size_of::<usize>(),
@@ -202,21 +273,18 @@ impl Products {
             Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
             Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
             Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+            Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
         ]
         .into_iter()
-        .zip(forms)
+        .zip([forms[0], forms[1], forms[2], forms[2]])
         {
-            set(attribute, (&raw const alignment).cast(), size_of::<u32>())?;
+            prefer(attribute, (&raw const alignment).cast(), size_of::<u32>())?;
         }
-        let alignment = forms[2].2;
-        set(
-            Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
-            (&raw const alignment).cast(),
-            size_of::<u32>(),
-        )?;
-        // SAFETY: all descriptions are alive.
-        let found = unsafe {
-            lt::get_matmul_algo_heuristic(
+        let mut found = Vec::with_capacity(most);
+        let mut count = 0;
+        // SAFETY: all descriptions are alive, and there is room for as many results as are asked for.
+        let status = unsafe {
+            let status = lts::cublasLtMatmulAlgoGetHeuristic(
                 self.handle,
                 description,
                 layouts[0],
@@ -224,12 +292,23 @@ impl Products {
                 layouts[2],
                 layouts[2],
                 preference,
-            )
+                most as i32,
+                found.as_mut_ptr(),
+                &mut count,
+            );
+            // Results behind the count were not written, and after a failure none were.
+            let written = if status.result().is_ok() { count.max(0) as usize } else { 0 };
+            found.set_len(written.min(most));
+            status
         };
         // SAFETY: made above, and used no more.
         let _ = unsafe { lt::destroy_matmul_pref(preference) };
-        let found = found.map_err(failed)?;
-        Ok(Planned { description, layouts, algorithm: found.algo })
+        if status != lts::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
+            status.result().map_err(failed)?;
+        }
+        let usable = found.into_iter().filter(|found| found.state.result().is_ok());
+        planned.algorithms.extend(usable.map(|found| found.algo));
+        Ok(planned)
     }
 
     /// Replaces the lower triangle of `matrix` `[n, n]` (row-major) by `L`, `L L^T = matrix`; false if
@@ -301,15 +380,9 @@ impl Drop for Products {
         if self.gpu.wait(Stream::Main).is_err() {
             return;
         }
-        let planned = self.planned.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: everything was made here and is used no more.
+        self.planned.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        // SAFETY: both were made here and are used no more.
         unsafe {
-            for (_, Planned { description, layouts, .. }) in planned.drain() {
-                let _ = lt::destroy_matmul_desc(description);
-                for layout in layouts {
-                    let _ = lt::destroy_matrix_layout(layout);
-                }
-            }
             let _ = lt::destroy_handle(self.handle);
             let _ = solver::cusolverDnDestroy(self.solver);
         }
@@ -318,22 +391,29 @@ impl Drop for Products {
 
 impl Precision {
     /// Bytes of an operand's and of the result's elements.
-    fn bytes(self) -> (usize, usize) {
+    pub(super) fn bytes(self) -> (usize, usize) {
         match self {
             Self::HalfToHalf => (2, 2),
             Self::HalfToFloat => (2, 4),
             Self::Float | Self::Tensor32 => (4, 4),
+            Self::Int8 => (1, 4),
+            Self::Fp8 => (1, 2),
         }
     }
 
-    fn types(self) -> (DataType, DataType, Compute) {
+    /// Types of the operands and of the result, how sums are made, and the type of factors.
+    fn types(self) -> (DataType, DataType, Compute, DataType) {
         let (half, float) = (DataType::CUDA_R_16F, DataType::CUDA_R_32F);
-        match self {
+        let (input, output, compute) = match self {
             Self::HalfToHalf => (half, half, Compute::CUBLAS_COMPUTE_32F),
             Self::HalfToFloat => (half, float, Compute::CUBLAS_COMPUTE_32F),
             Self::Float => (float, float, Compute::CUBLAS_COMPUTE_32F),
             Self::Tensor32 => (float, float, Compute::CUBLAS_COMPUTE_32F_FAST_TF32),
-        }
+            Self::Int8 => (DataType::CUDA_R_8I, DataType::CUDA_R_32I, Compute::CUBLAS_COMPUTE_32I),
+            Self::Fp8 => (DataType::CUDA_R_8F_E4M3, half, Compute::CUBLAS_COMPUTE_32F),
+        };
+        let scale = if self == Self::Int8 { output } else { float };
+        (input, output, compute, scale)
     }
 }
 

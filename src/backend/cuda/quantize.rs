@@ -309,18 +309,42 @@ impl Cuda {
 
     /// `x w^T` by the integer path, in f16 or in f32.
     pub(super) fn integer(&self, x: &Rows, weight: &Packed, half: bool) -> Result<Buffer> {
+        let count = x.tokens * weight.weight.rows;
+        let half_now = half && !x.has_float_outliers();
+        let y = self.gpu.alloc(if half_now { 2 } else { 4 } * count)?;
+        self.integer_into(x, weight, &y, half_now)?;
+        if half_now == half {
+            return Ok(y);
+        }
+        let rounded = self.gpu.alloc(2 * count)?;
+        let bad = self.gpu.alloc(8)?;
+        self.launch(
+            "elementwise",
+            "convert_float",
+            Geometry::line(count.div_ceil(THREADS * 16).clamp(1, 4096), THREADS),
+            arguments![&y, count as i64, &rounded, &bad],
+        )?;
+        Ok(rounded)
+    }
+
+    /// The same into memory that is there, with no allocation. Outliers in f16 and FP8 are added to f32 sums,
+    /// so that `half` is not for them.
+    pub(super) fn integer_into(
+        &self,
+        x: &Rows,
+        weight: &Packed,
+        to: &Buffer,
+        half: bool,
+    ) -> Result<()> {
         let Packed { weight, scales } = weight;
         let (tokens, rows) = (x.tokens, weight.rows);
         assert_eq!(
             (x.group_size, x.groups, x.outliers.channels),
             (weight.format.group_size, weight.format.groups, weight.format.outlier_channels)
         );
-        let float_outliers = x.outliers.values.as_ref();
-        // Outliers in f16 and FP8 are added to the f32 sums, which are rounded afterwards.
-        let half_now = half && float_outliers.is_none();
-        let y = self.gpu.alloc(if half_now { 2 } else { 4 } * tokens * rows)?;
+        assert!(!(half && x.has_float_outliers()), "sums that are to be added to are f32");
         let [outlier_codes, outlier_scales, outlier_values] = weight.outliers();
-        let defines = kernels::integer(x.group_size, half_now);
+        let defines = kernels::integer(x.group_size, half);
         self.kernels.launch(
             "integer",
             &defines,
@@ -335,14 +359,14 @@ impl Cuda {
                 scales,
                 outlier_codes,
                 outlier_scales,
-                &y,
+                to,
                 tokens,
                 rows,
                 x.groups,
                 x.outliers.padded()
             ],
         )?;
-        let Some(values) = float_outliers else { return Ok(y) };
+        let Some(values) = &x.outliers.values else { return Ok(()) };
         self.kernels.launch(
             "integer",
             &defines,
@@ -352,20 +376,8 @@ impl Cuda {
                 threads: THREADS,
                 shared_bytes: 0,
             },
-            arguments![values, outlier_values, &y, tokens, rows, x.outliers.channels],
-        )?;
-        if !half {
-            return Ok(y);
-        }
-        let rounded = self.gpu.alloc(2 * tokens * rows)?;
-        let bad = self.gpu.alloc(8)?;
-        self.launch(
-            "elementwise",
-            "convert_float",
-            Geometry::line((tokens * rows).div_ceil(THREADS * 16).clamp(1, 4096), THREADS),
-            arguments![&y, (tokens * rows) as i64, &rounded, &bad],
-        )?;
-        Ok(rounded)
+            arguments![values, outlier_values, to, tokens, rows, x.outliers.channels],
+        )
     }
 
     /// A quantized weight on the host. On the stream beside the kernels.

@@ -161,6 +161,13 @@ pub struct Rows {
     pub(super) outliers: Outliers,
 }
 
+impl Rows {
+    /// Whether outliers are held as floating-point values.
+    pub(super) fn has_float_outliers(&self) -> bool {
+        self.outliers.values.is_some()
+    }
+}
+
 /// The codes of one or more linears, row under row.
 pub(super) struct Codes {
     /// `[rows, grouped channels]`.

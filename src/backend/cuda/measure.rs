@@ -1,0 +1,170 @@
+/*! Random operands on the device, plain reads and copies of memory, and the operations that are measured
+beside them, none of which allocates. */
+
+use cudarc::driver::sys::CUdevice_attribute;
+
+use super::Cuda;
+use super::gpu::Buffer;
+use super::launch::{Geometry, arguments};
+use super::product::{Operand, Planned, Precision, Product};
+use super::tensor::{Data, Packed, Rows, Tensor, Weight};
+use crate::Result;
+use crate::checkpoint::Dtype;
+
+/// Threads of a block of measure.cu's kernels for random values.
+const THREADS: usize = 256;
+
+/// How a read or a copy is spread over the device. The best differs with what is read, so that a rate is that of
+/// the fastest.
+#[derive(Clone, Copy, Debug)]
+pub struct Spread {
+    /// Threads of a block.
+    threads: usize,
+    /// Blocks an SM has at a time; none for as many as it takes that each thread loads 8 times 16 bytes.
+    resident: Option<usize>,
+}
+
+/// Spreads to choose from.
+pub const SPREADS: [Spread; 6] = [
+    Spread { threads: 256, resident: None },
+    Spread { threads: 512, resident: None },
+    Spread { threads: 1024, resident: None },
+    Spread { threads: 256, resident: Some(4) },
+    Spread { threads: 512, resident: Some(2) },
+    Spread { threads: 512, resident: Some(4) },
+];
+
+/// Kinds of random values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Random {
+    /// f16, even in -1..1.
+    Half,
+    /// INT8, even.
+    Int8,
+    /// E4M3 below 4, even within each power of two.
+    Fp8,
+}
+
+impl Cuda {
+    /// Memory for results.
+    pub fn room(&self, bytes: usize) -> Result<Buffer> {
+        self.gpu.alloc(bytes)
+    }
+
+    /// Random values of so many bytes, the same for the same seed.
+    pub fn random(&self, kind: Random, bytes: usize, seed: usize) -> Result<Buffer> {
+        let buffer = self.gpu.alloc(bytes)?;
+        let entry = match kind {
+            Random::Half => "random_half",
+            Random::Int8 => "random_int8",
+            Random::Fp8 => "random_fp8",
+        };
+        let words = buffer.bytes() / 4;
+        let geometry = Geometry::over(words, THREADS);
+        self.launch("measure", entry, geometry, arguments![&buffer, words, seed])?;
+        Ok(buffer)
+    }
+
+    /// Random activations in f16.
+    pub fn random_activations(&self, rows: usize, columns: usize, seed: usize) -> Result<Tensor> {
+        let data = self.random(Random::Half, 2 * rows * columns, seed)?;
+        Ok(Tensor::new(rows, columns, Data::Half(data)))
+    }
+
+    /// A random weight in f16.
+    pub fn random_weight(&self, rows: usize, columns: usize, seed: usize) -> Result<Weight> {
+        let data = self.random(Random::Half, 2 * rows * columns, seed)?.into();
+        Ok(Weight { rows, columns, dtype: Dtype::F16, data })
+    }
+
+    /// Reads `bytes` of `from` at `offset`, both multiples of 16; `sums` holds a word for each block.
+    pub fn read(
+        &self,
+        from: &Buffer,
+        offset: usize,
+        bytes: usize,
+        spread: Spread,
+        sums: &Buffer,
+    ) -> Result<()> {
+        let geometry = self.spread(spread, bytes)?;
+        assert!(offset + bytes <= from.bytes() && 4 * geometry.grid.0 <= sums.bytes());
+        let first = from.pointer() + offset as u64;
+        self.launch("measure", "read", geometry, arguments![first, (bytes / 16) as i64, sums])
+    }
+
+    /// Copies `bytes` of `from` at `offset`, both multiples of 16, to the same place of `to`.
+    pub fn copy(
+        &self,
+        from: &Buffer,
+        offset: usize,
+        bytes: usize,
+        spread: Spread,
+        to: &Buffer,
+    ) -> Result<()> {
+        let geometry = self.spread(spread, bytes)?;
+        assert!(offset + bytes <= from.bytes().min(to.bytes()));
+        let [from, to] = [from, to].map(|buffer| buffer.pointer() + offset as u64);
+        self.launch("measure", "copy", geometry, arguments![from, (bytes / 16) as i64, to])
+    }
+
+    fn spread(&self, spread: Spread, bytes: usize) -> Result<Geometry> {
+        let Spread { threads, resident } = spread;
+        let needed = (bytes / 16).div_ceil(threads * 8).max(1);
+        let blocks = match resident {
+            Some(blocks) => (blocks * self.gpu.multiprocessors()?).min(needed),
+            None => needed,
+        };
+        Ok(Geometry::line(blocks, threads))
+    }
+
+    /// What cuBLASLt is asked for to compute `x w^T` `[tokens, rows]` from `x` `[tokens, channels]` and `w`
+    /// `[rows, channels]`.
+    pub fn library_product(
+        precision: Precision,
+        [tokens, rows, channels]: [usize; 3],
+        [weight, x, to]: [&Buffer; 3],
+    ) -> Product {
+        let (inputs, outputs) = precision.bytes();
+        assert!(rows * channels * inputs <= weight.bytes());
+        assert!(tokens * channels * inputs <= x.bytes() && tokens * rows * outputs <= to.bytes());
+        let operand = |buffer: &Buffer, stride, transposed| Operand {
+            pointer: buffer.pointer(),
+            stride,
+            transposed,
+        };
+        Product {
+            m: rows,
+            n: tokens,
+            k: channels,
+            a: operand(weight, channels, true),
+            b: operand(x, channels, false),
+            c: operand(to, rows, false),
+            add: false,
+            precision,
+        }
+    }
+
+    /// Up to `most` of cuBLASLt's kernels for a product, those first that it thinks fastest.
+    pub fn library_plan(&self, product: &Product, most: usize) -> Result<Planned> {
+        self.products.plan(product, most)
+    }
+
+    /// A product by one of the planned kernels.
+    pub fn run_library(&self, product: &Product, plan: &Planned, choice: usize) -> Result<()> {
+        self.products.run_choice(product, plan, choice)
+    }
+
+    /// `x w^T` by the integer path in f16, into memory that is there.
+    pub fn run_integer(&self, x: &Rows, weight: &Packed, to: &Buffer) -> Result<()> {
+        self.integer_into(x, weight, to, true)
+    }
+}
+
+impl super::gpu::Gpu {
+    /// How many multiprocessors the device has.
+    fn multiprocessors(&self) -> Result<usize> {
+        let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let count = self.attribute(attribute)?;
+        Ok(usize::try_from(count).unwrap_or(1))
+    }
+}
