@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(APPEND_THREADS)
             load_head(x, (side == 0 ? k : v) + row * row_stride + head * HEAD_DIM, there);
             if (side == 0) {
                 const long long angle = (long long)(there ? position : before) * (HEAD_DIM / 2);
-                embed_by(x, cos + angle, sin + angle, QUADS ? nullptr : exchange[threadIdx.x / 32]);
+                embed(x, load_angle(cos + angle, sin + angle), QUADS ? nullptr : exchange[threadIdx.x / 32]);
                 if (QUANTIZED && mean) {
 #pragma unroll
                     for (int i = 0; i < HELD; i++)

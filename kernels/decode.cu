@@ -35,9 +35,8 @@
 #ifndef GROUP
 #define GROUP (KV_BITS < 16 ? 2 : 1)
 #endif
-#ifndef STAGES
-#define STAGES 3
-#endif
+/// Groups of pages that a warp has on their way at most.
+#define MOST_STAGES 8
 #ifndef RESIDENT
 #define RESIDENT (KV_BITS < 16 ? 2 : 1)
 #endif
@@ -47,9 +46,17 @@
 /// heads meet 32 banks.
 #define PART_PITCH (HEAD_DIM + 4)
 #define PART_BYTES (WARPS * TILE_HEADS * PART_PITCH * 4)
-#define DECODE_SHARED (WARPS * STAGES * STAGE_BYTES > PART_BYTES ? WARPS * STAGES * STAGE_BYTES : PART_BYTES)
 /// Values from row to row of queries: lanes that read pairs of 8 rows meet 32 banks.
 #define QUERY_PITCH (HEAD_DIM + 8)
+
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERED
+#endif
 
 #ifndef BULK
 #if __CUDA_ARCH__ >= 900
@@ -57,6 +64,11 @@
 #else
 #define BULK 0
 #endif
+#endif
+
+#if !BULK
+/// What it waits for is counted by the compiler.
+#define FIXED_STAGES 2
 #endif
 
 static constexpr float LOWEST = -1e30f;
@@ -97,6 +109,13 @@ static __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 b
 }
 #endif
 
+/// Loads where it is written, so that what follows need not wait for what comes before.
+static __device__ __forceinline__ int load_now(const int* from) {
+    int x;
+    asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(x) : "l"(from));
+    return x;
+}
+
 /// A value that another block wrote.
 static __device__ __forceinline__ float4 load_shared_result(const float4* from) {
     float4 x;
@@ -127,19 +146,25 @@ static __device__ __forceinline__ void spread(u32 (&a)[4], u32 word) {
     a[0] = word & 0x000f000f, a[1] = word & 0x00f000f0, a[2] = upper & 0x000f000f, a[3] = upper & 0x00f000f0;
 }
 
-/// What a warp, or a block, has of a tile of heads: rows of PART_PITCH floats, of which this puts together `parts`
-/// that lie `stride` floats apart, for the head and the channels that the lane holds. Returns the sum, and sets
-/// the maximum.
-static __device__ __forceinline__ float join(float (&x)[HELD], float& maximum, const float* from, int stride, int parts, bool there) {
+/// Puts the parts of one head together, for the channels that the lane holds: `row(i)` is part i of up to PARTS, outputs,
+/// maximum and sum. Returns the sum and sets the maximum.
+template <int PARTS, class Row>
+static __device__ __forceinline__ float join(float (&x)[HELD], float& maximum, Row row, int parts) {
     maximum = LOWEST;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < HELD; i++) x[i] = 0.0f;
-    if (!there) return sum;
-    for (int part = 0; part < parts; part++) maximum = fmaxf(maximum, from[part * stride + HEAD_DIM]);
-    for (int part = 0; part < parts; part++) {
-        const float* own = from + part * stride;
-        const float weight = power_of_two(own[HEAD_DIM] - maximum);
+    float weights[PARTS];
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        weights[part] = part < parts ? row(part)[HEAD_DIM] : LOWEST;
+        maximum = fmaxf(maximum, weights[part]);
+    }
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        if (part >= parts) break;
+        const float* own = row(part);
+        const float weight = power_of_two(weights[part] - maximum);
         sum = fmaf(weight, own[HEAD_DIM + 1], sum);
 #pragma unroll
         for (int i = 0; i < HELD; i++)
@@ -148,75 +173,110 @@ static __device__ __forceinline__ float join(float (&x)[HELD], float& maximum, c
     return sum;
 }
 
+/// Keeps the lane's channels of a head, with its maximum and its sum, as a part.
+static __device__ __forceinline__ void keep(const float (&x)[HELD], float maximum, float sum, float* row) {
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+        if (channel_of(i) < HEAD_DIM) row[channel_of(i)] = x[i];
+    if (threadIdx.x % HEAD_LANES == 0) {
+        row[HEAD_DIM] = maximum;
+        row[HEAD_DIM + 1] = sum;
+    }
+}
+
+#if CLUSTER > 1
+/// Returns when all blocks of the cluster have come here.
+static __device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+/// The same place in the shared memory of another block of the cluster.
+static __device__ __forceinline__ const float* elsewhere(const float* own, u32 rank) {
+    const float* place;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(place) : "l"(own), "r"(rank));
+    return place;
+}
+#endif
+
 /// q: a row of `query_stride` values for each sequence, heads before the rotary embedding, its last token's; cos and
 /// sin: [positions, HEAD_DIM / 2]; pool: [pages, kv_heads, PAGE_BYTES]; table: [sequences, table_stride], the pages of each
 /// sequence; lengths: [sequences], tokens with the last one; out: [sequences, heads * HEAD_DIM]. A split has
 /// `split_pages` pages. parts: [sequences, gridDim.y, splits, TILE_HEADS, PART_PITCH], finished: [sequences, gridDim.y],
 /// zero before and after, neither of them used where there is one split. Scores are multiplied by `scale`.
-extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT) CLUSTERED
     decode_attention(const half* q, long long query_stride, const float* cos, const float* sin, const unsigned char* pool, const int* table,
                      int table_stride, const int* lengths, half* out, float* parts, u32* finished, int heads, int kv_heads,
-                     int split_pages, float scale) {
+                     int split_pages, int stages, float scale) {
     extern __shared__ __align__(128) unsigned char memory[];
     __shared__ __align__(16) half queries[8 * QUERY_PITCH];
-    __shared__ bool last;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    // A warp's number from a lane of it, so that the compiler knows it for all.
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), g = lane / 4, t = lane % 4;
     const int sequence = blockIdx.z, split = blockIdx.x, tiles = int(gridDim.y) / kv_heads;
     const int kv_head = int(blockIdx.y) / tiles, tile = int(blockIdx.y) % tiles, group = heads / kv_heads;
     const int first_head = kv_head * group + tile * TILE_HEADS, head_count = min(group - tile * TILE_HEADS, TILE_HEADS);
-    const int length = lengths[sequence], pages = (length + PAGE_TOKENS - 1) / PAGE_TOKENS;
-    const int first_page = split * split_pages, own_pages = min(pages - first_page, split_pages);
-    // An empty sequence has outputs too.
-    if (own_pages <= 0 && split > 0) return;
-
-    // The warp's pages, counted on their own: GROUP in turn.
-    const int groups = (own_pages + GROUP - 1) / GROUP, own_groups = (groups - warp + WARPS - 1) / WARPS;
+    // A lane has the numbers of the warp's next pages, GROUP in turn, 32 at a time, and of the 32 after them, so that
+    // nothing waits for the table; the first ones, not even for the length.
+    const int first_page = split * split_pages, table_pages = table_stride - first_page;
     const int* own_table = table + (long long)sequence * table_stride + first_page;
     auto page_number = [&](int i) {
         const int page = (i / GROUP * WARPS + warp) * GROUP + i % GROUP;
-        return page < own_pages ? own_table[page] : 0;
+        return page < table_pages ? load_now(own_table + page) : 0;
     };
-    // Of 32 pages at a time, a lane each, and of the next 32, so that nothing waits for the table.
-    int numbers = page_number(lane), next_numbers = page_number(lane + 32);
-    const u32 stages = shared_address(memory) + warp * STAGES * STAGE_BYTES;
+    int numbers = page_number(lane);
+    const int length = load_now(lengths + sequence), pages = (length + PAGE_TOKENS - 1) / PAGE_TOKENS;
+    int next_numbers = page_number(lane + 32);
+    const int own_pages = max(min(pages - first_page, split_pages), 0);
+    // Without a cluster, a split that the sequence does not reach has nothing to say, but for an empty sequence's first.
+    if (CLUSTER == 1 && own_pages == 0 && split > 0) return;
+    const int groups = (own_pages + GROUP - 1) / GROUP, own_groups = (groups - warp + WARPS - 1) / WARPS;
+#if !BULK
+    stages = FIXED_STAGES;
+#endif
+    unsigned char* own_stages = memory + warp * stages * STAGE_BYTES;
+    const u32 own_address = shared_address(own_stages);
+
+    // The query's loads go first: behind those of the pages they would wait for all of them.
+    constexpr int SLOTS = DECODE_THREADS / HEAD_LANES;
+    float x[HELD];
+    load_head(x, q + sequence * query_stride + (first_head + int(threadIdx.x) / HEAD_LANES) * HEAD_DIM, int(threadIdx.x) / HEAD_LANES < head_count);
+    const long long position = (long long)max(length - 1, 0) * (HEAD_DIM / 2);
+    const Angle angle = load_angle(cos + position, sin + position);
 #if BULK
-    __shared__ u64 arrivals[WARPS * STAGES];
-    const u32 arrived = shared_address(arrivals + warp * STAGES);
+    __shared__ u64 arrivals[WARPS * MOST_STAGES];
+    const u32 arrived = shared_address(arrivals + warp * MOST_STAGES);
     if (lane == 0) {
-#pragma unroll
-        for (int i = 0; i < STAGES; i++) barrier_init(arrived + 8 * i);
+        for (int i = 0; i < stages; i++) barrier_init(arrived + 8 * i);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
 #endif
-    auto start_copy = [&](int i) {
+    auto start_copy = [&](int i, int stage) {
         if (i > 0 && i * GROUP % 32 == 0) {
             numbers = next_numbers;
             next_numbers = page_number(i * GROUP + 32 + lane);
         }
-        const int stage = i % STAGES, count = min(own_pages - (i * WARPS + warp) * GROUP, GROUP);
-        const u32 to = stages + stage * STAGE_BYTES;
+        const int count = min(own_pages - (i * WARPS + warp) * GROUP, GROUP);
+        const u32 to = own_address + stage * STAGE_BYTES;
 #if BULK
-        const int number = __shfl_sync(0xffffffffu, numbers, (i * GROUP + lane % GROUP) % 32);
         if (lane == 0) barrier_expect(arrived + 8 * stage, count * PAGE_BYTES);
-        __syncwarp();
-        if (lane < count) copy_bulk(to + lane * PAGE_BYTES, pool + ((long long)number * kv_heads + kv_head) * PAGE_BYTES, PAGE_BYTES, arrived + 8 * stage);
-#else
-        for (int page = 0; page < count; page++) {
+#endif
+#pragma unroll
+        for (int page = 0; page < GROUP; page++) {
             const int number = __shfl_sync(0xffffffffu, numbers, (i * GROUP + page) % 32);
+            if (page >= count) break;
             const unsigned char* from = pool + ((long long)number * kv_heads + kv_head) * PAGE_BYTES;
+#if BULK
+            if (lane == 0) copy_bulk(to + page * PAGE_BYTES, from, PAGE_BYTES, arrived + 8 * stage);
+#else
 #pragma unroll
             for (int at = lane * 16; at < PAGE_BYTES; at += 512) copy16(to + page * PAGE_BYTES + at, from + at, true);
-        }
 #endif
-    };
-#pragma unroll
-    for (int i = 0; i < STAGES; i++) {
-        if (i < own_groups) start_copy(i);
+        }
 #if !BULK
         copy_commit();
 #endif
-    }
+    };
+#pragma unroll 1
+    for (int i = 0; i < stages && i < own_groups; i++) start_copy(i, i);
 
     // Queries, while the first pages are on their way. Columns without a head are zeros.
     for (int i = threadIdx.x; i < 8 * QUERY_PITCH / 2; i += DECODE_THREADS) reinterpret_cast<u32*>(queries)[i] = 0;
@@ -228,15 +288,12 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
         __shared__ float exchanges[WARPS][HEAD_DIM];
         float* exchange = exchanges[warp];
 #endif
-        const long long angle = (long long)max(length - 1, 0) * (HEAD_DIM / 2);
 #pragma unroll 1
-        for (int base = 0; base < head_count * HEAD_LANES; base += DECODE_THREADS) {
-            if ((base + warp * 32) / HEAD_LANES >= head_count) break;
-            const int head = (base + int(threadIdx.x)) / HEAD_LANES;
+        for (int base = 0; base + warp * 32 / HEAD_LANES < head_count; base += SLOTS) {
+            const int head = base + int(threadIdx.x) / HEAD_LANES;
             const bool there = head < head_count;
-            float x[HELD];
-            load_head(x, q + sequence * query_stride + (first_head + head) * HEAD_DIM, there);
-            embed_by(x, cos + angle, sin + angle, exchange);
+            if (base > 0) load_head(x, q + sequence * query_stride + (first_head + head) * HEAD_DIM, there);
+            embed(x, angle, exchange);
             if (ROTATED) transform(x);
 #pragma unroll
             for (int i = 0; i < HELD; i++)
@@ -274,15 +331,19 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
     u32 largest = 0x33800000u;
     constexpr u32 LIFT = (127u + 127u + 14u) << 23;
 
+    int stage = 0;
+    u32 phase = 0;
 #pragma unroll 1
     for (int i = 0; i < own_groups; i++) {
 #if BULK
-        barrier_wait(arrived + 8 * (i % STAGES), i / STAGES % 2);
+        barrier_wait(arrived + 8 * stage, phase);
 #else
-        copy_wait<STAGES - 1>();
+        // All but the group after this one, where there is one.
+        if (i + 1 < own_groups) copy_wait<FIXED_STAGES - 1>();
+        else copy_wait<0>();
         __syncwarp();
 #endif
-        const unsigned char* group_at = memory + (warp * STAGES + i % STAGES) * STAGE_BYTES;
+        const unsigned char* group_at = own_stages + stage * STAGE_BYTES;
         const int group_page = (i * WARPS + warp) * GROUP;
         // Tokens from the group's first to the end of the sequence or the split.
         const int tokens = min(length - (first_page + group_page) * PAGE_TOKENS, (own_pages - group_page) * PAGE_TOKENS);
@@ -423,10 +484,8 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
         }
         // All lanes have read the stage.
         __syncwarp();
-        if (i + STAGES < own_groups) start_copy(i + STAGES);
-#if !BULK
-        copy_commit();
-#endif
+        if (i + stages < own_groups) start_copy(i + stages, stage);
+        if (++stage == stages) stage = 0, phase ^= 1;
     }
 
     // The warp's part, in the stages' place: every copy has arrived, and every warp has read its own.
@@ -454,84 +513,101 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
     }
     __syncthreads();
 
-    const int splits = max((pages + split_pages - 1) / split_pages, 1);
-    const long long unit = (long long)sequence * gridDim.y + blockIdx.y;
-    float* shared_parts = parts + unit * gridDim.x * (TILE_HEADS * PART_PITCH);
-    if (splits > 1) {
+    // The block's part of a head, from its warps'.
+    auto own_part = [&](float (&x)[HELD], float& most, int head) {
+        return join<WARPS>(x, most, [&](int part) { return rows + (part * TILE_HEADS + head) * PART_PITCH; }, head < head_count ? WARPS : 0);
+    };
+    const int slot = int(threadIdx.x) / HEAD_LANES;
+#if CLUSTER > 1
+    // For the others of the cluster to see; its heads go to them in turn.
+    __shared__ float shown[TILE_HEADS * PART_PITCH];
 #pragma unroll 1
-        for (int base = 0; base < head_count * HEAD_LANES; base += DECODE_THREADS) {
-            const int head = (base + int(threadIdx.x)) / HEAD_LANES;
-            const bool there = head < head_count;
+    for (int base = 0; base < head_count; base += SLOTS) {
+        float x[HELD], most;
+        const float all = own_part(x, most, base + slot);
+        if (base + slot < head_count) keep(x, most, all, shown + (base + slot) * PART_PITCH);
+    }
+    cluster_sync();
+    const int first = split, step = CLUSTER;
+#else
+    const int first = 0, step = 1;
+    int joined = WARPS;
+    const int splits = (pages + split_pages - 1) / split_pages;
+    if (splits > 1) {
+        const long long unit = (long long)sequence * gridDim.y + blockIdx.y;
+        float* shared_parts = parts + unit * gridDim.x * (TILE_HEADS * PART_PITCH);
+#pragma unroll 1
+        for (int base = 0; base < head_count; base += SLOTS) {
             float x[HELD], most;
-            const float all = join(x, most, rows + head * PART_PITCH, TILE_HEADS * PART_PITCH, WARPS, there);
-            if (!there) continue;
-            float* to = shared_parts + (split * TILE_HEADS + head) * PART_PITCH;
-#pragma unroll
-            for (int i = 0; i < HELD; i++)
-                if (channel_of(i) < HEAD_DIM) to[channel_of(i)] = x[i];
-            if (threadIdx.x % HEAD_LANES == 0) {
-                to[HEAD_DIM] = most;
-                to[HEAD_DIM + 1] = all;
-            }
+            const float all = own_part(x, most, base + slot);
+            if (base + slot < head_count) keep(x, most, all, shared_parts + (split * TILE_HEADS + base + slot) * PART_PITCH);
         }
-        __threadfence();
+        __shared__ u32 before;
         __syncthreads();
+        // Releases what the block has written, and acquires what the others have.
         if (threadIdx.x == 0) {
-            last = atomicAdd(finished + unit, 1u) == u32(splits - 1);
-            if (last) finished[unit] = 0;
+            asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(finished + unit) : "memory");
+            if (before == u32(splits - 1)) finished[unit] = 0;
         }
         __syncthreads();
-        if (!last) return;
-        __threadfence();
-        // A warp takes every WARPS-th split, four channels a lane and all heads at once.
-        float x[TILE_HEADS][4], most[TILE_HEADS], all[TILE_HEADS];
+        if (before != u32(splits - 1)) return;
+        // Each head's splits go to as many warps as there are for it, in turn; a lane has four channels.
+        joined = max(WARPS / head_count, 1);
+#pragma unroll 1
+        for (int head = warp % head_count, slice = warp / head_count; slice < joined && head < head_count; head += WARPS) {
+            const float* from = shared_parts + head * PART_PITCH;
+            float x[4] = {}, most = LOWEST, all = 0.0f;
+            constexpr int AT_ONCE = 8;
+#pragma unroll 1
+            for (int first_part = slice; first_part < splits; first_part += AT_ONCE * joined) {
+                float4 values[AT_ONCE], ends[AT_ONCE];
 #pragma unroll
-        for (int head = 0; head < TILE_HEADS; head++) {
-            most[head] = LOWEST, all[head] = 0.0f;
-            x[head][0] = x[head][1] = x[head][2] = x[head][3] = 0.0f;
-        }
-        for (int part = warp; part < splits; part += WARPS) {
-            float4 values[TILE_HEADS], ends[TILE_HEADS];
+                for (int i = 0; i < AT_ONCE; i++) {
+                    ends[i] = make_float4(LOWEST, 0.0f, 0.0f, 0.0f), values[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                    if (first_part + i * joined >= splits) continue;
+                    const float4* row = reinterpret_cast<const float4*>(from + (first_part + i * joined) * (TILE_HEADS * PART_PITCH));
+                    ends[i] = load_shared_result(row + HEAD_DIM / 4);
+                    values[i] = load_shared_result(row + min(lane, HEAD_DIM / 4 - 1));
+                }
+                float now = most;
 #pragma unroll
-            for (int head = 0; head < TILE_HEADS; head++) {
-                if (head >= head_count) continue;
-                const float4* row = reinterpret_cast<const float4*>(shared_parts + (part * TILE_HEADS + head) * PART_PITCH);
-                ends[head] = load_shared_result(row + HEAD_DIM / 4);
-                values[head] = load_shared_result(row + min(lane, HEAD_DIM / 4 - 1));
+                for (int i = 0; i < AT_ONCE; i++) now = fmaxf(now, ends[i].x);
+                const float shrink = power_of_two(most - now);
+                most = now;
+                all *= shrink;
+#pragma unroll
+                for (int e = 0; e < 4; e++) x[e] *= shrink;
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++) {
+                    const float weight = power_of_two(ends[i].x - now);
+                    all = fmaf(weight, ends[i].y, all);
+                    x[0] = fmaf(weight, values[i].x, x[0]);
+                    x[1] = fmaf(weight, values[i].y, x[1]);
+                    x[2] = fmaf(weight, values[i].z, x[2]);
+                    x[3] = fmaf(weight, values[i].w, x[3]);
+                }
             }
-#pragma unroll
-            for (int head = 0; head < TILE_HEADS; head++) {
-                if (head >= head_count) continue;
-                const float now = fmaxf(most[head], ends[head].x);
-                const float before = power_of_two(most[head] - now), weight = power_of_two(ends[head].x - now);
-                most[head] = now;
-                all[head] = fmaf(weight, ends[head].y, all[head] * before);
-                x[head][0] = fmaf(weight, values[head].x, x[head][0] * before);
-                x[head][1] = fmaf(weight, values[head].y, x[head][1] * before);
-                x[head][2] = fmaf(weight, values[head].z, x[head][2] * before);
-                x[head][3] = fmaf(weight, values[head].w, x[head][3] * before);
-            }
-        }
-#pragma unroll
-        for (int head = 0; head < TILE_HEADS; head++) {
-            if (head >= head_count) continue;
-            float* row = rows + (warp * TILE_HEADS + head) * PART_PITCH;
-            if (lane < HEAD_DIM / 4) *reinterpret_cast<float4*>(row + lane * 4) = make_float4(x[head][0], x[head][1], x[head][2], x[head][3]);
+            float* row = rows + (slice * TILE_HEADS + head) * PART_PITCH;
+            if (lane < HEAD_DIM / 4) *reinterpret_cast<float4*>(row + lane * 4) = make_float4(x[0], x[1], x[2], x[3]);
             if (lane == 0) {
-                row[HEAD_DIM] = most[head];
-                row[HEAD_DIM + 1] = all[head];
+                row[HEAD_DIM] = most;
+                row[HEAD_DIM + 1] = all;
             }
         }
         __syncthreads();
     }
+#endif
 
 #pragma unroll 1
-    for (int base = 0; base < head_count * HEAD_LANES; base += DECODE_THREADS) {
-        if ((base + warp * 32) / HEAD_LANES >= head_count) break;
-        const int head = (base + int(threadIdx.x)) / HEAD_LANES;
+    for (int base = 0; first + (base + warp * 32 / HEAD_LANES) * step < head_count; base += SLOTS) {
+        const int head = first + (base + slot) * step;
         const bool there = head < head_count;
         float x[HELD], most;
-        const float all = join(x, most, rows + head * PART_PITCH, TILE_HEADS * PART_PITCH, WARPS, there);
+#if CLUSTER > 1
+        const float all = join<CLUSTER>(x, most, [&](int part) { return elsewhere(shown + head * PART_PITCH, part); }, there ? CLUSTER : 0);
+#else
+        const float all = join<WARPS>(x, most, [&](int part) { return rows + (part * TILE_HEADS + head) * PART_PITCH; }, there ? joined : 0);
+#endif
         const float inverse = all == 0.0f ? 0.0f : __fdiv_rn(1.0f, all);
 #pragma unroll
         for (int i = 0; i < HELD; i++) x[i] *= inverse;
@@ -541,4 +617,8 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
         for (int i = 0; i < HELD; i++)
             if (there && channel_of(i) < HEAD_DIM) to[channel_of(i)] = to_half(x[i]);
     }
+#if CLUSTER > 1
+    // Until then, others read what this block has.
+    cluster_sync();
+#endif
 }

@@ -132,17 +132,21 @@ static __device__ __forceinline__ void load_head(float (&x)[HELD], const half* f
     }
 }
 
-/// Rotary embedding by a row of the tables.
-static __device__ __forceinline__ void embed_by(float (&x)[HELD], const float* cos, const float* sin, float*) {
+/// A lane's part of a row of the tables of the rotary embedding, loaded before it is needed.
+struct Angle {
+    float cos[4], sin[4];
+};
+static __device__ __forceinline__ Angle load_angle(const float* cos, const float* sin) {
     const int at = int(threadIdx.x % QUAD_LANES) * 4;
-    float c[4] = {}, s[4] = {};
+    Angle angle = {};
     if (at < HEAD_DIM / 2) {
-        float4 cosines = *reinterpret_cast<const float4*>(cos + at), sines = *reinterpret_cast<const float4*>(sin + at);
-        c[0] = cosines.x, c[1] = cosines.y, c[2] = cosines.z, c[3] = cosines.w;
-        s[0] = sines.x, s[1] = sines.y, s[2] = sines.z, s[3] = sines.w;
+        const float4 c = *reinterpret_cast<const float4*>(cos + at), s = *reinterpret_cast<const float4*>(sin + at);
+        angle.cos[0] = c.x, angle.cos[1] = c.y, angle.cos[2] = c.z, angle.cos[3] = c.w;
+        angle.sin[0] = s.x, angle.sin[1] = s.y, angle.sin[2] = s.z, angle.sin[3] = s.w;
     }
-    embed(x, c, s);
+    return angle;
 }
+static __device__ __forceinline__ void embed(float (&x)[HELD], const Angle& angle, float*) { embed(x, angle.cos, angle.sin); }
 
 #else
 
@@ -220,9 +224,14 @@ static __device__ __forceinline__ void load_head(float (&x)[HELD], const half* f
     for (int i = 0; i < HELD; i++) x[i] = there && channel_of(i) < HEAD_DIM ? to_float(from[channel_of(i)]) : 0.0f;
 }
 
-/// Rotary embedding by a row of the tables; `exchange` [HEAD_DIM] is the warp's own.
-static __device__ __forceinline__ void embed_by(float (&x)[HELD], const float* cos, const float* sin, float* exchange) {
-    embed(x, cos, sin, exchange);
+/// A row of the tables of the rotary embedding.
+struct Angle {
+    const float *cos, *sin;
+};
+static __device__ __forceinline__ Angle load_angle(const float* cos, const float* sin) { return {cos, sin}; }
+/// `exchange` [HEAD_DIM] is the warp's own.
+static __device__ __forceinline__ void embed(float (&x)[HELD], const Angle& angle, float* exchange) {
+    embed(x, angle.cos, angle.sin, exchange);
 }
 
 #endif
