@@ -29,7 +29,7 @@ fn refusal(output: &Output, code: i32) -> String {
     stderr
 }
 
-const SUBCOMMANDS: [(&str, &[&str]); 10] = [
+const SUBCOMMANDS: [(&str, &[&str]); 11] = [
     (
         "quantize",
         &[
@@ -97,7 +97,8 @@ const SUBCOMMANDS: [(&str, &[&str]); 10] = [
     ("eval-ppl", &["--model", "--dataset", "--windows", "--max-ppl", "Examples:"]),
     ("verify", &["--model", "--reference", "--max-ppl-increase", "--no-eval", "Examples:"]),
     ("inspect", &["DIR", "--json"]),
-    ("bench", &["cpu", "quantize"]),
+    ("bench", &["cpu", "gemm", "quantize"]),
+    ("bench gemm", &["--shape", "--tokens", "--group", "--format", "--svg", "--device", "Clocks"]),
     ("bench quantize", &["--shape", "--blocks", "--samples", "--seq-len", "--dir"]),
     ("", &["quantize", "verify", "Exit codes", "--version"]),
 ];
@@ -191,6 +192,21 @@ fn a_missing_device_is_the_machines_fault() {
     let stderr = refusal(&atom(&["eval-ppl", "--model", "m", "--device", "cuda:999"]), 4);
     assert!(stderr.contains("libcuda") || stderr.contains("cuda:999 was asked for"), "{stderr}");
     assert!(stderr.contains("hint: "), "{stderr}");
+}
+
+#[test]
+fn a_gpus_measurements_need_a_gpu() {
+    for device in ["cpu", "cuda:999"] {
+        let stderr = refusal(&atom(&["bench", "gemm", "--device", device]), 4);
+        assert!(stderr.contains("hint: "), "{stderr}");
+    }
+    let stderr = refusal(&atom(&["bench", "gemm", "--device", "cpu"]), 4);
+    assert!(stderr.contains("this measures a GPU's kernels"), "{stderr}");
+    // What was typed is looked at first.
+    let stderr = refusal(&atom(&["bench", "gemm", "--device", "cpu", "--shape", "gpt"]), 2);
+    assert!(stderr.contains("there are no shapes named `gpt`"), "{stderr}");
+    let stderr = refusal(&atom(&["bench", "gemm", "--device", "cpu", "--bits", "5"]), 2);
+    assert!(stderr.contains("there are no int codes of 5 bits"), "{stderr}");
 }
 
 #[test]

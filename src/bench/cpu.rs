@@ -80,7 +80,7 @@ fn measure(isa: Isa, threads: usize, product: Product, kernel: Kernel) -> Row {
             Box::new(move || par_gemm(isa, Rows::new(x, m, k), &panels, &mut y, n, false))
         }
         Kernel::W4A4 => {
-            let site = identity_site(k);
+            let site = identity_site(k, 64, if k > 64 { 64 } else { 0 });
             let weights = WeightFormat::of(&site, 4, 1, 1.0);
             let arranged: Vec<f32> = w.chunks(k).flat_map(|row| arranged(&site, row)).collect();
             let w = round_to_nearest(&arranged, n, &weights).expect("random weights are finite");
@@ -113,9 +113,12 @@ fn measure(isa: Isa, threads: usize, product: Product, kernel: Kernel) -> Row {
     Row::new(format!("{name} ({})", isa.name()), product, threads, ours, faer)
 }
 
-/// All channels in their own order, the last 64 of them outliers where there are more.
-fn identity_site(channels: usize) -> SiteFormat {
-    let (group_size, outlier_channels) = (64, if channels > 64 { 64 } else { 0 });
+/// All channels in their own order, the last of them outliers: integers of 4 bits.
+pub(super) fn identity_site(
+    channels: usize,
+    group_size: usize,
+    outlier_channels: usize,
+) -> SiteFormat {
     let order = channel_order(&vec![0.0; channels], false, outlier_channels, group_size);
     SiteFormat {
         channels,

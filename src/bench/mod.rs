@@ -1,6 +1,9 @@
 /*! Speed, always beside a baseline measured in the same process and in turn with it. */
 
 mod cpu;
+mod device;
+mod gemm;
+mod gemm_models;
 mod quantize;
 mod rate;
 mod synthetic;
@@ -9,6 +12,8 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 pub use cpu::{LLAMA_2_7B, Product, SMOLLM2_135M, products};
+pub use gemm::{GemmOutcome, GemmRow, GemmSettings, gemm};
+pub use gemm_models::{GEMM_MODELS, GemmModel, gemm_models};
 pub use quantize::quantize;
 pub use synthetic::{SHAPES, SyntheticModel};
 
@@ -20,6 +25,9 @@ use crate::backend::cpu::isa::Isa;
 pub struct BenchOutcome {
     /// For example `name, m, n, k, gflops, baseline_gflops, ratio`.
     pub rows: Vec<Map<String, Value>>,
+    /// What holds for all rows.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub facts: Map<String, Value>,
 }
 
 impl BenchOutcome {
@@ -28,7 +36,7 @@ impl BenchOutcome {
             Ok(Value::Object(row)) => row,
             _ => unreachable!("a row is a struct of numbers and text"),
         };
-        Self { rows: rows.iter().map(row).collect() }
+        Self { rows: rows.iter().map(row).collect(), facts: Map::new() }
     }
 }
 

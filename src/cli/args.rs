@@ -78,6 +78,25 @@ impl DeviceFlag {
     }
 }
 
+impl DeviceFlag {
+    /// The GPU asked for, where there is nothing to do without one.
+    ///
+    /// # Errors
+    /// A machine error that says why there is none.
+    pub(crate) fn open_cuda(&self) -> Result<Box<Cuda>> {
+        match self.open()? {
+            Opened::Cuda(cuda) => Ok(cuda),
+            Opened::Cpu(_, why) => {
+                let error = why.unwrap_or_else(|| {
+                    Error::machine("--device cpu leaves the GPU out")
+                        .hint("name one: --device cuda")
+                });
+                Err(error.context("this measures a GPU's kernels, and there is none to use"))
+            }
+        }
+    }
+}
+
 /// Announces what was opened and runs an expression with `$backend` bound to it.
 macro_rules! with_backend {
     ($opened:expr, $ui:expr, $backend:ident => $work:expr) => {{

@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::args::{DeviceFlag, with_backend};
 use super::recipe::RecipeFlags;
 use super::{Output, Ui, values};
 use crate::Result;
-use crate::bench::{self, SyntheticModel};
+use crate::bench::{self, GemmSettings, SyntheticModel};
+use crate::quant::levels::Levels;
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
@@ -20,6 +21,8 @@ pub(crate) struct Arguments {
 enum What {
     /// Matrix products and integer kernels, beside faer's f32 product on the same shapes
     Cpu,
+    /// The GPU's integer product at models' shapes, beside cuBLASLt in f16, INT8 and FP8
+    Gemm(GemmFlags),
     /// Speed and memory of `quantize` on a synthetic checkpoint of a known model's widths
     Quantize(Box<SyntheticFlags>),
 }
@@ -53,9 +56,85 @@ struct SyntheticFlags {
     device: DeviceFlag,
 }
 
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Clocks are left as they are: what else runs on the GPU shows in the figures.\n\n\
+Example:\n  atom bench gemm --shape all --tokens 1,64,2048 --svg gemm.svg"
+)]
+struct GemmFlags {
+    /// Model whose linears are measured, or all
+    #[arg(
+        long,
+        value_name = "llama-2-7b|llama-2-13b|llama-2-70b|mixtral-8x7b|all",
+        default_value = "llama-2-7b"
+    )]
+    shape: String,
+    /// Tokens of the products
+    #[arg(
+        long,
+        value_name = "N,N,...",
+        value_delimiter = ',',
+        value_parser = values::count,
+        default_value = "1,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
+    )]
+    tokens: Vec<usize>,
+    /// Channels that share a scale, a multiple of 16
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
+    group: usize,
+    /// Outlier channels, in INT8
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    outliers: usize,
+    /// Kind of number that 4-bit codes are
+    #[arg(long, value_name = "int|fp4", default_value = "int", hide_possible_values = true)]
+    format: Format,
+    /// Bits of a weight
+    #[arg(long, value_name = "2|3|4|8", default_value_t = 4)]
+    bits: u8,
+    /// Bits of an activation
+    #[arg(long, value_name = "2|3|4|8", default_value_t = 4)]
+    act_bits: u8,
+    /// Write a picture of how many times as fast as f16 the products are
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceFlag,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Format {
+    Int,
+    Fp4,
+}
+
+impl GemmFlags {
+    fn settings(&self) -> Result<GemmSettings> {
+        Ok(GemmSettings {
+            models: bench::gemm_models(&self.shape)?,
+            tokens: self.tokens.clone(),
+            group_size: self.group,
+            outliers: self.outliers,
+            levels: match self.format {
+                Format::Int => Levels::Int,
+                Format::Fp4 => Levels::Fp4,
+            },
+            bits: self.bits,
+            act_bits: self.act_bits,
+        })
+    }
+}
+
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     let outcome = match &arguments.what {
         What::Cpu => bench::cpu()?,
+        What::Gemm(flags) => {
+            let settings = flags.settings()?;
+            settings.check()?;
+            let measured = bench::gemm(&*flags.device.open_cuda()?, &settings, ui)?;
+            if let Some(path) = &flags.svg {
+                fs_err::write(path, measured.chart().svg())?;
+            }
+            measured.outcome()
+        }
         What::Quantize(flags) => {
             let model = SyntheticModel {
                 shape: flags.shape.clone(),

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::Report;
-use super::layout::{Side, Table};
+use super::layout::{Facts, Side, Table};
 use crate::bench::BenchOutcome;
 
 impl Report for BenchOutcome {
@@ -25,7 +25,14 @@ impl Report for BenchOutcome {
             table
                 .row(keys.iter().map(|key| row.get(*key).map_or_else(String::new, cell)).collect());
         }
-        table.text()
+        if self.facts.is_empty() {
+            return table.text();
+        }
+        let mut facts = Facts::default();
+        for (name, value) in &self.facts {
+            facts.add(name, cell(value));
+        }
+        format!("{}\n{}", table.text(), facts.text())
     }
 }
 
@@ -59,6 +66,7 @@ mod tests {
                     json!({ "name": "w4a4", "m": 64, "gflops": 1022.0, "ratio": null, "note": "x" }),
                 ),
             ],
+            facts: row(json!({ "device": "cuda:0", "plain read TB/s": 4.2 })),
         };
         assert_eq!(
             outcome.text(),
@@ -66,6 +74,9 @@ mod tests {
 name            m  gflops  ratio  note
 f32 product  2048   141.2  0.980
 w4a4           64  1022.0      -  x
+
+device           cuda:0
+plain read TB/s  4.200
 "
         );
         assert_eq!(serde_json::to_value(&outcome).unwrap()["rows"][0]["m"], 2048);

@@ -13,6 +13,7 @@ mod linears;
 mod perplexity;
 mod quantize;
 pub mod recipe;
+pub mod svg;
 pub mod units;
 mod verify;
 

@@ -527,6 +527,9 @@ impl Backend for Cuda {
     }
 }
 
+#[cfg(test)]
+pub(crate) use tests::device as device_of_tests;
+
 /// Says that a test did not run, past the harness that would swallow it.
 #[cfg(test)]
 fn skipped(test: &str, why: &str) {

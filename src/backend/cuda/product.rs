@@ -391,7 +391,7 @@ impl Drop for Products {
 
 impl Precision {
     /// Bytes of an operand's and of the result's elements.
-    pub(super) fn bytes(self) -> (usize, usize) {
+    pub fn bytes(self) -> (usize, usize) {
         match self {
             Self::HalfToHalf => (2, 2),
             Self::HalfToFloat => (2, 4),

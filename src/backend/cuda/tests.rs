@@ -15,7 +15,7 @@ use crate::quant::site::{OutlierFormat, Transform};
 use crate::quant::weights::{WeightFormat, dequantize};
 
 /// The first device; none, loudly, where there is no driver. Whatever else is missing fails.
-pub(super) fn device(test: &str) -> Option<Cuda> {
+pub(crate) fn device(test: &str) -> Option<Cuda> {
     match libraries::driver() {
         Ok(_) => Some(Cuda::open(0, None).unwrap()),
         Err(error) => {
