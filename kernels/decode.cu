@@ -5,13 +5,14 @@
 // ROTATED   1: keys and values come in the basis of a Hadamard transform: queries enter it, outputs leave it
 // SINGLE    1: a key and value head serves one query head
 //
-// decode_attention: DECODE_THREADS threads, grid (splits, kv_heads * head tiles, sequences), DECODE_SHARED bytes of
-// dynamic shared memory. A head tile is up to TILE_HEADS query heads of a key and value head.
+// decode_attention: DECODE_THREADS threads, grid (splits, kv_heads * head tiles, sequences); dynamic shared memory for
+// `stages` times STAGE_BYTES, 1 to MOST_STAGES (without BULK, 2), and at least PART_BYTES. A head tile is up to
+// TILE_HEADS query heads of a key and value head.
 //
 //     a sequence's pages  | split 0                 | split 1                 | ...          a block each
 //     a split's pages     | 0 0 | 1 1 | 2 2 | .. | 7 7 | 0 0 | 1 1 | ..                      GROUP pages in turn to its warps
 //
-// Each warp copies its own pages, STAGES groups of them in flight, and holds its own running maximum, sums and
+// Each warp copies its own pages, `stages` groups of them in flight, and holds its own running maximum, sums and
 // outputs; nothing waits for another warp until the end. Tokens are the rows of the matrix instruction and query
 // heads its columns, of which there are eight:
 //
@@ -28,18 +29,14 @@
 //
 // Warps' parts are added in order, then splits' parts by the block that is last to finish, in order again.
 
-#ifndef WARPS
-#define WARPS 8
-#endif
+/// Chips with 227 KiB of shared memory a block; the others have 99 or more.
+#define LARGE (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+#define WARPS (QUANTIZED || LARGE ? 8 : 4)
 #define DECODE_THREADS (WARPS * 32)
-#ifndef GROUP
-#define GROUP (KV_BITS < 16 ? 2 : 1)
-#endif
-/// Groups of pages that a warp has on their way at most.
-#define MOST_STAGES 8
-#ifndef RESIDENT
-#define RESIDENT (KV_BITS < 16 ? 2 : 1)
-#endif
+/// Pages that a warp works on at once.
+#define GROUP (QUANTIZED ? 2 : 1)
+/// Blocks that a multiprocessor has room for.
+#define RESIDENT (QUANTIZED && LARGE ? 2 : 1)
 #define TILE_HEADS (SINGLE ? 1 : 8)
 #define STAGE_BYTES (GROUP * PAGE_BYTES)
 /// Floats from row to row of outputs: behind a head's come its maximum and its sum. Lanes that write 8 channels of 8
@@ -49,27 +46,13 @@
 /// Values from row to row of queries: lanes that read pairs of 8 rows meet 32 banks.
 #define QUERY_PITCH (HEAD_DIM + 8)
 
-#ifndef CLUSTER
-#define CLUSTER 1
-#endif
-#if CLUSTER > 1
-#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define CLUSTERED
-#endif
 
+/// Whether pages are copied whole, by one instruction each.
 #ifndef BULK
-#if __CUDA_ARCH__ >= 900
-#define BULK 1
-#else
-#define BULK 0
+#define BULK (__CUDA_ARCH__ >= 900)
 #endif
-#endif
-
-#if !BULK
-/// What it waits for is counted by the compiler.
-#define FIXED_STAGES 2
-#endif
+/// Groups of pages that a warp has on their way at most.
+#define MOST_STAGES 8
 
 static constexpr float LOWEST = -1e30f;
 
@@ -184,25 +167,14 @@ static __device__ __forceinline__ void keep(const float (&x)[HELD], float maximu
     }
 }
 
-#if CLUSTER > 1
-/// Returns when all blocks of the cluster have come here.
-static __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-/// The same place in the shared memory of another block of the cluster.
-static __device__ __forceinline__ const float* elsewhere(const float* own, u32 rank) {
-    const float* place;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(place) : "l"(own), "r"(rank));
-    return place;
-}
-#endif
 
 /// q: a row of `query_stride` values for each sequence, heads before the rotary embedding, its last token's; cos and
 /// sin: [positions, HEAD_DIM / 2]; pool: [pages, kv_heads, PAGE_BYTES]; table: [sequences, table_stride], the pages of each
 /// sequence; lengths: [sequences], tokens with the last one; out: [sequences, heads * HEAD_DIM]. A split has
 /// `split_pages` pages. parts: [sequences, gridDim.y, splits, TILE_HEADS, PART_PITCH], finished: [sequences, gridDim.y],
-/// zero before and after, neither of them used where there is one split. Scores are multiplied by `scale`.
-extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT) CLUSTERED
+/// zero before and after, neither of them used where there is one split. Scores are multiplied by `scale`, which is
+/// positive.
+extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
     decode_attention(const half* q, long long query_stride, const float* cos, const float* sin, const unsigned char* pool, const int* table,
                      int table_stride, const int* lengths, half* out, float* parts, u32* finished, int heads, int kv_heads,
                      int split_pages, int stages, float scale) {
@@ -225,12 +197,9 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT) CLUSTERED
     const int length = load_now(lengths + sequence), pages = (length + PAGE_TOKENS - 1) / PAGE_TOKENS;
     int next_numbers = page_number(lane + 32);
     const int own_pages = max(min(pages - first_page, split_pages), 0);
-    // Without a cluster, a split that the sequence does not reach has nothing to say, but for an empty sequence's first.
-    if (CLUSTER == 1 && own_pages == 0 && split > 0) return;
+    // A split that the sequence does not reach has nothing to say, but for an empty sequence's first.
+    if (own_pages == 0 && split > 0) return;
     const int groups = (own_pages + GROUP - 1) / GROUP, own_groups = (groups - warp + WARPS - 1) / WARPS;
-#if !BULK
-    stages = FIXED_STAGES;
-#endif
     unsigned char* own_stages = memory + warp * stages * STAGE_BYTES;
     const u32 own_address = shared_address(own_stages);
 
@@ -338,8 +307,8 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT) CLUSTERED
 #if BULK
         barrier_wait(arrived + 8 * stage, phase);
 #else
-        // All but the group after this one, where there is one.
-        if (i + 1 < own_groups) copy_wait<FIXED_STAGES - 1>();
+        // All but the group after this one, where there is one: without BULK there are two stages.
+        if (i + 1 < own_groups) copy_wait<1>();
         else copy_wait<0>();
         __syncwarp();
 #endif
@@ -518,19 +487,6 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT) CLUSTERED
         return join<WARPS>(x, most, [&](int part) { return rows + (part * TILE_HEADS + head) * PART_PITCH; }, head < head_count ? WARPS : 0);
     };
     const int slot = int(threadIdx.x) / HEAD_LANES;
-#if CLUSTER > 1
-    // For the others of the cluster to see; its heads go to them in turn.
-    __shared__ float shown[TILE_HEADS * PART_PITCH];
-#pragma unroll 1
-    for (int base = 0; base < head_count; base += SLOTS) {
-        float x[HELD], most;
-        const float all = own_part(x, most, base + slot);
-        if (base + slot < head_count) keep(x, most, all, shown + (base + slot) * PART_PITCH);
-    }
-    cluster_sync();
-    const int first = split, step = CLUSTER;
-#else
-    const int first = 0, step = 1;
     int joined = WARPS;
     const int splits = (pages + split_pages - 1) / split_pages;
     if (splits > 1) {
@@ -596,18 +552,13 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT) CLUSTERED
         }
         __syncthreads();
     }
-#endif
 
 #pragma unroll 1
-    for (int base = 0; first + (base + warp * 32 / HEAD_LANES) * step < head_count; base += SLOTS) {
-        const int head = first + (base + slot) * step;
+    for (int base = 0; base + warp * 32 / HEAD_LANES < head_count; base += SLOTS) {
+        const int head = base + slot;
         const bool there = head < head_count;
         float x[HELD], most;
-#if CLUSTER > 1
-        const float all = join<CLUSTER>(x, most, [&](int part) { return elsewhere(shown + head * PART_PITCH, part); }, there ? CLUSTER : 0);
-#else
         const float all = join<WARPS>(x, most, [&](int part) { return rows + (part * TILE_HEADS + head) * PART_PITCH; }, there ? joined : 0);
-#endif
         const float inverse = all == 0.0f ? 0.0f : __fdiv_rn(1.0f, all);
 #pragma unroll
         for (int i = 0; i < HELD; i++) x[i] *= inverse;
@@ -617,8 +568,4 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT) CLUSTERED
         for (int i = 0; i < HELD; i++)
             if (there && channel_of(i) < HEAD_DIM) to[channel_of(i)] = to_half(x[i]);
     }
-#if CLUSTER > 1
-    // Until then, others read what this block has.
-    cluster_sync();
-#endif
 }

@@ -29,7 +29,7 @@ fn refusal(output: &Output, code: i32) -> String {
     stderr
 }
 
-const SUBCOMMANDS: [(&str, &[&str]); 11] = [
+const SUBCOMMANDS: [(&str, &[&str]); 12] = [
     (
         "quantize",
         &[
@@ -97,7 +97,11 @@ const SUBCOMMANDS: [(&str, &[&str]); 11] = [
     ("eval-ppl", &["--model", "--dataset", "--windows", "--max-ppl", "Examples:"]),
     ("verify", &["--model", "--reference", "--max-ppl-increase", "--no-eval", "Examples:"]),
     ("inspect", &["DIR", "--json"]),
-    ("bench", &["cpu", "gemm", "quantize"]),
+    ("bench", &["attention", "cpu", "gemm", "quantize"]),
+    (
+        "bench attention",
+        &["--shape", "--context", "--batch", "--bits", "--svg", "--device", "Clocks"],
+    ),
     ("bench gemm", &["--shape", "--tokens", "--group", "--format", "--svg", "--device", "Clocks"]),
     ("bench quantize", &["--shape", "--blocks", "--samples", "--seq-len", "--dir"]),
     ("", &["quantize", "verify", "Exit codes", "--version"]),

@@ -62,12 +62,34 @@ fn flag(set: bool) -> String {
     u8::from(set).to_string()
 }
 
-/// The source of a family. Line numbers in the compiler's messages are those of its own file.
+/// Macros of `cache`; `kv_bits` is 16 where nothing is quantized.
+pub fn cache(head_dim: usize, kv_bits: u8, rotated: bool) -> Defines {
+    vec![
+        ("HEAD_DIM", head_dim.to_string()),
+        ("KV_BITS", kv_bits.to_string()),
+        ("ROTATED", flag(rotated)),
+    ]
+}
+
+/// Macros of `decode`, for pages of codes or of f16; `single` where a key and value head serves one query head.
+pub fn decode(head_dim: usize, quantized: bool, rotated: bool, single: bool) -> Defines {
+    let pages = cache(head_dim, if quantized { 4 } else { 16 }, rotated);
+    [pages, vec![("SINGLE", flag(single))]].concat()
+}
+
+/// The source of a family, behind what it has in common with others. Line numbers in the compiler's messages are those of
+/// its own file.
 macro_rules! source {
-    ($name:literal) => {
+    ($name:literal $(, $common:literal)*) => {
         concat!(
             "#line 1 \"common.cuh\"\n",
             include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/common.cuh")),
+            $(
+                "\n#line 1 \"",
+                $common,
+                ".cuh\"\n",
+                include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/", $common, ".cuh")),
+            )*
             "\n#line 1 \"",
             $name,
             ".cu\"\n",
@@ -114,6 +136,36 @@ pub const FAMILIES: &[Family] = &[
         },
     },
     Family {
+        name: "cache",
+        source: source!("cache", "heads", "pages"),
+        tensor_core: None,
+        variants: || {
+            vec![
+                cache(128, 4, true),
+                cache(128, 16, false),
+                cache(96, 3, true),
+                cache(96, 4, false),
+                cache(64, 2, false),
+            ]
+        },
+    },
+    Family {
+        name: "decode",
+        source: source!("decode", "heads", "pages"),
+        tensor_core: Some("HMMA"),
+        variants: || {
+            vec![
+                decode(128, true, true, false),
+                decode(128, true, true, true),
+                decode(128, false, false, false),
+                decode(128, false, false, true),
+                decode(96, true, true, false),
+                decode(64, true, false, true),
+                decode(64, false, false, false),
+            ]
+        },
+    },
+    Family {
         name: "elementwise",
         source: source!("elementwise"),
         tensor_core: None,
@@ -148,7 +200,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "prepare",
-        source: source!("prepare"),
+        source: source!("prepare", "heads"),
         tensor_core: None,
         variants: || {
             vec![

@@ -51,6 +51,11 @@ impl Cuda {
         self.gpu.alloc(bytes)
     }
 
+    /// Bytes of memory that may be used.
+    pub fn limit_bytes(&self) -> u64 {
+        self.gpu.limit_bytes()
+    }
+
     /// Random values of so many bytes, the same for the same seed.
     pub fn random(&self, kind: Random, bytes: usize, seed: usize) -> Result<Buffer> {
         let buffer = self.gpu.alloc(bytes)?;
@@ -162,7 +167,7 @@ impl Cuda {
 
 impl super::gpu::Gpu {
     /// How many multiprocessors the device has.
-    fn multiprocessors(&self) -> Result<usize> {
+    pub(super) fn multiprocessors(&self) -> Result<usize> {
         let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let count = self.attribute(attribute)?;
         Ok(usize::try_from(count).unwrap_or(1))

@@ -25,22 +25,22 @@ pub(crate) fn device(test: &str) -> Option<Cuda> {
     }
 }
 
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn next(&mut self) -> u32 {
+    pub(super) fn next(&mut self) -> u32 {
         self.0 =
             self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as u32
     }
 
     /// About normal, of deviation 1, exact in f16.
-    fn value(&mut self) -> f32 {
+    pub(super) fn value(&mut self) -> f32 {
         let sum: f32 = (0..4).map(|_| self.next() as f32 / (1u32 << 31) as f32 - 0.5).sum();
         f16::from_f32(sum * 1.7).to_f32()
     }
 
-    fn values(&mut self, count: usize) -> Vec<f32> {
+    pub(super) fn values(&mut self, count: usize) -> Vec<f32> {
         (0..count).map(|_| self.value()).collect()
     }
 
@@ -73,13 +73,13 @@ impl Random {
 }
 
 impl Cuda {
-    fn half_tensor(&self, matrix: &Matrix) -> Tensor {
+    pub(super) fn half_tensor(&self, matrix: &Matrix) -> Tensor {
         let bits: Vec<u16> = matrix.data.iter().map(|v| f16::from_f32(*v).to_bits()).collect();
         let data = Data::Half(self.gpu.upload(&bits).unwrap());
         Tensor::new(matrix.rows, matrix.columns, data)
     }
 
-    fn values(&self, tensor: &Tensor) -> Vec<f32> {
+    pub(super) fn values(&self, tensor: &Tensor) -> Vec<f32> {
         let count = tensor.count();
         match &tensor.data {
             Data::Float(buffer) => buffer.download::<f32>(0..4 * count).unwrap(),
@@ -131,7 +131,7 @@ impl Cuda {
 }
 
 /// `|a - b| <= share * max |b|` everywhere, and no NaN.
-fn close(found: &[f32], expected: &[f32], share: f32, what: &str) {
+pub(super) fn close(found: &[f32], expected: &[f32], share: f32, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
     let most = expected.iter().fold(0f32, |most, value| most.max(value.abs()));
     for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
