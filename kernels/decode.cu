@@ -212,8 +212,8 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
 #if BULK
     __shared__ u64 arrivals[WARPS * MOST_STAGES];
     const u32 arrived = shared_address(arrivals + warp * MOST_STAGES);
-    if (lane == 0) {
-        for (int i = 0; i < stages; i++) barrier_init(arrived + 8 * i);
+    if (lane < stages) {
+        barrier_init(arrived + 8 * lane);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
