@@ -98,6 +98,12 @@ impl PagedCache {
         self.pool.download(first..first + bytes)
     }
 
+    /// Leaves sequences whole, however long they are.
+    #[cfg(test)]
+    pub(super) fn unsplit(&mut self) {
+        self.plan = Plan { splits: 1, split_pages: self.pages_each, ..self.plan };
+    }
+
     fn quantized(&self) -> bool {
         self.spec.kv.is_quantized()
     }

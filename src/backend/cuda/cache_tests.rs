@@ -184,6 +184,29 @@ fn codes_are_those_of_the_cpu_and_decoding_is_its_attention() {
 }
 
 #[test]
+fn a_long_sequence_gives_the_same_in_one_part_as_in_many() {
+    let Some(cuda) = device("a_long_sequence_gives_the_same_in_one_part_as_in_many") else {
+        return;
+    };
+    let mut random = Random(13);
+    // More than 32 pages a warp where it is in one part, and not whole groups of them.
+    let length = 5003;
+    for (heads, format) in [(8, INT4), (2, INT4), (8, KvFormat::FULL), (2, KvFormat::FULL)] {
+        let spec = spec(heads, 2, 64, length, format);
+        let mut cache = cuda.paged_cache(&spec, 1, length.div_ceil(PAGE_TOKENS), None).unwrap();
+        let mut tokens = |rows: usize, columns: usize| {
+            cuda.half_tensor(&Matrix { rows, columns, data: random.values(rows * columns) })
+        };
+        let (k, v, q) = (tokens(length, 128), tokens(length, 128), tokens(1, heads * 64));
+        cuda.append(&mut cache, &k, &v, &[length]).unwrap();
+        let many = cuda.values(&cuda.decode(&cache, &q).unwrap());
+        cache.unsplit();
+        let one = cuda.values(&cuda.decode(&cache, &q).unwrap());
+        close(&one, &many, 2e-3, &format!("{heads} heads {format:?}"));
+    }
+}
+
+#[test]
 fn an_empty_sequence_gives_zeros_and_a_full_cache_says_so() {
     let Some(cuda) = device("an_empty_sequence_gives_zeros_and_a_full_cache_says_so") else {
         return;
