@@ -204,6 +204,11 @@ fn a_gpus_measurements_need_a_gpu() {
         let stderr = refusal(&atom(&["bench", "gemm", "--device", device]), 4);
         assert!(stderr.contains("hint: "), "{stderr}");
     }
+    for what in [["--shape", "gpt"], ["--bits", "5"]] {
+        let arguments = [&["bench", "attention", "--device", "cpu"], &what[..]].concat();
+        refusal(&atom(&arguments), 2);
+    }
+    refusal(&atom(&["bench", "attention", "--device", "cpu"]), 4);
     let stderr = refusal(&atom(&["bench", "gemm", "--device", "cpu"]), 4);
     assert!(stderr.contains("this measures a GPU's kernels"), "{stderr}");
     // What was typed is looked at first.

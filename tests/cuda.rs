@@ -73,8 +73,58 @@ fn two_runs_give_the_same_bytes_and_about_the_cpus_perplexity() {
             home.json(&format!("{line} --device {device}"))["perplexity"].as_f64().unwrap()
         });
         assert!((cuda / cpu - 1.0).abs() < 0.01, "{recipe}: {cuda} on the GPU, {cpu} on the CPU");
-        home.run(&format!("verify --model cuda-{recipe} --device cuda")).done();
+        let verified = home.json(&format!("verify --model cuda-{recipe} --device cuda"));
+        kernels_agree(&verified);
     }
+}
+
+/// The kernels were compared with the CPU and found good.
+#[track_caller]
+fn kernels_agree(verified: &serde_json::Value) {
+    assert_eq!((&verified["ok"], &verified["kernels_unchecked"]), (&true.into(), &().into()));
+    let checks = verified["checks"].as_array().unwrap();
+    let kernels = checks.iter().find(|check| check["name"] == "kernels");
+    assert!(kernels.is_some_and(|check| check["ok"] == true), "{verified}");
+}
+
+/// Where groups, widths, outliers or the cache are unusual, the kernels are no less the CPU's.
+#[test]
+fn kernels_of_every_format_are_verified() {
+    if !gpu("kernels_of_every_format_are_verified") {
+        return;
+    }
+    let home = Home::with_model();
+    let mut wrong = Vec::new();
+    for flags in [
+        "",
+        "--bits 8 --act-bits 8",
+        "--bits 3 --act-bits 8 --kv-bits 8",
+        "--bits 2 --act-bits 2 --kv-bits 2 --rows-per-scale 2",
+        "--outliers 0 --transform none --set signed_scales=false",
+        "--outliers 63 --group 16",
+        "--group row",
+        "--group 48 --outlier-format fp16",
+        "--group 64 --outliers 1 --kv-bits 16",
+        "--format fp4",
+        "--format fp4 --act-bits 8 --outlier-format fp8 --group 48",
+        "--act-bits 16",
+        "--recipe paper --group 32 --outliers 16",
+    ] {
+        let line = format!(
+            "quantize --model model --group 32 --outliers 16 --samples 2 --seq-len 48 {flags} --no-gptq \
+             --no-eval --out atom --overwrite"
+        );
+        home.run(&line).done();
+        for tokens in [1, 77] {
+            let line =
+                format!("verify --model atom --no-eval --check-tokens {tokens} --device cuda");
+            let run = home.run(&line);
+            if run.code != Some(0) || !run.stdout.contains("ok      kernels") {
+                wrong.push(format!("{flags}: {}", run.stdout));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]

@@ -74,7 +74,10 @@ fn json_objects_have_the_fields_that_are_promised() {
     assert_eq!((&eval["windows"], &eval["tokens"]), (&json!(2), &json!(128)));
 
     let verify = home.json("verify --model atom --reference model --seq-len 64 --windows 2");
-    assert_fields(&verify, "ok:b checks:a perplexity:n reference_perplexity:n increase:n");
+    assert_fields(
+        &verify,
+        "ok:b checks:a perplexity:n reference_perplexity:n increase:n kernels_unchecked:s0 device:s",
+    );
     for check in verify["checks"].as_array().unwrap() {
         assert_fields(check, "name:s ok:b detail:s");
         assert_eq!(check["ok"], true, "{check}");
@@ -395,4 +398,23 @@ fn the_table_names_every_check() {
         assert!(run.stdout.contains(&format!("ok      {check}")), "{}", run.stdout);
     }
     assert!(run.stdout.ends_with("\nok\n"), "{}", run.stdout);
+    // The table says what it cannot tell, and does not fail for it.
+    let note = "kernels     not checked: --device cpu leaves the GPU out\n";
+    assert!(run.stdout.contains(note), "{}", run.stdout);
+}
+
+/// Without a GPU, or where there is nothing to compare, the reason stands in the table.
+#[test]
+fn kernels_that_cannot_be_checked_are_a_note() {
+    let home = home_with_atom("");
+    let line = "verify --model atom --no-eval --check-tokens 0 --device";
+    for (device, why) in [("auto", ["no GPU: ", "--check-tokens 0"]), ("cpu", ["--device cpu"; 2])]
+    {
+        let outcome = home.json(&format!("{line} {device}"));
+        assert_eq!(outcome["ok"], true, "{outcome}");
+        let said = outcome["kernels_unchecked"].as_str().unwrap();
+        assert!(why.iter().any(|why| said.starts_with(why)), "{said}");
+        let names = outcome["checks"].as_array().unwrap().iter().map(|check| &check["name"]);
+        assert!(names.into_iter().all(|name| name != "kernels"), "{outcome}");
+    }
 }

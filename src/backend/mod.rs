@@ -11,6 +11,7 @@ use crate::checkpoint;
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
 use crate::quant::linear::QuantizedLinear;
+use crate::quant::rows::QuantizedRows;
 use crate::quant::site::SiteFormat;
 use crate::quant::weights::WeightFormat;
 use crate::{Error, Result};
@@ -116,6 +117,9 @@ pub trait Backend: Sync {
     /// What the GPTQ sweep needs of the damped Hessian's Cholesky factor.
     type Factor: Send + Sync;
 
+    /// Whether activations inside a block are f16; f32 otherwise.
+    const HALF: bool;
+
     /// The device for a person: `cpu (avx512, 2 threads)`.
     fn device(&self) -> String;
     /// Bytes that a batch's activations inside a block may take, counted as f32: enough that each
@@ -128,6 +132,10 @@ pub trait Backend: Sync {
     fn rows(&self, tensor: &Self::Tensor) -> usize;
     /// Copies a host matrix to the device.
     fn upload(&self, matrix: Matrix) -> Result<Self::Tensor>;
+    /// Copies a host matrix to where the operations inside a block take it, rounded as these are.
+    fn upload_activation(&self, matrix: Matrix) -> Result<Self::Tensor>;
+    /// A tensor on the host.
+    fn download(&self, tensor: &Self::Tensor) -> Result<Matrix>;
     /// Copies a tensor.
     fn duplicate(&self, tensor: &Self::Tensor) -> Result<Self::Tensor>;
     /// Tells how much memory a block's work takes beside the hidden states, before these are made.
@@ -180,6 +188,10 @@ pub trait Backend: Sync {
     fn arrange(&self, x: &Self::Tensor, site: &Self::Site) -> Result<Self::Tensor>;
     /// Channels in the site's order, transformed, quantized.
     fn quantize(&self, x: &Self::Tensor, site: &Self::Site) -> Result<Self::Rows>;
+    /// Quantized activations on the host, in neutral form.
+    fn fetch_rows(&self, x: &Self::Rows) -> Result<QuantizedRows>;
+    /// Undoes [`fetch_rows`](Self::fetch_rows).
+    fn restore_rows(&self, x: &QuantizedRows) -> Result<Self::Rows>;
     /// The values quantized activations stand for, in the site's order.
     fn dequantize(&self, x: &Self::Rows) -> Result<Self::Tensor>;
     /// `x W^T`, with sums in f32.

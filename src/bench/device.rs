@@ -1,6 +1,9 @@
 /*! Medians of device work, and the rates that it is measured by. */
 
+use std::time::Duration;
+
 use super::median;
+use crate::backend::Backend;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::measure::{Random, SPREADS};
 use crate::backend::cuda::timing::{REPLAYS, TRIAL_REPLAYS, rotation};
@@ -11,7 +14,17 @@ pub(super) struct Timer<'a> {
     pub(super) cuda: &'a Cuda,
 }
 
+/// Long enough for a device that has been at its power limit to raise its clock again.
+const SETTLE: Duration = Duration::from_millis(200);
+
 impl Timer<'_> {
+    /// Has the device rest: what is measured first would else be measured at the clock of what went before.
+    pub(super) fn settle(&self) -> Result<()> {
+        self.cuda.wait()?;
+        std::thread::sleep(SETTLE);
+        Ok(())
+    }
+
     /// Median seconds of one call of `work`, which gets the number of the operand set to use.
     pub(super) fn seconds(&self, sets: usize, work: impl Fn(usize) -> Result<()>) -> Result<f64> {
         Ok(median(&mut self.cuda.replays(sets, REPLAYS, work)?))

@@ -264,6 +264,7 @@ fn measure(
         let weights = (0..rotation(of_weights))
             .map(|set| packed(timer.cuda, &site, weight_format, [n, k], set))
             .collect::<Result<Vec<_>>>()?;
+        timer.settle()?;
         for times in &mut times {
             progress.check_stop()?;
             times.ours = integer(timer, &site, &weights, times.product)?;
@@ -278,6 +279,7 @@ fn measure(
         let weights = (0..rotation(bytes))
             .map(|set| timer.cuda.random(random, bytes, set))
             .collect::<Result<Vec<_>>>()?;
+        timer.settle()?;
         for times in &mut times {
             progress.check_stop()?;
             times.library[at] = library(timer, precision, random, &weights, times.product)?;

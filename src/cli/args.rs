@@ -176,12 +176,17 @@ pub(crate) struct EvaluationFlags {
 }
 
 impl EvaluationFlags {
+    /// The text, whether it is measured on or not.
+    pub(crate) fn text(&self) -> Result<TextSet> {
+        TextSet::load(&self.dataset, Split::Evaluation)
+    }
+
     /// Loads the text; none with `--no-eval`.
     pub(crate) fn load(&self, seq_len: usize) -> Result<Option<Evaluation>> {
         if self.no_eval {
             return Ok(None);
         }
-        let text = TextSet::load(&self.dataset, Split::Evaluation)?;
+        let text = self.text()?;
         Ok(Some(Evaluation { text, seq_len, windows: Some(self.windows) }))
     }
 }

@@ -1,14 +1,15 @@
-/*! `atom verify`: integrity of an Atom checkpoint, then its perplexity against limits. */
+/*! `atom verify`: integrity of an Atom checkpoint, the GPU's kernels on it, then its perplexity against limits. */
 
 use std::path::Path;
 
 use clap::Args;
 
-use super::args::{DeviceFlag, EvaluationFlags, WindowFlag, with_backend};
+use super::args::{DeviceFlag, EvaluationFlags, Opened, WindowFlag, with_backend};
 use super::limits::{MaxIncrease, MaxPerplexity, limits};
 use super::{Output, Ui};
 use crate::checkpoint::AtomCheckpoint;
-use crate::eval::{self, Model, VerifyOutcome};
+use crate::eval::{self, KernelCheck, Model, VerifyOutcome};
+use crate::pipeline::Evaluation;
 use crate::{Error, Result};
 
 const EXAMPLES: &str = "\
@@ -34,8 +35,27 @@ pub(crate) struct Arguments {
     max_ppl: MaxPerplexity,
     #[command(flatten)]
     max_increase: MaxIncrease,
+    /// Tokens of the text on which a GPU's kernels are compared with the CPU, block by block; 0 for none
+    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Kernels")]
+    check_tokens: usize,
     #[command(flatten)]
     device: DeviceFlag,
+}
+
+impl Arguments {
+    /// What is compared on the device that was opened.
+    fn kernels(&self, opened: &Opened) -> Result<KernelCheck> {
+        let off = |why: &str| Ok(KernelCheck::Off(why.to_owned()));
+        match opened {
+            Opened::Cpu(_, Some(why)) => off(&format!("no GPU: {why}")),
+            Opened::Cpu(_, None) => off("--device cpu leaves the GPU out"),
+            Opened::Cuda(_) if self.check_tokens == 0 => off("--check-tokens 0"),
+            Opened::Cuda(_) => {
+                let (text, seq_len) = (self.evaluation.text()?, self.check_tokens);
+                Ok(KernelCheck::On(Evaluation { text, seq_len, windows: Some(1) }))
+            }
+        }
+    }
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
@@ -53,9 +73,10 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
             .hint("give --model a directory that `atom quantize` has written"));
     }
     let checkpoint = AtomCheckpoint::open(directory)?;
+    let kernels = arguments.kernels(&backend)?;
     let outcome = with_backend!(&backend, ui, backend => {
         let (reference, evaluation) = (reference.as_ref(), evaluation.as_ref());
-        eval::verify(backend, &checkpoint, reference, evaluation, limits, ui)
+        eval::verify(backend, &checkpoint, &kernels, reference, evaluation, limits, ui)
     })?;
     ui.close();
     output.write(&outcome)?;
@@ -88,6 +109,7 @@ mod tests {
             perplexity: None,
             reference_perplexity: None,
             increase: None,
+            kernels_unchecked: None,
             device: "cpu".into(),
         };
         let error = judge(&outcome).unwrap_err();

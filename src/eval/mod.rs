@@ -1,12 +1,13 @@
 /*! Measurements over any model that can run: perplexity and integrity. */
 
 mod inspect;
+mod kernels;
 mod perplexity;
 mod verify;
 
 pub use inspect::{CheckpointKind, InspectOutcome, InspectedLinear, inspect};
 pub use perplexity::{PerplexityOutcome, atom_perplexity, source_perplexity, windows};
-pub use verify::{Check, Limits, VerifyOutcome, verify};
+pub use verify::{Check, KernelCheck, Limits, VerifyOutcome, verify};
 
 use std::path::Path;
 

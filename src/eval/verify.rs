@@ -1,19 +1,24 @@
-/*! Verification of an Atom checkpoint: that every byte is what was written and means something, then
-what it costs in perplexity, on the integer path. */
+/*! Verification of an Atom checkpoint: that every byte is what was written and means something, that the device
+computes with it what the CPU's integer path does, then what it costs in perplexity, on the integer path. */
 
 use serde::Serialize;
 
+use super::kernels::{Beside, Findings};
 use super::perplexity::PerplexityOutcome;
 use super::{Model, atom_perplexity, atom_plan, perplexity, windows};
 use crate::Result;
 use crate::backend::Backend;
+use crate::backend::cpu::Cpu;
 use crate::checkpoint::linear::{from_tensors, order_spec, read_order, specs};
 use crate::checkpoint::{AtomCheckpoint, TensorSpec};
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::pipeline::plan::{BlockPlan, SitePlan};
 use crate::pipeline::progress::Progress;
-use crate::pipeline::{Evaluation, expect, key_mean_spec, read_key_mean};
+use crate::pipeline::{
+    BlockWeights, Evaluation, attention_spec, check_levels, expect, key_mean_spec, quantized_block,
+    read_key_mean, read_sites,
+};
 use crate::quant::kv::KvFormat;
 
 /// One line of `atom verify`.
@@ -42,8 +47,18 @@ pub struct VerifyOutcome {
     pub reference_perplexity: Option<f64>,
     /// `perplexity / reference_perplexity - 1`.
     pub increase: Option<f64>,
+    /// Why the device's kernels were not compared with the CPU's integer path, where they were not.
+    pub kernels_unchecked: Option<String>,
     /// What it ran on.
     pub device: String,
+}
+
+/// Whether the device's kernels are compared with the CPU's integer path.
+pub enum KernelCheck {
+    /// On these windows.
+    On(Evaluation),
+    /// No, and why.
+    Off(String),
 }
 
 /// Limits that make an evaluation a check.
@@ -55,10 +70,12 @@ pub struct Limits {
     pub max_ppl_increase: Option<f64>,
 }
 
-/// Verifies a checkpoint: integrity, then with `evaluation` its perplexity beside `reference`'s.
+/// Verifies a checkpoint: integrity, the device's kernels, then with `evaluation` its perplexity beside
+/// `reference`'s.
 pub fn verify<B: Backend>(
     backend: &B,
     checkpoint: &AtomCheckpoint,
+    kernels: &KernelCheck,
     reference: Option<&Model>,
     evaluation: Option<&Evaluation>,
     limits: Limits,
@@ -68,6 +85,9 @@ pub fn verify<B: Backend>(
     if let Some(evaluation) = evaluation {
         // A text that is too short is found before gigabytes are hashed.
         windows(&checkpoint.tokenizer()?, checkpoint.name(), evaluation)?;
+    }
+    if let KernelCheck::On(text) = kernels {
+        windows(&checkpoint.tokenizer()?, checkpoint.name(), text)?;
     }
     let mut checks = Vec::new();
     let plan = atom_plan(checkpoint, &architecture);
@@ -98,9 +118,21 @@ pub fn verify<B: Backend>(
         perplexity: None,
         reference_perplexity: None,
         increase: None,
+        kernels_unchecked: None,
         device: backend.device(),
     };
     // What a damaged checkpoint computes says nothing.
+    match (kernels, &plan) {
+        (KernelCheck::On(text), Ok((kv, blocks))) if sound => {
+            let found = kernel_checks(backend, checkpoint, (*kv, blocks), text, progress)?;
+            outcome.checks.extend(found);
+            outcome.ok = outcome.checks.iter().all(|check| check.ok);
+        }
+        (KernelCheck::On(_), _) => {
+            outcome.kernels_unchecked = Some("the checkpoint is not sound".to_owned());
+        }
+        (KernelCheck::Off(why), _) => outcome.kernels_unchecked = Some(why.clone()),
+    }
     if let Some(evaluation) = evaluation.filter(|_| sound) {
         let measured = atom_perplexity(backend, checkpoint, evaluation, progress)?;
         outcome.perplexity = Some(measured.perplexity);
@@ -113,6 +145,64 @@ pub fn verify<B: Backend>(
         outcome.ok = outcome.checks.iter().all(|check| check.ok);
     }
     Ok(outcome)
+}
+
+/// A check of all blocks' kernels, behind one for each block in which they are wrong.
+fn kernel_checks<B: Backend>(
+    device: &B,
+    checkpoint: &AtomCheckpoint,
+    (kv, blocks): (KvFormat, &[BlockPlan]),
+    text: &Evaluation,
+    progress: &dyn Progress,
+) -> Result<Vec<Check>> {
+    check_levels(device, blocks)?;
+    let reference = &Cpu::new()?;
+    let architecture = Architecture::from_config(checkpoint.config())?;
+    let attention = attention_spec(&architecture, kv, text.seq_len);
+    let tokens = windows(&checkpoint.tokenizer()?, checkpoint.name(), text)?;
+    let embedding = expect(checkpoint, EMBEDDING, &[architecture.vocabulary, architecture.hidden])?;
+    let mut x = reference.embed(&reference.load(embedding)?, &tokens)?;
+    let (mut all, mut checks) = (Findings::default(), Vec::new());
+    progress.begin("verify kernels", blocks.len());
+    for (index, plan) in blocks.iter().enumerate() {
+        progress.check_stop()?;
+        let kept = |site: usize, linear: usize| plan[site].linears[linear].bits == 16;
+        let weights = BlockWeights::load(reference, checkpoint, &architecture, index, kept)?;
+        let key_mean = read_key_mean(checkpoint, &architecture, index, &kv)?;
+        let (key_mean, sites) = (key_mean.as_deref(), read_sites(checkpoint, plan)?);
+        let block = quantized_block(reference, &architecture, &weights, &sites, key_mean)?;
+        let names = architecture
+            .sites(index)
+            .map(|site| site.linears.into_iter().map(|linear| linear.name).collect());
+        let beside = Beside::new((reference, device), &block, &sites, names, key_mean)?;
+        let found = beside.run(&attention, &mut x)?;
+        if !found.faults.is_empty() {
+            checks.push(Check {
+                name: format!("block {index}"),
+                ok: false,
+                detail: found.faults.join("; "),
+            });
+        }
+        all.add(&found);
+        progress.advance("");
+    }
+    progress.end();
+    device.trim();
+    let wrong = checks.len();
+    let mut detail = format!("{} blocks on {} tokens: ", blocks.len(), tokens.len());
+    let Findings { sites, linears, .. } = all;
+    if wrong > 0 {
+        detail.push_str(&format!("{wrong} are wrong, of {sites} sites and {linears} products"));
+    } else {
+        detail.push_str(&format!("codes of {sites} sites identical, {linears} products"));
+        let worst = if all.worst.is_empty() { String::new() } else { format!(" ({})", all.worst) };
+        detail.push_str(&format!(
+            " within {:.2} of the bound{worst}, attention within {:.2} of its tolerance",
+            all.product, all.attention
+        ));
+    }
+    checks.push(Check { name: "kernels".to_owned(), ok: wrong == 0, detail });
+    Ok(checks)
 }
 
 fn check(name: &str, found: std::result::Result<String, impl std::fmt::Display>) -> Check {

@@ -54,10 +54,16 @@ pub struct Block<B: Backend> {
 /// What an observer is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
+    /// What enters a site, before it is arranged.
+    Entering(SiteKind),
     /// A site's activation as its dense linears see it. Sites whose linears are all packed are not shown.
     Site(SiteKind),
-    /// Keys, before the rotary embedding.
+    /// Queries, before the rotary embedding.
+    Queries,
+    /// Keys, likewise.
     Keys,
+    /// Values.
+    Values,
 }
 
 /// Sees activations on their way.
@@ -115,7 +121,9 @@ impl<B: Backend> Block<B> {
     ) -> Result<B::Tensor> {
         let normed = backend.rms_norm(x, &self.attn_norm, self.epsilon)?;
         let [q, k, v] = self.sites[0].apply(backend, normed, observer)?;
+        observer(Seen::Queries, &q)?;
         observer(Seen::Keys, &k)?;
+        observer(Seen::Values, &v)?;
         backend.attention(attention, &q, &k, &v, self.key_mean.as_ref())
     }
 
@@ -212,6 +220,7 @@ impl<B: Backend> Site<B> {
     }
 
     fn input(&self, backend: &B, x: B::Tensor, observer: Observer<B::Tensor>) -> Result<Input<B>> {
+        observer(Seen::Entering(self.kind), &x)?;
         let float = match &self.treatment {
             Treatment::Source => x,
             Treatment::Arranged(site) => backend.arrange(&x, site)?,

@@ -71,6 +71,7 @@ pub fn measure_block<B: Backend>(
                 backend.add_energy(x, &mut energies[site])
             }
             Seen::Keys => backend.add_keys(attention, x, &mut sums),
+            _ => Ok(()),
         };
         if advance {
             backend.recall(batch)?;

@@ -28,8 +28,8 @@ use std::time::Instant;
 pub use ahead::one_ahead;
 pub use calibrate::{CalibrationData, Provenance, Statistics};
 pub use load::{
-    BlockWeights, attention_spec, check_levels, expect, key_mean_spec, quantized_block,
-    read_key_mean, read_sites, source_block, vector,
+    BlockWeights, QuantizedSite, attention_spec, check_levels, expect, key_mean_spec,
+    quantized_block, read_key_mean, read_sites, source_block, vector,
 };
 pub use stream::Stream;
 pub use timing::{cpu_seconds, peak_rss_bytes};

@@ -50,7 +50,9 @@ impl Chart {
         let low = if low.is_finite() { low } else { 0.0 };
         let high = if high > low { high } else { low + 1.0 };
         let tallest = points().map(|(_, y)| *y).fold(0.0, f64::max);
-        let steps = ticks(tallest.max(self.mark.as_ref().map_or(0.0, |mark| mark.0)));
+        let highest = tallest.max(self.mark.as_ref().map_or(0.0, |mark| mark.0));
+        // A little more, so that nothing lies on the frame.
+        let steps = ticks(1.05 * highest);
         let top = steps.last().copied().unwrap_or(1.0);
         let across = |x: f64| LEFT + WIDTH * (x_of(x) - low) / (high - low);
         let up = |y: f64| TOP + HEIGHT * (1.0 - y / top);

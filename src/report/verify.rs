@@ -32,6 +32,9 @@ impl Report for VerifyOutcome {
             facts.add("increase", units::change(1.0 + increase));
         }
         facts.add("device", &self.device);
+        if let Some(why) = &self.kernels_unchecked {
+            facts.add("kernels", format!("not checked: {why}"));
+        }
         let (style, verdict) = if self.ok { (PASSED, "ok") } else { (FAILED, "FAILED") };
         format!("{text}\n{}\n{style}{verdict}{style:#}\n", facts.text())
     }
@@ -56,6 +59,7 @@ mod tests {
             perplexity: Some(30.48),
             reference_perplexity: Some(20.97),
             increase: Some(0.4535),
+            kernels_unchecked: Some("no GPU: libcuda.so.1 was not found".into()),
             device: "cpu (avx512)".into(),
         };
         let plain = anstream::adapter::strip_str(&outcome.text()).to_string();
@@ -70,6 +74,7 @@ perplexity  30.4800
 reference   20.9700
 increase    +45.4 %
 device      cpu (avx512)
+kernels     not checked: no GPU: libcuda.so.1 was not found
 
 FAILED
 "

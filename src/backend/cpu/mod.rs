@@ -133,6 +133,8 @@ impl Backend for Cpu {
     type Cross = Matrix;
     type Factor = Vec<f32>;
 
+    const HALF: bool = false;
+
     fn device(&self) -> String {
         let threads = rayon::current_num_threads();
         let plural = if threads == 1 { "" } else { "s" };
@@ -153,6 +155,15 @@ impl Backend for Cpu {
 
     fn upload(&self, matrix: Matrix) -> Result<Tensor> {
         Ok(Tensor::from_matrix(matrix))
+    }
+
+    fn upload_activation(&self, matrix: Matrix) -> Result<Tensor> {
+        self.upload(matrix)
+    }
+
+    fn download(&self, tensor: &Tensor) -> Result<Matrix> {
+        let Tensor { rows, columns, .. } = *tensor;
+        Ok(Matrix { rows, columns, data: tensor.values().to_vec() })
     }
 
     fn duplicate(&self, tensor: &Tensor) -> Result<Tensor> {
@@ -217,6 +228,14 @@ impl Backend for Cpu {
 
     fn quantize(&self, x: &Tensor, site: &SiteFormat) -> Result<QuantizedRows> {
         quantize::quantize_rows(self.isa, &x.data, x.rows, site)
+    }
+
+    fn fetch_rows(&self, x: &QuantizedRows) -> Result<QuantizedRows> {
+        Ok(x.clone())
+    }
+
+    fn restore_rows(&self, x: &QuantizedRows) -> Result<QuantizedRows> {
+        Ok(x.clone())
     }
 
     fn dequantize(&self, x: &QuantizedRows) -> Result<Tensor> {

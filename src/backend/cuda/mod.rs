@@ -32,10 +32,13 @@ pub mod timing;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use half::f16;
+
 use super::{AttentionSpec, Backend, Damping, Drift, Matrix, Unquantized};
 use crate::checkpoint::{self, Dtype};
 use crate::quant::levels::Levels;
 use crate::quant::linear::QuantizedLinear;
+use crate::quant::rows::QuantizedRows;
 use crate::quant::site::SiteFormat;
 use crate::{Error, Result};
 use attention::RopeTables;
@@ -184,6 +187,8 @@ impl Backend for Cuda {
     type Cross = Cross;
     type Factor = Factor;
 
+    const HALF: bool = true;
+
     fn device(&self) -> String {
         format!("cuda:{} ({})", self.gpu.device.ordinal, self.gpu.device.name)
     }
@@ -203,6 +208,26 @@ impl Backend for Cuda {
     fn upload(&self, matrix: Matrix) -> Result<Tensor> {
         let Matrix { rows, columns, data } = matrix;
         Ok(Tensor::new(rows, columns, Data::Float(self.gpu.upload(&data)?)))
+    }
+
+    fn upload_activation(&self, matrix: Matrix) -> Result<Tensor> {
+        let Matrix { rows, columns, data } = matrix;
+        let halves: Vec<u16> = data.into_iter().map(|x| f16::from_f32(x).to_bits()).collect();
+        Ok(Tensor::new(rows, columns, Data::Half(self.gpu.upload(&halves)?)))
+    }
+
+    fn download(&self, tensor: &Tensor) -> Result<Matrix> {
+        let Tensor { rows, columns, .. } = *tensor;
+        let count = tensor.count();
+        let data = match &tensor.data {
+            Data::Float(buffer) => buffer.download(0..4 * count)?,
+            Data::Half(buffer) => {
+                let halves = buffer.download::<u16>(0..2 * count)?;
+                halves.into_iter().map(|bits| f16::from_bits(bits).to_f32()).collect()
+            }
+            Data::Aside(host) => bytemuck::cast_slice(&host.as_slice()[..4 * count]).to_vec(),
+        };
+        Ok(Matrix { rows, columns, data })
     }
 
     fn duplicate(&self, tensor: &Tensor) -> Result<Tensor> {
@@ -356,6 +381,14 @@ impl Backend for Cuda {
 
     fn quantize(&self, x: &Tensor, site: &Site) -> Result<Rows> {
         self.quantize_rows(x, site)
+    }
+
+    fn fetch_rows(&self, x: &Rows) -> Result<QuantizedRows> {
+        self.fetched_rows(x)
+    }
+
+    fn restore_rows(&self, x: &QuantizedRows) -> Result<Rows> {
+        self.restored_rows(x)
     }
 
     fn dequantize(&self, x: &Rows) -> Result<Tensor> {

@@ -19,6 +19,7 @@ use crate::quant::float::{e4m3_bits, e4m3_value};
 use crate::quant::grid::Grid;
 use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
+use crate::quant::rows::{OutlierRows, QuantizedRows};
 use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
 use crate::quant::weights::WeightFormat;
 use crate::{Error, Result};
@@ -149,6 +150,7 @@ impl Cuda {
         let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
         let rows = Rows {
             tokens,
+            levels: format.levels,
             group_size: format.group_size,
             groups: format.groups,
             codes: self.gpu.alloc(tokens * format.grouped_channels())?,
@@ -219,6 +221,80 @@ impl Cuda {
             OutlierFormat::F16 => (None, None, Some(self.gpu.alloc(4 * rows * channels)?)),
         };
         Ok(Outliers { channels, codes, scales, values })
+    }
+
+    /// Quantized activations on the host.
+    pub(super) fn fetched_rows(&self, rows: &Rows) -> Result<QuantizedRows> {
+        let Rows { tokens, levels, group_size, groups, scale_stride, .. } = *rows;
+        let codes = rows.codes.download::<i8>(0..tokens * groups * group_size)?;
+        let scales = rows.scales.download::<f32>(0..4 * scale_stride * groups)?;
+        let of_token = |at: usize| scales[at % groups * scale_stride + at / groups];
+        let scales = (0..tokens * groups).map(of_token).collect();
+        let channels = rows.outliers.channels;
+        let Outliers { codes: outlier_codes, scales: outlier_scales, values, .. } = &rows.outliers;
+        let outliers = match (outlier_codes, outlier_scales, values) {
+            (Some(codes), Some(scales), _) => {
+                let padded = rows.outliers.padded();
+                let codes = codes.download::<i8>(0..tokens * padded)?;
+                let codes = codes.chunks(padded).flat_map(|row| &row[..channels]).copied();
+                let scales = scales.download(0..4 * tokens)?;
+                OutlierRows::Int8 { codes: codes.collect(), scales }
+            }
+            (None, Some(_), Some(values)) => {
+                OutlierRows::Fp8(values.download(0..4 * tokens * channels)?)
+            }
+            (_, _, Some(values)) => OutlierRows::F16(values.download(0..4 * tokens * channels)?),
+            _ => OutlierRows::None,
+        };
+        let outlier_channels = channels;
+        Ok(QuantizedRows {
+            tokens,
+            group_size,
+            groups,
+            levels,
+            codes,
+            scales,
+            outlier_channels,
+            outliers,
+        })
+    }
+
+    /// Quantized activations from the host.
+    pub(super) fn restored_rows(&self, rows: &QuantizedRows) -> Result<Rows> {
+        let QuantizedRows { tokens, levels, group_size, groups, outlier_channels, .. } = *rows;
+        let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
+        let mut scales = vec![0f32; scale_stride * groups];
+        for (at, scale) in rows.scales.iter().enumerate() {
+            scales[at % groups * scale_stride + at / groups] = *scale;
+        }
+        let mut outliers =
+            Outliers { channels: outlier_channels, codes: None, scales: None, values: None };
+        match &rows.outliers {
+            OutlierRows::None => {}
+            OutlierRows::Int8 { codes, scales } => {
+                outliers.codes = Some(self.padded_codes(codes, tokens, outlier_channels)?);
+                outliers.scales = Some(self.gpu.upload(scales)?);
+            }
+            OutlierRows::Fp8(values) => {
+                // Values have their scale in them; what it was is not needed any more.
+                outliers.scales = Some(self.gpu.upload(&vec![1f32; tokens])?);
+                outliers.values = Some(self.gpu.upload(values)?);
+            }
+            OutlierRows::F16(values) => outliers.values = Some(self.gpu.upload(values)?),
+        }
+        let codes = self.gpu.upload(&rows.codes)?;
+        let scales = self.gpu.upload(&scales)?;
+        Ok(Rows { tokens, levels, group_size, groups, codes, scales, scale_stride, outliers })
+    }
+
+    /// INT8 outliers `[rows, channels]` with zeros behind each row.
+    fn padded_codes(&self, codes: &[i8], rows: usize, channels: usize) -> Result<Buffer> {
+        let padded = channels.next_multiple_of(OUTLIER_MULTIPLE);
+        let mut wide = vec![0i8; rows * padded];
+        for (to, from) in wide.chunks_mut(padded).zip(codes.chunks(channels)) {
+            to[..channels].copy_from_slice(from);
+        }
+        self.gpu.upload(&wide)
     }
 
     pub(super) fn dequantize_rows(&self, x: &Rows) -> Result<Tensor> {
@@ -456,12 +532,8 @@ impl Cuda {
         let outliers = match &weight.outliers {
             OutlierBlock::None => Outliers { channels: 0, codes: None, scales: None, values: None },
             OutlierBlock::Int8 { codes, scales } => {
-                let padded = channels.next_multiple_of(OUTLIER_MULTIPLE);
-                let mut wide = vec![0i8; rows * padded];
-                for (to, from) in wide.chunks_mut(padded).zip(codes.chunks(channels)) {
-                    to[..channels].copy_from_slice(from);
-                }
-                let (codes, scales) = (Some(self.gpu.upload(&wide)?), Some(floats(scales)?));
+                let codes = Some(self.padded_codes(codes, rows, channels)?);
+                let scales = Some(floats(scales)?);
                 Outliers { channels, codes, scales, values: None }
             }
             OutlierBlock::Fp8 { codes, scales } => {

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::gpu::{Buffer, Mark, Pinned};
 use crate::checkpoint::Dtype;
+use crate::quant::levels::Levels;
 use crate::quant::site::SiteFormat;
 use crate::quant::weights::WeightFormat;
 
@@ -153,6 +154,7 @@ impl Outliers {
 /// Quantized activations: codes `[tokens, groups * group_size]`, scales `[groups, scale_stride]`.
 pub struct Rows {
     pub(super) tokens: usize,
+    pub(super) levels: Levels,
     pub(super) group_size: usize,
     pub(super) groups: usize,
     pub(super) codes: Buffer,

@@ -10,7 +10,7 @@ use crate::checkpoint::Tensor as Stored;
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
 use crate::quant::order::channel_order;
-use crate::quant::rows::{OutlierRows, QuantizedRows};
+use crate::quant::rows::QuantizedRows;
 use crate::quant::site::{OutlierFormat, Transform};
 use crate::quant::weights::{WeightFormat, dequantize};
 
@@ -74,59 +74,24 @@ impl Random {
 
 impl Cuda {
     pub(super) fn half_tensor(&self, matrix: &Matrix) -> Tensor {
-        let bits: Vec<u16> = matrix.data.iter().map(|v| f16::from_f32(*v).to_bits()).collect();
-        let data = Data::Half(self.gpu.upload(&bits).unwrap());
-        Tensor::new(matrix.rows, matrix.columns, data)
+        self.upload_activation(matrix.clone()).unwrap()
     }
 
     pub(super) fn values(&self, tensor: &Tensor) -> Vec<f32> {
-        let count = tensor.count();
-        match &tensor.data {
-            Data::Float(buffer) => buffer.download::<f32>(0..4 * count).unwrap(),
-            Data::Half(buffer) => {
-                let bits = buffer.download::<u16>(0..2 * count).unwrap();
-                bits.into_iter().map(|bits| f16::from_bits(bits).to_f32()).collect()
-            }
-            Data::Aside(_) => panic!("set aside"),
-        }
+        self.download(tensor).unwrap().data
     }
 
-    fn rows_on_host(&self, rows: &Rows, levels: Levels) -> QuantizedRows {
-        let Rows { tokens, group_size, groups, scale_stride, .. } = *rows;
-        let codes = rows.codes.download::<i8>(0..tokens * groups * group_size).unwrap();
-        let scales = rows.scales.download::<f32>(0..4 * scale_stride * groups).unwrap();
-        let scales = (0..tokens * groups)
-            .map(|at| scales[at % groups * scale_stride + at / groups])
-            .collect();
-        let channels = rows.outliers.channels;
-        let outliers = match (&rows.outliers.codes, &rows.outliers.scales, &rows.outliers.values) {
-            (Some(codes), Some(scales), _) => {
-                let padded = rows.outliers.padded();
-                let codes = codes.download::<i8>(0..tokens * padded).unwrap();
-                assert!(codes.chunks(padded).all(|row| row[channels..].iter().all(|&c| c == 0)));
-                let codes = codes.chunks(padded).flat_map(|row| &row[..channels]).copied();
-                let scales = scales.download::<f32>(0..4 * tokens).unwrap();
-                OutlierRows::Int8 { codes: codes.collect(), scales }
-            }
-            (None, Some(_), Some(values)) => {
-                OutlierRows::Fp8(values.download(0..4 * tokens * channels).unwrap())
-            }
-            (_, _, Some(values)) => {
-                OutlierRows::F16(values.download(0..4 * tokens * channels).unwrap())
-            }
-            _ => OutlierRows::None,
-        };
-        let outlier_channels = channels;
-        QuantizedRows {
-            tokens,
-            group_size,
-            groups,
-            levels,
-            codes,
-            scales,
-            outlier_channels,
-            outliers,
+    /// Codes and scales, after a look at what lies behind the outliers.
+    fn rows_on_host(&self, rows: &Rows) -> QuantizedRows {
+        if let Some(codes) = &rows.outliers.codes {
+            let (channels, padded) = (rows.outliers.channels, rows.outliers.padded());
+            let codes = codes.download::<i8>(0..rows.tokens * padded).unwrap();
+            assert!(codes.chunks(padded).all(|row| row[channels..].iter().all(|&c| c == 0)));
         }
+        let fetched = self.fetch_rows(rows).unwrap();
+        let again = self.restore_rows(&fetched).unwrap();
+        assert_eq!(self.fetch_rows(&again).unwrap(), fetched, "there and back");
+        fetched
     }
 }
 
@@ -336,7 +301,7 @@ fn codes_and_scales_are_the_cpus_bits() {
             let expected = cpu.quantize(&host, &format).unwrap();
             for tensor in [cuda.upload(x.clone()).unwrap(), cuda.half_tensor(&x)] {
                 let rows = cuda.quantize(&tensor, &site).unwrap();
-                assert_eq!(cuda.rows_on_host(&rows, format.levels), expected, "{what}");
+                assert_eq!(cuda.rows_on_host(&rows), expected, "{what}");
                 let values = cuda.dequantize(&rows).unwrap();
                 let expected = cpu.dequantize(&expected).unwrap();
                 close(&cuda.values(&values), expected.values(), 5e-4, &what);

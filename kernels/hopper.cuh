@@ -1,0 +1,457 @@
+// The product of quantized activations and quantized weights on Hopper's tensor cores (wgmma), y = x w^T in
+// the arithmetic of docs/format.md.
+//
+// INT4 and FP4 codes are exact in E4M3: |n| with a sign in bit 7 is n * 2^-9, below 8 as a subnormal. Products
+// of two such numbers, and their sums over a group, keep within the 14 bits that the tensor cores' FP8
+// accumulators hold (up to 2^14 for groups of 128: 8 * 8 * 128 = 8192), so that a group's sum is the exact
+// integer, already as a float. Codes of 8 bits, and the INT8 outliers, take the s8 instruction instead.
+//
+// The weights are the left operand: 64 rows of them times TOKENS tokens. They come packed, in the order in
+// which threads hold them (`pack_weights` in hopper_pack.cu), are unpacked in registers, and never exist as
+// bytes in memory. Tokens are the right operand and go from device memory to shared memory to the tensor
+// cores as they are.
+//
+// Macros:
+//     GROUP     32, 64 or 128
+//     TOKENS    of a tile: 8, 16, 32, 64 (integer_stream), 128, 160, 176 or 192 (integer_tiles)
+//     X_BITS    4: sign and magnitude; 8: two's complement
+//     W_BITS    4 or 8: bits in which weights are packed
+//     W_FP4     1: weights are FP4, doubled
+//     OUT       0: y is f32; 1: y is f16; 2: y is f32 and added to
+//
+// Operands: tokens in panels of 128 places, swizzled (`Tiles` in src/backend/cuda/tensor.rs):
+//     x   [panels][padded tokens][128], sx [ceil(groups / 8)][padded tokens][8] in f16, finite also where there is no group
+//     xo  [ceil(halves / 2)][padded tokens][128] s8, sxo [padded tokens]
+// and weights in blocks of 64 rows and 128 places:
+//     w   [row tiles][panels][BLOCK_BYTES]: the codes, then [128 / GROUP][64] scales in f16
+//     wo  [row tiles][halves][OUTLIER_BYTES]: s8 codes of 64 outlier channels, then the rows' scales in f16
+// Row tiles are an even number; what lies beyond `rows` is zero. Row y[token] begins at y + token * rows.
+
+typedef unsigned short u16;
+
+/// Tokens of one instruction, and its results that a thread holds.
+#define N (TOKENS / PARTS)
+#define HELD (N / 2)
+#define GROUPS_A_STAGE (128 / GROUP)
+#define STEPS_A_GROUP (GROUP / 32)
+/// Whether codes go through the FP8 units.
+#define BY_FLOAT (X_BITS <= 4 && W_BITS <= 4)
+
+#define CODE_BYTES (64 * 128 * W_BITS / 8)
+#define BLOCK_BYTES (CODE_BYTES + GROUPS_A_STAGE * 64 * 2)
+#define OUTLIER_BYTES (4096 + 64 * 2)
+#define X_BYTES (TOKENS * 128)
+/// Scales of eight groups, of which those of the stage are used; of outliers, one float a token.
+#define SX_BYTES (TOKENS * 16)
+/// A stage: codes of the tokens, blocks of weights, scales of the tokens.
+#define TOKEN_SCALES (X_BYTES + BLOCKS * BLOCK_BYTES)
+#define STAGE_BYTES ((X_BYTES + BLOCKS * BLOCK_BYTES + SX_BYTES + 1023) / 1024 * 1024)
+
+// ---- Barriers and copies ----
+
+static __device__ __forceinline__ void barrier_init(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+static __device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+static __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra ready;\nbra again;\nready:\n}" ::"r"(barrier), "r"(phase)
+        : "memory");
+}
+/// Copies `bytes` (a multiple of 16) to shared memory; the barrier counts them.
+static __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+/// As copy_bulk, for what is read once: L2 gives it up first.
+static __device__ __forceinline__ void copy_bulk_once(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile(
+        "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+/// Named barriers of some of a block's threads: to wait at one, and to pass without waiting.
+static __device__ __forceinline__ void group_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+static __device__ __forceinline__ void barrier_pass(int id) { asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory"); }
+
+/// Lets the next kernel of the stream begin, and waits until the one before has ended and what it wrote is there: between
+/// the two, only what no kernel writes may be read.
+static __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+static __device__ __forceinline__ void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// ---- wgmma ----
+
+static __device__ __forceinline__ void multiply_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+static __device__ __forceinline__ void multiply_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> static __device__ __forceinline__ void multiply_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+/// An address in shared memory as descriptions have it, without the block's rank in its cluster.
+static __device__ __forceinline__ u32 place_of(u32 address) { return (address & 0x3ffff) >> 4; }
+/// The lower half of what describes tokens at a multiple of 1024 in shared memory: rows of 128 bytes, swizzled, eight
+/// rows after eight rows. 32 places further on, it is greater by 2.
+static __device__ __forceinline__ u32 describe(u32 address) { return place_of(address) | 1 << 16; }
+
+#define D4(d, c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define D8(d, c, i) D4(d, c, i), D4(d, c, i + 4)
+#define D16(d, c, i) D8(d, c, i), D8(d, c, i + 8)
+#define D32(d, c, i) D16(d, c, i), D16(d, c, i + 16)
+#define D40(d, c, i) D32(d, c, i), D8(d, c, i + 32)
+#define D48(d, c, i) D32(d, c, i), D16(d, c, i + 32)
+#define D64(d, c, i) D32(d, c, i), D32(d, c, i + 32)
+#define D80(d, c, i) D64(d, c, i), D16(d, c, i + 64)
+#define D88(d, c, i) D80(d, c, i), D8(d, c, i + 80)
+#define D96(d, c, i) D80(d, c, i), D16(d, c, i + 80)
+#define R4 "%0, %1, %2, %3"
+#define R8 R4 ", %4, %5, %6, %7"
+#define R16 R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define R32 R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define R40 R32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define R48 R40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+
+#define R64 R48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define R80 R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define R88 R80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define R96 R88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+/// d = a b, or with `add` d += a b: 64 rows, n tokens, 32 places. The sums are bits in either case, floats or
+/// integers, so that both can take the same registers.
+#define MULTIPLY(NAME, n, KIND, FACTORS, D, R, a0, a1, a2, a3, tokens, keep)                                                        \
+    static __device__ __forceinline__ void NAME(u32(&d)[n / 2], const u32* a, u32 b, int add) {                                     \
+        asm volatile("{\n.reg .pred p;\n.reg .b64 tokens;\nsetp.ne.b32 p, %" keep ", 0;\nmov.b64 tokens, {%" tokens ", 0x40000040};\n"                                                             \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k32." KIND " {" R "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, tokens, p" FACTORS ";\n}"                                                                                           \
+                     : D(d, "+r", 0)                                                                                                \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));                                               \
+    }
+#define MULTIPLY_SCALES(n, D, R, a0, a1, tokens, zero)                                                                              \
+    static __device__ __forceinline__ void multiply_scales(u32(&d)[n / 2], u32 a0_, u32 a1_, u32 b) {                                \
+        asm volatile("{\n.reg .pred p;\n.reg .b64 tokens;\nsetp.ne.b32 p, %" zero ", 0;\nmov.b64 tokens, {%" tokens ", 0x00000008};\n" \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" R "}, {%" a0 ", %" a1 ", %" zero ", %" zero "}, tokens, p, 1, 1, 0;\n}" \
+                     : D(d, "+r", 0)                                                                                                \
+                     : "r"(a0_), "r"(a1_), "r"(b), "r"(0));                                                                         \
+    }
+#define MULTIPLY_BOTH(n, D, R, a0, a1, a2, a3, tokens, keep)                                           \
+    MULTIPLY(multiply_e4m3, n, "f32.e4m3.e4m3", ", 1, 1", D, R, a0, a1, a2, a3, tokens, keep)          \
+    MULTIPLY(multiply_s8, n, "s32.s8.s8", "", D, R, a0, a1, a2, a3, tokens, keep)
+#if N == 8
+MULTIPLY_BOTH(8, D4, R4, "4", "5", "6", "7", "8", "9")
+MULTIPLY_SCALES(8, D4, R4, "4", "5", "6", "7")
+#elif N == 16
+MULTIPLY_BOTH(16, D8, R8, "8", "9", "10", "11", "12", "13")
+MULTIPLY_SCALES(16, D8, R8, "8", "9", "10", "11")
+#elif N == 32
+MULTIPLY_BOTH(32, D16, R16, "16", "17", "18", "19", "20", "21")
+MULTIPLY_SCALES(32, D16, R16, "16", "17", "18", "19")
+#elif N == 64
+MULTIPLY_BOTH(64, D32, R32, "32", "33", "34", "35", "36", "37")
+MULTIPLY_SCALES(64, D32, R32, "32", "33", "34", "35")
+#elif N == 80
+MULTIPLY_BOTH(80, D40, R40, "40", "41", "42", "43", "44", "45")
+MULTIPLY_SCALES(80, D40, R40, "40", "41", "42", "43")
+#elif N == 128
+MULTIPLY_BOTH(128, D64, R64, "64", "65", "66", "67", "68", "69")
+MULTIPLY_SCALES(128, D64, R64, "64", "65", "66", "67")
+#elif N == 160
+MULTIPLY_BOTH(160, D80, R80, "80", "81", "82", "83", "84", "85")
+MULTIPLY_SCALES(160, D80, R80, "80", "81", "82", "83")
+#elif N == 176
+MULTIPLY_BOTH(176, D88, R88, "88", "89", "90", "91", "92", "93")
+MULTIPLY_SCALES(176, D88, R88, "88", "89", "90", "91")
+#elif N == 96
+MULTIPLY_BOTH(96, D48, R48, "48", "49", "50", "51", "52", "53")
+MULTIPLY_SCALES(96, D48, R48, "48", "49", "50", "51")
+#endif
+
+/// Keeps the compiler from moving uses of what wgmma still reads or writes.
+template <int COUNT> static __device__ __forceinline__ void pin(u32 (&d)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(d[i])::"memory");
+}
+
+// ---- Weights ----
+//
+// A word holds eight codes of 4 bits: four of row g in what becomes register x, four of row g + 8 in y.
+// Integers: of x, byte i has its sign in bit 7 and its lower bits in bits 0 to 2; of y, the sign is in bit 3 of
+// byte i and the lower bits in bits 4 to 6 of the byte before it. The lower bits are those of the magnitude, less
+// one if the code is negative (so -8 fits), which makes them those of two's complement, inverted.
+// FP4: the sign bits are the same; the indices of magnitudes are in bits 4 i to 4 i + 2, first x's, then y's.
+
+#if W_BITS == 4
+#if W_FP4
+static __device__ __forceinline__ void unpack(u32 word, u32& x, u32& y) {
+    x = __byte_perm(0x03020100, 0x0c080604, word & 0x7777);
+    y = __byte_perm(0x03020100, 0x0c080604, word >> 16 & 0x7777);
+    const u32 x_signs = word & 0x80808080, y_signs = word << 4 & 0x80808080;
+#if BY_FLOAT
+    x |= x_signs;
+    y |= y_signs;
+#else
+    // Minus is all bits turned, and one more; a zero has no sign.
+    x = (x ^ __byte_perm(x_signs, 0, 0xba98)) + (x_signs >> 7);
+    y = (y ^ __byte_perm(y_signs, 0, 0xba98)) + (y_signs >> 7);
+#endif
+}
+#else
+static __device__ __forceinline__ void unpack(u32 word, u32& x, u32& y) {
+    x = word & 0x87878787;
+    y = __funnelshift_l(word, word, 4) & 0x87878787;
+#if BY_FLOAT
+    x += (x & 0x80808080) >> 7;
+    y += (y & 0x80808080) >> 7;
+#else
+    x = (x & 0x07070707) ^ __byte_perm(x, 0, 0xba98);
+    y = (y & 0x07070707) ^ __byte_perm(y, 0, 0xba98);
+#endif
+}
+#endif
+#endif
+
+static __device__ __forceinline__ uint4 load_shared(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    return v;
+}
+static __device__ __forceinline__ float2 load_pair(u32 address) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+    return v;
+}
+
+/// What 128 places of the weights are to a thread: as they lie in a block, and as left operands of four steps.
+struct Words {
+    uint4 v[W_BITS / 2];
+
+    __device__ __forceinline__ void load(u32 block) {
+#pragma unroll
+        for (int i = 0; i < W_BITS / 2; i++) v[i] = load_shared(block + i * 2048 + threadIdx.x % 128 * 16);
+    }
+    __device__ __forceinline__ void unpack_to(u32 (&a)[16]) const {
+#if W_BITS == 4
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            unpack(v[i].x, a[8 * i], a[8 * i + 1]);
+            unpack(v[i].y, a[8 * i + 2], a[8 * i + 3]);
+            unpack(v[i].z, a[8 * i + 4], a[8 * i + 5]);
+            unpack(v[i].w, a[8 * i + 6], a[8 * i + 7]);
+        }
+#else
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            a[4 * i] = v[i].x;
+            a[4 * i + 1] = v[i].y;
+            a[4 * i + 2] = v[i].z;
+            a[4 * i + 3] = v[i].w;
+        }
+#endif
+    }
+};
+
+/// The scales, f16, of a thread's two rows, of the 64 at `from`.
+struct RowScales {
+    u16 low, high;
+};
+static __device__ __forceinline__ RowScales load_row_scales(u32 from) {
+    RowScales scales;
+    const u32 at = from + (threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) * 2;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(scales.low) : "r"(at) : "memory");
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(scales.high) : "r"(at + 16) : "memory");
+    return scales;
+}
+
+/// Starts the products of the rows' scales with the tokens' scales of a group, where their sums will be. They are of rank
+/// one, so the rows' scales stand in one of 16 columns, in that of the group among eight; the tokens' 16 columns are
+/// twice the same eight. A product of two f16 numbers is exact in f32.
+static __device__ __forceinline__ void start_scales(u32 (&products)[HELD], const RowScales& scales, u32 from, int group) {
+    const bool own = threadIdx.x % 4 == group / 2 % 4;
+    const u32 low = own ? (u32)scales.low << group % 2 * 16 : 0, high = own ? (u32)scales.high << group % 2 * 16 : 0;
+    multiply_scales(products, low, high, place_of(from));
+}
+
+/// total = fma(s_x s_w, sum, total). Sums of FP8 products are by 2^18 too small: the totals are set right in the end.
+static __device__ __forceinline__ void promote(float (&total)[HELD], const u32 (&sums)[HELD], const u32 (&scales)[HELD]) {
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+        total[i] = fmaf(__uint_as_float(scales[i]), BY_FLOAT ? __uint_as_float(sums[i]) : __int2float_rn((int)sums[i]), total[i]);
+}
+
+// ---- Results ----
+
+#if OUT == 1
+typedef half Output;
+#else
+typedef float Output;
+#endif
+
+/// Adds or stores one result.
+static __device__ __forceinline__ void put(Output* to, float value) {
+#if OUT == 2
+    *to += value;
+#else
+    store(to, value);
+#endif
+}
+
+// ---- The road of a stage ----
+
+struct Operands {
+    const i8* x;
+    const half* sx;
+    const i8* xo;
+    const float* sxo;
+    const i8* w;
+    const i8* wo;
+    int tokens, padded, rows, panels, halves;
+};
+
+/// A place in the ring of stages: where the stage and its barriers are. Who takes every STRIDE-th stage begins at one of
+/// the first STRIDE.
+template <int STRIDE> struct Ring {
+    u32 here, full, end, phase;
+
+    __device__ __forceinline__ Ring(u32 stages, u32 barriers, int first)
+        : here(stages + first * STAGE_BYTES), full(barriers + 8 * first), end(barriers + 8 * STAGES), phase(0) {
+        // Kept, since finding them again takes longer.
+        keep_apart(here);
+        keep_apart(full);
+        keep_apart(end);
+    }
+    __device__ __forceinline__ u32 empty() const { return full + 8 * STAGES; }
+    __device__ __forceinline__ void next() {
+        here += STRIDE * STAGE_BYTES;
+        full += 8 * STRIDE;
+        if (full >= end) {
+            here -= STAGES * STAGE_BYTES;
+            full -= 8 * STAGES;
+            phase ^= 1;
+        }
+    }
+    __device__ __forceinline__ void wait() const { barrier_wait(full, phase); }
+};
+
+/// Gives back the stage of an `empty` barrier; called by whole warps.
+static __device__ __forceinline__ void release(u32 empty) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty);
+}
+
+/// Sets up the barriers; the whole block of threads calls it. A stage is given back by `warps` warps.
+static __device__ __forceinline__ void make_ring(u32 barriers, int warps) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(barriers + 8 * i, 1);
+            barrier_init(barriers + 8 * (STAGES + i), warps);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+}
+
+/// Asks for BLOCKS blocks of weights of a stage, when it is free, and announces all that the stage will hold.
+static __device__ __forceinline__ void ask_for_weights(const Operands& of, const Ring<1>& ring, int first_token, int row_tile, int stage) {
+    const u32 to = ring.here + X_BYTES, full = ring.full, count = min(TOKENS, of.padded - first_token);
+    const bool outliers = stage >= of.panels;
+    const int stages = outliers ? of.halves : of.panels, bytes = outliers ? OUTLIER_BYTES : BLOCK_BYTES;
+    const i8* from = outliers ? of.wo + (long long)(stage - of.panels) * OUTLIER_BYTES : of.w + (long long)stage * BLOCK_BYTES;
+    // A tile at the end may have fewer blocks of rows: the last one is copied again, and its results are not written.
+    const int last_block = (of.rows + 63) / 64 - 1;
+    barrier_wait(ring.empty(), ring.phase ^ 1);
+    barrier_expect(full, count * (outliers ? 132 : 144) + BLOCKS * bytes);
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) copy_bulk(to + i * BLOCK_BYTES, from + (long long)min(row_tile + i, last_block) * stages * bytes, bytes, full);
+}
+
+/// Asks for the tokens' codes and scales of a stage.
+static __device__ __forceinline__ void ask_for_tokens(const Operands& of, const Ring<1>& ring, int first_token, int stage) {
+    const u32 to = ring.here, full = ring.full, count = min(TOKENS, of.padded - first_token);
+    if (stage < of.panels) {
+        copy_bulk(to, of.x + ((long long)stage * of.padded + first_token) * 128, count * 128, full);
+        copy_bulk(to + TOKEN_SCALES, of.sx + ((long long)(stage * GROUPS_A_STAGE / 8) * of.padded + first_token) * 8, count * 16, full);
+    } else {
+        copy_bulk(to, of.xo + ((long long)((stage - of.panels) / 2) * of.padded + first_token) * 128, count * 128, full);
+        copy_bulk(to + TOKEN_SCALES, of.sxo + first_token, count * 4, full);
+    }
+}
+
+/// Starts the products of group `group` of a stage: of its scales, and of the weights `a` with the tokens at `here`.
+static __device__ __forceinline__ void start_group(u32 (&sums)[HELD], u32 (&scales)[HELD], const u32 (&a)[16], const RowScales& row_scales, u32 here, int stage,
+                                                   int group) {
+    pin(sums);
+    pin(scales);
+    multiply_fence();
+    start_scales(scales, row_scales, here + TOKEN_SCALES, stage * GROUPS_A_STAGE + group);
+#pragma unroll
+    for (int step = 0; step < STEPS_A_GROUP; step++) {
+        const int k = group * STEPS_A_GROUP + step;
+#if BY_FLOAT
+        multiply_e4m3(sums, a + 4 * k, describe(here) + 2 * k, step > 0);
+#else
+        multiply_s8(sums, a + 4 * k, describe(here) + 2 * k, step > 0);
+#endif
+    }
+    multiply_commit();
+}
+
+/// Multiplies a block of 64 outlier channels with the odd or even half of the tokens' 128, and adds to the sums if `add`.
+static __device__ __forceinline__ void multiply_outliers(u32 (&sums)[PARTS][HELD], u32 tokens, u32 block, int odd, bool add) {
+    u32 a[8];
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+        const uint4 v = load_shared(block + step * 2048 + threadIdx.x % 128 * 16);
+        a[4 * step] = v.x;
+        a[4 * step + 1] = v.y;
+        a[4 * step + 2] = v.z;
+        a[4 * step + 3] = v.w;
+    }
+    pin(a);
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) pin(sums[part]);
+    multiply_fence();
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+        for (int step = 0; step < 2; step++)
+            multiply_s8(sums[part], a + 4 * step, tokens + part * (N * 128 / 16) + 2 * (odd * 2 + step), step > 0 || add);
+    }
+    multiply_commit();
+    multiply_wait<0>();
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) pin(sums[part]);
+}
+
+/// Adds the outliers' sums to the totals; block and tokens' scales are any outlier stage's.
+static __device__ __forceinline__ void promote_outliers(float (&total)[PARTS][HELD], const u32 (&sums)[PARTS][HELD], u32 block, u32 token_scales) {
+    const RowScales row_scales = load_row_scales(block + 4096);
+    const float low = to_float(half{row_scales.low}), high = to_float(half{row_scales.high});
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+            const float2 s = load_pair(token_scales + (part * N + 8 * j + threadIdx.x % 4 * 2) * 4);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float& to = total[part][4 * j + i];
+                to = fmaf((i % 2 ? s.y : s.x) * (i / 2 ? high : low), __int2float_rn((int)sums[part][4 * j + i]), to);
+                asm volatile("" : "+f"(to));
+            }
+        }
+    }
+}
+
+/// Sets right the totals of products of FP8 numbers. A power of two changes no rounding.
+static __device__ __forceinline__ void set_right(float (&total)[PARTS][HELD]) {
+    if (!BY_FLOAT) return;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+        for (int i = 0; i < HELD; i++) total[part][i] *= 262144.0f;
+    }
+}

@@ -1,0 +1,159 @@
+// Many tokens: one block of threads an SM, which takes tile after tile of 64 * BLOCKS rows by TOKENS tokens. Each of
+// BLOCKS warpgroups has 64 rows, one more copies.
+//
+// A warpgroup unpacks weights, waits for its products and adds them to its totals, one after the other. With three of
+// them the tensor cores have work from another one meanwhile.
+
+/// Room in which results are turned around, a warpgroup's tokens by 64 rows in f16.
+#define TURN_BYTES (TOKENS * 128)
+
+/// The barriers of a warpgroup's own threads.
+#define OWN 1
+
+struct Tile {
+    int first_token, row_tile;
+};
+/// Eight tiles of tokens go through all rows together, so that what runs at the same time reads few different
+/// tiles of both operands.
+static __device__ __forceinline__ Tile tile_of(int index, int token_tiles, int row_tiles) {
+    const int band = index / (8 * row_tiles), within = index % (8 * row_tiles);
+    const int height = min(8, token_tiles - band * 8);
+    return Tile{(band * 8 + within % height) * TOKENS, within / height * BLOCKS};
+}
+
+/// Writes a warpgroup's 64 rows of TOKENS tokens.
+static __device__ __forceinline__ void write(const float (&total)[PARTS][HELD], Output* y, int first_token, int first_row, int tokens, int rows, u32 turn, int group) {
+    // Computing the addresses again for each tile costs less than keeping them in registers.
+    u32 in_block = threadIdx.x;
+    keep_apart(in_block);
+    keep_apart(turn);
+    const int thread = in_block % 128, lane = thread % 32, warp = thread / 32;
+#if OUT == 1
+    if (rows % 8 == 0) {
+        // A token's 64 values are a row, in pieces of 16 bytes that are swizzled.
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j++) {
+            const float(&own)[HELD] = total[j / (N / 8)];
+            const int at = j % (N / 8) * 4;
+            const u32 low = pack_half2(own[at], own[at + 1]), high = pack_half2(own[at + 2], own[at + 3]);
+            const u32 token = 8 * j + lane % 8, piece = warp * 2 + lane / 8 % 2;
+            asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(turn + token * 128 + (piece ^ (token & 7)) * 16),
+                         "r"(low), "r"(high)
+                         : "memory");
+        }
+        group_barrier(OWN + group, 128);
+#pragma unroll
+        for (int i = 0; i < TOKENS / 16; i++) {
+            const int token = i * 16 + thread / 8, piece = thread % 8, row = first_row + piece * 8;
+            if (first_token + token < tokens && row < rows)
+                *reinterpret_cast<uint4*>(y + (long long)(first_token + token) * rows + row) = load_shared(turn + token * 128 + (piece ^ (token & 7)) * 16);
+        }
+        group_barrier(OWN + group, 128);
+        return;
+    }
+#endif
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int token = first_token + 8 * j + lane % 4 * 2 + e % 2, row = first_row + warp * 16 + lane / 4 + e / 2 * 8;
+            if (token < tokens && row < rows) put(y + (long long)token * rows + row, total[j / (N / 8)][j % (N / 8) * 4 + e]);
+        }
+    }
+}
+
+static __device__ __forceinline__ void load(Words& words, RowScales (&scales)[GROUPS_A_STAGE], u32 here, int group) {
+    const u32 block = here + X_BYTES + group * BLOCK_BYTES;
+    words.load(block);
+#pragma unroll
+    for (int g = 0; g < GROUPS_A_STAGE; g++) scales[g] = load_row_scales(block + CODE_BYTES + g * 128);
+}
+
+#define THREADS (128 * BLOCKS + 128)
+
+/// Grid: at most as many blocks as there are tiles, ceil(tokens / TOKENS) * ceil(rows / (64 * BLOCKS)). THREADS threads, and
+/// STAGES * STAGE_BYTES + BLOCKS * TURN_BYTES + 1024 bytes of dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    integer_tiles(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int tokens,
+                  int padded, int rows, int panels, int halves) {
+    extern __shared__ unsigned char memory[];
+    __shared__ u64 barriers[2 * STAGES];
+    const Operands of{x, sx, xo, sxo, w, wo, tokens, padded, rows, panels, halves};
+    Ring<1> ring((shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers), 0);
+    make_ring(ring.full, 4 * BLOCKS);
+    const int token_tiles = (tokens + TOKENS - 1) / TOKENS, row_tiles = (rows + 64 * BLOCKS - 1) / (64 * BLOCKS);
+    const int group = threadIdx.x / 128;
+    if (group == BLOCKS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == 128 * BLOCKS) {
+            for (int index = blockIdx.x; index < token_tiles * row_tiles; index += gridDim.x) {
+                const Tile tile = tile_of(index, token_tiles, row_tiles);
+                for (int stage = 0; stage < panels + halves; stage++) {
+                    ask_for_weights(of, ring, tile.first_token, tile.row_tile, stage);
+                    ask_for_tokens(of, ring, tile.first_token, stage);
+                    ring.next();
+                }
+            }
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(BLOCKS == 2 ? 240 : 160));
+        const u32 turn = ring.here + STAGES * STAGE_BYTES + group * TURN_BYTES;
+#if TURNS
+        if (group == BLOCKS - 1) barrier_pass(4);
+#endif
+#pragma unroll 1
+        for (int index = blockIdx.x; index < token_tiles * row_tiles; index += gridDim.x) {
+            const Tile tile = tile_of(index, token_tiles, row_tiles);
+            float total[1][HELD];
+            u32 sums[1][HELD], scales[HELD];
+#pragma unroll
+            for (int i = 0; i < HELD; i++) total[0][i] = 0.0f;
+            // What the next stage needs from shared memory is loaded while this one's products run.
+            u32 a[16];
+            Words words;
+            RowScales row_scales[GROUPS_A_STAGE];
+            ring.wait();
+            load(words, row_scales, ring.here, group);
+#pragma unroll 1
+            for (int stage = 0; stage < panels; stage++) {
+                const u32 here = ring.here, empty = ring.empty();
+                ring.next();
+                words.unpack_to(a);
+                pin(a);
+#pragma unroll
+                for (int g = 0; g < GROUPS_A_STAGE; g++) {
+#if TURNS
+                    group_barrier(4 + group, 256);
+#endif
+                    start_group(sums[0], scales, a, row_scales[g], here, stage, g);
+#if TURNS == 1
+                    barrier_pass(4 + (group + 1) % BLOCKS);
+#endif
+                    if (g == GROUPS_A_STAGE - 1 && stage + 1 < panels) {
+                        ring.wait();
+                        load(words, row_scales, ring.here, group);
+                    }
+                    multiply_wait<0>();
+#if TURNS == 2
+                    barrier_pass(4 + (group + 1) % BLOCKS);
+#endif
+                    pin(sums[0]);
+                    pin(scales);
+                    promote(total[0], sums[0], scales);
+                }
+                release(empty);
+            }
+            set_right(total);
+#pragma unroll 1
+            for (int part = 0; part < halves; part++) {
+                ring.wait();
+                const u32 here = ring.here, block = here + X_BYTES + group * BLOCK_BYTES;
+                multiply_outliers(sums, describe(here), block, part % 2, part > 0);
+                if (part == halves - 1) promote_outliers(total, sums, block, here + TOKEN_SCALES);
+                release(ring.empty());
+                ring.next();
+            }
+            write(total, y, tile.first_token, (tile.row_tile + group) * 64, tokens, rows, turn, group);
+        }
+    }
+}

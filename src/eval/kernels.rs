@@ -1,0 +1,672 @@
+/*! A device's kernels beside the CPU's integer path, block by block, on the checkpoint's own activations.
+
+The hidden states of a few tokens go through the blocks on the CPU. What enters each site there, rounded to f16
+so that both sides can hold it, is quantized by both: codes and scales must be the same. The CPU's codes are then
+multiplied by both, and what attention is given goes through both.
+
+**Products.** Sums in f32 depend on their order. With G terms `s p` (a group's scales times its exact sum, or an
+outlier), two orders differ by no more than `(G + 2) 2^-24 sum |s p|`, beside half a unit in the last place where a device rounds
+its results to f16.
+
+**Attention** is in floating point on both sides. A result is a mean of the head's values, so that its error is
+counted in units of the greatest of these. A device may round queries and keys to f16, which moves a score by up to
+`d = 2^-10 |q| |k| / sqrt(head_dim)`, and a mean's weights by twice that: `2^-8 + 2 d` are allowed, the first for what
+else is rounded. */
+
+use half::f16;
+
+use crate::Result;
+use crate::backend::cpu::Cpu;
+use crate::backend::{AttentionSpec, Backend, Matrix};
+use crate::model::block::{Block, Linear, Seen};
+use crate::model::sites::SITES;
+use crate::pipeline::QuantizedSite;
+use crate::quant::float::e4m3_value;
+use crate::quant::linear::{OutlierBlock, QuantizedLinear};
+use crate::quant::rows::{OutlierRows, QuantizedRows};
+
+/// What attention may differ by where scores are small, in units of the head's greatest value: eight times what
+/// rounding that to f16 costs.
+const ATTENTION_TOLERANCE: f64 = 1.0 / 256.0;
+/// What rounding queries and keys to f16 moves a score by, in units of the product of their lengths.
+const SCORE_TOLERANCE: f64 = 1.0 / 1024.0;
+
+/// Results out of bounds that are counted before a linear is given up.
+const MANY: usize = 100;
+
+/// What was compared, and how it went.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Findings {
+    /// Sites whose codes were compared.
+    pub(super) sites: usize,
+    /// Linears whose products were compared.
+    pub(super) linears: usize,
+    /// The greatest error of a product, in units of its bound and beside the rounding to f16.
+    pub(super) product: f64,
+    /// The linear that has it.
+    pub(super) worst: String,
+    /// The greatest error of attention, in units of its tolerance.
+    pub(super) attention: f64,
+    /// What is wrong.
+    pub(super) faults: Vec<String>,
+}
+
+impl Findings {
+    /// Takes in those of another block.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.sites += other.sites;
+        self.linears += other.linears;
+        if other.product > self.product {
+            self.product = other.product;
+            self.worst.clone_from(&other.worst);
+        }
+        self.attention = self.attention.max(other.attention);
+    }
+}
+
+/// A site on the device.
+struct DeviceSite<B: Backend> {
+    order: B::Site,
+    linears: Vec<Option<B::Packed>>,
+}
+
+/// A block on both sides.
+pub(super) struct Beside<'a, B: Backend> {
+    pub(super) reference: &'a Cpu,
+    pub(super) device: &'a B,
+    /// The block on the reference.
+    pub(super) block: &'a Block<Cpu>,
+    /// Its sites as the checkpoint has them.
+    pub(super) sites: &'a [QuantizedSite<QuantizedLinear>],
+    /// Names of each site's linears.
+    pub(super) names: [Vec<String>; 4],
+    device_sites: Vec<Option<DeviceSite<B>>>,
+    device_mean: Option<B::Tensor>,
+}
+
+impl<'a, B: Backend> Beside<'a, B> {
+    /// Brings the sites to the device.
+    pub(super) fn new(
+        (reference, device): (&'a Cpu, &'a B),
+        block: &'a Block<Cpu>,
+        sites: &'a [QuantizedSite<QuantizedLinear>],
+        names: [Vec<String>; 4],
+        key_mean: Option<&[f32]>,
+    ) -> Result<Self> {
+        let device_sites = sites.iter().map(|site| Self::device_site(device, site));
+        let device_sites = device_sites.collect::<Result<_>>()?;
+        let device_mean = key_mean.map(|mean| {
+            device.upload(Matrix { rows: 1, columns: mean.len(), data: mean.to_vec() })
+        });
+        let device_mean = device_mean.transpose()?;
+        Ok(Self { reference, device, block, sites, names, device_sites, device_mean })
+    }
+
+    /// None for a site whose activations stay in floating point: no kernel of ours multiplies them.
+    fn device_site(
+        device: &B,
+        site: &QuantizedSite<QuantizedLinear>,
+    ) -> Result<Option<DeviceSite<B>>> {
+        if site.format.bits == 16 {
+            return Ok(None);
+        }
+        let packed = |linear: &QuantizedLinear| device.packed(&device.restore(linear.clone())?);
+        let linears = site.linears.iter().map(|linear| linear.as_ref().map(packed).transpose());
+        let linears = linears.collect::<Result<_>>()?;
+        Ok(Some(DeviceSite { order: device.site(&site.format)?, linears }))
+    }
+
+    /// Carries `x` through the block on the reference and compares all that both sides do.
+    pub(super) fn run(
+        &self,
+        attention: &AttentionSpec,
+        x: &mut <Cpu as Backend>::Tensor,
+    ) -> Result<Findings> {
+        let mut findings = Findings::default();
+        let mut operands: Vec<Matrix> = Vec::new();
+        self.block.forward(self.reference, attention, x, &mut |seen, x| {
+            match seen {
+                Seen::Entering(kind) => {
+                    let at = SITES.iter().position(|known| *known == kind).expect("every kind");
+                    self.site(at, rounded(self.reference.download(x)?), &mut findings)?;
+                }
+                Seen::Queries | Seen::Keys | Seen::Values => {
+                    operands.push(rounded(self.reference.download(x)?));
+                }
+                Seen::Site(_) => {}
+            }
+            if seen == Seen::Values {
+                let operands = std::mem::take(&mut operands);
+                let operands = operands.try_into().expect("queries, keys and values");
+                self.attention(attention, operands, &mut findings)?;
+            }
+            Ok(())
+        })?;
+        Ok(findings)
+    }
+
+    fn site(&self, at: usize, x: Matrix, findings: &mut Findings) -> Result<()> {
+        let Some(on_device) = &self.device_sites[at] else { return Ok(()) };
+        let (reference, device) = (self.reference, self.device);
+        let site = &self.block.sites[at];
+        let expected = reference.quantize(&reference.upload(x.clone())?, site.order())?;
+        let rows = device.quantize(&device.upload_activation(x)?, &on_device.order)?;
+        let found = device.fetch_rows(&rows)?;
+        findings.sites += 1;
+        if let Some(fault) = code_fault(&found, &expected) {
+            findings.faults.push(format!("{}: {fault}", site.name));
+        }
+        let rows = device.restore_rows(&expected)?;
+        let linears = site.linears.iter().zip(&on_device.linears).zip(&self.sites[at].linears);
+        for (((linear, packed), quantized), name) in linears.zip(&self.names[at]) {
+            let (Linear::Packed(own), Some(packed), Some(quantized)) = (linear, packed, quantized)
+            else {
+                continue;
+            };
+            let right = reference.download(&reference.integer_product(&expected, own)?)?;
+            let product = device.download(&device.integer_product(&rows, packed)?)?;
+            let operands = (&expected, quantized);
+            let (error, fault) = product_error(operands, &product.data, &right.data, B::HALF);
+            findings.linears += 1;
+            if error > findings.product {
+                (findings.product, findings.worst) = (error, name.clone());
+            }
+            if let Some(fault) = fault {
+                findings.faults.push(format!("{name}: {fault}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        spec: &AttentionSpec,
+        operands: [Matrix; 3],
+        findings: &mut Findings,
+    ) -> Result<()> {
+        let (reference, device) = (self.reference, self.device);
+        let mut own = Vec::new();
+        let mut theirs = Vec::new();
+        for operand in &operands {
+            own.push(reference.upload(operand.clone())?);
+            theirs.push(device.upload_activation(operand.clone())?);
+        }
+        let mean = self.block.key_mean.as_ref();
+        let expected = reference.attention(spec, &own[0], &own[1], &own[2], mean)?;
+        let device_mean = self.device_mean.as_ref();
+        let found = device.attention(spec, &theirs[0], &theirs[1], &theirs[2], device_mean)?;
+        let [found, expected] =
+            [device.download(&found)?.data, reference.download(&expected)?.data];
+        let mean = mean.map(|mean| mean.values());
+        let error = attention_error(
+            spec,
+            operands.each_ref().map(|x| &x.data[..]),
+            mean,
+            (&found, &expected),
+        );
+        findings.attention = findings.attention.max(error);
+        if error > 1.0 {
+            let name = &self.block.sites[1].name;
+            let fault = format!("attention before {name} is off by {error:.2} times its tolerance");
+            findings.faults.push(fault);
+        }
+        Ok(())
+    }
+}
+
+/// Values as f16 has them.
+fn rounded(mut matrix: Matrix) -> Matrix {
+    matrix.data.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32());
+    matrix
+}
+
+/// What is different in `found`, in a few words.
+fn code_fault(found: &QuantizedRows, expected: &QuantizedRows) -> Option<String> {
+    fn differences<T: PartialEq>(what: &str, found: &[T], expected: &[T]) -> Option<String> {
+        if found.len() != expected.len() {
+            return Some(format!("{} {what} where there are {}", found.len(), expected.len()));
+        }
+        let mut differ = (0..found.len()).filter(|&at| found[at] != expected[at]);
+        let first = differ.next()?;
+        Some(format!(
+            "{} of {} {what} differ, the first at {first}",
+            1 + differ.count(),
+            found.len()
+        ))
+    }
+    let outliers = match (&found.outliers, &expected.outliers) {
+        (OutlierRows::None, OutlierRows::None) => None,
+        (
+            OutlierRows::Int8 { codes: found, scales: found_scales },
+            OutlierRows::Int8 { codes: expected, scales: expected_scales },
+        ) => differences("outliers' codes", found, expected)
+            .or_else(|| differences("outliers' scales", found_scales, expected_scales)),
+        (OutlierRows::Fp8(found), OutlierRows::Fp8(expected))
+        | (OutlierRows::F16(found), OutlierRows::F16(expected)) => {
+            differences("outliers", found, expected)
+        }
+        _ => Some("outliers are of another kind".to_owned()),
+    };
+    let faults = [
+        differences("codes", &found.codes, &expected.codes),
+        differences("scales", &found.scales, &expected.scales),
+        outliers,
+    ];
+    let faults: Vec<String> = faults.into_iter().flatten().collect();
+    (!faults.is_empty()).then(|| faults.join(", "))
+}
+
+/// The greatest error of a product in units of its bound, and what is wrong if that is more than 1.
+fn product_error(
+    (x, weight): (&QuantizedRows, &QuantizedLinear),
+    found: &[f32],
+    expected: &[f32],
+    half: bool,
+) -> (f64, Option<String>) {
+    let (mut worst, mut wrong, mut first) = (0f64, 0, 0);
+    if found.len() != expected.len() {
+        return (f64::INFINITY, Some(format!("{} results", found.len())));
+    }
+    for (at, (&found, &expected)) in found.iter().zip(expected).enumerate() {
+        let best = if half { f16::from_f32(expected).to_f32() } else { expected };
+        if found == best {
+            continue;
+        }
+        let rounding = if half { half_ulp(found.abs().max(expected.abs())) } else { 0.0 };
+        let error = (f64::from(found) - f64::from(expected)).abs() - rounding;
+        if error <= 0.0 {
+            continue;
+        }
+        // The sum is no greater than the sum of magnitudes: most results need no closer look.
+        let unit = (terms(x) + 2) as f64 * 2f64.powi(-24);
+        if error / (unit * f64::from(expected.abs())) <= worst.min(1.0) {
+            continue;
+        }
+        let (token, row) = (at / weight.rows, at % weight.rows);
+        let share = error / (unit * magnitude(x, weight, token, row));
+        let share = if share.is_nan() { f64::INFINITY } else { share };
+        worst = worst.max(share);
+        if share > 1.0 {
+            first = if wrong == 0 { at } else { first };
+            wrong += 1;
+            if wrong == MANY {
+                break;
+            }
+        }
+    }
+    let fault = (wrong > 0).then(|| {
+        let count = if wrong == MANY { format!("{MANY} or more") } else { wrong.to_string() };
+        let (token, row) = (first / weight.rows, first % weight.rows);
+        format!(
+            "{count} of {} results are out of bounds, the first, of token {token} and row {row}, is {} where the \
+             CPU has {}",
+            found.len(),
+            found[first],
+            expected[first]
+        )
+    });
+    (worst, fault)
+}
+
+/// How many products a result is the sum of, a group's sum of codes being one.
+fn terms(x: &QuantizedRows) -> usize {
+    x.groups
+        + match x.outliers {
+            OutlierRows::None => 0,
+            OutlierRows::Int8 { .. } => 1,
+            OutlierRows::Fp8(_) | OutlierRows::F16(_) => x.outlier_channels,
+        }
+}
+
+/// The sum of these products' magnitudes, for one result.
+fn magnitude(x: &QuantizedRows, weight: &QuantizedLinear, token: usize, row: usize) -> f64 {
+    let QuantizedRows { groups, group_size, outlier_channels, .. } = *x;
+    let dot = |x: &[i8], w: &[i8], x_value: &dyn Fn(i8) -> f32, w_value: &dyn Fn(i8) -> f32| {
+        x.iter().zip(w).map(|(x, w)| f64::from(x_value(*x)) * f64::from(w_value(*w))).sum::<f64>()
+    };
+    let mut sum = 0.0;
+    for group in 0..groups {
+        let of_x = &x.codes[(token * groups + group) * group_size..][..group_size];
+        let of_w = &weight.codes[(row * groups + group) * group_size..][..group_size];
+        let values = (|code| x.levels.value(code), |code| weight.levels.value(code));
+        let scales = x.scales[token * groups + group] * weight.scale(row, group);
+        sum += (f64::from(scales) * dot(of_x, of_w, &values.0, &values.1)).abs();
+    }
+    let of_x = token * outlier_channels..(token + 1) * outlier_channels;
+    let of_w = row * outlier_channels..(row + 1) * outlier_channels;
+    let floats = |x: &[f32], weight: &dyn Fn(usize) -> f32| {
+        let products =
+            x.iter().zip(of_w.clone()).map(|(x, at)| f64::from(*x) * f64::from(weight(at)));
+        products.map(f64::abs).sum::<f64>()
+    };
+    sum + match (&x.outliers, &weight.outliers) {
+        (
+            OutlierRows::Int8 { codes, scales },
+            OutlierBlock::Int8 { codes: own, scales: of_rows },
+        ) => {
+            let scales = f64::from(scales[token]) * of_rows[row].to_f64();
+            (scales * dot(&codes[of_x], &own[of_w], &f32::from, &f32::from)).abs()
+        }
+        (OutlierRows::Fp8(values), OutlierBlock::Fp8 { codes, scales }) => {
+            floats(&values[of_x], &|at| e4m3_value(codes[at]) * scales[row].to_f32())
+        }
+        (OutlierRows::F16(values), OutlierBlock::F16(weights)) => {
+            floats(&values[of_x], &|at| weights[at].to_f32())
+        }
+        _ => 0.0,
+    }
+}
+
+/// Half a unit in the last place that an f16 of this magnitude has.
+fn half_ulp(magnitude: f32) -> f64 {
+    let exponent = f64::from(magnitude).max(f64::from(f16::MIN_POSITIVE)).log2().floor();
+    2f64.powf(exponent - 11.0)
+}
+
+/// The greatest error of attention on these queries, keys and values, each in units of what is allowed there.
+fn attention_error(
+    spec: &AttentionSpec,
+    [q, k, v]: [&[f32]; 3],
+    mean: Option<&[f32]>,
+    (found, expected): (&[f32], &[f32]),
+) -> f64 {
+    let AttentionSpec { heads, kv_heads, head_dim, .. } = *spec;
+    if found.len() != expected.len() {
+        return f64::INFINITY;
+    }
+    let greatest = |head: &[f32]| head.iter().fold(0f32, |most, x| most.max(x.abs()));
+    let length = |head: &[f32]| head.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    // Of each head over all tokens: its greatest value, and its longest key.
+    let mut values = vec![0f32; kv_heads];
+    let mut keys = vec![0f64; kv_heads];
+    for (at, (k, v)) in k.chunks(head_dim).zip(v.chunks(head_dim)).enumerate() {
+        let head = at % kv_heads;
+        values[head] = values[head].max(greatest(v));
+        let centre = mean.map_or(0.0, |mean| length(&mean[head * head_dim..][..head_dim]));
+        keys[head] = keys[head].max(length(k) + centre);
+    }
+    let mut worst = 0f64;
+    let results = found.chunks(head_dim).zip(expected.chunks(head_dim)).zip(q.chunks(head_dim));
+    for (at, ((found, expected), q)) in results.enumerate() {
+        let head = at % heads / (heads / kv_heads);
+        let score = SCORE_TOLERANCE * length(q) * keys[head] / (head_dim as f64).sqrt();
+        let allowed = (ATTENTION_TOLERANCE + 2.0 * score) * f64::from(values[head]);
+        for (found, expected) in found.iter().zip(expected).filter(|(x, y)| x != y) {
+            let share = f64::from((found - expected).abs()) / allowed;
+            worst = if share.is_nan() { f64::INFINITY } else { worst.max(share) };
+        }
+    }
+    worst
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::AttentionSpec;
+    use crate::model::block::{Site, Treatment};
+    use crate::quant::kv::KvFormat;
+    use crate::quant::levels::Levels;
+    use crate::quant::order::channel_order;
+    use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
+    use crate::quant::weights::{WeightFormat, round_to_nearest};
+
+    const TOKENS: usize = 12;
+    const HIDDEN: usize = 64;
+
+    /// Values in -1..1.
+    fn random(len: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    fn site(
+        channels: usize,
+        rows: &[usize],
+        outlier_format: OutlierFormat,
+        levels: Levels,
+    ) -> QuantizedSite<QuantizedLinear> {
+        let (group_size, outlier_channels) = (16, 20);
+        let energy: Vec<f64> = random(channels, 3).into_iter().map(f64::from).collect();
+        let format = SiteFormat {
+            channels,
+            groups: (channels - outlier_channels).div_ceil(group_size),
+            order: channel_order(&energy, true, outlier_channels, group_size),
+            group_size,
+            outlier_channels,
+            outlier_format,
+            bits: 4,
+            levels,
+            clip: 0.95,
+            signed_scales: true,
+            transform: Transform::Hadamard,
+        };
+        let linears = rows.iter().enumerate().map(|(at, &rows)| {
+            let weights = random(rows * channels, at as u64);
+            let arranged = format.arrange_rows_plain(&weights, rows);
+            let weights = WeightFormat { levels, ..WeightFormat::of(&format, 4, 1, 1.0) };
+            Some(round_to_nearest(&arranged, rows, &weights).unwrap())
+        });
+        let linears = linears.collect();
+        QuantizedSite { format, linears }
+    }
+
+    fn sites() -> Vec<QuantizedSite<QuantizedLinear>> {
+        vec![
+            site(HIDDEN, &[64, 32, 32], OutlierFormat::Int8, Levels::Int),
+            site(HIDDEN, &[64], OutlierFormat::F16, Levels::Int),
+            site(HIDDEN, &[96, 96], OutlierFormat::Fp8, Levels::Fp4),
+            site(96, &[64], OutlierFormat::Int8, Levels::Fp4Bnb),
+        ]
+    }
+
+    fn names() -> [Vec<String>; 4] {
+        [&["q", "k", "v"][..], &["o"], &["gate", "up"], &["down"]]
+            .map(|names| names.iter().map(|name| (*name).to_owned()).collect())
+    }
+
+    fn block(cpu: &Cpu, sites: &[QuantizedSite<QuantizedLinear>]) -> Block<Cpu> {
+        let ones =
+            || cpu.upload(Matrix { rows: 1, columns: HIDDEN, data: vec![1.0; HIDDEN] }).unwrap();
+        let site = |at: usize| {
+            let packed =
+                sites[at].linears.iter().flatten().map(|linear| cpu.packed(linear).unwrap());
+            Site {
+                kind: SITES[at],
+                name: format!("site {at}"),
+                treatment: Treatment::Quantized(sites[at].format.clone()),
+                linears: packed.map(Linear::Packed).collect(),
+            }
+        };
+        Block {
+            attn_norm: ones(),
+            mlp_norm: ones(),
+            epsilon: 1e-5,
+            key_mean: None,
+            sites: [site(0), site(1), site(2), site(3)],
+        }
+    }
+
+    fn spec() -> AttentionSpec {
+        AttentionSpec {
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 16,
+            seq_len: TOKENS,
+            cos: vec![1.0; TOKENS * 8],
+            sin: vec![0.0; TOKENS * 8],
+            kv: KvFormat { bits: 4, ..KvFormat::FULL },
+        }
+    }
+
+    /// What is found where the device has other sites or another mean key than the checkpoint.
+    fn findings(
+        change: impl FnOnce(&mut Vec<QuantizedSite<QuantizedLinear>>),
+        key_mean: Option<&[f32]>,
+    ) -> Findings {
+        let cpu = Cpu::new().unwrap();
+        let sites = sites();
+        let mut planted = sites.clone();
+        change(&mut planted);
+        let block = block(&cpu, &sites);
+        let mut beside = Beside::new((&cpu, &cpu), &block, &planted, names(), key_mean).unwrap();
+        beside.sites = &sites;
+        let x = Matrix { rows: TOKENS, columns: HIDDEN, data: random(TOKENS * HIDDEN, 7) };
+        let mut x = cpu.upload(x).unwrap();
+        beside.run(&spec(), &mut x).unwrap()
+    }
+
+    fn linear(
+        sites: &mut [QuantizedSite<QuantizedLinear>],
+        site: usize,
+        linear: usize,
+    ) -> &mut QuantizedLinear {
+        sites[site].linears[linear].as_mut().unwrap()
+    }
+
+    #[test]
+    fn two_that_are_the_same_differ_in_nothing() {
+        let found = findings(|_| {}, None);
+        assert_eq!(found.faults, [""; 0]);
+        assert_eq!((found.sites, found.linears), (4, 7));
+        assert_eq!((found.product, found.attention), (0.0, 0.0));
+    }
+
+    #[test]
+    fn a_planted_error_is_found_where_it_is() {
+        type Change = fn(&mut Vec<QuantizedSite<QuantizedLinear>>);
+        let plants: [(Change, &str); 7] = [
+            (|sites| linear(sites, 0, 1).codes[5] ^= 1, "k: "),
+            (|sites| linear(sites, 2, 0).codes[40] = 12, "gate: "),
+            (
+                |sites| {
+                    let scale = &mut linear(sites, 3, 0).scales[9];
+                    // The next f16.
+                    *scale = f16::from_bits(scale.to_bits() + 1);
+                },
+                "down: ",
+            ),
+            (
+                |sites| {
+                    let OutlierBlock::F16(values) = &mut linear(sites, 1, 0).outliers else {
+                        panic!()
+                    };
+                    values[0] = f16::from_f32(values[0].to_f32() * 1.01);
+                },
+                "o: ",
+            ),
+            (
+                |sites| {
+                    let OutlierBlock::Int8 { codes, .. } = &mut linear(sites, 0, 0).outliers else {
+                        panic!()
+                    };
+                    codes[19] ^= 1;
+                },
+                "q: ",
+            ),
+            (|sites| sites[0].format.clip = 0.94, "site 0: "),
+            (|sites| sites[2].format.order.swap(3, 40), "site 2: "),
+        ];
+        for (change, place) in plants {
+            let found = findings(change, None);
+            assert_eq!(found.faults.len(), 1, "{place}: {:?}", found.faults);
+            assert!(found.faults[0].starts_with(place), "{place}: {:?}", found.faults);
+            let of_a_product = !place.starts_with("site");
+            assert_eq!(found.faults[0].contains("results are out of bounds"), of_a_product);
+            assert_eq!(found.product > 1.0, of_a_product, "{place}");
+        }
+        let found = findings(|_| {}, Some(&[0.3; 32]));
+        assert_eq!(found.faults.len(), 1);
+        assert!(
+            found.faults[0].starts_with("attention before site 1 is off"),
+            "{:?}",
+            found.faults
+        );
+        assert!(found.attention > 1.0);
+    }
+
+    /// One token, one row, one group whose scales and codes make 3.0, and no outliers.
+    fn three() -> (QuantizedRows, QuantizedLinear) {
+        let mut codes = vec![0i8; 16];
+        codes[0] = 3;
+        let rows = QuantizedRows {
+            tokens: 1,
+            group_size: 16,
+            groups: 1,
+            levels: Levels::Int,
+            codes: codes.clone(),
+            scales: vec![0.5],
+            outlier_channels: 0,
+            outliers: OutlierRows::None,
+        };
+        codes[0] = 2;
+        let linear = QuantizedLinear {
+            rows: 1,
+            bits: 4,
+            levels: Levels::Int,
+            group_size: 16,
+            groups: 1,
+            rows_per_scale: 1,
+            codes,
+            scales: vec![f16::ONE],
+            outlier_channels: 0,
+            outliers: OutlierBlock::None,
+        };
+        (rows, linear)
+    }
+
+    #[test]
+    fn a_result_may_be_off_by_the_bound_and_by_the_rounding_of_f16() {
+        let (rows, linear) = three();
+        let share = |found: f32, half| {
+            let (worst, fault) = product_error((&rows, &linear), &[found], &[3.0], half);
+            assert_eq!(fault.is_some(), worst > 1.0);
+            worst
+        };
+        assert_eq!(magnitude(&rows, &linear, 0, 0), 3.0);
+        let unit = 3.0 * 3.0 * 2f32.powi(-24);
+        assert_eq!((share(3.0, false), share(3.0, true)), (0.0, 0.0));
+        let off = share(3.0 + 2f32.powi(-22), false);
+        assert!((off - f64::from(2f32.powi(-22) / unit)).abs() < 1e-6 && off < 1.0, "{off}");
+        assert!(share(3.0 - 2f32.powi(-20), false) > 1.0);
+        // Half of 2^-9, the distance of f16 numbers there.
+        assert_eq!(share(3.0 + 2f32.powi(-10), true), 0.0);
+        assert!(share(3.0 + 2f32.powi(-9), true) > 1.0);
+        assert!(share(f32::NAN, true).is_infinite() && share(f32::INFINITY, false).is_infinite());
+        assert_eq!(half_ulp(1.0), 2f64.powi(-11));
+        assert_eq!(half_ulp(0.0), 2f64.powi(-25));
+    }
+
+    #[test]
+    fn attention_may_be_off_by_what_its_heads_allow() {
+        // Two heads of two tokens: values up to 2 and up to 0.5, queries of length 0 in the second.
+        let spec = AttentionSpec {
+            heads: 2,
+            kv_heads: 2,
+            head_dim: 4,
+            seq_len: 2,
+            cos: vec![1.0; 4],
+            sin: vec![0.0; 4],
+            kv: KvFormat::FULL,
+        };
+        let q = [3.0, 0.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0].repeat(2);
+        let k = [0.0, 8.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0].repeat(2);
+        let v = [2.0, 0.0, 0.0, -1.0, 0.5, 0.0, 0.0, 0.0].repeat(2);
+        let expected = [0.25f32; 16];
+        let share = |at: usize, off: f32, mean: Option<&[f32]>| {
+            let mut found = expected;
+            found[at] += off;
+            attention_error(&spec, [&q, &k, &v], mean, (&found, &expected))
+        };
+        assert_eq!(share(0, 0.0, None), 0.0);
+        // 2^-8 and twice 2^-10 * 5 * 8 / 2, of 2.
+        let allowed = 2.0 * (1.0 / 256.0 + 2.0 * 20.0 / 1024.0);
+        assert!((share(9, 0.01, None) - 0.01 / allowed).abs() < 1e-6);
+        assert!((share(4, 0.01, None) - 0.01 / (0.5 / 256.0)).abs() < 1e-4);
+        assert!(share(9, 0.01, Some(&[1.0; 8])) < share(9, 0.01, None));
+        assert!(share(15, f32::NAN, None).is_infinite());
+    }
+}
