@@ -29,7 +29,7 @@ fn refusal(output: &Output, code: i32) -> String {
     stderr
 }
 
-const SUBCOMMANDS: [(&str, &[&str]); 11] = [
+const SUBCOMMANDS: [(&str, &[&str]); 12] = [
     (
         "quantize",
         &[
@@ -97,7 +97,11 @@ const SUBCOMMANDS: [(&str, &[&str]); 11] = [
     ("eval-ppl", &["--model", "--dataset", "--windows", "--max-ppl", "Examples:"]),
     ("verify", &["--model", "--reference", "--max-ppl-increase", "--no-eval", "Examples:"]),
     ("inspect", &["DIR", "--json"]),
-    ("bench", &["cpu", "gemm", "quantize"]),
+    ("bench", &["attention", "cpu", "gemm", "quantize"]),
+    (
+        "bench attention",
+        &["--shape", "--context", "--batch", "--bits", "--svg", "--device", "Clocks"],
+    ),
     ("bench gemm", &["--shape", "--tokens", "--group", "--format", "--svg", "--device", "Clocks"]),
     ("bench quantize", &["--shape", "--blocks", "--samples", "--seq-len", "--dir"]),
     ("", &["quantize", "verify", "Exit codes", "--version"]),
@@ -200,6 +204,11 @@ fn a_gpus_measurements_need_a_gpu() {
         let stderr = refusal(&atom(&["bench", "gemm", "--device", device]), 4);
         assert!(stderr.contains("hint: "), "{stderr}");
     }
+    for what in [["--shape", "gpt"], ["--bits", "5"]] {
+        let arguments = [&["bench", "attention", "--device", "cpu"], &what[..]].concat();
+        refusal(&atom(&arguments), 2);
+    }
+    refusal(&atom(&["bench", "attention", "--device", "cpu"]), 4);
     let stderr = refusal(&atom(&["bench", "gemm", "--device", "cpu"]), 4);
     assert!(stderr.contains("this measures a GPU's kernels"), "{stderr}");
     // What was typed is looked at first.

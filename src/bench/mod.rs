@@ -1,5 +1,6 @@
 /*! Speed, always beside a baseline measured in the same process and in turn with it. */
 
+mod attention;
 mod cpu;
 mod device;
 mod gemm;
@@ -11,6 +12,10 @@ mod synthetic;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+pub use attention::{
+    ATTENTION_MODELS, AttentionModel, AttentionOutcome, AttentionRow, AttentionSettings, attention,
+    attention_models,
+};
 pub use cpu::{LLAMA_2_7B, Product, SMOLLM2_135M, products};
 pub use gemm::{GemmOutcome, GemmRow, GemmSettings, gemm};
 pub use gemm_models::{GEMM_MODELS, GemmModel, gemm_models};

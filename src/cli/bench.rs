@@ -8,7 +8,7 @@ use super::args::{DeviceFlag, with_backend};
 use super::recipe::RecipeFlags;
 use super::{Output, Ui, values};
 use crate::Result;
-use crate::bench::{self, GemmSettings, SyntheticModel};
+use crate::bench::{self, AttentionSettings, GemmSettings, SyntheticModel};
 use crate::quant::levels::Levels;
 
 #[derive(Args, Debug)]
@@ -19,6 +19,8 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum What {
+    /// A token's attention over the GPU's cache in 2 to 4 bits, at models' heads, beside the cache in f16
+    Attention(AttentionFlags),
     /// Matrix products and integer kernels, beside faer's f32 product on the same shapes
     Cpu,
     /// The GPU's integer product at models' shapes, beside cuBLASLt in f16, INT8 and FP8
@@ -100,6 +102,47 @@ struct GemmFlags {
     device: DeviceFlag,
 }
 
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Clocks are left as they are: what else runs on the GPU shows in the figures.\n\n\
+Example:\n  atom bench attention --shape all --context 4096,32768 --svg attention.svg"
+)]
+struct AttentionFlags {
+    /// Model whose heads attention has, or all
+    #[arg(
+        long,
+        value_name = "llama-2-7b|llama-2-13b|llama-2-70b|mixtral-8x7b|all",
+        default_value = "llama-2-7b"
+    )]
+    shape: String,
+    /// Tokens of each sequence
+    #[arg(
+        long,
+        value_name = "N,N,...",
+        value_delimiter = ',',
+        value_parser = values::count,
+        default_value = "4096,8192,16384,32768"
+    )]
+    context: Vec<usize>,
+    /// Sequences
+    #[arg(
+        long,
+        value_name = "N,N,...",
+        value_delimiter = ',',
+        value_parser = values::count,
+        default_value = "1,8,64"
+    )]
+    batch: Vec<usize>,
+    /// Bits of a key's or value's code
+    #[arg(long, value_name = "2|3|4", default_value_t = 4, value_parser = clap::value_parser!(u8).range(2..=4))]
+    bits: u8,
+    /// Write a picture of how many times as fast as f16 it is
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceFlag,
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Format {
     Int,
@@ -125,6 +168,19 @@ impl GemmFlags {
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     let outcome = match &arguments.what {
+        What::Attention(flags) => {
+            let settings = AttentionSettings {
+                models: bench::attention_models(&flags.shape)?,
+                contexts: flags.context.clone(),
+                batches: flags.batch.clone(),
+                bits: flags.bits,
+            };
+            let measured = bench::attention(&*flags.device.open_cuda()?, &settings, ui)?;
+            if let Some(path) = &flags.svg {
+                fs_err::write(path, measured.chart().svg())?;
+            }
+            measured.outcome()
+        }
         What::Cpu => bench::cpu()?,
         What::Gemm(flags) => {
             let settings = flags.settings()?;

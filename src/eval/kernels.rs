@@ -257,7 +257,7 @@ fn code_fault(found: &QuantizedRows, expected: &QuantizedRows) -> Option<String>
 }
 
 /// The greatest error of a product in units of its bound, and what is wrong if that is more than 1.
-fn product_error(
+pub(crate) fn product_error(
     (x, weight): (&QuantizedRows, &QuantizedLinear),
     found: &[f32],
     expected: &[f32],

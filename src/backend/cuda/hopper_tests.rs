@@ -6,6 +6,7 @@ use super::tensor::{Form, Layout};
 use super::tests::{Random, device, random_codes, site};
 use super::*;
 use crate::backend::cpu::Cpu;
+use crate::eval::product_error;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 use crate::quant::site::{OutlierFormat, Transform};
 use crate::quant::weights::WeightFormat;
@@ -57,46 +58,6 @@ fn formats(
     (site, WeightFormat { levels: levels(bits), ..weights })
 }
 
-/// What a result may differ by where its groups are added up in another order, `[tokens, rows]`
-/// (docs/kernels.md): `(G + 2) 2^-24 sum |s p|`.
-fn bounds(x: &QuantizedRows, w: &QuantizedLinear) -> Vec<f64> {
-    let OutlierRows::Int8 { codes: x_outliers, scales: x_scales } = (match &x.outliers {
-        OutlierRows::None => &OutlierRows::Int8 { codes: Vec::new(), scales: vec![0.0; x.tokens] },
-        outliers => outliers,
-    }) else {
-        unreachable!("outliers are INT8")
-    };
-    let (w_outliers, w_scales) = match &w.outliers {
-        crate::quant::linear::OutlierBlock::Int8 { codes, scales } => (&codes[..], &scales[..]),
-        _ => (&[][..], &[][..]),
-    };
-    let (group, groups, outliers) = (x.group_size, x.groups, x.outlier_channels);
-    let dot = |x: &[i8], w: &[i8]| -> f64 {
-        x.iter().zip(w).map(|(x, w)| f64::from(i32::from(*x) * i32::from(*w))).sum()
-    };
-    let mut bounds = Vec::with_capacity(x.tokens * w.rows);
-    for token in 0..x.tokens {
-        for row in 0..w.rows {
-            let mut sum = 0.0;
-            for at in 0..groups {
-                let (left, right) = ((token * groups + at) * group, (row * groups + at) * group);
-                let p = dot(&x.codes[left..left + group], &w.codes[right..right + group]);
-                let s = f64::from(x.scales[token * groups + at])
-                    * w.scales[row / w.rows_per_scale * groups + at].to_f64();
-                sum += (s * p).abs();
-            }
-            if outliers > 0 {
-                let (left, right) = (token * outliers, row * outliers);
-                let p =
-                    dot(&x_outliers[left..left + outliers], &w_outliers[right..right + outliers]);
-                sum += (p * f64::from(x_scales[token]) * w_scales[row].to_f64()).abs();
-            }
-            bounds.push((groups + 3) as f64 * 2f64.powi(-24) * sum);
-        }
-    }
-    bounds
-}
-
 #[test]
 fn products_in_tiles_are_the_cpus_bits_or_within_the_bound() {
     let Some(cuda) = hopper("products_in_tiles_are_the_cpus_bits_or_within_the_bound") else {
@@ -145,11 +106,8 @@ fn products_in_tiles_are_the_cpus_bits_or_within_the_bound() {
             if tokens > 64 {
                 assert!(found == expected, "{what}: bits");
             } else {
-                let bounds = bounds(&host, &linear);
-                for ((found, expected), bound) in found.iter().zip(expected).zip(bounds) {
-                    let error = (f64::from(*found) - f64::from(*expected)).abs();
-                    assert!(error <= bound, "{what}: {found} for {expected}, bound {bound}");
-                }
+                let (_, fault) = product_error((&host, &linear), &found, expected, false);
+                assert_eq!(fault, None, "{what}");
             }
             assert!(float(&rows_on_device) == found, "{what}: again");
             // From rows as another kernel makes them.

@@ -110,10 +110,10 @@ impl Tiling {
     /// For products of so many tokens.
     pub fn of(tokens: usize, group: usize) -> Self {
         let (tokens, blocks, split, per_sm) = match tokens {
-            ..=8 => (8, 1, 2, 3),
-            ..=16 => (16, 1, 2, 3),
-            ..=32 => (32, 2, 1, 2),
-            ..=64 => (64, 2, 1, 1),
+            0..=8 => (8, 1, 2, 3),
+            9..=16 => (16, 1, 2, 3),
+            17..=32 => (32, 2, 1, 2),
+            33..=64 => (64, 2, 1, 1),
             _ => (128, 2, 1, 1),
         };
         Self { group, tokens, blocks, split, per_sm, wide: [false; 2], fp4: false, half: true }
@@ -180,18 +180,34 @@ pub fn blocks(group: usize, wide: bool, fp4: bool) -> Defines {
     ]
 }
 
-/// The source of a family. Line numbers in the compiler's messages are those of its own file.
+/// Macros of `cache`; `kv_bits` is 16 where nothing is quantized.
+pub fn cache(head_dim: usize, kv_bits: u8, rotated: bool) -> Defines {
+    vec![
+        ("HEAD_DIM", head_dim.to_string()),
+        ("KV_BITS", kv_bits.to_string()),
+        ("ROTATED", flag(rotated)),
+    ]
+}
+
+/// Macros of `decode`, for pages of codes or of f16; `single` where a key and value head serves one query head.
+pub fn decode(head_dim: usize, quantized: bool, rotated: bool, single: bool) -> Defines {
+    let pages = cache(head_dim, if quantized { 4 } else { 16 }, rotated);
+    [pages, vec![("SINGLE", flag(single))]].concat()
+}
+
+/// The source of a family, behind what it has in common with others. Line numbers in the compiler's messages are those of
+/// its own file.
 macro_rules! source {
-    ($name:literal $(, $header:literal)?) => {
+    ($name:literal $(, $common:literal)*) => {
         concat!(
             "#line 1 \"common.cuh\"\n",
             include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/common.cuh")),
             $(
                 "\n#line 1 \"",
-                $header,
-                "\"\n",
-                include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/", $header)),
-            )?
+                $common,
+                ".cuh\"\n",
+                include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/", $common, ".cuh")),
+            )*
             "\n#line 1 \"",
             $name,
             ".cu\"\n",
@@ -246,6 +262,38 @@ pub const FAMILIES: &[Family] = &[
         tensor_core: None,
         variants: || {
             vec![blocks(128, false, false), blocks(64, false, true), blocks(32, true, false)]
+        },
+    },
+    Family {
+        name: "cache",
+        source: source!("cache", "heads", "pages"),
+        only: None,
+        tensor_core: None,
+        variants: || {
+            vec![
+                cache(128, 4, true),
+                cache(128, 16, false),
+                cache(96, 3, true),
+                cache(96, 4, false),
+                cache(64, 2, false),
+            ]
+        },
+    },
+    Family {
+        name: "decode",
+        source: source!("decode", "heads", "pages"),
+        only: None,
+        tensor_core: Some("HMMA"),
+        variants: || {
+            vec![
+                decode(128, true, true, false),
+                decode(128, true, true, true),
+                decode(128, false, false, false),
+                decode(128, false, false, true),
+                decode(96, true, true, false),
+                decode(64, true, false, true),
+                decode(64, false, false, false),
+            ]
         },
     },
     Family {
@@ -304,7 +352,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "prepare",
-        source: source!("prepare"),
+        source: source!("prepare", "heads"),
         only: None,
         tensor_core: None,
         variants: || {
@@ -320,7 +368,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "product_stream",
-        source: source!("product_stream", "hopper.cuh"),
+        source: source!("product_stream", "hopper"),
         only: Some("sm_90a"),
         tensor_core: Some("IGMMA"),
         variants: || {
@@ -339,7 +387,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "product_tiles",
-        source: source!("product_tiles", "hopper.cuh"),
+        source: source!("product_tiles", "hopper"),
         only: Some("sm_90a"),
         tensor_core: Some("IGMMA"),
         variants: || {

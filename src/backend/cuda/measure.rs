@@ -49,6 +49,11 @@ impl Cuda {
         self.gpu.alloc(bytes)
     }
 
+    /// Bytes of memory that may be used.
+    pub fn limit_bytes(&self) -> u64 {
+        self.gpu.limit_bytes()
+    }
+
     /// Random values of so many bytes, the same for the same seed.
     pub fn random(&self, kind: Random, bytes: usize, seed: usize) -> Result<Buffer> {
         let buffer = self.gpu.alloc(bytes)?;
@@ -157,5 +162,3 @@ impl Cuda {
         self.integer_into(x, weight, to, true)
     }
 }
-
-impl super::gpu::Gpu {}

@@ -7,6 +7,9 @@ Hidden states are f32 and every other activation is f16; products have f32 sums.
 integer product are those of the CPU, bit for bit, for the same activations. */
 
 mod attention;
+pub mod cache;
+#[cfg(test)]
+mod cache_tests;
 pub mod compile;
 mod drift;
 mod fused;

@@ -96,7 +96,7 @@ impl Cuda {
 }
 
 /// `|a - b| <= share * max |b|` everywhere, and no NaN.
-fn close(found: &[f32], expected: &[f32], share: f32, what: &str) {
+pub(super) fn close(found: &[f32], expected: &[f32], share: f32, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
     let most = expected.iter().fold(0f32, |most, value| most.max(value.abs()));
     for (at, (found, expected)) in found.iter().zip(expected).enumerate() {

@@ -1,0 +1,46 @@
+// Pages of the cache: PAGE_TOKENS tokens of one key and value head, contiguous, for cache.cu and decode.cu.
+//
+// Keys and values lie as the left operands of m16n8k16, 16 x 16 tiles in the order of their registers, so that a
+// lane's part of a tile is one word of codes, or four of f16:
+//
+//     keys, tile s:    rows are tokens, columns are channels 16 s ..;   values, tile j: rows are channels 16 j .., columns are tokens
+//
+//     lane 4 g + t     register 0: row g, columns 2 t, 2 t + 1   1: row g + 8, the same columns
+//                               2: row g, columns 2 t + 8, + 9   3: row g + 8
+//
+//     a word of codes  | 31..28 | 27..24 | 23..20 | 19..16 | 15..12 | 11..8 | 7..4 | 3..0 |
+//     register             3        2        1        0        3       2      1      0
+//     column of the pair  odd      odd      odd      odd     even    even   even   even
+//
+// So `word & 0x000f000f` is register 0 as two f16 of code * 2^-24, exactly: subnormal numbers, which the tensor
+// cores multiply like any other. `word & 0x00f000f0` is register 1, 16 times as large; a shift by 8 gives the others.
+//
+//     QUANTIZED:  key words | value words | 8 x {scale, zero point of token g, of g + 8} of keys | 8 x {scale of g, of g + 8} of values
+//                 | 4 x {zero points of tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9} of values          (f16; 16 * HEAD_DIM + 128 bytes)
+//     else:       key words | value words                                                          (64 * HEAD_DIM bytes)
+//
+// A lane loads the words of four tiles at once where there are four.
+
+#define QUANTIZED (KV_BITS < 16)
+#define PAGE_TOKENS 16
+/// Tiles of keys, and of values.
+#define TILES (HEAD_DIM / 16)
+/// Words of a lane in a tile.
+#define TILE_WORDS (QUANTIZED ? 1 : 4)
+/// Bytes of keys, and of values.
+#define SIDE_BYTES (TILES * TILE_WORDS * 128)
+#define PAGE_BYTES (2 * SIDE_BYTES + (QUANTIZED ? 128 : 0))
+
+static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 128, "pages hold heads of whole tiles");
+
+/// Where a lane's word of a tile lies, in words from the side's first: register `which` of f16, 0 of codes.
+static __device__ __forceinline__ int word_place(int tile, int lane, int which) {
+    if (!QUANTIZED) return (tile * 32 + lane) * 4 + which;
+    const int first = tile / 4 * 4, width = TILES - first < 4 ? TILES - first : 4;
+    return first * 32 + lane * width + tile % 4;
+}
+
+// Where a token's numbers lie behind the codes, in f16.
+static __device__ __forceinline__ int key_scale_place(int token) { return (token % 8 * 2 + token / 8) * 2; }
+static __device__ __forceinline__ int value_scale_place(int token) { return 32 + token % 8 * 2 + token / 8; }
+static __device__ __forceinline__ int value_zero_place(int token) { return 48 + token % 8 / 2 * 4 + token / 8 * 2 + token % 2; }

@@ -1,0 +1,245 @@
+//! The paged cache beside the CPU: its codes are those of `quant::kv`, and what a last token attends to is what
+//! attention over a whole window gives it. Fresh device memory is NaN, so unused parts of pages are as well.
+
+use half::f16;
+
+use super::cache::PAGE_TOKENS;
+use super::tensor::Tensor;
+use super::tests::{Random, close, device};
+use super::*;
+use crate::backend::cpu::Cpu;
+use crate::backend::cpu::attention::keys_of_cache;
+use crate::backend::cpu::isa::Isa;
+use crate::quant::hadamard;
+use crate::quant::kv::{self, KvFormat};
+
+const INT4: KvFormat = KvFormat { bits: 4, rotate: true, ..KvFormat::FULL };
+
+fn spec(
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    seq_len: usize,
+    kv: KvFormat,
+) -> AttentionSpec {
+    let half = head_dim / 2;
+    let angle = |i: usize| (i / half) as f32 * 100f32.powf(-((i % half) as f32) / half as f32);
+    AttentionSpec {
+        heads,
+        kv_heads,
+        head_dim,
+        seq_len,
+        cos: (0..seq_len * half).map(|i| angle(i).cos()).collect(),
+        sin: (0..seq_len * half).map(|i| angle(i).sin()).collect(),
+        kv,
+    }
+}
+
+/// Rows of the sequences' tokens `from..to`, one sequence behind the other.
+fn rows(sequences: &[Matrix], parts: &[(usize, usize)]) -> Matrix {
+    let columns = sequences[0].columns;
+    let part = |(sequence, (from, to)): (&Matrix, &(usize, usize))| {
+        sequence.data[from * columns..to * columns].to_vec()
+    };
+    let data: Vec<f32> = sequences.iter().zip(parts).flat_map(part).collect();
+    Matrix { rows: data.len() / columns, columns, data }
+}
+
+/// The word that holds a token's channel of a page's keys or values, and its place in the word, by the layout in pages.cuh.
+fn place(head_dim: usize, values: bool, token: usize, channel: usize) -> (usize, usize) {
+    let (row, column) = if values { (channel % 16, token) } else { (token, channel % 16) };
+    let lane = row % 8 * 4 + column % 8 / 2;
+    let part = column % 2 * 4 + column / 8 * 2 + row / 8;
+    let (tile, tiles) = (channel / 16, head_dim / 16);
+    let first = tile / 4 * 4;
+    (first * 32 + lane * (tiles - first).min(4) + tile % 4, part)
+}
+
+/// A token's codes, scale and zero point of a page.
+fn codes_of(page: &[u8], head_dim: usize, values: bool, token: usize) -> (Vec<u8>, f32, u8) {
+    let side = 8 * head_dim;
+    let code = |channel| {
+        let (word, part) = place(head_dim, values, token, channel);
+        let byte = page[usize::from(values) * side + 4 * word + part / 2];
+        if part % 2 == 0 { byte & 15 } else { byte >> 4 }
+    };
+    let number = |at: usize| {
+        let bytes = [page[2 * side + 2 * at], page[2 * side + 2 * at + 1]];
+        f16::from_le_bytes(bytes).to_f32()
+    };
+    let pair = token % 8 * 2 + token / 8;
+    let (scale, zero) = if values {
+        (32 + pair, 48 + token % 8 / 2 * 4 + token / 8 * 2 + token % 2)
+    } else {
+        (2 * pair, 2 * pair + 1)
+    };
+    ((0..head_dim).map(code).collect(), number(scale), number(zero) as u8)
+}
+
+#[test]
+fn codes_are_those_of_the_cpu_and_decoding_is_its_attention() {
+    let test = "codes_are_those_of_the_cpu_and_decoding_is_its_attention";
+    let Some(cuda) = device(test) else { return };
+    let cpu = Cpu::new().unwrap();
+    let mut random = Random(11);
+    let formats = [
+        INT4,
+        KvFormat { center: true, clip: 0.9, ..INT4 },
+        KvFormat { rotate: false, bits: 3, ..INT4 },
+        KvFormat { bits: 2, ..INT4 },
+        KvFormat::FULL,
+    ];
+    let lengths = [1, 15, 16, 17, 300];
+    for (heads, kv_heads, head_dim) in
+        [(4, 4, 128), (8, 2, 64), (4, 1, 96), (18, 2, 128), (3, 3, 32)]
+    {
+        for format in formats {
+            let what = format!("{heads}/{kv_heads} x {head_dim} {format:?}");
+            let spec = spec(heads, kv_heads, head_dim, 320, format);
+            let mut tokens = |heads: usize| -> Vec<Matrix> {
+                let columns = heads * head_dim;
+                let of = |rows: &usize| Matrix {
+                    rows: *rows,
+                    columns,
+                    data: random.values(rows * columns),
+                };
+                lengths.iter().map(of).collect()
+            };
+            let (q, k, v) = (tokens(heads), tokens(kv_heads), tokens(kv_heads));
+            let columns = kv_heads * head_dim;
+            let mean = Matrix { rows: 1, columns, data: random.values(columns) };
+            let mean = format.center.then_some(mean);
+            let on_device = mean.clone().map(|mean| cuda.upload(mean).unwrap());
+            let mut cache = cuda.paged_cache(&spec, lengths.len(), 40, on_device).unwrap();
+            // Most, then some, then the last tokens, one at a time.
+            let upto = |share: usize| lengths.map(|length| (length * share / 3).min(length - 1));
+            let stops = [[0; 5], upto(1), upto(2), upto(3), lengths];
+            for stop in stops.windows(2) {
+                let parts: Vec<(usize, usize)> = stop[0].into_iter().zip(stop[1]).collect();
+                let added: Vec<usize> = parts.iter().map(|(from, to)| to - from).collect();
+                let [k, v] = [&k, &v].map(|x| cuda.half_tensor(&rows(x, &parts)));
+                cuda.append(&mut cache, &k, &v, &added).unwrap();
+            }
+            assert_eq!(cache.lengths(), lengths, "{what}");
+
+            if format.is_quantized() {
+                for (sequence, length) in lengths.into_iter().enumerate() {
+                    for head in 0..kv_heads {
+                        let own = |x: &Matrix| -> Vec<f32> {
+                            let rows = x.data.chunks(kv_heads * head_dim);
+                            rows.flat_map(|row| row[head * head_dim..][..head_dim].to_vec())
+                                .collect()
+                        };
+                        let mut keys = own(&k[sequence]);
+                        let mean = mean
+                            .as_ref()
+                            .map_or(&[][..], |mean| &mean.data[head * head_dim..][..head_dim]);
+                        keys_of_cache(
+                            Isa::detect().unwrap(),
+                            &mut keys,
+                            head_dim,
+                            &KvFormat::FULL,
+                            &spec.cos,
+                            &spec.sin,
+                            mean,
+                        );
+                        for (side, mut x) in [keys, own(&v[sequence])].into_iter().enumerate() {
+                            for (token, x) in x.chunks_mut(head_dim).enumerate().take(length) {
+                                if format.rotate {
+                                    hadamard::transform(x);
+                                }
+                                let mut codes = vec![0; head_dim];
+                                let (scale, zero) = kv::quantize(&format, x, &mut codes);
+                                let page = cache.page(sequence, token / PAGE_TOKENS, head).unwrap();
+                                let found =
+                                    codes_of(&page, head_dim, side == 1, token % PAGE_TOKENS);
+                                assert_eq!(
+                                    found,
+                                    (codes, scale, zero),
+                                    "{what}, token {token} of {length}"
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+
+            let last: Vec<(usize, usize)> =
+                lengths.iter().map(|length| (length - 1, *length)).collect();
+            let queries = cuda.half_tensor(&rows(&q, &last));
+            let out: Tensor = cuda.decode(&cache, &queries).unwrap();
+            let found = cuda.values(&out);
+            assert_eq!(found, cuda.values(&cuda.decode(&cache, &queries).unwrap()), "{what}");
+            for (sequence, seq_len) in lengths.into_iter().enumerate() {
+                let own = AttentionSpec { seq_len, ..spec.clone() };
+                let [q, k, v] = [&q, &k, &v].map(|x| cpu.upload(x[sequence].clone()).unwrap());
+                let mean = mean.clone().map(|mean| cpu.upload(mean).unwrap());
+                let expected = cpu.attention(&own, &q, &k, &v, mean.as_ref()).unwrap();
+                let width = heads * head_dim;
+                let expected = &expected.values()[(seq_len - 1) * width..];
+                close(&found[sequence * width..][..width], expected, 3e-3, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_long_sequence_gives_the_same_in_one_part_as_in_many() {
+    let Some(cuda) = device("a_long_sequence_gives_the_same_in_one_part_as_in_many") else {
+        return;
+    };
+    let mut random = Random(13);
+    // More than 32 pages a warp where it is in one part, and not whole groups of them.
+    let length = 5003;
+    for (heads, format) in [(8, INT4), (2, INT4), (8, KvFormat::FULL), (2, KvFormat::FULL)] {
+        let spec = spec(heads, 2, 64, length, format);
+        let mut cache = cuda.paged_cache(&spec, 1, length.div_ceil(PAGE_TOKENS), None).unwrap();
+        let mut tokens = |rows: usize, columns: usize| {
+            cuda.half_tensor(&Matrix { rows, columns, data: random.values(rows * columns) })
+        };
+        let (k, v, q) = (tokens(length, 128), tokens(length, 128), tokens(1, heads * 64));
+        cuda.append(&mut cache, &k, &v, &[length]).unwrap();
+        let many = cuda.values(&cuda.decode(&cache, &q).unwrap());
+        cache.unsplit();
+        let one = cuda.values(&cuda.decode(&cache, &q).unwrap());
+        close(&one, &many, 2e-3, &format!("{heads} heads {format:?}"));
+    }
+}
+
+#[test]
+fn an_empty_sequence_gives_zeros_and_a_full_cache_says_so() {
+    let Some(cuda) = device("an_empty_sequence_gives_zeros_and_a_full_cache_says_so") else {
+        return;
+    };
+    let spec = spec(2, 1, 64, 64, INT4);
+    let mut cache = cuda.paged_cache(&spec, 2, 2, None).unwrap();
+    let mut random = Random(12);
+    let mut tokens = |rows: usize, columns: usize| {
+        cuda.half_tensor(&Matrix { rows, columns, data: random.values(rows * columns) })
+    };
+    let (k, v) = (tokens(33, 64), tokens(33, 64));
+    let error = cuda.append(&mut cache, &k, &v, &[0, 33]).unwrap_err();
+    assert!(error.message().contains("too few pages"), "{error}");
+    cuda.append(&mut cache, &k, &v, &[0, 32]).unwrap();
+    let q = tokens(2, 128);
+    let found = cuda.values(&cuda.decode(&cache, &q).unwrap());
+    assert!(found[..128].iter().all(|value| *value == 0.0));
+    assert!(found[128..].iter().all(|value| value.is_finite()));
+}
+
+#[test]
+fn keys_quantized_before_the_embedding_and_wide_codes_are_refused() {
+    let Some(cuda) = device("keys_quantized_before_the_embedding_and_wide_codes_are_refused")
+    else {
+        return;
+    };
+    for (head_dim, kv, what) in [
+        (64, KvFormat { after_rope: false, ..INT4 }, "before it"),
+        (64, KvFormat { bits: 8, ..INT4 }, "8 bits"),
+        (256, INT4, "256"),
+        (72, INT4, "72"),
+    ] {
+        let error = cuda.paged_cache(&spec(2, 2, head_dim, 16, kv), 1, 1, None).err().unwrap();
+        assert!(error.message().contains(what), "{error}");
+    }
+}
