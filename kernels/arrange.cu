@@ -183,23 +183,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange_to_float(
     arrange(x, order, channels, groups, outliers, staged, y);
 }
 
-/// The scale of a clipped absmax; infinite if f16 cannot hold it.
-static __device__ __forceinline__ float scale_of(float absmax, float clip, float greatest) {
-    return to_float(to_half(__fdiv_rn(absmax * clip, greatest)));
-}
-
-/// The scale of a group: its clipped absmax becomes `top`, and with `signed_scales` its peak the least code.
-static __device__ __forceinline__ float group_scale(u32 peak, float clip, float top, int signed_scales) {
-    float scale = scale_of(peak_magnitude(peak), clip, top);
-    return signed_scales ? signed_scale(scale, peak) : scale;
-}
-
-/// The code, in two's complement, in the lowest byte. The limits are integers, so that clamping first
-/// and rounding then gives what rounding first does; and the sum with 1.5 * 2^23 rounds to an integer,
-/// ties to even, that its lowest bits hold. Conversions would take four times as long as additions.
-static __device__ __forceinline__ u32 code_of(float value, float inverse, float least, float greatest) {
-    return __float_as_uint(fminf(fmaxf(value * inverse, least), greatest) + 12582912.0f);
-}
 /// The code of a value in a group: as code_of, or FP4.
 static __device__ __forceinline__ u32 group_code(float value, float inverse, float least, float greatest) {
 #if FP4
@@ -207,9 +190,6 @@ static __device__ __forceinline__ u32 group_code(float value, float inverse, flo
 #else
     return code_of(value, inverse, least, greatest);
 #endif
-}
-static __device__ __forceinline__ u32 pack_codes(u32 a, u32 b, u32 c, u32 d) {
-    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
 #if PAIRED

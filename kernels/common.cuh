@@ -56,6 +56,27 @@ static __device__ __forceinline__ float signed_scale(float scale, u32 peak) { re
 /// What values are multiplied with to become codes: 0 for the scale of a group of zeros.
 static __device__ __forceinline__ float inverse_of(float scale) { return scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale); }
 
+/// The scale of a clipped absmax; infinite if f16 cannot hold it.
+static __device__ __forceinline__ float scale_of(float absmax, float clip, float greatest) {
+    return to_float(to_half(__fdiv_rn(absmax * clip, greatest)));
+}
+
+/// The scale of a group: its clipped absmax becomes `top`, and with `signed_scales` its peak the least code.
+static __device__ __forceinline__ float group_scale(u32 peak, float clip, float top, int signed_scales) {
+    float scale = scale_of(peak_magnitude(peak), clip, top);
+    return signed_scales ? signed_scale(scale, peak) : scale;
+}
+
+/// The code, in two's complement, in the lowest byte. The limits are integers, so that clamping first
+/// and rounding then gives what rounding first does; and the sum with 1.5 * 2^23 rounds to an integer,
+/// ties to even, that its lowest bits hold. Conversions would take four times as long as additions.
+static __device__ __forceinline__ u32 code_of(float value, float inverse, float least, float greatest) {
+    return __float_as_uint(fminf(fmaxf(value * inverse, least), greatest) + 12582912.0f);
+}
+static __device__ __forceinline__ u32 pack_codes(u32 a, u32 b, u32 c, u32 d) {
+    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
 /// The number of a small floating-point format nearest to a value, ties to even, held within the format
 /// (src/quant/float.rs): `steps` numbers from a power of two to the next, equal steps below `normal`.
 /// What is added leaves no bit below a step.

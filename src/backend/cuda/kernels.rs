@@ -58,6 +58,27 @@ pub fn integer(group: usize, half: bool) -> Defines {
     vec![("GROUP", group.to_string()), ("OUT_HALF", flag(half))]
 }
 
+/// Macros of `fused`: `from` is NORM, HALF or SILU, `tokens` the rows of a block.
+pub fn fused(
+    from: &str,
+    group: usize,
+    hadamard: bool,
+    ordered: bool,
+    tokens: usize,
+    tiled: bool,
+    wide: bool,
+) -> Defines {
+    vec![
+        ("FROM", from.to_owned()),
+        ("GROUP", group.to_string()),
+        ("TRANSFORM", flag(hadamard)),
+        ("ORDERED", flag(ordered)),
+        ("TOKENS", tokens.to_string()),
+        ("TILED", flag(tiled)),
+        ("WIDE", flag(wide)),
+    ]
+}
+
 fn flag(set: bool) -> String {
     u8::from(set).to_string()
 }
@@ -118,6 +139,22 @@ pub const FAMILIES: &[Family] = &[
         source: source!("elementwise"),
         tensor_core: None,
         variants: || vec![vec![]],
+    },
+    Family {
+        name: "fused",
+        source: source!("fused"),
+        tensor_core: None,
+        variants: || {
+            vec![
+                fused("NORM", 128, true, true, 4, true, false),
+                fused("NORM", 64, true, true, 1, false, false),
+                fused("HALF", 128, true, true, 8, true, false),
+                fused("HALF", 32, false, true, 2, true, true),
+                fused("SILU", 128, true, false, 8, true, false),
+                fused("SILU", 128, true, true, 1, true, false),
+                [fused("SILU", 64, true, true, 4, false, false), formats(true, false)].concat(),
+            ]
+        },
     },
     Family {
         name: "gptq",

@@ -9,6 +9,10 @@ integer product are those of the CPU, bit for bit, for the same activations. */
 mod attention;
 pub mod compile;
 mod drift;
+#[cfg_attr(not(test), expect(dead_code, reason = "the forward pass calls the single steps"))]
+mod fused;
+#[cfg(test)]
+mod fused_tests;
 mod gptq;
 pub mod gpu;
 mod hessian;
@@ -328,7 +332,8 @@ impl Backend for Cuda {
         if format.bits < 16 {
             self.check_levels(format.levels)?;
         }
-        Ok(Site { format: format.clone(), order: self.gpu.upload(&format.order)? })
+        let places = self.places(format)?;
+        Ok(Site { format: format.clone(), order: self.gpu.upload(&format.order)?, places })
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<Tensor> {

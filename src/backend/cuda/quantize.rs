@@ -10,8 +10,8 @@ use super::kernels::{self, Defines};
 use super::launch::{Argument, Geometry, arguments};
 use super::product::Precision;
 use super::tensor::{
-    Codes, OUTLIER_MULTIPLE, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE, Site, Tensor,
-    Weight,
+    Codes, Layout, OUTLIER_MULTIPLE, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE, Site,
+    Tensor, Weight,
 };
 use super::{Cuda, THREADS};
 use crate::backend::Backend;
@@ -90,6 +90,30 @@ impl Arranging {
     }
 }
 
+/// The least row of what was quantized so far that had a value or a scale beyond f16, or no number.
+pub(super) struct Unsound(Buffer);
+
+impl Unsound {
+    /// What kernels lower with `atomicMin`.
+    pub(super) fn buffer(&self) -> &Buffer {
+        &self.0
+    }
+
+    /// Waits for the kernels.
+    ///
+    /// # Errors
+    /// An input error that names the row, if there is one.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.0.download::<u32>(0..4)?[0] {
+            u32::MAX => Ok(()),
+            token => Err(Error::input(format!(
+                "the activation of token {token} is not finite or beyond the range of f16"
+            ))
+            .hint("the model overflows f16 on this text: try --device cpu")),
+        }
+    }
+}
+
 impl Cuda {
     /// Rows `[rows, channels]` of type `element` in the site's order, transformed, as f16 or f32.
     pub(super) fn arrange_rows(
@@ -142,12 +166,27 @@ impl Cuda {
     }
 
     pub(super) fn quantize_rows(&self, x: &Tensor, site: &Site) -> Result<Rows> {
+        let unsound = self.unsound()?;
+        let rows = self.quantize_unchecked(x, site, &unsound)?;
+        unsound.check()?;
+        Ok(rows)
+    }
+
+    /// The same, without waiting: the caller checks `unsound` when it likes.
+    pub(super) fn quantize_unchecked(
+        &self,
+        x: &Tensor,
+        site: &Site,
+        unsound: &Unsound,
+    ) -> Result<Rows> {
         let format = &site.format;
         let (values, element) = x.typed();
         let tokens = x.rows;
         let outliers = self.outliers(format.outlier_channels, format.outlier_format, tokens)?;
         let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
         let rows = Rows {
+            layout: Layout::RowMajor,
+            bits: format.bits,
             tokens,
             group_size: format.group_size,
             groups: format.groups,
@@ -156,8 +195,6 @@ impl Cuda {
             scale_stride,
             outliers,
         };
-        let bad = self.gpu.alloc(4)?;
-        bad.fill(0xff, Stream::Main)?;
         let (least, greatest) = format.code_limits();
         let arranging = Arranging::new(format, element);
         let (geometry, staged) = arranging.quantizing(tokens);
@@ -188,16 +225,17 @@ impl Cuda {
                 rows.outliers.codes.as_ref(),
                 rows.outliers.scales.as_ref(),
                 rows.outliers.values.as_ref(),
-                &bad
+                unsound.buffer()
             ],
         )?;
-        match bad.download::<u32>(0..4)?[0] {
-            u32::MAX => Ok(rows),
-            token => Err(Error::input(format!(
-                "the activation of token {token} is not finite or beyond the range of f16"
-            ))
-            .hint("the model overflows f16 on this text: try --device cpu")),
-        }
+        Ok(rows)
+    }
+
+    /// A record of no row.
+    pub(super) fn unsound(&self) -> Result<Unsound> {
+        let least = self.gpu.alloc(4)?;
+        least.fill(0xff, Stream::Main)?;
+        Ok(Unsound(least))
     }
 
     /// Room for the outliers of `rows` rows.
@@ -222,6 +260,7 @@ impl Cuda {
     }
 
     pub(super) fn dequantize_rows(&self, x: &Rows) -> Result<Tensor> {
+        assert_eq!(x.layout, Layout::RowMajor);
         let y = self.half(x.tokens, x.groups * x.group_size + x.outliers.channels)?;
         let outliers = [&x.outliers.codes, &x.outliers.scales, &x.outliers.values]
             .map(|buffer| buffer.as_ref().map_or(0, Buffer::pointer));
@@ -311,6 +350,7 @@ impl Cuda {
     pub(super) fn integer(&self, x: &Rows, weight: &Packed, half: bool) -> Result<Buffer> {
         let Packed { weight, scales } = weight;
         let (tokens, rows) = (x.tokens, weight.rows);
+        assert_eq!(x.layout, Layout::RowMajor);
         assert_eq!(
             (x.group_size, x.groups, x.outliers.channels),
             (weight.format.group_size, weight.format.groups, weight.format.outlier_channels)

@@ -123,6 +123,8 @@ pub struct Dense {
 pub struct Site {
     pub(super) format: SiteFormat,
     pub(super) order: Buffer,
+    /// The order in whole panels, where `fused` makes the site's codes.
+    pub(super) places: Option<Buffer>,
 }
 
 /// Outlier channels are stored so many at a time: the depth of an integer matrix instruction.
@@ -150,8 +152,22 @@ impl Outliers {
     }
 }
 
-/// Quantized activations: codes `[tokens, groups * group_size]`, scales `[groups, scale_stride]`.
+/// How codes of activations lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// Codes `[tokens, groups * group_size]`, scales `[groups, scale_stride]`.
+    RowMajor,
+    /// Panels of 128 places, `[panels, scale_stride, 128]`, as kernels/fused.cu describes them; outliers' codes
+    /// likewise. Scales `[panels * 128 / group_size, scale_stride]`.
+    Tiled,
+}
+
+/// Quantized activations.
 pub struct Rows {
+    pub(super) layout: Layout,
+    /// Of a code; 8 are two's complement in either layout.
+    #[cfg_attr(not(test), expect(dead_code, reason = "as `fused`"))]
+    pub(super) bits: u8,
     pub(super) tokens: usize,
     pub(super) group_size: usize,
     pub(super) groups: usize,

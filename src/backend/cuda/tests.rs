@@ -3,7 +3,7 @@
 
 use half::f16;
 
-use super::tensor::{Data, Tensor};
+use super::tensor::{Data, Layout, Tensor};
 use super::*;
 use crate::backend::cpu::Cpu;
 use crate::checkpoint::Tensor as Stored;
@@ -15,7 +15,7 @@ use crate::quant::site::{OutlierFormat, Transform};
 use crate::quant::weights::{WeightFormat, dequantize};
 
 /// The first device; none, loudly, where there is no driver. Whatever else is missing fails.
-fn device(test: &str) -> Option<Cuda> {
+pub(super) fn device(test: &str) -> Option<Cuda> {
     match libraries::driver() {
         Ok(_) => Some(Cuda::open(0, None).unwrap()),
         Err(error) => {
@@ -25,22 +25,22 @@ fn device(test: &str) -> Option<Cuda> {
     }
 }
 
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn next(&mut self) -> u32 {
+    pub(super) fn next(&mut self) -> u32 {
         self.0 =
             self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as u32
     }
 
     /// About normal, of deviation 1, exact in f16.
-    fn value(&mut self) -> f32 {
+    pub(super) fn value(&mut self) -> f32 {
         let sum: f32 = (0..4).map(|_| self.next() as f32 / (1u32 << 31) as f32 - 0.5).sum();
         f16::from_f32(sum * 1.7).to_f32()
     }
 
-    fn values(&mut self, count: usize) -> Vec<f32> {
+    pub(super) fn values(&mut self, count: usize) -> Vec<f32> {
         (0..count).map(|_| self.value()).collect()
     }
 
@@ -63,7 +63,7 @@ impl Random {
     }
 
     /// Channels of very different magnitudes, as activations have them.
-    fn activations(&mut self, rows: usize, columns: usize) -> Matrix {
+    pub(super) fn activations(&mut self, rows: usize, columns: usize) -> Matrix {
         let scales: Vec<f32> = (0..columns).map(|_| (self.value() * 1.5).exp()).collect();
         let data = (0..rows * columns)
             .map(|at| f16::from_f32(self.value() * scales[at % columns]).to_f32())
@@ -73,7 +73,7 @@ impl Random {
 }
 
 impl Cuda {
-    fn half_tensor(&self, matrix: &Matrix) -> Tensor {
+    pub(super) fn half_tensor(&self, matrix: &Matrix) -> Tensor {
         let bits: Vec<u16> = matrix.data.iter().map(|v| f16::from_f32(*v).to_bits()).collect();
         let data = Data::Half(self.gpu.upload(&bits).unwrap());
         Tensor::new(matrix.rows, matrix.columns, data)
@@ -91,15 +91,31 @@ impl Cuda {
         }
     }
 
-    fn rows_on_host(&self, rows: &Rows, levels: Levels) -> QuantizedRows {
-        let Rows { tokens, group_size, groups, scale_stride, .. } = *rows;
-        let codes = rows.codes.download::<i8>(0..tokens * groups * group_size).unwrap();
-        let scales = rows.scales.download::<f32>(0..4 * scale_stride * groups).unwrap();
+    pub(super) fn rows_on_host(&self, rows: &Rows, levels: Levels) -> QuantizedRows {
+        let Rows { layout, tokens, group_size, groups, scale_stride, .. } = *rows;
+        let tiled = layout == Layout::Tiled;
+        let codes = if tiled {
+            let plain = rows.bits == 8;
+            untiled(&rows.codes, tokens, scale_stride, groups * group_size, plain)
+        } else {
+            rows.codes.download::<i8>(0..tokens * groups * group_size).unwrap()
+        };
+        let scale_rows =
+            if tiled { (groups * group_size).div_ceil(128) * (128 / group_size) } else { groups };
+        let scales = rows.scales.download::<f32>(0..4 * scale_stride * scale_rows).unwrap();
+        for behind in scales.chunks(scale_stride).skip(groups) {
+            assert!(behind[..tokens].iter().all(|&scale| scale == 0.0));
+        }
         let scales = (0..tokens * groups)
             .map(|at| scales[at % groups * scale_stride + at / groups])
             .collect();
         let channels = rows.outliers.channels;
         let outliers = match (&rows.outliers.codes, &rows.outliers.scales, &rows.outliers.values) {
+            (Some(codes), Some(scales), _) if tiled => {
+                let codes = untiled(codes, tokens, scale_stride, channels, true);
+                let scales = scales.download::<f32>(0..4 * tokens).unwrap();
+                OutlierRows::Int8 { codes, scales }
+            }
             (Some(codes), Some(scales), _) => {
                 let padded = rows.outliers.padded();
                 let codes = codes.download::<i8>(0..tokens * padded).unwrap();
@@ -130,6 +146,34 @@ impl Cuda {
     }
 }
 
+/// Codes `[tokens, places]` from panels of 128 places, `stride` rows each; `plain` ones are in two's complement,
+/// others sign and magnitude.
+fn untiled(
+    codes: &gpu::Buffer,
+    tokens: usize,
+    stride: usize,
+    places: usize,
+    plain: bool,
+) -> Vec<i8> {
+    let panels = places.div_ceil(128);
+    let bytes = codes.download::<u8>(0..panels * stride * 128).unwrap();
+    let code = |token: usize, place: usize| {
+        let chunk = (place % 128 / 16) ^ (token % 8);
+        let byte = bytes[(place / 128 * stride + token) * 128 + chunk * 16 + place % 16];
+        assert!(plain || byte != 0x80, "a zero with a sign");
+        let magnitude = (byte & 0x7f).cast_signed();
+        match byte {
+            _ if plain => byte.cast_signed(),
+            0x80.. => -magnitude,
+            _ => magnitude,
+        }
+    };
+    for token in 0..tokens {
+        assert!((places..panels * 128).all(|place| code(token, place) == 0));
+    }
+    (0..tokens * places).map(|at| code(at / places, at % places)).collect()
+}
+
 /// `|a - b| <= share * max |b|` everywhere, and no NaN.
 fn close(found: &[f32], expected: &[f32], share: f32, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
@@ -148,7 +192,7 @@ fn bytes_of(values: &[f32], dtype: Dtype) -> Vec<u8> {
     }
 }
 
-fn site(
+pub(super) fn site(
     channels: usize,
     group_size: usize,
     outliers: usize,

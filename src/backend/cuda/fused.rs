@@ -1,0 +1,316 @@
+/*! From a norm, from gate and up, or from what attention gives to codes: one kernel each, the CPU's bits. */
+
+use super::Cuda;
+use super::gpu::Buffer;
+use super::kernels;
+use super::launch::{Geometry, arguments};
+use super::quantize::Unsound;
+use super::tensor::{Layout, Outliers, Rows, SCALE_MULTIPLE, Site, Tensor};
+use crate::Result;
+use crate::quant::levels::Levels;
+use crate::quant::site::{OutlierFormat, PADDING, SiteFormat, Transform};
+
+/// Places of a panel.
+const PANEL: usize = 128;
+/// Shared memory of fused.cu before the order, and stages that it has barriers for.
+const HEAD_BYTES: usize = 896;
+const MOST_STAGES: usize = 16;
+/// Tokens are padded to a multiple of so many where codes are tiled.
+const TILED_TOKENS: usize = 8;
+/// Outliers of a site whose codes are made here.
+const MOST_OUTLIERS: usize = 256;
+/// A norm's weight in the order of a site, as the kernel reads it.
+pub(super) struct NormWeight(Buffer);
+
+/// What the columns of gate and up are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Columns {
+    /// The source's channels.
+    Channels,
+    /// Places of the site's order, padding and outliers included: the weights' rows were arranged.
+    Places,
+}
+
+/// What a row becomes codes from.
+struct Source<'a> {
+    kind: &'static str,
+    x: &'a Tensor,
+    values: &'a Buffer,
+    /// The norm's weight, or up.
+    other: Option<&'a Buffer>,
+    epsilon: f32,
+    columns: Columns,
+}
+
+/// Whether the kernels make codes of such sites; `arrange` makes those of all others.
+pub(super) fn supports(format: &SiteFormat) -> bool {
+    let outliers = format.outlier_channels;
+    format.bits < 16
+        && matches!(format.levels, Levels::Int | Levels::Fp4)
+        && matches!(format.group_size, 32 | 64 | 128)
+        && (outliers == 0 || format.outlier_format == OutlierFormat::Int8)
+        && outliers <= MOST_OUTLIERS
+}
+
+/// Panels of the groups and of the outliers.
+fn panels(format: &SiteFormat) -> [usize; 2] {
+    [format.grouped_channels(), format.outlier_channels].map(|places| places.div_ceil(PANEL))
+}
+
+/// One value a place: `of` a channel, or `none`.
+fn by_places<T: Copy>(format: &SiteFormat, none: T, of: impl Fn(usize) -> T) -> Vec<T> {
+    let [grouped, outliers] = panels(format);
+    let mut values = vec![none; (grouped + outliers) * PANEL];
+    let (groups, rest) = format.order.split_at(format.grouped_channels());
+    for (first, order) in [(0, groups), (grouped * PANEL, rest)] {
+        for (value, &channel) in values[first..].iter_mut().zip(order) {
+            if channel != PADDING {
+                *value = of(channel as usize);
+            }
+        }
+    }
+    values
+}
+
+/// How fused.cu is launched.
+#[derive(Debug)]
+struct Plan {
+    /// Rows of a unit.
+    tokens: usize,
+    slice_panels: usize,
+    stages: usize,
+    geometry: Geometry,
+}
+
+/// What a device has.
+#[derive(Clone, Copy, Debug)]
+struct Room {
+    multiprocessors: usize,
+    shared_bytes: usize,
+}
+
+impl Plan {
+    /// None where not even one row has room.
+    fn new(
+        format: &SiteFormat,
+        kind: &str,
+        columns: Columns,
+        rows: usize,
+        room: Room,
+    ) -> Option<Self> {
+        let [panels, outlier_panels] = panels(format);
+        let blocks = room.multiprocessors;
+        if columns == Columns::Places {
+            // Each warp stages panels of its own.
+            let (tokens, stage) = (8, 2 * 8 * (2 * PANEL + 16));
+            let warps = (room.shared_bytes / (2 * stage)).min(24) / 4 * 4;
+            let items = rows.div_ceil(tokens) * (panels + outlier_panels.min(1));
+            return Some(Self {
+                tokens,
+                slice_panels: panels,
+                stages: 2,
+                geometry: Geometry {
+                    grid: (blocks.min(items), 1, 1),
+                    threads: 32 * warps,
+                    shared_bytes: 2 * stage * warps,
+                },
+            });
+        }
+        let (element, inputs, by_place, threads) = match kind {
+            "NORM" => (4, 1, 8, 768),
+            "HALF" => (2, 1, 4, 768),
+            _ => (2, 2, 4, 640),
+        };
+        let head = HEAD_BYTES + (panels + outlier_panels) * PANEL * by_place;
+        let stage = |tokens: usize| {
+            16 + inputs
+                * tokens
+                * ((format.channels * element).next_multiple_of(128) + 128 / tokens)
+        };
+        let stages = |tokens: usize| {
+            room.shared_bytes.checked_sub(head).map_or(0, |left| left / stage(tokens))
+        };
+        // As many rows as leave nearly every block a unit, and room for the next one.
+        let fills = |tokens: usize| 10 * rows.div_ceil(tokens) >= 9 * blocks;
+        let enough = |&tokens: &usize| stages(tokens) >= 2 && fills(tokens);
+        // Of few rows a unit may be mostly empty; a norm's sums then take longer.
+        let few: &[usize] = if kind == "NORM" { &[2, 1] } else { &[4, 2, 1] };
+        let fits = |&tokens: &usize| stages(tokens) >= 1;
+        let tokens = [8, 4, 2].into_iter().find(enough).or(few.iter().copied().find(fits))?;
+        let units = rows.div_ceil(tokens);
+        // Few rows are shared out among several blocks each.
+        let slices = (blocks / units.max(1)).clamp(1, panels.div_ceil(8 / tokens).max(1));
+        let slice_panels = panels.div_ceil(slices).next_multiple_of(8 / tokens).max(1);
+        let slices = panels.div_ceil(slice_panels).max(1);
+        let stages = stages(tokens).min(MOST_STAGES).min(units.max(1));
+        (stages > 0).then(|| Self {
+            tokens,
+            slice_panels,
+            stages,
+            geometry: Geometry {
+                grid: ((blocks / slices).clamp(1, units.max(1)), slices, 1),
+                threads,
+                shared_bytes: head + stages * stage(tokens),
+            },
+        })
+    }
+}
+
+impl Cuda {
+    /// A site's order in whole panels; none where its codes are not made here.
+    pub(super) fn places(&self, format: &SiteFormat) -> Result<Option<Buffer>> {
+        if !supports(format) {
+            return Ok(None);
+        }
+        let places = by_places(format, PADDING, |channel| channel as i32);
+        self.gpu.upload(&places).map(Some)
+    }
+
+    /// A norm's weight `[1, channels]` for a site behind it.
+    pub(super) fn norm_weight(&self, weight: &Tensor, site: &Site) -> Result<NormWeight> {
+        let channels = weight.float().download::<f32>(0..4 * weight.count())?;
+        let places = by_places(&site.format, 0.0, |channel| channels[channel]);
+        self.gpu.upload(&places).map(NormWeight)
+    }
+
+    /// The codes of `rms_norm(x)`; none where the kernel has no room for a row, or the site is not
+    /// one of its own.
+    pub(super) fn norm_quantize(
+        &self,
+        x: &Tensor,
+        weight: &NormWeight,
+        epsilon: f32,
+        site: &Site,
+        layout: Layout,
+        unsound: &Unsound,
+    ) -> Result<Option<Rows>> {
+        let (values, other) = (x.float(), Some(&weight.0));
+        let columns = Columns::Channels;
+        let source = Source { kind: "NORM", x, values, other, epsilon, columns };
+        self.fused_quantize(&source, site, layout, unsound)
+    }
+
+    /// The codes of f16 rows; none as above.
+    pub(super) fn half_quantize(
+        &self,
+        x: &Tensor,
+        site: &Site,
+        layout: Layout,
+        unsound: &Unsound,
+    ) -> Result<Option<Rows>> {
+        let (values, columns) = (x.half(), Columns::Channels);
+        let source = Source { kind: "HALF", x, values, other: None, epsilon: 0.0, columns };
+        self.fused_quantize(&source, site, layout, unsound)
+    }
+
+    /// The codes of `silu(gate) * up`; none as above.
+    pub(super) fn silu_quantize(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        columns: Columns,
+        site: &Site,
+        layout: Layout,
+        unsound: &Unsound,
+    ) -> Result<Option<Rows>> {
+        assert_eq!((gate.rows, gate.columns), (up.rows, up.columns));
+        let (values, other) = (gate.half(), Some(up.half()));
+        let source = Source { kind: "SILU", x: gate, values, other, epsilon: 0.0, columns };
+        self.fused_quantize(&source, site, layout, unsound)
+    }
+
+    fn fused_quantize(
+        &self,
+        source: &Source<'_>,
+        site: &Site,
+        layout: Layout,
+        unsound: &Unsound,
+    ) -> Result<Option<Rows>> {
+        let format = &site.format;
+        let &Source { kind, x, values, other, epsilon, columns } = source;
+        let room = Room {
+            multiprocessors: self.gpu.multiprocessors,
+            shared_bytes: self.gpu.block_shared_bytes,
+        };
+        let plan = Plan::new(format, kind, columns, x.rows, room);
+        let (Some(places), Some(plan)) = (&site.places, plan) else { return Ok(None) };
+        let ordered = columns == Columns::Channels;
+        assert_eq!(x.columns, if ordered { format.channels } else { format.width() });
+        let tiled = layout == Layout::Tiled;
+        let rows = self.room(x.rows, format, layout)?;
+        let hadamard = format.transform == Transform::Hadamard;
+        let wide = format.bits == 8;
+        let defines =
+            kernels::fused(kind, format.group_size, hadamard, ordered, plan.tokens, tiled, wide);
+        let defines = [defines, kernels::formats(format.levels == Levels::Fp4, false)].concat();
+        let (least, greatest) = format.code_limits();
+        self.kernels.launch(
+            "fused",
+            &defines,
+            "fused_quantize",
+            plan.geometry,
+            arguments![
+                values,
+                other,
+                ordered.then_some(places),
+                x.rows,
+                x.columns,
+                format.groups,
+                format.outlier_channels,
+                plan.slice_panels,
+                plan.stages,
+                epsilon,
+                format.clip,
+                format.top(),
+                1.0 / format.top(),
+                i32::from(format.has_signs()),
+                least,
+                greatest,
+                &rows.codes,
+                &rows.scales,
+                rows.scale_stride,
+                rows.outliers.codes.as_ref(),
+                rows.outliers.scales.as_ref(),
+                rows.outliers.padded(),
+                unsound.buffer()
+            ],
+        )?;
+        Ok(Some(rows))
+    }
+
+    /// Room for codes and scales.
+    fn room(&self, tokens: usize, format: &SiteFormat, layout: Layout) -> Result<Rows> {
+        let SiteFormat { group_size, groups, .. } = *format;
+        let [panels, outlier_panels] = panels(format);
+        let (scale_stride, codes, scale_rows, outliers);
+        if layout == Layout::Tiled {
+            scale_stride = tokens.next_multiple_of(TILED_TOKENS);
+            codes = panels * scale_stride * PANEL;
+            scale_rows = panels * (PANEL / group_size);
+            let there = format.outlier_channels > 0;
+            let alloc = |bytes: usize| there.then(|| self.gpu.alloc(bytes)).transpose();
+            outliers = Outliers {
+                channels: format.outlier_channels,
+                codes: alloc(outlier_panels * scale_stride * PANEL)?,
+                scales: alloc(4 * scale_stride)?,
+                values: None,
+            };
+        } else {
+            scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
+            codes = tokens * format.grouped_channels();
+            scale_rows = groups;
+            outliers = self.outliers(format.outlier_channels, format.outlier_format, tokens)?;
+        }
+        Ok(Rows {
+            layout,
+            bits: format.bits,
+            tokens,
+            group_size,
+            groups,
+            codes: self.gpu.alloc(codes)?,
+            scales: self.gpu.alloc(4 * scale_stride * scale_rows)?,
+            scale_stride,
+            outliers,
+        })
+    }
+}

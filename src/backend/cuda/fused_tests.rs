@@ -1,0 +1,226 @@
+//! Codes made in one kernel beside those of the CPU's separate steps, bit by bit, over odd shapes.
+
+use half::f16;
+
+use super::fused::Columns;
+use super::tensor::{Layout, Site, Tensor};
+use super::tests::{Random, device, site};
+use super::*;
+use crate::backend::cpu::Cpu;
+use crate::quant::rows::QuantizedRows;
+use crate::quant::site::{OutlierFormat, PADDING, Transform};
+
+const EPSILON: f32 = 1e-5;
+
+/// Sites that the kernels take: all groups, formats and widths of code, whole and partial panels.
+fn sites(random: &mut Random) -> Vec<SiteFormat> {
+    use Transform::{Hadamard, None};
+    [
+        (64, 64, 0, 4, Hadamard),
+        (172, 32, 12, 3, Hadamard),
+        (172, 128, 0, 4, None),
+        (576, 64, 64, 4, Hadamard),
+        (576, 32, 0, 2, None),
+        (576, 128, 32, 8, Hadamard),
+        (1100, 128, 200, 4, Hadamard),
+        (1000, 64, 40, 8, None),
+        (4096, 128, 128, 4, Hadamard),
+        (4096, 64, 0, 3, Hadamard),
+        (11008, 128, 256, 4, Hadamard),
+    ]
+    .into_iter()
+    .enumerate()
+    .map(|(at, (channels, group, outliers, bits, transform))| {
+        let outlier_format = OutlierFormat::Int8;
+        let format = site(channels, group, outliers, bits, transform, outlier_format, random);
+        let levels = if bits == 4 && at % 3 == 2 { Levels::Fp4 } else { Levels::Int };
+        SiteFormat { levels, ..format }
+    })
+    .collect()
+}
+
+/// The bits that the CPU and a kernel make, in both layouts.
+fn compare(
+    cuda: &Cuda,
+    format: &SiteFormat,
+    expected: &QuantizedRows,
+    what: &str,
+    make: impl Fn(&Site, Layout) -> Rows,
+) {
+    let site = cuda.site(format).unwrap();
+    for layout in [Layout::RowMajor, Layout::Tiled] {
+        let rows = make(&site, layout);
+        assert!(cuda.rows_on_host(&rows, format.levels) == *expected, "{what}, {layout:?}");
+    }
+}
+
+fn what(tokens: usize, format: &SiteFormat) -> String {
+    let SiteFormat { channels, group_size, outlier_channels, bits, levels, .. } = format;
+    format!("{tokens} of {channels} in {group_size}, {outlier_channels}, {bits} bits {levels:?}")
+}
+
+#[test]
+fn codes_behind_a_norm_are_the_cpus_bits() {
+    let Some(cuda) = device("codes_behind_a_norm_are_the_cpus_bits") else { return };
+    let cpu = Cpu::new().unwrap();
+    let mut random = Random(21);
+    for format in sites(&mut random) {
+        for tokens in [1, 7, 8, 9, 130] {
+            let mut x = random.activations(tokens, format.channels);
+            // Hidden states have all bits of f32.
+            x.data.iter_mut().for_each(|value| *value *= 1.234_567);
+            let weight =
+                Matrix { rows: 1, columns: format.channels, data: random.values(format.channels) };
+            let host = cpu.upload(x.clone()).unwrap();
+            let norm = cpu.rms_norm(&host, &cpu.upload(weight.clone()).unwrap(), EPSILON).unwrap();
+            let expected = cpu.quantize(&norm, &format).unwrap();
+            let (x, weight) = (cuda.upload(x).unwrap(), cuda.upload(weight).unwrap());
+            compare(&cuda, &format, &expected, &what(tokens, &format), |site, layout| {
+                let weight = cuda.norm_weight(&weight, site).unwrap();
+                let unsound = cuda.unsound().unwrap();
+                let rows = cuda.norm_quantize(&x, &weight, EPSILON, site, layout, &unsound);
+                unsound.check().unwrap();
+                rows.unwrap().unwrap()
+            });
+        }
+    }
+}
+
+#[test]
+fn codes_of_halves_are_the_cpus_bits() {
+    let Some(cuda) = device("codes_of_halves_are_the_cpus_bits") else { return };
+    let cpu = Cpu::new().unwrap();
+    let mut random = Random(22);
+    for format in sites(&mut random) {
+        for tokens in [1, 7, 8, 9, 130, 2100] {
+            if tokens * format.channels > 1 << 20 {
+                continue;
+            }
+            let mut x = random.activations(tokens, format.channels);
+            x.data[..format.channels.min(40)].fill(0.0);
+            let expected = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format).unwrap();
+            let x = cuda.half_tensor(&x);
+            compare(&cuda, &format, &expected, &what(tokens, &format), |site, layout| {
+                let unsound = cuda.unsound().unwrap();
+                let rows = cuda.half_quantize(&x, site, layout, &unsound);
+                unsound.check().unwrap();
+                rows.unwrap().unwrap()
+            });
+        }
+    }
+}
+
+/// Columns in the site's order, zeros for padding.
+fn in_places(x: &Matrix, format: &SiteFormat) -> Matrix {
+    let pick =
+        |row: &[f32], channel: i32| if channel == PADDING { 0.0 } else { row[channel as usize] };
+    let rows = x.data.chunks(x.columns);
+    let data = rows.flat_map(|row| format.order.iter().map(move |&channel| pick(row, channel)));
+    Matrix { rows: x.rows, columns: format.width(), data: data.collect() }
+}
+
+#[test]
+fn codes_of_gate_and_up_are_the_cpus_bits() {
+    let Some(cuda) = device("codes_of_gate_and_up_are_the_cpus_bits") else { return };
+    let cpu = Cpu::new().unwrap();
+    let mut random = Random(23);
+    for format in sites(&mut random) {
+        for tokens in [1, 7, 8, 9, 130] {
+            let gate = random.activations(tokens, format.channels);
+            let mut up = random.activations(tokens, format.channels);
+            // No product's scale is beyond f16.
+            up.data.iter_mut().for_each(|v| *v = f16::from_f32(*v / 16.0).to_f32());
+            let product =
+                cpu.silu_mul(cpu.upload(gate.clone()).unwrap(), &cpu.upload(up.clone()).unwrap());
+            let expected = cpu.quantize(&product.unwrap(), &format).unwrap();
+            for columns in [Columns::Channels, Columns::Places] {
+                let [gate, up] = [&gate, &up].map(|x| match columns {
+                    Columns::Channels => cuda.half_tensor(x),
+                    Columns::Places => cuda.half_tensor(&in_places(x, &format)),
+                });
+                let what = format!("{}, {columns:?}", what(tokens, &format));
+                compare(&cuda, &format, &expected, &what, |site, layout| {
+                    let unsound = cuda.unsound().unwrap();
+                    let rows = cuda.silu_quantize(&gate, &up, columns, site, layout, &unsound);
+                    unsound.check().unwrap();
+                    rows.unwrap().unwrap()
+                });
+            }
+        }
+    }
+}
+
+/// A group for each gate that f16 has, with a product that 8 bits and the scale show.
+#[test]
+fn every_gate_has_the_cpus_bits() {
+    let Some(cuda) = device("every_gate_has_the_cpus_bits") else { return };
+    let cpu = Cpu::new().unwrap();
+    let mut random = Random(24);
+    let format = site(4096, 32, 0, 8, Transform::None, OutlierFormat::Int8, &mut random);
+    let gates = (0..=u16::MAX).map(f16::from_bits).filter(|gate| gate.is_finite());
+    let mut data = vec![0.0; 512 * 4096];
+    // The order spreads a row's channels over its groups; one in 32 is not zero.
+    for (at, gate) in gates.enumerate() {
+        let (row, group) = (at / 128, at % 128);
+        data[row * 4096 + format.order[32 * group + at % 32] as usize] = gate.to_f32();
+    }
+    let gate = Matrix { rows: 512, columns: 4096, data };
+    let up = Matrix { rows: 512, columns: 4096, data: vec![0.75; 512 * 4096] };
+    let product = cpu.silu_mul(cpu.upload(gate.clone()).unwrap(), &cpu.upload(up.clone()).unwrap());
+    let expected = cpu.quantize(&product.unwrap(), &format).unwrap();
+    let (gate, up) = (cuda.half_tensor(&gate), cuda.half_tensor(&up));
+    compare(&cuda, &format, &expected, "every gate", |site, layout| {
+        let unsound = cuda.unsound().unwrap();
+        let rows = cuda.silu_quantize(&gate, &up, Columns::Channels, site, layout, &unsound);
+        unsound.check().unwrap();
+        rows.unwrap().unwrap()
+    });
+}
+
+#[test]
+fn the_first_row_that_is_not_sound_is_named() {
+    let Some(cuda) = device("the_first_row_that_is_not_sound_is_named") else { return };
+    let mut random = Random(25);
+    let format = &sites(&mut random)[3];
+    let site = cuda.site(format).unwrap();
+    let columns = format.channels;
+    let fine = random.activations(40, columns);
+    let ones = cuda.upload(Matrix { rows: 1, columns, data: vec![1.0; columns] }).unwrap();
+    let weight = cuda.norm_weight(&ones, &site).unwrap();
+    for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut x = fine.clone();
+        for row in [33, 17] {
+            x.data[row * columns + 5 * row] = value;
+        }
+        let (float, half) = (cuda.upload(x.clone()).unwrap(), cuda.half_tensor(&x));
+        let up = cuda.half_tensor(&fine);
+        let check = |run: &dyn Fn(&quantize::Unsound) -> Result<Option<Rows>>| {
+            let unsound = cuda.unsound().unwrap();
+            run(&unsound).unwrap().unwrap();
+            let error = unsound.check().err().unwrap();
+            assert!(error.message().contains("token 17 "), "{error}");
+        };
+        let layout = Layout::Tiled;
+        check(&|unsound| cuda.norm_quantize(&float, &weight, EPSILON, &site, layout, unsound));
+        check(&|unsound| cuda.half_quantize(&half, &site, layout, unsound));
+        let columns = Columns::Channels;
+        check(&|unsound| cuda.silu_quantize(&half, &up, columns, &site, layout, unsound));
+        check(&|unsound| cuda.silu_quantize(&up, &half, columns, &site, layout, unsound));
+    }
+}
+
+#[test]
+fn what_the_kernels_do_not_take_is_left_to_others() {
+    let Some(cuda) = device("what_the_kernels_do_not_take_is_left_to_others") else { return };
+    let mut random = Random(26);
+    use OutlierFormat::{F16, Fp8, Int8};
+    for (group, outliers, outlier_format) in
+        [(48, 0, Int8), (256, 4, Int8), (64, 4, F16), (64, 4, Fp8), (64, 257, Int8)]
+    {
+        let format = site(1000, group, outliers, 4, Transform::None, outlier_format, &mut random);
+        let site = cuda.site(&format).unwrap();
+        let x: Tensor = cuda.half_tensor(&random.activations(3, 1000));
+        let unsound = cuda.unsound().unwrap();
+        assert!(cuda.half_quantize(&x, &site, Layout::Tiled, &unsound).unwrap().is_none());
+    }
+}
