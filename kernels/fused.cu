@@ -3,8 +3,10 @@
 // is computed as the CPU computes it (src/backend/cpu/elementwise.rs), so codes and scales are its bits.
 //
 // A place is where the order puts a channel; a panel is 128 of them, one or more groups, the last panel filled up
-// with zeros. A block of threads stages TOKENS rows in shared memory and makes panels of all of them; INT8
-// outliers are one or two panels behind the others, without a transform. A warp makes 8 rows' panels at a time:
+// with zeros; INT8 outliers are one or two panels behind the others, without a transform. A block of threads stays on
+// its SM and takes units of TOKENS rows. Where an order picks from all over a row, one warp stages whole units in a ring in
+// shared memory, which the others leave behind them; rows in the site's order need no unit, and each warp stages its own next
+// panel. A warp makes 8 rows' panels at a time:
 //
 //     lane   0 .. 7    places  0 ..  31     of TOKENS rows, and of 8 / TOKENS panels
 //            8 .. 15          32 ..  63     of the same
@@ -27,15 +29,14 @@
 // GROUP      channels of a group: 32, 64 or 128
 // TRANSFORM  1: Hadamard transform of each group
 // ORDERED    1: the order is given; 0 (with SILU): rows are in the site's order, padding included
-// TOKENS     rows of a block: 1, 2, 4 or 8
+// TOKENS     rows of a unit: 1, 2, 4 or 8; 8 where rows are in the site's order
 // TILED      1: codes as the product for Hopper reads them; 0: rows of codes
 // WIDE       1: codes of 8 bits; 0: of less
 // FP4        1: FP4 codes, doubled numbers of E2M1; 0 or absent: integers
 //
 // With TILED codes are bytes [panels][tokens_padded][128], the sixteenths of a row's 128 bytes exchanged (the
 // chunk c of row t is at c ^ t % 8), tokens padded to a multiple of 8, and codes of less than 8 bits are sign
-// and magnitude: E4M3 for the code times 2^-9. Scales are f16, [ceil(groups / 8)][tokens_padded][8], zero where there is no
-// group.
+// and magnitude: E4M3 for the code times 2^-9. Scales are f16, [ceil(groups / 8)][tokens_padded][8].
 
 #ifndef FP4
 #define FP4 0
@@ -45,14 +46,17 @@
 #define HALF 1
 #define SILU 2
 
-/// Warps that make codes, that add up squares, and in all: one more stages rows.
-/// A quarter of the SM's registers is enough for 80 of each thread of 6 warps, or 96 of 5.
-#define SUMMERS (FROM == NORM ? 2 : 0)
+/// Warps of a block, one to an SM: a quarter of its registers is enough for 80 of each thread of 6 warps, or 96 of 5.
+/// Where rows are gathered from, one of them stages rows and SUMMERS add up squares.
 #ifndef WARPS
 #define WARPS (FROM == SILU && ORDERED ? 20 : 24)
 #endif
+#define SUMMERS (FROM == NORM ? 2 : 0)
 #define MAKERS (WARPS - SUMMERS - 1)
 #define THREADS (32 * WARPS)
+#if !ORDERED
+static_assert(FROM == 2 && TOKENS == 8, "panels are staged by whole warps");
+#endif
 #define PANEL 128
 /// Panels that a warp makes at a time.
 #define SETS (8 / TOKENS)
@@ -77,126 +81,14 @@ static __device__ __forceinline__ int row_stride(int columns) {
     return (columns * (int)sizeof(In) + 127) / 128 * 128 + 128 / TOKENS;
 }
 
-/// What lies where in a row of values or of codes, and how the work is cut: units of TOKENS rows and
-/// `slice_panels` panels, of which a warp makes a task's at a time.
+/// What lies where in a row of values or of codes.
 struct Shape {
-    int tokens, columns, groups, outliers, slice_panels;
+    int tokens, columns, groups, outliers;
 
     __device__ __forceinline__ int grouped() const { return groups * GROUP; }
     __device__ __forceinline__ int panels() const { return (grouped() + PANEL - 1) / PANEL; }
     __device__ __forceinline__ int outlier_panels() const { return (outliers + PANEL - 1) / PANEL; }
-    /// Outliers come with the last panels of an ordered row, or as a slice of their own.
-    __device__ __forceinline__ int slices() const { return (panels() + slice_panels - 1) / slice_panels + (!ORDERED && outliers > 0); }
-    __device__ __forceinline__ int units() const { return (tokens + TOKENS - 1) / TOKENS * slices(); }
-    __device__ __forceinline__ int tasks() const { return (slice_panels + SETS - 1) / SETS + (ORDERED && outliers > 0); }
-    /// Columns of the input that a unit stages, at most.
-    __device__ __forceinline__ int staged() const { return ORDERED ? columns : slice_panels * PANEL; }
 };
-
-/// Rows `row` and on, panels `first` up to `last`, and the outliers'.
-struct Unit {
-    int row, first, last;
-    bool takes_outliers;
-
-    __device__ __forceinline__ Unit(const Shape& shape, int unit) {
-        int slices = shape.slices(), slice = unit % slices;
-        row = unit / slices * TOKENS;
-        first = min(slice * shape.slice_panels, shape.panels());
-        last = min(first + shape.slice_panels, shape.panels());
-        takes_outliers = shape.outliers > 0 && slice == slices - 1;
-    }
-};
-
-/// Whether rows are staged by the copy engine: one instruction a row instead of one for 16 bytes.
-#define BULK (__CUDA_ARCH__ >= 900)
-
-static __device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-static __device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
-}
-static __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
-#if BULK
-    asm volatile("{.reg .pred done; again%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra again%=;}" ::"r"(barrier), "r"(parity) : "memory");
-#else
-    asm volatile("{.reg .pred done; again%=: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done bra again%=;}" ::"r"(barrier), "r"(parity) : "memory");
-#endif
-}
-
-/// The stages in shared memory, in turn: barriers of rows that arrived, of rows that are done with, and of sums;
-/// then the norms' factors; then the rows.
-#define MOST_STAGES 16
-#define HEAD (3 * 8 * MOST_STAGES + 4 * 8 * MOST_STAGES)
-
-struct Ring {
-    int stages, stage_bytes;
-    int stage, parity;      // of the current unit; the parity is that of its arrival
-
-    __device__ __forceinline__ Ring(int stages, int stage_bytes) : stages(stages), stage_bytes(stage_bytes), stage(0), parity(0) {}
-    __device__ __forceinline__ void advance() {
-        if (++stage == stages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-    __device__ __forceinline__ u32 arrived() const { return shared_address(shared_bytes) + 8 * stage; }
-    __device__ __forceinline__ u32 done() const { return arrived() + 8 * MOST_STAGES; }
-    __device__ __forceinline__ u32 summed() const { return arrived() + 16 * MOST_STAGES; }
-    __device__ __forceinline__ float* factors() const { return reinterpret_cast<float*>(shared_bytes + 24 * MOST_STAGES) + 8 * stage; }
-    __device__ __forceinline__ unsigned char* rows() const { return shared_bytes + HEAD + stage * stage_bytes + BEFORE; }
-};
-
-/// Stages `count` values of each of the unit's rows, by a warp. What no row fills holds anything: nothing of it is stored.
-static __device__ __forceinline__ int stage_rows(const In* x, const Shape& shape, int row, int column, int count, int stride, unsigned char* to, u32 arrived) {
-    constexpr int WIDTH = 16 / sizeof(In);
-    int lane = threadIdx.x % 32, bytes = 0;
-    if (shape.columns % WIDTH == 0) {
-#if BULK
-        if (lane < TOKENS && row + lane < shape.tokens) {
-            bytes = count * sizeof(In);
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                         ::"r"(shared_address(to + lane * stride)), "l"(x + (long long)(row + lane) * shape.columns + column), "r"(bytes), "r"(arrived) : "memory");
-        }
-#else
-        for (int i = 0; i < TOKENS && row + i < shape.tokens; i++) {
-            const In* from = x + (long long)(row + i) * shape.columns + column;
-            for (int at = lane * WIDTH; at < count; at += 32 * WIDTH) copy16(shared_address(to + i * stride + at * (int)sizeof(In)), from + at, true);
-        }
-#endif
-    } else {
-        for (int i = 0; i < TOKENS && row + i < shape.tokens; i++) {
-            const In* from = x + (long long)(row + i) * shape.columns + column;
-            for (int at = lane; at < count; at += 32) reinterpret_cast<In*>(to + i * stride)[at] = from[at];
-        }
-    }
-    return bytes;
-}
-
-/// What the staging warp does: all units of the block, each as soon as a stage is free.
-static __device__ __forceinline__ void stage_units(const In* x, const void* other, const Shape& shape, Ring ring) {
-    int stride = row_stride(shape.staged());
-    bool first = true;
-    for (int at = blockIdx.x; at < shape.units(); at += gridDim.x) {
-        Unit unit(shape, at);
-        if (!first) barrier_wait(ring.done(), ring.parity ^ 1);
-        int column = 0, count = shape.columns;
-        if (!ORDERED) {
-            column = unit.takes_outliers ? shape.grouped() : unit.first * PANEL;
-            count = unit.takes_outliers ? shape.outliers : min((unit.last - unit.first) * PANEL, shape.grouped() - column);
-        }
-        int bytes = stage_rows(x, shape, unit.row, column, count, stride, ring.rows(), ring.arrived());
-        if (FROM == SILU) bytes += stage_rows(reinterpret_cast<const In*>(other), shape, unit.row, column, count, stride, ring.rows() + TOKENS * stride, ring.arrived());
-#if BULK
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(ring.arrived()), "r"(bytes) : "memory");
-#else
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(ring.arrived()) : "memory");
-#endif
-        ring.advance();
-        // The first round finds every stage free.
-        if (ring.stage == 0) first = false;
-    }
-}
 
 /// The operations of cpu/elementwise.rs: e^-x without the exponent, which is in the low bits of `shifted`.
 static __device__ __forceinline__ float exp_of_minus(float x, float& shifted) {
@@ -268,25 +160,45 @@ struct Lane {
     }
 };
 
-/// Where a thread's values come from.
+#if FROM == SILU
+/// Eight products.
+template <bool USUAL> static __device__ __forceinline__ void silu_mul8(float* v, const uint4& gate, const uint4& up) {
+    u32 g[4] = {gate.x, gate.y, gate.z, gate.w}, u[4] = {up.x, up.y, up.z, up.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        v[2 * i] = silu_mul<USUAL>(low_half(g[i]), low_half(u[i]));
+        v[2 * i + 1] = silu_mul<USUAL>(high_half(g[i]), high_half(u[i]));
+    }
+}
+#endif
+
+#if ORDERED
+/// A row in shared memory, and the order.
 struct Source {
-    const unsigned char *row, *other;   // staged; `other` of up
+    const unsigned char *row, *other;   // `other` of up
     const int* places;                  // the channel of each place of each panel, -1 for none
     const float* weights;               // the norm's, of each place of each panel
     float inverse;                      // the norm's
 
-    /// Places `32 * part` and on of a panel; `staged` is its number among the staged ones.
-    __device__ __forceinline__ void load(float (&v)[32], int panel, int staged, int part) const {
-        int first = panel * PANEL + part * 32;
-#if FROM == SILU
-        int column = staged * PANEL + part * 32;
-        if (greatest_gate(first, column) <= USUAL_GATE) products<true>(v, first, column);
-        else products<false>(v, first, column);
-#else
+    /// 32 places.
+    __device__ __forceinline__ void load(float (&v)[32], int first) const {
         const In* values = reinterpret_cast<const In*>(row);
+#if FROM == SILU
+        const half* ups = reinterpret_cast<const half*>(other);
+        u32 most = 0;
 #pragma unroll
         for (int i = 0; i < 32; i += 4) {
-            int4 at = __ldg(reinterpret_cast<const int4*>(places + first + i));
+            int4 at = *reinterpret_cast<const int4*>(places + first + i);
+            most = abs_max_or_nan2(most, values[at.x].bits | (u32)values[at.y].bits << 16);
+            most = abs_max_or_nan2(most, values[at.z].bits | (u32)values[at.w].bits << 16);
+        }
+        bool usual = max_or_nan(low_half(most), high_half(most)) <= USUAL_GATE;
+        if (usual) products<true>(v, values, ups, first);
+        else products<false>(v, values, ups, first);
+#else
+#pragma unroll
+        for (int i = 0; i < 32; i += 4) {
+            int4 at = *reinterpret_cast<const int4*>(places + first + i);
             v[i] = to_float(values[at.x]);
             v[i + 1] = to_float(values[at.y]);
             v[i + 2] = to_float(values[at.z]);
@@ -295,7 +207,7 @@ struct Source {
 #if FROM == NORM
 #pragma unroll
         for (int i = 0; i < 32; i += 4) {
-            float4 weight = __ldg(reinterpret_cast<const float4*>(weights + first + i));
+            float4 weight = *reinterpret_cast<const float4*>(weights + first + i);
             v[i] = v[i] * inverse * weight.x;
             v[i + 1] = v[i + 1] * inverse * weight.y;
             v[i + 2] = v[i + 2] * inverse * weight.z;
@@ -304,54 +216,20 @@ struct Source {
 #endif
 #endif
     }
-
 #if FROM == SILU
-    /// The greatest magnitude of the gates, NaN if one is.
-    __device__ __forceinline__ float greatest_gate(int first, int column) const {
-        u32 most = 0;
-#pragma unroll
-#if ORDERED
-        for (int i = 0; i < 32; i += 4) {
-            int4 at = __ldg(reinterpret_cast<const int4*>(places + first + i));
-            const unsigned short* gates = reinterpret_cast<const unsigned short*>(row);
-            most = abs_max_or_nan2(most, gates[at.x] | (u32)gates[at.y] << 16);
-            most = abs_max_or_nan2(most, gates[at.z] | (u32)gates[at.w] << 16);
-        }
-#else
-        for (int i = 0; i < 32; i += 8) {
-            uint4 gates = *reinterpret_cast<const uint4*>(row + 2 * (column + i));
-            most = abs_max_or_nan2(abs_max_or_nan2(most, gates.x), gates.y);
-            most = abs_max_or_nan2(abs_max_or_nan2(most, gates.z), gates.w);
-        }
-#endif
-        return max_or_nan(low_half(most), high_half(most));
-    }
-    template <bool USUAL> __device__ __forceinline__ void products(float (&v)[32], int first, int column) const {
-#if ORDERED
-        const half *gates = reinterpret_cast<const half*>(row), *ups = reinterpret_cast<const half*>(other);
+    template <bool USUAL> __device__ __forceinline__ void products(float (&v)[32], const half* gates, const half* ups, int first) const {
 #pragma unroll
         for (int i = 0; i < 32; i += 4) {
-            int4 at = __ldg(reinterpret_cast<const int4*>(places + first + i));
+            int4 at = *reinterpret_cast<const int4*>(places + first + i);
             v[i] = silu_mul<USUAL>(to_float(gates[at.x]), to_float(ups[at.x]));
             v[i + 1] = silu_mul<USUAL>(to_float(gates[at.y]), to_float(ups[at.y]));
             v[i + 2] = silu_mul<USUAL>(to_float(gates[at.z]), to_float(ups[at.z]));
             v[i + 3] = silu_mul<USUAL>(to_float(gates[at.w]), to_float(ups[at.w]));
         }
-#else
-#pragma unroll
-        for (int i = 0; i < 32; i += 8) {
-            uint4 g = *reinterpret_cast<const uint4*>(row + 2 * (column + i)), u = *reinterpret_cast<const uint4*>(other + 2 * (column + i));
-            u32 gate[4] = {g.x, g.y, g.z, g.w}, up[4] = {u.x, u.y, u.z, u.w};
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                v[i + 2 * j] = silu_mul<USUAL>(low_half(gate[j]), low_half(up[j]));
-                v[i + 2 * j + 1] = silu_mul<USUAL>(high_half(gate[j]), high_half(up[j]));
-            }
-        }
-#endif
     }
 #endif
 };
+#endif
 
 /// The butterfly of registers `i` and `i + distance`.
 template <int FROM_DISTANCE, int TO_DISTANCE> static __device__ __forceinline__ void butterflies(float (&v)[32]) {
@@ -466,7 +344,7 @@ static __device__ __forceinline__ uint4 plain_codes(const float* v, float invers
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-/// Two numbers as E4M3, beside what `with` has in its lower half.
+/// Two numbers as E4M3.
 static __device__ __forceinline__ u32 pack_e4m3(float low, float high) {
     unsigned short packed = 0;
 #if __CUDA_ARCH__ >= 890
@@ -510,20 +388,6 @@ static __device__ __forceinline__ uint4 signed_codes(const float* v, float inver
 }
 
 /// What is known of the codes of groups, and where all goes.
-#if TILED
-/// Stores the scale of a group, 0 <= group < panels * 128 / GROUP; behind the last one, zeros up to a multiple of 8.
-static __device__ __forceinline__ void store_tiled_scale(float* scales, int group, int groups, int token, int stride, float scale) {
-    half* to = reinterpret_cast<half*>(scales) + ((long long)(group / 8) * stride + token) * 8;
-    to[group % 8] = to_half(scale);
-    const int all = (groups * GROUP + PANEL - 1) / PANEL * (PANEL / GROUP);
-    if (group == all - 1) {
-        for (int next = group % 8 + 1; next < 8; next++) to[next] = half{0};
-    }
-}
-#else
-static __device__ __forceinline__ void store_tiled_scale(float*, int, int, int, int, float) {}
-#endif
-
 struct Target {
     float clip, top, inverse_top;
     int signed_scales;
@@ -553,23 +417,163 @@ struct Target {
     }
 };
 
-/// What a warp does that makes codes: every MAKERS-th task of the block's units.
-static __device__ __forceinline__ void make(const int* places, const float* weights, const Shape& shape, const Target& target, int warp, Ring ring) {
+/// The codes of a warp's panels of groups.
+static __device__ __forceinline__ void group_codes(float (&v)[32], int part, int token, int panel, bool there, const Shape& shape, const Target& target) {
+    if (TRANSFORM) transform(v, part);
+    u32 most = peak_of_all(v);
+    if (GROUP >= 64) most = max(most, __shfl_xor_sync(0xffffffffu, most, 8));
+    if (GROUP >= 128) most = max(most, __shfl_xor_sync(0xffffffffu, most, 16));
+    float scale = quick_scale(peak_magnitude(most), target.clip, target.top, target.inverse_top);
+    if (target.signed_scales) scale = signed_scale(scale, most);
+    float inverse = quick_inverse(scale);
+    if (there && part % (GROUP / 32) == 0) {
+        int group = panel * (PANEL / GROUP) + part / (GROUP / 32);
+        if (TILED)
+            reinterpret_cast<half*>(target.scales)[((long long)(group / 8) * target.scale_stride + token) * 8 + group % 8] = to_half(scale);
+        else if (group < shape.groups)
+            target.scales[(long long)group * target.scale_stride + token] = scale;
+        if (!is_finite(scale)) atomicMin(target.bad, (u32)token);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int at = chunk(half, part, true);
+        uint4 codes = SIGN_MAGNITUDE ? signed_codes(v + 16 * half, inverse, target.least, target.greatest)
+                                     : plain_codes(v + 16 * half, inverse, target.least, target.greatest, FP4);
+        if (there && target.has(shape, panel, -1, at)) *reinterpret_cast<uint4*>(target.at(shape, token, panel, -1, at)) = codes;
+    }
+}
+
+/// The codes of a warp's panels of outliers, whose values `load` gives: all of them are looked at for the scale before the first
+/// becomes codes.
+template <class Load> static __device__ __forceinline__ void outlier_codes(int part, int token, bool there, const Shape& shape, const Target& target, Load load) {
+    int panels = shape.outlier_panels();
+    u32 peak = 0;
+#pragma unroll 1
+    for (int step = 0; step < 2 * panels; step++) {
+        int panel = step < panels ? step : step - panels;
+        float v[32];
+        load(v, panel);
+        if (step < panels) {
+            u32 most = peak_of_all(v);
+            most = max(most, __shfl_xor_sync(0xffffffffu, most, 8));
+            peak = max(peak, max(most, __shfl_xor_sync(0xffffffffu, most, 16)));
+            continue;
+        }
+        float scale = scale_of(peak_magnitude(peak), 1.0f, 127.0f);
+        if (there && part == 0) {
+            target.outlier_scales[token] = scale;
+            if (!is_finite(scale)) atomicMin(target.bad, (u32)token);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int at = chunk(half, part, false);
+            uint4 codes = plain_codes(v + 16 * half, inverse_of(scale), -127.0f, 127.0f, false);
+            if (there && target.has(shape, panel, panel, at)) *reinterpret_cast<uint4*>(target.at(shape, token, panel, panel, at)) = codes;
+        }
+    }
+}
+
+#if ORDERED
+/// Whether rows are staged by the copy engine: one instruction a row instead of one for 16 bytes.
+#define BULK (__CUDA_ARCH__ >= 900)
+
+static __device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+static __device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
+}
+static __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
+#if BULK
+    asm volatile("{.reg .pred done; again%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra again%=;}" ::"r"(barrier), "r"(parity) : "memory");
+#else
+    asm volatile("{.reg .pred done; again%=: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done bra again%=;}" ::"r"(barrier), "r"(parity) : "memory");
+#endif
+}
+
+/// The stages in shared memory, in turn: barriers of rows that arrived, of rows that are done with, and of sums;
+/// then the norms' factors, the order, the norm's weights, and the rows.
+#define MOST_STAGES 16
+#define HEAD (3 * 8 * MOST_STAGES + 4 * 8 * MOST_STAGES)
+
+struct Ring {
+    int stages, stage_bytes;
+    int stage, parity;      // of the current unit; the parity is that of its arrival
+    int rows_at;            // behind the order and the norm's weights
+
+    __device__ __forceinline__ Ring(int stages, int stage_bytes, int rows_at) : stages(stages), stage_bytes(stage_bytes), stage(0), parity(0), rows_at(rows_at) {}
+    __device__ __forceinline__ void advance() {
+        if (++stage == stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+    __device__ __forceinline__ u32 arrived() const { return shared_address(shared_bytes) + 8 * stage; }
+    __device__ __forceinline__ u32 done() const { return arrived() + 8 * MOST_STAGES; }
+    __device__ __forceinline__ u32 summed() const { return arrived() + 16 * MOST_STAGES; }
+    __device__ __forceinline__ float* factors() const { return reinterpret_cast<float*>(shared_bytes + 24 * MOST_STAGES) + 8 * stage; }
+    __device__ __forceinline__ unsigned char* rows() const { return shared_bytes + rows_at + stage * stage_bytes + BEFORE; }
+};
+
+/// Stages a unit's rows, by a warp. What no row fills holds anything: nothing of it is stored.
+static __device__ __forceinline__ int stage_rows(const In* x, const Shape& shape, int row, int stride, unsigned char* to, u32 arrived) {
+    constexpr int WIDTH = 16 / sizeof(In);
+    int lane = threadIdx.x % 32, count = shape.columns, bytes = 0;
+    if (shape.columns % WIDTH == 0) {
+#if BULK
+        if (lane < TOKENS && row + lane < shape.tokens) {
+            bytes = count * sizeof(In);
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                         ::"r"(shared_address(to + lane * stride)), "l"(x + (long long)(row + lane) * shape.columns), "r"(bytes), "r"(arrived) : "memory");
+        }
+#else
+        for (int i = 0; i < TOKENS && row + i < shape.tokens; i++) {
+            const In* from = x + (long long)(row + i) * shape.columns;
+            for (int at = lane * WIDTH; at < count; at += 32 * WIDTH) copy16(shared_address(to + i * stride + at * (int)sizeof(In)), from + at, true);
+        }
+#endif
+    } else {
+        for (int i = 0; i < TOKENS && row + i < shape.tokens; i++) {
+            const In* from = x + (long long)(row + i) * shape.columns;
+            for (int at = lane; at < count; at += 32) reinterpret_cast<In*>(to + i * stride)[at] = from[at];
+        }
+    }
+    return bytes;
+}
+
+/// What the staging warp does: every gridDim-th unit of TOKENS rows, as soon as a stage is free.
+static __device__ __forceinline__ void stage_units(const In* x, const void* other, const Shape& shape, Ring ring) {
+    int stride = row_stride(shape.columns);
+    bool first = true;
+    for (int row = blockIdx.x * TOKENS; row < shape.tokens; row += gridDim.x * TOKENS) {
+        if (!first) barrier_wait(ring.done(), ring.parity ^ 1);
+        int bytes = stage_rows(x, shape, row, stride, ring.rows(), ring.arrived());
+        if (FROM == SILU) bytes += stage_rows(reinterpret_cast<const In*>(other), shape, row, stride, ring.rows() + TOKENS * stride, ring.arrived());
+#if BULK
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(ring.arrived()), "r"(bytes) : "memory");
+#else
+        bool copied = shape.columns % (16 / (int)sizeof(In)) == 0;
+        if (copied) asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(ring.arrived()) : "memory");
+        else barrier_arrive(ring.arrived());
+#endif
+        ring.advance();
+        // The first round finds every stage free.
+        if (ring.stage == 0) first = false;
+    }
+}
+
+/// What a warp does that makes codes: of each unit every MAKERS-th task, which is SETS panels or the outliers.
+static __device__ __forceinline__ void make(const int* places, const float* weights, const Shape& shape, int slice_panels, const Target& target, int warp, Ring ring) {
     Lane lane;
-    int part = lane.part, stride = row_stride(shape.staged()), outlier_panels = shape.outlier_panels(), tasks = shape.tasks();
+    int stride = row_stride(shape.columns), place = lane.part * 32;
+    int first = blockIdx.y * slice_panels, last = min(first + slice_panels, shape.panels());
+    int panel_tasks = (last - first + SETS - 1) / SETS;
+    int tasks = panel_tasks + (shape.outliers > 0 && blockIdx.y == gridDim.y - 1);
     Source source;
     source.places = places;
     source.weights = weights;
-    int task = warp, at = blockIdx.x;
-    for (;; task += MAKERS) {
-        for (; task >= tasks; task -= tasks) {
-            at += gridDim.x;
-            ring.advance();
-        }
-        if (at >= shape.units()) break;
-        Unit unit(shape, at);
-        int panel_tasks = (unit.last - unit.first + SETS - 1) / SETS;
-        bool is_outlier = task == panel_tasks && unit.takes_outliers;
+    int task = warp;
+    for (int row = blockIdx.x * TOKENS; row < shape.tokens; row += gridDim.x * TOKENS, ring.advance(), task -= tasks) {
         barrier_wait(ring.arrived(), ring.parity);
         if (FROM == NORM) {
             barrier_wait(ring.summed(), ring.parity);
@@ -577,69 +581,20 @@ static __device__ __forceinline__ void make(const int* places, const float* weig
         }
         source.row = ring.rows() + lane.row * stride;
         source.other = source.row + TOKENS * stride;
-        int token = unit.row + lane.row;
-        // Of outliers all panels are looked at for the scale before the first becomes codes.
-        int steps = is_outlier ? 2 * outlier_panels : task < panel_tasks;
-        u32 peak = 0;
-        for (int step = 0; step < steps; step++) {
-            int outlier_panel = is_outlier ? (step < outlier_panels ? step : step - outlier_panels) : -1;
-            int own = unit.first + task * SETS + lane.set;
-            int panel = is_outlier ? shape.panels() + outlier_panel : min(own, unit.last - 1);
-            int staged = is_outlier ? outlier_panel : panel - unit.first;
-            float v[32];
-            source.load(v, panel, staged, part);
-            if (!ORDERED) {
-                int valid = (is_outlier ? shape.outliers - outlier_panel * PANEL : shape.grouped() - panel * PANEL) - part * 32;
-                if (valid < 32) {
-#pragma unroll
-                    for (int i = 0; i < 32; i++) v[i] = i < valid ? v[i] : 0.0f;
-                }
-            }
-            if (step == steps - 1) {
-                __syncwarp();
-                if (threadIdx.x % 32 == 0) barrier_arrive(ring.done());
-            }
-            float scale;
-            if (is_outlier) {
-                if (step < outlier_panels) {
-                    u32 most = peak_of_all(v);
-                    most = max(most, __shfl_xor_sync(0xffffffffu, most, 8));
-                    peak = max(peak, max(most, __shfl_xor_sync(0xffffffffu, most, 16)));
-                    continue;
-                }
-                scale = scale_of(peak_magnitude(peak), 1.0f, 127.0f);
+        int token = row + lane.row;
+        for (; task < tasks; task += MAKERS) {
+            if (task < panel_tasks) {
+                int own = first + task * SETS + lane.set, panel = min(own, last - 1);
+                float v[32];
+                source.load(v, panel * PANEL + place);
+                group_codes(v, lane.part, token, panel, token < shape.tokens && own < last, shape, target);
             } else {
-                if (TRANSFORM) transform(v, part);
-                u32 most = peak_of_all(v);
-                if (GROUP >= 64) most = max(most, __shfl_xor_sync(0xffffffffu, most, 8));
-                if (GROUP >= 128) most = max(most, __shfl_xor_sync(0xffffffffu, most, 16));
-                scale = quick_scale(peak_magnitude(most), target.clip, target.top, target.inverse_top);
-                if (target.signed_scales) scale = signed_scale(scale, most);
-            }
-            bool stored = token < shape.tokens && (is_outlier ? lane.set == 0 : own < unit.last);
-            if (!is_finite(scale) && token < shape.tokens) atomicMin(target.bad, (u32)token);
-            float inverse = quick_inverse(scale);
-            if (stored) {
-                if (is_outlier) {
-                    if (part == 0) target.outlier_scales[token] = scale;
-                } else if (part % (GROUP / 32) == 0) {
-                    int group = panel * (PANEL / GROUP) + part / (GROUP / 32);
-                    if (TILED) store_tiled_scale(target.scales, group, shape.groups, token, target.scale_stride, scale);
-                    else if (group < shape.groups) target.scales[(long long)group * target.scale_stride + token] = scale;
-                }
-            }
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int at = chunk(half, part, !is_outlier);
-                uint4 codes;
-                if (is_outlier) codes = plain_codes(v + 16 * half, inverse, -127.0f, 127.0f, false);
-                else if (SIGN_MAGNITUDE) codes = signed_codes(v + 16 * half, inverse, target.least, target.greatest);
-                else codes = plain_codes(v + 16 * half, inverse, target.least, target.greatest, FP4);
-                if (stored && target.has(shape, panel, outlier_panel, at))
-                    *reinterpret_cast<uint4*>(target.at(shape, token, panel, outlier_panel, at)) = codes;
+                outlier_codes(lane.part, token, token < shape.tokens && lane.set == 0, shape, target,
+                              [&](float (&v)[32], int panel) { source.load(v, (shape.panels() + panel) * PANEL + place); });
             }
         }
-        if (steps == 0 && threadIdx.x % 32 == 0) barrier_arrive(ring.done());
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(ring.done());
     }
 }
 
@@ -648,12 +603,13 @@ static __device__ __forceinline__ void make(const int* places, const float* weig
 /// 16 lanes, folded in halves; a warp takes two rows that lie half of the banks apart.
 static __device__ __forceinline__ void sum_units(const Shape& shape, float epsilon, int turn, Ring ring) {
     int lane = threadIdx.x % 16, upper = threadIdx.x / 16 % 2, columns = shape.columns;
-    for (int at = blockIdx.x; at < shape.units(); at += gridDim.x, ring.advance()) {
-        if (turn-- > 0) continue;
-        turn = SUMMERS - 1;
+    for (int first = blockIdx.x * TOKENS; first < shape.tokens; first += gridDim.x * TOKENS, ring.advance()) {
+        // Every unit is waited for and left, so that no warp is a round ahead of a barrier.
         barrier_wait(ring.arrived(), ring.parity);
+        bool own = turn == 0;
+        turn = own ? SUMMERS - 1 : turn - 1;
 #pragma unroll 1
-        for (int pair = 0; pair < (TOKENS + 1) / 2; pair++) {
+        for (int pair = 0; own && pair < (TOKENS + 1) / 2; pair++) {
             int row = TOKENS > 1 ? pair + upper * (TOKENS / 2) : 0;
             const float* values = reinterpret_cast<const float*>(ring.rows() + row * row_stride(columns));
             float sum = 0.0f;
@@ -672,45 +628,153 @@ static __device__ __forceinline__ void sum_units(const Shape& shape, float epsil
             if (lane == 0) ring.factors()[row] = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum, (float)columns) + epsilon));
         }
         __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(ring.summed());
+        if (threadIdx.x % 32 == 0) {
+            if (own) barrier_arrive(ring.summed());
+            barrier_arrive(ring.done());
+        }
     }
 }
 #endif
 
-/// Codes of `[tokens, columns]`: `x`, of SILU the gates, and `other`, the weights of NORM in the order of `places`
-/// or SILU's rows of up. `places` holds the channel of each place, -1 for none, in whole panels: those of the groups, then the
-/// outliers'. `bad` becomes the least row with a scale that is not finite. A block of threads takes every gridDim-th unit and
-/// needs HEAD + stages * (16 + rows) bytes of shared memory, rows being those of `row_stride`.
+#else
+/// Bytes of a warp's stage: TOKENS rows of a panel of gates, then of up.
+#define STAGE_STRIDE (PANEL * 2 + 128 / TOKENS)
+#define STAGE_BYTES (2 * TOKENS * STAGE_STRIDE)
+
+/// Stages a panel of TOKENS rows. What no row fills holds anything.
+static __device__ __forceinline__ void stage_panel(const half* gate, const half* up, const Shape& shape, int row, int panel, unsigned char* to) {
+    int lane = threadIdx.x % 32, column = panel * PANEL + lane % 16 * 8;
+    if (column < shape.grouped()) {
+#pragma unroll
+        for (int i = lane / 16; i < TOKENS; i += 2) {
+            if (row + i >= shape.tokens) break;
+            long long at = (long long)(row + i) * shape.columns + column;
+            u32 there = shared_address(to + i * STAGE_STRIDE + lane % 16 * 16);
+            copy16(there, gate + at, true);
+            copy16(there + TOKENS * STAGE_STRIDE, up + at, true);
+        }
+    }
+    copy_commit();
+}
+
+/// What every warp does: panels of TOKENS rows, the next one on its way.
+static __device__ __forceinline__ void make(const half* gate, const half* up, const Shape& shape, const Target& target, int warp) {
+    Lane lane;
+    int part = lane.part, slots = shape.panels() + (shape.outliers > 0);
+    bool vectors = shape.columns % 8 == 0;
+    unsigned char* stages = shared_bytes + 2 * warp * STAGE_BYTES;
+    // Item i is the slot i % slots of unit i / slots; the slot behind the panels is the outliers.
+    int step = gridDim.x * (blockDim.x / 32), units_a_step = step / slots, slots_a_step = step % slots;
+    int item = warp * gridDim.x + blockIdx.x, row = item / slots * TOKENS, slot = item % slots;
+    auto staged = [&](int slot) { return vectors && slot < shape.panels(); };
+    if (row < shape.tokens && staged(slot)) stage_panel(gate, up, shape, row, slot, stages);
+    for (int stage = 0; row < shape.tokens; stage ^= 1) {
+        int next_row = row + units_a_step * TOKENS, next_slot = slot + slots_a_step;
+        if (next_slot >= slots) {
+            next_slot -= slots;
+            next_row += TOKENS;
+        }
+        if (next_row < shape.tokens && staged(next_slot)) stage_panel(gate, up, shape, next_row, next_slot, stages + (stage ^ 1) * STAGE_BYTES);
+        else copy_commit();
+        int token = row + lane.row;
+        bool there = token < shape.tokens;
+        // Values that are not staged, from column `first` on.
+        auto load = [&](float (&v)[32], int first, int end) {
+            const long long at = (long long)(there ? token : 0) * shape.columns;
+#pragma unroll
+            for (int i = 0; i < 32; i++) {
+                int column = first + part * 32 + i;
+                v[i] = column < end ? silu_mul<false>(to_float(gate[at + column]), to_float(up[at + column])) : 0.0f;
+            }
+        };
+        if (slot == shape.panels()) {
+            outlier_codes(part, token, there, shape, target, [&](float (&v)[32], int panel) { load(v, shape.grouped() + panel * PANEL, shape.columns); });
+        } else {
+            float v[32];
+            if (vectors) {
+                copy_wait<1>();
+                __syncwarp();
+                const uint4* gates = reinterpret_cast<const uint4*>(stages + stage * STAGE_BYTES + lane.row * STAGE_STRIDE + part * 64);
+                const uint4* ups = reinterpret_cast<const uint4*>(reinterpret_cast<const unsigned char*>(gates) + TOKENS * STAGE_STRIDE);
+                u32 most = 0;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    uint4 g = gates[i];
+                    most = abs_max_or_nan2(abs_max_or_nan2(most, g.x), g.y);
+                    most = abs_max_or_nan2(abs_max_or_nan2(most, g.z), g.w);
+                }
+                if (max_or_nan(low_half(most), high_half(most)) <= USUAL_GATE) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) silu_mul8<true>(v + 8 * i, gates[i], ups[i]);
+                } else {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) silu_mul8<false>(v + 8 * i, gates[i], ups[i]);
+                }
+                // Groups end at multiples of 32.
+                if (slot * PANEL + part * 32 >= shape.grouped()) {
+#pragma unroll
+                    for (int i = 0; i < 32; i++) v[i] = 0.0f;
+                }
+            } else {
+                load(v, slot * PANEL, shape.grouped());
+            }
+            group_codes(v, part, token, slot, there, shape, target);
+        }
+        __syncwarp();
+        row = next_row;
+        slot = next_slot;
+    }
+}
+#endif
+
+/// Codes of `[tokens, columns]`: `x`, of SILU the gates, and `other`, the weights of NORM in the order of `places` or SILU's rows
+/// of up. `places` holds the channel of each place, -1 for none, in whole panels: those of the groups, then the outliers'. `bad`
+/// becomes the least row with a scale that is not finite. Ordered, block (b, s) takes every gridDim.x-th unit of TOKENS rows and
+/// of it the panels s * slice_panels and on, with `stages` units on their way.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
     const In* x, const void* other, const int* places, int tokens, int columns, int groups, int outliers, int slice_panels, int stages, float epsilon,
-    float clip, float top, float inverse_top, int signed_scales, float least, float greatest, i8* codes, float* scales, int scale_stride, i8* outlier_codes,
-    float* outlier_scales, int padded_outliers, u32* bad
+    float clip, float top, float inverse_top, int signed_scales, float least, float greatest, i8* codes, float* scales, int scale_stride,
+    i8* outlier_codes, float* outlier_scales, int padded_outliers, u32* bad
 ) {
-    Shape shape{tokens, columns, groups, outliers, slice_panels};
-    int rows = TOKENS * (FROM == SILU ? 2 : 1), stride = row_stride(shape.staged());
-    Ring ring(stages, BEFORE + rows * stride);
-    for (int i = threadIdx.x; i < stages * rows; i += THREADS)
-        *reinterpret_cast<uint4*>(shared_bytes + HEAD + i / rows * ring.stage_bytes + i % rows * stride) = make_uint4(0, 0, 0, 0);
+    Shape shape{tokens, columns, groups, outliers};
+    Target target{clip, top, inverse_top, signed_scales, least, greatest, codes, scales, scale_stride, outlier_codes, outlier_scales, padded_outliers, bad};
+    // The shuffle tells the compiler that a warp's lanes go one way.
+    int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+#if ORDERED
+    int rows = TOKENS * (FROM == SILU ? 2 : 1), stride = row_stride(columns), all_places = (shape.panels() + shape.outlier_panels()) * PANEL;
+    int* order = reinterpret_cast<int*>(shared_bytes + HEAD);
+    float* weights = reinterpret_cast<float*>(order + all_places);
+    Ring ring(stages, BEFORE + rows * stride, HEAD + all_places * (FROM == NORM ? 8 : 4));
     if (threadIdx.x < stages) {
         u32 barrier = shared_address(shared_bytes) + 8 * threadIdx.x;
         barrier_init(barrier, 32);
-        barrier_init(barrier + 8 * MOST_STAGES, shape.tasks());
+        barrier_init(barrier + 8 * MOST_STAGES, MAKERS + SUMMERS);
         barrier_init(barrier + 16 * MOST_STAGES, 1);
 #if BULK
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
     }
+    for (int i = threadIdx.x; i < stages * rows; i += THREADS)
+        *reinterpret_cast<uint4*>(shared_bytes + ring.rows_at + i / rows * ring.stage_bytes + i % rows * stride) = make_uint4(0, 0, 0, 0);
     __syncthreads();
-    // The shuffle tells the compiler that a warp's lanes go one way.
-    int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-    if (warp < MAKERS) {
-        Target target{clip, top, inverse_top, signed_scales, least, greatest, codes, scales, scale_stride, outlier_codes, outlier_scales, padded_outliers, bad};
-        make(places, reinterpret_cast<const float*>(other), shape, target, warp, ring);
-#if FROM == NORM
-    } else if (warp < MAKERS + SUMMERS) {
-        sum_units(shape, epsilon, warp - MAKERS, ring);
-#endif
-    } else {
-        stage_units(x, other, shape, ring);
+    // Rows are on their way while the order comes.
+    if (warp == WARPS - 1) stage_units(x, other, shape, ring);
+    else for (int i = threadIdx.x; i < all_places / 4; i += 32 * (WARPS - 1)) {
+        copy16(shared_address(order + 4 * i), places + 4 * i, true);
+        if (FROM == NORM) copy16(shared_address(weights + 4 * i), reinterpret_cast<const float*>(other) + 4 * i, true);
     }
+    if (warp == WARPS - 1) return;
+    copy_commit();
+    copy_wait<0>();
+    asm volatile("bar.sync 1, %0;" ::"n"(32 * (WARPS - 1)) : "memory");
+#if FROM == NORM
+    if (warp >= MAKERS) {
+        sum_units(shape, epsilon, warp - MAKERS, ring);
+        return;
+    }
+#endif
+    make(order, weights, shape, slice_panels, target, warp, ring);
+#else
+    make(x, reinterpret_cast<const half*>(other), shape, target, warp);
+#endif
 }

@@ -197,7 +197,7 @@ impl Cuda {
             head_dim,
             shared_bytes: if large { 210_000 } else { 90_000 },
             resident: if quantized && large { 2 } else { 1 },
-            multiprocessors: self.gpu.multiprocessors()?,
+            multiprocessors: self.gpu.multiprocessors,
             bulk: capability >= 9,
         })
     }

@@ -11,14 +11,11 @@ use crate::Result;
 use crate::quant::levels::Levels;
 use crate::quant::site::{OutlierFormat, PADDING, SiteFormat, Transform};
 
-/// Threads of a block, and panels that each block makes of rows in the site's order. fused.cu has the former too.
-const THREADS: usize = 128;
-const SLICE_PANELS: usize = 4;
+/// Shared memory of fused.cu before the order, and stages that it has barriers for.
+const HEAD_BYTES: usize = 896;
+const MOST_STAGES: usize = 16;
 /// Outliers of a site whose codes are made here.
 const MOST_OUTLIERS: usize = 256;
-/// With fewer blocks than these the device is not filled, and a block takes fewer rows.
-const FILLED_BLOCKS: usize = 1000;
-
 /// A norm's weight in the order of a site, as the kernel reads it.
 pub struct NormWeight(Buffer);
 
@@ -28,7 +25,6 @@ pub(super) enum Columns {
     /// The source's channels.
     Channels,
     /// Places of the site's order, padding and outliers included: the weights' rows were arranged.
-    #[cfg_attr(not(test), expect(dead_code, reason = "no weights' rows are arranged yet"))]
     Places,
 }
 
@@ -73,12 +69,21 @@ fn by_places<T: Copy>(format: &SiteFormat, none: T, of: impl Fn(usize) -> T) -> 
     values
 }
 
-/// How fused.cu is launched: rows and panels of a block, its shared memory.
+/// How fused.cu is launched.
 #[derive(Debug)]
 struct Plan {
+    /// Rows of a unit.
     tokens: usize,
     slice_panels: usize,
+    stages: usize,
     geometry: Geometry,
+}
+
+/// What a device has.
+#[derive(Clone, Copy, Debug)]
+struct Room {
+    multiprocessors: usize,
+    shared_bytes: usize,
 }
 
 impl Plan {
@@ -88,37 +93,61 @@ impl Plan {
         kind: &str,
         columns: Columns,
         rows: usize,
-        most_shared: usize,
+        room: Room,
     ) -> Option<Self> {
-        let [grouped, outliers] = panels(format);
-        let ordered = columns == Columns::Channels;
-        // Some bytes are the kernel's own.
-        let most_shared = most_shared - 256;
-        let (element, inputs) = match kind {
-            "NORM" => (4, 1),
-            "HALF" => (2, 1),
-            _ => (2, 2),
+        let [panels, outlier_panels] = panels(format);
+        let blocks = room.multiprocessors;
+        if columns == Columns::Places {
+            // Each warp stages panels of its own.
+            let (tokens, stage) = (8, 2 * 8 * (2 * PANEL + 16));
+            let warps = (room.shared_bytes / (2 * stage)).min(24) / 4 * 4;
+            let items = rows.div_ceil(tokens) * (panels + outlier_panels.min(1));
+            return Some(Self {
+                tokens,
+                slice_panels: panels,
+                stages: 2,
+                geometry: Geometry {
+                    grid: (blocks.min(items), 1, 1),
+                    threads: 32 * warps,
+                    shared_bytes: 2 * stage * warps,
+                },
+            });
+        }
+        let (element, inputs, by_place, threads) = match kind {
+            "NORM" => (4, 1, 8, 768),
+            "HALF" => (2, 1, 4, 768),
+            _ => (2, 2, 4, 640),
         };
-        // A block of ordered rows stages what it makes, any other whole rows.
-        let (slice_panels, staged) =
-            if ordered { (grouped, format.channels) } else { (SLICE_PANELS, SLICE_PANELS * PANEL) };
-        let shared = |tokens: usize| {
-            16 + inputs * tokens * ((staged * element).next_multiple_of(128) + 128 / tokens)
+        let head = HEAD_BYTES + (panels + outlier_panels) * PANEL * by_place;
+        let stage = |tokens: usize| {
+            16 + inputs
+                * tokens
+                * ((format.channels * element).next_multiple_of(128) + 128 / tokens)
         };
-        let all: &[usize] = if ordered { &[8, 4, 2, 1] } else { &[8] };
-        let mut fitting = all.iter().copied().filter(|&tokens| shared(tokens) <= most_shared);
-        let least = fitting.clone().next_back()?;
-        let tokens =
-            fitting.find(|&tokens| rows.div_ceil(tokens) >= FILLED_BLOCKS).unwrap_or(least);
-        let slices = if ordered { 1 } else { grouped.div_ceil(slice_panels) };
-        let extra = usize::from(!ordered && outliers > 0);
-        Some(Self {
+        let stages = |tokens: usize| {
+            room.shared_bytes.checked_sub(head).map_or(0, |left| left / stage(tokens))
+        };
+        // As many rows as leave nearly every block a unit, and room for the next one.
+        let fills = |tokens: usize| 10 * rows.div_ceil(tokens) >= 9 * blocks;
+        let enough = |&tokens: &usize| stages(tokens) >= 2 && fills(tokens);
+        // Of few rows a unit may be mostly empty; a norm's sums then take longer.
+        let few: &[usize] = if kind == "NORM" { &[2, 1] } else { &[4, 2, 1] };
+        let fits = |&tokens: &usize| stages(tokens) >= 1;
+        let tokens = [8, 4, 2].into_iter().find(enough).or(few.iter().copied().find(fits))?;
+        let units = rows.div_ceil(tokens);
+        // Few rows are shared out among several blocks each.
+        let slices = (blocks / units.max(1)).clamp(1, panels.div_ceil(8 / tokens).max(1));
+        let slice_panels = panels.div_ceil(slices).next_multiple_of(8 / tokens).max(1);
+        let slices = panels.div_ceil(slice_panels).max(1);
+        let stages = stages(tokens).min(MOST_STAGES).min(units.max(1));
+        (stages > 0).then(|| Self {
             tokens,
             slice_panels,
+            stages,
             geometry: Geometry {
-                grid: (rows.div_ceil(tokens), slices + extra, 1),
-                threads: THREADS,
-                shared_bytes: shared(tokens),
+                grid: ((blocks / slices).clamp(1, units.max(1)), slices, 1),
+                threads,
+                shared_bytes: head + stages * stage(tokens),
             },
         })
     }
@@ -200,8 +229,11 @@ impl Cuda {
     ) -> Result<Option<Rows>> {
         let format = &site.format;
         let &Source { kind, x, values, other, epsilon, columns } = source;
-        let most_shared = self.gpu.device.block_shared_bytes();
-        let plan = Plan::new(format, kind, columns, x.rows, most_shared);
+        let room = Room {
+            multiprocessors: self.gpu.multiprocessors,
+            shared_bytes: self.gpu.block_shared_bytes,
+        };
+        let plan = Plan::new(format, kind, columns, x.rows, room);
         let (Some(places), Some(plan)) = (&site.places, plan) else { return Ok(None) };
         let ordered = columns == Columns::Channels;
         assert_eq!(x.columns, if ordered { format.channels } else { format.width() });
@@ -227,9 +259,11 @@ impl Cuda {
                 format.groups,
                 format.outlier_channels,
                 plan.slice_panels,
+                plan.stages,
                 epsilon,
                 format.clip,
                 format.top(),
+                1.0 / format.top(),
                 i32::from(format.has_signs()),
                 least,
                 greatest,
@@ -249,11 +283,12 @@ impl Cuda {
     fn rows_of(&self, tokens: usize, format: &SiteFormat, layout: Layout) -> Result<Rows> {
         let SiteFormat { group_size, groups, .. } = *format;
         let [panels, outlier_panels] = panels(format);
-        let (scale_stride, codes, scale_bytes, outliers);
+        let (scale_stride, codes, scales, outliers);
         if layout == Layout::Tiled {
             scale_stride = padded_tokens(tokens);
             codes = panels * scale_stride * PANEL;
-            scale_bytes = tiled_scale_bytes(panels * (PANEL / group_size), tokens);
+            // Groups that there are not have finite scales, too.
+            scales = self.gpu.zeros(tiled_scale_bytes(panels * (PANEL / group_size), tokens))?;
             let there = format.outlier_channels > 0;
             let alloc = |bytes: usize| there.then(|| self.gpu.alloc(bytes)).transpose();
             outliers = Outliers {
@@ -265,7 +300,7 @@ impl Cuda {
         } else {
             scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
             codes = tokens * format.grouped_channels();
-            scale_bytes = 4 * scale_stride * groups;
+            scales = self.gpu.alloc(4 * scale_stride * groups)?;
             outliers = self.outliers(format.outlier_channels, format.outlier_format, tokens)?;
         }
         Ok(Rows {
@@ -276,7 +311,7 @@ impl Cuda {
             group_size,
             groups,
             codes: self.gpu.alloc(codes)?,
-            scales: self.gpu.alloc(scale_bytes)?,
+            scales,
             scale_stride,
             outliers,
         })

@@ -13,7 +13,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use cudarc::driver::result::{self, mem_pool};
-use cudarc::driver::sys::{self, CUdeviceptr, CUmemPool_attribute, CUresult, CUstream};
+use cudarc::driver::sys::{
+    self, CUdevice_attribute, CUdeviceptr, CUmemPool_attribute, CUresult, CUstream,
+};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 
 use super::libraries::Device;
@@ -23,6 +25,10 @@ use crate::{Error, Result};
 pub struct Gpu {
     /// What it is.
     pub device: Device,
+    /// Its multiprocessors.
+    pub multiprocessors: usize,
+    /// Bytes of shared memory that a block of threads may take.
+    pub block_shared_bytes: usize,
     context: Arc<CudaContext>,
     main: Arc<CudaStream>,
     up: Arc<CudaStream>,
@@ -87,6 +93,14 @@ impl Gpu {
         let mut wait = 0i32;
         let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES;
         set(attribute, (&raw mut wait).cast())?;
+        let attribute = |attribute| {
+            let value = context.attribute(attribute);
+            value.map(|value| value as usize).map_err(|error| failed("cuDeviceGetAttribute", error))
+        };
+        let multiprocessors =
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let block_shared_bytes =
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let (free, _) = result::mem_get_info().map_err(|error| failed("cuMemGetInfo", error))?;
         let free = free as u64;
         if let Some(limit) = limit_bytes.filter(|limit| *limit > free) {
@@ -98,6 +112,8 @@ impl Gpu {
         }
         Ok(Arc::new(Self {
             device,
+            multiprocessors,
+            block_shared_bytes,
             context,
             main,
             up,
@@ -108,17 +124,6 @@ impl Gpu {
             peak_bytes: AtomicU64::new(0),
             trace: std::env::var_os(TRACE_VARIABLE).map(|_| Mutex::default()),
         }))
-    }
-
-    /// What the driver says of the device.
-    pub(super) fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32> {
-        self.context.attribute(attribute).map_err(|error| failed("cuDeviceGetAttribute", error))
-    }
-
-    /// How many multiprocessors the device has.
-    pub(super) fn multiprocessors(&self) -> Result<usize> {
-        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        Ok(usize::try_from(self.attribute(attribute)?).unwrap_or(1))
     }
 
     /// Makes the calling thread use this GPU.

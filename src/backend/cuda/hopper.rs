@@ -248,7 +248,7 @@ impl Cuda {
             parts
         ];
         let tiles = rows.div_ceil(BLOCK_ROWS * tiling.blocks);
-        let resident = self.gpu.multiprocessors()? * tiling.per_sm;
+        let resident = self.gpu.multiprocessors * tiling.per_sm;
         let (defines, shared_bytes) = (tiling.defines(), tiling.shared_bytes());
         if tiling.is_for_many() {
             let all = tiles * tokens.div_ceil(tiling.tokens);

@@ -114,7 +114,7 @@ impl Cuda {
         let Spread { threads, resident } = spread;
         let needed = (bytes / 16).div_ceil(threads * 8).max(1);
         let blocks = match resident {
-            Some(blocks) => (blocks * self.gpu.multiprocessors()?).min(needed),
+            Some(blocks) => (blocks * self.gpu.multiprocessors).min(needed),
             None => needed,
         };
         Ok(Geometry::line(blocks, threads))
