@@ -5,6 +5,7 @@ mod cpu;
 mod device;
 mod gemm;
 mod gemm_models;
+mod prefill;
 mod quantize;
 mod rate;
 mod synthetic;
@@ -19,6 +20,7 @@ pub use attention::{
 pub use cpu::{LLAMA_2_7B, Product, SMOLLM2_135M, products};
 pub use gemm::{GemmOutcome, GemmRow, GemmSettings, gemm};
 pub use gemm_models::{GEMM_MODELS, GemmModel, gemm_models};
+pub use prefill::{PrefillSettings, prefill};
 pub use quantize::quantize;
 pub use synthetic::{SHAPES, SyntheticModel};
 

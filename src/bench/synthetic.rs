@@ -74,11 +74,13 @@ impl SyntheticModel {
         )
     }
 
-    /// Writes the checkpoint into `directory`, a tensor at a time, and sees that it is read from the
-    /// disk and not from the system's cache.
-    pub fn write(&self, directory: &Path) -> Result<()> {
+    /// Its `config.json`.
+    ///
+    /// # Errors
+    /// A usage error for a name that is not known.
+    pub fn config(&self) -> Result<Value> {
         let Shape { hidden, intermediate, blocks, heads, kv_heads } = self.known_shape()?;
-        let config = json!({
+        Ok(json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
@@ -92,7 +94,13 @@ impl SyntheticModel {
             "rope_theta": 10000.0,
             "tie_word_embeddings": false,
             "torch_dtype": "float16",
-        });
+        }))
+    }
+
+    /// Writes the checkpoint into `directory`, a tensor at a time, and sees that it is read from the
+    /// disk and not from the system's cache.
+    pub fn write(&self, directory: &Path) -> Result<()> {
+        let config = self.config()?;
         fs_err::create_dir_all(directory)?;
         fs_err::write(directory.join("config.json"), config.to_string())?;
         fs_err::write(directory.join("tokenizer.json"), hub::tiny_llama()?.tokenizer()?)?;

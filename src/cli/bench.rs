@@ -7,9 +7,10 @@ use clap::{Args, Subcommand, ValueEnum};
 use super::args::{DeviceFlag, with_backend};
 use super::recipe::RecipeFlags;
 use super::{Output, Ui, values};
-use crate::Result;
-use crate::bench::{self, AttentionSettings, GemmSettings, SyntheticModel};
+use crate::bench::{self, AttentionSettings, GemmSettings, PrefillSettings, SyntheticModel};
+use crate::model::Architecture;
 use crate::quant::levels::Levels;
+use crate::{Error, Result};
 
 #[derive(Args, Debug)]
 pub(crate) struct Arguments {
@@ -25,6 +26,8 @@ enum What {
     Cpu,
     /// The GPU's integer product at models' shapes, beside cuBLASLt in f16, INT8 and FP8
     Gemm(GemmFlags),
+    /// A window through a model's blocks, on the integer kernels and in full precision
+    Prefill(PrefillFlags),
     /// Speed and memory of `quantize` on a synthetic checkpoint of a known model's widths
     Quantize(Box<SyntheticFlags>),
 }
@@ -143,6 +146,60 @@ struct AttentionFlags {
     device: DeviceFlag,
 }
 
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  atom bench prefill --shape llama-2-7b --tokens 2048")]
+struct PrefillFlags {
+    /// Model whose shapes the blocks have
+    #[arg(long, value_name = "MODEL", default_value = "llama-2-7b")]
+    shape: String,
+    /// Decoder blocks [default: as many as the model has]
+    #[arg(long, value_name = "N", value_parser = values::count)]
+    blocks: Option<usize>,
+    /// Tokens of the window
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "2048",
+        value_parser = values::window_length
+    )]
+    tokens: usize,
+    /// Channels that share a scale, a multiple of 16
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
+    group: usize,
+    /// Outlier channels, in INT8
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    outliers: usize,
+    /// Bits of a key's or value's code; 16 leaves the cache alone
+    #[arg(long, value_name = "2..8|16", default_value_t = 4)]
+    kv_bits: u8,
+    /// Runs of which the median counts
+    #[arg(long, value_name = "N", default_value = "7", value_parser = values::count)]
+    repeats: usize,
+    #[command(flatten)]
+    device: DeviceFlag,
+}
+
+impl PrefillFlags {
+    fn settings(&self) -> Result<PrefillSettings> {
+        let &Self { blocks, tokens, group, outliers, kv_bits, repeats, .. } = self;
+        if !matches!(kv_bits, 2..=8 | 16) {
+            return Err(Error::usage(format!("a cache has no codes of {kv_bits} bits"))
+                .hint("give --kv-bits 2 to 8, or 16"));
+        }
+        let shape = self.shape.clone();
+        let model = SyntheticModel { shape, blocks, samples: 1, seq_len: tokens, directory: None };
+        Ok(PrefillSettings {
+            architecture: Architecture::from_config(&model.config()?)?,
+            shape: model.shape,
+            tokens,
+            group_size: group,
+            outliers,
+            kv_bits,
+            repeats,
+        })
+    }
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Format {
     Int,
@@ -190,6 +247,11 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
                 fs_err::write(path, measured.chart().svg())?;
             }
             measured.outcome()
+        }
+        What::Prefill(flags) => {
+            let settings = flags.settings()?;
+            let backend = flags.device.open()?;
+            with_backend!(&backend, ui, backend => bench::prefill(backend, &settings, ui))?
         }
         What::Quantize(flags) => {
             let model = SyntheticModel {

@@ -1,0 +1,237 @@
+/*! `atom bench prefill`: the blocks of a model over one window, on the integer kernels and in full precision.
+
+Weights are random, of a known model's shapes; everything between the embedding and the last norm runs, as in
+evaluation. Two blocks with weights of their own take turns for as many as the model has, so that neither's weights
+are in a cache when it comes; the two paths take turns as well. */
+
+use std::time::Instant;
+
+use half::f16;
+use serde::Serialize;
+use serde_json::json;
+
+use super::cpu::{identity_site, random};
+use super::{BenchOutcome, median};
+use crate::Result;
+use crate::backend::{AttentionSpec, Backend, Matrix, Unquantized};
+use crate::checkpoint::{Dtype, Tensor};
+use crate::model::Architecture;
+use crate::model::block::{Block, Linear, Site, Treatment};
+use crate::model::sites::{LinearSpec, SiteSpec};
+use crate::pipeline::attention_spec;
+use crate::pipeline::progress::Progress;
+use crate::quant::kv::KvFormat;
+use crate::quant::site::{SiteFormat, Transform};
+use crate::quant::weights::WeightFormat;
+
+/// Blocks with weights of their own.
+const DISTINCT: usize = 2;
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct PrefillSettings {
+    /// The model's name.
+    pub shape: String,
+    /// Its shapes and blocks.
+    pub architecture: Architecture,
+    /// Tokens of the window.
+    pub tokens: usize,
+    /// Channels that share a scale.
+    pub group_size: usize,
+    /// Outlier channels in INT8.
+    pub outliers: usize,
+    /// Bits of a key's or value's code.
+    pub kv_bits: u8,
+    /// Runs of each path that the median is taken of.
+    pub repeats: usize,
+}
+
+/// One path.
+#[derive(Serialize)]
+struct Path {
+    path: String,
+    milliseconds: f64,
+    tokens_per_second: f64,
+    /// How many times as fast as full precision.
+    speedup: f64,
+}
+
+/// Measures both paths.
+///
+/// # Errors
+/// A usage error where the formats do not fit the shape; the device's.
+pub fn prefill<B: Backend>(
+    backend: &B,
+    settings: &PrefillSettings,
+    progress: &dyn Progress,
+) -> Result<BenchOutcome> {
+    let PrefillSettings { architecture, tokens, .. } = settings;
+    let (tokens, blocks) = (*tokens, architecture.blocks);
+    let spec = |kv| attention_spec(architecture, kv, tokens);
+    let kv = KvFormat { bits: settings.kv_bits, rotate: settings.kv_bits < 16, ..KvFormat::FULL };
+    progress.info(&format!("making random blocks of {}", settings.shape));
+    let mut pairs = Vec::with_capacity(DISTINCT);
+    for seed in 0..DISTINCT as u64 {
+        progress.check_stop()?;
+        pairs.push(pair(backend, architecture, settings, seed)?);
+    }
+    let (dense, quantized): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
+    let paths = [(spec(KvFormat::FULL), dense), (spec(kv), quantized)];
+    let data = random(tokens * architecture.hidden, 99);
+    let x = backend.upload(Matrix { rows: tokens, columns: architecture.hidden, data })?;
+
+    progress.begin("bench prefill", settings.repeats + 1);
+    let mut seconds = [const { Vec::new() }; 2];
+    for repeat in 0..=settings.repeats {
+        for ((attention, path), seconds) in paths.iter().zip(&mut seconds) {
+            progress.check_stop()?;
+            let took = run(backend, attention, path, blocks, &x)?;
+            // The first one compiles and warms up.
+            if repeat > 0 {
+                seconds.push(took);
+            }
+        }
+        progress.advance("");
+    }
+    progress.end();
+    let [dense, quantized] = seconds.each_mut().map(|seconds| median(seconds));
+    let path = |name: &str, seconds: f64| Path {
+        path: name.to_owned(),
+        milliseconds: 1e3 * seconds,
+        tokens_per_second: tokens as f64 / seconds,
+        speedup: dense / seconds,
+    };
+    let name =
+        format!("w4a4kv{} g{} o{}", settings.kv_bits, settings.group_size, settings.outliers);
+    let mut outcome = BenchOutcome::of(&[path("full precision", dense), path(&name, quantized)]);
+    let facts = [
+        ("device", json!(backend.device())),
+        ("shape", json!(settings.shape)),
+        ("blocks", json!(blocks)),
+        ("tokens", json!(tokens)),
+    ];
+    outcome.facts = facts.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+    Ok(outcome)
+}
+
+/// Seconds of all blocks.
+fn run<B: Backend>(
+    backend: &B,
+    attention: &AttentionSpec,
+    path: &[Block<B>],
+    blocks: usize,
+    x: &B::Tensor,
+) -> Result<f64> {
+    let mut x = backend.duplicate(x)?;
+    backend.wait()?;
+    let start = Instant::now();
+    for block in path.iter().cycle().take(blocks) {
+        block.forward(backend, attention, &mut x, &mut |_, _| Ok(()))?;
+    }
+    backend.wait()?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
+/// A block of random weights in full precision, and the same quantized.
+fn pair<B: Backend>(
+    backend: &B,
+    architecture: &Architecture,
+    settings: &PrefillSettings,
+    seed: u64,
+) -> Result<(Block<B>, Block<B>)> {
+    let mut dense = Vec::new();
+    let mut quantized = Vec::new();
+    for (at, spec) in architecture.sites(0).iter().enumerate() {
+        let format = SiteFormat {
+            transform: Transform::Hadamard,
+            signed_scales: true,
+            ..identity_site(spec.channels, settings.group_size, settings.outliers)
+        };
+        format.check()?;
+        let order = backend.site(&format)?;
+        let (mut whole, mut packed) = (Vec::new(), Vec::new());
+        for (nth, linear) in spec.linears.iter().enumerate() {
+            let bytes = random_weight(linear, seed << 8 | (at << 4 | nth) as u64);
+            let shape = [linear.rows, linear.columns];
+            let weight =
+                backend.load(Tensor::in_memory(&linear.name, Dtype::F16, &shape, &bytes))?;
+            let name = &linear.name;
+            let weights = WeightFormat::of(&format, 4, 1, 1.0);
+            let own = Unquantized { name, weight: &weight, format: weights };
+            packed.push(Linear::Packed(backend.packed(&backend.round(&own, &order)?)?));
+            whole.push(Linear::Dense(backend.dense(&weight, None)?));
+        }
+        dense.push(site(spec, Treatment::Source, whole));
+        quantized.push(site(spec, Treatment::Quantized(order), packed));
+    }
+    Ok((block(backend, architecture, dense)?, block(backend, architecture, quantized)?))
+}
+
+/// f16 values of variance `1 / columns`, which keep a token's energy.
+fn random_weight(linear: &LinearSpec, seed: u64) -> Vec<u8> {
+    let scale = (3.0 / linear.columns as f32).sqrt();
+    let values = random(linear.rows * linear.columns, seed);
+    values.into_iter().flat_map(|value| f16::from_f32(value * scale).to_le_bytes()).collect()
+}
+
+fn site<B: Backend>(spec: &SiteSpec, treatment: Treatment<B>, linears: Vec<Linear<B>>) -> Site<B> {
+    Site { kind: spec.kind, name: spec.name.clone(), treatment, linears }
+}
+
+fn block<B: Backend>(
+    backend: &B,
+    architecture: &Architecture,
+    sites: Vec<Site<B>>,
+) -> Result<Block<B>> {
+    let ones = || {
+        let columns = architecture.hidden;
+        backend.upload(Matrix { rows: 1, columns, data: vec![1.0; columns] })
+    };
+    Ok(Block {
+        attn_norm: ones()?,
+        mlp_norm: ones()?,
+        epsilon: architecture.norm_epsilon,
+        key_mean: None,
+        sites: sites.try_into().ok().expect("a block has four sites"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::Cpu;
+    use crate::pipeline::progress::Silent;
+
+    #[test]
+    fn both_paths_run_and_are_compared() {
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": 96,
+            "intermediate_size": 160,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "vocab_size": 100,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": false,
+        });
+        let settings = PrefillSettings {
+            shape: "small".to_owned(),
+            architecture: Architecture::from_config(&config).unwrap(),
+            tokens: 16,
+            group_size: 32,
+            outliers: 32,
+            kv_bits: 4,
+            repeats: 1,
+        };
+        let outcome = prefill(&Cpu::new().unwrap(), &settings, &Silent).unwrap();
+        let names: Vec<_> = outcome.rows.iter().map(|row| row["path"].as_str().unwrap()).collect();
+        assert_eq!(names, ["full precision", "w4a4kv4 g32 o32"]);
+        assert_eq!(outcome.rows[0]["speedup"], 1.0);
+        assert!(outcome.rows[1]["speedup"].as_f64().unwrap() > 0.0);
+        assert_eq!(outcome.facts["blocks"], 3);
+    }
+}
