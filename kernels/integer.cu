@@ -2,10 +2,11 @@
 // specification: for each output, group by group in ascending order,
 // acc = fma(s_x s_w, the exact integer dot product, acc), and last the outlier block.
 //
-// Macros: GROUP (a multiple of 16, up to a whole row) and OUT_HALF (0: y is f32; 1: f16). STAGES may be
-// given to have more copies under way.
+// Macros: GROUP (a multiple of 16, up to a whole row), OUT_HALF (0: y is f32; 1: f16) and NIBBLES (1: codes of groups are
+// two a byte, the first in the lower half, and are multiplied by the INT4 tensor cores that sm_80 to sm_89 have; GROUP
+// is then a multiple of 32). STAGES may be given to have more copies under way.
 //
-// Layout: codes are rows of bytes, x [tokens, groups * GROUP] and w [rows, groups * GROUP]. Scales lie with
+// Layout: codes are rows of bytes, x [tokens, groups * UNIT] and w [rows, groups * UNIT]. Scales lie with
 // the group outside, so that a tile reads neighbours: sx [groups, tokens rounded up to a multiple of 4]
 // and sw [groups, rows rounded up to a multiple of 4]; what the rounding adds is read and never used.
 // Outliers: xo [tokens, op] and wo [rows, op] with op a multiple of 32 (0: none, and the pointers are not
@@ -16,26 +17,32 @@
 //
 // add_float_outliers: PRODUCT_THREADS threads, grid (ceil(rows / 64), ceil(tokens / 64)).
 
+#ifndef NIBBLES
+#define NIBBLES 0
+#endif
+
 #define PRODUCT_THREADS 256
 #define TILE 128
 
+/// Bytes of a group.
+#define UNIT (NIBBLES ? GROUP / 2 : GROUP)
 /// A stage holds whole groups where they are short, else an equal part of one group, in 128 bytes a row.
-#define GROUPS_A_STAGE (GROUP <= 128 ? 128 / GROUP : 1)
-#define PARTS_A_GROUP (GROUP <= 128 ? 1 : (GROUP + 127) / 128)
+#define GROUPS_A_STAGE (UNIT <= 128 ? 128 / UNIT : 1)
+#define PARTS_A_GROUP (UNIT <= 128 ? 1 : (UNIT + 127) / 128)
 /// Bytes of a row that a stage holds, rounded up to 32 for a part. The last part of a group may be
 /// shorter; zeros follow it.
-#define SPAN (GROUP <= 128 ? GROUPS_A_STAGE * GROUP : ((GROUP + PARTS_A_GROUP - 1) / PARTS_A_GROUP + 31) / 32 * 32)
-/// Depth of a matrix instruction: two groups never share one.
-#define DEPTH (GROUP <= 128 && GROUP % 32 != 0 ? 16 : 32)
+#define SPAN (UNIT <= 128 ? GROUPS_A_STAGE * UNIT : ((UNIT + PARTS_A_GROUP - 1) / PARTS_A_GROUP + 31) / 32 * 32)
+/// Bytes that a matrix instruction takes of a row: two groups never share one.
+#define DEPTH (UNIT <= 128 && UNIT % 32 != 0 ? 16 : 32)
 
 /// Codes and scales of a tile of tokens and a tile of rows.
 #define STAGE_BYTES (2 * TILE * 128 + 2 * GROUPS_A_STAGE * TILE * 4)
 #ifndef STAGES
-#define STAGES (GROUP > 64 ? 3 : 2)
+#define STAGES (UNIT > 64 ? 3 : 2)
 #endif
 #define PRODUCT_SHARED (STAGES * STAGE_BYTES)
 
-static_assert(GROUP >= 16 && GROUP % 16 == 0, "groups are whole 16-byte pieces");
+static_assert(UNIT >= 16 && UNIT % 16 == 0, "groups are whole 16-byte pieces");
 static_assert(STAGES >= 2, "a stage is multiplied while another one is copied");
 
 // ---- Matrix instructions ----
@@ -58,7 +65,7 @@ static __device__ __forceinline__ float float_of_sum(int sum) {
     return BY_BITS ? __int_as_float(sum) - 12582912.0f : __int2float_rn(sum);
 }
 
-/// d = c + a b with 32 (16) channels.
+/// d = c + a b with 32 (16) bytes of codes.
 static __device__ __forceinline__ void mma_codes_32(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, int c0, int c1, int c2, int c3) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -66,6 +73,18 @@ static __device__ __forceinline__ void mma_codes_32(int (&d)[4], const u32 (&a)[
 }
 static __device__ __forceinline__ void mma_codes_16(int (&d)[4], u32 a0, u32 a1, u32 b0, int c0, int c1, int c2, int c3) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(a0), "r"(a1), "r"(b0), "r"(c0), "r"(c1), "r"(c2), "r"(c3));
+}
+
+/// The same bytes as twice as many codes of 4 bits.
+static __device__ __forceinline__ void mma_nibbles_32(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, int c0, int c1, int c2, int c3) {
+    asm volatile("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c0), "r"(c1), "r"(c2), "r"(c3));
+}
+static __device__ __forceinline__ void mma_nibbles_16(int (&d)[4], u32 a0, u32 a1, u32 b0, int c0, int c1, int c2, int c3) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
                  : "r"(a0), "r"(a1), "r"(b0), "r"(c0), "r"(c1), "r"(c2), "r"(c3));
 }
@@ -95,9 +114,13 @@ template <int DEEP> static __device__ __forceinline__ void load_codes(Codes& cod
 }
 
 /// One of the 4 x 4 results: d = c + its product.
-template <int DEEP>
+template <int DEEP, bool PAIRS>
 static __device__ __forceinline__ void multiply(int (&d)[4], const Codes& codes, int m, int n, int c0, int c1, int c2, int c3) {
-    if (DEEP == 32)
+    if (DEEP == 32 && PAIRS)
+        mma_nibbles_32(d, codes.x[m], codes.w[n / 2][n % 2 * 2], codes.w[n / 2][n % 2 * 2 + 1], c0, c1, c2, c3);
+    else if (PAIRS)
+        mma_nibbles_16(d, codes.x[m / 2][m % 2 * 2], codes.x[m / 2][m % 2 * 2 + 1], codes.w[0][n], c0, c1, c2, c3);
+    else if (DEEP == 32)
         mma_codes_32(d, codes.x[m], codes.w[n / 2][n % 2 * 2], codes.w[n / 2][n % 2 * 2 + 1], c0, c1, c2, c3);
     else
         mma_codes_16(d, codes.x[m / 2][m % 2 * 2], codes.x[m / 2][m % 2 * 2 + 1], codes.w[0][n], c0, c1, c2, c3);
@@ -176,9 +199,9 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
     const int height = min(8, token_tiles - band * 8);
     const int first_token = (band * 8 + in_band % height) * TILE, first_row = in_band / height * TILE;
 
-    const long long row_bytes = (long long)groups * GROUP;
+    const long long row_bytes = (long long)groups * UNIT;
     const int token_stride = (tokens + 3) / 4 * 4, row_stride = (rows + 3) / 4 * 4;
-    const int group_stages = GROUP <= 128 ? (groups + GROUPS_A_STAGE - 1) / GROUPS_A_STAGE : groups * PARTS_A_GROUP;
+    const int group_stages = UNIT <= 128 ? (groups + GROUPS_A_STAGE - 1) / GROUPS_A_STAGE : groups * PARTS_A_GROUP;
     const int stages = group_stages + (op + 127) / 128;
     const u32 base = shared_address(memory);
 
@@ -199,8 +222,8 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
         if (stage < group_stages) {
             // What lies beyond the part, the group or the row is zero, and adds nothing to a sum.
             const int group = stage / PARTS_A_GROUP * GROUPS_A_STAGE, part = stage % PARTS_A_GROUP;
-            const long long begin = (long long)group * GROUP + part * SPAN + copy_piece * 16;
-            const long long end = GROUP <= 128 ? row_bytes : (long long)(group + 1) * GROUP;
+            const long long begin = (long long)group * UNIT + part * SPAN + copy_piece * 16;
+            const long long end = UNIT <= 128 ? row_bytes : (long long)(group + 1) * UNIT;
             if (copy_piece * 16 < SPAN) {
                 copy_codes(x_to, x + begin, row_bytes, first_token, tokens, begin < end);
                 copy_codes(w_to, w + begin, row_bytes, first_row, rows, begin < end);
@@ -214,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
                 copy16(x_to + 2 * TILE * 128 + thread * 16, (of_rows ? sw : sx) + (long long)own * stride + at,
                        own < groups && at < stride);
             }
-#if GROUP < 32
+#if UNIT < 32
             // Eight groups have 512 pieces.
             {
                 const int own = group + 4 + int(thread / 64), piece = thread % 32 * 4;
@@ -261,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
         const u32 x_at = here + place_of_lane<DEPTH, true>(own.token, own.lane);
         const u32 w_at = here + place_of_lane<DEPTH, false>(own.row, own.lane) + TILE * 128;
         const float* stage_scales = (const float*)(memory + stage % STAGES * STAGE_BYTES + 2 * TILE * 128);
-        constexpr int STEPS_A_GROUP = GROUP <= 128 ? GROUP / DEPTH : SPAN / DEPTH;
+        constexpr int STEPS_A_GROUP = UNIT <= 128 ? UNIT / DEPTH : SPAN / DEPTH;
 #pragma unroll
         for (int step = 0; step < SPAN / DEPTH; step++) {
             // Where each step ends a group, loads stay behind barriers: scales and codes of several steps
@@ -281,9 +304,9 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
                 for (int n = 0; n < 4; n++) {
                     int(&sum)[4] = sums[m][n];
                     if (first)
-                        multiply<DEPTH>(sum, codes, m, n, START, START, START, START);
+                        multiply<DEPTH, NIBBLES>(sum, codes, m, n, START, START, START, START);
                     else
-                        multiply<DEPTH>(sum, codes, m, n, sum[0], sum[1], sum[2], sum[3]);
+                        multiply<DEPTH, NIBBLES>(sum, codes, m, n, sum[0], sum[1], sum[2], sum[3]);
                 }
                 // The sums of a group are promoted behind its last products, result by result, so that
                 // the tensor cores and the float units work at the same time.
@@ -319,7 +342,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
                 for (int m = 0; m < 4; m++) {
 #pragma unroll
                     for (int n = 0; n < 4; n++)
-                        multiply<32>(sums[m][n], codes, m, n, sums[m][n][0], sums[m][n][1], sums[m][n][2], sums[m][n][3]);
+                        multiply<32, false>(sums[m][n], codes, m, n, sums[m][n][0], sums[m][n][1], sums[m][n][2], sums[m][n][3]);
                 }
             }
         }
@@ -421,4 +444,33 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS)
             if (token < tokens && row < rows) y[(long long)token * rows + row] = acc[i][j];
         }
     }
+}
+
+// ---- Codes of 4 bits ----
+
+/// Eight bytes of codes a word, `words` words.
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS) pack_nibbles(const uint2* codes, long long words, u32* to) {
+    const long long own = (long long)blockIdx.x * PRODUCT_THREADS + threadIdx.x;
+    if (own >= words) return;
+    const uint2 v = codes[own];
+    // Neighbours meet in a byte: bits 0 to 3 of byte 1 go to bits 4 to 7 of byte 0, and of byte 3 to byte 2.
+    const u32 low = (v.x & 0x000f000f) | (v.x >> 4 & 0x00f000f0), high = (v.y & 0x000f000f) | (v.y >> 4 & 0x00f000f0);
+    to[own] = __byte_perm(low, high, 0x6420);
+}
+
+/// The way back.
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS) unpack_nibbles(const u32* from, long long words, uint2* codes) {
+    const long long own = (long long)blockIdx.x * PRODUCT_THREADS + threadIdx.x;
+    if (own >= words) return;
+    u32 both[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        both[half] = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int code = (int)(from[own] << (28 - (half * 16 + i * 4))) >> 28;
+            both[half] |= (u32)(code & 255) << (8 * i);
+        }
+    }
+    codes[own] = make_uint2(both[0], both[1]);
 }

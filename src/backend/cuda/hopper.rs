@@ -4,6 +4,7 @@ It takes codes in groups of 32, 64 or 128 with INT8 outliers or none; `integer.c
 devices. */
 
 use super::gpu::Buffer;
+use super::integer::Narrow;
 use super::kernels::{self, Tiling};
 use super::launch::{Geometry, arguments};
 use super::tensor::{Blocks, Layout, Outliers, Quantized, Rows, SCALE_MULTIPLE};
@@ -50,7 +51,7 @@ impl Cuda {
         outlier_channels: usize,
         outlier_format: OutlierFormat,
     ) -> bool {
-        self.wgmma
+        self.narrow == Narrow::Wgmma
             && matches!(group_size, 32 | 64 | 128)
             && (outlier_channels == 0 || outlier_format == OutlierFormat::Int8)
     }

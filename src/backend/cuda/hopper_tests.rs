@@ -14,11 +14,11 @@ use crate::quant::weights::WeightFormat;
 /// A device that has `wgmma`, with the switch on.
 fn hopper(test: &str) -> Option<Cuda> {
     let mut cuda = device(test)?;
-    if cuda.gpu.device.capability != WGMMA {
+    if Narrow::of(cuda.gpu.device.capability) != Narrow::Wgmma {
         skipped(test, "the device has no wgmma");
         return None;
     }
-    cuda.wgmma = true;
+    cuda.narrow = Narrow::Wgmma;
     Some(cuda)
 }
 

@@ -55,9 +55,13 @@ pub fn attention(head_dim: usize, rotated: bool) -> Defines {
     vec![("HEAD_DIM", head_dim.to_string()), ("ROTATED", flag(rotated))]
 }
 
-/// Macros of `integer`; `half` gives f16 instead of f32.
-pub fn integer(group: usize, half: bool) -> Defines {
-    vec![("GROUP", group.to_string()), ("OUT_HALF", flag(half))]
+/// Macros of `integer`; `half` gives f16 instead of f32, `nibbles` takes codes two a byte.
+pub fn integer(group: usize, half: bool, nibbles: bool) -> Defines {
+    let mut defines = vec![("GROUP", group.to_string()), ("OUT_HALF", flag(half))];
+    if nibbles {
+        defines.push(("NIBBLES", flag(true)));
+    }
+    defines
 }
 
 /// Macros of `fused`: `from` is NORM, HALF or SILU, `tokens` the rows of a block.
@@ -334,12 +338,16 @@ pub const FAMILIES: &[Family] = &[
         tensor_core: Some("IMMA"),
         variants: || {
             vec![
-                integer(128, true),
-                integer(64, true),
-                integer(16, false),
-                integer(48, false),
-                integer(176, true),
-                integer(10880, false),
+                integer(128, true, false),
+                integer(64, true, false),
+                integer(16, false, false),
+                integer(48, false, false),
+                integer(176, true, false),
+                integer(10880, false, false),
+                integer(128, true, true),
+                integer(32, false, true),
+                integer(96, false, true),
+                integer(10880, true, true),
             ]
         },
     },

@@ -21,6 +21,7 @@ mod hessian;
 mod hopper;
 #[cfg(test)]
 mod hopper_tests;
+mod integer;
 pub mod kernels;
 mod launch;
 pub mod libraries;
@@ -51,6 +52,7 @@ use attention::RopeTables;
 use compile::Compiler;
 use fused::Columns;
 use gpu::{Buffer, Gpu, Stream};
+use integer::Narrow;
 use launch::{Geometry, Kernels, arguments};
 use product::{Operand, Precision, Product, Products};
 use staging::Staging;
@@ -61,12 +63,6 @@ use tensor::{
 
 /// Threads of a block in the kernels that do not say otherwise.
 const THREADS: usize = 256;
-
-/// The environment variable that has integer products computed by `wgmma`, on devices that have it. It is not yet so by
-/// default: these kernels were checked by themselves, but not yet in the program (docs/kernels.md).
-const WGMMA_VARIABLE: &str = "ATOM_GPU_WGMMA";
-/// The devices that have it: Hopper's.
-const WGMMA: libraries::Version = libraries::Version { major: 9, minor: 0 };
 
 /// A batch's activations inside a block, counted as f32: 16384 tokens of Llama-2-7B's widths, whose
 /// products fill the largest devices.
@@ -80,8 +76,8 @@ pub struct Cuda {
     uploads: Mutex<Staging>,
     downloads: Mutex<Staging>,
     rope: Mutex<Option<RopeTables>>,
-    /// Whether integer products go to Hopper's tensor cores by `wgmma`.
-    wgmma: bool,
+    /// What codes of 4 bits are multiplied by.
+    narrow: Narrow,
     /// Bytes that hidden states take on the device while they are set aside.
     aside_bytes: Arc<AtomicU64>,
     /// Bytes that they may take.
@@ -99,10 +95,13 @@ impl Cuda {
         libraries::cublaslt()?;
         libraries::cusolver()?;
         let compiler = Compiler::for_device(&device)?;
-        let wgmma = device.capability == WGMMA && std::env::var_os(WGMMA_VARIABLE).is_some();
+        let narrow = match std::env::var_os(integer::VARIABLE) {
+            Some(_) => Narrow::of(device.capability),
+            None => Narrow::Bytes,
+        };
         let gpu = Gpu::open(device, memory_bytes)?;
         Ok(Self {
-            wgmma,
+            narrow,
             kernels: Kernels::new(Arc::clone(&gpu), compiler),
             products: Products::new(Arc::clone(&gpu))?,
             uploads: Mutex::new(Staging::new(Arc::clone(&gpu), Stream::Up)?),

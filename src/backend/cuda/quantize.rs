@@ -10,8 +10,8 @@ use super::kernels::{self, Defines};
 use super::launch::{Argument, Geometry, arguments};
 use super::product::Precision;
 use super::tensor::{
-    Codes, Data, Form, Layout, OUTLIER_MULTIPLE, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE,
-    Site, Tensor, Weight,
+    Codes, Data, Layout, OUTLIER_MULTIPLE, Outliers, Quantized, Rows, SCALE_MULTIPLE, Site, Tensor,
+    Weight,
 };
 use super::{Cuda, THREADS};
 use crate::backend::Backend;
@@ -177,8 +177,7 @@ impl Cuda {
         };
         let rows = match fused {
             Some(rows) => rows,
-            None if tiles => self.tiled(&self.quantize_unchecked(x, site, &unsound)?)?,
-            None => self.quantize_unchecked(x, site, &unsound)?,
+            None => self.laid_out(self.quantize_unchecked(x, site, &unsound)?, &site.format)?,
         };
         unsound.check()?;
         Ok(rows)
@@ -274,8 +273,8 @@ impl Cuda {
 
     /// Quantized activations on the host.
     pub(super) fn fetched_rows(&self, rows: &Rows) -> Result<QuantizedRows> {
-        if rows.layout == Layout::Tiled {
-            return self.fetched_rows(&self.untiled(rows)?);
+        if rows.layout != Layout::RowMajor {
+            return self.fetched_rows(&self.row_major(rows)?);
         }
         let Rows { tokens, levels, group_size, groups, scale_stride, .. } = *rows;
         let codes = rows.codes.download::<i8>(0..tokens * groups * group_size)?;
@@ -364,8 +363,8 @@ impl Cuda {
     }
 
     pub(super) fn dequantize_rows(&self, x: &Rows) -> Result<Tensor> {
-        if x.layout == Layout::Tiled {
-            return self.dequantize_rows(&self.untiled(x)?);
+        if x.layout != Layout::RowMajor {
+            return self.dequantize_rows(&self.row_major(x)?);
         }
         let y = self.half(x.tokens, x.groups * x.group_size + x.outliers.channels)?;
         let outliers = [&x.outliers.codes, &x.outliers.scales, &x.outliers.values]
@@ -434,111 +433,6 @@ impl Cuda {
                 group_stride,
                 to
             ],
-        )
-    }
-
-    pub(super) fn pack(&self, weight: &Quantized) -> Result<Packed> {
-        let Quantized { format, first_row, rows, .. } = *weight;
-        let WeightFormat { group_size, groups, rows_per_scale, .. } = format;
-        if self.takes_tiles(group_size, format.outlier_channels, format.outlier_format) {
-            let form = Form::Blocks(self.blocks(weight)?);
-            return Ok(Packed { format, rows, form });
-        }
-        let stride = rows.next_multiple_of(SCALE_MULTIPLE);
-        let scales = self.gpu.alloc(4 * stride * groups)?;
-        self.launch(
-            "gptq",
-            "spread_scales",
-            Geometry::over(rows * groups, THREADS),
-            arguments![weight.scales(), rows, groups, rows_per_scale, stride, &scales],
-        )?;
-        let shared = Arc::clone(&weight.shared);
-        let weight = Quantized { format, first_row, rows, shared, lost: None };
-        Ok(Packed { format, rows, form: Form::Rows { weight, scales } })
-    }
-
-    /// `x w^T` by the integer path, in f16 or in f32.
-    pub(super) fn integer(&self, x: &Rows, weight: &Packed, half: bool) -> Result<Buffer> {
-        let count = x.tokens * weight.rows;
-        let half_now = half && !x.has_float_outliers();
-        let y = self.gpu.alloc(if half_now { 2 } else { 4 } * count)?;
-        self.integer_into(x, weight, &y, half_now)?;
-        if half_now == half {
-            return Ok(y);
-        }
-        let rounded = self.gpu.alloc(2 * count)?;
-        let bad = self.gpu.alloc(8)?;
-        self.launch(
-            "elementwise",
-            "convert_float",
-            Geometry::line(count.div_ceil(THREADS * 16).clamp(1, 4096), THREADS),
-            arguments![&y, count as i64, &rounded, &bad],
-        )?;
-        Ok(rounded)
-    }
-
-    /// The same into memory that is there. Outliers in f16 and FP8 are added to f32 sums, so that `half` is not for
-    /// them. Nothing is allocated if `x` lies as [`quantize_rows`](Self::quantize_rows) gives it and no codes of 8 bits meet
-    /// others.
-    pub(super) fn integer_into(
-        &self,
-        x: &Rows,
-        weight: &Packed,
-        to: &Buffer,
-        half: bool,
-    ) -> Result<()> {
-        let (format, tokens, rows) = (&weight.format, x.tokens, weight.rows);
-        assert_eq!(
-            (x.group_size, x.groups, x.outliers.channels),
-            (format.group_size, format.groups, format.outlier_channels)
-        );
-        assert!(!(half && x.has_float_outliers()), "sums that are to be added to are f32");
-        let (weight, scales) = match (&weight.form, x.layout) {
-            (Form::Blocks(blocks), Layout::Tiled) => {
-                return self.tiled_product(x, blocks, rows, to, half);
-            }
-            (Form::Blocks(blocks), Layout::RowMajor) => {
-                return self.tiled_product(&self.tiled(x)?, blocks, rows, to, half);
-            }
-            (Form::Rows { weight, scales }, Layout::RowMajor) => (weight, scales),
-            (Form::Rows { .. }, Layout::Tiled) => {
-                return self.integer_into(&self.untiled(x)?, weight, to, half);
-            }
-        };
-        let [outlier_codes, outlier_scales, outlier_values] = weight.outliers();
-        let defines = kernels::integer(x.group_size, half);
-        self.kernels.launch(
-            "integer",
-            &defines,
-            "integer_product",
-            integer_geometry(x.group_size, tokens, rows),
-            arguments![
-                &x.codes,
-                &x.scales,
-                x.outliers.codes.as_ref(),
-                x.outliers.scales.as_ref(),
-                weight.codes(),
-                scales,
-                outlier_codes,
-                outlier_scales,
-                to,
-                tokens,
-                rows,
-                x.groups,
-                x.outliers.padded()
-            ],
-        )?;
-        let Some(values) = &x.outliers.values else { return Ok(()) };
-        self.kernels.launch(
-            "integer",
-            &defines,
-            "add_float_outliers",
-            Geometry {
-                grid: (rows.div_ceil(64), tokens.div_ceil(64), 1),
-                threads: THREADS,
-                shared_bytes: 0,
-            },
-            arguments![values, outlier_values, to, tokens, rows, x.outliers.channels],
         )
     }
 
@@ -663,17 +557,5 @@ impl Cuda {
     pub(super) fn outlier_ratio(format: OutlierFormat) -> f32 {
         let grid = if format == OutlierFormat::Fp8 { Grid::fp8() } else { Grid::rounding(8, 1.0) };
         grid.ratio()
-    }
-}
-
-/// integer.cu's tiles: 128 tokens by 128 rows, in stages of whole groups where they are short.
-fn integer_geometry(group: usize, tokens: usize, rows: usize) -> Geometry {
-    let groups_a_stage = if group <= 128 { 128 / group } else { 1 };
-    let stage_bytes = 2 * 128 * 128 + 2 * groups_a_stage * 128 * 4;
-    let stages = if group > 64 { 3 } else { 2 };
-    Geometry {
-        grid: (tokens.div_ceil(128) * rows.div_ceil(128), 1, 1),
-        threads: THREADS,
-        shared_bytes: stages * stage_bytes,
     }
 }

@@ -161,6 +161,8 @@ impl Outliers {
 pub(super) enum Layout {
     /// Codes `[tokens, groups * group_size]`, scales `[groups, scale_stride]`.
     RowMajor,
+    /// As rows, codes two a byte, the first in the lower half.
+    Nibbles,
     /// As kernels/hopper.cuh reads them: panels of 128 places, `[panels, scale_stride, 128]`, outliers' codes likewise;
     /// f16 scales `[ceil(groups / 8), scale_stride, 8]`.
     Tiled,
@@ -249,8 +251,8 @@ pub struct Packed {
 
 /// How a [`Packed`] linear lies in memory.
 pub(super) enum Form {
-    /// Rows of codes, scales `[groups, scale_stride]`.
-    Rows { weight: Quantized, scales: Buffer },
+    /// Rows of codes, scales `[groups, scale_stride]`; where the device multiplies nibbles, the groups' codes as such.
+    Rows { weight: Quantized, scales: Buffer, nibbles: Option<Buffer> },
     /// Blocks of 64 rows.
     Blocks(Blocks),
 }

@@ -332,7 +332,15 @@ pub(super) fn random_codes(
 
 #[test]
 fn integer_products_are_the_cpus_bits() {
-    let Some(cuda) = device("integer_products_are_the_cpus_bits") else { return };
+    let Some(mut cuda) = device("integer_products_are_the_cpus_bits") else { return };
+    // Every device computes with nibbles, if need be by other instructions.
+    for narrow in [Narrow::Bytes, Narrow::Nibbles] {
+        cuda.narrow = narrow;
+        products_are_the_cpus_bits(&cuda);
+    }
+}
+
+fn products_are_the_cpus_bits(cuda: &Cuda) {
     let cpu = Cpu::new().unwrap();
     let mut random = Random(4);
     for (at, format) in sites(&mut random).into_iter().enumerate() {

@@ -1,0 +1,244 @@
+/*! The integer product, and which kernels compute it for which codes: `wgmma` on Hopper (`hopper.rs`), INT4 tensor cores on
+Ampere and Ada, INT8 ones everywhere else. */
+
+use std::sync::Arc;
+
+use super::gpu::Buffer;
+use super::kernels;
+use super::launch::{Geometry, arguments};
+use super::libraries::Version;
+use super::tensor::{Form, Layout, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE};
+use super::{Cuda, THREADS};
+use crate::Result;
+use crate::quant::levels::Levels;
+use crate::quant::site::SiteFormat;
+use crate::quant::weights::WeightFormat;
+
+/// The environment variable that has codes of 4 bits multiplied as such, on devices that can. It is not yet so by default:
+/// these kernels were checked by themselves or compiled, but have not run in the program (docs/kernels.md).
+pub(super) const VARIABLE: &str = "ATOM_GPU_INT4";
+
+/// What a device multiplies codes of 4 bits by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Narrow {
+    /// INT8 tensor cores, as wider ones.
+    Bytes,
+    /// INT4 tensor cores.
+    Nibbles,
+    /// FP8 tensor cores, in which they are exact.
+    Wgmma,
+}
+
+impl Narrow {
+    /// What a device of this compute capability has.
+    pub(super) fn of(capability: Version) -> Self {
+        match (capability.major, capability.minor) {
+            (8, _) => Self::Nibbles,
+            (9, 0) => Self::Wgmma,
+            _ => Self::Bytes,
+        }
+    }
+}
+
+/// Whether codes go two a byte to the INT4 tensor cores.
+fn takes_nibbles(bits: u8, levels: Levels, group_size: usize) -> bool {
+    bits <= 4 && levels == Levels::Int && group_size.is_multiple_of(32)
+}
+
+impl Cuda {
+    /// Rows as the products of their site read them.
+    pub(super) fn laid_out(&self, rows: Rows, format: &SiteFormat) -> Result<Rows> {
+        match self.narrow {
+            Narrow::Wgmma if self.takes_tiles_of(format) => self.tiled(&rows),
+            Narrow::Nibbles if takes_nibbles(format.bits, format.levels, format.group_size) => {
+                let codes = self.nibbles(rows.codes.pointer(), rows.codes.bytes())?;
+                Ok(Rows { layout: Layout::Nibbles, codes, ..rows })
+            }
+            _ => Ok(rows),
+        }
+    }
+
+    /// Rows of codes as bytes, from any other layout.
+    pub(super) fn row_major(&self, x: &Rows) -> Result<Rows> {
+        if x.layout == Layout::Tiled {
+            return self.untiled(x);
+        }
+        let bytes = x.tokens * x.groups * x.group_size;
+        let codes = self.gpu.alloc(bytes)?;
+        self.nibble_kernel(
+            "unpack_nibbles",
+            bytes,
+            arguments![&x.codes, (bytes / 8) as i64, &codes],
+        )?;
+        let scales = self.gpu.alloc(x.scales.bytes())?;
+        scales.copy_from(&x.scales, x.scales.bytes())?;
+        Ok(Rows {
+            layout: Layout::RowMajor,
+            codes,
+            scales,
+            outliers: self.same(&x.outliers)?,
+            ..*x
+        })
+    }
+
+    /// A copy of outliers.
+    fn same(&self, outliers: &Outliers) -> Result<Outliers> {
+        let copy = |buffer: &Option<Buffer>| -> Result<Option<Buffer>> {
+            let Some(buffer) = buffer else { return Ok(None) };
+            let copy = self.gpu.alloc(buffer.bytes())?;
+            copy.copy_from(buffer, buffer.bytes())?;
+            Ok(Some(copy))
+        };
+        Ok(Outliers {
+            channels: outliers.channels,
+            codes: copy(&outliers.codes)?,
+            scales: copy(&outliers.scales)?,
+            values: copy(&outliers.values)?,
+        })
+    }
+
+    /// Codes two a byte.
+    fn nibbles(&self, codes: u64, bytes: usize) -> Result<Buffer> {
+        let to = self.gpu.alloc(bytes / 2)?;
+        self.nibble_kernel("pack_nibbles", bytes, arguments![codes, (bytes / 8) as i64, &to])?;
+        Ok(to)
+    }
+
+    fn nibble_kernel(
+        &self,
+        entry: &str,
+        bytes: usize,
+        arguments: &[super::launch::Argument],
+    ) -> Result<()> {
+        let defines = kernels::integer(32, false, true);
+        let geometry = Geometry::over(bytes / 8, THREADS);
+        self.kernels.launch("integer", &defines, entry, geometry, arguments)
+    }
+
+    pub(super) fn pack(&self, weight: &Quantized) -> Result<Packed> {
+        let Quantized { format, first_row, rows, .. } = *weight;
+        let WeightFormat { group_size, groups, rows_per_scale, .. } = format;
+        if self.takes_tiles(group_size, format.outlier_channels, format.outlier_format) {
+            let form = Form::Blocks(self.blocks(weight)?);
+            return Ok(Packed { format, rows, form });
+        }
+        let stride = rows.next_multiple_of(SCALE_MULTIPLE);
+        let scales = self.gpu.alloc(4 * stride * groups)?;
+        self.launch(
+            "gptq",
+            "spread_scales",
+            Geometry::over(rows * groups, THREADS),
+            arguments![weight.scales(), rows, groups, rows_per_scale, stride, &scales],
+        )?;
+        let shared = Arc::clone(&weight.shared);
+        let weight = Quantized { format, first_row, rows, shared, lost: None };
+        let paired =
+            self.narrow == Narrow::Nibbles && takes_nibbles(format.bits, format.levels, group_size);
+        let bytes = rows * format.grouped_channels();
+        let nibbles = paired.then(|| self.nibbles(weight.codes(), bytes)).transpose()?;
+        Ok(Packed { format, rows, form: Form::Rows { weight, scales, nibbles } })
+    }
+
+    /// `x w^T` by the integer path, in f16 or in f32.
+    pub(super) fn integer(&self, x: &Rows, weight: &Packed, half: bool) -> Result<Buffer> {
+        let count = x.tokens * weight.rows;
+        let half_now = half && !x.has_float_outliers();
+        let y = self.gpu.alloc(if half_now { 2 } else { 4 } * count)?;
+        self.integer_into(x, weight, &y, half_now)?;
+        if half_now == half {
+            return Ok(y);
+        }
+        let rounded = self.gpu.alloc(2 * count)?;
+        let bad = self.gpu.alloc(8)?;
+        self.launch(
+            "elementwise",
+            "convert_float",
+            Geometry::line(count.div_ceil(THREADS * 16).clamp(1, 4096), THREADS),
+            arguments![&y, count as i64, &rounded, &bad],
+        )?;
+        Ok(rounded)
+    }
+
+    /// The same into memory that is there. Outliers in f16 and FP8 are added to f32 sums, so that `half` is not for
+    /// them. Nothing is allocated if `x` lies as [`quantize_rows`](Self::quantize_rows) gives it and no codes of 8 bits meet
+    /// others.
+    pub(super) fn integer_into(
+        &self,
+        x: &Rows,
+        weight: &Packed,
+        to: &Buffer,
+        half: bool,
+    ) -> Result<()> {
+        let (format, tokens, rows) = (&weight.format, x.tokens, weight.rows);
+        assert_eq!(
+            (x.group_size, x.groups, x.outliers.channels),
+            (format.group_size, format.groups, format.outlier_channels)
+        );
+        assert!(!(half && x.has_float_outliers()), "sums that are to be added to are f32");
+        let (own, scales, codes) = match (&weight.form, x.layout) {
+            (Form::Blocks(blocks), Layout::Tiled) => {
+                return self.tiled_product(x, blocks, rows, to, half);
+            }
+            (Form::Blocks(blocks), Layout::RowMajor) => {
+                return self.tiled_product(&self.tiled(x)?, blocks, rows, to, half);
+            }
+            (Form::Rows { weight, scales, nibbles: Some(nibbles) }, Layout::Nibbles) => {
+                (weight, scales, nibbles.pointer())
+            }
+            (Form::Rows { weight, scales, .. }, Layout::RowMajor) => {
+                (weight, scales, weight.codes())
+            }
+            _ => return self.integer_into(&self.row_major(x)?, weight, to, half),
+        };
+        let [outlier_codes, outlier_scales, outlier_values] = own.outliers();
+        let paired = x.layout == Layout::Nibbles;
+        let defines = kernels::integer(x.group_size, half, paired);
+        let unit = x.group_size / if paired { 2 } else { 1 };
+        self.kernels.launch(
+            "integer",
+            &defines,
+            "integer_product",
+            geometry(unit, tokens, rows),
+            arguments![
+                &x.codes,
+                &x.scales,
+                x.outliers.codes.as_ref(),
+                x.outliers.scales.as_ref(),
+                codes,
+                scales,
+                outlier_codes,
+                outlier_scales,
+                to,
+                tokens,
+                rows,
+                x.groups,
+                x.outliers.padded()
+            ],
+        )?;
+        let Some(values) = &x.outliers.values else { return Ok(()) };
+        self.kernels.launch(
+            "integer",
+            &defines,
+            "add_float_outliers",
+            Geometry {
+                grid: (rows.div_ceil(64), tokens.div_ceil(64), 1),
+                threads: THREADS,
+                shared_bytes: 0,
+            },
+            arguments![values, outlier_values, to, tokens, rows, x.outliers.channels],
+        )
+    }
+}
+
+/// integer.cu's tiles: 128 tokens by 128 rows, in stages of whole groups where they are short. `unit` is the bytes of a
+/// group.
+fn geometry(unit: usize, tokens: usize, rows: usize) -> Geometry {
+    let groups_a_stage = if unit <= 128 { 128 / unit } else { 1 };
+    let stage_bytes = 2 * 128 * 128 + 2 * groups_a_stage * 128 * 4;
+    let stages = if unit > 64 { 3 } else { 2 };
+    Geometry {
+        grid: (tokens.div_ceil(128) * rows.div_ceil(128), 1, 1),
+        threads: THREADS,
+        shared_bytes: stages * stage_bytes,
+    }
+}
