@@ -87,11 +87,14 @@ impl DeviceFlag {
         match self.open()? {
             Opened::Cuda(cuda) => Ok(cuda),
             Opened::Cpu(_, why) => {
-                let error = why.unwrap_or_else(|| {
-                    Error::machine("--device cpu leaves the GPU out")
-                        .hint("name one: --device cuda")
-                });
-                Err(error.context("this measures a GPU's kernels, and there is none to use"))
+                let error =
+                    why.unwrap_or_else(|| Error::machine("--device cpu leaves the GPU out"));
+                let error =
+                    error.context("this measures a GPU's kernels, and there is none to use");
+                Err(error.hint(
+                    "run it where there is one, with NVIDIA's driver 570 or newer; without one there are \
+                     `atom bench cpu` and `atom bench prefill`",
+                ))
             }
         }
     }
