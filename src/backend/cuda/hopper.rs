@@ -126,20 +126,8 @@ impl Cuda {
             groups.div_ceil(SCALE_GROUPS) * padded,
             arguments![&x.scales, groups, scale_stride, tokens, padded, &scales],
         )?;
-        let outliers = match (&x.outliers.codes, &x.outliers.scales) {
-            (Some(codes), Some(scales)) => {
-                let own = self.gpu.alloc(4 * padded)?;
-                own.copy_from(scales, 4 * tokens)?;
-                let codes = tile(codes, x.outliers.padded(), false)?;
-                Outliers {
-                    channels: x.outliers.channels,
-                    codes: Some(codes),
-                    scales: Some(own),
-                    values: None,
-                }
-            }
-            _ => Outliers { channels: 0, codes: None, scales: None, values: None },
-        };
+        let outliers =
+            self.outliers_in(x, padded, |codes| tile(codes, x.outliers.padded(), false))?;
         let layout = Layout::Tiled;
         Ok(Rows {
             layout,
@@ -175,20 +163,8 @@ impl Cuda {
             scale_stride * groups,
             arguments![&x.scales, groups, scale_stride, tokens, padded, &scales],
         )?;
-        let outliers = match (&x.outliers.codes, &x.outliers.scales) {
-            (Some(codes), Some(scales)) => {
-                let own = self.gpu.alloc(4 * tokens)?;
-                own.copy_from(scales, 4 * tokens)?;
-                let codes = untile(codes, x.outliers.padded(), false)?;
-                Outliers {
-                    channels: x.outliers.channels,
-                    codes: Some(codes),
-                    scales: Some(own),
-                    values: None,
-                }
-            }
-            _ => Outliers { channels: 0, codes: None, scales: None, values: None },
-        };
+        let outliers =
+            self.outliers_in(x, tokens, |codes| untile(codes, x.outliers.padded(), false))?;
         let layout = Layout::RowMajor;
         Ok(Rows {
             layout,
@@ -202,6 +178,23 @@ impl Cuda {
             scale_stride,
             outliers,
         })
+    }
+
+    /// The INT8 outliers of rows with their codes in another layout, and room for `count` scales.
+    fn outliers_in(
+        &self,
+        x: &Rows,
+        count: usize,
+        convert: impl Fn(&Buffer) -> Result<Buffer>,
+    ) -> Result<Outliers> {
+        let Outliers { channels, codes, scales, .. } = &x.outliers;
+        let (Some(codes), Some(scales)) = (codes, scales) else {
+            return Ok(Outliers { channels: 0, codes: None, scales: None, values: None });
+        };
+        let own = self.gpu.alloc(4 * count)?;
+        own.copy_from(scales, 4 * x.tokens)?;
+        let codes = Some(convert(codes)?);
+        Ok(Outliers { channels: *channels, codes, scales: Some(own), values: None })
     }
 
     /// Launches one of `blocks`' kernels that are the same for all formats, a thread for each of `count`.
