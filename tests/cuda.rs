@@ -5,7 +5,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Dtype, Home, RandomModel};
+use common::{Dtype, Home, RandomModel, Run};
 
 /// A bundled model, and a recipe that fits it.
 const QUANTIZE: &str =
@@ -115,13 +115,25 @@ fn kernels_of_every_format_are_verified() {
              --no-eval --out atom --overwrite"
         );
         home.run(&line).done();
-        for tokens in [1, 77] {
+        // With the INT8 tensor cores, and with what the device has for codes of 4 bits.
+        for (tokens, narrow) in [(1, "0"), (77, "0"), (1, "1"), (77, "1"), (160, "1")] {
             let line =
                 format!("verify --model atom --no-eval --check-tokens {tokens} --device cuda");
-            let run = home.run(&line);
+            let output = home.command(&line).env("ATOM_GPU_INT4", narrow).output().unwrap();
+            let run = Run::new(&line, output);
             if run.code != Some(0) || !run.stdout.contains("ok      kernels") {
-                wrong.push(format!("{flags}: {}", run.stdout));
+                wrong.push(format!("{flags}, {narrow}: {}{}", run.stdout, run.stderr));
             }
+        }
+        // Norm and SiLU in one step with the codes, and other products, give the same text the same perplexity.
+        let ppl = |narrow: &str| {
+            let line = "eval-ppl --model atom --windows 2 --seq-len 96 --device cuda --json";
+            let output = home.command(line).env("ATOM_GPU_INT4", narrow).output().unwrap();
+            Run::new(line, output).done().json()["perplexity"].as_f64().unwrap()
+        };
+        let (wide, narrow) = (ppl("0"), ppl("1"));
+        if (narrow / wide - 1.0).abs() > 0.02 {
+            wrong.push(format!("{flags}: perplexity {narrow} where INT8 tensor cores give {wide}"));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));

@@ -205,6 +205,7 @@ pub fn gemm(cuda: &Cuda, settings: &GemmSettings, progress: &dyn Progress) -> Re
     let facts = [
         ("device", json!(cuda.device())),
         ("format", json!(settings.name())),
+        ("codes of 4 bits by", json!(cuda.multiplies_by())),
         ("plain read TB/s", json!(read / 1e12)),
         ("plain copy TB/s", json!(copy / 1e12)),
         ("best fp8 of cuBLASLt TFLOP/s", json!(fp8_peak)),

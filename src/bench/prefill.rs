@@ -12,7 +12,6 @@ use serde_json::json;
 
 use super::cpu::{identity_site, random};
 use super::{BenchOutcome, median};
-use crate::Result;
 use crate::backend::{AttentionSpec, Backend, Matrix, Unquantized};
 use crate::checkpoint::{Dtype, Tensor};
 use crate::model::Architecture;
@@ -23,6 +22,7 @@ use crate::pipeline::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::quant::site::{SiteFormat, Transform};
 use crate::quant::weights::WeightFormat;
+use crate::{Error, Result};
 
 /// Blocks with weights of their own.
 const DISTINCT: usize = 2;
@@ -46,6 +46,34 @@ pub struct PrefillSettings {
     pub repeats: usize,
 }
 
+impl PrefillSettings {
+    /// Checks the formats for every site.
+    fn check(&self) -> Result<()> {
+        for site in self.architecture.sites(0) {
+            let usage = |what: String| {
+                Error::usage(what).hint("`atom bench prefill --help` shows the flags")
+            };
+            if self.outliers >= site.channels {
+                let (outliers, channels) = (self.outliers, site.channels);
+                return Err(usage(format!(
+                    "{outliers} outliers leave nothing of {channels} channels"
+                )));
+            }
+            self.format(site.channels).check().map_err(|error| usage(error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// A site of the default recipe's kind.
+    fn format(&self, channels: usize) -> SiteFormat {
+        SiteFormat {
+            transform: Transform::Hadamard,
+            signed_scales: true,
+            ..identity_site(channels, self.group_size, self.outliers)
+        }
+    }
+}
+
 /// One path.
 #[derive(Serialize)]
 struct Path {
@@ -65,6 +93,7 @@ pub fn prefill<B: Backend>(
     settings: &PrefillSettings,
     progress: &dyn Progress,
 ) -> Result<BenchOutcome> {
+    settings.check()?;
     let PrefillSettings { architecture, tokens, .. } = settings;
     let (tokens, blocks) = (*tokens, architecture.blocks);
     let spec = |kv| attention_spec(architecture, kv, tokens);
@@ -142,12 +171,7 @@ fn pair<B: Backend>(
     let mut dense = Vec::new();
     let mut quantized = Vec::new();
     for (at, spec) in architecture.sites(0).iter().enumerate() {
-        let format = SiteFormat {
-            transform: Transform::Hadamard,
-            signed_scales: true,
-            ..identity_site(spec.channels, settings.group_size, settings.outliers)
-        };
-        format.check()?;
+        let format = settings.format(spec.channels);
         let order = backend.site(&format)?;
         let (mut whole, mut packed) = (Vec::new(), Vec::new());
         for (nth, linear) in spec.linears.iter().enumerate() {
@@ -233,5 +257,10 @@ mod tests {
         assert_eq!(outcome.rows[0]["speedup"], 1.0);
         assert!(outcome.rows[1]["speedup"].as_f64().unwrap() > 0.0);
         assert_eq!(outcome.facts["blocks"], 3);
+        for (group_size, outliers) in [(32, 96), (32, 200), (17, 32)] {
+            let settings = PrefillSettings { group_size, outliers, ..settings.clone() };
+            let error = prefill(&Cpu::new().unwrap(), &settings, &Silent).err().unwrap();
+            assert_eq!(error.kind(), crate::Kind::Usage, "{error}");
+        }
     }
 }

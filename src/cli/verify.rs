@@ -36,7 +36,7 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     max_increase: MaxIncrease,
     /// Tokens of the text on which a GPU's kernels are compared with the CPU, block by block; 0 for none
-    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Kernels")]
+    #[arg(long, value_name = "N", default_value_t = 160, help_heading = "Kernels")]
     check_tokens: usize,
     #[command(flatten)]
     device: DeviceFlag,

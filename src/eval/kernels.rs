@@ -1,8 +1,9 @@
 /*! A device's kernels beside the CPU's integer path, block by block, on the checkpoint's own activations.
 
 The hidden states of a few tokens go through the blocks on the CPU. What enters each site there, rounded to f16
-so that both sides can hold it, is quantized by both: codes and scales must be the same. The CPU's codes are then
-multiplied by both, and what attention is given goes through both.
+so that both sides can hold it, is quantized by both: codes and scales must be the same. So must they where the device
+makes them in one step with the norm or SiLU before. The codes are then multiplied by both, and what attention is given goes
+through both. Embedding, residual sums, head and loss are not compared: they show in the perplexity.
 
 **Products.** Sums in f32 depend on their order. With G terms `s p` (a group's scales times its exact sum, or an
 outlier), two orders differ by no more than `(G + 2) 2^-24 sum |s p|`, beside half a unit in the last place where a device rounds
@@ -124,7 +125,9 @@ impl<'a, B: Backend> Beside<'a, B> {
     ) -> Result<Findings> {
         let mut findings = Findings::default();
         let mut operands: Vec<Matrix> = Vec::new();
-        self.block.forward(self.reference, attention, x, &mut |seen, x| {
+        let (reference, block) = (self.reference, self.block);
+        self.behind_norm(0, &reference.download(x)?, &block.attn_norm, &mut findings)?;
+        let mut observer = |seen, x: &<Cpu as Backend>::Tensor| {
             match seen {
                 Seen::Entering(kind) => {
                     let at = SITES.iter().position(|known| *known == kind).expect("every kind");
@@ -141,8 +144,65 @@ impl<'a, B: Backend> Beside<'a, B> {
                 self.attention(attention, operands, &mut findings)?;
             }
             Ok(())
-        })?;
+        };
+        let heads = block.heads(reference, attention, x, &mut observer)?;
+        block.sites[1].apply_onto(reference, heads, x, &mut observer)?;
+        let hidden = reference.download(x)?;
+        let [gate, up] = block.gate_and_up(reference, x, &mut observer)?;
+        let [own_gate, own_up] = [&gate, &up].map(|x| reference.download(x));
+        let z = reference.silu_mul(gate, &up)?;
+        block.sites[3].apply_onto(reference, z, x, &mut observer)?;
+        self.behind_norm(2, &hidden, &block.mlp_norm, &mut findings)?;
+        self.behind_silu(rounded(own_gate?), rounded(own_up?), &mut findings)?;
         Ok(findings)
+    }
+
+    /// Where the device makes a site's codes in one step with the norm before it.
+    fn behind_norm(
+        &self,
+        at: usize,
+        hidden: &Matrix,
+        norm: &<Cpu as Backend>::Tensor,
+        findings: &mut Findings,
+    ) -> Result<()> {
+        let Some(on_device) = &self.device_sites[at] else { return Ok(()) };
+        let (reference, device, epsilon) = (self.reference, self.device, self.block.epsilon);
+        let (x, weight) =
+            (device.upload(hidden.clone())?, device.upload(reference.download(norm)?)?);
+        let Some(rows) = device.norm_quantize(&x, &weight, epsilon, &on_device.order)? else {
+            return Ok(());
+        };
+        let normed = reference.rms_norm(&reference.upload(hidden.clone())?, norm, epsilon)?;
+        self.one_step(at, &rows, &normed, findings)
+    }
+
+    /// The same with SiLU, for mlp_act.
+    fn behind_silu(&self, gate: Matrix, up: Matrix, findings: &mut Findings) -> Result<()> {
+        let Some(on_device) = &self.device_sites[3] else { return Ok(()) };
+        let (reference, device) = (self.reference, self.device);
+        let on = |x: &Matrix| device.upload_activation(x.clone());
+        let Some(rows) = device.silu_quantize(&on(&gate)?, &on(&up)?, &on_device.order)? else {
+            return Ok(());
+        };
+        let product = reference.silu_mul(reference.upload(gate)?, &reference.upload(up)?)?;
+        self.one_step(3, &rows, &product, findings)
+    }
+
+    fn one_step(
+        &self,
+        at: usize,
+        rows: &B::Rows,
+        x: &<Cpu as Backend>::Tensor,
+        findings: &mut Findings,
+    ) -> Result<()> {
+        let site = &self.block.sites[at];
+        let expected = self.reference.quantize(x, site.order())?;
+        if let Some(fault) = code_fault(&self.device.fetch_rows(rows)?, &expected) {
+            findings
+                .faults
+                .push(format!("{}, in one step with what is before it: {fault}", site.name));
+        }
+        Ok(())
     }
 
     fn site(&self, at: usize, x: Matrix, findings: &mut Findings) -> Result<()> {
@@ -153,10 +213,14 @@ impl<'a, B: Backend> Beside<'a, B> {
         let rows = device.quantize(&device.upload_activation(x)?, &on_device.order)?;
         let found = device.fetch_rows(&rows)?;
         findings.sites += 1;
-        if let Some(fault) = code_fault(&found, &expected) {
-            findings.faults.push(format!("{}: {fault}", site.name));
-        }
-        let rows = device.restore_rows(&expected)?;
+        // The same codes as the device has them, in the layout that its products read; others, where they are wrong.
+        let rows = match code_fault(&found, &expected) {
+            None => rows,
+            Some(fault) => {
+                findings.faults.push(format!("{}: {fault}", site.name));
+                device.restore_rows(&expected)?
+            }
+        };
         let linears = site.linears.iter().zip(&on_device.linears).zip(&self.sites[at].linears);
         for (((linear, packed), quantized), name) in linears.zip(&self.names[at]) {
             let (Linear::Packed(own), Some(packed), Some(quantized)) = (linear, packed, quantized)

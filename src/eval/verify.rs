@@ -123,11 +123,14 @@ pub fn verify<B: Backend>(
     };
     // What a damaged checkpoint computes says nothing.
     match (kernels, &plan) {
-        (KernelCheck::On(text), Ok((kv, blocks))) if sound => {
-            let found = kernel_checks(backend, checkpoint, (*kv, blocks), text, progress)?;
-            outcome.checks.extend(found);
-            outcome.ok = outcome.checks.iter().all(|check| check.ok);
-        }
+        (KernelCheck::On(text), Ok((kv, blocks))) if sound => match check_levels(backend, blocks) {
+            Ok(()) => {
+                let found = kernel_checks(backend, checkpoint, (*kv, blocks), text, progress)?;
+                outcome.checks.extend(found);
+                outcome.ok = outcome.checks.iter().all(|check| check.ok);
+            }
+            Err(why) => outcome.kernels_unchecked = Some(why.to_string()),
+        },
         (KernelCheck::On(_), _) => {
             outcome.kernels_unchecked = Some("the checkpoint is not sound".to_owned());
         }
@@ -155,7 +158,6 @@ fn kernel_checks<B: Backend>(
     text: &Evaluation,
     progress: &dyn Progress,
 ) -> Result<Vec<Check>> {
-    check_levels(device, blocks)?;
     let reference = &Cpu::new()?;
     let architecture = Architecture::from_config(checkpoint.config())?;
     let attention = attention_spec(&architecture, kv, text.seq_len);
@@ -175,7 +177,8 @@ fn kernel_checks<B: Backend>(
             .sites(index)
             .map(|site| site.linears.into_iter().map(|linear| linear.name).collect());
         let beside = Beside::new((reference, device), &block, &sites, names, key_mean)?;
-        let found = beside.run(&attention, &mut x)?;
+        let found = beside.run(&attention, &mut x);
+        let found = found.map_err(|error| error.context(format!("kernels of block {index}")))?;
         if !found.faults.is_empty() {
             checks.push(Check {
                 name: format!("block {index}"),

@@ -144,7 +144,8 @@ impl<B: Backend> Block<B> {
         backend.silu_mul(gate, &up)
     }
 
-    fn gate_and_up(
+    /// The outputs of gate and up for the hidden states `x` behind attention.
+    pub fn gate_and_up(
         &self,
         backend: &B,
         x: &B::Tensor,

@@ -46,6 +46,15 @@ fn takes_nibbles(bits: u8, levels: Levels, group_size: usize) -> bool {
 }
 
 impl Cuda {
+    /// What codes of 4 bits are multiplied by, for a person.
+    pub fn multiplies_by(&self) -> &'static str {
+        match self.narrow {
+            Narrow::Bytes => "INT8 tensor cores",
+            Narrow::Nibbles => "INT4 tensor cores",
+            Narrow::Wgmma => "FP8 tensor cores, exactly",
+        }
+    }
+
     /// Rows as the products of their site read them.
     pub(super) fn laid_out(&self, rows: Rows, format: &SiteFormat) -> Result<Rows> {
         match self.narrow {

@@ -96,8 +96,8 @@ impl Cuda {
         libraries::cusolver()?;
         let compiler = Compiler::for_device(&device)?;
         let narrow = match std::env::var_os(integer::VARIABLE) {
-            Some(_) => Narrow::of(device.capability),
-            None => Narrow::Bytes,
+            Some(set) if set == "1" => Narrow::of(device.capability),
+            _ => Narrow::Bytes,
         };
         let gpu = Gpu::open(device, memory_bytes)?;
         Ok(Self {
