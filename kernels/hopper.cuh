@@ -153,6 +153,14 @@ template <int COUNT> static __device__ __forceinline__ void pin(u32 (&d)[COUNT])
 // FP4: the sign bits are the same; the indices of magnitudes are in bits 4 i to 4 i + 2, first x's, then y's.
 
 #if W_BITS == 4
+#if !BY_FLOAT
+/// Each byte as its sign: 255 or 0. (`__byte_perm` has no such selectors.)
+static __device__ __forceinline__ u32 sign_bytes(u32 x) {
+    u32 signs;
+    asm("prmt.b32 %0, %1, 0, 0xba98;" : "=r"(signs) : "r"(x));
+    return signs;
+}
+#endif
 #if W_FP4
 static __device__ __forceinline__ void unpack(u32 word, u32& x, u32& y) {
     x = __byte_perm(0x03020100, 0x0c080604, word & 0x7777);
@@ -163,8 +171,8 @@ static __device__ __forceinline__ void unpack(u32 word, u32& x, u32& y) {
     y |= y_signs;
 #else
     // Minus is all bits turned, and one more; a zero has no sign.
-    x = (x ^ __byte_perm(x_signs, 0, 0xba98)) + (x_signs >> 7);
-    y = (y ^ __byte_perm(y_signs, 0, 0xba98)) + (y_signs >> 7);
+    x = (x ^ sign_bytes(x_signs)) + (x_signs >> 7);
+    y = (y ^ sign_bytes(y_signs)) + (y_signs >> 7);
 #endif
 }
 #else
@@ -175,8 +183,8 @@ static __device__ __forceinline__ void unpack(u32 word, u32& x, u32& y) {
     x += (x & 0x80808080) >> 7;
     y += (y & 0x80808080) >> 7;
 #else
-    x = (x & 0x07070707) ^ __byte_perm(x, 0, 0xba98);
-    y = (y & 0x07070707) ^ __byte_perm(y, 0, 0xba98);
+    x = (x & 0x07070707) ^ sign_bytes(x);
+    y = (y & 0x07070707) ^ sign_bytes(y);
 #endif
 }
 #endif

@@ -25,7 +25,7 @@ fn hopper(test: &str) -> Option<Cuda> {
 /// A site and weights: channels, group, outliers, bits of activations and of weights, FP4.
 type Shape = (usize, usize, usize, u8, u8, bool);
 
-const SHAPES: [Shape; 16] = [
+const SHAPES: [Shape; 17] = [
     (64, 64, 0, 4, 4, false),
     (128, 128, 0, 4, 4, false),
     (172, 32, 12, 4, 4, false),
@@ -39,6 +39,7 @@ const SHAPES: [Shape; 16] = [
     (576, 32, 64, 8, 4, true),
     (576, 128, 0, 4, 8, false),
     (1100, 128, 200, 4, 4, false),
+    (1100, 128, 150, 4, 4, false),
     (2048, 128, 128, 4, 8, false),
     (4096, 128, 128, 4, 4, false),
     (11008, 128, 128, 4, 4, false),
@@ -63,11 +64,8 @@ fn products_in_tiles_are_the_cpus_bits_or_within_the_bound() {
     let Some(cuda) = hopper("products_in_tiles_are_the_cpus_bits_or_within_the_bound") else {
         return;
     };
-    let cpu = Cpu::new().unwrap();
     let mut random = Random(71);
     for (at, shape) in SHAPES.into_iter().enumerate() {
-        let (format, weights) = formats(shape, 1 + at % 2, &mut random);
-        let site = cuda.site(&format).unwrap();
         let counts = [
             (1, 1),
             (1, 130),
@@ -81,44 +79,89 @@ fn products_in_tiles_are_the_cpus_bits_or_within_the_bound() {
             (129, 65),
             (300, 257),
         ];
-        for (tokens, rows) in counts {
-            if format.channels > 4000 && tokens > 70 {
-                continue;
-            }
-            let linear = random_codes(&weights, rows, &mut random);
-            let x = random.activations(tokens, format.channels);
-            let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format).unwrap();
-            let expected = cpu.integer_product(&host, &cpu.packed(&linear).unwrap()).unwrap();
-            let expected = expected.values();
-            let what = format!("{tokens} x {rows}, {shape:?}");
-
-            let rows_on_device = cuda.quantize(&cuda.half_tensor(&x), &site).unwrap();
-            assert_eq!(rows_on_device.layout, Layout::Tiled, "{what}");
-            assert!(cuda.rows_on_host(&rows_on_device) == host, "codes of {what}");
-            let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap()).unwrap();
-            assert!(matches!(packed.form, Form::Blocks(_)), "{what}");
-
-            let float = |rows| {
-                let found = cuda.integer(rows, &packed, false).unwrap();
-                found.download::<f32>(0..4 * tokens * linear.rows).unwrap()
-            };
-            let found = float(&rows_on_device);
-            if tokens > 64 {
-                assert!(found == expected, "{what}: bits");
-            } else {
-                let (_, fault) = product_error((&host, &linear), &found, expected, false);
-                assert_eq!(fault, None, "{what}");
-            }
-            assert!(float(&rows_on_device) == found, "{what}: again");
-            // From rows as another kernel makes them.
-            let plain = cuda.restore_rows(&host).unwrap();
-            assert_eq!(plain.layout, Layout::RowMajor);
-            assert!(float(&plain) == found, "{what}: from rows");
-            let halves: Vec<f32> = found.iter().map(|v| f16::from_f32(*v).to_f32()).collect();
-            let tensor = cuda.integer_product(&rows_on_device, &packed).unwrap();
-            assert!(cuda.values(&tensor) == halves, "{what}: f16");
-        }
+        let counts = counts.into_iter().filter(|(tokens, _)| shape.0 < 4000 || *tokens <= 70);
+        compare(&cuda, shape, 1 + at % 2, counts, &mut random);
     }
+}
+
+/// More tiles than multiprocessors, in more than one band; more stages than a ring holds.
+#[test]
+fn tiles_and_stages_come_round() {
+    let Some(cuda) = hopper("tiles_and_stages_come_round") else { return };
+    let mut random = Random(73);
+    compare(&cuda, (576, 128, 64, 4, 4, false), 1, [(1100, 2570)], &mut random);
+    let counts = [(8, 12_800), (16, 12_800), (32, 12_800), (64, 12_800)];
+    compare(&cuda, (4096, 128, 128, 4, 4, false), 1, counts, &mut random);
+}
+
+/// A site's products for so many tokens and rows.
+fn compare(
+    cuda: &Cuda,
+    shape: Shape,
+    rows_per_scale: usize,
+    counts: impl IntoIterator<Item = (usize, usize)>,
+    random: &mut Random,
+) {
+    let cpu = Cpu::new().unwrap();
+    let (format, weights) = formats(shape, rows_per_scale, random);
+    let site = cuda.site(&format).unwrap();
+    for (tokens, rows) in counts {
+        let linear = random_codes(&weights, rows, random);
+        let x = random.activations(tokens, format.channels);
+        let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format).unwrap();
+        let expected = cpu.integer_product(&host, &cpu.packed(&linear).unwrap()).unwrap();
+        let expected = expected.values();
+        let what = format!("{tokens} x {rows}, {shape:?}");
+
+        let rows_on_device = cuda.quantize(&cuda.half_tensor(&x), &site).unwrap();
+        assert_eq!(rows_on_device.layout, Layout::Tiled, "{what}");
+        assert!(cuda.rows_on_host(&rows_on_device) == host, "codes of {what}");
+        let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap()).unwrap();
+        assert!(matches!(packed.form, Form::Blocks(_)), "{what}");
+
+        let float = |rows| {
+            let found = cuda.integer(rows, &packed, false).unwrap();
+            found.download::<f32>(0..4 * tokens * linear.rows).unwrap()
+        };
+        let found = float(&rows_on_device);
+        if tokens > 64 {
+            assert!(found == expected, "{what}: bits");
+        } else {
+            let (_, fault) = product_error((&host, &linear), &found, expected, false);
+            assert_eq!(fault, None, "{what}");
+        }
+        assert!(float(&rows_on_device) == found, "{what}: again");
+        // From rows as another kernel makes them.
+        let plain = cuda.restore_rows(&host).unwrap();
+        assert_eq!(plain.layout, Layout::RowMajor);
+        assert!(float(&plain) == found, "{what}: from rows");
+        let halves: Vec<f32> = found.iter().map(|v| f16::from_f32(*v).to_f32()).collect();
+        let tensor = cuda.integer_product(&rows_on_device, &packed).unwrap();
+        assert!(cuda.values(&tensor) == halves, "{what}: f16");
+    }
+}
+
+/// Groups of very different scales beside each other: no product of scales may lose bits to a larger one.
+#[test]
+fn scales_far_apart_are_multiplied_exactly() {
+    let Some(cuda) = hopper("scales_far_apart_are_multiplied_exactly") else { return };
+    let cpu = Cpu::new().unwrap();
+    let mut random = Random(74);
+    let (format, weights) = formats((2048, 128, 0, 4, 4, false), 1, &mut random);
+    let mut linear = random_codes(&weights, 70, &mut random);
+    let far = |random: &mut Random| {
+        let mantissa = 1.0 + (random.next() % 1024) as f32 / 1024.0;
+        f16::from_f32(mantissa * 2f32.powi((random.next() % 20) as i32 - 13))
+    };
+    linear.scales.iter_mut().for_each(|scale| *scale = far(&mut random));
+    let x = random.activations(100, format.channels);
+    let mut host = cpu.quantize(&cpu.upload(x).unwrap(), &format).unwrap();
+    host.scales.iter_mut().for_each(|scale| *scale = far(&mut random).to_f32());
+    let expected = cpu.integer_product(&host, &cpu.packed(&linear).unwrap()).unwrap();
+    let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap()).unwrap();
+    let rows = cuda.restore_rows(&host).unwrap();
+    let found = cuda.integer(&rows, &packed, false).unwrap();
+    assert!(found.download::<f32>(0..4 * 100 * 70).unwrap() == expected.values());
 }
 
 /// Every count of tokens from 1 to 300, with scales that are powers of two: whatever the order, every sum is exact.

@@ -168,6 +168,9 @@ impl Kernels {
         arguments: &[Argument],
     ) -> Result<()> {
         let Geometry { grid, threads, .. } = geometry;
+        if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
+            return Ok(());
+        }
         let work = || {
             let function = self.ready(family, defines, entry, geometry)?;
             let mut slots: Vec<u64> = arguments.iter().map(|argument| argument.0).collect();

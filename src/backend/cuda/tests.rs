@@ -363,6 +363,9 @@ fn products_are_the_cpus_bits(cuda: &Cuda) {
             let quantized = cuda.restore(linear.clone()).unwrap();
             let packed = cuda.packed(&quantized).unwrap();
             let what = format!("{tokens} x {rows}, {format:?}");
+            let narrow = format.bits <= 4 && format.levels == Levels::Int;
+            let paired = narrow && format.group_size % 32 == 0 && cuda.narrow == Narrow::Nibbles;
+            assert_eq!(x.layout == Layout::Nibbles, paired, "{what}");
             let found = cuda.integer(&x, &packed, false).unwrap();
             let found = found.download::<f32>(0..4 * tokens * rows).unwrap();
             assert_eq!(found, expected.values(), "{what}");
