@@ -113,16 +113,11 @@ impl AttentionOutcome {
 
     /// How many times as fast as f16, against the context, a line for each model and batch.
     pub fn chart(&self) -> Chart {
-        let mut series: Vec<Series> = Vec::new();
-        for row in &self.rows {
-            let Some(ratio) = row.vs_fp16 else { continue };
-            let point = (row.context as f64, ratio);
+        let point = |row: &AttentionRow| {
             let name = format!("{} x {}", row.name, row.batch);
-            match series.iter_mut().find(|series| series.name == name) {
-                Some(series) => series.points.push(point),
-                None => series.push(Series { name, points: vec![point] }),
-            }
-        }
+            Some((name, (row.context as f64, row.vs_fp16?)))
+        };
+        let series = Series::by_name(self.rows.iter().filter_map(point));
         let fact = |key: &str| self.facts.get(key).and_then(|value| value.as_str()).unwrap_or("");
         Chart {
             title: format!("Decoding over {} beside f16, {}", fact("format"), fact("device")),
@@ -152,9 +147,7 @@ pub fn attention(
                 progress.check_stop()?;
                 let int4 = KvFormat { bits: settings.bits, rotate: true, ..KvFormat::FULL };
                 let codes = measure(&timer, rate, model, batch, context, int4)?;
-                cuda.trim();
                 let full = measure(&timer, rate, model, batch, context, KvFormat::FULL)?;
-                cuda.trim();
                 let share = |(seconds, read): (f64, f64)| read / seconds;
                 let ratio = |((codes, _), (full, _))| full / codes;
                 rows.push(AttentionRow {

@@ -158,15 +158,8 @@ impl GemmOutcome {
 
     /// How many times as fast as f16, against tokens, a line for each linear.
     pub fn chart(&self) -> Chart {
-        let mut series: Vec<Series> = Vec::new();
-        for row in &self.rows {
-            let Some(ratio) = row.vs_fp16 else { continue };
-            let point = (row.m as f64, ratio);
-            match series.iter_mut().find(|series| series.name == row.name) {
-                Some(series) => series.points.push(point),
-                None => series.push(Series { name: row.name.clone(), points: vec![point] }),
-            }
-        }
+        let point = |row: &GemmRow| Some((row.name.clone(), (row.m as f64, row.vs_fp16?)));
+        let series = Series::by_name(self.rows.iter().filter_map(point));
         let fact = |key: &str| self.facts.get(key).and_then(|value| value.as_str()).unwrap_or("");
         Chart {
             title: format!("{} beside cuBLASLt fp16, {}", fact("format"), fact("device")),
@@ -190,7 +183,6 @@ pub fn gemm(cuda: &Cuda, settings: &GemmSettings, progress: &dyn Progress) -> Re
         let times = measure(&timer, settings, [n, k], progress)?;
         rows.extend(times.into_iter().map(|times| times.row(&name)));
         progress.advance(&name);
-        cuda.trim();
     }
     progress.end();
 

@@ -9,6 +9,20 @@ pub struct Series {
     pub points: Vec<(f64, f64)>,
 }
 
+impl Series {
+    /// Points with the names of their lines, as lines in the order in which these are first named.
+    pub fn by_name(points: impl Iterator<Item = (String, (f64, f64))>) -> Vec<Self> {
+        let mut all: Vec<Self> = Vec::new();
+        for (name, point) in points {
+            match all.iter_mut().find(|series| series.name == name) {
+                Some(series) => series.points.push(point),
+                None => all.push(Self { name, points: vec![point] }),
+            }
+        }
+        all
+    }
+}
+
 /// A picture of one frame and its legend.
 #[derive(Clone, Debug)]
 pub struct Chart {

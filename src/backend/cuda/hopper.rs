@@ -107,7 +107,7 @@ impl Cuda {
 
     /// Rows in tiles.
     pub(super) fn tiled(&self, x: &Rows) -> Result<Rows> {
-        let &Rows { bits, tokens, levels, group_size, groups, scale_stride, .. } = x;
+        let &Rows { bits, tokens, group_size, groups, scale_stride, .. } = x;
         let padded = padded_tokens(tokens);
         let tile = |codes: &Buffer, width: usize, magnitudes: bool| -> Result<Buffer> {
             let panels = panels(width);
@@ -128,24 +128,12 @@ impl Cuda {
         )?;
         let outliers =
             self.outliers_in(x, padded, |codes| tile(codes, x.outliers.padded(), false))?;
-        let layout = Layout::Tiled;
-        Ok(Rows {
-            layout,
-            bits,
-            tokens,
-            levels,
-            group_size,
-            groups,
-            codes,
-            scales,
-            scale_stride: padded,
-            outliers,
-        })
+        Ok(Rows { layout: Layout::Tiled, codes, scales, scale_stride: padded, outliers, ..*x })
     }
 
     /// Tiles as rows.
     pub(super) fn untiled(&self, x: &Rows) -> Result<Rows> {
-        let &Rows { bits, tokens, levels, group_size, groups, scale_stride: padded, .. } = x;
+        let &Rows { bits, tokens, group_size, groups, scale_stride: padded, .. } = x;
         let untile = |from: &Buffer, width: usize, magnitudes: bool| -> Result<Buffer> {
             let to = self.gpu.alloc(tokens * width)?;
             self.layout(
@@ -165,19 +153,7 @@ impl Cuda {
         )?;
         let outliers =
             self.outliers_in(x, tokens, |codes| untile(codes, x.outliers.padded(), false))?;
-        let layout = Layout::RowMajor;
-        Ok(Rows {
-            layout,
-            bits,
-            tokens,
-            levels,
-            group_size,
-            groups,
-            codes,
-            scales,
-            scale_stride,
-            outliers,
-        })
+        Ok(Rows { layout: Layout::RowMajor, codes, scales, scale_stride, outliers, ..*x })
     }
 
     /// The INT8 outliers of rows with their codes in another layout, and room for `count` scales.

@@ -1,0 +1,262 @@
+//! Planted errors, and how far two sides may be apart.
+
+use super::*;
+use crate::backend::AttentionSpec;
+use crate::model::block::{Site, Treatment};
+use crate::quant::kv::KvFormat;
+use crate::quant::levels::Levels;
+use crate::quant::order::channel_order;
+use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
+use crate::quant::weights::{WeightFormat, round_to_nearest};
+
+const TOKENS: usize = 12;
+const HIDDEN: usize = 64;
+
+/// Values in -1..1.
+fn random(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn site(
+    channels: usize,
+    rows: &[usize],
+    outlier_format: OutlierFormat,
+    levels: Levels,
+) -> QuantizedSite<QuantizedLinear> {
+    let (group_size, outlier_channels) = (16, 20);
+    let energy: Vec<f64> = random(channels, 3).into_iter().map(f64::from).collect();
+    let format = SiteFormat {
+        channels,
+        groups: (channels - outlier_channels).div_ceil(group_size),
+        order: channel_order(&energy, true, outlier_channels, group_size),
+        group_size,
+        outlier_channels,
+        outlier_format,
+        bits: 4,
+        levels,
+        clip: 0.95,
+        signed_scales: true,
+        transform: Transform::Hadamard,
+    };
+    let linears = rows.iter().enumerate().map(|(at, &rows)| {
+        let weights = random(rows * channels, at as u64);
+        let arranged = format.arrange_rows_plain(&weights, rows);
+        let weights = WeightFormat { levels, ..WeightFormat::of(&format, 4, 1, 1.0) };
+        Some(round_to_nearest(&arranged, rows, &weights).unwrap())
+    });
+    let linears = linears.collect();
+    QuantizedSite { format, linears }
+}
+
+fn sites() -> Vec<QuantizedSite<QuantizedLinear>> {
+    vec![
+        site(HIDDEN, &[64, 32, 32], OutlierFormat::Int8, Levels::Int),
+        site(HIDDEN, &[64], OutlierFormat::F16, Levels::Int),
+        site(HIDDEN, &[96, 96], OutlierFormat::Fp8, Levels::Fp4),
+        site(96, &[64], OutlierFormat::Int8, Levels::Fp4Bnb),
+    ]
+}
+
+fn names() -> [Vec<String>; 4] {
+    [&["q", "k", "v"][..], &["o"], &["gate", "up"], &["down"]]
+        .map(|names| names.iter().map(|name| (*name).to_owned()).collect())
+}
+
+fn block(cpu: &Cpu, sites: &[QuantizedSite<QuantizedLinear>]) -> Block<Cpu> {
+    let ones = || cpu.upload(Matrix { rows: 1, columns: HIDDEN, data: vec![1.0; HIDDEN] }).unwrap();
+    let site = |at: usize| {
+        let packed = sites[at].linears.iter().flatten().map(|linear| cpu.packed(linear).unwrap());
+        Site {
+            kind: SITES[at],
+            name: format!("site {at}"),
+            treatment: Treatment::Quantized(sites[at].format.clone()),
+            linears: packed.map(Linear::Packed).collect(),
+        }
+    };
+    Block {
+        attn_norm: ones(),
+        mlp_norm: ones(),
+        epsilon: 1e-5,
+        key_mean: None,
+        sites: [site(0), site(1), site(2), site(3)],
+    }
+}
+
+fn spec() -> AttentionSpec {
+    AttentionSpec {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+        seq_len: TOKENS,
+        cos: vec![1.0; TOKENS * 8],
+        sin: vec![0.0; TOKENS * 8],
+        kv: KvFormat { bits: 4, ..KvFormat::FULL },
+    }
+}
+
+/// What is found where the device has other sites or another mean key than the checkpoint.
+fn findings(
+    change: impl FnOnce(&mut Vec<QuantizedSite<QuantizedLinear>>),
+    key_mean: Option<&[f32]>,
+) -> Findings {
+    let cpu = Cpu::new().unwrap();
+    let sites = sites();
+    let mut planted = sites.clone();
+    change(&mut planted);
+    let block = block(&cpu, &sites);
+    let mut beside = Beside::new((&cpu, &cpu), &block, &planted, names(), key_mean).unwrap();
+    beside.sites = &sites;
+    let x = Matrix { rows: TOKENS, columns: HIDDEN, data: random(TOKENS * HIDDEN, 7) };
+    let mut x = cpu.upload(x).unwrap();
+    beside.run(&spec(), &mut x).unwrap()
+}
+
+fn linear(
+    sites: &mut [QuantizedSite<QuantizedLinear>],
+    site: usize,
+    linear: usize,
+) -> &mut QuantizedLinear {
+    sites[site].linears[linear].as_mut().unwrap()
+}
+
+#[test]
+fn two_that_are_the_same_differ_in_nothing() {
+    let found = findings(|_| {}, None);
+    assert_eq!(found.faults, [""; 0]);
+    assert_eq!((found.sites, found.linears), (4, 7));
+    assert_eq!((found.product, found.attention), (0.0, 0.0));
+}
+
+#[test]
+fn a_planted_error_is_found_where_it_is() {
+    type Change = fn(&mut Vec<QuantizedSite<QuantizedLinear>>);
+    let plants: [(Change, &str); 7] = [
+        (|sites| linear(sites, 0, 1).codes[5] ^= 1, "k: "),
+        (|sites| linear(sites, 2, 0).codes[40] = 12, "gate: "),
+        (
+            |sites| {
+                let scale = &mut linear(sites, 3, 0).scales[9];
+                // The next f16.
+                *scale = f16::from_bits(scale.to_bits() + 1);
+            },
+            "down: ",
+        ),
+        (
+            |sites| {
+                let OutlierBlock::F16(values) = &mut linear(sites, 1, 0).outliers else { panic!() };
+                values[0] = f16::from_f32(values[0].to_f32() * 1.01);
+            },
+            "o: ",
+        ),
+        (
+            |sites| {
+                let OutlierBlock::Int8 { codes, .. } = &mut linear(sites, 0, 0).outliers else {
+                    panic!()
+                };
+                codes[19] ^= 1;
+            },
+            "q: ",
+        ),
+        (|sites| sites[0].format.clip = 0.94, "site 0: "),
+        (|sites| sites[2].format.order.swap(3, 40), "site 2: "),
+    ];
+    for (change, place) in plants {
+        let found = findings(change, None);
+        assert_eq!(found.faults.len(), 1, "{place}: {:?}", found.faults);
+        assert!(found.faults[0].starts_with(place), "{place}: {:?}", found.faults);
+        let of_a_product = !place.starts_with("site");
+        assert_eq!(found.faults[0].contains("results are out of bounds"), of_a_product);
+        assert_eq!(found.product > 1.0, of_a_product, "{place}");
+    }
+    let found = findings(|_| {}, Some(&[0.3; 32]));
+    assert_eq!(found.faults.len(), 1);
+    assert!(found.faults[0].starts_with("attention before site 1 is off"), "{:?}", found.faults);
+    assert!(found.attention > 1.0);
+}
+
+/// One token, one row, one group whose scales and codes make 3.0, and no outliers.
+fn three() -> (QuantizedRows, QuantizedLinear) {
+    let mut codes = vec![0i8; 16];
+    codes[0] = 3;
+    let rows = QuantizedRows {
+        tokens: 1,
+        group_size: 16,
+        groups: 1,
+        levels: Levels::Int,
+        codes: codes.clone(),
+        scales: vec![0.5],
+        outlier_channels: 0,
+        outliers: OutlierRows::None,
+    };
+    codes[0] = 2;
+    let linear = QuantizedLinear {
+        rows: 1,
+        bits: 4,
+        levels: Levels::Int,
+        group_size: 16,
+        groups: 1,
+        rows_per_scale: 1,
+        codes,
+        scales: vec![f16::ONE],
+        outlier_channels: 0,
+        outliers: OutlierBlock::None,
+    };
+    (rows, linear)
+}
+
+#[test]
+fn a_result_may_be_off_by_the_bound_and_by_the_rounding_of_f16() {
+    let (rows, linear) = three();
+    let share = |found: f32, half| {
+        let (worst, fault) = product_error((&rows, &linear), &[found], &[3.0], half);
+        assert_eq!(fault.is_some(), worst > 1.0);
+        worst
+    };
+    assert_eq!(magnitude(&rows, &linear, 0, 0), 3.0);
+    let unit = 3.0 * 3.0 * 2f32.powi(-24);
+    assert_eq!((share(3.0, false), share(3.0, true)), (0.0, 0.0));
+    let off = share(3.0 + 2f32.powi(-22), false);
+    assert!((off - f64::from(2f32.powi(-22) / unit)).abs() < 1e-6 && off < 1.0, "{off}");
+    assert!(share(3.0 - 2f32.powi(-20), false) > 1.0);
+    // Half of 2^-9, the distance of f16 numbers there.
+    assert_eq!(share(3.0 + 2f32.powi(-10), true), 0.0);
+    assert!(share(3.0 + 2f32.powi(-9), true) > 1.0);
+    assert!(share(f32::NAN, true).is_infinite() && share(f32::INFINITY, false).is_infinite());
+    assert_eq!(half_ulp(1.0), 2f64.powi(-11));
+    assert_eq!(half_ulp(0.0), 2f64.powi(-25));
+}
+
+#[test]
+fn attention_may_be_off_by_what_its_heads_allow() {
+    // Two heads of two tokens: values up to 2 and up to 0.5, queries of length 0 in the second.
+    let spec = AttentionSpec {
+        heads: 2,
+        kv_heads: 2,
+        head_dim: 4,
+        seq_len: 2,
+        cos: vec![1.0; 4],
+        sin: vec![0.0; 4],
+        kv: KvFormat::FULL,
+    };
+    let q = [3.0, 0.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0].repeat(2);
+    let k = [0.0, 8.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0].repeat(2);
+    let v = [2.0, 0.0, 0.0, -1.0, 0.5, 0.0, 0.0, 0.0].repeat(2);
+    let expected = [0.25f32; 16];
+    let share = |at: usize, off: f32, mean: Option<&[f32]>| {
+        let mut found = expected;
+        found[at] += off;
+        attention_error(&spec, [&q, &k, &v], mean, (&found, &expected))
+    };
+    assert_eq!(share(0, 0.0, None), 0.0);
+    // 2^-8 and twice 2^-10 * 5 * 8 / 2, of 2.
+    let allowed = 2.0 * (1.0 / 256.0 + 2.0 * 20.0 / 1024.0);
+    assert!((share(9, 0.01, None) - 0.01 / allowed).abs() < 1e-6);
+    assert!((share(4, 0.01, None) - 0.01 / (0.5 / 256.0)).abs() < 1e-4);
+    assert!(share(9, 0.01, Some(&[1.0; 8])) < share(9, 0.01, None));
+    assert!(share(15, f32::NAN, None).is_infinite());
+}
