@@ -177,14 +177,15 @@ static __device__ __forceinline__ void unpack(u32 word, u32& x, u32& y) {
 }
 #else
 static __device__ __forceinline__ void unpack(u32 word, u32& x, u32& y) {
-    x = word & 0x87878787;
-    y = __funnelshift_l(word, word, 4) & 0x87878787;
+    const u32 turned = __funnelshift_l(word, word, 4);
 #if BY_FLOAT
+    x = word & 0x87878787;
+    y = turned & 0x87878787;
     x += (x & 0x80808080) >> 7;
     y += (y & 0x80808080) >> 7;
 #else
-    x = (x & 0x07070707) ^ sign_bytes(x);
-    y = (y & 0x07070707) ^ sign_bytes(y);
+    x = (word & 0x07070707) ^ sign_bytes(word);
+    y = (turned & 0x07070707) ^ sign_bytes(turned);
 #endif
 }
 #endif
@@ -242,14 +243,17 @@ static __device__ __forceinline__ RowScales load_row_scales(u32 from) {
     return scales;
 }
 
-/// Starts the products of the rows' scales with the tokens' scales of a group, where their sums will be. They are of rank
-/// one, so the rows' scales stand in one of 16 columns, in that of the group among eight; the tokens' 16 columns are
-/// twice the same eight. A product of two f16 numbers is exact in f32.
-static __device__ __forceinline__ void start_scales(u32 (&products)[HELD], const RowScales& scales, u32 from, int group) {
-    const bool own = threadIdx.x % 4 == group / 2 % 4;
-    const u32 low = own ? (u32)scales.low << group % 2 * 16 : 0, high = own ? (u32)scales.high << group % 2 * 16 : 0;
-    multiply_scales(products, low, high, place_of(from));
-}
+/// The scales of a thread's two rows as a left operand of 16 columns: that of `group` among eight has them, the others have
+/// zeros.
+struct RowColumns {
+    u32 low, high;
+
+    __device__ __forceinline__ RowColumns(const RowScales& scales, int group) {
+        const bool own = threadIdx.x % 4 == group / 2 % 4;
+        low = own ? (u32)scales.low << group % 2 * 16 : 0;
+        high = own ? (u32)scales.high << group % 2 * 16 : 0;
+    }
+};
 
 /// total = fma(s_x s_w, sum, total). Sums of FP8 products are by 2^18 too small: the totals are set right in the end.
 static __device__ __forceinline__ void promote(float (&total)[HELD], const u32 (&sums)[HELD], const u32 (&scales)[HELD]) {
@@ -347,13 +351,13 @@ static __device__ __forceinline__ void ask_for_tokens(const Operands& of, const 
     }
 }
 
-/// Starts the products of group `group` of a stage: of its scales, and of the weights `a` with the tokens at `here`.
-static __device__ __forceinline__ void start_group(u32 (&sums)[HELD], u32 (&scales)[HELD], const u32 (&a)[16], const RowScales& row_scales, u32 here, int stage,
-                                                   int group) {
+/// Starts the products of group `group` of a stage: of the weights `a` with the tokens at `here`, and of the scales, which are of
+/// rank one: the tokens' 16 columns are twice the same eight groups. A product of two f16 numbers is exact in f32.
+static __device__ __forceinline__ void start_group(u32 (&sums)[HELD], u32 (&scales)[HELD], const u32 (&a)[16], const RowColumns& columns, u32 here, int group) {
     pin(sums);
     pin(scales);
     multiply_fence();
-    start_scales(scales, row_scales, here + TOKEN_SCALES, stage * GROUPS_A_STAGE + group);
+    multiply_scales(scales, columns.low, columns.high, place_of(here + TOKEN_SCALES));
 #pragma unroll
     for (int step = 0; step < STEPS_A_GROUP; step++) {
         const int k = group * STEPS_A_GROUP + step;
@@ -364,6 +368,13 @@ static __device__ __forceinline__ void start_group(u32 (&sums)[HELD], u32 (&scal
 #endif
     }
     multiply_commit();
+}
+
+/// Waits for what `start_group` started.
+static __device__ __forceinline__ void finish_group(u32 (&sums)[HELD], u32 (&scales)[HELD]) {
+    multiply_wait<0>();
+    pin(sums);
+    pin(scales);
 }
 
 /// Multiplies a block of 64 outlier channels with the odd or even half of the tokens' 128, and adds to the sums if `add`.

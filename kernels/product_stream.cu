@@ -72,10 +72,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, PER_SM)
         pin(a);
 #pragma unroll
         for (int g = 0; g < GROUPS_A_STAGE; g++) {
-            start_group(sums, scales, a, load_row_scales(block + CODE_BYTES + g * 128), here, stage, g);
-            multiply_wait<0>();
-            pin(sums);
-            pin(scales);
+            const RowColumns columns(load_row_scales(block + CODE_BYTES + g * 128), stage * GROUPS_A_STAGE + g);
+            start_group(sums, scales, a, columns, here, g);
+            finish_group(sums, scales);
             promote(total, sums, scales);
         }
         release(ring.empty());

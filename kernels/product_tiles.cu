@@ -1,8 +1,8 @@
-// Many tokens: one block of threads an SM, which takes tile after tile of 64 * BLOCKS rows by TOKENS tokens. Each of two
+// Many tokens: one block of threads an SM, which takes tile after tile of 64 * BLOCKS rows by TOKENS tokens. Each of BLOCKS
 // warpgroups has 64 rows, one more copies. Macros and operands: hopper.cuh.
 //
 // A warpgroup starts a stage's products, loads meanwhile what it needs of the next stage, waits, adds the sums to its
-// totals and unpacks the next weights. While it does that, the tensor cores work for the other one.
+// totals and unpacks the next weights. While it does that, the tensor cores work for the others.
 
 /// Room in which results are turned around, a warpgroup's tokens by 64 rows in f16.
 #define TURN_BYTES (TOKENS * 128)
@@ -60,8 +60,14 @@ static __device__ __forceinline__ void write(const float (&total)[HELD], Output*
     }
 }
 
-static __device__ __forceinline__ void load(Words& words, RowScales (&scales)[GROUPS_A_STAGE], u32 here, int group) {
-    const u32 block = here + X_BYTES + group * BLOCK_BYTES;
+/// Whether a warpgroup loads what the next stage needs while products run. The tensor cores read the left operand's registers as
+/// long as they work, and the compiler does not know: weights of 8 bits, which are those registers, come when it is done.
+#define AHEAD (W_BITS == 4)
+
+/// Waits for the stage at which the ring is, and loads what is a warpgroup's of it.
+static __device__ __forceinline__ void load(Words& words, RowScales (&scales)[GROUPS_A_STAGE], const Ring<1>& ring, int group) {
+    ring.wait();
+    const u32 block = ring.here + X_BYTES + group * BLOCK_BYTES;
     words.load(block);
 #pragma unroll
     for (int g = 0; g < GROUPS_A_STAGE; g++) scales[g] = load_row_scales(block + CODE_BYTES + g * 128);
@@ -103,12 +109,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             u32 sums[HELD], scales[HELD];
 #pragma unroll
             for (int i = 0; i < HELD; i++) total[i] = 0.0f;
-            // What the next stage needs from shared memory is loaded while this one's products run.
             u32 a[16];
             Words words;
             RowScales row_scales[GROUPS_A_STAGE];
-            ring.wait();
-            load(words, row_scales, ring.here, group);
+            load(words, row_scales, ring, group);
 #pragma unroll 1
             for (int stage = 0; stage < panels; stage++) {
                 const u32 here = ring.here, empty = ring.empty();
@@ -117,14 +121,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 pin(a);
 #pragma unroll
                 for (int g = 0; g < GROUPS_A_STAGE; g++) {
-                    start_group(sums, scales, a, row_scales[g], here, stage, g);
-                    if (g == GROUPS_A_STAGE - 1 && stage + 1 < panels) {
-                        ring.wait();
-                        load(words, row_scales, ring.here, group);
-                    }
-                    multiply_wait<0>();
-                    pin(sums);
-                    pin(scales);
+                    const RowColumns columns(row_scales[g], stage * GROUPS_A_STAGE + g);
+                    start_group(sums, scales, a, columns, here, g);
+                    const bool more = g == GROUPS_A_STAGE - 1 && stage + 1 < panels;
+                    if (AHEAD && more) load(words, row_scales, ring, group);
+                    finish_group(sums, scales);
+                    if (!AHEAD && more) load(words, row_scales, ring, group);
                     promote(total, sums, scales);
                 }
                 release(empty);

@@ -11,7 +11,7 @@ use common::{Dtype, Home, RandomModel, Run};
 const QUANTIZE: &str =
     "quantize --model tiny-llama --group 64 --outliers 32 --samples 8 --seq-len 512";
 /// A block of it fits, and the hidden states besides do not.
-const LITTLE: &str = "--gpu-memory 1.12GB";
+const LITTLE: &str = "--gpu-memory 1126MB";
 
 /// Whether there is a GPU; says so where there is none. A GPU that is there must work.
 fn gpu(test: &str) -> bool {
@@ -132,7 +132,8 @@ fn kernels_of_every_format_are_verified() {
             Run::new(line, output).done().json()["perplexity"].as_f64().unwrap()
         };
         let (wide, narrow) = (ppl("0"), ppl("1"));
-        if (narrow / wide - 1.0).abs() > 0.02 {
+        // Two windows of a network that means nothing: its loss is what can be compared.
+        if (narrow.ln() / wide.ln() - 1.0).abs() > 0.01 {
             wrong.push(format!("{flags}: perplexity {narrow} where INT8 tensor cores give {wide}"));
         }
     }

@@ -140,17 +140,61 @@ impl Disassembler {
         Some(Self { program, directory: tempfile::tempdir().unwrap() })
     }
 
-    /// Whether an instruction, such as `HMMA`, is in the machine code.
-    fn finds(&self, instruction: &str, cubin: &[u8]) -> bool {
+    /// The machine code's instructions, one a line.
+    fn listing(&self, cubin: &[u8]) -> String {
         let file = tempfile::NamedTempFile::new_in(self.directory.path()).unwrap();
         fs::write(file.path(), cubin).unwrap();
         // Without the analysis of data flow: it is a third of the time.
         let output =
             Command::new(&self.program).args(["-c", "-ndf"]).arg(file.path()).output().unwrap();
-        let listing = String::from_utf8_lossy(&output.stdout);
+        let listing = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success() && listing.contains("EXIT"), "{output:?}");
-        listing.split_whitespace().any(|word| word.split('.').next() == Some(instruction))
+        listing
     }
+}
+
+/// Whether an instruction, such as `HMMA`, is in a listing.
+fn finds(listing: &str, instruction: &str) -> bool {
+    listing.split_whitespace().any(|word| word.split('.').next() == Some(instruction))
+}
+
+/// Instructions of a listing that write a register of a left operand while the tensor cores may still read it: behind a
+/// `wgmma`, of which the compiler takes its operands to be free, and before the wait for it.
+fn overwritten(listing: &str) -> Vec<String> {
+    let register = |operand: Option<&str>| -> Option<usize> {
+        operand?.trim().strip_prefix('R')?.split('.').next()?.parse().ok()
+    };
+    let mut read = std::collections::BTreeSet::new();
+    let mut faults = Vec::new();
+    for line in listing.lines() {
+        let Some((_, line)) = line.split_once("*/") else { continue };
+        let line = line.split(';').next().unwrap_or_default().trim();
+        let guarded = line.strip_prefix('@').and_then(|line| line.split_once(' '));
+        let line = guarded.map_or(line, |(_, line)| line.trim());
+        let (name, operands) = line.split_once(' ').unwrap_or((line, ""));
+        let mut operands = operands.split(',');
+        let first = register(operands.next());
+        if name.contains("GMMA.") {
+            if let Some(left) = register(operands.next()) {
+                read.extend(left..left + 4);
+            }
+        } else if name.contains("DEPBAR") && line.ends_with("0x0") {
+            read.clear();
+        } else if let Some(first) = first {
+            let parts = |part: &str| name.split('.').any(|own| own == part);
+            let width = if parts("128") {
+                4
+            } else if parts("64") || parts("WIDE") {
+                2
+            } else {
+                1
+            };
+            if (first..first + width).any(|own| read.contains(&own)) {
+                faults.push(format!("`{line}` writes what wgmma still reads"));
+            }
+        }
+    }
+    faults
 }
 
 /// The compiler for an architecture; none where there is no NVRTC.
@@ -207,10 +251,12 @@ fn kernels_spill_nothing_and_use_the_tensor_cores() {
                 Ok((cubin, log)) => {
                     kernels.fetch_add(Usage::all(&log).len(), Ordering::Relaxed);
                     let mut found = log_faults(&log);
-                    if let (Some(instruction), Some(tool)) = (family.tensor_core, &disassembler)
-                        && !tool.finds(instruction, &cubin)
-                    {
-                        found.push(format!("there is no {instruction} in the machine code"));
+                    if let (Some(instruction), Some(tool)) = (family.tensor_core, &disassembler) {
+                        let listing = tool.listing(&cubin);
+                        if !finds(&listing, instruction) {
+                            found.push(format!("there is no {instruction} in the machine code"));
+                        }
+                        found.extend(overwritten(&listing));
                     }
                     found
                 }
@@ -269,8 +315,33 @@ fn kernels_without_tensor_cores_are_caught() {
         for (plain, there) in [("0", true), ("1", false)] {
             let defines = [("PLAIN", plain.to_owned())];
             let (cubin, _) = compiler.compile("multiplies", TENSOR, &defines).unwrap();
-            assert_eq!(disassembler.finds("IMMA", &cubin), there, "{architecture}");
-            assert!(!disassembler.finds("HMMA", &cubin), "{architecture}");
+            let listing = disassembler.listing(&cubin);
+            assert_eq!(finds(&listing, "IMMA"), there, "{architecture}");
+            assert!(!finds(&listing, "HMMA"), "{architecture}");
         }
+    }
+}
+
+#[test]
+fn operands_that_are_overwritten_are_caught() {
+    let code = |between: &str| {
+        format!(
+            "        /*0900*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, R152, gdesc[UR16], R24, gsb0 ;\n\
+             \x20       /*0910*/              {between} ;\n\
+             \x20       /*0920*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n\
+             \x20       /*0930*/                   LDS.128 R152, [R229+0x4000] ;\n"
+        )
+    };
+    for (between, faults) in [
+        ("LDS.128 R148, [R229+0x4000]", 0),
+        ("LDS.128 R152, [R229+0x4000]", 1),
+        ("@!P0 LDS.64 R154, [R229]", 1),
+        ("LDS.64 R150, [R229+0x4000]", 0),
+        ("IMAD.WIDE.U32 R151, R2, 0x80, R4", 1),
+        ("LOP3.LUT R156, R152, 0x7f0, RZ, 0xc0, !PT", 0),
+        ("STS.128 [R152], R152", 0),
+        ("IGMMA.64x128x32.S8.S8 R24, gdesc[UR4], R24", 0),
+    ] {
+        assert_eq!(overwritten(&code(between)).len(), faults, "{between}");
     }
 }

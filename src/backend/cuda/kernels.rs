@@ -116,6 +116,8 @@ impl Tiling {
         let (tokens, blocks, split, per_sm) = match tokens {
             0..=8 => (8, 1, 2, 3),
             9..=16 => (16, 1, 2, 3),
+            // Four groups a stage take registers that two blocks of threads do not have.
+            17..=32 if group == 32 => (32, 2, 1, 1),
             17..=32 => (32, 2, 1, 2),
             33..=64 => (64, 2, 1, 1),
             _ => (128, 2, 1, 1),
@@ -408,7 +410,9 @@ pub const FAMILIES: &[Family] = &[
                 tiling(64, [false; 2], false, false),
                 tiling(32, [false; 2], false, true),
                 tiling(128, [true, false], false, true),
+                tiling(128, [true; 2], false, false),
                 tiling(64, [true; 2], false, true),
+                tiling(32, [true, false], true, true),
             ]
         },
     },
