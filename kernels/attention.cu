@@ -2,6 +2,7 @@
 //
 // HEAD_DIM  channels of a head, even, 2 to 256
 // ROTATED   1: values come in the basis of a Hadamard transform, outputs leave it
+// WINDOWED  1: a query sees `reach` keys at most, its own among them
 //
 // flash_attention: ATTENTION_THREADS threads, grid (ceil(seq_len / QUERY_ROWS), heads, windows), and
 // ATTENTION_SHARED bytes of dynamic shared memory, at most 98304.
@@ -113,7 +114,7 @@ static __device__ __forceinline__ void transform_outputs(float (&o)[OUT_TILES][4
 /// q: [windows, heads, seq_len, DP]; k and v: [windows, kv_heads, seq_len, DP]; out: [windows * seq_len,
 /// heads * HEAD_DIM]. Scores are multiplied by `scale`, which is positive.
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-    flash_attention(const half* q, const half* k, const half* v, half* out, int seq_len, int heads, int kv_heads, float scale) {
+    flash_attention(const half* q, const half* k, const half* v, half* out, int seq_len, int heads, int kv_heads, float scale, int reach) {
     extern __shared__ __align__(128) unsigned char memory[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // Tiles late in the window, which see most keys, begin first, or one would be left at the end.
@@ -192,6 +193,10 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
         copy_commit();
         // All of these keys come after all of this warp's queries.
         if (first_key >= warp_query + 16 * TILES_M) continue;
+#if WINDOWED
+        // All of them come too long before.
+        if (first_key + KEY_ROWS <= warp_query - reach + 1) continue;
+#endif
 
         float s[TILES_M][KEY_TILES][4];
 #pragma unroll
@@ -226,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
             }
         }
 
-        if (first_key + KEY_ROWS - 1 > warp_query) {
+        if (WINDOWED || first_key + KEY_ROWS - 1 > warp_query) {
 #pragma unroll
             for (int m = 0; m < TILES_M; m++) {
 #pragma unroll
@@ -235,13 +240,14 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
                     for (int e = 0; e < 4; e++) {
                         int key = first_key + 8 * n + lane % 4 * 2 + e % 2;
                         int query = warp_query + 16 * m + lane / 4 + e / 2 * 8;
-                        if (key > query) s[m][n][e] = __uint_as_float(0xff800000u);
+                        if (key > query || (WINDOWED && key <= query - reach)) s[m][n][e] = __uint_as_float(0xff800000u);
                     }
                 }
             }
         }
 
-        // Key 0 is seen by every query, so after the first tile the maximum is finite if the scores are.
+        // Key 0 is seen by every query, so after the first tile the maximum is finite if the scores are. With WINDOWED a row may
+        // have seen nothing yet: its powers are zero then.
         // A NaN is passed over by the maximum and shows in the power.
         float corrections[TILES_M][2];
         bool moved = false;
@@ -254,10 +260,14 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
                 for (int n = 0; n < KEY_TILES; n++) best = fmaxf(best, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
                 best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
                 best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+#if WINDOWED
+                corrections[m][h] = largest[m][h] == best ? 1.0f : power_of_two((largest[m][h] - best) * factor);
+#else
                 corrections[m][h] = power_of_two((largest[m][h] - best) * factor);
+#endif
                 moved = moved || !(corrections[m][h] == 1.0f);
                 largest[m][h] = best;
-                const float offset = -best * factor;
+                const float offset = WINDOWED && best == __uint_as_float(0xff800000u) ? 0.0f : -best * factor;
                 float sum = 0.0f;
 #pragma unroll
                 for (int n = 0; n < KEY_TILES; n++) {

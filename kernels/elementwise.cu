@@ -100,6 +100,39 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_half(float* x, const h
     }
 }
 
+/// `y[row] += bias` for each row of `y` `[rows, n]`. One block a row.
+extern "C" __global__ void __launch_bounds__(THREADS) add_bias_half(half* y, const float* bias, int n) {
+    y += (long long)blockIdx.x * n;
+    for (int i = threadIdx.x; i < n; i += THREADS) y[i] = to_half(to_float(y[i]) + bias[i]);
+}
+
+/// RMSNorm of each of `heads` vectors of `n` values, in place; one warp a vector.
+extern "C" __global__ void __launch_bounds__(THREADS) head_norm(half* x, const float* weight, int heads, int n, float epsilon) {
+    const int head = (int)(blockIdx.x * (THREADS / 32) + threadIdx.x / 32), lane = threadIdx.x % 32;
+    if (head >= heads) return;
+    x += (long long)head * n;
+    float sum = 0.0f;
+    for (int i = lane; i < n; i += 32) sum = fmaf(to_float(x[i]), to_float(x[i]), sum);
+    sum = warp_sum(sum);
+    const float inverse = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum, (float)n) + epsilon));
+    for (int i = lane; i < n; i += 32) x[i] = to_half(to_float(x[i]) * inverse * weight[i]);
+}
+
+/// The rows of `x` `[.., n]` that `rows` names. One block a row.
+extern "C" __global__ void __launch_bounds__(THREADS) take_rows_half(const half* x, const u32* rows, int n, half* y) {
+    const half* row = x + (long long)rows[blockIdx.x] * n;
+    y += (long long)blockIdx.x * n;
+    for (int i = threadIdx.x; i < n; i += THREADS) y[i] = row[i];
+}
+
+/// `x[rows[i]] += weights[i] * y[i]`, rows of `n` values. One block a row; no row is named twice.
+extern "C" __global__ void __launch_bounds__(THREADS) add_rows_half(float* x, const half* y, const u32* rows, const float* weights, int n) {
+    x += (long long)rows[blockIdx.x] * n;
+    y += (long long)blockIdx.x * n;
+    const float weight = weights[blockIdx.x];
+    for (int i = threadIdx.x; i < n; i += THREADS) x[i] = fmaf(weight, to_float(y[i]), x[i]);
+}
+
 /// `bad` becomes the least index of a value that is not finite, or with `to` (which gets the values in
 /// f16) beyond f16.
 template <class In> static __device__ __forceinline__ void convert(const In* x, long long count, half* to, u64* bad) {

@@ -119,6 +119,14 @@ pub struct Recipe {
     /// GPTQ: share of the Hessian's mean diagonal that is added to the diagonal.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub damping: f32,
+    /// GPTQ: calibration tokens that an expert's down projection needs; with fewer it is rounded to nearest.
+    #[serde(default = "expert_tokens")]
+    pub expert_tokens: usize,
+}
+
+/// Where a recipe was stored before networks with experts were known.
+fn expert_tokens() -> usize {
+    256
 }
 
 impl Recipe {
@@ -146,6 +154,7 @@ impl Recipe {
             sequential: false,
             correction: 0.0,
             damping: 0.01,
+            expert_tokens: expert_tokens(),
         }
     }
 

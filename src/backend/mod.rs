@@ -35,6 +35,8 @@ pub struct AttentionSpec {
     pub head_dim: usize,
     /// Tokens in a window; every window attends to itself alone.
     pub seq_len: usize,
+    /// Tokens that a token attends to, itself included, where that is not all before it.
+    pub window: Option<usize>,
     /// Cosines and sines of RoPE, each `[seq_len, head_dim / 2]`.
     pub cos: Vec<f32>,
     pub sin: Vec<f32>,
@@ -229,6 +231,21 @@ pub trait Backend: Sync {
     fn integer_product(&self, x: &Self::Rows, weight: &Self::Packed) -> Result<Self::Tensor>;
     /// `x += y`.
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
+    /// `y += bias` for each row of `y`, a linear's output; `bias` is one row.
+    fn add_bias(&self, y: &mut Self::Tensor, bias: &Self::Tensor) -> Result<()>;
+    /// RMSNorm of each head of queries or keys `[tokens, heads * head_dim]`, in place; `weight` is
+    /// `[1, head_dim]`.
+    fn head_norm(&self, x: &mut Self::Tensor, weight: &Self::Tensor, epsilon: f32) -> Result<()>;
+    /// The rows of an activation that `rows` names, in its order.
+    fn take_rows(&self, x: &Self::Tensor, rows: &[u32]) -> Result<Self::Tensor>;
+    /// `x[rows[i]] += weights[i] * y[i]`: a linear's output onto hidden states. No row is named twice.
+    fn add_rows(
+        &self,
+        x: &mut Self::Tensor,
+        y: &Self::Tensor,
+        rows: &[u32],
+        weights: &[f32],
+    ) -> Result<()>;
     /// `silu(gate) * up`.
     fn silu_mul(&self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
     /// Causal attention of each window, over keys and values as the cache holds them. `key_mean`

@@ -49,6 +49,10 @@ pub struct PrefillSettings {
 impl PrefillSettings {
     /// Checks the formats for every site.
     fn check(&self) -> Result<()> {
+        if self.architecture.experts.is_some() {
+            return Err(Error::usage(format!("{} has experts", self.shape))
+                .hint("this measures dense blocks: choose another --shape"));
+        }
         for site in self.architecture.sites(0) {
             let usage = |what: String| {
                 Error::usage(what).hint("`atom bench prefill --help` shows the flags")
@@ -185,8 +189,8 @@ fn pair<B: Backend>(
             packed.push(Linear::Packed(backend.packed(&backend.round(&own, &order)?)?));
             whole.push(Linear::Dense(backend.dense(&weight, None)?));
         }
-        dense.push(site(spec, Treatment::Source, whole));
-        quantized.push(site(spec, Treatment::Quantized(order), packed));
+        dense.push(site((at, spec), Treatment::Source, whole));
+        quantized.push(site((at, spec), Treatment::Quantized(order), packed));
     }
     Ok((block(backend, architecture, dense)?, block(backend, architecture, quantized)?))
 }
@@ -198,8 +202,13 @@ fn random_weight(linear: &LinearSpec, seed: u64) -> Vec<u8> {
     values.into_iter().flat_map(|value| f16::from_f32(value * scale).to_le_bytes()).collect()
 }
 
-fn site<B: Backend>(spec: &SiteSpec, treatment: Treatment<B>, linears: Vec<Linear<B>>) -> Site<B> {
-    Site { kind: spec.kind, name: spec.name.clone(), treatment, linears }
+fn site<B: Backend>(
+    (at, spec): (usize, &SiteSpec),
+    treatment: Treatment<B>,
+    linears: Vec<Linear<B>>,
+) -> Site<B> {
+    let biases = linears.iter().map(|_| None).collect();
+    Site { at, name: spec.name.clone(), treatment, linears, biases }
 }
 
 fn block<B: Backend>(
@@ -216,7 +225,9 @@ fn block<B: Backend>(
         mlp_norm: ones()?,
         epsilon: architecture.norm_epsilon,
         key_mean: None,
-        sites: sites.try_into().ok().expect("a block has four sites"),
+        head_norms: None,
+        router: None,
+        sites,
     })
 }
 

@@ -4,13 +4,15 @@ stage beside what the device does with a block's products alone. */
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::rate::{attention_operations, product_operations, products};
+use super::rate::{
+    attention_operations, expert_share, product_operations, products, site_operations,
+};
 use super::{BenchOutcome, SyntheticModel};
 use crate::backend::Backend;
 use crate::checkpoint::Source;
 use crate::eval::source_perplexity;
 use crate::model::Architecture;
-use crate::model::sites::SiteSpec;
+use crate::model::sites::{ATTN_OUT, MLP_ACT, SiteKind, SiteSpec};
 use crate::pipeline::outcome::QuantizeOutcome;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{Calibration, Evaluation, Output, quantize as run};
@@ -147,27 +149,38 @@ fn stage_operations(
     let sites = architecture.sites(0);
     let attention = attention_operations(architecture, model.seq_len);
     let pass = product_operations(architecture) + attention;
-    let of = |site: &SiteSpec| {
-        site.linears.iter().map(|l| 2.0 * (l.rows * l.columns) as f64).sum::<f64>()
+    let sparse = architecture.experts_of(0).is_some();
+    let of = |kind: SiteKind| -> f64 {
+        let own = sites.iter().filter(|site| site.kind == kind);
+        own.map(|site| site_operations(architecture, site)).sum()
     };
-    let [attn_in, attn_out, mlp_in, mlp_act] = sites.each_ref().map(of);
+    let [attn_in, attn_out] = [SiteKind::AttnIn, SiteKind::AttnOut].map(of);
+    let [mlp_in, mlp_act] = [SiteKind::MlpIn, SiteKind::MlpAct].map(of);
     // Half of x^T x, which is symmetric.
-    let squares: f64 = sites.iter().map(|site| (site.channels as f64).powi(2)).sum();
+    let squares = sites.iter().map(|site| {
+        let share = if site.kind == SiteKind::MlpAct { expert_share(architecture) } else { 1.0 };
+        share * (site.channels as f64).powi(2)
+    });
+    let squares: f64 = squares.sum();
     let in_turn = recipe.gptq && recipe.sequential;
     let corrected = in_turn && recipe.correction > 0.0;
     match stage {
         "calibrate" if in_turn => Some(blocks * tokens * (pass - mlp_act)),
         "calibrate" => Some(blocks * tokens * pass),
         "propagate" if in_turn => {
-            Some(tokens * (2.0 * blocks * attn_out + (blocks - 1.0) * (mlp_in + mlp_act)))
+            let streams = if sparse { 2.0 } else { 1.0 };
+            let mlp = streams * (mlp_in + mlp_act);
+            Some(tokens * (2.0 * blocks * attn_out + (blocks - 1.0) * mlp))
         }
         "propagate" if recipe.gptq => Some((blocks - 1.0) * tokens * pass),
         "hessians" if in_turn => {
             let both = 2.0 * (attn_in + attention + mlp_in);
             let hidden = architecture.hidden as f64;
-            let added = (sites[1].channels + sites[3].channels) as f64;
+            // Attention's outputs, and those of an MLP that is no expert.
+            let mlp_channels = if sparse { 0 } else { sites[MLP_ACT].channels };
+            let added = (sites[ATTN_OUT].channels + mlp_channels) as f64;
             let drift = if corrected { 2.0 * squares + 2.0 * hidden * added } else { 0.0 };
-            let source = (blocks - 1.0) * tokens * mlp_act;
+            let source = if sparse { 0.0 } else { (blocks - 1.0) * tokens * mlp_act };
             Some(blocks * tokens * (both + squares + drift) + source)
         }
         "hessians" => Some(blocks * tokens * (pass - mlp_act + squares)),

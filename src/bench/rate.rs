@@ -9,6 +9,7 @@ use crate::Result;
 use crate::backend::{Backend, Matrix};
 use crate::checkpoint::{Dtype, Tensor};
 use crate::model::Architecture;
+use crate::model::sites::{SiteKind, SiteSpec};
 
 /// Seconds for which the products are repeated: a device that is hot or at its power limit is slower
 /// than one that was just woken, and everything that is compared with this rate runs longer still.
@@ -62,9 +63,23 @@ pub fn products<B: Backend>(
 
 /// Multiplications and additions of a block's linears for one token.
 pub fn product_operations(architecture: &Architecture) -> f64 {
-    let sites = architecture.sites(0);
-    let linears = sites.iter().flat_map(|site| &site.linears);
-    2.0 * linears.map(|linear| linear.rows as f64 * linear.columns as f64).sum::<f64>()
+    architecture.sites(0).iter().map(|site| site_operations(architecture, site)).sum()
+}
+
+/// Those of one site's linears.
+pub fn site_operations(architecture: &Architecture, site: &SiteSpec) -> f64 {
+    let weights = site.linears.iter().map(|linear| linear.rows as f64 * linear.columns as f64);
+    let share = match site.kind {
+        SiteKind::MlpIn | SiteKind::MlpAct => expert_share(architecture),
+        _ => 1.0,
+    };
+    2.0 * share * weights.sum::<f64>()
+}
+
+/// Share of a block's experts that a token goes through; all there is where there are none.
+pub fn expert_share(architecture: &Architecture) -> f64 {
+    let experts = architecture.experts_of(0);
+    experts.map_or(1.0, |experts| experts.per_token as f64 / experts.count as f64)
 }
 
 /// Multiplications and additions of a block's causal attention for one token of a window, on average.

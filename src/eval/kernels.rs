@@ -20,7 +20,7 @@ use crate::Result;
 use crate::backend::cpu::Cpu;
 use crate::backend::{AttentionSpec, Backend, Matrix};
 use crate::model::block::{Block, Linear, Seen};
-use crate::model::sites::SITES;
+use crate::model::sites::{ATTN_IN, ATTN_OUT, MLP_ACT, MLP_IN};
 use crate::pipeline::QuantizedSite;
 use crate::quant::float::e4m3_value;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
@@ -80,7 +80,7 @@ pub(super) struct Beside<'a, B: Backend> {
     /// Its sites as the checkpoint has them.
     pub(super) sites: &'a [QuantizedSite<QuantizedLinear>],
     /// Names of each site's linears.
-    pub(super) names: [Vec<String>; 4],
+    pub(super) names: Vec<Vec<String>>,
     device_sites: Vec<Option<DeviceSite<B>>>,
     device_mean: Option<B::Tensor>,
 }
@@ -91,7 +91,7 @@ impl<'a, B: Backend> Beside<'a, B> {
         (reference, device): (&'a Cpu, &'a B),
         block: &'a Block<Cpu>,
         sites: &'a [QuantizedSite<QuantizedLinear>],
-        names: [Vec<String>; 4],
+        names: Vec<Vec<String>>,
         key_mean: Option<&[f32]>,
     ) -> Result<Self> {
         let device_sites = sites.iter().map(|site| Self::device_site(device, site));
@@ -126,11 +126,10 @@ impl<'a, B: Backend> Beside<'a, B> {
         let mut findings = Findings::default();
         let mut operands: Vec<Matrix> = Vec::new();
         let (reference, block) = (self.reference, self.block);
-        self.behind_norm(0, &reference.download(x)?, &block.attn_norm, &mut findings)?;
+        self.behind_norm(ATTN_IN, &reference.download(x)?, &block.attn_norm, &mut findings)?;
         let mut observer = |seen, x: &<Cpu as Backend>::Tensor| {
             match seen {
-                Seen::Entering(kind) => {
-                    let at = SITES.iter().position(|known| *known == kind).expect("every kind");
+                Seen::Entering(at) => {
                     self.site(at, rounded(self.reference.download(x)?), &mut findings)?;
                 }
                 Seen::Queries | Seen::Keys | Seen::Values => {
@@ -146,13 +145,18 @@ impl<'a, B: Backend> Beside<'a, B> {
             Ok(())
         };
         let heads = block.heads(reference, attention, x, &mut observer)?;
-        block.sites[1].apply_onto(reference, heads, x, &mut observer)?;
+        block.sites[ATTN_OUT].apply_onto(reference, heads, x, &mut observer)?;
         let hidden = reference.download(x)?;
+        if block.router.is_some() {
+            // Experts take rows of the norm, which is therefore made before their codes are.
+            block.mlp(reference, x, &mut observer)?;
+            return Ok(findings);
+        }
         let [gate, up] = block.gate_and_up(reference, x, &mut observer)?;
         let [own_gate, own_up] = [&gate, &up].map(|x| reference.download(x));
         let z = reference.silu_mul(gate, &up)?;
-        block.sites[3].apply_onto(reference, z, x, &mut observer)?;
-        self.behind_norm(2, &hidden, &block.mlp_norm, &mut findings)?;
+        block.sites[MLP_ACT].apply_onto(reference, z, x, &mut observer)?;
+        self.behind_norm(MLP_IN, &hidden, &block.mlp_norm, &mut findings)?;
         self.behind_silu(rounded(own_gate?), rounded(own_up?), &mut findings)?;
         Ok(findings)
     }
@@ -178,14 +182,14 @@ impl<'a, B: Backend> Beside<'a, B> {
 
     /// The same with SiLU, for mlp_act.
     fn behind_silu(&self, gate: Matrix, up: Matrix, findings: &mut Findings) -> Result<()> {
-        let Some(on_device) = &self.device_sites[3] else { return Ok(()) };
+        let Some(on_device) = &self.device_sites[MLP_ACT] else { return Ok(()) };
         let (reference, device) = (self.reference, self.device);
         let on = |x: &Matrix| device.upload_activation(x.clone());
         let Some(rows) = device.silu_quantize(&on(&gate)?, &on(&up)?, &on_device.order)? else {
             return Ok(());
         };
         let product = reference.silu_mul(reference.upload(gate)?, &reference.upload(up)?)?;
-        self.one_step(3, &rows, &product, findings)
+        self.one_step(MLP_ACT, &rows, &product, findings)
     }
 
     fn one_step(
@@ -270,7 +274,7 @@ impl<'a, B: Backend> Beside<'a, B> {
         );
         findings.attention = findings.attention.max(error);
         if error > 1.0 {
-            let name = &self.block.sites[1].name;
+            let name = &self.block.sites[ATTN_OUT].name;
             let fault = format!("attention before {name} is off by {error:.2} times its tolerance");
             findings.faults.push(fault);
         }

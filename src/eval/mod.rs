@@ -1,5 +1,7 @@
 /*! Measurements over any model that can run: perplexity and integrity. */
 
+#[cfg(test)]
+mod family_tests;
 mod inspect;
 mod kernels;
 mod perplexity;

@@ -173,9 +173,9 @@ fn kernel_checks<B: Backend>(
         let key_mean = read_key_mean(checkpoint, &architecture, index, &kv)?;
         let (key_mean, sites) = (key_mean.as_deref(), read_sites(checkpoint, plan)?);
         let block = quantized_block(reference, &architecture, &weights, &sites, key_mean)?;
-        let names = architecture
-            .sites(index)
-            .map(|site| site.linears.into_iter().map(|linear| linear.name).collect());
+        let names = architecture.sites(index).into_iter();
+        let names = names.map(|site| site.linears.into_iter().map(|linear| linear.name).collect());
+        let names = names.collect();
         let beside = Beside::new((reference, device), &block, &sites, names, key_mean)?;
         let found = beside.run(&attention, &mut x);
         let found = found.map_err(|error| error.context(format!("kernels of block {index}")))?;
@@ -372,7 +372,7 @@ fn kept_tensors(architecture: &Architecture, blocks: &[BlockPlan]) -> Vec<(Strin
         kept.push((architecture.head_name().to_owned(), table));
     }
     for (index, block) in blocks.iter().enumerate() {
-        kept.extend(architecture.norm_names(index).map(|name| (name, vec![hidden])));
+        kept.extend(architecture.beside_linears(index));
         for site in block {
             let whole = site.linears.iter().filter(|linear| linear.bits == 16);
             kept.extend(whole.map(|linear| {

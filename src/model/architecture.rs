@@ -13,7 +13,7 @@ pub struct Architecture {
     pub blocks: usize,
     /// Channels of the residual stream.
     pub hidden: usize,
-    /// Channels between the MLP's projections.
+    /// Channels between the projections of an MLP that is not one of several experts.
     pub intermediate: usize,
     /// Query heads.
     pub heads: usize,
@@ -31,7 +31,60 @@ pub struct Architecture {
     pub max_positions: usize,
     /// Rotary embedding.
     pub rope: Rope,
+    /// Tokens that a token attends to, itself included, where that is not all before it.
+    pub window: Option<usize>,
+    /// Which linears have a bias.
+    pub biases: Biases,
+    /// Whether each query and key head goes through an RMSNorm before the rotary embedding.
+    pub head_norms: bool,
+    /// The experts of a sparse network.
+    pub experts: Option<Experts>,
 }
+
+/// Which linears have a bias.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Biases {
+    /// q, k and v.
+    pub attn_in: bool,
+    /// o.
+    pub attn_out: bool,
+    /// gate, up and down.
+    pub mlp: bool,
+}
+
+/// Several MLPs in a block, of which a router chooses a few for each token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Experts {
+    /// In a block.
+    pub count: usize,
+    /// For each token.
+    pub per_token: usize,
+    /// Channels between an expert's projections.
+    pub intermediate: usize,
+    /// Whether the chosen experts' shares add up to one.
+    pub normalized: bool,
+    /// Blocks that have one MLP like any dense network's.
+    pub dense_blocks: Vec<usize>,
+    /// What they are called.
+    pub names: ExpertNames,
+}
+
+/// What a block's experts are called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertNames {
+    /// What the router and the experts are part of.
+    pub part: &'static str,
+    /// gate, up and down.
+    pub linears: [&'static str; 3],
+}
+
+const MIXTRAL_NAMES: ExpertNames =
+    ExpertNames { part: "block_sparse_moe", linears: ["w1", "w3", "w2"] };
+const QWEN_NAMES: ExpertNames =
+    ExpertNames { part: "mlp", linears: ["gate_proj", "up_proj", "down_proj"] };
+
+/// Values of `model_type` that can be run.
+const FAMILIES: [&str; 6] = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"];
 
 /// Rotary position embedding.
 #[derive(Clone, Debug, PartialEq)]
@@ -60,17 +113,10 @@ impl Architecture {
     /// An architecture this version cannot run, or a field that is missing or impossible.
     pub fn from_config(config: &Value) -> Result<Self> {
         let family = text(config, "model_type").unwrap_or("").to_owned();
-        if !matches!(family.as_str(), "llama" | "mistral") {
+        if !FAMILIES.contains(&family.as_str()) {
             let named = if family.is_empty() { "(none)" } else { &family };
             return Err(Error::input(format!("unknown architecture: model_type is `{named}`"))
-                .hint("this version runs `llama` and `mistral` models (Llama 1 to 3, Mistral, SmolLM2, TinyLlama, Vicuna, ...)"));
-        }
-        for key in ["attention_bias", "mlp_bias"] {
-            if config.get(key).and_then(Value::as_bool) == Some(true) {
-                return Err(Error::input(format!(
-                    "config.json sets {key}, which this version does not support"
-                )));
-            }
+                .hint(format!("this version runs models of the types {}", FAMILIES.join(", "))));
         }
         if text(config, "hidden_act").is_some_and(|act| act != "silu") {
             return Err(Error::input("config.json sets hidden_act to something other than silu")
@@ -79,7 +125,6 @@ impl Architecture {
         let hidden = number(config, "hidden_size")?;
         let heads = number(config, "num_attention_heads")?;
         let architecture = Self {
-            family,
             blocks: number(config, "num_hidden_layers")?,
             hidden,
             intermediate: number(config, "intermediate_size")?,
@@ -91,6 +136,11 @@ impl Architecture {
             tied: config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false),
             max_positions: optional(config, "max_position_embeddings").unwrap_or(2048),
             rope: Rope::from_config(config)?,
+            window: window(config, &family)?,
+            biases: Biases::from_config(config, &family),
+            head_norms: family.starts_with("qwen3"),
+            experts: Experts::from_config(config, &family)?,
+            family,
         };
         architecture.check()
     }
@@ -108,6 +158,11 @@ impl Architecture {
         Ok(self)
     }
 
+    /// The experts of block `block`, if it has any.
+    pub fn experts_of(&self, block: usize) -> Option<&Experts> {
+        self.experts.as_ref().filter(|experts| !experts.dense_blocks.contains(&block))
+    }
+
     /// Cosines and sines `[seq_len, head_dim / 2]` of positions 0..seq_len.
     pub fn rope_tables(&self, seq_len: usize) -> (Vec<f32>, Vec<f32>) {
         let frequencies = self.rope.frequencies(self.head_dim);
@@ -117,6 +172,90 @@ impl Architecture {
             })
             .map(|angle| (angle.cos() as f32, angle.sin() as f32))
             .unzip()
+    }
+}
+
+impl Biases {
+    fn from_config(config: &Value, family: &str) -> Self {
+        let set = |key: &str| flag(config, key);
+        match family {
+            "qwen2" => Self { attn_in: true, attn_out: false, mlp: false },
+            "llama" | "qwen3" | "qwen3_moe" => Self {
+                attn_in: set("attention_bias"),
+                attn_out: set("attention_bias"),
+                mlp: family == "llama" && set("mlp_bias"),
+            },
+            _ => Self::default(),
+        }
+    }
+}
+
+impl Experts {
+    fn from_config(config: &Value, family: &str) -> Result<Option<Self>> {
+        let per_token = || number(config, "num_experts_per_tok");
+        let experts = match family {
+            "mixtral" => Self {
+                count: number(config, "num_local_experts")?,
+                per_token: per_token()?,
+                intermediate: number(config, "intermediate_size")?,
+                normalized: true,
+                dense_blocks: Vec::new(),
+                names: MIXTRAL_NAMES,
+            },
+            "qwen3_moe" => {
+                let blocks = number(config, "num_hidden_layers")?;
+                let step = optional(config, "decoder_sparse_step").unwrap_or(1);
+                let listed = |block: usize| {
+                    let list = config.get("mlp_only_layers").and_then(Value::as_array);
+                    list.is_some_and(|list| {
+                        list.iter().any(|own| own.as_u64() == Some(block as u64))
+                    })
+                };
+                let dense = |block: &usize| listed(*block) || !(block + 1).is_multiple_of(step);
+                Self {
+                    // transformers 5 writes the latter name.
+                    count: number(config, "num_experts")
+                        .or_else(|_| number(config, "num_local_experts"))?,
+                    per_token: per_token()?,
+                    intermediate: number(config, "moe_intermediate_size")?,
+                    normalized: flag(config, "norm_topk_prob"),
+                    dense_blocks: (0..blocks).filter(dense).collect(),
+                    names: QWEN_NAMES,
+                }
+            }
+            _ => return Ok(None),
+        };
+        if experts.per_token > experts.count {
+            return Err(Error::input(format!(
+                "config.json: a token cannot have {} of {} experts",
+                experts.per_token, experts.count
+            )));
+        }
+        Ok(Some(experts))
+    }
+}
+
+/// Tokens that a token attends to, where not all.
+///
+/// # Errors
+/// Blocks that differ in it.
+fn window(config: &Value, family: &str) -> Result<Option<usize>> {
+    let window = optional(config, "sliding_window");
+    match family {
+        "mistral" | "mixtral" => Ok(window),
+        "qwen2" | "qwen3" | "qwen3_moe" if flag(config, "use_sliding_window") => {
+            let blocks = number(config, "num_hidden_layers")?;
+            let whole = config.get("max_window_layers").and_then(Value::as_u64);
+            match whole.unwrap_or(0) {
+                0 => Ok(window),
+                whole if whole >= blocks as u64 => Ok(None),
+                whole => Err(Error::input(format!(
+                    "config.json gives the blocks from {whole} on a sliding window and the others none"
+                ))
+                .hint("this version runs networks whose blocks attend alike")),
+            }
+        }
+        _ => Ok(None),
     }
 }
 
@@ -182,6 +321,10 @@ fn text<'a>(value: &'a Value, key: &str) -> Option<&'a str> {
     value.get(key).and_then(Value::as_str)
 }
 
+fn flag(config: &Value, key: &str) -> bool {
+    config.get(key).and_then(Value::as_bool).unwrap_or(false)
+}
+
 fn optional(config: &Value, key: &str) -> Option<usize> {
     config.get(key).and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0)
 }
@@ -214,7 +357,7 @@ mod tests {
     fn unknown_networks_are_refused_by_name() {
         for (key, value, part) in [
             ("model_type", json!("gpt2"), "`gpt2`"),
-            ("attention_bias", json!(true), "attention_bias"),
+            ("num_attention_heads", json!(0), "num_attention_heads"),
             ("hidden_act", json!("gelu"), "hidden_act"),
             ("hidden_size", json!(null), "hidden_size"),
             ("num_key_value_heads", json!(3), "evenly"),
@@ -239,5 +382,42 @@ mod tests {
         assert_eq!(scaled[0], plain[0]);
         assert_eq!(scaled[63], plain[63] / 8.0);
         assert!(scaled.windows(2).all(|pair| pair[0] > pair[1]));
+    }
+
+    #[test]
+    fn families_say_what_their_blocks_have() {
+        let with = |changes: Value| {
+            let mut config = config();
+            config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            Architecture::from_config(&config)
+        };
+        let qwen2 = with(json!({"model_type": "qwen2", "sliding_window": 32})).unwrap();
+        assert_eq!(qwen2.biases, Biases { attn_in: true, attn_out: false, mlp: false });
+        assert_eq!((qwen2.window, qwen2.head_norms), (None, false));
+        let sliding = json!({"model_type": "qwen2", "use_sliding_window": true, "sliding_window": 32,
+            "max_window_layers": 1});
+        assert!(with(sliding.clone()).unwrap_err().to_string().contains("sliding window"));
+        for (whole, window) in [(0, Some(32)), (2, None)] {
+            let mut changed = sliding.clone();
+            changed["max_window_layers"] = json!(whole);
+            assert_eq!(with(changed).unwrap().window, window);
+        }
+        let mistral = with(json!({"model_type": "mistral", "sliding_window": 16})).unwrap();
+        assert_eq!((mistral.window, mistral.experts), (Some(16), None));
+        let biased = with(json!({"attention_bias": true, "mlp_bias": true})).unwrap();
+        assert_eq!(biased.biases, Biases { attn_in: true, attn_out: true, mlp: true });
+
+        let experts =
+            json!({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2});
+        let mixtral = with(experts).unwrap();
+        let experts = mixtral.experts_of(1).unwrap();
+        assert_eq!((experts.count, experts.intermediate, experts.normalized), (4, 128, true));
+        let mut sparse = json!({"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24, "norm_topk_prob": true, "decoder_sparse_step": 2});
+        let qwen = with(sparse.clone()).unwrap();
+        assert!(qwen.head_norms && qwen.experts_of(0).is_none());
+        assert_eq!(qwen.experts_of(1).unwrap().intermediate, 24);
+        sparse["num_experts_per_tok"] = json!(9);
+        assert!(with(sparse).unwrap_err().to_string().contains("9 of 8"));
     }
 }

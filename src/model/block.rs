@@ -3,7 +3,8 @@
 Calibration, evaluation of the source, evaluation of the checkpoint and verification all run this
 code; only what a site does with its activation and how a linear is held differ. */
 
-use super::sites::SiteKind;
+use super::experts::{Router, Share};
+use super::sites::{ATTN_IN, ATTN_OUT, MLP_ACT, MLP_IN};
 use crate::backend::{AttentionSpec, Backend};
 use crate::{Error, Result};
 
@@ -27,14 +28,16 @@ pub enum Treatment<B: Backend> {
 
 /// A site of a block with the linears it feeds.
 pub struct Site<B: Backend> {
-    /// Which site it is.
-    pub kind: SiteKind,
+    /// Its number in the block.
+    pub at: usize,
     /// Its full name, for errors.
     pub name: String,
     /// What becomes of the activation.
     pub treatment: Treatment<B>,
-    /// q, k, v; or o; or gate, up; or down.
+    /// q, k, v; or o; or gate, up, of every expert; or down.
     pub linears: Vec<Linear<B>>,
+    /// What is added to the output of each, if anything is, `[1, rows]`.
+    pub biases: Vec<Option<B::Tensor>>,
 }
 
 /// A decoder block, ready to run.
@@ -47,8 +50,12 @@ pub struct Block<B: Backend> {
     pub epsilon: f32,
     /// What is taken from the embedded keys before they are quantized, `[1, kv_heads * head_dim]`.
     pub key_mean: Option<B::Tensor>,
-    /// attn_in, attn_out, mlp_in, mlp_act.
-    pub sites: [Site<B>; 4],
+    /// RMSNorm of each query and key head before the rotary embedding, `[1, head_dim]`.
+    pub head_norms: Option<[B::Tensor; 2]>,
+    /// Chooses experts, where there are any.
+    pub router: Option<Router<B>>,
+    /// attn_in, attn_out, mlp_in, and an mlp_act for each expert, or the one there is.
+    pub sites: Vec<Site<B>>,
 }
 
 /// What an observer is shown.
@@ -56,9 +63,10 @@ pub struct Block<B: Backend> {
 pub enum Seen {
     /// What enters a site, before it is arranged. Not shown where the backend makes codes in one step with what comes
     /// before.
-    Entering(SiteKind),
-    /// A site's activation as its dense linears see it. Sites whose linears are all packed are not shown.
-    Site(SiteKind),
+    Entering(usize),
+    /// A site's activation as its dense linears see it. Sites whose linears are all packed are not shown. Where there are
+    /// experts, mlp_in is shown once for each, with the tokens that go there.
+    Site(usize),
     /// Queries, before the rotary embedding.
     Queries,
     /// Keys, likewise.
@@ -81,18 +89,45 @@ impl<B: Backend> Block<B> {
         observer: Observer<B::Tensor>,
     ) -> Result<()> {
         let heads = self.heads(backend, attention, x, observer)?;
-        self.sites[1].apply_onto(backend, heads, x, observer)?;
-        let [gate, up] = self.gate_and_up(backend, x, observer)?;
-        let site = &self.sites[3];
+        self.sites[ATTN_OUT].apply_onto(backend, heads, x, observer)?;
+        self.mlp(backend, x, observer)
+    }
+
+    /// Adds the MLP's output, or that of each token's experts, to the hidden states `x` behind attention.
+    pub fn mlp(&self, backend: &B, x: &mut B::Tensor, observer: Observer<B::Tensor>) -> Result<()> {
+        if let Some(router) = &self.router {
+            let normed = backend.rms_norm(x, &self.mlp_norm, self.epsilon)?;
+            let shares = router.shares(backend, &normed)?;
+            for (expert, share) in shares.iter().enumerate().filter(|(_, share)| !share.is_empty())
+            {
+                let pair = self.gate_and_up_of(backend, expert, &normed, share, observer)?;
+                let input = self.behind_silu(backend, MLP_ACT + expert, pair, observer)?;
+                let [output] = self.sites[MLP_ACT + expert].outputs(backend, &input)?;
+                backend.add_rows(x, &output, &share.tokens, &share.weights)?;
+            }
+            return Ok(());
+        }
+        let pair = self.gate_and_up(backend, x, observer)?;
+        let input = self.behind_silu(backend, MLP_ACT, pair, observer)?;
+        self.sites[MLP_ACT].add_onto(backend, &input, x)
+    }
+
+    /// What the linear of the mlp_act numbered `at` sees, from gate and up.
+    fn behind_silu(
+        &self,
+        backend: &B,
+        at: usize,
+        [gate, up]: [B::Tensor; 2],
+        observer: Observer<B::Tensor>,
+    ) -> Result<Input<B>> {
+        let site = &self.sites[at];
         if let Some(order) = site.packed_order() {
             let rows = backend.silu_quantize(&gate, &up, order);
             if let Some(rows) = rows.map_err(|error| site.named(error))? {
-                let [output] = site.outputs(backend, &Input::Rows(rows))?;
-                return backend.add(x, &output);
+                return Ok(Input::Rows(rows));
             }
         }
-        let z = backend.silu_mul(gate, &up)?;
-        site.apply_onto(backend, z, x, observer)
+        site.input(backend, backend.silu_mul(gate, &up)?, observer)
     }
 
     /// Shows `observer` every site's activation; `x` is used up on the way. The last product is
@@ -105,10 +140,20 @@ impl<B: Backend> Block<B> {
         observer: Observer<B::Tensor>,
     ) -> Result<()> {
         let heads = self.heads(backend, attention, &x, observer)?;
-        self.sites[1].apply_onto(backend, heads, &mut x, observer)?;
-        let z = self.gated(backend, &x, observer)?;
-        drop(x);
-        self.sites[3].input(backend, z, observer)?;
+        self.sites[ATTN_OUT].apply_onto(backend, heads, &mut x, observer)?;
+        let Some(router) = &self.router else {
+            let z = self.gated(backend, &x, observer)?;
+            drop(x);
+            self.sites[MLP_ACT].input(backend, z, observer)?;
+            return Ok(());
+        };
+        let normed = backend.rms_norm(&x, &self.mlp_norm, self.epsilon)?;
+        for (expert, share) in router.shares(backend, &normed)?.iter().enumerate() {
+            if !share.is_empty() {
+                let z = self.gated_of(backend, expert, &normed, share, observer)?;
+                self.sites[MLP_ACT + expert].input(backend, z, observer)?;
+            }
+        }
         Ok(())
     }
 
@@ -120,20 +165,52 @@ impl<B: Backend> Block<B> {
         x: &B::Tensor,
         observer: Observer<B::Tensor>,
     ) -> Result<B::Tensor> {
-        let [q, k, v] = match self.behind_norm(backend, 0, x, &self.attn_norm)? {
+        let [mut q, mut k, v] = match self.behind_norm(backend, ATTN_IN, x, &self.attn_norm)? {
             Some(outputs) => outputs,
             None => {
                 let normed = backend.rms_norm(x, &self.attn_norm, self.epsilon)?;
-                self.sites[0].apply(backend, normed, observer)?
+                self.sites[ATTN_IN].apply(backend, normed, observer)?
             }
         };
+        if let Some([of_q, of_k]) = &self.head_norms {
+            backend.head_norm(&mut q, of_q, self.epsilon)?;
+            backend.head_norm(&mut k, of_k, self.epsilon)?;
+        }
         observer(Seen::Queries, &q)?;
         observer(Seen::Keys, &k)?;
         observer(Seen::Values, &v)?;
         backend.attention(attention, &q, &k, &v, self.key_mean.as_ref())
     }
 
-    /// `silu(gate) * up` for the hidden states `x` behind attention: what mlp_act sees.
+    /// `silu(gate) * up` of one expert for its share of the normed hidden states: what its mlp_act sees.
+    pub fn gated_of(
+        &self,
+        backend: &B,
+        expert: usize,
+        normed: &B::Tensor,
+        share: &Share,
+        observer: Observer<B::Tensor>,
+    ) -> Result<B::Tensor> {
+        let [gate, up] = self.gate_and_up_of(backend, expert, normed, share, observer)?;
+        backend.silu_mul(gate, &up)
+    }
+
+    /// The outputs of one expert's gate and up.
+    fn gate_and_up_of(
+        &self,
+        backend: &B,
+        expert: usize,
+        normed: &B::Tensor,
+        share: &Share,
+        observer: Observer<B::Tensor>,
+    ) -> Result<[B::Tensor; 2]> {
+        let site = &self.sites[MLP_IN];
+        let input = site.input(backend, backend.take_rows(normed, &share.tokens)?, observer)?;
+        let output = |linear| site.output(backend, &input, linear);
+        Ok([output(2 * expert)?, output(2 * expert + 1)?])
+    }
+
+    /// `silu(gate) * up` for the hidden states `x` behind attention: what mlp_act sees. Not where there are experts.
     pub fn gated(
         &self,
         backend: &B,
@@ -144,18 +221,18 @@ impl<B: Backend> Block<B> {
         backend.silu_mul(gate, &up)
     }
 
-    /// The outputs of gate and up for the hidden states `x` behind attention.
+    /// The outputs of gate and up for the hidden states `x` behind attention. Not where there are experts.
     pub fn gate_and_up(
         &self,
         backend: &B,
         x: &B::Tensor,
         observer: Observer<B::Tensor>,
     ) -> Result<[B::Tensor; 2]> {
-        if let Some(outputs) = self.behind_norm(backend, 2, x, &self.mlp_norm)? {
+        if let Some(outputs) = self.behind_norm(backend, MLP_IN, x, &self.mlp_norm)? {
             return Ok(outputs);
         }
         let normed = backend.rms_norm(x, &self.mlp_norm, self.epsilon)?;
-        self.sites[2].apply(backend, normed, observer)
+        self.sites[MLP_IN].apply(backend, normed, observer)
     }
 
     /// The outputs of a site behind a norm, where its codes are made in one step with the norm.
@@ -175,8 +252,10 @@ impl<B: Backend> Block<B> {
 }
 
 /// An activation as the linears of its site see it.
-enum Input<B: Backend> {
+pub enum Input<B: Backend> {
+    /// In floating point.
     Float(B::Tensor),
+    /// Quantized.
     Rows(B::Rows),
 }
 
@@ -193,21 +272,28 @@ impl<B: Backend> Site<B> {
     }
 
     fn outputs<const N: usize>(&self, backend: &B, input: &Input<B>) -> Result<[B::Tensor; N]> {
-        let outputs: Vec<B::Tensor> = self
-            .linears
-            .iter()
-            .map(|linear| match (linear, input) {
-                (Linear::Dense(weight), Input::Float(x)) => backend.product(x, weight),
-                (Linear::Packed(weight), Input::Rows(x)) => backend.integer_product(x, weight),
-                (Linear::Dense(weight), Input::Rows(x)) => {
-                    backend.product(&backend.dequantize(x)?, weight)
-                }
-                (Linear::Packed(_), Input::Float(_)) => {
-                    unreachable!("packed linears are only built behind quantized sites")
-                }
-            })
-            .collect::<Result<_>>()?;
+        let linears = 0..self.linears.len();
+        let outputs = linears.map(|linear| self.output(backend, input, linear));
+        let outputs: Vec<B::Tensor> = outputs.collect::<Result<_>>()?;
         Ok(outputs.try_into().ok().expect("a site is built with the linears of its kind"))
+    }
+
+    /// The output of one of its linears.
+    fn output(&self, backend: &B, input: &Input<B>, linear: usize) -> Result<B::Tensor> {
+        let mut y = match (&self.linears[linear], input) {
+            (Linear::Dense(weight), Input::Float(x)) => backend.product(x, weight),
+            (Linear::Packed(weight), Input::Rows(x)) => backend.integer_product(x, weight),
+            (Linear::Dense(weight), Input::Rows(x)) => {
+                backend.product(&backend.dequantize(x)?, weight)
+            }
+            (Linear::Packed(_), Input::Float(_)) => {
+                unreachable!("packed linears are only built behind quantized sites")
+            }
+        }?;
+        if let Some(bias) = &self.biases[linear] {
+            backend.add_bias(&mut y, bias)?;
+        }
+        Ok(y)
     }
 
     /// Adds the output of the site's one linear for the activation `x` to the residual stream.
@@ -218,13 +304,19 @@ impl<B: Backend> Site<B> {
         stream: &mut B::Tensor,
         observer: Observer<B::Tensor>,
     ) -> Result<()> {
-        match (&self.linears[..], self.input(backend, x, observer)?) {
-            ([Linear::Dense(weight)], Input::Float(x)) => backend.add_product(stream, &x, weight),
-            (_, input) => {
-                let [output] = self.outputs(backend, &input)?;
-                backend.add(stream, &output)
-            }
+        let input = self.input(backend, x, observer)?;
+        self.add_onto(backend, &input, stream)
+    }
+
+    /// Adds the output of the site's one linear to the residual stream.
+    fn add_onto(&self, backend: &B, input: &Input<B>, stream: &mut B::Tensor) -> Result<()> {
+        if let ([Linear::Dense(weight)], [None], Input::Float(x)) =
+            (&self.linears[..], &self.biases[..], input)
+        {
+            return backend.add_product(stream, x, weight);
         }
+        let [output] = self.outputs(backend, input)?;
+        backend.add(stream, &output)
     }
 
     /// Its order and format on the backend.
@@ -265,7 +357,7 @@ impl<B: Backend> Site<B> {
     }
 
     fn input(&self, backend: &B, x: B::Tensor, observer: Observer<B::Tensor>) -> Result<Input<B>> {
-        observer(Seen::Entering(self.kind), &x)?;
+        observer(Seen::Entering(self.at), &x)?;
         let float = match &self.treatment {
             Treatment::Source => x,
             Treatment::Arranged(site) => backend.arrange(&x, site)?,
@@ -278,7 +370,7 @@ impl<B: Backend> Site<B> {
                 backend.dequantize(&rows)?
             }
         };
-        observer(Seen::Site(self.kind), &float)?;
+        observer(Seen::Site(self.at), &float)?;
         Ok(Input::Float(float))
     }
 }

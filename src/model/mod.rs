@@ -2,6 +2,7 @@
 
 pub mod architecture;
 pub mod block;
+pub mod experts;
 pub mod sites;
 
 pub use architecture::Architecture;

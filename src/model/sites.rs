@@ -1,7 +1,8 @@
 /*! The sites of a decoder block: which activation feeds which linears, and what they are called.
 
-Outliers, channel order and activation quantization belong to a site; weights belong to a linear.
-Every Llama-like block is these four sites. */
+Outliers, channel order and activation quantization belong to a site; weights belong to a linear. Every
+Llama-like block has the sites attn_in, attn_out, mlp_in and mlp_act, in this order; where it has experts, all of them
+read mlp_in, and each has an mlp_act of its own. */
 
 use super::architecture::Architecture;
 
@@ -12,15 +13,17 @@ pub enum SiteKind {
     AttnIn,
     /// Joined heads: o.
     AttnOut,
-    /// Normed input of the MLP: gate, up.
+    /// Normed input of the MLP: gate, up, of every expert.
     MlpIn,
     /// `silu(gate) * up`: down.
     MlpAct,
 }
 
-/// All sites of a block, in the order the forward pass reaches them.
-pub const SITES: [SiteKind; 4] =
-    [SiteKind::AttnIn, SiteKind::AttnOut, SiteKind::MlpIn, SiteKind::MlpAct];
+/// Numbers of the sites that every block has once, and of the first mlp_act.
+pub const ATTN_IN: usize = 0;
+pub const ATTN_OUT: usize = 1;
+pub const MLP_IN: usize = 2;
+pub const MLP_ACT: usize = 3;
 
 /// A linear's name and shape.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +34,20 @@ pub struct LinearSpec {
     pub rows: usize,
     /// Input features.
     pub columns: usize,
+    /// Whether a bias `[rows]` is added, which stays as the source has it.
+    pub bias: bool,
+}
+
+impl LinearSpec {
+    /// The tensor of its weight.
+    pub fn weight(&self) -> String {
+        format!("{}.weight", self.name)
+    }
+
+    /// The tensor of its bias, if it has one.
+    pub fn bias(&self) -> Option<String> {
+        self.bias.then(|| format!("{}.bias", self.name))
+    }
 }
 
 /// A site of one block.
@@ -63,44 +80,79 @@ impl Architecture {
             .map(|norm| format!("{}.{norm}.weight", self.block_name(block)))
     }
 
+    /// Names of the RMSNorm weights of block `block`'s query and key heads, if there are any.
+    pub fn head_norm_names(&self, block: usize) -> Option<[String; 2]> {
+        let names = ["q_norm", "k_norm"];
+        let name = |norm| format!("{}.self_attn.{norm}.weight", self.block_name(block));
+        self.head_norms.then(|| names.map(name))
+    }
+
+    /// Name of the router's weight `[experts, hidden]` of block `block`, if it has experts.
+    pub fn router_name(&self, block: usize) -> Option<String> {
+        let experts = self.experts_of(block)?;
+        Some(format!("{}.{}.gate.weight", self.block_name(block), experts.names.part))
+    }
+
+    /// Name and shape of what block `block` holds beside its linears' weights: norms, biases, the router. All of it
+    /// stays as the source has it.
+    pub fn beside_linears(&self, block: usize) -> Vec<(String, Vec<usize>)> {
+        let mut tensors: Vec<_> =
+            self.norm_names(block).map(|name| (name, vec![self.hidden])).into();
+        let head_norms = self.head_norm_names(block).into_iter().flatten();
+        tensors.extend(head_norms.map(|name| (name, vec![self.head_dim])));
+        for linear in self.sites(block).iter().flat_map(|site| &site.linears) {
+            tensors.extend(linear.bias().map(|name| (name, vec![linear.rows])));
+        }
+        if let (Some(name), Some(experts)) = (self.router_name(block), self.experts_of(block)) {
+            tensors.push((name, vec![experts.count, self.hidden]));
+        }
+        tensors
+    }
+
     /// The sites of block `block`, in the order the forward pass reaches them.
-    pub fn sites(&self, block: usize) -> [SiteSpec; 4] {
+    pub fn sites(&self, block: usize) -> Vec<SiteSpec> {
         let prefix = self.block_name(block);
-        let heads = self.heads * self.head_dim;
-        let kv_heads = self.kv_heads * self.head_dim;
-        SITES.map(|kind| {
-            let (part, site, channels, linears): (_, _, _, &[(&str, usize)]) = match kind {
-                SiteKind::AttnIn => (
-                    "self_attn",
-                    "attn_in",
-                    self.hidden,
-                    &[("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)],
-                ),
-                SiteKind::AttnOut => ("self_attn", "attn_out", heads, &[("o_proj", self.hidden)]),
-                SiteKind::MlpIn => (
-                    "mlp",
-                    "mlp_in",
-                    self.hidden,
-                    &[("gate_proj", self.intermediate), ("up_proj", self.intermediate)],
-                ),
-                SiteKind::MlpAct => {
-                    ("mlp", "mlp_act", self.intermediate, &[("down_proj", self.hidden)])
-                }
+        let [heads, kv_heads] = [self.heads, self.kv_heads].map(|heads| heads * self.head_dim);
+        let hidden = self.hidden;
+        let site = |kind, part: &str, name: &str, channels, linears: &[(String, usize)], bias| {
+            let linear = |(name, rows): &(String, usize)| LinearSpec {
+                name: format!("{prefix}.{part}.{name}"),
+                rows: *rows,
+                columns: channels,
+                bias,
             };
-            SiteSpec {
-                kind,
-                name: format!("{prefix}.{part}.{site}"),
-                channels,
-                linears: linears
-                    .iter()
-                    .map(|&(name, rows)| LinearSpec {
-                        name: format!("{prefix}.{part}.{name}"),
-                        rows,
-                        columns: channels,
-                    })
-                    .collect(),
-            }
-        })
+            let linears = linears.iter().map(linear).collect();
+            SiteSpec { kind, name: format!("{prefix}.{part}.{name}"), channels, linears }
+        };
+        let named = |names: &[(&str, usize)]| -> Vec<(String, usize)> {
+            names.iter().map(|(name, rows)| ((*name).to_owned(), *rows)).collect()
+        };
+        let biases = self.biases;
+        let q_k_v = named(&[("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)]);
+        let o = named(&[("o_proj", hidden)]);
+        let mut sites = vec![
+            site(SiteKind::AttnIn, "self_attn", "attn_in", hidden, &q_k_v, biases.attn_in),
+            site(SiteKind::AttnOut, "self_attn", "attn_out", heads, &o, biases.attn_out),
+        ];
+        let Some(experts) = self.experts_of(block) else {
+            let wide = self.intermediate;
+            let gate_up = named(&[("gate_proj", wide), ("up_proj", wide)]);
+            let down = named(&[("down_proj", hidden)]);
+            sites.push(site(SiteKind::MlpIn, "mlp", "mlp_in", hidden, &gate_up, biases.mlp));
+            sites.push(site(SiteKind::MlpAct, "mlp", "mlp_act", wide, &down, biases.mlp));
+            return sites;
+        };
+        let (part, [gate, up, down]) = (experts.names.part, experts.names.linears);
+        let wide = experts.intermediate;
+        let all = (0..experts.count)
+            .flat_map(|expert| [gate, up].map(|name| (format!("experts.{expert}.{name}"), wide)));
+        let all: Vec<_> = all.collect();
+        sites.push(site(SiteKind::MlpIn, part, "mlp_in", hidden, &all, false));
+        sites.extend((0..experts.count).map(|expert| {
+            let part = format!("{part}.experts.{expert}");
+            site(SiteKind::MlpAct, &part, "mlp_act", wide, &named(&[(down, hidden)]), false)
+        }));
+        sites
     }
 
     /// Name and shape of every tensor a source must hold.
@@ -113,11 +165,9 @@ impl Architecture {
             tensors.push((HEAD.to_owned(), vec![self.vocabulary, self.hidden]));
         }
         for block in 0..self.blocks {
-            tensors.extend(self.norm_names(block).map(|name| (name, vec![self.hidden])));
-            for site in self.sites(block) {
-                tensors.extend(site.linears.into_iter().map(|linear| {
-                    (format!("{}.weight", linear.name), vec![linear.rows, linear.columns])
-                }));
+            tensors.extend(self.beside_linears(block));
+            for linear in self.sites(block).iter().flat_map(|site| &site.linears) {
+                tensors.push((linear.weight(), vec![linear.rows, linear.columns]));
             }
         }
         tensors

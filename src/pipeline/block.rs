@@ -11,12 +11,12 @@ use crate::Result;
 use crate::backend::{AttentionSpec, Backend, Drift, Unquantized};
 use crate::model::Architecture;
 use crate::model::block::Seen;
-use crate::model::sites::{SITES, SiteSpec};
+use crate::model::sites::{SiteKind, SiteSpec};
 use crate::quant::site::SiteFormat;
 
 /// A block's quantized sites and the relative output error of each of its quantized linears.
 pub struct QuantizedBlock<B: Backend> {
-    /// attn_in, attn_out, mlp_in, mlp_act.
+    /// In the order of the plan.
     pub sites: Vec<QuantizedSite<B::Quantized>>,
     /// `(linear, error)`.
     pub errors: Vec<(String, f64)>,
@@ -36,6 +36,8 @@ pub struct BlockQuantizer<'a, B: Backend> {
     pub damping: f32,
     /// How much of the drift is corrected, where sites are quantized in turn.
     pub correction: f32,
+    /// Tokens that an expert needs for GPTQ.
+    pub expert_tokens: usize,
     /// Told of fallbacks, and asked whether to stop.
     pub progress: &'a dyn Progress,
 }
@@ -54,7 +56,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         let backend = self.backend;
         let formats = formats(plan, &statistics.energies);
         let mut hessians = match stream {
-            None => vec![None, None, None, None],
+            None => formats.iter().map(|_| None).collect(),
             Some(stream) => timing.measure("hessians", || {
                 let key_mean = self.key_mean(statistics);
                 let hessians = self.hessians(weights, &formats, key_mean, stream)?;
@@ -101,16 +103,42 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             .iter()
             .map(|format| backend.hessian(format.width()))
             .collect::<Result<Vec<_>>>()?;
+        let mut tokens = vec![0; hessians.len()];
         for batch in &stream.batches {
             self.progress.check_stop()?;
             let batch = backend.duplicate(batch)?;
             block.observe(backend, self.attention, batch, &mut |seen, x| {
-                let Seen::Site(kind) = seen else { return Ok(()) };
-                let site = SITES.iter().position(|known| *known == kind).expect("every kind");
+                let Seen::Site(site) = seen else { return Ok(()) };
+                tokens[site] += backend.rows(x);
                 backend.add_to_hessian(&mut hessians[site], x)
             })?;
         }
-        Ok(hessians.into_iter().map(Some).collect())
+        let specs = self.architecture.sites(weights.index);
+        let sites = specs.iter().zip(tokens).zip(hessians);
+        let trusted = sites.map(|((spec, tokens), hessian)| {
+            let is_expert = spec.kind == SiteKind::MlpAct && block.router.is_some();
+            self.trusted(spec, tokens, is_expert, hessian)
+        });
+        Ok(trusted.collect())
+    }
+
+    /// A site's Hessian, unless it is an expert's that too few tokens went to.
+    pub(super) fn trusted(
+        &self,
+        spec: &SiteSpec,
+        tokens: usize,
+        is_expert: bool,
+        hessian: B::Hessian,
+    ) -> Option<B::Hessian> {
+        if !is_expert || tokens >= self.expert_tokens {
+            return Some(hessian);
+        }
+        self.progress.warn(&format!(
+            "{}: {tokens} calibration tokens came to this expert, GPTQ is to have {} (`expert_tokens`): it is \
+             rounded to nearest; give more with --samples",
+            spec.name, self.expert_tokens
+        ));
+        None
     }
 
     /// The mean keys, where the cache is centred.

@@ -16,12 +16,12 @@ use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::sha256_hex;
 use crate::model::Architecture;
 use crate::model::block::Seen;
-use crate::model::sites::SITES;
 use crate::{Error, Result};
 
-/// Sum of squares of each channel of a block's four sites over the calibration tokens: the diagonal of
-/// GPTQ's Hessian up to a factor (outlier.py, metric `hessian`).
-pub type Energies = [Vec<f64>; 4];
+/// Sum of squares of each channel of a block's sites over the calibration tokens: the diagonal of GPTQ's Hessian up
+/// to a factor (outlier.py, metric `hessian`). An expert's mlp_act sees the tokens that go there, and mlp_in a token once
+/// for each of its experts.
+pub type Energies = Vec<Vec<f64>>;
 
 /// What calibration finds out about a block.
 #[derive(Clone, Debug, PartialEq)]
@@ -59,17 +59,15 @@ pub fn measure_block<B: Backend>(
 ) -> Result<Statistics> {
     let block = source_block(backend, architecture, weights)?;
     let index = weights.index;
-    let mut energies = architecture.sites(index).map(|site| vec![0.0; site.channels]);
+    let sites = architecture.sites(index);
+    let mut energies: Energies = sites.iter().map(|site| vec![0.0; site.channels]).collect();
     let mut sums = vec![0.0; attention.kv_heads * attention.head_dim];
     let mut tokens = 0;
     for batch in &mut stream.batches {
         progress.check_stop()?;
         tokens += backend.rows(batch);
         let mut observer = |seen: Seen, x: &B::Tensor| match seen {
-            Seen::Site(kind) => {
-                let site = SITES.iter().position(|known| *known == kind).expect("every kind");
-                backend.add_energy(x, &mut energies[site])
-            }
+            Seen::Site(site) => backend.add_energy(x, &mut energies[site]),
             Seen::Keys => backend.add_keys(attention, x, &mut sums),
             _ => Ok(()),
         };
@@ -82,7 +80,7 @@ pub fn measure_block<B: Backend>(
             block.observe(backend, attention, copy, &mut observer)?;
         }
     }
-    for (energy, site) in energies.iter().zip(architecture.sites(index)) {
+    for (energy, site) in energies.iter().zip(sites) {
         if let Some(channel) = energy.iter().position(|energy| !energy.is_finite()) {
             return Err(Error::input(format!(
                 "channel {channel} of {} is not finite in full precision",
@@ -217,11 +215,11 @@ impl CalibrationData {
         let tokens = windows.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
         let mut statistics = Vec::with_capacity(architecture.blocks);
         for index in 0..architecture.blocks {
-            let mut block = Energies::default();
-            for (energy, site) in block.iter_mut().zip(architecture.sites(index)) {
+            let mut block = Energies::new();
+            for site in architecture.sites(index) {
                 let data = tensor(&energy_name(&site.name), Dtype::F64, &[site.channels])?;
-                *energy =
-                    data.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect();
+                let values = data.as_chunks().0.iter();
+                block.push(values.map(|bytes| f64::from_le_bytes(*bytes)).collect());
             }
             let spec = key_mean_spec(&architecture, index);
             let data = tensor(&spec.name, Dtype::F32, &spec.shape)?;

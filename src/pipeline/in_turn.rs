@@ -2,7 +2,8 @@
 before it, and its linears aim at what the source computes there.
 
 Both streams go through the block together, a site at a time, and no product is computed twice but the quantized
-block's gate and up, whose result is too wide to be kept. */
+block's gate and up, whose result is too wide to be kept. Experts are sites one after the other: each looks at the tokens
+that the quantized block's router gives it, on both streams, and what it computed there is not kept. */
 
 use super::block::{BlockQuantizer, QuantizedBlock, SiteWork, formats};
 use super::calibrate::Statistics;
@@ -14,7 +15,7 @@ use crate::Result;
 use crate::backend::{Backend, Drift};
 use crate::model::Architecture;
 use crate::model::block::{Block, Observer};
-use crate::model::sites::{SITES, SiteKind};
+use crate::model::sites::{ATTN_OUT, MLP_ACT, SiteKind, SiteSpec};
 
 /// The hidden states of the calibration windows behind the source's blocks and behind the quantized ones,
 /// batch by batch alike.
@@ -34,7 +35,7 @@ type Heads<B> = [<B as Backend>::Tensor; 2];
 
 /// What a site's linears are quantized by.
 struct Sums<B: Backend> {
-    hessian: B::Hessian,
+    hessian: Option<B::Hessian>,
     drift: Option<Drift<B::Cross>>,
 }
 
@@ -61,7 +62,8 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         for (at, (spec, format)) in specs.iter().zip(formats).enumerate() {
             let pair = [&source, &block];
             let sums = timing.measure("hessians", || {
-                let sums = self.sums(pair, at, format.width(), &mut streams, &mut heads, last)?;
+                let site = (at, spec, format.width());
+                let sums = self.sums(pair, site, &mut streams, &mut heads, last)?;
                 backend.wait()?;
                 Ok::<_, crate::Error>(sums)
             })?;
@@ -74,7 +76,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             };
             block.sites[at].linears = timing.measure("gptq", || {
                 let Sums { hessian, drift } = sums;
-                let (hessian, errors) = (Some(hessian), &mut made.errors);
+                let errors = &mut made.errors;
                 let linears =
                     self.quantize_site(&work, &format, hessian, drift.as_ref(), errors)?;
                 let order = backend.site(&format)?;
@@ -85,14 +87,12 @@ impl<B: Backend> BlockQuantizer<'_, B> {
                 Ok::<_, crate::Error>(laid_out)
             })?;
             timing.measure("propagate", || {
-                match SITES[at] {
-                    SiteKind::AttnOut => {
-                        let heads = std::mem::take(&mut heads);
-                        self.add_heads([&source, &block], &mut streams, heads)
-                    }
-                    SiteKind::MlpAct if !last => self.add_gated(&block, &mut streams),
-                    _ => Ok(()),
-                }?;
+                if spec.kind == SiteKind::AttnOut {
+                    let heads = std::mem::take(&mut heads);
+                    self.add_heads([&source, &block], &mut streams, heads)?;
+                } else if at + 1 == specs.len() && !last {
+                    self.add_mlp([&source, &block], &mut streams)?;
+                }
                 backend.wait()
             })?;
         }
@@ -100,39 +100,33 @@ impl<B: Backend> BlockQuantizer<'_, B> {
     }
 
     /// Site `at`'s Hessian and drift, on the streams as they reach it. What attn_out sees is kept in
-    /// `heads`; the source's stream is through with the block at its last site.
+    /// `heads`; without experts, the source's stream is through with the block at its last site.
     fn sums(
         &self,
         [source, block]: [&Block<B>; 2],
-        at: usize,
-        width: usize,
+        (at, spec, width): (usize, &SiteSpec, usize),
         streams: &mut Streams<'_, B>,
         heads: &mut Vec<Heads<B>>,
         last: bool,
     ) -> Result<Sums<B>> {
         let Self { backend, architecture, attention, full_attention, .. } = *self;
         let mut hessian = backend.hessian(width)?;
-        // Least squares with more unknowns than tokens would learn the tokens by heart.
-        let tokens: usize = streams[0].batches.iter().map(|batch| backend.rows(batch)).sum();
-        if self.correction > 0.0 && tokens < width {
-            self.progress.warn(&format!(
-                "{}: {tokens} calibration tokens are fewer than its {width} channels; the drift of its \
-                 inputs is not corrected: give more with --samples or --seq-len",
-                block.sites[at].name
-            ));
-        }
-        let mut drift = if self.correction > 0.0 && tokens >= width {
-            let adds = matches!(SITES[at], SiteKind::AttnOut | SiteKind::MlpAct);
+        let is_expert = spec.kind == SiteKind::MlpAct && block.router.is_some();
+        let all: usize = streams[0].batches.iter().map(|batch| backend.rows(batch)).sum();
+        let mut drift = if self.correction > 0.0 && all >= width {
+            // What an expert adds counts as much as its tokens' shares say, which no weight can make up for.
+            let adds = matches!(spec.kind, SiteKind::AttnOut | SiteKind::MlpAct) && !is_expert;
             let outputs = adds.then(|| backend.cross(architecture.hidden, width)).transpose()?;
             let inputs = backend.cross(width, width)?;
             Some(Drift { inputs, outputs, share: self.correction })
         } else {
             None
         };
+        let mut tokens = 0;
         self.for_batches(streams, |before, after| {
             let nobody: Observer<B::Tensor> = &mut |_, _| Ok(());
             let norm = |x: &B::Tensor, weight| backend.rms_norm(x, weight, source.epsilon);
-            let [x0, x] = match SITES[at] {
+            let [x0, x] = match spec.kind {
                 SiteKind::AttnIn => {
                     [norm(before, &source.attn_norm)?, norm(after, &block.attn_norm)?]
                 }
@@ -141,10 +135,27 @@ impl<B: Backend> BlockQuantizer<'_, B> {
                     block.heads(backend, attention, after, nobody)?,
                 ],
                 SiteKind::MlpIn => [norm(before, &source.mlp_norm)?, norm(after, &block.mlp_norm)?],
-                SiteKind::MlpAct => {
-                    [source.gated(backend, before, nobody)?, block.gated(backend, after, nobody)?]
-                }
+                SiteKind::MlpAct => match &block.router {
+                    None => [
+                        source.gated(backend, before, nobody)?,
+                        block.gated(backend, after, nobody)?,
+                    ],
+                    Some(router) => {
+                        let expert = at - MLP_ACT;
+                        let normed = norm(after, &block.mlp_norm)?;
+                        let share = &router.shares(backend, &normed)?[expert];
+                        if share.is_empty() {
+                            return Ok(());
+                        }
+                        let normed0 = norm(before, &source.mlp_norm)?;
+                        [
+                            source.gated_of(backend, expert, &normed0, share, nobody)?,
+                            block.gated_of(backend, expert, &normed, share, nobody)?,
+                        ]
+                    }
+                },
             };
+            tokens += backend.rows(&x);
             let site = &block.sites[at];
             let seen = site.seen(backend, &x)?;
             backend.add_to_hessian(&mut hessian, &seen)?;
@@ -156,16 +167,25 @@ impl<B: Backend> BlockQuantizer<'_, B> {
                     backend.add_to_cross(outputs, &lost, &seen)?;
                 }
             }
-            match SITES[at] {
+            match spec.kind {
                 SiteKind::AttnOut => heads.push([x0, x]),
-                SiteKind::MlpAct if !last => {
+                SiteKind::MlpAct if !is_expert && !last => {
                     source.sites[at].apply_onto(backend, x0, before, nobody)?
                 }
                 _ => {}
             }
             Ok(())
         })?;
-        Ok(Sums { hessian, drift })
+        let hessian = self.trusted(spec, tokens, is_expert, hessian);
+        // Least squares with more unknowns than tokens would learn the tokens by heart.
+        if self.correction > 0.0 && tokens < width && hessian.is_some() {
+            self.progress.warn(&format!(
+                "{}: {tokens} calibration tokens are fewer than its {width} channels; the drift of its \
+                 inputs is not corrected: give more with --samples or --seq-len",
+                spec.name
+            ));
+        }
+        Ok(Sums { hessian, drift: drift.filter(|_| tokens >= width) })
     }
 
     /// Adds attention's output to both streams.
@@ -179,17 +199,22 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         let mut heads = heads.into_iter();
         self.for_batches(streams, |before, after| {
             let [x0, x] = heads.next().expect("as many as batches");
-            source.sites[1].apply_onto(backend, x0, before, &mut |_, _| Ok(()))?;
-            block.sites[1].apply_onto(backend, x, after, &mut |_, _| Ok(()))
+            source.sites[ATTN_OUT].apply_onto(backend, x0, before, &mut |_, _| Ok(()))?;
+            block.sites[ATTN_OUT].apply_onto(backend, x, after, &mut |_, _| Ok(()))
         })
     }
 
-    /// Adds the MLP's output to the quantized stream.
-    fn add_gated(&self, block: &Block<B>, streams: &mut Streams<'_, B>) -> Result<()> {
+    /// Adds the MLP's output to the quantized stream; where there are experts, to both.
+    fn add_mlp(&self, [source, block]: [&Block<B>; 2], streams: &mut Streams<'_, B>) -> Result<()> {
         let backend = self.backend;
-        self.for_batches(streams, |_, after| {
-            let gated = block.gated(backend, after, &mut |_, _| Ok(()))?;
-            block.sites[3].apply_onto(backend, gated, after, &mut |_, _| Ok(()))
+        self.for_batches(streams, |before, after| {
+            let nobody: Observer<B::Tensor> = &mut |_, _| Ok(());
+            if source.router.is_some() {
+                source.mlp(backend, before, nobody)?;
+                return block.mlp(backend, after, nobody);
+            }
+            let gated = block.gated(backend, after, nobody)?;
+            block.sites[MLP_ACT].apply_onto(backend, gated, after, nobody)
         })
     }
 

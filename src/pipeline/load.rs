@@ -6,7 +6,8 @@ use crate::checkpoint::linear::read_floats;
 use crate::checkpoint::{Dtype, Tensor, TensorSpec, Tensors};
 use crate::model::Architecture;
 use crate::model::block::{Block, Linear, Site, Treatment};
-use crate::model::sites::{SITES, SiteKind};
+use crate::model::experts::Router;
+use crate::model::sites::{LinearSpec, SiteKind};
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::SiteFormat;
@@ -19,8 +20,14 @@ pub struct BlockWeights<'a, B: Backend> {
     pub index: usize,
     /// RMSNorm's weights before attention and before the MLP.
     norms: [Matrix; 2],
+    /// Those of query and key heads, where there are any.
+    head_norms: Option<[Matrix; 2]>,
+    /// The router's weight, where there are experts.
+    router: Option<B::Weight<'a>>,
     /// The weights of each site's linears; none for a linear that is not in the source.
-    pub sites: [Vec<Option<B::Weight<'a>>>; 4],
+    pub sites: Vec<Vec<Option<B::Weight<'a>>>>,
+    /// The bias of each, if it has one.
+    biases: Vec<Vec<Option<Matrix>>>,
 }
 
 impl<'a, B: Backend> BlockWeights<'a, B> {
@@ -34,25 +41,42 @@ impl<'a, B: Backend> BlockWeights<'a, B> {
         wanted: impl Fn(usize, usize) -> bool,
     ) -> Result<Self> {
         let hidden = architecture.hidden;
-        let [attn, mlp] = architecture.norm_names(index);
-        let norm = |name: &str| {
-            let data = expect(tensors, name, &[hidden])?.to_f32()?;
-            Ok::<_, Error>(Matrix { rows: 1, columns: hidden, data })
+        let row = |name: &str, columns: usize| {
+            let data = expect(tensors, name, &[columns])?.to_f32()?;
+            Ok::<_, Error>(Matrix { rows: 1, columns, data })
         };
-        let mut sites = [vec![], vec![], vec![], vec![]];
-        for (at, spec) in architecture.sites(index).iter().enumerate() {
-            for (linear, spec) in spec.linears.iter().enumerate() {
-                let weight = if wanted(at, linear) {
-                    let name = format!("{}.weight", spec.name);
-                    let tensor = expect(tensors, &name, &[spec.rows, spec.columns])?;
-                    Some(backend.load(tensor)?)
-                } else {
-                    None
-                };
-                sites[at].push(weight);
+        let pair = |[first, second]: [String; 2], columns| {
+            Ok::<_, Error>([row(&first, columns)?, row(&second, columns)?])
+        };
+        let norms = pair(architecture.norm_names(index), hidden)?;
+        let head_norms = architecture.head_norm_names(index);
+        let head_norms = head_norms.map(|names| pair(names, architecture.head_dim)).transpose()?;
+        let router = match (architecture.router_name(index), architecture.experts_of(index)) {
+            (Some(name), Some(experts)) => {
+                Some(backend.load(expect(tensors, &name, &[experts.count, hidden])?)?)
             }
+            _ => None,
+        };
+        let (mut sites, mut biases) = (Vec::new(), Vec::new());
+        for (at, spec) in architecture.sites(index).iter().enumerate() {
+            let weight = |(linear, spec): (usize, &LinearSpec)| {
+                let shape = [spec.rows, spec.columns];
+                let load = || backend.load(expect(tensors, &spec.weight(), &shape)?);
+                wanted(at, linear).then(load).transpose()
+            };
+            let weights = spec.linears.iter().enumerate().map(weight);
+            sites.push(weights.collect::<Result<_>>()?);
+            let bias =
+                |spec: &LinearSpec| spec.bias().map(|name| row(&name, spec.rows)).transpose();
+            biases.push(spec.linears.iter().map(bias).collect::<Result<_>>()?);
         }
-        Ok(Self { index, norms: [norm(&attn)?, norm(&mlp)?], sites })
+        Ok(Self { index, norms, head_norms, router, sites, biases })
+    }
+
+    /// The biases of a site's linears on the backend.
+    fn biases(&self, backend: &B, site: usize) -> Result<Vec<Option<B::Tensor>>> {
+        let biases = self.biases[site].iter();
+        biases.map(|bias| bias.clone().map(|bias| backend.upload(bias)).transpose()).collect()
     }
 
     /// The weight of a linear that was wanted.
@@ -90,6 +114,7 @@ pub fn attention_spec(architecture: &Architecture, kv: KvFormat, seq_len: usize)
         kv_heads: architecture.kv_heads,
         head_dim: architecture.head_dim,
         seq_len,
+        window: architecture.window,
         cos,
         sin,
         kv,
@@ -172,10 +197,11 @@ pub fn hessian_block<B: Backend>(
     formats: &[SiteFormat],
     key_mean: Option<&[f32]>,
 ) -> Result<Block<B>> {
+    let specs = architecture.sites(weights.index);
     block(backend, architecture, weights, key_mean, |site| {
         let format = &formats[site];
         let order = backend.site(format)?;
-        let seen = match SITES[site] {
+        let seen = match specs[site].kind {
             SiteKind::MlpAct => 0,
             _ => weights.sites[site].len(),
         };
@@ -207,7 +233,7 @@ pub fn arranged_site<B: Backend>(
     let linears = linears.collect::<Result<_>>()?;
     let treatment = if float { Treatment::Arranged(order) } else { treatment::<B>(format, order) };
     let name = architecture.sites(weights.index)[at].name.clone();
-    Ok(Site { kind: SITES[at], name, treatment, linears })
+    Ok(Site { at, name, treatment, linears, biases: weights.biases(backend, at)? })
 }
 
 /// A block as the checkpoint means it: the integer path, or with activations in floating point the
@@ -258,11 +284,22 @@ fn block<B: Backend>(
     key_mean: Option<&[f32]>,
     mut fill: impl FnMut(usize) -> Result<(Treatment<B>, Vec<Linear<B>>)>,
 ) -> Result<Block<B>> {
-    let names = architecture.sites(weights.index).map(|site| site.name);
-    let mut site = |at: usize| {
+    let sites = architecture.sites(weights.index).into_iter().enumerate().map(|(at, spec)| {
         let (treatment, linears) = fill(at)?;
-        Ok::<_, Error>(Site { kind: SITES[at], name: names[at].clone(), treatment, linears })
-    };
+        let biases = weights.biases(backend, at)?;
+        Ok::<_, Error>(Site { at, name: spec.name, treatment, linears, biases })
+    });
+    let sites = sites.collect::<Result<_>>()?;
+    let experts = architecture.experts_of(weights.index);
+    let router = experts.zip(weights.router.as_ref()).map(|(experts, weight)| {
+        let weight = backend.dense(weight, None)?;
+        let (per_token, normalized) = (experts.per_token, experts.normalized);
+        Ok::<_, Error>(Router { weight, per_token, normalized })
+    });
+    let head_norms = weights
+        .head_norms
+        .clone()
+        .map(|[of_q, of_k]| Ok::<_, Error>([backend.upload(of_q)?, backend.upload(of_k)?]));
     let key_mean = key_mean.map(|mean| {
         let data = mean.to_vec();
         backend.upload(Matrix { rows: 1, columns: data.len(), data })
@@ -272,7 +309,9 @@ fn block<B: Backend>(
         attn_norm: backend.upload(weights.norms[0].clone())?,
         mlp_norm: backend.upload(weights.norms[1].clone())?,
         epsilon: architecture.norm_epsilon,
-        sites: [site(0)?, site(1)?, site(2)?, site(3)?],
+        head_norms: head_norms.transpose()?,
+        router: router.transpose()?,
+        sites,
     })
 }
 

@@ -228,7 +228,7 @@ pub fn calibrate<B: Backend>(
         out: out.to_owned(),
         model: data.model,
         seconds: start.elapsed().as_secs_f64(),
-        sites: job.architecture.blocks * crate::model::sites::SITES.len(),
+        sites: job.blocks.iter().flatten().count(),
         linears: count_linears(&job.architecture),
         bits_per_weight: None,
         sensitivity: data.sensitivity.as_ref().map(Measured::of),

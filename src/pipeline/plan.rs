@@ -420,7 +420,12 @@ mod tests {
             kind: crate::model::sites::SiteKind::MlpAct,
             name: "site".into(),
             channels,
-            linears: vec![LinearSpec { name: "down".into(), rows: 8, columns: channels }],
+            linears: vec![LinearSpec {
+                name: "down".into(),
+                rows: 8,
+                columns: channels,
+                bias: false,
+            }],
         }
     }
 

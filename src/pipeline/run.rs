@@ -75,8 +75,8 @@ impl Job<'_> {
     pub fn tensor_specs(&self) -> Result<Vec<TensorSpec>> {
         let mut all = vec![self.kept(EMBEDDING)?];
         for (index, block) in self.blocks.iter().enumerate() {
-            for norm in self.architecture.norm_names(index) {
-                all.push(self.kept(&norm)?);
+            for (name, _) in self.architecture.beside_linears(index) {
+                all.push(self.kept(&name)?);
             }
             if self.recipe.kv().is_centered() {
                 all.push(key_mean_spec(&self.architecture, index));
@@ -111,12 +111,13 @@ impl Job<'_> {
 
     /// The tensors beside the linears; a tied head once.
     fn kept_names(&self) -> Vec<String> {
-        let norms = (0..self.blocks.len()).flat_map(|block| self.architecture.norm_names(block));
+        let blocks = 0..self.blocks.len();
+        let beside = blocks.flat_map(|block| self.architecture.beside_linears(block));
         let mut names = vec![EMBEDDING.to_owned(), FINAL_NORM.to_owned()];
         if !self.architecture.tied {
             names.push(self.architecture.head_name().to_owned());
         }
-        names.extend(norms);
+        names.extend(beside.map(|(name, _)| name));
         names
     }
 
@@ -350,7 +351,8 @@ fn write_behind<B: Backend>(
     blocks: Receiver<Finished<B>>,
 ) -> Result<()> {
     for Finished { index, block: QuantizedBlock { sites, errors }, key_mean } in blocks {
-        let mut tensors = job.copies(job.architecture.norm_names(index))?;
+        let beside = job.architecture.beside_linears(index);
+        let mut tensors = job.copies(beside.into_iter().map(|(name, _)| name))?;
         if job.recipe.kv().is_centered() {
             let bytes = key_mean.iter().flat_map(|value| value.to_le_bytes()).collect();
             tensors.push((job.architecture.key_mean_name(index), bytes));
@@ -402,6 +404,7 @@ impl<B: Backend> Blocks<'_, '_, B> {
             full_attention: &full_attention,
             damping: recipe.damping,
             correction: recipe.correction,
+            expert_tokens: recipe.expert_tokens,
             progress,
         };
         let in_turn = recipe.gptq && recipe.sequential;

@@ -35,7 +35,7 @@ use crate::backend::{AttentionSpec, Backend, Unquantized};
 use crate::checkpoint::Tensors;
 use crate::model::Architecture;
 use crate::model::block::{Block, Seen, Site};
-use crate::model::sites::{FINAL_NORM, SITES, SiteSpec};
+use crate::model::sites::{FINAL_NORM, SiteSpec};
 use crate::quant::site::SiteFormat;
 use crate::recipe::Recipe;
 
@@ -319,8 +319,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
             progress.check_stop()?;
             let batch = backend.duplicate(batch)?;
             block.observe(backend, attention, batch, &mut |seen, x| {
-                let Seen::Site(kind) = seen else { return Ok(()) };
-                let site = SITES.iter().position(|known| *known == kind).expect("every kind");
+                let Seen::Site(site) = seen else { return Ok(()) };
                 match &mut hessians[site] {
                     Some(hessian) => backend.add_to_hessian(hessian, x),
                     None => Ok(()),

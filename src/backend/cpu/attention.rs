@@ -36,6 +36,8 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Tokens of a window.
     pub seq_len: usize,
+    /// Tokens that a token attends to at most, itself included.
+    pub reach: usize,
 }
 
 /// Attention of independent causal windows, on all threads of the current rayon pool.
@@ -63,7 +65,7 @@ pub fn attention(
     key_mean: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    let AttentionShape { heads, kv_heads, head_dim, seq_len } = shape;
+    let AttentionShape { heads, kv_heads, head_dim, seq_len, reach } = shape;
     let windows = q.len() / (seq_len * heads * head_dim).max(1);
     assert!(head_dim.is_multiple_of(2) && heads.is_multiple_of(kv_heads.max(1)));
     assert!(q.len() == windows * seq_len * heads * head_dim && q.len() == out.len());
@@ -112,7 +114,9 @@ pub fn attention(
             gemm(isa, Rows::new(queries, rows, head_dim), keys, scores, end, false);
             for (row, scores) in scores.chunks_exact_mut(end).enumerate() {
                 let (past, future) = scores.split_at_mut(start + row + 1);
-                sums[row] = softmax_row(isa, past, 1.0 / (head_dim as f32).sqrt());
+                let (beyond, seen) = past.split_at_mut(past.len().saturating_sub(reach));
+                sums[row] = softmax_row(isa, seen, 1.0 / (head_dim as f32).sqrt());
+                beyond.fill(0.0);
                 future.fill(0.0);
             }
             let values = values.part(0..head_dim, 0..end);
@@ -285,12 +289,12 @@ mod tests {
     }
 
     fn shape(heads: usize, kv_heads: usize, head_dim: usize, seq_len: usize) -> AttentionShape {
-        AttentionShape { heads, kv_heads, head_dim, seq_len }
+        AttentionShape { heads, kv_heads, head_dim, seq_len, reach: seq_len }
     }
 
     impl Case {
         fn new(shape: AttentionShape, windows: usize) -> Self {
-            let AttentionShape { heads, kv_heads, head_dim, seq_len } = shape;
+            let AttentionShape { heads, kv_heads, head_dim, seq_len, .. } = shape;
             let wave = |rows: usize, columns: usize, seed: usize| -> Vec<f32> {
                 (0..rows * columns).map(|i| ((i * (i + seed) % 1009) as f32 * 0.7).sin()).collect()
             };
@@ -318,7 +322,7 @@ mod tests {
 
         /// Attention by straight loops, one query at a time.
         fn reference(&self, format: &KvFormat) -> Vec<f32> {
-            let AttentionShape { heads, kv_heads, head_dim, seq_len } = self.shape;
+            let AttentionShape { heads, kv_heads, head_dim, seq_len, reach } = self.shape;
             let half = head_dim / 2;
             let rope = |x: &[f32], position: usize| -> Vec<f32> {
                 (0..head_dim)
@@ -346,7 +350,8 @@ mod tests {
                     let query = rope(&self.q[at..][..head_dim], position);
                     let kv_at =
                         |t| ((window + t) * kv_heads + head / (heads / kv_heads)) * head_dim;
-                    let scores: Vec<f64> = (0..=position)
+                    let first = (position + 1).saturating_sub(reach);
+                    let scores: Vec<f64> = (first..=position)
                         .map(|t| {
                             let key = &self.k[kv_at(t)..][..head_dim];
                             let key = if format.after_rope {
@@ -359,7 +364,7 @@ mod tests {
                         })
                         .collect();
                     let total: f64 = scores.iter().sum();
-                    for (t, score) in scores.iter().enumerate() {
+                    for (t, score) in (first..).zip(&scores) {
                         let value = cached(&self.v[kv_at(t)..][..head_dim]);
                         for (out, value) in out[at..].iter_mut().zip(value) {
                             *out += (score / total) as f32 * value;
@@ -380,6 +385,8 @@ mod tests {
             (shape(1, 1, 96, 49), 2),
             (shape(1, 1, 128, 60), 1),
             (shape(2, 1, 2, 1), 2),
+            (AttentionShape { reach: 5, ..shape(4, 2, 32, 60) }, 2),
+            (AttentionShape { reach: 50, ..shape(2, 2, 16, 101) }, 1),
         ] {
             let case = Case::new(shape, windows);
             for format in FORMATS {

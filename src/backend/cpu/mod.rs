@@ -266,6 +266,45 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn add_bias(&self, y: &mut Tensor, bias: &Tensor) -> Result<()> {
+        y.data.par_chunks_mut(bias.columns).for_each(|row| {
+            for (y, bias) in row.iter_mut().zip(bias.data.iter()) {
+                *y += bias;
+            }
+        });
+        Ok(())
+    }
+
+    fn head_norm(&self, x: &mut Tensor, weight: &Tensor, epsilon: f32) -> Result<()> {
+        x.data.par_chunks_mut(x.columns).for_each(|row| {
+            let mut normed = vec![0.0; weight.columns];
+            for head in row.chunks_mut(weight.columns) {
+                elementwise::rms_norm(self.isa, head, &weight.data, epsilon, &mut normed);
+                head.copy_from_slice(&normed);
+            }
+        });
+        Ok(())
+    }
+
+    fn take_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        let mut y = self.tensor(rows.len(), x.columns);
+        let n = x.columns;
+        y.data.par_chunks_mut(n).zip(rows).for_each(|(y, row)| {
+            y.copy_from_slice(&x.data[*row as usize * n..][..n]);
+        });
+        Ok(y)
+    }
+
+    fn add_rows(&self, x: &mut Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Result<()> {
+        let n = x.columns;
+        for ((row, weight), y) in rows.iter().zip(weights).zip(y.data.chunks(n)) {
+            for (x, y) in x.data[*row as usize * n..][..n].iter_mut().zip(y) {
+                *x += weight * y;
+            }
+        }
+        Ok(())
+    }
+
     fn silu_mul(&self, mut gate: Tensor, up: &Tensor) -> Result<Tensor> {
         gate.data
             .par_chunks_mut(CHUNK)
@@ -288,6 +327,7 @@ impl Backend for Cpu {
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
             seq_len: spec.seq_len,
+            reach: spec.window.unwrap_or(spec.seq_len),
         };
         attention::attention(
             self.isa,

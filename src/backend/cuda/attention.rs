@@ -42,7 +42,11 @@ impl Cuda {
         let pitch = if width.is_multiple_of(64) { 2 * width } else { 2 * width + 16 };
         self.kernels.launch(
             "attention",
-            &kernels::attention(head_dim, rotated),
+            &kernels::attention(
+                head_dim,
+                rotated,
+                spec.window.is_some_and(|reach| reach < seq_len),
+            ),
             "flash_attention",
             Geometry {
                 grid: (seq_len.div_ceil(query_rows), heads, windows),
@@ -57,7 +61,8 @@ impl Cuda {
                 seq_len,
                 heads,
                 kv_heads,
-                1.0 / (head_dim as f32).sqrt()
+                1.0 / (head_dim as f32).sqrt(),
+                spec.window.unwrap_or(seq_len)
             ],
         )?;
         Ok(out)

@@ -155,6 +155,11 @@ impl Cuda {
                 kv.bits
             )));
         }
+        if spec.window.is_some_and(|reach| reach < seq_len) {
+            return Err(refused(
+                "the paged cache is read whole, without a sliding window".to_owned(),
+            ));
+        }
         assert!(heads.is_multiple_of(kv_heads) && kv.is_centered() == key_mean.is_some());
         let kernel = self.decode_kernel(spec)?;
         let pages_each = seq_len.div_ceil(PAGE_TOKENS);

@@ -50,9 +50,13 @@ pub fn prepare(head_dim: usize, kv_bits: u8, rotated: bool, after_rope: bool) ->
     ]
 }
 
-/// Macros of `attention`.
-pub fn attention(head_dim: usize, rotated: bool) -> Defines {
-    vec![("HEAD_DIM", head_dim.to_string()), ("ROTATED", flag(rotated))]
+/// Macros of `attention`; `windowed` where a token does not see all before it.
+pub fn attention(head_dim: usize, rotated: bool, windowed: bool) -> Defines {
+    vec![
+        ("HEAD_DIM", head_dim.to_string()),
+        ("ROTATED", flag(rotated)),
+        ("WINDOWED", flag(windowed)),
+    ]
 }
 
 /// Macros of `integer`; `half` gives f16 instead of f32, `nibbles` takes codes two a byte.
@@ -252,12 +256,15 @@ pub const FAMILIES: &[Family] = &[
         tensor_core: Some("HMMA"),
         variants: || {
             vec![
-                attention(128, false),
-                attention(128, true),
-                attention(64, false),
-                attention(96, true),
-                attention(20, true),
-                attention(256, true),
+                attention(128, false, false),
+                attention(128, true, false),
+                attention(128, true, true),
+                attention(64, false, false),
+                attention(64, false, true),
+                attention(96, true, false),
+                attention(20, true, false),
+                attention(256, true, false),
+                attention(256, true, true),
             ]
         },
     },

@@ -463,6 +463,47 @@ impl Backend for Cuda {
         )
     }
 
+    fn add_bias(&self, y: &mut Tensor, bias: &Tensor) -> Result<()> {
+        self.launch(
+            "elementwise",
+            "add_bias_half",
+            Geometry::line(y.rows, THREADS),
+            arguments![y.half(), bias.float(), y.columns],
+        )
+    }
+
+    fn head_norm(&self, x: &mut Tensor, weight: &Tensor, epsilon: f32) -> Result<()> {
+        let heads = x.count() / weight.columns;
+        self.launch(
+            "elementwise",
+            "head_norm",
+            Geometry::line(heads.div_ceil(THREADS / 32), THREADS),
+            arguments![x.half(), weight.float(), heads, weight.columns, epsilon],
+        )
+    }
+
+    fn take_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        let y = self.half(rows.len(), x.columns)?;
+        let of = self.gpu.upload(rows)?;
+        self.launch(
+            "elementwise",
+            "take_rows_half",
+            Geometry::line(rows.len(), THREADS),
+            arguments![x.half(), &of, x.columns, y.half()],
+        )?;
+        Ok(y)
+    }
+
+    fn add_rows(&self, x: &mut Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Result<()> {
+        let (of, shares) = (self.gpu.upload(rows)?, self.gpu.upload(weights)?);
+        self.launch(
+            "elementwise",
+            "add_rows_half",
+            Geometry::line(rows.len(), THREADS),
+            arguments![x.float(), y.half(), &of, &shares, x.columns],
+        )
+    }
+
     fn silu_mul(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
         let count = gate.count();
         self.launch(

@@ -222,6 +222,31 @@ fn norms_activations_and_sums_agree_with_the_cpu() {
         let found = cuda.silu_mul(cuda.half_tensor(&x), &cuda.half_tensor(&y)).unwrap();
         close(&cuda.values(&found), expected.values(), 1e-3, &format!("silu {what}"));
 
+        let (mut host, mut device) = (cpu.upload(y.clone()).unwrap(), cuda.half_tensor(&y));
+        cpu.add_bias(&mut host, &host_weight).unwrap();
+        cuda.add_bias(&mut device, &device_weight).unwrap();
+        close(&cuda.values(&device), host.values(), 6e-4, &format!("bias {what}"));
+
+        // Of rows, from the last on, every second one.
+        let taken: Vec<u32> = (0..rows as u32).rev().step_by(2).collect();
+        let shares = random.values(taken.len());
+        let own = cuda.take_rows(&cuda.half_tensor(&y), &taken).unwrap();
+        let of_host = cpu.take_rows(&cpu.upload(y.clone()).unwrap(), &taken).unwrap();
+        assert_eq!(cuda.values(&own), of_host.values(), "rows {what}");
+        let (mut host, mut device) =
+            (cpu.upload(x.clone()).unwrap(), cuda.upload(x.clone()).unwrap());
+        cpu.add_rows(&mut host, &of_host, &taken, &shares).unwrap();
+        cuda.add_rows(&mut device, &own, &taken, &shares).unwrap();
+        close(&cuda.values(&device), host.values(), 1e-6, &format!("sum of rows {what}"));
+
+        for head_dim in [columns, columns / 2].into_iter().filter(|n| *n > 0 && columns % n == 0) {
+            let row = matrix_row(&mut random, head_dim);
+            let (mut host, mut device) = (cpu.upload(y.clone()).unwrap(), cuda.half_tensor(&y));
+            cpu.head_norm(&mut host, &cpu.upload(row.clone()).unwrap(), 1e-6).unwrap();
+            cuda.head_norm(&mut device, &cuda.upload(row).unwrap(), 1e-6).unwrap();
+            close(&cuda.values(&device), host.values(), 1e-3, &format!("heads {what}"));
+        }
+
         let (mut host_energy, mut energy) = (vec![1.0; columns], vec![1.0; columns]);
         cpu.add_energy(&cpu.upload(x.clone()).unwrap(), &mut host_energy).unwrap();
         cuda.add_energy(&cuda.half_tensor(&x), &mut energy).unwrap();
@@ -397,17 +422,23 @@ fn attention_agrees_with_the_cpu() {
         KvFormat { after_rope: false, bits: 8, ..int4 },
         KvFormat { rotate: false, after_rope: false, clip: 0.9, ..int4 },
     ];
-    for (heads, kv_heads, head_dim, seq_len, windows) in [
-        (4, 2, 32, 7, 3),
-        (9, 3, 64, 200, 2),
-        (1, 1, 96, 65, 2),
-        (8, 2, 128, 300, 1),
-        (2, 1, 2, 1, 2),
-        (3, 3, 20, 129, 1),
-        (2, 2, 256, 70, 1),
+    for (heads, kv_heads, head_dim, seq_len, windows, window) in [
+        (4, 2, 32, 7, 3, None),
+        (9, 3, 64, 200, 2, None),
+        (1, 1, 96, 65, 2, None),
+        (8, 2, 128, 300, 1, None),
+        (2, 1, 2, 1, 2, None),
+        (3, 3, 20, 129, 1, None),
+        (2, 2, 256, 70, 1, None),
+        (4, 2, 64, 300, 2, Some(1)),
+        (4, 2, 64, 300, 2, Some(70)),
+        (2, 1, 128, 400, 1, Some(64)),
+        (2, 1, 128, 400, 1, Some(65)),
+        (2, 2, 256, 170, 1, Some(33)),
+        (2, 1, 96, 50, 1, Some(50)),
     ] {
         for kv in formats {
-            let what = format!("{heads}/{kv_heads} x {head_dim} x {seq_len} {kv:?}");
+            let what = format!("{heads}/{kv_heads} x {head_dim} x {seq_len} {window:?} {kv:?}");
             let half = head_dim / 2;
             let angle =
                 |i: usize| (i / half) as f32 * 100f32.powf(-((i % half) as f32) / half as f32);
@@ -416,6 +447,7 @@ fn attention_agrees_with_the_cpu() {
                 kv_heads,
                 head_dim,
                 seq_len,
+                window,
                 cos: (0..seq_len * half).map(|i| angle(i).cos()).collect(),
                 sin: (0..seq_len * half).map(|i| angle(i).sin()).collect(),
                 kv,

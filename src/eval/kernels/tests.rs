@@ -62,9 +62,10 @@ fn sites() -> Vec<QuantizedSite<QuantizedLinear>> {
     ]
 }
 
-fn names() -> [Vec<String>; 4] {
+fn names() -> Vec<Vec<String>> {
     [&["q", "k", "v"][..], &["o"], &["gate", "up"], &["down"]]
         .map(|names| names.iter().map(|name| (*name).to_owned()).collect())
+        .into()
 }
 
 fn block(cpu: &Cpu, sites: &[QuantizedSite<QuantizedLinear>]) -> Block<Cpu> {
@@ -72,10 +73,11 @@ fn block(cpu: &Cpu, sites: &[QuantizedSite<QuantizedLinear>]) -> Block<Cpu> {
     let site = |at: usize| {
         let packed = sites[at].linears.iter().flatten().map(|linear| cpu.packed(linear).unwrap());
         Site {
-            kind: SITES[at],
+            at,
             name: format!("site {at}"),
             treatment: Treatment::Quantized(sites[at].format.clone()),
             linears: packed.map(Linear::Packed).collect(),
+            biases: sites[at].linears.iter().map(|_| None).collect(),
         }
     };
     Block {
@@ -83,7 +85,9 @@ fn block(cpu: &Cpu, sites: &[QuantizedSite<QuantizedLinear>]) -> Block<Cpu> {
         mlp_norm: ones(),
         epsilon: 1e-5,
         key_mean: None,
-        sites: [site(0), site(1), site(2), site(3)],
+        head_norms: None,
+        router: None,
+        sites: (0..4).map(site).collect(),
     }
 }
 
@@ -93,6 +97,7 @@ fn spec() -> AttentionSpec {
         kv_heads: 2,
         head_dim: 16,
         seq_len: TOKENS,
+        window: None,
         cos: vec![1.0; TOKENS * 8],
         sin: vec![0.0; TOKENS * 8],
         kv: KvFormat { bits: 4, ..KvFormat::FULL },
@@ -239,6 +244,7 @@ fn attention_may_be_off_by_what_its_heads_allow() {
         kv_heads: 2,
         head_dim: 4,
         seq_len: 2,
+        window: None,
         cos: vec![1.0; 4],
         sin: vec![0.0; 4],
         kv: KvFormat::FULL,

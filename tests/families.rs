@@ -1,0 +1,137 @@
+//! Every kind of network through the whole program on the CPU: quantized, verified, and measured beside its source.
+//! What its logits are is compared with transformers in src/eval/family_tests.rs.
+
+mod common;
+
+use std::path::Path;
+
+use common::Home;
+use fs_err as fs;
+use serde_json::{Value, json};
+
+/// Tokens of the checkpoints in tests/families.
+const VOCABULARY: usize = 96;
+
+/// A tokenizer of so many words, each a token.
+fn tokenizer() -> Value {
+    let vocabulary: serde_json::Map<String, Value> =
+        (0..VOCABULARY).map(|token| (format!("w{token}"), json!(token))).collect();
+    json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": [],
+        "normalizer": null,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": null,
+        "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
+    })
+}
+
+/// Words in no order.
+fn text(words: usize, mut seed: u32) -> String {
+    let word = |_| {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        format!("w{}", seed as usize / 65536 % VOCABULARY)
+    };
+    (0..words).map(word).collect::<Vec<_>>().join(" ")
+}
+
+/// A home with every family's checkpoint as a source, and text for them; their names.
+fn home() -> (Home, Vec<String>) {
+    let home = Home::new();
+    let families = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/families");
+    let names = common::names(&families);
+    for name in &names {
+        let to = home.path(name);
+        fs::create_dir_all(&to).unwrap();
+        for file in common::names(&families.join(name)) {
+            fs::copy(families.join(name).join(&file), to.join(&file)).unwrap();
+        }
+        fs::write(to.join("tokenizer.json"), tokenizer().to_string()).unwrap();
+    }
+    fs::write(home.path("calibration.txt"), text(4000, 1)).unwrap();
+    fs::write(home.path("evaluation.txt"), text(400, 2)).unwrap();
+    (home, names)
+}
+
+const QUANTIZE: &str = "--calib calibration.txt --seq-len 32 --group 16 --outliers 8 --no-eval";
+
+#[test]
+fn every_family_is_quantized_and_keeps_its_loss_at_eight_bits() {
+    let (home, names) = home();
+    assert!(names.len() >= 10, "{names:?}");
+    for name in names {
+        let loss = |model: &str| {
+            let line = format!("eval-ppl --model {model} --dataset evaluation.txt --seq-len 40");
+            home.json(&line)["perplexity"].as_f64().unwrap().ln()
+        };
+        let source = loss(&format!("./{name}"));
+        for (bits, allowed) in [(8, 0.01), (4, 0.25)] {
+            let line = format!(
+                "quantize --model ./{name} {QUANTIZE} --samples 32 --bits {bits} --act-bits {bits} --kv-bits {bits} \
+                 --out {name}-{bits}"
+            );
+            let made = home.json(&line);
+            let verified =
+                home.json(&format!("verify --model {name}-{bits} --no-eval --device cpu"));
+            assert_eq!(verified["ok"], true, "{name}: {verified}");
+            let own = loss(&format!("{name}-{bits}"));
+            assert!((own / source - 1.0).abs() < allowed, "{name} at {bits} bits: {own}, {source}");
+            // Every linear of every block was, experts' among them.
+            let atom: Value = serde_json::from_slice(
+                &fs::read(home.path(&format!("{name}-{bits}")).join("atom.json")).unwrap(),
+            )
+            .unwrap();
+            let planned: usize = atom["blocks"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .flat_map(|block| block.as_array().unwrap())
+                .map(|site| site["linears"].as_array().unwrap().len())
+                .sum();
+            assert_eq!(made["linears"].as_array().unwrap().len(), planned, "{name}");
+        }
+    }
+}
+
+/// The recipe's ways to a checkpoint differ in what passes through a block; experts go all of them.
+#[test]
+fn experts_are_quantized_by_every_road() {
+    let (home, _) = home();
+    for flags in ["--recipe paper", "--no-gptq", "--set correction=0", "--act-bits 16 --kv-bits 16"]
+    {
+        let line =
+            format!("quantize --model ./mixtral {QUANTIZE} --samples 32 {flags} --overwrite");
+        home.run(&format!("{line} --out m")).done();
+        home.run("verify --model m --no-eval --device cpu").done();
+    }
+    // In stages, the same bytes.
+    let line = format!("quantize --model ./qwen3-moe {QUANTIZE} --samples 32 --out one");
+    home.run(&line).done();
+    let calibrate =
+        "calibrate --model ./qwen3-moe --calib calibration.txt --seq-len 32 --samples 32 --out c";
+    home.run(calibrate).done();
+    home.run("plan c --group 16 --outliers 8 --out p").done();
+    home.run("pack --model ./qwen3-moe --plan p --no-eval --out three").done();
+    let weights = |name: &str| fs::read(home.path(name).join("model.safetensors")).unwrap();
+    assert!(weights("one") == weights("three"));
+    // Bits where they matter.
+    let line =
+        format!("quantize --model ./mixtral {QUANTIZE} --samples 16 --target-bits 6 --overwrite");
+    let made = home.json(&format!("{line} --out t"));
+    assert!(made["bits_per_weight"].as_f64().unwrap() <= 6.0, "{made}");
+}
+
+#[test]
+fn experts_that_few_tokens_come_to_are_named_and_rounded() {
+    let (home, _) = home();
+    let line = format!("quantize --model ./mixtral {QUANTIZE} --samples 4 --out few");
+    let run = home.run(&line).done();
+    let warnings = run.stderr.lines().filter(|line| line.contains("came to this expert")).count();
+    assert_eq!(warnings, 8, "{}", run.stderr);
+    assert!(run.stderr.contains("block_sparse_moe.experts.3.mlp_act: "), "{}", run.stderr);
+    let run = home.run(&format!("{line} --overwrite --set expert_tokens=1")).done();
+    assert!(!run.stderr.contains("came to this expert"), "{}", run.stderr);
+}
