@@ -39,6 +39,29 @@ fn the_bundled_model_has_the_references_perplexity() {
     assert!((found - 80.27).abs() < 0.05, "{found}");
 }
 
+#[test]
+fn a_model_with_experts_has_the_references_perplexity_and_keeps_it() {
+    let test = "a_model_with_experts_has_the_references_perplexity_and_keeps_it";
+    let Some(data) = directory_from("ATOM_DATA", test) else { return };
+    let text = |name: &str| data.join("wikitext2").join(name).display().to_string();
+    let (calib, dataset) = (text("train-first-1mb.jsonl"), text("test.jsonl"));
+    let mixtral = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-mixtral");
+    let home = Home::new();
+    let line = format!("eval-ppl --model {mixtral} --windows 20 --dataset {dataset}");
+    let found = home.json(&line)["perplexity"].as_f64().unwrap();
+    assert!((found - 83.20).abs() < 0.01, "{found}");
+    let kept = |model: &str| {
+        let line = format!(
+            "quantize --model {model} --calib {calib} --dataset {dataset} --group 64 --outliers 32 --samples 8 \
+             --seq-len 512 --windows 8"
+        );
+        let (before, after) = change(&home, &line);
+        after / before
+    };
+    let (dense, sparse) = (kept("tiny-llama"), kept(mixtral));
+    assert!(sparse < dense, "{sparse} with experts, {dense} without");
+}
+
 /// SmolLM2 is the smallest real model whose activations have outlier channels.
 #[test]
 fn the_method_is_what_keeps_smollm2_alive() {

@@ -29,9 +29,11 @@ pub struct SyntheticModel {
 /// Widths of a model.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
+    /// `model_type` of its config.json.
+    pub family: &'static str,
     /// Channels of the residual stream.
     pub hidden: usize,
-    /// Channels between the MLP's projections.
+    /// Channels between the MLP's projections, or an expert's.
     pub intermediate: usize,
     /// Decoder blocks.
     pub blocks: usize,
@@ -39,27 +41,72 @@ pub struct Shape {
     pub heads: usize,
     /// Key and value heads.
     pub kv_heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Rows of the embedding.
+    pub vocabulary: usize,
+    /// Experts of a block, and of a token.
+    pub experts: Option<[usize; 2]>,
 }
 
-const fn shape(
+/// A Llama's of 32,000 tokens.
+const fn llama(
     hidden: usize,
     intermediate: usize,
     blocks: usize,
     heads: usize,
     kv_heads: usize,
 ) -> Shape {
-    Shape { hidden, intermediate, blocks, heads, kv_heads }
+    Shape {
+        family: "llama",
+        hidden,
+        intermediate,
+        blocks,
+        heads,
+        kv_heads,
+        head_dim: hidden / heads,
+        vocabulary: 32_000,
+        experts: None,
+    }
 }
 
-/// The known models.
-pub const SHAPES: [(&str, Shape); 7] = [
-    ("llama-7b", shape(4096, 11008, 32, 32, 32)),
-    ("llama-13b", shape(5120, 13824, 40, 40, 40)),
-    ("llama-30b", shape(6656, 17920, 60, 52, 52)),
-    ("llama-65b", shape(8192, 22016, 80, 64, 64)),
-    ("llama-2-7b", shape(4096, 11008, 32, 32, 32)),
-    ("llama-2-13b", shape(5120, 13824, 40, 40, 40)),
-    ("llama-2-70b", shape(8192, 28672, 80, 64, 8)),
+/// One of another family or vocabulary.
+const fn other(family: &'static str, vocabulary: usize, shape: Shape) -> Shape {
+    Shape { family, vocabulary, ..shape }
+}
+
+/// The known models, by their published config.json.
+pub const SHAPES: [(&str, Shape); 17] = [
+    ("llama-7b", llama(4096, 11008, 32, 32, 32)),
+    ("llama-13b", llama(5120, 13824, 40, 40, 40)),
+    ("llama-30b", llama(6656, 17920, 60, 52, 52)),
+    ("llama-65b", llama(8192, 22016, 80, 64, 64)),
+    ("llama-2-7b", llama(4096, 11008, 32, 32, 32)),
+    ("llama-2-13b", llama(5120, 13824, 40, 40, 40)),
+    ("llama-2-70b", llama(8192, 28672, 80, 64, 8)),
+    ("llama-3-8b", other("llama", 128_256, llama(4096, 14336, 32, 32, 8))),
+    ("llama-3-70b", other("llama", 128_256, llama(8192, 28672, 80, 64, 8))),
+    ("llama-3.2-1b", other("llama", 128_256, llama(2048, 8192, 16, 32, 8))),
+    ("mistral-7b", other("mistral", 32_000, llama(4096, 14336, 32, 32, 8))),
+    (
+        "mixtral-8x7b",
+        Shape { family: "mixtral", experts: Some([8, 2]), ..llama(4096, 14336, 32, 32, 8) },
+    ),
+    ("qwen2.5-7b", other("qwen2", 152_064, llama(3584, 18944, 28, 28, 4))),
+    ("qwen2.5-72b", other("qwen2", 152_064, llama(8192, 29568, 80, 64, 8))),
+    ("qwen3-8b", other("qwen3", 151_936, llama(4096, 12288, 36, 32, 8))),
+    (
+        "qwen3-32b",
+        Shape { head_dim: 128, ..other("qwen3", 151_936, llama(5120, 25600, 64, 64, 8)) },
+    ),
+    (
+        "qwen3-30b-a3b",
+        Shape {
+            head_dim: 128,
+            experts: Some([128, 8]),
+            ..other("qwen3_moe", 151_936, llama(2048, 768, 48, 32, 4))
+        },
+    ),
 ];
 
 impl SyntheticModel {
@@ -79,22 +126,31 @@ impl SyntheticModel {
     /// # Errors
     /// A usage error for a name that is not known.
     pub fn config(&self) -> Result<Value> {
-        let Shape { hidden, intermediate, blocks, heads, kv_heads } = self.known_shape()?;
-        Ok(json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+        let shape = self.known_shape()?;
+        let mut config = json!({
+            "model_type": shape.family,
             "hidden_act": "silu",
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": self.blocks.unwrap_or(blocks),
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "vocab_size": 32000,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "num_hidden_layers": self.blocks.unwrap_or(shape.blocks),
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "vocab_size": shape.vocabulary,
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
             "tie_word_embeddings": false,
             "torch_dtype": "float16",
-        }))
+        });
+        if let Some([count, per_token]) = shape.experts {
+            let counted =
+                if shape.family == "mixtral" { "num_local_experts" } else { "num_experts" };
+            config[counted] = json!(count);
+            config["num_experts_per_tok"] = json!(per_token);
+            config["moe_intermediate_size"] = json!(shape.intermediate);
+            config["norm_topk_prob"] = json!(true);
+        }
+        Ok(config)
     }
 
     /// Writes the checkpoint into `directory`, a tensor at a time, and sees that it is read from the
@@ -160,4 +216,50 @@ fn write_random(file: &mut impl Write, seed: u64, shape: &[usize]) -> Result<()>
         file.write_all(bytes.as_flattened())?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Parameters as the models' cards give them, in millions; of `llama-3.2-1b`, whose head is its embedding, with a head.
+    const PARAMETERS: [(&str, f64); 17] = [
+        ("llama-7b", 6_738.0),
+        ("llama-13b", 13_016.0),
+        ("llama-30b", 32_529.0),
+        ("llama-65b", 65_286.0),
+        ("llama-2-7b", 6_738.0),
+        ("llama-2-13b", 13_016.0),
+        ("llama-2-70b", 68_977.0),
+        ("llama-3-8b", 8_030.0),
+        ("llama-3-70b", 70_554.0),
+        ("llama-3.2-1b", 1_236.0 + 262.7),
+        ("mistral-7b", 7_242.0),
+        ("mixtral-8x7b", 46_703.0),
+        ("qwen2.5-7b", 7_616.0),
+        ("qwen2.5-72b", 72_706.0),
+        ("qwen3-8b", 8_191.0),
+        ("qwen3-32b", 32_762.0),
+        ("qwen3-30b-a3b", 30_532.0),
+    ];
+
+    #[test]
+    fn shapes_have_as_many_parameters_as_their_models() {
+        assert_eq!(SHAPES.map(|(name, _)| name), PARAMETERS.map(|(name, _)| name));
+        for (name, millions) in PARAMETERS {
+            let model = SyntheticModel {
+                shape: name.to_owned(),
+                blocks: None,
+                samples: 1,
+                seq_len: 1,
+                directory: None,
+            };
+            let architecture = Architecture::from_config(&model.config().unwrap()).unwrap();
+            let tensors = architecture.tensors();
+            let count: usize =
+                tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+            let found = count as f64 / 1e6;
+            assert!((found / millions - 1.0).abs() < 2e-4, "{name}: {found} million");
+        }
+    }
 }
