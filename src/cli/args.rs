@@ -46,7 +46,7 @@ pub(crate) struct DeviceFlag {
     /// GPU memory to use at most, such as 24GB; hidden states that do not fit stay in host memory
     /// [default: all that is free]
     #[arg(long, value_name = "SIZE", value_parser = values::bytes)]
-    gpu_memory: Option<u64>,
+    pub(crate) gpu_memory: Option<u64>,
 }
 
 /// A backend that was opened.

@@ -7,10 +7,13 @@ hands the outcome to [`Output`]. What several subcommands share is in `args`; st
 mod args;
 mod bench;
 mod calibrate;
+mod completions;
+mod doctor;
 mod eval_ppl;
 pub mod failure;
 mod inspect;
 mod limits;
+mod man;
 mod names;
 mod output;
 mod pack;
@@ -82,6 +85,12 @@ enum Command {
     Inspect(inspect::Arguments),
     /// Measure speed, beside a baseline measured in the same run
     Bench(bench::Arguments),
+    /// Say what this machine can do, and what each thing that it lacks means
+    Doctor(doctor::Arguments),
+    /// Print completions for a shell
+    Completions(completions::Arguments),
+    /// Print a manual page, or write them all
+    Man(man::Arguments),
 }
 
 /// Runs the parsed command. `typed` is the whole command line, of which the hint of an interrupted
@@ -101,6 +110,9 @@ pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()
         Command::Verify(arguments) => verify::run(arguments, ui, output),
         Command::Inspect(arguments) => inspect::run(arguments, output),
         Command::Bench(arguments) => bench::run(arguments, ui, output),
+        Command::Doctor(arguments) => doctor::run(arguments, ui, output),
+        Command::Completions(arguments) => completions::run(arguments, output),
+        Command::Man(arguments) => man::run(arguments, output),
     };
     done.map_err(|error| match error.kind() {
         // One that has a hint already was stopped after the work that could be gone on with.
