@@ -43,9 +43,15 @@ const STYLES: Styles = Styles::styled()
     .literal(AnsiColor::Cyan.on_default().bold())
     .placeholder(AnsiColor::Cyan.on_default());
 
-/// Exit codes, as every help page of the program ends.
-const EXIT_CODES: &str = "Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 bad input, \
-4 the machine lacks something, 130 interrupted.";
+/// How the help of the program ends.
+const AFTER_HELP: &str = "\
+Examples:
+  atom doctor
+  atom quantize --model tiny-llama --samples 8 --seq-len 256
+  atom quantize --help
+
+Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 bad input, 4 the machine lacks something, \
+130 interrupted.";
 
 /// What the user typed.
 #[derive(Debug, Parser)]
@@ -53,7 +59,7 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3
     name = "atom",
     version,
     about = "Quantize LLM checkpoints to 4 bit by the Atom method, and measure what it cost",
-    after_help = EXIT_CODES,
+    after_help = AFTER_HELP,
     styles = STYLES,
     args_override_self = true,
     disable_help_subcommand = true,

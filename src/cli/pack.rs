@@ -11,8 +11,13 @@ use super::{Output, Ui, names, quantize};
 use crate::recipe::Recipe;
 use crate::{Error, Result, hub, pipeline};
 
+const EXAMPLES: &str = "\
+Examples:
+  atom pack --model tiny-llama --plan tiny-llama-plan.json --no-eval
+  atom pack --model ./SmolLM2 --plan SmolLM2-plan.json --max-ppl-increase 0.5";
+
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  atom pack --model ./SmolLM2 --plan SmolLM2-plan.json")]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     model: ModelFlag,

@@ -14,9 +14,9 @@ use crate::{Error, Result};
 
 const EXAMPLES: &str = "\
 Examples:
+  atom verify --model tiny-llama-atom-w4a4-g128 --reference tiny-llama
   atom verify --model ./SmolLM2-atom-w4a4-g128 --no-eval
-  atom verify --model ./SmolLM2-atom-w4a4-g128 --reference ./SmolLM2 --max-ppl-increase 0.5
-  atom verify --model ./SmolLM2-atom-w4a4-g128 --dataset wiki.test.jsonl --max-ppl 33 --json";
+  atom verify --model ./SmolLM2-atom-w4a4-g128 --max-ppl 33 --json";
 
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]

@@ -23,20 +23,20 @@ pub(super) fn all(gpus: Gpus, memory_bytes: Option<u64>) -> Vec<Check> {
             if gpus == Gpus::Any {
                 check.detail.push_str("; --device auto runs on the CPU");
             }
-            return vec![check, kernel_cache()];
+            // What lies ready for a GPU is worth knowing; what does not is not missed without one.
+            let toolkit = toolkit()
+                .into_iter()
+                .filter_map(|(name, found)| found.ok().map(|detail| Check::ok(name, detail)));
+            return [check].into_iter().chain(toolkit).chain([kernel_cache()]).collect();
         }
     };
     let plural = if driver.devices == 1 { "" } else { "s" };
     let detail = format!("CUDA {}, {} device{plural}", driver.version, driver.devices);
     let mut checks = vec![Check::ok("cuda driver", found(detail, "cuda"))];
-    let toolkit = [
-        ("nvrtc", "nvrtc", libraries::nvrtc().map(|version| format!("CUDA {version}"))),
-        ("cublaslt", "cublasLt", libraries::cublaslt().map(|()| "there".to_owned())),
-        ("cusolver", "cusolver", libraries::cusolver().map(|()| "there".to_owned())),
-    ];
-    let complete = toolkit.iter().all(|(_, _, result)| result.is_ok());
-    checks.extend(toolkit.map(|(name, library, result)| match result {
-        Ok(detail) => Check::ok(name, found(detail, library)),
+    let toolkit = toolkit();
+    let complete = toolkit.iter().all(|(_, found)| found.is_ok());
+    checks.extend(toolkit.map(|(name, found)| match found {
+        Ok(detail) => Check::ok(name, detail),
         Err(error) => Check::of_error(name, lacking, &error),
     }));
     checks.push(kernel_cache());
@@ -56,6 +56,15 @@ pub(super) fn all(gpus: Gpus, memory_bytes: Option<u64>) -> Vec<Check> {
         }
     }
     checks
+}
+
+/// CUDA's libraries: where each was found.
+fn toolkit() -> [(&'static str, Result<String>); 3] {
+    [
+        ("nvrtc", libraries::nvrtc().map(|version| found(format!("CUDA {version}"), "nvrtc"))),
+        ("cublaslt", libraries::cublaslt().map(|()| found("there".to_owned(), "cublasLt"))),
+        ("cusolver", libraries::cusolver().map(|()| found("there".to_owned(), "cusolver"))),
+    ]
 }
 
 /// What is known without opening it.
@@ -122,7 +131,7 @@ fn judge_cache(directory: Option<PathBuf>) -> Check {
         Ok(()) => {
             let kept = kept(&directory);
             let plural = if kept == 1 { "" } else { "s" };
-            Check::ok(NAME, format!("{kept} compiled kernel file{plural} in {shown}"))
+            Check::ok(NAME, format!("{kept} file{plural} of machine code in {shown}"))
         }
         Err(error) => {
             Check::note(NAME, format!("{shown} cannot be written: {error}")).hint(elsewhere)
@@ -151,7 +160,7 @@ mod tests {
         fs_err::write(cache.join("a.cubin"), "x").unwrap();
         fs_err::write(cache.join("b.txt"), "x").unwrap();
         let check = judge_cache(Some(cache.clone()));
-        assert!(check.detail.starts_with("1 compiled kernel file in "), "{check:?}");
+        assert!(check.detail.starts_with("1 file of machine code in "), "{check:?}");
         for bad in [Some(cache.join("b.txt")), None] {
             let check = judge_cache(bad);
             assert_eq!(check.status, Status::Note, "{check:?}");
