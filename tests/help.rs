@@ -120,14 +120,23 @@ fn examples_that_need_nothing_else_work_one_after_the_other() {
 
 /// A command, and what it says on stderr.
 fn transcript(home: &Home, line: &str) -> String {
-    let output = home.command(line).env("COLUMNS", "80").env("LC_ALL", "C").output().unwrap();
+    let mut command = home.command(line);
+    command.env("COLUMNS", "80").env("LC_ALL", "C");
+    // Where it stands for --device, the parser's usage would name the flag. What the parser passes runs on the
+    // CPU, or says what device it was to run on.
+    let words = line.split_whitespace().map(str::to_owned);
+    let words = std::iter::once("atom".to_owned()).chain(words);
+    if Cli::try_parse_from(words).is_err() {
+        command.env_remove("ATOM_DEVICE");
+    }
+    let output = command.output().unwrap();
     let run = Run::new(line, output);
     assert_ne!(run.code, Some(0), "`atom {line}` was to fail: {}", run.stdout);
     let here = home.path("");
     let here = here.to_str().unwrap().trim_end_matches('/');
     let real = std::fs::canonicalize(here).unwrap();
     let stderr = run.stderr.replace(real.to_str().unwrap(), "[dir]").replace(here, "[dir]");
-    format!("$ atom {line}\n{stderr}[exit code {}]\n\n", run.code.unwrap())
+    format!("$ {}\n{stderr}[exit code {}]\n\n", format!("atom {line}").trim(), run.code.unwrap())
 }
 
 /// Lines that are refused, by what is wrong with them.
@@ -193,9 +202,10 @@ const REFUSED: &[(&str, &[&str])] = &[
     (
         "output",
         &[
-            "quantize --model model --out model --dry-run",
-            "quantize --model model --out model --overwrite --dry-run",
-            "quantize --model model --out a-file --dry-run",
+            "quantize --model model --out model --dry-run --group 32 --outliers 16",
+            "quantize --model model --out model --overwrite --dry-run --group 32 --outliers 16",
+            "quantize --model model --out a-file --dry-run --group 32 --outliers 16",
+            "quantize --model model",
             "calibrate --model model --out a-file --samples 2 --seq-len 32",
         ],
     ),

@@ -88,7 +88,11 @@ fn all(command: &clap::Command) -> Result<Vec<Page>> {
 
 /// clap's sections, and what its help ends with as it stands there.
 fn page(command: &clap::Command) -> Result<Page> {
-    let man = Man::new(command.clone()).source(concat!("atom ", env!("CARGO_PKG_VERSION")));
+    // The usage as --help has it: every flag in one line is what nobody reads.
+    let usage = command.clone().render_usage().to_string();
+    let usage = usage.trim_start_matches("Usage:").trim().to_owned();
+    let man = Man::new(command.clone().override_usage(usage))
+        .source(concat!("atom ", env!("CARGO_PKG_VERSION")));
     let mut bytes = Vec::new();
     man.render_title(&mut bytes)?;
     man.render_name_section(&mut bytes)?;
@@ -144,9 +148,13 @@ mod tests {
         distinct.dedup();
         assert_eq!(distinct.len(), names.len(), "{names:?}");
         let quantize = &pages.iter().find(|page| page.name == "atom-quantize.1").unwrap().page;
-        for part in
-            [".SH EXAMPLES\n.nf\natom quantize \\-\\-model", "\\fB\\-\\-seq\\-len\\fR", ".TH"]
-        {
+        for part in [
+            ".SH EXAMPLES\n.nf\natom quantize \\-\\-model",
+            "\\fB\\-\\-seq\\-len\\fR",
+            "ATOM_DEVICE",
+            ".TH",
+            "\\fBatom quantize\\fR [OPTIONS] \\-\\-model <MODEL>\n",
+        ] {
             assert!(quantize.contains(part), "no {part} in\n{quantize}");
         }
     }

@@ -62,10 +62,11 @@ struct PlanHead {
 }
 
 fn planned_recipe(plan: &Path) -> Result<Recipe> {
-    let text = fs_err::read_to_string(plan)?;
+    let text = fs_err::read_to_string(plan)
+        .map_err(|error| Error::from(error).hint("make one with `atom plan`"))?;
     let head: PlanHead = serde_json::from_str(&text).map_err(|error| {
         Error::input(format!("{} is not a plan: {error}", plan.display()))
-            .hint("`atom plan` writes plans")
+            .hint("make one with `atom plan`")
     })?;
     Ok(head.recipe)
 }

@@ -61,8 +61,9 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
-    let backend = arguments.device.open()?;
+    // What was typed is looked at before a device, which takes a moment to open.
     let recipe = arguments.recipe.resolve()?;
+    let backend = arguments.device.open()?;
     let source = hub::source(&arguments.model.model)?;
     let calibration = arguments.calibration.load(&arguments.length)?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len)?;

@@ -40,7 +40,7 @@ pub(super) fn on_cpu() -> Check {
         Ok(faults)
     });
     let names: Vec<&str> = sets.iter().map(|isa| isa.name()).collect();
-    judge(NAME, found, &format!("as defined on {}", names.join(", ")))
+    judge(NAME, found, &format!("as defined, on {}", names.join(", ")))
 }
 
 /// A GPU that was opened.
@@ -52,9 +52,7 @@ pub(super) fn on_gpu(device: &str, cuda: &Cuda) -> Check {
 
 fn judge(name: &str, found: Result<Vec<String>>, well: &str) -> Check {
     match found {
-        Ok(faults) if faults.is_empty() => {
-            Check::ok(name, format!("{well}, {TOKENS} tokens x {CHANNELS} channels x {ROWS} rows"))
-        }
+        Ok(faults) if faults.is_empty() => Check::ok(name, well),
         Ok(faults) => Check::fault(name, format!("it computes wrongly: {}", faults.join("; ")))
             .hint("trust no result of this device; please report it with this page"),
         Err(error) => Check::fault(name, format!("it does not compute: {error}"))
@@ -184,7 +182,7 @@ mod tests {
     fn every_instruction_set_computes_as_defined() {
         let check = on_cpu();
         assert_eq!(check.status, Status::Ok, "{check:?}");
-        assert!(check.detail.starts_with("as defined on plain, portable"), "{check:?}");
+        assert!(check.detail.starts_with("as defined, on plain, portable"), "{check:?}");
     }
 
     #[test]

@@ -62,8 +62,8 @@ pub(super) fn all(gpus: Gpus, memory_bytes: Option<u64>) -> Vec<Check> {
 fn toolkit() -> [(&'static str, Result<String>); 3] {
     [
         ("nvrtc", libraries::nvrtc().map(|version| found(format!("CUDA {version}"), "nvrtc"))),
-        ("cublaslt", libraries::cublaslt().map(|()| found("there".to_owned(), "cublasLt"))),
-        ("cusolver", libraries::cusolver().map(|()| found("there".to_owned(), "cusolver"))),
+        ("cublaslt", libraries::cublaslt().map(|()| found("found".to_owned(), "cublasLt"))),
+        ("cusolver", libraries::cusolver().map(|()| found("found".to_owned(), "cusolver"))),
     ]
 }
 

@@ -9,15 +9,20 @@ pub(super) fn cores() -> Check {
     let model = fs_err::read_to_string("/proc/cpuinfo").ok().and_then(|text| model(&text));
     let model = model.map_or_else(String::new, |model| format!("{model}, "));
     let plural = |count: usize| if count == 1 { "" } else { "s" };
-    let threads = rayon::current_num_threads();
-    let threads = format!("{threads} thread{} in use", plural(threads));
     match std::thread::available_parallelism() {
         Ok(cores) => {
-            let cores = cores.get();
-            Check::ok("processor", format!("{model}{cores} core{}, {threads}", plural(cores)))
+            let (cores, threads) = (cores.get(), rayon::current_num_threads());
+            // As many as there are cores, unless --threads says otherwise.
+            let threads = match threads {
+                as_many if as_many == cores => String::new(),
+                other => format!(", {other} thread{} in use", plural(other)),
+            };
+            Check::ok("processor", format!("{model}{cores} core{}{threads}", plural(cores)))
         }
-        Err(error) => Check::note("processor", format!("{model}cores cannot be counted: {error}"))
-            .hint("name the threads to use with --threads N"),
+        Err(error) => {
+            Check::note("processor", format!("{model}and cores that cannot be counted: {error}"))
+                .hint("name the threads to use with --threads N")
+        }
     }
 }
 
