@@ -63,13 +63,12 @@ fn a_token_is_never_shown() {
 fn the_page_has_no_colours_off_a_terminal_and_fits_eighty_columns() {
     let run = Home::new().run("doctor --quiet").done();
     assert!(run.stderr.is_empty(), "{}", run.stderr);
-    assert!(
-        !run.stdout.contains('\u{1b}') && run.stdout.ends_with("notes\n")
-            || run.stdout.ends_with("note\n")
-    );
+    assert!(!run.stdout.contains('\u{1b}'), "{}", run.stdout);
+    let verdict = run.stdout.lines().last().unwrap();
+    assert!(verdict.starts_with("ok: 0 faults, "), "{verdict}");
     // A word of a path or a processor's name may be longer; two words are not.
     for line in run.stdout.lines().filter(|line| line.chars().count() > 80) {
-        assert_eq!(line.trim_start().split_whitespace().count(), 1, "{line}");
+        assert_eq!(line.split_whitespace().count(), 1, "{line}");
     }
 }
 

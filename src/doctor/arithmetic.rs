@@ -157,7 +157,7 @@ fn numbers(rows: usize, seed: u32) -> Vec<f32> {
         (state >> 16) as f32 / 65_536.0 - 0.5
     };
     let number = |at: usize| {
-        let size = if at % CHANNELS % 37 == 0 { 16.0 } else { 1.0 };
+        let size = if (at % CHANNELS).is_multiple_of(37) { 16.0 } else { 1.0 };
         f16::from_f32(size * next()).to_f32()
     };
     (0..rows * CHANNELS).map(number).collect()

@@ -104,6 +104,35 @@ mod tests {
         pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
     }
 
+    /// Names in constants and flags of a source file.
+    fn names_in(path: &std::path::Path, names: &mut Vec<String>) {
+        if path.is_dir() {
+            fs_err::read_dir(path)
+                .unwrap()
+                .for_each(|entry| names_in(&entry.unwrap().path(), names));
+            return;
+        }
+        if path.to_string_lossy().ends_with("_tests.rs") {
+            return;
+        }
+        for line in fs_err::read_to_string(path).unwrap().lines() {
+            for mark in ["&str = \"ATOM_", "env = \"ATOM_"] {
+                let Some((_, rest)) = line.split_once(mark) else { continue };
+                names.push(format!("ATOM_{}", rest.split('"').next().unwrap()));
+            }
+        }
+    }
+
+    #[test]
+    fn every_variable_that_the_program_reads_is_known() {
+        let mut names = Vec::new();
+        names_in(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut names);
+        assert!(names.iter().any(|name| name == isa::VARIABLE), "{names:?}");
+        let unknown: Vec<&String> =
+            names.iter().filter(|name| !KNOWN.contains(&name.as_str())).collect();
+        assert!(unknown.is_empty(), "add to KNOWN: {unknown:?}");
+    }
+
     #[test]
     fn secrets_are_never_shown() {
         let check = hub_of(&set(&[

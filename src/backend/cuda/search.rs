@@ -49,11 +49,11 @@ pub fn opened(library: &str) -> Option<PathBuf> {
 fn opened_in(maps: &str, library: &str) -> Option<PathBuf> {
     let start = format!("lib{library}.so");
     // The path is all behind the fifth column, and may have spaces itself.
-    let paths = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
+    let mut paths = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
     let is_named = |path: &&Path| {
         path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&start))
     };
-    paths.filter(is_named).next().map(Path::to_path_buf)
+    paths.find(is_named).map(Path::to_path_buf)
 }
 
 /// Opens a library where it is found first. One of the same name that is open, or that the loader
