@@ -113,7 +113,7 @@ fn is_repository_id(model: &str) -> bool {
 }
 
 /// Where the Hub's tools keep what they download, by their own rules.
-fn cache_directory() -> Option<PathBuf> {
+pub(crate) fn cache_directory() -> Option<PathBuf> {
     let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     variable("HF_HUB_CACHE")
         .or_else(|| variable("HF_HOME").map(|home| home.join("hub")))

@@ -3,13 +3,14 @@
 The rooms follow the road of a weight (docs/architecture.md): `checkpoint` reads named tensors,
 `model` runs a decoder block over them, `pipeline` carries calibration windows from block to block
 and calls `quant` for the method, `backend` does the arithmetic, `checkpoint` writes the result,
-`eval` measures it. `cli` and `report` are what a person sees. */
+`eval` measures it. `cli` and `report` are what a person sees; `doctor` says what the machine can do. */
 
 pub mod backend;
 pub mod bench;
 pub mod checkpoint;
 pub mod cli;
 mod decimal;
+pub mod doctor;
 pub mod error;
 pub mod eval;
 pub mod hub;

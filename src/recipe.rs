@@ -189,11 +189,14 @@ impl Recipe {
                     .hint("built in are `default` and `paper`; a recipe file ends in .toml"));
             }
         };
-        recipe.with(overrides, "the command line")?.check()
+        recipe.with(overrides, "on the command line")?.check()
     }
 
     fn from_file(path: &str) -> Result<Self> {
-        let text = fs_err::read_to_string(path)?;
+        let text = fs_err::read_to_string(path).map_err(|error| {
+            Error::from(error)
+                .hint("give --recipe a TOML file that can be read, `default` or `paper`")
+        })?;
         let mut table: Table = text
             .parse()
             .map_err(|error| Error::input(format!("recipe {path} is not TOML: {error}")))?;
@@ -206,16 +209,16 @@ impl Recipe {
                     .hint("base is \"default\" or \"paper\""));
             }
         };
-        base.with(&table, path)
+        base.with(&table, &format!("in {path}"))
     }
 
     /// This recipe with the keys of `changes` in place of its own.
-    fn with(&self, changes: &Table, origin: &str) -> Result<Self> {
+    fn with(&self, changes: &Table, place: &str) -> Result<Self> {
         let mut table = self.to_table();
         for (key, value) in changes {
             if !table.contains_key(key) {
                 let known: Vec<&str> = table.keys().map(String::as_str).collect();
-                return Err(Error::input(format!("unknown recipe key `{key}` in {origin}"))
+                return Err(Error::input(format!("unknown recipe key `{key}` {place}"))
                     .hint(format!("the keys are {}", known.join(", "))));
             }
             // A whole number is welcome where a ratio is meant: `clip_act = 1`.
@@ -228,7 +231,7 @@ impl Recipe {
             table.insert(key.clone(), value);
             // Read back after every key, so that an error names the key it comes from.
             Self::deserialize(table.clone()).map_err(|error| {
-                Error::input(format!("recipe key `{key}` in {origin}: {}", error.message()))
+                Error::input(format!("recipe key `{key}` {place}: {}", error.message()))
             })?;
         }
         Self::deserialize(table).map_err(|error| Error::input(error.message().to_owned()))

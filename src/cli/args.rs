@@ -12,18 +12,19 @@ use crate::pipeline::{Calibration, Evaluation, Output};
 use crate::text::{Split, TextSet};
 use crate::{Error, Result};
 
-/// How the program runs and prints, whatever it does.
+/// How the program runs and prints, whatever it does. Orders of display keep the group as it is beside
+/// the flags of any subcommand.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Running")]
 pub struct Running {
     /// CPU threads; 0 means all cores
-    #[arg(long, global = true, value_name = "N", default_value_t = 0)]
+    #[arg(long, global = true, value_name = "N", default_value_t = 0, display_order = 1002)]
     pub threads: usize,
     /// Print the result, or the error, as one JSON object on stdout
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = 1003)]
     pub json: bool,
     /// Print only warnings and errors on stderr
-    #[arg(long, short, global = true)]
+    #[arg(long, short, global = true, display_order = 1004)]
     pub quiet: bool,
 }
 
@@ -41,12 +42,19 @@ impl Running {
 #[command(next_help_heading = "Running")]
 pub(crate) struct DeviceFlag {
     /// Where the arithmetic runs: auto (a GPU if there is one), cpu, cuda or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value = "auto", env = "ATOM_DEVICE")]
+    #[arg(
+        long,
+        value_name = "DEVICE",
+        default_value = "auto",
+        env = "ATOM_DEVICE",
+        hide_env_values = true,
+        display_order = 1000
+    )]
     pub(crate) device: Device,
-    /// GPU memory to use at most, such as 24GB; hidden states that do not fit stay in host memory
-    /// [default: all that is free]
-    #[arg(long, value_name = "SIZE", value_parser = values::bytes)]
-    gpu_memory: Option<u64>,
+    /// GPU memory to use at most, such as 24GB or 16GiB; hidden states that do not fit stay in host
+    /// memory [default: all that is free]
+    #[arg(long, value_name = "SIZE", value_parser = values::bytes, display_order = 1001)]
+    pub(crate) gpu_memory: Option<u64>,
 }
 
 /// A backend that was opened.
@@ -130,10 +138,10 @@ pub(crate) struct CalibrationFlags {
     /// Text to calibrate on: the bundled `sample`, or a file (plain text or JSONL)
     #[arg(long, value_name = "TEXT", default_value = "sample")]
     calib: String,
-    /// Windows drawn from it
+    /// Windows drawn from the text, of --seq-len tokens each
     #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
     samples: usize,
-    /// Seed of the draw
+    /// Seed of the draw, a whole number
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 }
@@ -170,7 +178,7 @@ pub(crate) struct EvaluationFlags {
     /// Text to measure perplexity on: the bundled `sample`, or a file (plain text or JSONL)
     #[arg(long, value_name = "TEXT", default_value = "sample")]
     dataset: String,
-    /// Measure on the first N windows only
+    /// Measure on the first N windows of the text only
     #[arg(long, value_name = "N", default_value = "8", value_parser = values::count)]
     windows: usize,
     /// Do not measure perplexity

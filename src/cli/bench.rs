@@ -12,7 +12,42 @@ use crate::model::Architecture;
 use crate::quant::levels::Levels;
 use crate::{Error, Result};
 
+const EXAMPLES: &str = "\
+Examples:
+  atom bench cpu
+  atom bench prefill --shape llama-2-7b --blocks 2 --tokens 256";
+
+const CPU_EXAMPLES: &str = "\
+Examples:
+  atom bench cpu
+  atom bench cpu --threads 1 --json";
+
+const SYNTHETIC_EXAMPLES: &str = "\
+Examples:
+  atom bench quantize --shape llama-2-7b --blocks 2 --samples 4
+  atom bench quantize --shape llama-2-70b --blocks 1 --device cuda";
+
+const GEMM_EXAMPLES: &str = "\
+Examples:
+  atom bench gemm --shape llama-2-7b --tokens 16,2048
+  atom bench gemm --shape all --tokens 1,64,2048 --svg gemm.svg
+
+Clocks are left as they are: what else runs on the GPU shows in the figures.";
+
+const ATTENTION_EXAMPLES: &str = "\
+Examples:
+  atom bench attention --batch 8 --context 4096 --bits 3
+  atom bench attention --shape all --context 4096,32768 --svg attention.svg
+
+Clocks are left as they are: what else runs on the GPU shows in the figures.";
+
+const PREFILL_EXAMPLES: &str = "\
+Examples:
+  atom bench prefill --shape llama-2-7b --tokens 2048
+  atom bench prefill --blocks 2 --tokens 256 --device cpu";
+
 #[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Arguments {
     #[command(subcommand)]
     what: What,
@@ -23,6 +58,7 @@ enum What {
     /// A token's attention over the GPU's cache in 2 to 4 bits, at models' heads, beside the cache in f16
     Attention(AttentionFlags),
     /// Matrix products and integer kernels, beside faer's f32 product on the same shapes
+    #[command(after_help = CPU_EXAMPLES)]
     Cpu,
     /// The GPU's integer product at models' shapes, beside cuBLASLt in f16, INT8 and FP8
     Gemm(GemmFlags),
@@ -33,7 +69,7 @@ enum What {
 }
 
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  atom bench quantize --shape llama-2-7b --blocks 2 --samples 4")]
+#[command(after_help = SYNTHETIC_EXAMPLES)]
 struct SyntheticFlags {
     /// Model whose widths the checkpoint has
     #[arg(long, value_name = "MODEL", default_value = "llama-2-7b")]
@@ -41,7 +77,7 @@ struct SyntheticFlags {
     /// Decoder blocks [default: as many as the model has]
     #[arg(long, value_name = "N", value_parser = values::count)]
     blocks: Option<usize>,
-    /// Calibration windows
+    /// Calibration windows, of --seq-len tokens each
     #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
     samples: usize,
     /// Tokens in a window
@@ -62,10 +98,7 @@ struct SyntheticFlags {
 }
 
 #[derive(Args, Debug)]
-#[command(
-    after_help = "Clocks are left as they are: what else runs on the GPU shows in the figures.\n\n\
-Example:\n  atom bench gemm --shape all --tokens 1,64,2048 --svg gemm.svg"
-)]
+#[command(after_help = GEMM_EXAMPLES)]
 struct GemmFlags {
     /// Model whose linears are measured, or all
     #[arg(
@@ -74,7 +107,7 @@ struct GemmFlags {
         default_value = "llama-2-7b"
     )]
     shape: String,
-    /// Tokens of the products
+    /// Tokens in each of the products
     #[arg(
         long,
         value_name = "N,N,...",
@@ -86,7 +119,7 @@ struct GemmFlags {
     /// Channels that share a scale, a multiple of 16
     #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
     group: usize,
-    /// Outlier channels, in INT8
+    /// How many channels are outliers, in INT8
     #[arg(long, value_name = "N", default_value_t = 128)]
     outliers: usize,
     /// Kind of number that 4-bit codes are
@@ -98,7 +131,7 @@ struct GemmFlags {
     /// Bits of an activation
     #[arg(long, value_name = "2|3|4|8", default_value_t = 4)]
     act_bits: u8,
-    /// Write a picture of how many times as fast as f16 the products are
+    /// Write a picture (SVG) of how many times as fast as f16 the products are
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
     #[command(flatten)]
@@ -106,10 +139,7 @@ struct GemmFlags {
 }
 
 #[derive(Args, Debug)]
-#[command(
-    after_help = "Clocks are left as they are: what else runs on the GPU shows in the figures.\n\n\
-Example:\n  atom bench attention --shape all --context 4096,32768 --svg attention.svg"
-)]
+#[command(after_help = ATTENTION_EXAMPLES)]
 struct AttentionFlags {
     /// Model whose heads attention has, or all
     #[arg(
@@ -127,7 +157,7 @@ struct AttentionFlags {
         default_value = "4096,8192,16384,32768"
     )]
     context: Vec<usize>,
-    /// Sequences
+    /// Sequences at once
     #[arg(
         long,
         value_name = "N,N,...",
@@ -139,7 +169,7 @@ struct AttentionFlags {
     /// Bits of a key's or value's code
     #[arg(long, value_name = "2|3|4", default_value_t = 4, value_parser = clap::value_parser!(u8).range(2..=4))]
     bits: u8,
-    /// Write a picture of how many times as fast as f16 it is
+    /// Write a picture (SVG) of how many times as fast as f16 it is
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
     #[command(flatten)]
@@ -147,7 +177,7 @@ struct AttentionFlags {
 }
 
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  atom bench prefill --shape llama-2-7b --tokens 2048")]
+#[command(after_help = PREFILL_EXAMPLES)]
 struct PrefillFlags {
     /// Model whose shapes the blocks have
     #[arg(long, value_name = "MODEL", default_value = "llama-2-7b")]
@@ -166,7 +196,7 @@ struct PrefillFlags {
     /// Channels that share a scale, a multiple of 16
     #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
     group: usize,
-    /// Outlier channels, in INT8
+    /// How many channels are outliers, in INT8
     #[arg(long, value_name = "N", default_value_t = 128)]
     outliers: usize,
     /// Bits of a key's or value's code; 16 leaves the cache alone

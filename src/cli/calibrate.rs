@@ -15,11 +15,12 @@ use crate::{Error, Result, hub, pipeline};
 
 const EXAMPLES: &str = "\
 Examples:
+  atom calibrate --model tiny-llama --samples 8 --seq-len 256
   atom calibrate --model ./SmolLM2 --calib wiki.jsonl
   atom calibrate --model ./SmolLM2 --sensitivity --group 64 --outliers 64
 
-With --sensitivity the file also says what each width of a linear and each outlier count of a site
-would cost under the recipe, so that `atom plan --target-bits` can choose. It takes several times
+With --sensitivity the file also says what each width of a linear and each outlier count of a site \
+would cost under the recipe, so that `atom plan --target-bits` can choose. It takes several times \
 as long as `atom quantize`, once for all targets.";
 
 #[derive(Args, Debug)]
@@ -39,7 +40,7 @@ pub(crate) struct Arguments {
     /// Measure what each width and outlier count would cost, for `atom plan --target-bits`
     #[arg(long, help_heading = "Sensitivity")]
     sensitivity: bool,
-    /// Outlier counts to measure beside the recipe's [default: 0,32,64,128]
+    /// Outlier counts to measure, in channels of a site, beside the recipe's [default: 0,32,64,128]
     #[arg(
         long,
         value_name = "N,...",

@@ -13,7 +13,7 @@ use crate::text::{Split, TextSet};
 const EXAMPLES: &str = "\
 Examples:
   atom eval-ppl --model tiny-llama --dataset sample
-  atom eval-ppl --model ./SmolLM2-atom-w4a4-g128 --dataset wiki.test.jsonl --windows 20
+  atom eval-ppl --model ./SmolLM2-atom-w4a4-g128 --windows 20
   atom eval-ppl --model ./SmolLM2 --dataset wiki.test.jsonl --max-ppl 22 --json";
 
 #[derive(Args, Debug)]
@@ -24,7 +24,7 @@ pub(crate) struct Arguments {
     /// Text to measure on: the bundled `sample`, or a file (plain text or JSONL)
     #[arg(long, value_name = "TEXT", default_value = "sample", help_heading = "Evaluation")]
     dataset: String,
-    /// Measure on the first N windows only [default: all]
+    /// Measure on the first N windows of the text only [default: all]
     #[arg(long, value_name = "N", value_parser = values::count, help_heading = "Evaluation")]
     windows: Option<usize>,
     #[command(flatten, next_help_heading = "Evaluation")]

@@ -5,8 +5,13 @@ use clap::Args;
 use super::Output;
 use crate::{Result, eval};
 
+const EXAMPLES: &str = "\
+Examples:
+  atom inspect tiny-llama
+  atom inspect ./SmolLM2-atom-w4a4-g128 --json";
+
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  atom inspect ./SmolLM2-atom-w4a4-g128")]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Arguments {
     /// Directory of a source or an Atom checkpoint, or the name of a model
     #[arg(value_name = "DIR")]

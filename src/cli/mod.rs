@@ -7,10 +7,13 @@ hands the outcome to [`Output`]. What several subcommands share is in `args`; st
 mod args;
 mod bench;
 mod calibrate;
+mod completions;
+mod doctor;
 mod eval_ppl;
 pub mod failure;
 mod inspect;
 mod limits;
+mod man;
 mod names;
 mod output;
 mod pack;
@@ -40,9 +43,15 @@ const STYLES: Styles = Styles::styled()
     .literal(AnsiColor::Cyan.on_default().bold())
     .placeholder(AnsiColor::Cyan.on_default());
 
-/// Exit codes, as every help page of the program ends.
-const EXIT_CODES: &str = "Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 bad input, \
-4 the machine lacks something, 130 interrupted.";
+/// How the help of the program ends.
+const AFTER_HELP: &str = "\
+Examples:
+  atom doctor
+  atom quantize --model tiny-llama --samples 8 --seq-len 256
+  atom quantize --help
+
+Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 bad input, 4 the machine lacks something, \
+130 interrupted.";
 
 /// What the user typed.
 #[derive(Debug, Parser)]
@@ -50,7 +59,7 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3
     name = "atom",
     version,
     about = "Quantize LLM checkpoints to 4 bit by the Atom method, and measure what it cost",
-    after_help = EXIT_CODES,
+    after_help = AFTER_HELP,
     styles = STYLES,
     args_override_self = true,
     disable_help_subcommand = true,
@@ -82,6 +91,12 @@ enum Command {
     Inspect(inspect::Arguments),
     /// Measure speed, beside a baseline measured in the same run
     Bench(bench::Arguments),
+    /// Say what this machine can do, and what each thing that it lacks means
+    Doctor(doctor::Arguments),
+    /// Print completions for a shell
+    Completions(completions::Arguments),
+    /// Print a manual page, or write them all
+    Man(man::Arguments),
 }
 
 /// Runs the parsed command. `typed` is the whole command line, of which the hint of an interrupted
@@ -101,6 +116,9 @@ pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()
         Command::Verify(arguments) => verify::run(arguments, ui, output),
         Command::Inspect(arguments) => inspect::run(arguments, output),
         Command::Bench(arguments) => bench::run(arguments, ui, output),
+        Command::Doctor(arguments) => doctor::run(arguments, ui, output),
+        Command::Completions(arguments) => completions::run(arguments, output),
+        Command::Man(arguments) => man::run(arguments, output),
     };
     done.map_err(|error| match error.kind() {
         // One that has a hint already was stopped after the work that could be gone on with.

@@ -11,8 +11,13 @@ use super::{Output, Ui, names, quantize};
 use crate::recipe::Recipe;
 use crate::{Error, Result, hub, pipeline};
 
+const EXAMPLES: &str = "\
+Examples:
+  atom pack --model tiny-llama --plan tiny-llama-plan.json --no-eval
+  atom pack --model ./SmolLM2 --plan SmolLM2-plan.json --max-ppl-increase 0.5";
+
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  atom pack --model ./SmolLM2 --plan SmolLM2-plan.json")]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     model: ModelFlag,
@@ -57,10 +62,11 @@ struct PlanHead {
 }
 
 fn planned_recipe(plan: &Path) -> Result<Recipe> {
-    let text = fs_err::read_to_string(plan)?;
+    let text = fs_err::read_to_string(plan)
+        .map_err(|error| Error::from(error).hint("make one with `atom plan`"))?;
     let head: PlanHead = serde_json::from_str(&text).map_err(|error| {
         Error::input(format!("{} is not a plan: {error}", plan.display()))
-            .hint("`atom plan` writes plans")
+            .hint("make one with `atom plan`")
     })?;
     Ok(head.recipe)
 }

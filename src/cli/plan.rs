@@ -14,13 +14,12 @@ use crate::pipeline::{self, Planning};
 
 const EXAMPLES: &str = "\
 Examples:
-  atom plan SmolLM2-calibration.safetensors --group 64
-  atom calibrate --model ./SmolLM2 --sensitivity --group 64 --outliers 64
+  atom plan tiny-llama-calibration.safetensors --group 64 --outliers 64
   atom plan SmolLM2-calibration.safetensors --target-bits 4.5
   atom plan SmolLM2-calibration.safetensors --target-size 120MB --widths 3,4,8
 
-With a target, each linear gets the width and each site the outlier count that cost least by the
-measurements of `atom calibrate --sensitivity`. Another target takes a moment. Without recipe flags
+With a target, each linear gets the width and each site the outlier count that cost least by the \
+measurements of `atom calibrate --sensitivity`. Another target takes a moment. Without recipe flags \
 the recipe is the one that was measured. The plan is JSON and may be edited; `atom pack` obeys it.";
 
 #[derive(Args, Debug)]
@@ -39,7 +38,7 @@ pub(crate) struct Arguments {
     overwrite: OverwriteFlag,
     #[command(flatten)]
     target: TargetFlags,
-    /// Outlier counts to choose among [default: all that were measured]
+    /// Outlier counts to choose among, in channels of a site [default: all that were measured]
     #[arg(
         long,
         value_name = "N,...",

@@ -28,19 +28,20 @@ pub(crate) struct RecipeFlags {
     /// Channels that share a scale, a multiple of 16; `row` for all [default recipe: 128]
     #[arg(long, value_name = "N|row", value_parser = values::group)]
     group: Option<Value>,
-    /// Outlier channels held in higher precision [default recipe: 128]
+    /// How many channels of an activation are outliers, held in higher precision [default recipe: 128]
     #[arg(long, value_name = "N")]
     outliers: Option<u32>,
     /// How outlier channels are held [default recipe: int8]
     #[arg(long, value_name = "int8|fp8|fp16", hide_possible_values = true)]
     outlier_format: Option<OutlierFormat>,
-    /// Clip ratio of activation groups [default recipe: 0.95]
+    /// Clip ratio of activation groups: their scale covers this share of the largest magnitude, above 0
+    /// and at most 1 [default recipe: 0.95]
     #[arg(long, value_name = "RATIO")]
     clip_act: Option<f64>,
-    /// Clip ratio of weight groups [default recipe: 0.95]
+    /// Clip ratio of weight groups, likewise [default recipe: 0.95]
     #[arg(long, value_name = "RATIO")]
     clip_weight: Option<f64>,
-    /// Clip ratio of keys and values [default recipe: 1]
+    /// Clip ratio of keys and values, likewise [default recipe: 1]
     #[arg(long, value_name = "RATIO")]
     clip_kv: Option<f64>,
     /// Round weights to nearest instead of choosing them by GPTQ

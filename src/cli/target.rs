@@ -12,13 +12,13 @@ pub(crate) const OUTLIER_COUNTS: [usize; 4] = [0, 32, 64, 128];
 #[command(next_help_heading = "Allocation")]
 pub(crate) struct TargetFlags {
     /// Give each linear the width, and each site the outlier count, that cost least within this
-    /// average of bits a weight, scales, outliers and orders included
+    /// average of bits a weight, such as 4.5, with scales, outliers and orders
     #[arg(long, value_name = "BITS", value_parser = values::target_bits, group = "target")]
     target_bits: Option<f64>,
-    /// The same within this size of the whole checkpoint, such as 3.5GB or 3GiB
+    /// The same within this size of the whole checkpoint, such as 120MB, 3.5GB or 3GiB
     #[arg(long, value_name = "SIZE", value_parser = values::bytes, group = "target")]
     target_size: Option<u64>,
-    /// Widths to choose among; 16 leaves a linear as it is [default: 2,3,4,8]
+    /// Widths to choose among, in bits; 16 leaves a linear as it is [default: 2,3,4,8]
     #[arg(
         long,
         value_name = "BITS,...",

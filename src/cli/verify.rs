@@ -14,9 +14,9 @@ use crate::{Error, Result};
 
 const EXAMPLES: &str = "\
 Examples:
+  atom verify --model tiny-llama-atom-w4a4-g128 --reference tiny-llama
   atom verify --model ./SmolLM2-atom-w4a4-g128 --no-eval
-  atom verify --model ./SmolLM2-atom-w4a4-g128 --reference ./SmolLM2 --max-ppl-increase 0.5
-  atom verify --model ./SmolLM2-atom-w4a4-g128 --dataset wiki.test.jsonl --max-ppl 33 --json";
+  atom verify --model ./SmolLM2-atom-w4a4-g128 --max-ppl 33 --json";
 
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
@@ -59,11 +59,11 @@ impl Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
-    let backend = arguments.device.open()?;
     if arguments.max_increase.max_ppl_increase.is_some() && arguments.reference.is_none() {
         return Err(Error::usage("--max-ppl-increase needs --reference, to which it is relative")
             .hint("add --reference with the source of the checkpoint"));
     }
+    let backend = arguments.device.open()?;
     let reference = arguments.reference.as_deref().map(Model::open).transpose()?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len)?;
     let limits = limits(&arguments.max_ppl, &arguments.max_increase);

@@ -289,7 +289,7 @@ fn rounded(mut matrix: Matrix) -> Matrix {
 }
 
 /// What is different in `found`, in a few words.
-fn code_fault(found: &QuantizedRows, expected: &QuantizedRows) -> Option<String> {
+pub(crate) fn code_fault(found: &QuantizedRows, expected: &QuantizedRows) -> Option<String> {
     fn differences<T: PartialEq>(what: &str, found: &[T], expected: &[T]) -> Option<String> {
         if found.len() != expected.len() {
             return Some(format!("{} {what} where there are {}", found.len(), expected.len()));

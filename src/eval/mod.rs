@@ -8,8 +8,7 @@ mod perplexity;
 mod verify;
 
 pub use inspect::{CheckpointKind, InspectOutcome, InspectedLinear, inspect};
-#[cfg(test)]
-pub(crate) use kernels::product_error;
+pub(crate) use kernels::{code_fault, product_error};
 pub use perplexity::{PerplexityOutcome, atom_perplexity, source_perplexity, windows};
 pub use verify::{Check, KernelCheck, Limits, VerifyOutcome, verify};
 

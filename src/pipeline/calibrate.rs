@@ -184,7 +184,8 @@ impl CalibrationData {
 
     /// Reads the file; also returns the SHA-256 of its bytes.
     pub fn read(path: &Path) -> Result<(Self, Architecture, String)> {
-        let bytes = fs_err::read(path)?;
+        let bytes = fs_err::read(path)
+            .map_err(|error| Error::from(error).hint("make one with `atom calibrate`"))?;
         let wrong = |what: &str| {
             Error::input(format!("{} is not a calibration file: {what}", path.display()))
                 .hint("make one with `atom calibrate`")

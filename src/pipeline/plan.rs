@@ -385,7 +385,8 @@ pub fn plan_network(recipe: &Recipe, architecture: &Architecture) -> Result<Vec<
 impl PlanFile {
     /// Reads a plan and says where its calibration file lies.
     pub fn read(path: &Path) -> Result<(Self, PathBuf)> {
-        let text = fs_err::read_to_string(path)?;
+        let text = fs_err::read_to_string(path)
+            .map_err(|error| Error::from(error).hint("make one with `atom plan`"))?;
         let mut plan: Self = serde_json::from_str(&text).map_err(|error| {
             Error::input(format!("{} is not a plan: {error}", path.display()))
                 .hint("make one with `atom plan`")

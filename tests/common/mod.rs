@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 mod model;
+pub mod snapshot;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

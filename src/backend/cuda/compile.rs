@@ -252,7 +252,7 @@ fn success(code: nvrtcResult) -> Result<(), nvrtcResult> {
 }
 
 /// `$ATOM_KERNEL_CACHE`, or `atom/kernels` where the user's caches are.
-fn cache_directory() -> Option<PathBuf> {
+pub(crate) fn cache_directory() -> Option<PathBuf> {
     let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     variable(CACHE_VARIABLE)
         .or_else(|| variable("XDG_CACHE_HOME").map(|cache| cache.join("atom/kernels")))

@@ -16,7 +16,7 @@ use crate::quant::weights::WeightFormat;
 
 /// The environment variable that has codes of 4 bits multiplied as such, on devices that can. It is not yet so by default:
 /// these kernels were checked by themselves or compiled, but have not run in the program (docs/kernels.md).
-pub(super) const VARIABLE: &str = "ATOM_GPU_INT4";
+pub const VARIABLE: &str = "ATOM_GPU_INT4";
 
 /// What a device multiplies codes of 4 bits by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use cudarc::{cublaslt, cusolver, driver, nvrtc};
 use libloading::Library;
 
 use super::search;
-pub use super::search::VARIABLE;
+pub use super::search::{VARIABLE, opened};
 use crate::{Error, Result};
 
 /// The oldest driver that has every call we make: `cuEventElapsedTime_v2` is the youngest.

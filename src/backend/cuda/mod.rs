@@ -53,6 +53,7 @@ use compile::Compiler;
 use fused::Columns;
 use gpu::{Buffer, Gpu, Stream};
 use integer::Narrow;
+pub use integer::VARIABLE as NARROW_VARIABLE;
 use launch::{Geometry, Kernels, arguments};
 use product::{Operand, Precision, Product, Products};
 use staging::Staging;

@@ -40,6 +40,22 @@ pub(super) fn preload_driver() {
     open_first("cuda", &DRIVER_PLACES.map(PathBuf::from));
 }
 
+/// The file of a library (`nvrtc` for `libnvrtc.so.13`) that this process has open, as the system lists it.
+pub fn opened(library: &str) -> Option<PathBuf> {
+    let maps = fs_err::read_to_string("/proc/self/maps").ok()?;
+    opened_in(&maps, library)
+}
+
+fn opened_in(maps: &str, library: &str) -> Option<PathBuf> {
+    let start = format!("lib{library}.so");
+    // The path is all behind the fifth column, and may have spaces itself.
+    let mut paths = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
+    let is_named = |path: &&Path| {
+        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&start))
+    };
+    paths.find(is_named).map(Path::to_path_buf)
+}
+
 /// Opens a library where it is found first. One of the same name that is open, or that the loader
 /// finds, as `LD_LIBRARY_PATH` may tell it, goes before.
 fn open_first(library: &str, places: &[PathBuf]) {
@@ -145,6 +161,16 @@ mod tests {
         assert_eq!(found("nvrtc-builtins"), Some("libnvrtc-builtins.so.13.0".into()));
         assert_eq!(found("cublas"), None);
         assert_eq!(newest(&dir.path().join("none"), "nvrtc"), None);
+    }
+
+    #[test]
+    fn an_open_library_is_found_among_the_mapped_files() {
+        let maps = "7f00-7f01 r--p 00000000 00:1f 12 /opt/my cuda/libnvrtc-builtins.so.13.0\n\
+                    7f01-7f02 rw-p 00000000 00:00 0 \n\
+                    7f02-7f03 r--p 00000000 00:1f 13 /opt/my cuda/libnvrtc.so.13\n";
+        let found = opened_in(maps, "nvrtc");
+        assert_eq!(found, Some(PathBuf::from("/opt/my cuda/libnvrtc.so.13")));
+        assert_eq!(opened_in(maps, "cublasLt"), None);
     }
 
     #[test]
