@@ -51,6 +51,17 @@ pub struct Block<B: Backend> {
     pub sites: [Site<B>; 4],
 }
 
+/// Tokens that stand once in `x` where windows of attention begin alike: each token is computed once, and only attention
+/// sees the windows whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// For every place of every window, `[windows * seq_len]`, the row of `x` that stands there. Behind a window's own
+    /// tokens any row will do: attention is causal, so nobody before sees it.
+    pub windows: Vec<u32>,
+    /// For every row of `x` a place among the windows' where it stands.
+    pub rows: Vec<u32>,
+}
+
 /// What an observer is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
@@ -81,6 +92,35 @@ impl<B: Backend> Block<B> {
         observer: Observer<B::Tensor>,
     ) -> Result<()> {
         let heads = self.heads(backend, attention, x, observer)?;
+        self.behind_attention(backend, heads, x, observer)
+    }
+
+    /// Runs the block over `x` `[tokens, hidden]`, whose rows stand in attention's windows as `placement` says, in
+    /// place.
+    pub fn forward_placed(
+        &self,
+        backend: &B,
+        attention: &AttentionSpec,
+        placement: &Placement,
+        x: &mut B::Tensor,
+    ) -> Result<()> {
+        let unobserved: Observer<B::Tensor> = &mut |_, _| Ok(());
+        let [q, k, v] = self.queries_keys_values(backend, x, unobserved)?;
+        let placed = |rows: B::Tensor| backend.select_rows(&rows, &placement.windows);
+        let (q, k, v) = (placed(q)?, placed(k)?, placed(v)?);
+        let heads = backend.attention(attention, &q, &k, &v, self.key_mean.as_ref())?;
+        let heads = backend.select_rows(&heads, &placement.rows)?;
+        self.behind_attention(backend, heads, x, unobserved)
+    }
+
+    /// The rest of the block, from the joined heads of attention on.
+    fn behind_attention(
+        &self,
+        backend: &B,
+        heads: B::Tensor,
+        x: &mut B::Tensor,
+        observer: Observer<B::Tensor>,
+    ) -> Result<()> {
         self.sites[1].apply_onto(backend, heads, x, observer)?;
         let [gate, up] = self.gate_and_up(backend, x, observer)?;
         let site = &self.sites[3];
@@ -120,17 +160,25 @@ impl<B: Backend> Block<B> {
         x: &B::Tensor,
         observer: Observer<B::Tensor>,
     ) -> Result<B::Tensor> {
-        let [q, k, v] = match self.behind_norm(backend, 0, x, &self.attn_norm)? {
-            Some(outputs) => outputs,
-            None => {
-                let normed = backend.rms_norm(x, &self.attn_norm, self.epsilon)?;
-                self.sites[0].apply(backend, normed, observer)?
-            }
-        };
+        let [q, k, v] = self.queries_keys_values(backend, x, observer)?;
         observer(Seen::Queries, &q)?;
         observer(Seen::Keys, &k)?;
         observer(Seen::Values, &v)?;
         backend.attention(attention, &q, &k, &v, self.key_mean.as_ref())
+    }
+
+    /// The outputs of q, k and v for the hidden states `x`.
+    fn queries_keys_values(
+        &self,
+        backend: &B,
+        x: &B::Tensor,
+        observer: Observer<B::Tensor>,
+    ) -> Result<[B::Tensor; 3]> {
+        if let Some(outputs) = self.behind_norm(backend, 0, x, &self.attn_norm)? {
+            return Ok(outputs);
+        }
+        let normed = backend.rms_norm(x, &self.attn_norm, self.epsilon)?;
+        self.sites[0].apply(backend, normed, observer)
     }
 
     /// `silu(gate) * up` for the hidden states `x` behind attention: what mlp_act sees.
