@@ -3,6 +3,7 @@
 mod inspect;
 mod kernels;
 mod perplexity;
+mod runnable;
 mod verify;
 
 pub use inspect::{CheckpointKind, InspectOutcome, InspectedLinear, inspect};

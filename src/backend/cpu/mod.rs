@@ -77,11 +77,7 @@ struct Loss {
 
 impl Default for Loss {
     fn default() -> Self {
-        Self {
-            log_sum: f64::NEG_INFINITY,
-            target: f64::NAN,
-            most: (f32::NEG_INFINITY, usize::MAX),
-        }
+        Self { log_sum: f64::NEG_INFINITY, target: f64::NAN, most: (f32::NEG_INFINITY, usize::MAX) }
     }
 }
 
