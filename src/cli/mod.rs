@@ -8,6 +8,7 @@ mod args;
 mod bench;
 mod calibrate;
 mod eval_ppl;
+mod eval_tasks;
 pub mod failure;
 mod inspect;
 mod limits;
@@ -76,6 +77,8 @@ enum Command {
     Pack(pack::Arguments),
     /// Measure the perplexity of a source or an Atom checkpoint
     EvalPpl(eval_ppl::Arguments),
+    /// Measure zero-shot accuracy of a source or an Atom checkpoint on common tasks
+    EvalTasks(eval_tasks::Arguments),
     /// Check an Atom checkpoint: integrity, then perplexity against limits
     Verify(verify::Arguments),
     /// Show what a checkpoint holds; loads no weights
@@ -98,6 +101,7 @@ pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()
         Command::Plan(arguments) => plan::run(arguments, output),
         Command::Pack(arguments) => pack::run(arguments, ui, output),
         Command::EvalPpl(arguments) => eval_ppl::run(arguments, ui, output),
+        Command::EvalTasks(arguments) => eval_tasks::run(arguments, ui, output),
         Command::Verify(arguments) => verify::run(arguments, ui, output),
         Command::Inspect(arguments) => inspect::run(arguments, output),
         Command::Bench(arguments) => bench::run(arguments, ui, output),

@@ -1,15 +1,19 @@
-/*! Measurements over any model that can run: perplexity and integrity. */
+/*! Measurements over any model that can run: perplexity, accuracy on tasks, and integrity. */
 
+mod beginnings;
 mod inspect;
 mod kernels;
+mod likelihood;
 mod perplexity;
 mod runnable;
+mod tasks;
 mod verify;
 
 pub use inspect::{CheckpointKind, InspectOutcome, InspectedLinear, inspect};
 #[cfg(test)]
 pub(crate) use kernels::product_error;
 pub use perplexity::{PerplexityOutcome, atom_perplexity, source_perplexity, windows};
+pub use tasks::{Sample, TaskOutcome, TasksOutcome, check_accuracies, tasks};
 pub use verify::{Check, KernelCheck, Limits, VerifyOutcome, verify};
 
 use std::path::Path;

@@ -14,6 +14,7 @@ mod perplexity;
 mod quantize;
 pub mod recipe;
 pub mod svg;
+mod tasks;
 pub mod units;
 mod verify;
 

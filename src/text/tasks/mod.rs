@@ -4,10 +4,12 @@ Prompts, choices and what counts as right are those of lm-evaluation-harness 0.4
 compared with ours. Which task is made how stands in [`TASKS`] and nowhere else; [`prompts`](self) turns a row into a
 [`Question`], from the columns that the Hub's data set has or from a form that is already put together. */
 
+mod pair;
 mod prompts;
 mod python_text;
 mod source;
 
+pub use pair::ScoredText;
 pub use source::{TaskFile, TaskRows};
 
 use crate::{Error, Result};
