@@ -6,11 +6,13 @@ for calibration ([`calibration_windows`]) and side by side for perplexity ([`eva
 Nothing here knows what a model is. */
 
 mod python_random;
+mod rows;
 mod set;
 mod tokenizer;
 mod windows;
 
 pub use python_random::PythonRandom;
+pub use rows::rows;
 pub use set::{Split, TextSet};
 pub use tokenizer::Tokenizer;
 pub use windows::{calibration_windows, evaluation_windows};
