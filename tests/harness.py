@@ -68,13 +68,21 @@ def main():
     import torch
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedTokenizerFast
 
     package = Path(lm_eval.__file__).parent
     names = arguments.tasks.split(",")
     found = {"lm_eval": lm_eval.__version__, "model": Path(arguments.model).name, "tasks": {}}
     asked = {}
+    # As tokenizer.json has it. transformers 5 builds a tokenizer of a known class, such as SmolLM2's GPT2Tokenizer, anew
+    # from the vocabulary and loses what stands in the file besides (SmolLM2's digits are split off one by one there).
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.model)
     model = HFLM(
-        pretrained=arguments.model, device="cpu", dtype=torch.float32, batch_size=arguments.batch_size
+        pretrained=arguments.model,
+        tokenizer=tokenizer,
+        device="cpu",
+        dtype=torch.float32,
+        batch_size=arguments.batch_size,
     )
     with tempfile.TemporaryDirectory() as home:
         home = Path(home)

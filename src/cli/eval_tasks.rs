@@ -19,6 +19,7 @@ log likelihoods (nats) divided by the choice's characters; for lambada acc count
 
 Examples:
   atom eval-tasks --model ./SmolLM2 --tasks piqa,arc_easy --tasks-dir ./tasks
+  atom eval-tasks --model tiny-llama --tasks boolq,hellaswag,winogrande
   atom eval-tasks --model ./SmolLM2-atom-w4a4-g128 --tasks lambada=lambada.jsonl --limit 200
   atom eval-tasks --model ./SmolLM2 --tasks arc_easy --tasks-dir ./tasks --min-acc 0.5 --json";
 
@@ -27,7 +28,7 @@ Examples:
 pub(crate) struct Arguments {
     #[command(flatten)]
     model: ModelFlag,
-    /// Tasks, separated by commas; NAME=FILE takes the rows from FILE
+    /// Tasks, separated by commas; NAME=FILE takes the rows from FILE (JSONL or Parquet)
     #[arg(
         long,
         value_name = "TASKS",
@@ -36,7 +37,7 @@ pub(crate) struct Arguments {
         help_heading = "Evaluation"
     )]
     tasks: Vec<TaskFile>,
-    /// Directory with the rows of each task, NAME.jsonl
+    /// Directory with each task's rows, NAME.jsonl or NAME.parquet [default: the Hub]
     #[arg(long, value_name = "DIR", help_heading = "Evaluation")]
     tasks_dir: Option<PathBuf>,
     /// Ask the first N rows of each task only [default: all]
@@ -85,9 +86,11 @@ fn least(limits: &[LeastAccuracy], name: &str) -> Option<f64> {
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     check(arguments)?;
     let backend = arguments.device.open()?;
-    let model = Model::open(&arguments.model.model)?;
-    let load = |task: &TaskFile| task.load(arguments.tasks_dir.as_deref(), arguments.limit);
+    let hub = arguments.model.hub(ui)?;
+    let directory = arguments.tasks_dir.as_deref();
+    let load = |task: &TaskFile| task.load(directory, arguments.limit, &hub);
     let rows: Vec<TaskRows> = arguments.tasks.iter().map(load).collect::<Result<_>>()?;
+    let model = Model::open(&hub, &arguments.model.model, arguments.model.revision.as_deref())?;
     let outcome = with_backend!(&backend, ui, backend => {
         eval::tasks(backend, &model, &rows, ui)
     })?;

@@ -103,7 +103,7 @@ pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()
         Command::EvalPpl(arguments) => eval_ppl::run(arguments, ui, output),
         Command::EvalTasks(arguments) => eval_tasks::run(arguments, ui, output),
         Command::Verify(arguments) => verify::run(arguments, ui, output),
-        Command::Inspect(arguments) => inspect::run(arguments, output),
+        Command::Inspect(arguments) => inspect::run(arguments, ui, output),
         Command::Bench(arguments) => bench::run(arguments, ui, output),
     };
     done.map_err(|error| match error.kind() {

@@ -6,12 +6,14 @@ for calibration ([`calibration_windows`]) and side by side for perplexity ([`eva
 Tasks with a right answer are [`tasks`]' business. Nothing here knows what a model is. */
 
 mod python_random;
+mod rows;
 mod set;
 pub mod tasks;
 mod tokenizer;
 mod windows;
 
 pub use python_random::PythonRandom;
+pub use rows::rows;
 pub use set::{Split, TextSet};
 pub use tokenizer::Tokenizer;
 pub use windows::{calibration_windows, evaluation_windows};

@@ -95,7 +95,15 @@ impl Loss {
 
     /// Takes in the next logits, those of the tokens from `first` on.
     fn look(&mut self, logits: &[f32], first: usize) {
-        let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        // In lanes, so that no comparison waits for the one before.
+        let mut lanes = [f32::NEG_INFINITY; 32];
+        let (whole, rest) = logits.as_chunks::<32>();
+        for logits in whole {
+            for (lane, logit) in lanes.iter_mut().zip(logits) {
+                *lane = if *logit > *lane { *logit } else { *lane };
+            }
+        }
+        let most = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
         if most > self.most.0 {
             let at = logits.iter().position(|logit| *logit == most);
             self.most = (most, first + at.expect("the largest is one of them"));

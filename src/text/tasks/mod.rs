@@ -146,8 +146,8 @@ impl Task {
         })
     }
 
-    /// The file of the data set on the Hub, at its revision `refs/convert/parquet`, where every data set lies in one form.
-    pub fn hub_file(&self) -> String {
+    /// The data set's file on the Hub, in the form that the Hub converts every data set to.
+    fn hub_file(&self) -> String {
         format!("{}/{}/0000.parquet", self.config, self.split)
     }
 

@@ -1,12 +1,15 @@
-/*! Where a task's rows come from: a file that the user names, or one of a directory of such files. */
+/*! Where a task's rows come from: a file that the user names, one of a directory of such files, or the Hub. */
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use serde_json::Value;
-
 use super::{Question, Task};
+use crate::hub::Hub;
+use crate::text::rows;
 use crate::{Error, Result};
+
+/// The revision at which the Hub keeps every data set as Parquet, `CONFIG/SPLIT/0000.parquet`.
+const PARQUET: &str = "refs/convert/parquet";
 
 /// A task and, where the user names one, the file of its rows: `piqa`, or `piqa=FILE`.
 #[derive(Clone, Debug)]
@@ -41,17 +44,25 @@ pub struct TaskRows {
 }
 
 impl TaskFile {
-    /// The task's first `limit` questions, from the file named with it, or else from `NAME.jsonl` in `directory`.
+    /// The task's first `limit` questions: from the file named with it, or else from `NAME.jsonl` in `directory`, or
+    /// without one from the Hub.
     ///
     /// # Errors
     /// If there is no such file, it cannot be read, or has a row that is no question of the task.
-    pub fn load(&self, directory: Option<&Path>, limit: Option<usize>) -> Result<TaskRows> {
-        let path = match (&self.file, directory) {
-            (Some(file), _) => file.clone(),
-            (None, Some(directory)) => in_directory(self.task, directory)?,
-            (None, None) => return Err(no_file(self.task)),
+    pub fn load(
+        &self,
+        directory: Option<&Path>,
+        limit: Option<usize>,
+        hub: &Hub<'_>,
+    ) -> Result<TaskRows> {
+        let (path, file) = match (&self.file, directory) {
+            (Some(file), _) => (file.clone(), file.display().to_string()),
+            (None, Some(directory)) => {
+                let path = in_directory(self.task, directory)?;
+                (path.clone(), path.display().to_string())
+            }
+            (None, None) => from_hub(self.task, hub)?,
         };
-        let file = path.display().to_string();
         let rows = rows(&path)?;
         let questions = rows.iter().take(limit.unwrap_or(usize::MAX)).enumerate();
         let questions = questions.map(|(row, value)| {
@@ -69,32 +80,26 @@ impl TaskFile {
     }
 }
 
-fn no_file(task: &Task) -> Error {
-    Error::input(format!("there is no file of rows for {}", task.name)).hint(format!(
-        "give --tasks-dir DIR with {0}.jsonl in it, or --tasks {0}=FILE; the rows are those of {1}, {2} {3}",
-        task.name, task.repo, task.config, task.split
-    ))
+/// The data set's file in the Hub's cache, and its name there.
+fn from_hub(task: &Task, hub: &Hub<'_>) -> Result<(PathBuf, String)> {
+    let found = hub.dataset_file(task.repo, PARQUET, &task.hub_file()).map_err(|error| {
+        let named = error.hint_text().map_or(String::new(), |hint| format!("; or {hint}"));
+        let hint = format!(
+            "without the Hub give --tasks-dir DIR with {0}.jsonl in it, or --tasks {0}=FILE{named}",
+            task.name
+        );
+        error.context(format!("there are no rows for {}", task.name)).hint(hint)
+    })?;
+    let name = format!("{}/{} ({})", found.repo, found.file, found.commit);
+    Ok((found.path, name))
 }
 
-/// `NAME.jsonl`, or `NAME.json`.
+/// `NAME.jsonl`, `.json`, `.parquet`, or the first two in gzip.
 fn in_directory(task: &Task, directory: &Path) -> Result<PathBuf> {
-    let paths = ["jsonl", "json"].map(|form| directory.join(format!("{}.{form}", task.name)));
+    let forms = ["jsonl", "json", "parquet", "jsonl.gz", "json.gz"];
+    let paths = forms.map(|form| directory.join(format!("{}.{form}", task.name)));
     paths.iter().find(|path| path.is_file()).cloned().ok_or_else(|| {
         Error::input(format!("{} has no {}.jsonl", directory.display(), task.name))
             .hint(format!("name the file: --tasks {}=FILE", task.name))
     })
-}
-
-/// The rows of a file, one JSON object a line; empty lines do not count.
-fn rows(path: &Path) -> Result<Vec<Value>> {
-    let text = fs_err::read_to_string(path)?;
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    lines
-        .map(|(at, line)| {
-            serde_json::from_str(line).map_err(|error| {
-                Error::input(format!("{} line {}: {error}", path.display(), at + 1))
-                    .hint("a task's file has one JSON object a line")
-            })
-        })
-        .collect()
 }
