@@ -95,6 +95,7 @@ const SUBCOMMANDS: [(&str, &[&str]); 12] = [
     ),
     ("pack", &["--model", "--plan", "--out", "--resume"]),
     ("eval-ppl", &["--model", "--dataset", "--windows", "--max-ppl", "Examples:"]),
+    ("eval-tasks", &["--model", "--tasks", "--tasks-dir", "--limit", "--min-acc", "Examples:"]),
     ("verify", &["--model", "--reference", "--max-ppl-increase", "--no-eval", "Examples:"]),
     ("inspect", &["DIR", "--json"]),
     ("bench", &["attention", "cpu", "gemm", "quantize"]),
