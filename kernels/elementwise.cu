@@ -20,6 +20,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) embed_float(const float* t
     embed(table, tokens, hidden, y);
 }
 
+template <class T> static __device__ __forceinline__ void select(const T* x, const u32* rows, int columns, T* y) {
+    const T* row = x + (long long)rows[blockIdx.x] * columns;
+    y += (long long)blockIdx.x * columns;
+    for (int i = threadIdx.x; i < columns; i += THREADS) y[i] = row[i];
+}
+
+/// Rows of `x` `[.., columns]` that `rows` names. One block a row of `y`.
+extern "C" __global__ void __launch_bounds__(THREADS) select_half(const half* x, const u32* rows, int columns, half* y) {
+    select(x, rows, columns, y);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) select_float(const float* x, const u32* rows, int columns, float* y) {
+    select(x, rows, columns, y);
+}
+
 /// RMSNorm of each row of `x` `[rows, n]`, to f16. One block a row; four values a thread at a time
 /// where rows begin at multiples of 16 bytes.
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const float* x, const float* weight, int n, float epsilon, half* y) {
@@ -116,13 +130,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) head_norm(half* x, const f
     sum = warp_sum(sum);
     const float inverse = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum, (float)n) + epsilon));
     for (int i = lane; i < n; i += 32) x[i] = to_half(to_float(x[i]) * inverse * weight[i]);
-}
-
-/// The rows of `x` `[.., n]` that `rows` names. One block a row.
-extern "C" __global__ void __launch_bounds__(THREADS) take_rows_half(const half* x, const u32* rows, int n, half* y) {
-    const half* row = x + (long long)rows[blockIdx.x] * n;
-    y += (long long)blockIdx.x * n;
-    for (int i = threadIdx.x; i < n; i += THREADS) y[i] = row[i];
 }
 
 /// `x[rows[i]] += weights[i] * y[i]`, rows of `n` values. One block a row; no row is named twice.

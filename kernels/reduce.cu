@@ -111,6 +111,38 @@ extern "C" __global__ void __launch_bounds__(THREADS) cross_entropy(const float*
     }
 }
 
+/// The first of the largest `logits` `[rows, vocabulary]` of each row. One block a row.
+extern "C" __global__ void __launch_bounds__(THREADS) likeliest(const float* logits, int vocabulary, u32* tokens) {
+    __shared__ float most_of[THREADS / 32];
+    __shared__ u32 first_of[THREADS / 32];
+    logits += (long long)blockIdx.x * vocabulary;
+    float most = __uint_as_float(0xff800000u);
+    u32 first = 0xffffffffu;
+    for (int i = threadIdx.x; i < vocabulary; i += THREADS) {
+        if (logits[i] > most) {
+            most = logits[i];
+            first = i;
+        }
+    }
+    float all = warp_max(most);
+    // The least of those that have it, as the largest complement.
+    first = ~warp_max(most == all ? ~first : 0u);
+    if (threadIdx.x % 32 == 0) {
+        most_of[threadIdx.x / 32] = all;
+        first_of[threadIdx.x / 32] = first;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int i = 1; i < THREADS / 32; i++) {
+            if (most_of[i] > all || (most_of[i] == all && first_of[i] < first)) {
+                all = most_of[i];
+                first = first_of[i];
+            }
+        }
+        tokens[blockIdx.x] = first;
+    }
+}
+
 /// Sums of `a * b` over the blocks' parts of `count` values.
 extern "C" __global__ void __launch_bounds__(THREADS) dot_parts(const float* a, const float* b, long long count, double* parts) {
     __shared__ double sum_of[THREADS / 32];

@@ -83,6 +83,15 @@ pub struct Drift<C> {
     pub share: f32,
 }
 
+/// What a row of hidden states predicts of one token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Prediction {
+    /// The token's negative log likelihood, in nats.
+    pub nats: f64,
+    /// Whether no token is likelier; of equal ones the first counts.
+    pub greedy: bool,
+}
+
 /// What a Hessian's factorization took.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Damping {
@@ -138,6 +147,8 @@ pub trait Backend: Sync {
     fn upload_activation(&self, matrix: Matrix) -> Result<Self::Tensor>;
     /// A tensor on the host.
     fn download(&self, tensor: &Self::Tensor) -> Result<Matrix>;
+    /// The rows of `x` that `rows` names, in that order; one may be named more than once, or not at all.
+    fn select_rows(&self, x: &Self::Tensor, rows: &[u32]) -> Result<Self::Tensor>;
     /// Copies a tensor.
     fn duplicate(&self, tensor: &Self::Tensor) -> Result<Self::Tensor>;
     /// Tells how much memory a block's work takes beside the hidden states, before these are made.
@@ -236,8 +247,6 @@ pub trait Backend: Sync {
     /// RMSNorm of each head of queries or keys `[tokens, heads * head_dim]`, in place; `weight` is
     /// `[1, head_dim]`.
     fn head_norm(&self, x: &mut Self::Tensor, weight: &Self::Tensor, epsilon: f32) -> Result<()>;
-    /// The rows of an activation that `rows` names, in its order.
-    fn take_rows(&self, x: &Self::Tensor, rows: &[u32]) -> Result<Self::Tensor>;
     /// `x[rows[i]] += weights[i] * y[i]`: a linear's output onto hidden states. No row is named twice.
     fn add_rows(
         &self,
@@ -269,6 +278,14 @@ pub trait Backend: Sync {
         tokens: &[u32],
         seq_len: usize,
     ) -> Result<Vec<f64>>;
+
+    /// What each row of `x`, normed hidden states, predicts of the token beside it: `tokens` has one a row.
+    fn predict(
+        &self,
+        x: &Self::Tensor,
+        head: &Self::Dense,
+        tokens: &[u32],
+    ) -> Result<Vec<Prediction>>;
 
     /// What was done to each row: `|x - y|^2 / |y|^2` with `y` the row of `original`, both hidden
     /// states; 0 for a row of zeros that still is one.

@@ -56,7 +56,7 @@ pub fn quantize<B: Backend>(
     backend.trim();
 
     let calibration = Calibration {
-        text: TextSet::load("sample", Split::Calibration)?,
+        text: TextSet::sample(Split::Calibration),
         samples: model.samples,
         seq_len: model.seq_len,
         seed: 0,
@@ -111,7 +111,7 @@ fn evaluation<B: Backend>(
     rate: f64,
     progress: &dyn Progress,
 ) -> Result<[Figure; 2]> {
-    let mut text = TextSet::load("sample", Split::Evaluation)?;
+    let mut text = TextSet::sample(Split::Evaluation);
     // The sample is short; how often it comes does not change the work.
     let own = text.text.clone();
     while text.text.len() < 8 * model.samples * model.seq_len {

@@ -27,6 +27,7 @@ pub use dtype::{Dtype, TensorSpec};
 pub use fingerprint::sha256_hex;
 pub use output::{free_bytes, writable};
 pub use source::Source;
+pub(crate) use source::is_side_file;
 pub use tensor::Tensor;
 pub use work::DoneBlock;
 pub use writer::{DEFAULT_SHARD_BYTES, Options, Writer};

@@ -14,6 +14,7 @@ use super::files::Files;
 use super::fingerprint::fingerprint;
 use super::shards::Shards;
 use super::tensor::Tensor;
+use crate::hub::Place;
 use crate::{Error, Result};
 
 /// An opened source checkpoint. Weights stay in their files until a tensor is converted.
@@ -22,6 +23,7 @@ pub struct Source {
     name: String,
     config: Value,
     shards: Shards,
+    place: Option<Place>,
 }
 
 impl Source {
@@ -50,7 +52,17 @@ impl Source {
     fn from_files(files: Files) -> Result<Self> {
         let config = files.config()?;
         let shards = Shards::open(&files)?;
-        Ok(Self { name: files.name(), files, config, shards })
+        Ok(Self { name: files.name(), files, config, shards, place: None })
+    }
+
+    /// The same checkpoint, known to come from this place on the Hub.
+    pub fn from_hub(self, place: Place) -> Self {
+        Self { place: Some(place), ..self }
+    }
+
+    /// Where on the Hub it came from, if it was named so.
+    pub fn place(&self) -> Option<&Place> {
+        self.place.as_ref()
     }
 
     /// A short name: the directory's, or the bundled model's.
@@ -123,7 +135,8 @@ impl Source {
     }
 }
 
-fn is_side_file(name: &str) -> bool {
+/// Whether a user of the model needs this file besides configuration and weights.
+pub(crate) fn is_side_file(name: &str) -> bool {
     const NAMES: [&str; 5] = [
         "generation_config.json",
         "special_tokens_map.json",

@@ -7,10 +7,12 @@ use clap::Args;
 use super::values::{self, Device};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
+use crate::checkpoint::Source;
+use crate::hub::Hub;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{Calibration, Evaluation, Output};
 use crate::text::{Split, TextSet};
-use crate::{Error, Result};
+use crate::{Error, Result, hub};
 
 /// How the program runs and prints, whatever it does. Orders of display keep the group as it is beside
 /// the flags of any subcommand.
@@ -127,9 +129,41 @@ pub(crate) use with_backend;
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelFlag {
-    /// Checkpoint directory, the bundled `tiny-llama`, or a Hub id or alias in the Hub's cache
+    /// Checkpoint directory, the bundled `tiny-llama`, a Hub id such as org/name or org/name@REVISION,
+    /// or an alias: llama-7b, -13b, -30b, -65b, llama-2-7b, -13b, -70b, mixtral-8x7b
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: String,
+    /// Branch, tag or commit of the model on the Hub [default: main]
+    #[arg(long, value_name = "REVISION")]
+    pub(crate) revision: Option<String>,
+    #[command(flatten)]
+    offline: OfflineFlag,
+}
+
+impl ModelFlag {
+    /// The Hub as this run may use it.
+    pub(crate) fn hub<'a>(&self, progress: &'a dyn Progress) -> Result<Hub<'a>> {
+        self.offline.hub(progress)
+    }
+
+    /// The model, opened as a source checkpoint.
+    pub(crate) fn source(&self, hub: &Hub<'_>) -> Result<Source> {
+        hub::source(hub, &self.model, self.revision.as_deref())
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct OfflineFlag {
+    /// Use nothing of the Hub but what its cache holds; HF_HUB_OFFLINE=1 does the same
+    #[arg(long, help_heading = "Running")]
+    offline: bool,
+}
+
+impl OfflineFlag {
+    /// The Hub as this run may use it.
+    pub(crate) fn hub<'a>(&self, progress: &'a dyn Progress) -> Result<Hub<'a>> {
+        Hub::from_env(self.offline, progress)
+    }
 }
 
 #[derive(Args, Debug)]
@@ -148,9 +182,9 @@ pub(crate) struct CalibrationFlags {
 
 impl CalibrationFlags {
     /// Loads the text.
-    pub(crate) fn load(&self, length: &WindowFlag) -> Result<Calibration> {
+    pub(crate) fn load(&self, length: &WindowFlag, hub: &Hub<'_>) -> Result<Calibration> {
         Ok(Calibration {
-            text: TextSet::load(&self.calib, Split::Calibration)?,
+            text: TextSet::load(&self.calib, Split::Calibration, hub)?,
             samples: self.samples,
             seq_len: length.seq_len,
             seed: self.seed,
@@ -188,16 +222,16 @@ pub(crate) struct EvaluationFlags {
 
 impl EvaluationFlags {
     /// The text, whether it is measured on or not.
-    pub(crate) fn text(&self) -> Result<TextSet> {
-        TextSet::load(&self.dataset, Split::Evaluation)
+    pub(crate) fn text(&self, hub: &Hub<'_>) -> Result<TextSet> {
+        TextSet::load(&self.dataset, Split::Evaluation, hub)
     }
 
     /// Loads the text; none with `--no-eval`.
-    pub(crate) fn load(&self, seq_len: usize) -> Result<Option<Evaluation>> {
+    pub(crate) fn load(&self, seq_len: usize, hub: &Hub<'_>) -> Result<Option<Evaluation>> {
         if self.no_eval {
             return Ok(None);
         }
-        let text = self.text()?;
+        let text = self.text(hub)?;
         Ok(Some(Evaluation { text, seq_len, windows: Some(self.windows) }))
     }
 }

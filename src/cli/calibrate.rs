@@ -11,7 +11,7 @@ use super::recipe::RecipeFlags;
 use super::target::OUTLIER_COUNTS;
 use super::{Output, Ui, names};
 use crate::pipeline::Measuring;
-use crate::{Error, Result, hub, pipeline};
+use crate::{Error, Result, pipeline};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -65,8 +65,9 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let recipe = arguments.recipe.resolve()?;
     let backend = arguments.device.open()?;
     let model = &arguments.model.model;
-    let source = hub::source(model)?;
-    let calibration = arguments.calibration.load(&arguments.length)?;
+    let hub = arguments.model.hub(ui)?;
+    let source = arguments.model.source(&hub)?;
+    let calibration = arguments.calibration.load(&arguments.length, &hub)?;
     let out = arguments.out.clone().unwrap_or_else(|| names::calibration_out(model));
     let overwrite = arguments.overwrite.overwrite;
     let counts = arguments.outlier_counts.as_deref().unwrap_or(&OUTLIER_COUNTS);

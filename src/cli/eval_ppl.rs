@@ -37,9 +37,10 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     let backend = arguments.device.open()?;
-    let model = Model::open(&arguments.model.model)?;
+    let hub = arguments.model.hub(ui)?;
+    let model = Model::open(&hub, &arguments.model.model, arguments.model.revision.as_deref())?;
     let evaluation = Evaluation {
-        text: TextSet::load(&arguments.dataset, Split::Evaluation)?,
+        text: TextSet::load(&arguments.dataset, Split::Evaluation, &hub)?,
         seq_len: arguments.length.seq_len,
         windows: arguments.windows,
     };

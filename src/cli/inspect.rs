@@ -2,7 +2,8 @@
 
 use clap::Args;
 
-use super::Output;
+use super::{Output, Ui};
+use crate::hub::Hub;
 use crate::{Result, eval};
 
 const EXAMPLES: &str = "\
@@ -13,11 +14,12 @@ Examples:
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Arguments {
-    /// Directory of a source or an Atom checkpoint, or the name of a model
+    /// Directory of a source or an Atom checkpoint, or the name of a model in the Hub's cache
     #[arg(value_name = "DIR")]
     directory: String,
 }
 
-pub(crate) fn run(arguments: &Arguments, output: &Output) -> Result<()> {
-    output.write(&eval::inspect(&arguments.directory)?)
+pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+    let hub = Hub::cached("atom inspect", ui)?;
+    output.write(&eval::inspect(&hub, &arguments.directory)?)
 }

@@ -10,6 +10,7 @@ mod calibrate;
 mod completions;
 mod doctor;
 mod eval_ppl;
+mod eval_tasks;
 pub mod failure;
 mod inspect;
 mod limits;
@@ -85,6 +86,8 @@ enum Command {
     Pack(pack::Arguments),
     /// Measure the perplexity of a source or an Atom checkpoint
     EvalPpl(eval_ppl::Arguments),
+    /// Measure zero-shot accuracy of a source or an Atom checkpoint on common tasks
+    EvalTasks(eval_tasks::Arguments),
     /// Check an Atom checkpoint: integrity, then perplexity against limits
     Verify(verify::Arguments),
     /// Show what a checkpoint holds; loads no weights
@@ -113,8 +116,9 @@ pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()
         Command::Plan(arguments) => plan::run(arguments, output),
         Command::Pack(arguments) => pack::run(arguments, ui, output),
         Command::EvalPpl(arguments) => eval_ppl::run(arguments, ui, output),
+        Command::EvalTasks(arguments) => eval_tasks::run(arguments, ui, output),
         Command::Verify(arguments) => verify::run(arguments, ui, output),
-        Command::Inspect(arguments) => inspect::run(arguments, output),
+        Command::Inspect(arguments) => inspect::run(arguments, ui, output),
         Command::Bench(arguments) => bench::run(arguments, ui, output),
         Command::Doctor(arguments) => doctor::run(arguments, ui, output),
         Command::Completions(arguments) => completions::run(arguments, output),

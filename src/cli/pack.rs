@@ -9,7 +9,7 @@ use super::args::{DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFla
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::{Output, Ui, names, quantize};
 use crate::recipe::Recipe;
-use crate::{Error, Result, hub, pipeline};
+use crate::{Error, Result, pipeline};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -41,11 +41,12 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     let backend = arguments.device.open()?;
     let model = &arguments.model.model;
-    let source = hub::source(model)?;
+    let hub = arguments.model.hub(ui)?;
+    let source = arguments.model.source(&hub)?;
     let destination = arguments
         .output
         .destination(|| Ok(names::checkpoint_out(model, &planned_recipe(&arguments.plan)?)))?;
-    let evaluation = arguments.evaluation.load(arguments.length.seq_len)?;
+    let evaluation = arguments.evaluation.load(arguments.length.seq_len, &hub)?;
     let outcome = with_backend!(&backend, ui, backend => {
         let plan = &arguments.plan;
         pipeline::pack(backend, &source, plan, &destination, evaluation.as_ref(), ui)

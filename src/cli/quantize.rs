@@ -11,7 +11,7 @@ use super::target::{OUTLIER_COUNTS, TargetFlags};
 use super::{Output, Ui, names};
 use crate::pipeline::outcome::QuantizeOutcome;
 use crate::pipeline::{self, Measuring, progress::Progress};
-use crate::{Result, hub, report};
+use crate::{Result, report};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -64,9 +64,10 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     // What was typed is looked at before a device, which takes a moment to open.
     let recipe = arguments.recipe.resolve()?;
     let backend = arguments.device.open()?;
-    let source = hub::source(&arguments.model.model)?;
-    let calibration = arguments.calibration.load(&arguments.length)?;
-    let evaluation = arguments.evaluation.load(arguments.length.seq_len)?;
+    let hub = arguments.model.hub(ui)?;
+    let source = arguments.model.source(&hub)?;
+    let calibration = arguments.calibration.load(&arguments.length, &hub)?;
+    let evaluation = arguments.evaluation.load(arguments.length.seq_len, &hub)?;
     let destination = arguments
         .output
         .destination(|| Ok(names::checkpoint_out(&arguments.model.model, &recipe)))?;

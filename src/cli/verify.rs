@@ -4,11 +4,12 @@ use std::path::Path;
 
 use clap::Args;
 
-use super::args::{DeviceFlag, EvaluationFlags, Opened, WindowFlag, with_backend};
+use super::args::{DeviceFlag, EvaluationFlags, OfflineFlag, Opened, WindowFlag, with_backend};
 use super::limits::{MaxIncrease, MaxPerplexity, limits};
 use super::{Output, Ui};
 use crate::checkpoint::AtomCheckpoint;
 use crate::eval::{self, KernelCheck, Model, VerifyOutcome};
+use crate::hub::Hub;
 use crate::pipeline::Evaluation;
 use crate::{Error, Result};
 
@@ -24,9 +25,11 @@ pub(crate) struct Arguments {
     /// Directory of the Atom checkpoint
     #[arg(long, value_name = "ATOM", help_heading = "Model")]
     model: String,
-    /// Source to compare its perplexity with
+    /// Source to compare its perplexity with: a directory, a Hub id or an alias, as --model of `quantize`
     #[arg(long, value_name = "MODEL", help_heading = "Model")]
     reference: Option<String>,
+    #[command(flatten)]
+    offline: OfflineFlag,
     #[command(flatten)]
     evaluation: EvaluationFlags,
     #[command(flatten, next_help_heading = "Evaluation")]
@@ -44,14 +47,14 @@ pub(crate) struct Arguments {
 
 impl Arguments {
     /// What is compared on the device that was opened.
-    fn kernels(&self, opened: &Opened) -> Result<KernelCheck> {
+    fn kernels(&self, opened: &Opened, hub: &Hub<'_>) -> Result<KernelCheck> {
         let off = |why: &str| Ok(KernelCheck::Off(why.to_owned()));
         match opened {
             Opened::Cpu(_, Some(why)) => off(&format!("no GPU: {why}")),
             Opened::Cpu(_, None) => off("--device cpu leaves the GPU out"),
             Opened::Cuda(_) if self.check_tokens == 0 => off("--check-tokens 0"),
             Opened::Cuda(_) => {
-                let (text, seq_len) = (self.evaluation.text()?, self.check_tokens);
+                let (text, seq_len) = (self.evaluation.text(hub)?, self.check_tokens);
                 Ok(KernelCheck::On(Evaluation { text, seq_len, windows: Some(1) }))
             }
         }
@@ -64,8 +67,10 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
             .hint("add --reference with the source of the checkpoint"));
     }
     let backend = arguments.device.open()?;
-    let reference = arguments.reference.as_deref().map(Model::open).transpose()?;
-    let evaluation = arguments.evaluation.load(arguments.length.seq_len)?;
+    let hub = arguments.offline.hub(ui)?;
+    let reference = arguments.reference.as_deref();
+    let reference = reference.map(|reference| Model::open(&hub, reference, None)).transpose()?;
+    let evaluation = arguments.evaluation.load(arguments.length.seq_len, &hub)?;
     let limits = limits(&arguments.max_ppl, &arguments.max_increase);
     let directory = Path::new(&arguments.model);
     if !directory.exists() {
@@ -73,7 +78,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
             .hint("give --model a directory that `atom quantize` has written"));
     }
     let checkpoint = AtomCheckpoint::open(directory)?;
-    let kernels = arguments.kernels(&backend)?;
+    let kernels = arguments.kernels(&backend, &hub)?;
     let outcome = with_backend!(&backend, ui, backend => {
         let (reference, evaluation) = (reference.as_ref(), evaluation.as_ref());
         eval::verify(backend, &checkpoint, &kernels, reference, evaluation, limits, ui)

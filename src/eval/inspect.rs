@@ -6,6 +6,7 @@ use super::{Model, atom_plan};
 use crate::Result;
 use crate::checkpoint::linear::specs;
 use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec};
+use crate::hub::Hub;
 use crate::model::Architecture;
 use crate::pipeline::Provenance;
 use crate::pipeline::plan::bits_per_weight;
@@ -91,8 +92,8 @@ pub struct InspectOutcome {
 ///
 /// # Errors
 /// Kind `Input` if there is no such checkpoint, or its headers are damaged.
-pub fn inspect(model: &str) -> Result<InspectOutcome> {
-    match Model::open(model)? {
+pub fn inspect(hub: &Hub<'_>, model: &str) -> Result<InspectOutcome> {
+    match Model::open(hub, model, None)? {
         Model::Source(source) => inspect_source(&source),
         Model::Atom(checkpoint) => inspect_atom(&checkpoint),
     }

@@ -1,27 +1,31 @@
-/*! Measurements over any model that can run: perplexity and integrity. */
+/*! Measurements over any model that can run: perplexity, accuracy on tasks, and integrity. */
 
+mod beginnings;
 #[cfg(test)]
 mod family_tests;
 mod inspect;
 mod kernels;
+mod likelihood;
 mod perplexity;
+mod runnable;
+mod tasks;
 mod verify;
 
 pub use inspect::{CheckpointKind, InspectOutcome, InspectedLinear, inspect};
 pub(crate) use kernels::{code_fault, product_error};
 pub use perplexity::{PerplexityOutcome, atom_perplexity, source_perplexity, windows};
+pub use tasks::{Sample, TaskOutcome, TasksOutcome, check_accuracies, tasks};
 pub use verify::{Check, KernelCheck, Limits, VerifyOutcome, verify};
-
-use std::path::Path;
 
 use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Source, is_atom};
+use crate::hub::{self, Hub, Resolved};
 use crate::model::Architecture;
 use crate::pipeline::Evaluation;
 use crate::pipeline::plan::{BlockPlan, check_plan};
 use crate::pipeline::progress::Progress;
 use crate::quant::kv::KvFormat;
-use crate::{Error, Result, hub};
+use crate::{Error, Result};
 
 /// What can be evaluated.
 pub enum Model {
@@ -33,12 +37,16 @@ pub enum Model {
 
 impl Model {
     /// Opens a directory of either kind, or a model by its name.
-    pub fn open(model: &str) -> Result<Self> {
-        let path = Path::new(model);
-        if is_atom(path) {
-            Ok(Self::Atom(AtomCheckpoint::open(path)?))
-        } else {
-            Ok(Self::Source(hub::source(model)?))
+    pub fn open(hub: &Hub<'_>, model: &str, revision: Option<&str>) -> Result<Self> {
+        match hub::resolve(hub, model, revision)? {
+            Resolved::Directory(dir) | Resolved::Repository(dir, _) if is_atom(&dir) => {
+                Ok(Self::Atom(AtomCheckpoint::open(&dir)?))
+            }
+            Resolved::Directory(dir) => Ok(Self::Source(Source::open(&dir)?)),
+            Resolved::Repository(dir, place) => {
+                Ok(Self::Source(Source::open(&dir)?.from_hub(place)))
+            }
+            Resolved::Bundled => Ok(Self::Source(hub::tiny_llama()?)),
         }
     }
 }

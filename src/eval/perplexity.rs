@@ -6,22 +6,15 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::backend::{AttentionSpec, Backend};
-use crate::checkpoint::{AtomCheckpoint, Source, Tensors};
-use crate::model::Architecture;
-use crate::model::block::Block;
+use crate::backend::Backend;
+use crate::checkpoint::{AtomCheckpoint, Source};
 use crate::model::sites::FINAL_NORM;
-use crate::pipeline::plan::{BlockPlan, SitePlan};
 use crate::pipeline::progress::Progress;
-use crate::pipeline::{
-    BlockWeights, Evaluation, Stream, attention_spec, check_levels, cpu_seconds, expect, one_ahead,
-    quantized_block, read_key_mean, read_sites, source_block, vector,
-};
-use crate::quant::kv::KvFormat;
+use crate::pipeline::{Evaluation, Stream, attention_spec, cpu_seconds, expect, one_ahead, vector};
 use crate::text::{Tokenizer, evaluation_windows};
 use crate::{Error, Result};
 
-use super::atom_plan;
+use super::runnable::Runnable;
 
 /// The result of `atom eval-ppl`.
 #[derive(Clone, Debug, Serialize)]
@@ -66,20 +59,8 @@ pub fn source_perplexity<B: Backend>(
     evaluation: &Evaluation,
     progress: &dyn Progress,
 ) -> Result<PerplexityOutcome> {
-    let architecture = Architecture::from_config(source.config())?;
-    let attention = attention_spec(&architecture, KvFormat::FULL, evaluation.seq_len);
     let tokens = windows(&source.tokenizer()?, source.name(), evaluation)?;
-    let run = Run {
-        backend,
-        name: source.name(),
-        tensors: source,
-        architecture,
-        attention,
-        evaluation,
-        progress,
-    };
-    let load = |index| BlockWeights::load(backend, source, &run.architecture, index, |_, _| true);
-    run.measure(&tokens, load, |weights| source_block(backend, &run.architecture, &weights))
+    Run { model: Runnable::source(backend, source)?, evaluation, progress }.measure(&tokens)
 }
 
 /// Perplexity of an Atom checkpoint on the integer path.
@@ -89,69 +70,37 @@ pub fn atom_perplexity<B: Backend>(
     evaluation: &Evaluation,
     progress: &dyn Progress,
 ) -> Result<PerplexityOutcome> {
-    let architecture = Architecture::from_config(checkpoint.config())?;
-    let (kv, blocks): (_, Vec<BlockPlan>) = atom_plan(checkpoint, &architecture)?;
-    check_levels(backend, &blocks)?;
-    let attention = attention_spec(&architecture, kv, evaluation.seq_len);
+    let model = Runnable::atom(backend, checkpoint)?;
     let tokens = windows(&checkpoint.tokenizer()?, checkpoint.name(), evaluation)?;
-    let run = Run {
-        backend,
-        name: checkpoint.name(),
-        tensors: checkpoint,
-        architecture,
-        attention,
-        evaluation,
-        progress,
-    };
-    let load = |index: usize| {
-        let kept = |site: usize, linear: usize| {
-            let site: &SitePlan = &blocks[index][site];
-            site.linears[linear].bits == 16
-        };
-        let weights = BlockWeights::load(backend, checkpoint, &run.architecture, index, kept)?;
-        let key_mean = read_key_mean(checkpoint, &run.architecture, index, &kv)?;
-        Ok((weights, read_sites(checkpoint, &blocks[index])?, key_mean))
-    };
-    run.measure(&tokens, load, |(weights, sites, key_mean)| {
-        let sites = sites.into_iter().map(|site| site.restore(backend));
-        let sites = sites.collect::<Result<Vec<_>>>()?;
-        quantized_block(backend, &run.architecture, &weights, &sites, key_mean.as_deref())
-    })
+    Run { model, evaluation, progress }.measure(&tokens)
 }
 
 struct Run<'a, B: Backend> {
-    backend: &'a B,
-    name: &'a str,
-    tensors: &'a dyn Tensors,
-    architecture: Architecture,
-    attention: AttentionSpec,
+    model: Runnable<'a, B>,
     evaluation: &'a Evaluation,
     progress: &'a dyn Progress,
 }
 
 impl<B: Backend> Run<'_, B> {
-    /// Streams the windows through the blocks, in parts whose hidden states fit in memory. What
-    /// `load` reads one block ahead, `block` makes ready.
-    fn measure<T: Send>(
-        &self,
-        tokens: &[u32],
-        load: impl Fn(usize) -> Result<T> + Send + Copy,
-        block: impl Fn(T) -> Result<Block<B>>,
-    ) -> Result<PerplexityOutcome> {
+    /// Streams the windows through the blocks, in parts whose hidden states fit in memory.
+    fn measure(&self, tokens: &[u32]) -> Result<PerplexityOutcome> {
         let (start, cpu_start) = (Instant::now(), cpu_seconds());
-        let Self { backend, architecture, progress, .. } = self;
+        let Self { model, progress, .. } = self;
+        let Runnable { backend, architecture, name, .. } = model;
         let seq_len = self.evaluation.seq_len;
+        let attention = attention_spec(architecture, model.kv, seq_len);
         let window_bytes = 4 * seq_len * architecture.hidden;
         let part = (backend.stream_bytes() / window_bytes).max(1) * seq_len;
         let parts = tokens.len().div_ceil(part);
-        progress.begin(&format!("evaluate {}", self.name), parts * (architecture.blocks + 1));
+        progress.begin(&format!("evaluate {name}"), parts * (architecture.blocks + 1));
         let mut means = Vec::with_capacity(tokens.len() / seq_len);
         for tokens in tokens.chunks(part) {
             let mut stream =
-                Stream::embed(*backend, self.tensors, architecture, tokens, seq_len, 0)?;
+                Stream::embed(*backend, model.tensors, architecture, tokens, seq_len, 0)?;
+            let load = |index| model.load(index);
             one_ahead(0..architecture.blocks, load, |_, next| {
-                let block = block(next()?)?;
-                stream.advance(*backend, &self.attention, &block, || progress.check_stop())?;
+                let block = model.block(next()?)?;
+                stream.advance(*backend, &attention, &block, || progress.check_stop())?;
                 progress.advance("");
                 Ok(())
             })?;
@@ -162,8 +111,8 @@ impl<B: Backend> Run<'_, B> {
         backend.trim();
         if let Some(window) = means.iter().position(|loss| !loss.is_finite()) {
             return Err(Error::input(format!(
-                "{} gives no finite loss on window {window} of {}",
-                self.name, self.evaluation.text.name
+                "{name} gives no finite loss on window {window} of {}",
+                self.evaluation.text.name
             ))
             .hint("the weights overflow f32 on this text: is the checkpoint sound?"));
         }
@@ -173,7 +122,7 @@ impl<B: Backend> Run<'_, B> {
             means.iter().map(|loss| (loss - mean).powi(2)).sum::<f64>() / (windows - 1.0);
         let seconds = start.elapsed().as_secs_f64();
         Ok(PerplexityOutcome {
-            model: self.name.to_owned(),
+            model: (*name).to_owned(),
             dataset: self.evaluation.text.name.clone(),
             perplexity: mean.exp(),
             standard_error: mean.exp() * (variance / windows).sqrt(),
@@ -189,11 +138,11 @@ impl<B: Backend> Run<'_, B> {
 
     /// Final norm, output head and cross entropy: each window's mean loss.
     fn window_means(&self, stream: Stream<B>, tokens: &[u32], means: &mut Vec<f64>) -> Result<()> {
-        let Self { backend, architecture, .. } = self;
+        let Runnable { backend, architecture, tensors, .. } = &self.model;
         let seq_len = self.evaluation.seq_len;
-        let norm = vector(*backend, self.tensors, FINAL_NORM, architecture.hidden)?;
+        let norm = vector(*backend, *tensors, FINAL_NORM, architecture.hidden)?;
         let shape = [architecture.vocabulary, architecture.hidden];
-        let head = expect(self.tensors, architecture.head_name(), &shape)?;
+        let head = expect(*tensors, architecture.head_name(), &shape)?;
         let head = backend.dense(&backend.load(head)?, None)?;
         let mut first = 0;
         for mut batch in stream.batches {

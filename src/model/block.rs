@@ -58,6 +58,17 @@ pub struct Block<B: Backend> {
     pub sites: Vec<Site<B>>,
 }
 
+/// Tokens that stand once in `x` where windows of attention begin alike: each token is computed once, and only attention
+/// sees the windows whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// For every place of every window, `[windows * seq_len]`, the row of `x` that stands there. Behind a window's own
+    /// tokens any row will do: attention is causal, so nobody before sees it.
+    pub windows: Vec<u32>,
+    /// For every row of `x` a place among the windows' where it stands.
+    pub rows: Vec<u32>,
+}
+
 /// What an observer is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
@@ -91,6 +102,25 @@ impl<B: Backend> Block<B> {
         let heads = self.heads(backend, attention, x, observer)?;
         self.sites[ATTN_OUT].apply_onto(backend, heads, x, observer)?;
         self.mlp(backend, x, observer)
+    }
+
+    /// Runs the block over `x` `[tokens, hidden]`, whose rows stand in attention's windows as `placement` says, in
+    /// place.
+    pub fn forward_placed(
+        &self,
+        backend: &B,
+        attention: &AttentionSpec,
+        placement: &Placement,
+        x: &mut B::Tensor,
+    ) -> Result<()> {
+        let unobserved: Observer<B::Tensor> = &mut |_, _| Ok(());
+        let [q, k, v] = self.queries_keys_values(backend, x, unobserved)?;
+        let placed = |rows: B::Tensor| backend.select_rows(&rows, &placement.windows);
+        let (q, k, v) = (placed(q)?, placed(k)?, placed(v)?);
+        let heads = backend.attention(attention, &q, &k, &v, self.key_mean.as_ref())?;
+        let heads = backend.select_rows(&heads, &placement.rows)?;
+        self.sites[ATTN_OUT].apply_onto(backend, heads, x, unobserved)?;
+        self.mlp(backend, x, unobserved)
     }
 
     /// Adds the MLP's output, or that of each token's experts, to the hidden states `x` behind attention.
@@ -165,6 +195,20 @@ impl<B: Backend> Block<B> {
         x: &B::Tensor,
         observer: Observer<B::Tensor>,
     ) -> Result<B::Tensor> {
+        let [q, k, v] = self.queries_keys_values(backend, x, observer)?;
+        observer(Seen::Queries, &q)?;
+        observer(Seen::Keys, &k)?;
+        observer(Seen::Values, &v)?;
+        backend.attention(attention, &q, &k, &v, self.key_mean.as_ref())
+    }
+
+    /// The outputs of q, k and v for the hidden states `x`, queries and keys normed where heads are.
+    fn queries_keys_values(
+        &self,
+        backend: &B,
+        x: &B::Tensor,
+        observer: Observer<B::Tensor>,
+    ) -> Result<[B::Tensor; 3]> {
         let [mut q, mut k, v] = match self.behind_norm(backend, ATTN_IN, x, &self.attn_norm)? {
             Some(outputs) => outputs,
             None => {
@@ -176,10 +220,7 @@ impl<B: Backend> Block<B> {
             backend.head_norm(&mut q, of_q, self.epsilon)?;
             backend.head_norm(&mut k, of_k, self.epsilon)?;
         }
-        observer(Seen::Queries, &q)?;
-        observer(Seen::Keys, &k)?;
-        observer(Seen::Values, &v)?;
-        backend.attention(attention, &q, &k, &v, self.key_mean.as_ref())
+        Ok([q, k, v])
     }
 
     /// `silu(gate) * up` of one expert for its share of the normed hidden states: what its mlp_act sees.
@@ -205,7 +246,7 @@ impl<B: Backend> Block<B> {
         observer: Observer<B::Tensor>,
     ) -> Result<[B::Tensor; 2]> {
         let site = &self.sites[MLP_IN];
-        let input = site.input(backend, backend.take_rows(normed, &share.tokens)?, observer)?;
+        let input = site.input(backend, backend.select_rows(normed, &share.tokens)?, observer)?;
         let output = |linear| site.output(backend, &input, linear);
         Ok([output(2 * expert)?, output(2 * expert + 1)?])
     }

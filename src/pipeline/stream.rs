@@ -37,8 +37,8 @@ fn working_bytes(architecture: &Architecture, batch_tokens: usize) -> u64 {
 }
 
 impl<B: Backend> Stream<B> {
-    /// The embeddings of `tokens`, whole windows of `seq_len`. A block's work takes `beside_bytes` of device
-    /// memory beside what every work on a block does.
+    /// The embeddings of `tokens`, whole windows of `seq_len`, in batches of windows. A block's work takes
+    /// `beside_bytes` of device memory beside what every work on a block does.
     pub fn embed(
         backend: &B,
         tensors: &dyn Tensors,
@@ -47,19 +47,32 @@ impl<B: Backend> Stream<B> {
         seq_len: usize,
         beside_bytes: u64,
     ) -> Result<Self> {
+        let windows = windows_per_batch(backend.batch_bytes(), architecture, seq_len);
+        let batches = tokens.chunks(windows * seq_len);
+        Self::embed_batches(backend, tensors, architecture, batches, beside_bytes)
+    }
+
+    /// The embeddings of batches of tokens.
+    pub fn embed_batches<'t>(
+        backend: &B,
+        tensors: &dyn Tensors,
+        architecture: &Architecture,
+        batches: impl Iterator<Item = &'t [u32]> + Clone,
+        beside_bytes: u64,
+    ) -> Result<Self> {
         let vocabulary = architecture.vocabulary;
         let embedding = expect(tensors, EMBEDDING, &[vocabulary, architecture.hidden])?;
-        if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
+        let mut tokens = batches.clone().flatten();
+        if let Some(token) = tokens.find(|token| **token as usize >= vocabulary) {
             return Err(Error::input(format!(
                 "the tokenizer gives token {token}, but the model has {vocabulary} embeddings"
             ))
             .hint("tokenizer.json does not belong to this model"));
         }
-        let windows = windows_per_batch(backend.batch_bytes(), architecture, seq_len);
-        let batch_tokens = tokens.len().min(windows * seq_len);
+        let batch_tokens = batches.clone().map(<[u32]>::len).max().unwrap_or(0);
         backend.reserve(working_bytes(architecture, batch_tokens) + beside_bytes)?;
         let table = backend.load(embedding)?;
-        let batches = tokens.chunks(windows * seq_len).map(|tokens| {
+        let batches = batches.map(|tokens| {
             let mut batch = backend.embed(&table, tokens)?;
             backend.set_aside(&mut batch)?;
             Ok(batch)

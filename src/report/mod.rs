@@ -15,6 +15,7 @@ mod perplexity;
 mod quantize;
 pub mod recipe;
 pub mod svg;
+mod tasks;
 pub mod units;
 mod verify;
 

@@ -73,13 +73,9 @@ impl TextSet {
     /// # Errors
     /// If the set is not on this machine, the file cannot be read, is not UTF-8, has a line without
     /// a `text`, or holds no text at all.
-    pub fn load(spec: &str, split: Split) -> Result<Self> {
+    pub fn load(spec: &str, split: Split, _hub: &crate::hub::Hub<'_>) -> Result<Self> {
         if spec == SAMPLE {
-            let text = match split {
-                Split::Calibration => SAMPLE_CALIBRATION,
-                Split::Evaluation => SAMPLE_EVALUATION,
-            };
-            return Ok(Self::new(spec, text.to_owned()));
+            return Ok(Self::sample(split));
         }
         if let Some(published) = PUBLISHED.iter().find(|set| set.name == spec) {
             return Err(not_here(published, split));
@@ -99,6 +95,15 @@ impl TextSet {
                 .hint("pass plain text, or JSONL with a `text` field"));
         }
         Ok(Self::new(spec, text))
+    }
+
+    /// The text that is part of the program.
+    pub fn sample(split: Split) -> Self {
+        let text = match split {
+            Split::Calibration => SAMPLE_CALIBRATION,
+            Split::Evaluation => SAMPLE_EVALUATION,
+        };
+        Self::new(SAMPLE, text.to_owned())
     }
 
     fn new(name: &str, text: String) -> Self {

@@ -3,6 +3,8 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::Kind;
+use crate::hub::Hub;
+use crate::pipeline::progress::Silent;
 use crate::text::{Tokenizer, calibration_windows, evaluation_windows};
 
 /// A file in a directory of its own, and the path as a flag would hold it.
@@ -13,9 +15,13 @@ fn file(name: &str, content: &[u8]) -> (tempfile::TempDir, String) {
     (directory, path.to_str().unwrap().to_owned())
 }
 
+fn hub() -> Hub<'static> {
+    Hub::from_env(true, &Silent).unwrap()
+}
+
 fn load(name: &str, content: &[u8]) -> Result<TextSet> {
     let (_directory, path) = file(name, content);
-    TextSet::load(&path, Split::Calibration)
+    TextSet::load(&path, Split::Calibration, &hub())
 }
 
 #[test]
@@ -104,11 +110,12 @@ fn published_sets_say_which_file_to_pass() {
 
 #[test]
 fn an_unknown_name_gets_the_known_ones() {
-    let error = TextSet::load("wikitext3", Split::Evaluation).unwrap_err();
+    let error = TextSet::load("wikitext3", Split::Evaluation, &hub()).unwrap_err();
     assert_eq!(error.message(), "`wikitext3` is neither a known text set nor a file that exists");
     assert_eq!(error.hint_text(), Some("known text sets are `sample`, `wikitext2`, `ptb`, `c4`"));
     let directory = tempfile::tempdir().unwrap();
-    let error = TextSet::load(directory.path().to_str().unwrap(), Split::Evaluation).unwrap_err();
+    let error =
+        TextSet::load(directory.path().to_str().unwrap(), Split::Evaluation, &hub()).unwrap_err();
     assert_eq!(error.kind(), Kind::Input);
 }
 
@@ -119,8 +126,8 @@ fn tiny_llama() -> Tokenizer {
 
 #[test]
 fn the_sample_is_long_enough_and_its_parts_differ() {
-    let calibration = TextSet::load("sample", Split::Calibration).unwrap();
-    let evaluation = TextSet::load("sample", Split::Evaluation).unwrap();
+    let calibration = TextSet::load("sample", Split::Calibration, &hub()).unwrap();
+    let evaluation = TextSet::load("sample", Split::Evaluation, &hub()).unwrap();
     assert!(calibration.text.len() >= 36 << 10, "{} bytes", calibration.text.len());
     assert_ne!(calibration.sha256, evaluation.sha256);
 
@@ -165,7 +172,9 @@ fn wikitext2() -> Option<PathBuf> {
 fn wikitext2_as_rows_and_as_a_plain_file() {
     let Some(directory) = wikitext2() else { return };
     let load = |name| {
-        TextSet::load(directory.join(name).to_str().unwrap(), Split::Evaluation).unwrap().text
+        TextSet::load(directory.join(name).to_str().unwrap(), Split::Evaluation, &hub())
+            .unwrap()
+            .text
     };
     let rows = load("test.jsonl");
     let raw = load("wiki.test.raw");

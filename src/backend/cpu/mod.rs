@@ -21,7 +21,9 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::{AttentionSpec, Backend, Damping, Drift, Matrix, Unquantized, output_error};
+use super::{
+    AttentionSpec, Backend, Damping, Drift, Matrix, Prediction, Unquantized, output_error,
+};
 use crate::checkpoint;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::rows::QuantizedRows;
@@ -69,11 +71,13 @@ struct Loss {
     log_sum: f64,
     /// The token's own logit.
     target: f64,
+    /// The largest logit so far and the first token that has it.
+    most: (f32, usize),
 }
 
 impl Default for Loss {
     fn default() -> Self {
-        Self { log_sum: f64::NEG_INFINITY, target: f64::NAN }
+        Self { log_sum: f64::NEG_INFINITY, target: f64::NAN, most: (f32::NEG_INFINITY, usize::MAX) }
     }
 }
 
@@ -87,6 +91,23 @@ impl Loss {
             Some(std::cmp::Ordering::Less) => next + (former - next).exp().ln_1p(),
             Some(_) => former + (next - former).exp().ln_1p(),
         };
+    }
+
+    /// Takes in the next logits, those of the tokens from `first` on.
+    fn look(&mut self, logits: &[f32], first: usize) {
+        // In lanes, so that no comparison waits for the one before.
+        let mut lanes = [f32::NEG_INFINITY; 32];
+        let (whole, rest) = logits.as_chunks::<32>();
+        for logits in whole {
+            for (lane, logit) in lanes.iter_mut().zip(logits) {
+                *lane = if *logit > *lane { *logit } else { *lane };
+            }
+        }
+        let most = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+        if most > self.most.0 {
+            let at = logits.iter().position(|logit| *logit == most);
+            self.most = (most, first + at.expect("the largest is one of them"));
+        }
     }
 
     fn nats(&self) -> f64 {
@@ -118,6 +139,48 @@ impl Cpu {
 
     fn tensor(&self, rows: usize, columns: usize) -> Tensor {
         Tensor::unwritten(&self.pool, rows, columns)
+    }
+
+    /// The losses of `targets`, `(row of x, token)` each; with `MOST` the likeliest token is looked for too.
+    fn losses<const MOST: bool>(
+        &self,
+        x: &Tensor,
+        head: &Panels,
+        targets: &[(usize, usize)],
+    ) -> Vec<Loss> {
+        let (hidden, vocabulary) = (x.columns, head.n());
+        targets
+            .par_chunks(HEAD_ROWS)
+            .map_init(
+                || (vec![0f32; HEAD_ROWS * hidden], vec![0f32; HEAD_ROWS * HEAD_COLUMNS]),
+                |(rows, logits), targets| {
+                    for (to, &(row, _)) in rows.chunks_mut(hidden).zip(targets) {
+                        to.copy_from_slice(&x.data[row * hidden..(row + 1) * hidden]);
+                    }
+                    let rows = Rows::new(rows, targets.len(), hidden);
+                    let mut losses: Vec<Loss> = vec![Loss::default(); targets.len()];
+                    for first in (0..vocabulary).step_by(HEAD_COLUMNS) {
+                        let columns = first..(first + HEAD_COLUMNS).min(vocabulary);
+                        let width = columns.len();
+                        let part = head.part(columns.clone(), 0..hidden);
+                        gemm(self.isa, rows, part, logits, width, false);
+                        for ((loss, logits), (_, token)) in
+                            losses.iter_mut().zip(logits.chunks(width)).zip(targets)
+                        {
+                            loss.add(elementwise::log_sum_exp(self.isa, logits));
+                            if MOST {
+                                loss.look(logits, first);
+                            }
+                            if columns.contains(token) {
+                                loss.target = f64::from(logits[token - first]);
+                            }
+                        }
+                    }
+                    losses
+                },
+            )
+            .flatten()
+            .collect()
     }
 }
 
@@ -164,6 +227,17 @@ impl Backend for Cpu {
     fn download(&self, tensor: &Tensor) -> Result<Matrix> {
         let Tensor { rows, columns, .. } = *tensor;
         Ok(Matrix { rows, columns, data: tensor.values().to_vec() })
+    }
+
+    fn select_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        let n = x.columns;
+        let mut y = self.tensor(rows.len(), n);
+        y.data.par_chunks_mut(n * ROWS).zip(rows.par_chunks(ROWS)).for_each(|(y, rows)| {
+            for (y, &row) in y.chunks_mut(n).zip(rows) {
+                y.copy_from_slice(&x.data[row as usize * n..][..n]);
+            }
+        });
+        Ok(y)
     }
 
     fn duplicate(&self, tensor: &Tensor) -> Result<Tensor> {
@@ -286,15 +360,6 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn take_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
-        let mut y = self.tensor(rows.len(), x.columns);
-        let n = x.columns;
-        y.data.par_chunks_mut(n).zip(rows).for_each(|(y, row)| {
-            y.copy_from_slice(&x.data[*row as usize * n..][..n]);
-        });
-        Ok(y)
-    }
-
     fn add_rows(&self, x: &mut Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Result<()> {
         let n = x.columns;
         for ((row, weight), y) in rows.iter().zip(weights).zip(y.data.chunks(n)) {
@@ -356,42 +421,23 @@ impl Backend for Cpu {
         tokens: &[u32],
         seq_len: usize,
     ) -> Result<Vec<f64>> {
-        let (hidden, vocabulary) = (x.columns, head.n());
         // The row that predicts token t of a window is t - 1; a window's last row predicts nothing.
-        let predictions: Vec<(usize, usize)> = (0..tokens.len())
+        let targets: Vec<(usize, usize)> = (0..tokens.len())
             .filter(|token| token % seq_len != 0)
             .map(|token| (token - 1, tokens[token] as usize))
             .collect();
-        let losses = predictions
-            .par_chunks(HEAD_ROWS)
-            .map_init(
-                || (vec![0f32; HEAD_ROWS * hidden], vec![0f32; HEAD_ROWS * HEAD_COLUMNS]),
-                |(rows, logits), predictions| {
-                    for (to, &(row, _)) in rows.chunks_mut(hidden).zip(predictions) {
-                        to.copy_from_slice(&x.data[row * hidden..(row + 1) * hidden]);
-                    }
-                    let rows = Rows::new(rows, predictions.len(), hidden);
-                    let mut losses: Vec<Loss> = vec![Loss::default(); predictions.len()];
-                    for first in (0..vocabulary).step_by(HEAD_COLUMNS) {
-                        let columns = first..(first + HEAD_COLUMNS).min(vocabulary);
-                        let width = columns.len();
-                        let part = head.part(columns.clone(), 0..hidden);
-                        gemm(self.isa, rows, part, logits, width, false);
-                        for ((loss, logits), (_, token)) in
-                            losses.iter_mut().zip(logits.chunks(width)).zip(predictions)
-                        {
-                            loss.add(elementwise::log_sum_exp(self.isa, logits));
-                            if columns.contains(token) {
-                                loss.target = f64::from(logits[token - first]);
-                            }
-                        }
-                    }
-                    losses.iter().map(Loss::nats).collect::<Vec<f64>>()
-                },
-            )
-            .flatten()
-            .collect();
-        Ok(losses)
+        Ok(self.losses::<false>(x, head, &targets).iter().map(Loss::nats).collect())
+    }
+
+    fn predict(&self, x: &Tensor, head: &Panels, tokens: &[u32]) -> Result<Vec<Prediction>> {
+        let targets: Vec<(usize, usize)> =
+            tokens.iter().enumerate().map(|(row, token)| (row, *token as usize)).collect();
+        let losses = self.losses::<true>(x, head, &targets);
+        let predictions = losses.iter().zip(tokens).map(|(loss, token)| Prediction {
+            nats: loss.nats(),
+            greedy: loss.most.1 == *token as usize,
+        });
+        Ok(predictions.collect())
     }
 
     fn row_changes(&self, x: &Tensor, original: &Tensor) -> Result<Vec<f64>> {

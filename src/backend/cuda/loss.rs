@@ -6,6 +6,7 @@ use super::product::Precision;
 use super::tensor::{Dense, Tensor};
 use super::{Cuda, Part, THREADS};
 use crate::Result;
+use crate::backend::Prediction;
 
 /// Bytes of logits held at once.
 const LOGITS_BYTES: usize = 256 << 20;
@@ -55,13 +56,51 @@ impl Cuda {
         tokens: &[u32],
         seq_len: usize,
     ) -> Result<Vec<f64>> {
-        let (rows, vocabulary) = (x.rows, head.rows);
+        let rows = x.rows;
         // Row t predicts token t + 1; a window's last row predicts nothing and its loss is dropped.
         let targets: Vec<u32> =
             (1..=rows).map(|token| if token % seq_len == 0 { 0 } else { tokens[token] }).collect();
+        let nats = self.nats(x, head, &targets, |_, _| Ok(()))?;
+        let windows = nats.chunks(seq_len).flat_map(|window| &window[..window.len() - 1]);
+        Ok(windows.copied().collect())
+    }
+
+    /// What each row predicts of the token beside it.
+    pub(super) fn predictions(
+        &self,
+        x: &Tensor,
+        head: &Dense,
+        tokens: &[u32],
+    ) -> Result<Vec<Prediction>> {
+        let likeliest = self.gpu.alloc(4 * x.rows)?;
+        let nats = self.nats(x, head, tokens, |logits, Part { first, count }| {
+            self.launch(
+                "reduce",
+                "likeliest",
+                Geometry::line(count, THREADS),
+                arguments![logits, head.rows, likeliest.pointer() + 4 * first as u64],
+            )
+        })?;
+        let likeliest = likeliest.download::<u32>(0..4 * x.rows)?;
+        let rows = nats.into_iter().zip(likeliest).zip(tokens);
+        let prediction =
+            |((nats, most), token): ((f64, u32), &u32)| Prediction { nats, greedy: most == *token };
+        Ok(rows.map(prediction).collect())
+    }
+
+    /// Negative log likelihood of each row's target. `look` is shown the logits of the rows, some at a time.
+    fn nats(
+        &self,
+        x: &Tensor,
+        head: &Dense,
+        targets: &[u32],
+        look: impl Fn(&Buffer, Part) -> Result<()>,
+    ) -> Result<Vec<f64>> {
+        let (rows, vocabulary) = (x.rows, head.rows);
+        assert_eq!(rows, targets.len(), "a target for each row");
         let part = (LOGITS_BYTES / (4 * vocabulary)).clamp(1, rows.max(1));
         let logits = self.gpu.alloc(4 * part * vocabulary)?;
-        let targets = self.gpu.upload(&targets)?;
+        let targets = self.gpu.upload(targets)?;
         let nats = self.gpu.alloc(8 * rows)?;
         for first in (0..rows).step_by(part) {
             let count = part.min(rows - first);
@@ -78,10 +117,9 @@ impl Cuda {
                     nats.pointer() + 8 * first as u64
                 ],
             )?;
+            look(&logits, Part { first, count })?;
         }
-        let nats = nats.download::<f64>(0..8 * rows)?;
-        let windows = nats.chunks(seq_len).flat_map(|window| &window[..window.len() - 1]);
-        Ok(windows.copied().collect())
+        nats.download::<f64>(0..8 * rows)
     }
 
     /// `|x - y|^2 / |y|^2` of each row of two tensors of hidden states.

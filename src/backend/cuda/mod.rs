@@ -41,7 +41,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use half::f16;
 
-use super::{AttentionSpec, Backend, Damping, Drift, Matrix, Unquantized};
+use super::{AttentionSpec, Backend, Damping, Drift, Matrix, Prediction, Unquantized};
 use crate::checkpoint::{self, Dtype};
 use crate::quant::levels::Levels;
 use crate::quant::linear::QuantizedLinear;
@@ -333,6 +333,22 @@ impl Backend for Cuda {
         Ok(Tensor::new(rows, columns, Data::Float(y)))
     }
 
+    fn select_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        let (count, columns) = (rows.len(), x.columns);
+        let (from, kind) = x.typed();
+        let half = kind == "half";
+        let to = self.gpu.alloc((if half { 2 } else { 4 }) * count * columns)?;
+        let rows = self.gpu.upload(rows)?;
+        self.launch(
+            "elementwise",
+            &format!("select_{kind}"),
+            Geometry::line(count, THREADS),
+            arguments![from, &rows, columns, &to],
+        )?;
+        let data = if half { Data::Half(to) } else { Data::Float(to) };
+        Ok(Tensor::new(count, columns, data))
+    }
+
     fn dense(&self, weight: &Weight, site: Option<&Site>) -> Result<Dense> {
         if let Some(site) = site {
             let data = Arc::new(self.arranged(weight, site, Precision::HalfToHalf)?);
@@ -483,18 +499,6 @@ impl Backend for Cuda {
         )
     }
 
-    fn take_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
-        let y = self.half(rows.len(), x.columns)?;
-        let of = self.gpu.upload(rows)?;
-        self.launch(
-            "elementwise",
-            "take_rows_half",
-            Geometry::line(rows.len(), THREADS),
-            arguments![x.half(), &of, x.columns, y.half()],
-        )?;
-        Ok(y)
-    }
-
     fn add_rows(&self, x: &mut Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Result<()> {
         let (of, shares) = (self.gpu.upload(rows)?, self.gpu.upload(weights)?);
         self.launch(
@@ -539,6 +543,10 @@ impl Backend for Cuda {
         seq_len: usize,
     ) -> Result<Vec<f64>> {
         self.losses(x, head, tokens, seq_len)
+    }
+
+    fn predict(&self, x: &Tensor, head: &Dense, tokens: &[u32]) -> Result<Vec<Prediction>> {
+        self.predictions(x, head, tokens)
     }
 
     fn row_changes(&self, x: &Tensor, original: &Tensor) -> Result<Vec<f64>> {

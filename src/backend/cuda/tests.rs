@@ -230,8 +230,8 @@ fn norms_activations_and_sums_agree_with_the_cpu() {
         // Of rows, from the last on, every second one.
         let taken: Vec<u32> = (0..rows as u32).rev().step_by(2).collect();
         let shares = random.values(taken.len());
-        let own = cuda.take_rows(&cuda.half_tensor(&y), &taken).unwrap();
-        let of_host = cpu.take_rows(&cpu.upload(y.clone()).unwrap(), &taken).unwrap();
+        let own = cuda.select_rows(&cuda.half_tensor(&y), &taken).unwrap();
+        let of_host = cpu.select_rows(&cpu.upload(y.clone()).unwrap(), &taken).unwrap();
         assert_eq!(cuda.values(&own), of_host.values(), "rows {what}");
         let (mut host, mut device) =
             (cpu.upload(x.clone()).unwrap(), cuda.upload(x.clone()).unwrap());
@@ -506,6 +506,58 @@ fn losses_agree_with_the_cpu() {
             );
         }
     }
+}
+
+#[test]
+fn predictions_of_selected_rows_agree_with_the_cpu() {
+    let Some(cuda) = device("predictions_of_selected_rows_agree_with_the_cpu") else { return };
+    let cpu = Cpu::new().unwrap();
+    let mut random = Random(13);
+    for (rows, hidden, vocabulary) in [(1, 16, 3), (5, 64, 1000), (33, 172, 32_007)] {
+        let bytes = bytes_of(&random.values(vocabulary * hidden), Dtype::F16);
+        let shape = [vocabulary, hidden];
+        let stored = Stored::in_memory("head", Dtype::F16, &shape, &bytes);
+        let x = Matrix { rows, columns: hidden, data: random.values(rows * hidden) };
+        let selected: Vec<u32> = (0..3 * rows).map(|i| (i * 7 % rows) as u32).collect();
+        let head = cpu.dense(&cpu.load(stored).unwrap(), None).unwrap();
+        let host = cpu.select_rows(&cpu.upload(x.clone()).unwrap(), &selected).unwrap();
+        let floats = cuda.select_rows(&cuda.upload(x.clone()).unwrap(), &selected).unwrap();
+        assert_eq!(cuda.values(&floats), host.values());
+        let halves = cuda.select_rows(&cuda.half_tensor(&x), &selected).unwrap();
+        // A row's likeliest token, some other, and the likeliest of the row before.
+        let every: Vec<u32> = (0..vocabulary as u32).collect();
+        let likeliest = |row: usize| {
+            let row = cpu.select_rows(&host, &vec![row as u32; vocabulary]).unwrap();
+            let found = cpu.predict(&row, &head, &every).unwrap();
+            found.iter().position(|prediction| prediction.greedy).unwrap() as u32
+        };
+        let tokens: Vec<u32> = (0..3 * rows)
+            .map(|row| if row % 2 == 0 { likeliest(row) } else { (row * 7919 % vocabulary) as u32 })
+            .collect();
+        let expected = cpu.predict(&host, &head, &tokens).unwrap();
+        let head = cuda.dense(&cuda.load(stored).unwrap(), None).unwrap();
+        let found = cuda.predict(&halves, &head, &tokens).unwrap();
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(&expected) {
+            let (found_nats, nats) = (found.nats, expected.nats);
+            assert!((found_nats - nats).abs() < 1e-3 * nats.abs().max(1.0), "{found_nats} {nats}");
+            assert_eq!(found.greedy, expected.greedy);
+        }
+        assert!(expected.iter().step_by(2).all(|prediction| prediction.greedy));
+    }
+    // Of equal logits the first counts, wherever in the row they stand.
+    let vocabulary = 3000;
+    let mut weights = vec![0f32; vocabulary];
+    weights[700] = 1.0;
+    weights[2900] = 1.0;
+    let bytes = bytes_of(&weights, Dtype::F16);
+    let shape = [vocabulary, 1];
+    let head = cuda.load(Stored::in_memory("head", Dtype::F16, &shape, &bytes)).unwrap();
+    let head = cuda.dense(&head, None).unwrap();
+    let x = cuda.half_tensor(&Matrix { rows: 3, columns: 1, data: vec![1.0, 1.0, -1.0] });
+    let found = cuda.predict(&x, &head, &[700, 2900, 0]).unwrap();
+    let greedy: Vec<bool> = found.iter().map(|prediction| prediction.greedy).collect();
+    assert_eq!(greedy, [true, false, true]);
 }
 
 #[test]

@@ -1,0 +1,154 @@
+/*! `atom eval-tasks`: zero-shot accuracy of a source, or of an Atom checkpoint on the integer kernels. */
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::Args;
+
+use super::args::{DeviceFlag, ModelFlag, with_backend};
+use super::{Output, Ui, values};
+use crate::eval::{self, Model, Sample};
+use crate::text::tasks::{Task, TaskFile, TaskRows};
+use crate::{Error, Result};
+
+const EXAMPLES: &str = "\
+Tasks: piqa, arc_easy, arc_challenge, boolq, hellaswag, winogrande, lambada. Prompts and metrics are those of
+lm-evaluation-harness 0.4.13, zero-shot: acc is the share of rows whose likeliest choice is right, acc_norm the same with
+log likelihoods (nats) divided by the choice's characters; for lambada acc counts greedily guessed last words.
+
+Examples:
+  atom eval-tasks --model ./SmolLM2 --tasks piqa,arc_easy --tasks-dir ./tasks
+  atom eval-tasks --model tiny-llama --tasks boolq,hellaswag,winogrande
+  atom eval-tasks --model ./SmolLM2-atom-w4a4-g128 --tasks lambada=lambada.jsonl --limit 200
+  atom eval-tasks --model ./SmolLM2 --tasks arc_easy --tasks-dir ./tasks --min-acc 0.5 --json";
+
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    model: ModelFlag,
+    /// Tasks, separated by commas; NAME=FILE takes the rows from FILE (JSONL or Parquet)
+    #[arg(
+        long,
+        value_name = "TASKS",
+        value_delimiter = ',',
+        required = true,
+        help_heading = "Evaluation"
+    )]
+    tasks: Vec<TaskFile>,
+    /// Directory with each task's rows, NAME.jsonl or NAME.parquet [default: the Hub]
+    #[arg(long, value_name = "DIR", help_heading = "Evaluation")]
+    tasks_dir: Option<PathBuf>,
+    /// Ask the first N rows of each task only [default: all]
+    #[arg(long, value_name = "N", value_parser = values::count, help_heading = "Evaluation")]
+    limit: Option<usize>,
+    /// Fail (exit code 1) if a task's acc is below X, a share from 0 to 1; NAME=X is for one task
+    #[arg(long, value_name = "X", value_delimiter = ',', help_heading = "Evaluation")]
+    min_acc: Vec<LeastAccuracy>,
+    /// Write each row's log likelihoods to FILE, one JSON object a line
+    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
+    log_samples: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceFlag,
+}
+
+/// A limit: for all tasks, or for one.
+#[derive(Clone, Debug)]
+struct LeastAccuracy {
+    task: Option<&'static Task>,
+    least: f64,
+}
+
+impl FromStr for LeastAccuracy {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (task, least) = match text.split_once('=') {
+            Some((name, least)) => (Some(Task::named(name)?), least),
+            None => (None, text),
+        };
+        match least.parse::<f64>() {
+            Ok(least) if (0.0..=1.0).contains(&least) => Ok(Self { task, least }),
+            _ => Err(Error::usage("an accuracy is a share from 0 to 1, such as 0.55".to_owned())),
+        }
+    }
+}
+
+/// The limit of a task: its own where it has one, the last of several.
+fn least(limits: &[LeastAccuracy], name: &str) -> Option<f64> {
+    let own = |limit: &&LeastAccuracy| limit.task.is_some_and(|task| task.name == name);
+    let general = |limit: &&LeastAccuracy| limit.task.is_none();
+    let found = limits.iter().rev().find(own);
+    found.or_else(|| limits.iter().rev().find(general)).map(|limit| limit.least)
+}
+
+pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+    check(arguments)?;
+    let backend = arguments.device.open()?;
+    let hub = arguments.model.hub(ui)?;
+    let directory = arguments.tasks_dir.as_deref();
+    let load = |task: &TaskFile| task.load(directory, arguments.limit, &hub);
+    let rows: Vec<TaskRows> = arguments.tasks.iter().map(load).collect::<Result<_>>()?;
+    let model = Model::open(&hub, &arguments.model.model, arguments.model.revision.as_deref())?;
+    let outcome = with_backend!(&backend, ui, backend => {
+        eval::tasks(backend, &model, &rows, ui)
+    })?;
+    ui.close();
+    if let Some(path) = &arguments.log_samples {
+        write_samples(path, &outcome.samples)?;
+    }
+    output.write(&outcome)?;
+    eval::check_accuracies(&outcome, |task| least(&arguments.min_acc, task))
+}
+
+/// Refuses what would be found out after the work only.
+fn check(arguments: &Arguments) -> Result<()> {
+    let asked =
+        |task: &Task| arguments.tasks.iter().filter(|own| own.task.name == task.name).count();
+    if let Some(twice) = arguments.tasks.iter().find(|own| asked(own.task) > 1) {
+        return Err(Error::usage(format!("--tasks names {} twice", twice.task.name)));
+    }
+    let mut limited = arguments.min_acc.iter().filter_map(|limit| limit.task);
+    if let Some(task) = limited.find(|task| asked(task) == 0) {
+        return Err(Error::usage(format!(
+            "--min-acc limits {}, which --tasks does not name",
+            task.name
+        )));
+    }
+    let file = arguments.log_samples.as_deref();
+    if let Some(directory) = file.and_then(Path::parent).filter(|dir| !dir.as_os_str().is_empty())
+        && !directory.is_dir()
+    {
+        return Err(Error::input(format!("directory {} does not exist", directory.display()))
+            .hint("give --log-samples a file in a directory that exists"));
+    }
+    Ok(())
+}
+
+fn write_samples(path: &Path, samples: &[Sample]) -> Result<()> {
+    let mut file = std::io::BufWriter::new(fs_err::File::create(path)?);
+    for sample in samples {
+        let line = serde_json::to_string(sample)
+            .map_err(|error| Error::machine(format!("cannot write a row as JSON: {error}")))?;
+        writeln!(file, "{line}")?;
+    }
+    file.flush()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tasks_own_limit_wins_over_the_general_one() {
+        let limits = ["0.3", "piqa=0.6", "0.4"].map(|text| text.parse().unwrap());
+        assert_eq!(least(&limits, "piqa"), Some(0.6));
+        assert_eq!(least(&limits, "arc_easy"), Some(0.4));
+        assert_eq!(least(&limits[1..2], "arc_easy"), None);
+        for wrong in ["1.1", "-0.1", "x", "nan", "piqa=2", "arc=0.5"] {
+            assert!(wrong.parse::<LeastAccuracy>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,120 @@
+/*! Log likelihoods of many short texts, all of them carried through the blocks together. */
+
+use super::beginnings::{Batch, batches};
+use super::runnable::Runnable;
+use crate::backend::{AttentionSpec, Backend};
+use crate::model::Architecture;
+use crate::model::sites::FINAL_NORM;
+use crate::pipeline::progress::Progress;
+use crate::pipeline::{Stream, attention_spec, expect, one_ahead, vector};
+use crate::text::tasks::ScoredText;
+use crate::{Error, Result};
+
+/// What a model says of a text's continuation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Likelihood {
+    /// The sum of its tokens' log likelihoods, in nats; at most 0.
+    pub(super) log: f64,
+    /// Whether each of its tokens is the likeliest there.
+    pub(super) greedy: bool,
+}
+
+/// The likelihood of each text of each question, and how many tokens were computed for them: texts that begin alike share these.
+///
+/// # Errors
+/// Besides the backend's, if a likelihood is not finite.
+pub(super) fn likelihoods<B: Backend>(
+    model: &Runnable<'_, B>,
+    questions: &[Vec<ScoredText>],
+    progress: &dyn Progress,
+) -> Result<(Vec<Likelihood>, usize)> {
+    let Runnable { backend, architecture, .. } = model;
+    let batches = batches(questions, |rows, places| {
+        batch_bytes(architecture, rows, places) >= backend.batch_bytes()
+    });
+    let parts = parts(&batches, backend.stream_bytes() / (4 * architecture.hidden));
+    progress.begin(&format!("evaluate {}", model.name), parts.len() * (architecture.blocks + 1));
+    let mut found =
+        vec![Likelihood { log: f64::NAN, greedy: false }; questions.iter().map(Vec::len).sum()];
+    for part in parts {
+        score(model, part, &mut found, progress)?;
+    }
+    progress.end();
+    backend.trim();
+    if found.iter().any(|likelihood| !likelihood.log.is_finite()) {
+        return Err(Error::input(format!("{} gives no finite likelihood", model.name))
+            .hint("the weights overflow f32 on these texts: is the checkpoint sound?"));
+    }
+    Ok((found, batches.iter().map(|batch| batch.tokens.len()).sum()))
+}
+
+/// What activations inside a block take, counted as f32.
+fn batch_bytes(architecture: &Architecture, rows: usize, places: usize) -> usize {
+    let heads = (architecture.heads + architecture.kv_heads) * architecture.head_dim;
+    let channels = 4 * architecture.hidden + 2 * heads + 2 * architecture.intermediate;
+    4 * (rows * channels + places * 2 * heads)
+}
+
+/// Runs of batches whose hidden states fit in memory: of at most `rows` rows, and of one batch at least.
+fn parts(mut batches: &[Batch], rows: usize) -> Vec<&[Batch]> {
+    let mut parts = Vec::new();
+    while !batches.is_empty() {
+        let mut sum = 0;
+        let fit = batches.iter().take_while(|batch| {
+            sum += batch.tokens.len();
+            sum <= rows
+        });
+        let (part, rest) = batches.split_at(fit.count().max(1));
+        parts.push(part);
+        batches = rest;
+    }
+    parts
+}
+
+/// Carries a part through the blocks, and scores it.
+fn score<B: Backend>(
+    model: &Runnable<'_, B>,
+    part: &[Batch],
+    found: &mut [Likelihood],
+    progress: &dyn Progress,
+) -> Result<()> {
+    let Runnable { backend, architecture, tensors, .. } = model;
+    let attention: Vec<AttentionSpec> =
+        part.iter().map(|batch| attention_spec(architecture, model.kv, batch.seq_len)).collect();
+    let windows =
+        part.iter().map(|batch| batch_bytes(architecture, 0, batch.placement.windows.len()));
+    let beside = windows.max().unwrap_or(0) as u64;
+    let tokens = part.iter().map(|batch| &batch.tokens[..]);
+    let mut stream = Stream::embed_batches(*backend, *tensors, architecture, tokens, beside)?;
+    let load = |index| model.load(index);
+    one_ahead(0..architecture.blocks, load, |_, next| {
+        let block = model.block(next()?)?;
+        for ((x, batch), attention) in stream.batches.iter_mut().zip(part).zip(&attention) {
+            progress.check_stop()?;
+            backend.recall(x)?;
+            block.forward_placed(*backend, attention, &batch.placement, x)?;
+            backend.set_aside(x)?;
+        }
+        progress.advance("");
+        Ok(())
+    })?;
+    let norm = vector(*backend, *tensors, FINAL_NORM, architecture.hidden)?;
+    let shape = [architecture.vocabulary, architecture.hidden];
+    let head = expect(*tensors, architecture.head_name(), &shape)?;
+    let head = backend.dense(&backend.load(head)?, None)?;
+    for (mut x, batch) in stream.batches.into_iter().zip(part) {
+        progress.check_stop()?;
+        backend.recall(&mut x)?;
+        let x = backend.select_rows(&x, &batch.from)?;
+        let normed = backend.rms_norm(&x, &norm, architecture.norm_epsilon)?;
+        let predictions = backend.predict(&normed, &head, &batch.targets)?;
+        for (text, own) in &batch.texts {
+            let own = &predictions[own.clone()];
+            let nats: f64 = own.iter().map(|prediction| prediction.nats).sum();
+            let greedy = own.iter().all(|prediction| prediction.greedy);
+            found[*text] = Likelihood { log: -nats, greedy };
+        }
+    }
+    progress.advance("");
+    Ok(())
+}

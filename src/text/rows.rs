@@ -1,0 +1,182 @@
+/*! Rows of a data file as JSON objects: Parquet, and JSON with one object a line, plain or in gzip. */
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
+use flate2::read::MultiGzDecoder;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::{Field, Row};
+use serde_json::{Map, Number, Value};
+
+use crate::{Error, Result};
+
+/// How a file holds its text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Columns.
+    Parquet,
+    /// One JSON object a line.
+    Lines,
+    /// Anything else: text as it is.
+    Plain,
+}
+
+impl Form {
+    /// By the name, `.gz` left aside. C4's own files are called `.json` and hold one object a line.
+    pub(super) fn of(path: &Path) -> Self {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+        let name = name.strip_suffix(".gz").unwrap_or(&name);
+        match name.rsplit_once('.').map(|(_, extension)| extension) {
+            Some("parquet") => Self::Parquet,
+            Some("jsonl" | "json") => Self::Lines,
+            _ => Self::Plain,
+        }
+    }
+}
+
+/// All rows of a `.parquet`, `.jsonl` or `.json` file, the latter two also as `.gz`. Structs are
+/// objects, lists arrays, and what is absent is null.
+///
+/// # Errors
+/// If the file cannot be read, its name does not say that it holds rows, or a row is none.
+pub fn rows(path: &Path) -> Result<Vec<Value>> {
+    let mut rows = Vec::new();
+    each_row(path, |row| {
+        rows.push(row);
+        Ok(())
+    })?;
+    Ok(rows)
+}
+
+/// Calls `take` with each row in turn.
+pub(super) fn each_row(path: &Path, mut take: impl FnMut(Value) -> Result<()>) -> Result<()> {
+    match Form::of(path) {
+        Form::Parquet => each_parquet_row(path, take),
+        Form::Lines => {
+            let mut lines = BufReader::with_capacity(1 << 20, open(path)?);
+            let mut line = Vec::new();
+            let mut number = 0;
+            while read_line(&mut lines, &mut line, path)? {
+                number += 1;
+                let row = serde_json::from_slice(&line)
+                    .map_err(|error| bad_line(path, number, &error))?;
+                if !matches!(row, Value::Object(_)) {
+                    return Err(Error::input(format!(
+                        "{}, line {number}: it is no JSON object",
+                        path.display()
+                    ))
+                    .hint(LINES));
+                }
+                take(row)?;
+            }
+            Ok(())
+        }
+        Form::Plain => Err(Error::input(format!("{} holds no rows", path.display()))
+            .hint("give a file whose name ends in .parquet, .jsonl, .json or .json.gz")),
+    }
+}
+
+const LINES: &str = "every line must be a JSON object, like {\"text\": \"...\"}";
+
+/// The next line without its end, or false at the end of the file.
+fn read_line(lines: &mut impl BufRead, line: &mut Vec<u8>, path: &Path) -> Result<bool> {
+    line.clear();
+    let count = lines.read_until(b'\n', line).map_err(|error| unreadable(path, &error))?;
+    while line.last().is_some_and(|byte| matches!(byte, b'\n' | b'\r')) {
+        line.pop();
+    }
+    Ok(count > 0)
+}
+
+pub(super) fn bad_line(path: &Path, number: usize, error: &serde_json::Error) -> Error {
+    let cause = error.to_string();
+    // The parser saw one line only; its "at line 1" would contradict ours.
+    let cause = cause.rsplit_once(" at line ").map_or(cause.as_str(), |(what, _)| what);
+    Error::input(format!(
+        "{}, line {number}: {cause} (at column {})",
+        path.display(),
+        error.column()
+    ))
+    .hint(LINES)
+}
+
+/// The file's content, out of its gzip if it has one.
+pub(super) fn open(path: &Path) -> Result<Box<dyn Read>> {
+    let file = fs_err::File::open(path)?;
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gz")) {
+        Ok(Box::new(MultiGzDecoder::new(BufReader::with_capacity(1 << 20, file))))
+    } else {
+        Ok(Box::new(file))
+    }
+}
+
+/// An error while the content of a file is read.
+pub(super) fn unreadable(path: &Path, error: &std::io::Error) -> Error {
+    Error::input(error.to_string())
+        .context(format!("{} cannot be read", path.display()))
+        .hint("the file may be cut or damaged: fetch it again")
+}
+
+fn each_parquet_row(path: &Path, mut take: impl FnMut(Value) -> Result<()>) -> Result<()> {
+    let damaged = |error: parquet::errors::ParquetError| {
+        let cause = error.to_string();
+        let hint = if cause.contains("Disabled feature") {
+            "write it with snappy compression, or as JSONL: other compressions are not read"
+        } else {
+            "the file may be cut or damaged: fetch it again"
+        };
+        let whence = format!("{} cannot be read as Parquet", path.display());
+        Error::input(cause).context(whence).hint(hint)
+    };
+    let file: File = fs_err::File::open(path)?.into_parts().0;
+    let reader = SerializedFileReader::new(file).map_err(damaged)?;
+    for row in reader.get_row_iter(None).map_err(damaged)? {
+        take(object(&row.map_err(damaged)?))?;
+    }
+    Ok(())
+}
+
+fn object(row: &Row) -> Value {
+    row.get_column_iter()
+        .map(|(name, field)| (name.clone(), value(field)))
+        .collect::<Map<_, _>>()
+        .into()
+}
+
+/// A field in JSON. Bytes that are no text become null, and so do numbers that JSON cannot write:
+/// no data set that is read here has either.
+fn value(field: &Field) -> Value {
+    let float = |number: f64| Number::from_f64(number).map_or(Value::Null, Value::Number);
+    match field {
+        Field::Null => Value::Null,
+        Field::Bool(truth) => (*truth).into(),
+        Field::Byte(number) => (*number).into(),
+        Field::Short(number) => (*number).into(),
+        Field::Int(number) | Field::Date(number) | Field::TimeMillis(number) => (*number).into(),
+        Field::Long(number)
+        | Field::TimeMicros(number)
+        | Field::TimestampMillis(number)
+        | Field::TimestampMicros(number) => (*number).into(),
+        Field::UByte(number) => (*number).into(),
+        Field::UShort(number) => (*number).into(),
+        Field::UInt(number) => (*number).into(),
+        Field::ULong(number) => (*number).into(),
+        Field::Float16(number) => float(number.to_f64()),
+        Field::Float(number) => float(f64::from(*number)),
+        Field::Double(number) => float(*number),
+        Field::Decimal(_) => field.to_string().into(),
+        Field::Str(text) => text.clone().into(),
+        Field::Bytes(bytes) => bytes.as_utf8().map_or(Value::Null, Into::into),
+        Field::Group(row) => object(row),
+        Field::ListInternal(list) => list.elements().iter().map(value).collect::<Vec<_>>().into(),
+        Field::MapInternal(map) => {
+            let key = |field: &Field| match field {
+                Field::Str(text) => text.clone(),
+                other => other.to_string(),
+            };
+            let entries = map.entries().iter();
+            entries.map(|(name, field)| (key(name), value(field))).collect::<Map<_, _>>().into()
+        }
+    }
+}
