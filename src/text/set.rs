@@ -247,11 +247,9 @@ impl Part {
         set: Option<&NamedSet>,
         file: Option<DataFile>,
     ) -> Result<Self> {
-        match fs_err::metadata(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                return Err(unknown(name, set, path));
-            }
-            metadata => drop(metadata?),
+        if let Err(error) = fs_err::metadata(path) {
+            let absent = error.kind() == ErrorKind::NotFound;
+            return Err(if absent { unknown(name, set, path) } else { error.into() });
         }
         let form = Form::of(path);
         if set.is_some_and(|set| set.rows == Rows::Documents) {

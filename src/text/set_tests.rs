@@ -278,13 +278,13 @@ fn the_sample_is_long_enough_and_its_parts_differ() {
     assert_ne!(calibration.sha256, evaluation.sha256);
 
     let tokenizer = tiny_llama();
-    let ids = tokenizer.encode(&calibration.text()).unwrap();
+    let ids = tokenizer.encode(calibration.text()).unwrap();
     assert_eq!(calibration_windows(&ids, 128, 2048, 0).unwrap().len(), 128 * 2048);
     // Broad vocabulary: most of the ids that the tokenizer has should occur.
     let distinct: std::collections::HashSet<_> = ids.iter().collect();
     assert!(distinct.len() > 2000, "{} distinct ids of {}", distinct.len(), ids.len());
 
-    let ids = tokenizer.encode(&evaluation.text()).unwrap();
+    let ids = tokenizer.encode(evaluation.text()).unwrap();
     assert!(evaluation_windows(&ids, 1024, None).unwrap().len() >= 2, "{} ids", ids.len());
     assert_eq!(evaluation_windows(&ids, 2048, Some(1)).unwrap().len(), 1);
 }
