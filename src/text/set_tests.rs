@@ -333,6 +333,11 @@ fn wikitext2_as_rows_and_as_a_plain_file() {
         from_raw.push_str(if line == " \n" { "" } else { line });
     }
     assert_eq!(from_raw, rows);
+    // Named as what it is, the file is read as its rows.
+    let path = directory.join("wiki.test.raw");
+    let spec = format!("wikitext2={}", path.display());
+    let named = TextSet::load(&spec, Split::Evaluation, &hub()).unwrap();
+    assert!(named.text() == rows, "wikitext2=wiki.test.raw is not its rows");
 
     let Some(model) = std::env::var_os("ATOM_SMOLLM2") else {
         eprintln!("skipped: set ATOM_SMOLLM2 to a directory made by tests/smollm2.py");
