@@ -16,6 +16,8 @@ use crate::{Result, report};
 const EXAMPLES: &str = "\
 Examples:
   atom quantize --model tiny-llama --samples 8 --seq-len 256
+  atom quantize --model llama-2-7b --calib wikitext2 --dataset wikitext2
+  atom quantize --model org/SmolLM2@v1.0 --calib wikitext2,c4 --samples 128
   atom quantize --model ./SmolLM2 --calib wiki.jsonl --group 64 --outliers 64
   atom quantize --model ./SmolLM2 --recipe paper --no-gptq --dry-run
   atom quantize --model ./SmolLM2 --target-bits 4.5 --json > report.json

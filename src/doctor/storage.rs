@@ -22,10 +22,12 @@ pub(super) fn here() -> Check {
 /// Where the Hub's tools keep models.
 pub(super) fn hub_cache() -> Check {
     match hub::cache_directory() {
-        Some(directory) => {
+        Err(error) => Check::fault("hub cache", error.to_string())
+            .hint(error.hint_text().unwrap_or("look at the variables that begin with HF_")),
+        Ok(Some(directory)) => {
             place("hub cache", &directory, "name another place in HF_HOME or HF_HUB_CACHE")
         }
-        None => Check::note("hub cache", "no variable says where it would be")
+        Ok(None) => Check::note("hub cache", "no variable says where it would be")
             .hint("set HOME, HF_HOME or HF_HUB_CACHE"),
     }
 }

@@ -23,6 +23,14 @@ use settings::Settings;
 pub use dataset::DataFile;
 pub use names::{ALIASES, Place, Resolved, TINY_LLAMA, resolve, source, tiny_llama};
 
+/// The cache that the Hub's tools share; none where there is not even a home directory.
+///
+/// # Errors
+/// As [`Hub::from_env`].
+pub(crate) fn cache_directory() -> Result<Option<std::path::PathBuf>> {
+    Ok(Settings::from_env(None)?.cache)
+}
+
 /// The Hub as a run may use it: its address, its cache, who asks, and who watches.
 pub struct Hub<'a> {
     settings: Settings,
