@@ -132,6 +132,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) head_norm(half* x, const f
     for (int i = lane; i < n; i += 32) x[i] = to_half(to_float(x[i]) * inverse * weight[i]);
 }
 
+/// `x[i] *= weights[i]`, rows of `n` values. One block a row.
+extern "C" __global__ void __launch_bounds__(THREADS) scale_rows_half(half* x, const float* weights, int n) {
+    x += (long long)blockIdx.x * n;
+    const float weight = weights[blockIdx.x];
+    for (int i = threadIdx.x; i < n; i += THREADS) x[i] = to_half(to_float(x[i]) * weight);
+}
+
 /// `x[rows[i]] += weights[i] * y[i]`, rows of `n` values. One block a row; no row is named twice.
 extern "C" __global__ void __launch_bounds__(THREADS) add_rows_half(float* x, const half* y, const u32* rows, const float* weights, int n) {
     x += (long long)rows[blockIdx.x] * n;

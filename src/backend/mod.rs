@@ -247,6 +247,8 @@ pub trait Backend: Sync {
     /// RMSNorm of each head of queries or keys `[tokens, heads * head_dim]`, in place; `weight` is
     /// `[1, head_dim]`.
     fn head_norm(&self, x: &mut Self::Tensor, weight: &Self::Tensor, epsilon: f32) -> Result<()>;
+    /// Multiplies each row of an activation by its weight.
+    fn scale_rows(&self, x: &mut Self::Tensor, weights: &[f32]) -> Result<()>;
     /// `x[rows[i]] += weights[i] * y[i]`: a linear's output onto hidden states. No row is named twice.
     fn add_rows(
         &self,

@@ -15,6 +15,7 @@ use crate::Result;
 use crate::backend::{Backend, Drift};
 use crate::model::Architecture;
 use crate::model::block::{Block, Observer};
+use crate::model::experts::Share;
 use crate::model::sites::{ATTN_OUT, MLP_ACT, SiteKind, SiteSpec};
 
 /// The hidden states of the calibration windows behind the source's blocks and behind the quantized ones,
@@ -114,8 +115,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         let is_expert = spec.kind == SiteKind::MlpAct && block.router.is_some();
         let all: usize = streams[0].batches.iter().map(|batch| backend.rows(batch)).sum();
         let mut drift = if self.correction > 0.0 && all >= width {
-            // What an expert adds counts as much as its tokens' shares say, which no weight can make up for.
-            let adds = matches!(spec.kind, SiteKind::AttnOut | SiteKind::MlpAct) && !is_expert;
+            let adds = matches!(spec.kind, SiteKind::AttnOut | SiteKind::MlpAct);
             let outputs = adds.then(|| backend.cross(architecture.hidden, width)).transpose()?;
             let inputs = backend.cross(width, width)?;
             Some(Drift { inputs, outputs, share: self.correction })
@@ -126,6 +126,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         self.for_batches(streams, |before, after| {
             let nobody: Observer<B::Tensor> = &mut |_, _| Ok(());
             let norm = |x: &B::Tensor, weight| backend.rms_norm(x, weight, source.epsilon);
+            let mut own_share = None;
             let [x0, x] = match spec.kind {
                 SiteKind::AttnIn => {
                     [norm(before, &source.attn_norm)?, norm(after, &block.attn_norm)?]
@@ -148,22 +149,35 @@ impl<B: Backend> BlockQuantizer<'_, B> {
                             return Ok(());
                         }
                         let normed0 = norm(before, &source.mlp_norm)?;
-                        [
+                        let pair = [
                             source.gated_of(backend, expert, &normed0, share, nobody)?,
                             block.gated_of(backend, expert, &normed, share, nobody)?,
-                        ]
+                        ];
+                        own_share = Some(share.clone());
+                        pair
                     }
                 },
             };
             tokens += backend.rows(&x);
             let site = &block.sites[at];
-            let seen = site.seen(backend, &x)?;
+            // What an expert gives counts by the token's share of it, so that its errors do.
+            let mut seen = site.seen(backend, &x)?;
+            let mut wanted = backend.arrange(&x0, site.order())?;
+            if let Some(Share { weights, .. }) = &own_share {
+                backend.scale_rows(&mut seen, weights)?;
+                backend.scale_rows(&mut wanted, weights)?;
+            }
             backend.add_to_hessian(&mut hessian, &seen)?;
             if let Some(Drift { inputs, outputs, .. }) = &mut drift {
-                let wanted = backend.arrange(&x0, site.order())?;
                 backend.add_to_cross(inputs, &backend.difference(&wanted, &seen)?, &seen)?;
                 if let Some(outputs) = outputs {
-                    let lost = backend.difference(before, after)?;
+                    let mut lost = backend.difference(before, after)?;
+                    if let (Some(share), Some(router)) = (&own_share, &block.router) {
+                        // Each of a token's experts makes up for its part.
+                        let part = vec![1.0 / router.per_token as f32; share.tokens.len()];
+                        lost = backend.select_rows(&lost, &share.tokens)?;
+                        backend.scale_rows(&mut lost, &part)?;
+                    }
                     backend.add_to_cross(outputs, &lost, &seen)?;
                 }
             }

@@ -360,6 +360,13 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn scale_rows(&self, x: &mut Tensor, weights: &[f32]) -> Result<()> {
+        x.data.par_chunks_mut(x.columns).zip(weights).for_each(|(row, weight)| {
+            row.iter_mut().for_each(|value| *value *= weight);
+        });
+        Ok(())
+    }
+
     fn add_rows(&self, x: &mut Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Result<()> {
         let n = x.columns;
         for ((row, weight), y) in rows.iter().zip(weights).zip(y.data.chunks(n)) {

@@ -499,6 +499,16 @@ impl Backend for Cuda {
         )
     }
 
+    fn scale_rows(&self, x: &mut Tensor, weights: &[f32]) -> Result<()> {
+        let shares = self.gpu.upload(weights)?;
+        self.launch(
+            "elementwise",
+            "scale_rows_half",
+            Geometry::line(x.rows, THREADS),
+            arguments![x.half(), &shares, x.columns],
+        )
+    }
+
     fn add_rows(&self, x: &mut Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Result<()> {
         let (of, shares) = (self.gpu.upload(rows)?, self.gpu.upload(weights)?);
         self.launch(
