@@ -14,7 +14,7 @@ const EXAMPLES: &str = "\
 Examples:
   atom eval-ppl --model tiny-llama --dataset sample
   atom eval-ppl --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset wikitext2
-  atom eval-ppl --model ./SmolLM2-atom-w4a4-g128 --dataset wikitext2=wiki.test.raw
+  atom eval-ppl --model ./SmolLM2-atom-w4a4-g128 --dataset wikitext2=wiki.raw
   atom eval-ppl --model ./SmolLM2 --dataset wiki.test.jsonl --max-ppl 22 --json";
 
 #[derive(Args, Debug)]
