@@ -285,10 +285,11 @@ fn a_text_that_cannot_be_read() {
             ("latin1.txt", &["latin1.txt is not UTF-8", "offset 2", "hint: "][..]),
             ("rows.jsonl", &["rows.jsonl, line 2", "`text`", "hint: "]),
             ("absent.txt", &["`absent.txt` is neither a known text set nor a file", "hint: "]),
-            ("wikitext2", &["`wikitext2` cannot be downloaded", flag]),
         ] {
             refused(&home, &format!("{flag} {text}"), 3, parts);
         }
+        let parts = ["`wikitext2` cannot be fetched", "HF_HUB_OFFLINE", "`wikitext2=FILE`"];
+        refused(&home, &format!("{flag} wikitext2"), 4, &parts);
     }
 }
 
@@ -412,24 +413,6 @@ fn a_stderr_that_went_away() {
     drop(reader);
     let output = home.command(&line).stderr(writer).output().unwrap();
     assert!(Run::new(&line, output).done().json()["perplexity"]["after"].is_f64());
-}
-
-#[test]
-fn a_model_of_the_hub_comes_with_the_command_that_fetches_it() {
-    let home = Home::new();
-    let empty = home.path("");
-    for (model, parts) in [
-        ("llama-2-7b", &["`llama-2-7b` (meta-llama/Llama-2-7b-hf)", "does not download"][..]),
-        ("some-org/some-model", &["`some-org/some-model`", "does not download"]),
-    ] {
-        for line in ["quantize", "eval-ppl", "calibrate"] {
-            let line = format!("{line} --model {model}");
-            let output = home.command(&line).env("HF_HUB_CACHE", &empty).output().unwrap();
-            let run = Run::new(&line, output).fails(3, parts);
-            assert!(run.stderr.contains("hint: run `hf download "), "{}", run.stderr);
-            assert!(home.names().is_empty());
-        }
-    }
 }
 
 #[test]

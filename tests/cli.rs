@@ -29,7 +29,7 @@ fn refusal(output: &Output, code: i32) -> String {
     stderr
 }
 
-const SUBCOMMANDS: [(&str, &[&str]); 12] = [
+const SUBCOMMANDS: [(&str, &[&str]); 13] = [
     (
         "quantize",
         &[

@@ -109,12 +109,9 @@ fn evaluation<B: Backend>(
     rate: f64,
     progress: &dyn Progress,
 ) -> Result<[Figure; 2]> {
-    let mut text = TextSet::sample(Split::Evaluation);
     // The sample is short; how often it comes does not change the work.
-    let own = text.text.clone();
-    while text.text.len() < 8 * model.samples * model.seq_len {
-        text.text.push_str(&own);
-    }
+    let bytes = 8 * model.samples * model.seq_len;
+    let text = TextSet::sample_of_length(Split::Evaluation, bytes);
     let (seq_len, windows) = (model.seq_len, Some(model.samples));
     let evaluation = Evaluation { text, seq_len, windows };
     let architecture = Architecture::from_config(source.config())?;

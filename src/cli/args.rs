@@ -161,10 +161,12 @@ impl OfflineFlag {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Calibration")]
 pub(crate) struct CalibrationFlags {
-    /// Text to calibrate on: the bundled `sample`, or a file (plain text or JSONL)
+    /// Text to calibrate on: `sample` (bundled), `wikitext2`, `ptb` or `c4` (their training parts, from
+    /// the Hub), NAME=FILE (such a set's own file), or a file (text, .jsonl, .json.gz, .parquet).
+    /// Several, with commas, divide the samples evenly, the first ones taking what is left over
     #[arg(long, value_name = "TEXT", default_value = "sample")]
     calib: String,
-    /// Windows drawn from it
+    /// Windows drawn, from all sets together: anywhere in the text, of c4 inside single documents
     #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
     samples: usize,
     /// Seed of the draw
@@ -201,7 +203,8 @@ pub(crate) struct WindowFlag {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Evaluation")]
 pub(crate) struct EvaluationFlags {
-    /// Text to measure perplexity on: the bundled `sample`, or a file (plain text or JSONL)
+    /// Text to measure perplexity on: `sample` (bundled), `wikitext2` (its test part), `ptb` or `c4`
+    /// (their validation parts) from the Hub, NAME=FILE, or a file as for --calib
     #[arg(long, value_name = "TEXT", default_value = "sample")]
     dataset: String,
     /// Measure on the first N windows only

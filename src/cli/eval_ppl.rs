@@ -13,7 +13,8 @@ use crate::text::{Split, TextSet};
 const EXAMPLES: &str = "\
 Examples:
   atom eval-ppl --model tiny-llama --dataset sample
-  atom eval-ppl --model ./SmolLM2-atom-w4a4-g128 --dataset wiki.test.jsonl --windows 20
+  atom eval-ppl --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset wikitext2
+  atom eval-ppl --model ./SmolLM2-atom-w4a4-g128 --dataset wikitext2=wiki.test.raw --windows 20
   atom eval-ppl --model ./SmolLM2 --dataset wiki.test.jsonl --max-ppl 22 --json";
 
 #[derive(Args, Debug)]
@@ -21,10 +22,12 @@ Examples:
 pub(crate) struct Arguments {
     #[command(flatten)]
     model: ModelFlag,
-    /// Text to measure on: the bundled `sample`, or a file (plain text or JSONL)
+    /// Text to measure on: `sample` (bundled), `wikitext2` (its test part), `ptb` or `c4` (their
+    /// validation parts) from the Hub, NAME=FILE (such a set's own file), or a file (text, .jsonl,
+    /// .json.gz, .parquet)
     #[arg(long, value_name = "TEXT", default_value = "sample", help_heading = "Evaluation")]
     dataset: String,
-    /// Measure on the first N windows only [default: all]
+    /// Measure on the first N windows only [default: all; of c4 256, drawn as the reference does]
     #[arg(long, value_name = "N", value_parser = values::count, help_heading = "Evaluation")]
     windows: Option<usize>,
     #[command(flatten, next_help_heading = "Evaluation")]

@@ -7,6 +7,11 @@ use crate::recipe::Recipe;
 /// The last component of a directory, hub id or alias.
 pub(crate) fn model_name(model: &str) -> String {
     let path = Path::new(model);
+    // The revision of a Hub id is no part of the model's name.
+    let path = match model.split_once('@') {
+        Some((id, _)) if !path.exists() => Path::new(id),
+        _ => path,
+    };
     // `.` and `..` have no last component of their own; the directory they mean has one.
     let meant = match path.file_name() {
         Some(name) => Some(name.to_owned()),
@@ -53,6 +58,7 @@ mod tests {
             ("tiny-llama", "tiny-llama"),
             ("models/SmolLM2/", "SmolLM2"),
             ("meta-llama/Llama-2-7b-hf", "Llama-2-7b-hf"),
+            ("org/name@refs/pr/1", "name"),
             ("/data/a//", "a"),
             ("/", "model"),
         ] {

@@ -16,6 +16,8 @@ use crate::{Result, report};
 const EXAMPLES: &str = "\
 Examples:
   atom quantize --model tiny-llama
+  atom quantize --model llama-2-7b --calib wikitext2 --dataset wikitext2
+  atom quantize --model org/name@v1.0 --calib wikitext2,c4 --samples 128
   atom quantize --model ./SmolLM2 --calib wiki.jsonl --group 64 --outliers 64
   atom quantize --model ./SmolLM2 --format fp4 --outlier-format fp8
   atom quantize --model ./SmolLM2 --recipe paper --no-gptq --dry-run

@@ -11,7 +11,7 @@ use crate::checkpoint::{AtomCheckpoint, Source};
 use crate::model::sites::FINAL_NORM;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{Evaluation, Stream, attention_spec, cpu_seconds, expect, one_ahead, vector};
-use crate::text::{Tokenizer, evaluation_windows};
+use crate::text::Tokenizer;
 use crate::{Error, Result};
 
 use super::runnable::Runnable;
@@ -46,10 +46,8 @@ pub struct PerplexityOutcome {
 
 /// The evaluation windows of a model, joined.
 pub fn windows(tokenizer: &[u8], model: &str, evaluation: &Evaluation) -> Result<Vec<u32>> {
-    let tokens = Tokenizer::from_bytes(tokenizer, model)?.encode(&evaluation.text.text)?;
-    let windows = evaluation_windows(&tokens, evaluation.seq_len, evaluation.windows)
-        .map_err(|error| error.context(format!("evaluation text `{}`", evaluation.text.name)))?;
-    Ok(windows.concat())
+    let tokenizer = Tokenizer::from_bytes(tokenizer, model)?;
+    evaluation.text.evaluation_windows(&tokenizer, evaluation.seq_len, evaluation.windows)
 }
 
 /// Perplexity of a source checkpoint in full precision.

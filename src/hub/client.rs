@@ -5,6 +5,7 @@ The token goes to the Hub alone: redirects to the hosts that hold the bytes are 
 use std::time::Duration;
 
 use serde::Deserialize;
+use ureq::config::RedirectAuthHeaders;
 use ureq::http::{HeaderMap, Response};
 use ureq::tls::{RootCerts, TlsConfig};
 use ureq::{Agent, Body};
@@ -77,6 +78,7 @@ impl Client {
                 .user_agent(concat!("atom/", env!("CARGO_PKG_VERSION")))
                 // The system's certificates: those of a company's proxy are there and nowhere else.
                 .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
+                .redirect_auth_headers(RedirectAuthHeaders::SameHost)
                 .timeout_connect(Some(CONNECT))
                 .timeout_recv_response(Some(PATIENCE))
                 .timeout_per_read(Some(PATIENCE))
@@ -220,9 +222,13 @@ impl Client {
     }
 
     fn unreachable(&self, error: &ureq::Error) -> Error {
-        Error::machine(error.to_string()).context(format!("cannot reach {}", self.endpoint)).hint(
-            "look at the network, the proxy and HF_ENDPOINT; what the Hub's cache holds works with --offline",
-        )
+        let cause = error.to_string();
+        let hint = if cause.contains("certificate") {
+            "install the system's certificates (`ca-certificates` on Debian), or set SSL_CERT_FILE"
+        } else {
+            "look at the network, the proxy and HF_ENDPOINT; what the Hub's cache holds works with --offline"
+        };
+        Error::machine(cause).context(format!("cannot reach {}", self.endpoint)).hint(hint)
     }
 
     /// What a status other than success means.
@@ -262,10 +268,12 @@ impl Client {
                         "look at the name; for a private repository set HF_TOKEN to a token of {tokens}"
                     ))
             }
-            (401 | 404, _, _) => {
+            (401 | 404, _, _) if self.token.is_some() => {
                 Error::input(format!("there is no {repo} on the Hub that this token may see"))
                     .hint(format!("look at the name and at whose token it is: {tokens}"))
             }
+            (404, _, _) => Error::input(format!("there is no {repo} on the Hub"))
+                .hint("look at the name; for a private repository set HF_TOKEN"),
             (403, _, _) => Error::machine(format!("the Hub denies access to {repo} (403)")).hint(
                 format!("accept the licence at {page} as the token's owner; a fine-grained token must allow gated repositories"),
             ),

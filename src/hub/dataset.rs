@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::client::{At, RepoKind, is_commit};
 use super::download::{self, Wanted, hash_of};
@@ -10,7 +10,7 @@ use super::{Hub, cache_of};
 use crate::{Error, Result};
 
 /// A file of a data set on this machine, and where it came from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataFile {
     /// Where it lies: in the Hub's cache, under its own name.
     #[serde(skip)]

@@ -130,11 +130,19 @@ fn is_whole(dir: &Path) -> bool {
 }
 
 fn not_here(hub: &Hub<'_>, repo: &str, revision: &str) -> Error {
-    let what = hub.settings.offline.unwrap_or("--offline");
-    Error::machine(format!(
-        "{repo} at revision `{revision}` is not whole in the Hub's cache, and {what} keeps it from being fetched"
-    ))
-    .hint(format!("run once without {what}, or `hf download {repo} --revision {revision}` where there is a network"))
+    let download = format!("`hf download {repo} --revision {revision}`");
+    let here = format!("{repo} at revision `{revision}` is not whole in the Hub's cache");
+    match hub.settings.offline {
+        Some(what) if !what.starts_with("atom ") => {
+            Error::machine(format!("{here}, and {what} keeps it from being fetched"))
+                .hint(format!("run once without {what}, or {download} where there is a network"))
+        }
+        command => {
+            let command = command.unwrap_or("this command");
+            Error::machine(format!("{here}, and {command} fetches nothing"))
+                .hint(format!("fetch it with {download}, or by quantizing it"))
+        }
+    }
 }
 
 #[cfg(test)]

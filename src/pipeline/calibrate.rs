@@ -17,6 +17,7 @@ use crate::checkpoint::sha256_hex;
 use crate::model::Architecture;
 use crate::model::block::Seen;
 use crate::model::sites::SITES;
+use crate::text::SetUsed;
 use crate::{Error, Result};
 
 /// Sum of squares of each channel of a block's four sites over the calibration tokens: the diagonal of
@@ -45,6 +46,9 @@ pub struct Provenance {
     pub seq_len: usize,
     /// Seed of the draw.
     pub seed: u64,
+    /// The sets of a mix, or the one set of the Hub that it was.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sets: Vec<SetUsed>,
 }
 
 /// Measures a block in full precision on `stream`, and with `advance` carries the stream through it.

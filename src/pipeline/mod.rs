@@ -40,7 +40,7 @@ use crate::eval;
 use crate::model::Architecture;
 use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
-use crate::text::{TextSet, Tokenizer, calibration_windows};
+use crate::text::{TextSet, Tokenizer};
 use crate::{Error, Result};
 use allocate::{Allocating, allocate};
 use outcome::{DryRun, FileOutcome, Measured, PerplexityChange, QuantizeOutcome, StageSeconds};
@@ -168,14 +168,14 @@ fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -
     let blocks = plan_network(recipe, &architecture)?;
     let Calibration { text, samples, seq_len, seed } = calibration;
     let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, source.name())?;
-    let tokens = calibration_windows(&tokenizer.encode(&text.text)?, *samples, *seq_len, *seed)
-        .map_err(|error| error.context(format!("calibration text `{}`", text.name)))?;
+    let tokens = text.calibration_windows(&tokenizer, *samples, *seq_len, *seed)?;
     let provenance = Provenance {
         dataset: text.name.clone(),
         sha256: text.sha256.clone(),
         samples: *samples,
         seq_len: *seq_len,
         seed: *seed,
+        sets: text.used(*samples)?,
     };
     Ok(Job { source, architecture, recipe: recipe.clone(), blocks, tokens, provenance })
 }

@@ -162,14 +162,18 @@ impl Job<'_> {
             debug_assert_eq!(linear.name, *name);
             linear.error = Some(*error);
         }
+        let mut source = json!({
+            "name": self.source.name(),
+            "fingerprint": self.source.fingerprint()?,
+            "bytes": self.source.total_bytes(),
+        });
+        if let Some(place) = self.source.place() {
+            source["hub"] = json!(place);
+        }
         Ok(json!({
             "format_version": FORMAT_VERSION,
             "tool_version": env!("CARGO_PKG_VERSION"),
-            "source": {
-                "name": self.source.name(),
-                "fingerprint": self.source.fingerprint()?,
-                "bytes": self.source.total_bytes(),
-            },
+            "source": source,
             "calibration": self.provenance,
             "recipe": self.recipe,
             "kv": self.recipe.kv(),

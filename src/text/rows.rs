@@ -42,15 +42,15 @@ impl Form {
 /// If the file cannot be read, its name does not say that it holds rows, or a row is none.
 pub fn rows(path: &Path) -> Result<Vec<Value>> {
     let mut rows = Vec::new();
-    each_row(path, |row| {
+    each_row(path, |_, row| {
         rows.push(row);
         Ok(())
     })?;
     Ok(rows)
 }
 
-/// Calls `take` with each row in turn.
-pub(super) fn each_row(path: &Path, mut take: impl FnMut(Value) -> Result<()>) -> Result<()> {
+/// Calls `take` with each row in turn, and before it where it stands: `line 3`, `row 3`.
+pub(super) fn each_row(path: &Path, mut take: impl FnMut(&str, Value) -> Result<()>) -> Result<()> {
     match Form::of(path) {
         Form::Parquet => each_parquet_row(path, take),
         Form::Lines => {
@@ -59,16 +59,11 @@ pub(super) fn each_row(path: &Path, mut take: impl FnMut(Value) -> Result<()>) -
             let mut number = 0;
             while read_line(&mut lines, &mut line, path)? {
                 number += 1;
-                let row = serde_json::from_slice(&line)
-                    .map_err(|error| bad_line(path, number, &error))?;
-                if !matches!(row, Value::Object(_)) {
-                    return Err(Error::input(format!(
-                        "{}, line {number}: it is no JSON object",
-                        path.display()
-                    ))
-                    .hint(LINES));
-                }
-                take(row)?;
+                let place = format!("line {number}");
+                let row = parse(&line).map_err(|what| {
+                    Error::input(format!("{}, {place}{what}", path.display())).hint(LINES)
+                })?;
+                take(&place, row)?;
             }
             Ok(())
         }
@@ -89,16 +84,18 @@ fn read_line(lines: &mut impl BufRead, line: &mut Vec<u8>, path: &Path) -> Resul
     Ok(count > 0)
 }
 
-pub(super) fn bad_line(path: &Path, number: usize, error: &serde_json::Error) -> Error {
-    let cause = error.to_string();
-    // The parser saw one line only; its "at line 1" would contradict ours.
-    let cause = cause.rsplit_once(" at line ").map_or(cause.as_str(), |(what, _)| what);
-    Error::input(format!(
-        "{}, line {number}: {cause} (at column {})",
-        path.display(),
-        error.column()
-    ))
-    .hint(LINES)
+/// A line as a JSON object, or what is wrong with it.
+fn parse(line: &[u8]) -> Result<Value, String> {
+    let text = str::from_utf8(line).map_err(|error| {
+        format!(" is not UTF-8 text: the byte at offset {} is not valid", error.valid_up_to())
+    })?;
+    let row: Value = serde_json::from_str(text).map_err(|error| {
+        let cause = error.to_string();
+        // The parser saw one line only; its "at line 1" would contradict ours.
+        let cause = cause.rsplit_once(" at line ").map_or(cause.as_str(), |(what, _)| what);
+        format!(": {cause} (at column {})", error.column())
+    })?;
+    if row.is_object() { Ok(row) } else { Err(": it is no JSON object".to_owned()) }
 }
 
 /// The file's content, out of its gzip if it has one.
@@ -118,7 +115,7 @@ pub(super) fn unreadable(path: &Path, error: &std::io::Error) -> Error {
         .hint("the file may be cut or damaged: fetch it again")
 }
 
-fn each_parquet_row(path: &Path, mut take: impl FnMut(Value) -> Result<()>) -> Result<()> {
+fn each_parquet_row(path: &Path, mut take: impl FnMut(&str, Value) -> Result<()>) -> Result<()> {
     let damaged = |error: parquet::errors::ParquetError| {
         let cause = error.to_string();
         let hint = if cause.contains("Disabled feature") {
@@ -131,8 +128,8 @@ fn each_parquet_row(path: &Path, mut take: impl FnMut(Value) -> Result<()>) -> R
     };
     let file: File = fs_err::File::open(path)?.into_parts().0;
     let reader = SerializedFileReader::new(file).map_err(damaged)?;
-    for row in reader.get_row_iter(None).map_err(damaged)? {
-        take(object(&row.map_err(damaged)?))?;
+    for (index, row) in reader.get_row_iter(None).map_err(damaged)?.enumerate() {
+        take(&format!("row {}", index + 1), object(&row.map_err(damaged)?))?;
     }
     Ok(())
 }
@@ -177,6 +174,48 @@ fn value(field: &Field) -> Value {
             };
             let entries = map.entries().iter();
             entries.map(|(name, field)| (key(name), value(field))).collect::<Map<_, _>>().into()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn data(name: &str) -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+    }
+
+    #[test]
+    fn a_parquet_file_of_another_program_is_read_with_all_its_nesting() {
+        let expected = [
+            json!({"id": 1, "text": " = Title = \n", "choices": {"label": ["A", "B"], "text": ["caf\u{e9}", ""]},
+                "score": 0.5, "ok": true, "deep": [[1, 2], []]}),
+            json!({"id": -2, "text": "", "choices": {"label": [], "text": []},
+                "score": null, "ok": false, "deep": []}),
+            json!({"id": 3, "text": "third", "choices": null, "score": -1.25, "ok": null, "deep": null}),
+        ];
+        assert_eq!(rows(&data("rows.parquet")).unwrap(), expected);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named() {
+        let error = rows(&data("zstd.parquet")).unwrap_err();
+        assert!(error.message().ends_with("zstd.parquet cannot be read as Parquet"), "{error}");
+        assert!(error.hint_text().unwrap().contains("snappy"), "{error}");
+        let directory = tempfile::tempdir().unwrap();
+        for (name, content, message) in [
+            ("cut.parquet", "PAR1", "cut.parquet cannot be read as Parquet"),
+            ("a.txt", "text", "a.txt holds no rows"),
+            ("a.jsonl", "{}\n[1]\n", "a.jsonl, line 2: it is no JSON object"),
+        ] {
+            let path = directory.path().join(name);
+            fs_err::write(&path, content).unwrap();
+            let error = rows(&path).unwrap_err();
+            assert!(error.message().ends_with(message), "{error}");
+            assert!(error.hint_text().is_some());
         }
     }
 }

@@ -1,11 +1,12 @@
 use std::fs;
+use std::io::Write;
 use std::path::PathBuf;
 
 use super::*;
 use crate::Kind;
 use crate::hub::Hub;
 use crate::pipeline::progress::Silent;
-use crate::text::{Tokenizer, calibration_windows, evaluation_windows};
+use crate::text::Tokenizer;
 
 /// A file in a directory of its own, and the path as a flag would hold it.
 fn file(name: &str, content: &[u8]) -> (tempfile::TempDir, String) {
@@ -19,6 +20,16 @@ fn hub() -> Hub<'static> {
     Hub::from_env(true, &Silent).unwrap()
 }
 
+impl TextSet {
+    /// The text of a joined set.
+    fn text(&self) -> &str {
+        match &self.parts[0].content {
+            Content::Joined(text) => text,
+            Content::Documents(_) => panic!("{} holds documents", self.name),
+        }
+    }
+}
+
 fn load(name: &str, content: &[u8]) -> Result<TextSet> {
     let (_directory, path) = file(name, content);
     TextSet::load(&path, Split::Calibration, &hub())
@@ -27,7 +38,7 @@ fn load(name: &str, content: &[u8]) -> Result<TextSet> {
 #[test]
 fn plain_text_is_taken_as_it_is() {
     let set = load("wiki.raw", " \n = Größe = \r\n\n".as_bytes()).unwrap();
-    assert_eq!(set.text, " \n = Größe = \r\n\n");
+    assert_eq!(set.text(), " \n = Größe = \r\n\n");
     assert!(set.name.ends_with("wiki.raw"));
     assert_eq!(
         load("abc.txt", b"abc").unwrap().sha256,
@@ -44,23 +55,23 @@ fn rows_are_joined_by_a_blank_line_empty_ones_included() {
 "#;
     let joined = "\n\n = Title = \n\n\n\n\ncafé 😀";
     for name in ["rows.jsonl", "ROWS.JSONL", "c4.json"] {
-        assert_eq!(load(name, rows).unwrap().text, joined, "{name}");
+        assert_eq!(load(name, rows).unwrap().text(), joined, "{name}");
     }
     let crlf = String::from_utf8(rows.to_vec()).unwrap().replace('\n', "\r\n");
-    assert_eq!(load("rows.jsonl", crlf.as_bytes()).unwrap().text, joined);
+    assert_eq!(load("rows.jsonl", crlf.as_bytes()).unwrap().text(), joined);
 }
 
 #[test]
 fn a_bad_line_is_named() {
     for (line, cause) in [
-        ("{\"txt\": \"a\"}", "missing field `text`"),
-        ("{\"text\": 3}", "invalid type: integer `3`"),
+        ("{\"txt\": \"a\"}", "it has no field `text`"),
+        ("{\"text\": 3}", "its field `text` is no string"),
         ("{\"text\": \"a\"", "EOF while parsing an object"),
         ("", "EOF while parsing a value"),
         ("text", "expected"),
     ] {
         let content = format!("{{\"text\": \"good\"}}\n{line}\n{{\"text\": \"good\"}}\n");
-        let error = load("rows.jsonl", content.as_bytes()).unwrap_err();
+        let error = load("rows.jsonl", content.as_bytes()).err().unwrap();
         assert!(error.message().contains("rows.jsonl, line 2: "), "{error}");
         assert!(error.message().contains(cause), "{error}");
         assert!(!error.message().contains("line 1"), "{error}");
@@ -72,7 +83,7 @@ fn a_bad_line_is_named() {
 #[test]
 fn text_that_is_not_utf8_is_refused() {
     for name in ["latin1.txt", "latin1.jsonl"] {
-        let error = load(name, b"caf\xe9").unwrap_err();
+        let error = load(name, b"caf\xe9").err().unwrap();
         assert!(error.message().contains("is not UTF-8 text: the byte at offset 3"), "{error}");
     }
 }
@@ -85,37 +96,172 @@ fn a_text_must_hold_something() {
         ("a.jsonl", b""),
         ("a.jsonl", b"{\"text\":\"\"}"),
     ] {
-        let error = load(name, content).unwrap_err();
+        let error = load(name, content).err().unwrap();
         assert!(error.message().ends_with(&format!("{name} holds no text")), "{error}");
     }
 }
 
 #[test]
-fn published_sets_say_which_file_to_pass() {
+fn named_sets_that_cannot_be_fetched_say_which_file_to_pass() {
     for (name, split, wanted) in [
-        ("wikitext2", Split::Calibration, "`--calib wiki.train.raw`"),
-        ("wikitext2", Split::Evaluation, "`--dataset wiki.test.raw`"),
-        ("ptb", Split::Evaluation, "`--dataset ptb.valid.txt`"),
-        ("c4", Split::Calibration, "`--calib c4-train.00000-of-01024.json`"),
+        ("wikitext2", Split::Calibration, "train-00000-of-00001.parquet"),
+        ("ptb", Split::Evaluation, "0000.parquet"),
+        ("c4", Split::Evaluation, "c4-validation.00000-of-00008.json.gz"),
     ] {
-        let error = TextSet::load(name, split).unwrap_err();
-        assert_eq!(
-            error.message(),
-            format!("the text set `{name}` cannot be downloaded by this version")
-        );
-        assert!(error.hint_text().unwrap().contains(wanted), "{:?}", error.hint_text());
-        assert_eq!(error.kind(), Kind::Input);
+        let set = named::set(name).unwrap();
+        assert!(set.file(split).ends_with(wanted));
+        let error = or_own_file(Error::machine("no network").hint("wait"), name, set.file(split));
+        assert_eq!(error.kind(), Kind::Machine);
+        assert_eq!(error.message(), format!("the text set `{name}` cannot be fetched"));
+        let hint = error.hint_text().unwrap();
+        assert!(hint.starts_with("wait\n"), "{hint}");
+        assert!(hint.contains(&format!("`{name}=FILE` reads {wanted}")), "{hint}");
     }
 }
 
 #[test]
+fn a_named_sets_own_file_is_read_as_the_set_is() {
+    let load = |name: &str, file_name: &str, content: &str| {
+        let (_directory, path) = file(file_name, content.as_bytes());
+        TextSet::load(&format!("{name}={path}"), Split::Evaluation, &hub())
+    };
+    let raw = " = Title = \n \n One line .\n";
+    let set = load("wikitext2", "wiki.test.raw", raw).unwrap();
+    assert_eq!(set.text(), " = Title = \n\n\n\n\n One line .\n");
+    assert!(set.name.starts_with("wikitext2="));
+    let set = load("ptb", "ptb.valid.txt", " aer banknote \n no it was n't \n").unwrap();
+    assert_eq!(set.text(), "aer banknote\n\nno it was n't");
+    let set = load("ptb", "ptb.jsonl", "{\"sentence\": \"a\"}\n{\"text\": \"b\"}\n").unwrap();
+    assert_eq!(set.text(), "a\n\nb");
+
+    let error = load("c4", "c4.txt", "text").err().unwrap();
+    assert!(error.message().contains("plain text, in which no document ends"), "{error}");
+    let error = load("c4", "c4.jsonl", "").err().unwrap();
+    assert!(error.message().ends_with("c4.jsonl holds no text"), "{error}");
+    let error = TextSet::load("ptb=absent", Split::Evaluation, &hub()).err().unwrap();
+    assert_eq!(error.message(), "absent of `ptb=absent` does not exist");
+}
+
+#[test]
+fn rows_are_read_in_every_form() {
+    let rows = "{\"text\": \"a\"}\n{\"text\": \"b\"}\n";
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    gzip.write_all(rows.as_bytes()).unwrap();
+    let gzip = gzip.finish().unwrap();
+    for (name, content) in
+        [("a.jsonl", rows.as_bytes()), ("a.jsonl.gz", &gzip), ("a.json.gz", &gzip)]
+    {
+        assert_eq!(load(name, content).unwrap().text(), "a\n\nb", "{name}");
+    }
+    assert_eq!(load("a.txt.gz", &gzip).unwrap().text(), rows);
+    let error = load("cut.json.gz", &gzip[..gzip.len() - 12]).err().unwrap();
+    assert!(error.message().ends_with("cut.json.gz cannot be read"), "{error}");
+
+    // What Python joins of the same file.
+    let paragraphs = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/paragraphs.parquet");
+    for (spec, sha256) in [
+        (paragraphs.to_owned(), "0217705fbd1079d440cfc2935209b6877fa7d5938e79965b4fd49674879d892d"),
+        (
+            format!("ptb={paragraphs}"),
+            "706da4e745127b13bdf8c51586c8a5fe22ffef9dc8f41e09b5886da81bb9f02c",
+        ),
+        (
+            format!("c4={paragraphs}"),
+            "05eaccf4c1552764bc7138983cda61cf8a4dda959cd3a9c68811adbe8c5a7dcf",
+        ),
+    ] {
+        let set = TextSet::load(&spec, Split::Calibration, &hub()).unwrap();
+        assert_eq!(set.sha256, sha256, "{spec}");
+    }
+}
+
+/// The paragraphs of the sample, as documents.
+fn documents() -> (tempfile::TempDir, TextSet, Vec<String>) {
+    let sample = TextSet::sample(Split::Calibration);
+    let paragraphs: Vec<String> = sample.text().split("\n\n").map(str::to_owned).collect();
+    let rows = paragraphs.iter().map(|text| serde_json::json!({ "text": text }).to_string() + "\n");
+    let (directory, path) = file("c4.jsonl", rows.collect::<String>().as_bytes());
+    let set = TextSet::load(&format!("c4={path}"), Split::Calibration, &hub()).unwrap();
+    (directory, set, paragraphs)
+}
+
+#[test]
+fn documents_are_drawn_as_the_reference_draws_them() {
+    let (_directory, set, paragraphs) = documents();
+    let tokenizer = tiny_llama();
+    // Document and place of each window: get_c4 of the reference's datautils.py on these paragraphs,
+    // with Python's tokenizers.
+    for (seed, seq_len, places) in [
+        (0, 64, &[(98, 53), (10, 16), (103, 77), (129, 4), (64, 2)][..]),
+        (42, 100, &[(28, 1), (70, 15), (108, 2), (7, 5)]),
+        (0, 160, &[(103, 19), (37, 19), (80, 19)]),
+    ] {
+        let expected = places.iter().flat_map(|(document, start)| {
+            tokenizer.encode(&paragraphs[*document]).unwrap()[*start..start + seq_len].to_vec()
+        });
+        let drawn = set.calibration_windows(&tokenizer, places.len(), seq_len, seed).unwrap();
+        assert_eq!(drawn, expected.collect::<Vec<_>>());
+        if seed == 0 {
+            let limit = Some(places.len());
+            assert_eq!(set.evaluation_windows(&tokenizer, seq_len, limit).unwrap(), drawn);
+        }
+    }
+    assert_eq!(set.evaluation_windows(&tokenizer, 64, None).unwrap().len(), 256 * 64);
+    assert_eq!(set.evaluation_windows(&tokenizer, 64, Some(900)).unwrap().len(), 256 * 64);
+}
+
+#[test]
+fn no_document_is_long_enough() {
+    let (_directory, set, paragraphs) = documents();
+    let error = set.calibration_windows(&tiny_llama(), 1, 5000, 0).unwrap_err();
+    assert_eq!(error.kind(), Kind::Input);
+    assert_eq!(
+        error.causes(),
+        [format!("none of the {} documents has more than 5000 tokens", paragraphs.len())]
+    );
+}
+
+#[test]
+fn a_mix_divides_the_samples_and_draws_each_set_as_if_alone() {
+    let (_directory, text) =
+        file("other.txt", "One word and another word . ".repeat(200).as_bytes());
+    let mix = TextSet::load(&format!("sample,{text}"), Split::Calibration, &hub()).unwrap();
+    let alone = |spec: &str| TextSet::load(spec, Split::Calibration, &hub()).unwrap();
+    let (sample, other) = (alone("sample"), alone(&text));
+    let tokenizer = tiny_llama();
+    for (samples, shares) in [(7, [4, 3]), (8, [4, 4]), (2, [1, 1])] {
+        let draw =
+            |set: &TextSet, samples| set.calibration_windows(&tokenizer, samples, 32, 5).unwrap();
+        let expected = [draw(&sample, shares[0]), draw(&other, shares[1])].concat();
+        assert_eq!(draw(&mix, samples), expected, "{samples}");
+        let used = mix.used(samples).unwrap();
+        assert_eq!(used.iter().map(|set| set.samples).collect::<Vec<_>>(), shares);
+        assert_eq!(used[1].sha256, other.sha256);
+    }
+    assert_eq!(mix.name, format!("sample,{text}"));
+    assert!(sample.used(7).unwrap().is_empty(), "one file says all by its name and hash");
+    assert_eq!(mix.used(1).unwrap_err().kind(), Kind::Usage);
+
+    for (spec, split) in [("sample,ptb", Split::Evaluation), ("sample,sample", Split::Calibration)]
+    {
+        assert_eq!(TextSet::load(spec, split, &hub()).err().unwrap().kind(), Kind::Usage, "{spec}");
+    }
+}
+
+#[test]
+fn a_file_whose_name_has_a_comma_is_one_file() {
+    let (_directory, path) = file("a,b.txt", b"text");
+    assert_eq!(TextSet::load(&path, Split::Evaluation, &hub()).unwrap().text(), "text");
+}
+
+#[test]
 fn an_unknown_name_gets_the_known_ones() {
-    let error = TextSet::load("wikitext3", Split::Evaluation, &hub()).unwrap_err();
+    let error = TextSet::load("wikitext3", Split::Evaluation, &hub()).err().unwrap();
     assert_eq!(error.message(), "`wikitext3` is neither a known text set nor a file that exists");
-    assert_eq!(error.hint_text(), Some("known text sets are `sample`, `wikitext2`, `ptb`, `c4`"));
+    assert_eq!(error.hint_text(), Some("known text sets are `sample`, `c4`, `ptb`, `wikitext2`"));
     let directory = tempfile::tempdir().unwrap();
     let error =
-        TextSet::load(directory.path().to_str().unwrap(), Split::Evaluation, &hub()).unwrap_err();
+        TextSet::load(directory.path().to_str().unwrap(), Split::Evaluation, &hub()).err().unwrap();
     assert_eq!(error.kind(), Kind::Input);
 }
 
@@ -128,17 +274,17 @@ fn tiny_llama() -> Tokenizer {
 fn the_sample_is_long_enough_and_its_parts_differ() {
     let calibration = TextSet::load("sample", Split::Calibration, &hub()).unwrap();
     let evaluation = TextSet::load("sample", Split::Evaluation, &hub()).unwrap();
-    assert!(calibration.text.len() >= 36 << 10, "{} bytes", calibration.text.len());
+    assert!(calibration.text().len() >= 36 << 10, "{} bytes", calibration.text().len());
     assert_ne!(calibration.sha256, evaluation.sha256);
 
     let tokenizer = tiny_llama();
-    let ids = tokenizer.encode(&calibration.text).unwrap();
+    let ids = tokenizer.encode(calibration.text()).unwrap();
     assert_eq!(calibration_windows(&ids, 128, 2048, 0).unwrap().len(), 128 * 2048);
     // Broad vocabulary: most of the ids that the tokenizer has should occur.
     let distinct: std::collections::HashSet<_> = ids.iter().collect();
     assert!(distinct.len() > 2000, "{} distinct ids of {}", distinct.len(), ids.len());
 
-    let ids = tokenizer.encode(&evaluation.text).unwrap();
+    let ids = tokenizer.encode(evaluation.text()).unwrap();
     assert!(evaluation_windows(&ids, 1024, None).unwrap().len() >= 2, "{} ids", ids.len());
     assert_eq!(evaluation_windows(&ids, 2048, Some(1)).unwrap().len(), 1);
 }
@@ -147,7 +293,7 @@ fn the_sample_is_long_enough_and_its_parts_differ() {
 fn no_paragraph_of_the_sample_is_in_both_parts_or_twice() {
     let mut seen = std::collections::HashSet::new();
     for split in [Split::Calibration, Split::Evaluation] {
-        for line in TextSet::load("sample", split).unwrap().text.lines() {
+        for line in TextSet::sample(split).text().lines() {
             let line = line.trim();
             assert!(line.len() < 60 || seen.insert(line.to_owned()), "twice: {line}");
         }
@@ -174,7 +320,8 @@ fn wikitext2_as_rows_and_as_a_plain_file() {
     let load = |name| {
         TextSet::load(directory.join(name).to_str().unwrap(), Split::Evaluation, &hub())
             .unwrap()
-            .text
+            .text()
+            .to_owned()
     };
     let rows = load("test.jsonl");
     let raw = load("wiki.test.raw");
@@ -186,6 +333,11 @@ fn wikitext2_as_rows_and_as_a_plain_file() {
         from_raw.push_str(if line == " \n" { "" } else { line });
     }
     assert_eq!(from_raw, rows);
+    // Named as what it is, the file is read as its rows.
+    let path = directory.join("wiki.test.raw");
+    let spec = format!("wikitext2={}", path.display());
+    let named = TextSet::load(&spec, Split::Evaluation, &hub()).unwrap();
+    assert!(named.text() == rows, "wikitext2=wiki.test.raw is not its rows");
 
     let Some(model) = std::env::var_os("ATOM_SMOLLM2") else {
         eprintln!("skipped: set ATOM_SMOLLM2 to a directory made by tests/smollm2.py");

@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 mod model;
+pub mod stand_in;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -57,6 +58,15 @@ impl Home {
             .env_remove("ATOM_ISA")
             // Tests on a GPU ask for it.
             .env("ATOM_DEVICE", "cpu")
+            // Neither the network nor this machine's cache: tests of the Hub have a stand-in.
+            .env("HF_HUB_OFFLINE", "1")
+            .env("HF_HOME", self.dir.path().join("hf"))
+            .env_remove("HF_HUB_CACHE")
+            .env_remove("HUGGINGFACE_HUB_CACHE")
+            .env_remove("HF_ENDPOINT")
+            .env_remove("HF_TOKEN")
+            .env_remove("HF_TOKEN_PATH")
+            .env_remove("HUGGING_FACE_HUB_TOKEN")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

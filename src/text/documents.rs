@@ -1,0 +1,120 @@
+/*! Rows that stay apart: windows are drawn as the reference draws C4's (datautils.py, get_c4).
+
+A shard of C4 is 800 MB of text. It lies in a temporary file without a name, mapped, so that memory
+holds only what is drawn. */
+
+use std::collections::HashSet;
+use std::io::{BufWriter, Write};
+
+use memmap2::Mmap;
+use sha2::{Digest, Sha256};
+
+use super::{PythonRandom, Tokenizer};
+use crate::{Error, Result};
+
+/// Many texts, each by itself.
+pub(super) struct Documents {
+    texts: Mmap,
+    /// Where each text ends in `texts`.
+    ends: Vec<usize>,
+}
+
+/// Gathers documents.
+pub(super) struct Gathering {
+    file: BufWriter<std::fs::File>,
+    ends: Vec<usize>,
+    end: usize,
+    hash: Sha256,
+}
+
+impl Gathering {
+    pub(super) fn begin() -> Result<Self> {
+        let file = BufWriter::with_capacity(1 << 20, tempfile::tempfile().map_err(no_room)?);
+        Ok(Self { file, ends: Vec::new(), end: 0, hash: Sha256::new() })
+    }
+
+    pub(super) fn add(&mut self, text: &str) -> Result<()> {
+        self.file.write_all(text.as_bytes()).map_err(no_room)?;
+        self.end += text.len();
+        self.ends.push(self.end);
+        self.hash.update(text.as_bytes());
+        self.hash.update([0]);
+        Ok(())
+    }
+
+    /// The documents, and the SHA-256 of all of them, each followed by a zero byte.
+    pub(super) fn finish(self) -> Result<(Documents, String)> {
+        let file = self.file.into_inner().map_err(|error| no_room(error.into_error()))?;
+        // SAFETY: the file has no name, so nobody else can change it while it is mapped.
+        let texts = unsafe { Mmap::map(&file) }.map_err(no_room)?;
+        let hash = self.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok((Documents { texts, ends: self.ends }, hash))
+    }
+}
+
+fn no_room(error: std::io::Error) -> Error {
+    Error::machine(error.to_string())
+        .context("the documents cannot be laid out in a temporary file")
+        .hint("free some disk space, or set TMPDIR to a place with room")
+}
+
+impl Documents {
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Bytes of all texts.
+    pub(super) fn bytes(&self) -> usize {
+        self.texts.len()
+    }
+
+    fn text(&self, index: usize) -> &str {
+        let start = if index == 0 { 0 } else { self.ends[index - 1] };
+        str::from_utf8(&self.texts[start..self.ends[index]]).expect("it was written from a str")
+    }
+
+    /// Draws windows, `[windows, seq_len]` flat: documents at random until one is longer than a window,
+    /// then a place in it at random, as after `random.seed(seed)`.
+    ///
+    /// The reference also stops at a document of exactly a window's length, where its next call then
+    /// fails; here such a document is passed over.
+    ///
+    /// # Errors
+    /// If no document is long enough.
+    pub(super) fn draw(
+        &self,
+        tokenizer: &Tokenizer,
+        windows: usize,
+        seq_len: usize,
+        seed: u64,
+    ) -> Result<Vec<u32>> {
+        let mut random = PythonRandom::new(seed);
+        let mut too_short = HashSet::new();
+        let mut drawn = Vec::with_capacity(windows.saturating_mul(seq_len));
+        let last = self.count() as u64 - 1;
+        for _ in 0..windows {
+            let tokens = loop {
+                if too_short.len() == self.count() {
+                    return Err(Error::input(format!(
+                        "none of the {} documents has more than {seq_len} tokens",
+                        self.count()
+                    ))
+                    .hint("use a smaller --seq-len or longer documents"));
+                }
+                let index = random.randint(0, last) as usize;
+                if too_short.contains(&index) {
+                    continue;
+                }
+                let tokens = tokenizer.encode(self.text(index))?;
+                if tokens.len() > seq_len {
+                    break tokens;
+                }
+                too_short.insert(index);
+            };
+            let start = random.randint(0, (tokens.len() - seq_len - 1) as u64) as usize;
+            drawn.extend_from_slice(&tokens[start..start + seq_len]);
+        }
+        Ok(drawn)
+    }
+}
