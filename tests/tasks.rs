@@ -141,7 +141,7 @@ fn a_task_without_rows_says_where_rows_come_from() {
     fails("--tasks piqa --tasks-dir .", 3, &["has no piqa.jsonl", "--tasks piqa=FILE"]);
     fails("--tasks piqa=absent.jsonl", 3, &["absent.jsonl"]);
     fails("--tasks piqa --log-samples absent/rows.jsonl", 3, &["directory absent does not exist"]);
-    fs::write(home.path("empty.jsonl"), "\n").unwrap();
+    fs::write(home.path("empty.jsonl"), "").unwrap();
     fails("--tasks piqa=empty.jsonl", 3, &["empty.jsonl holds no row"]);
     fs::write(home.path("bad.jsonl"), "{\"goal\": \"a\", \"sol1\": \"b\"}\n").unwrap();
     fails(
