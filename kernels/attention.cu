@@ -113,7 +113,7 @@ static __device__ __forceinline__ void transform_outputs(float (&o)[OUT_TILES][4
 
 /// q: [windows, heads, seq_len, DP]; k and v: [windows, kv_heads, seq_len, DP]; out: [windows * seq_len,
 /// heads * HEAD_DIM]. Scores are multiplied by `scale`, which is positive.
-extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, WINDOWED ? 1 : 2)
     flash_attention(const half* q, const half* k, const half* v, half* out, int seq_len, int heads, int kv_heads, float scale, int reach) {
     extern __shared__ __align__(128) unsigned char memory[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -362,17 +362,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) outlier_errors(
     }
 }
 
-/// `to` is `x` `[rows, n]` with its columns reversed. A row a block of `blockIdx.y`.
+/// `to` is `x` `[rows, n]` with its columns reversed. A row a block of `blockIdx.x`: all experts' rows may be more than a grid's
+/// other dimensions hold.
 extern "C" __global__ void __launch_bounds__(THREADS) reverse_columns(const float* x, int n, float* to) {
-    long long row = blockIdx.y;
-    int column = blockIdx.x * THREADS + threadIdx.x;
+    long long row = blockIdx.x;
+    int column = blockIdx.y * THREADS + threadIdx.x;
     if (column < n) to[row * n + column] = x[row * n + (n - 1 - column)];
 }
 
 /// `weights += share * change` for `weights` `[rows, n]` and a `change` whose columns are reversed.
 extern "C" __global__ void __launch_bounds__(THREADS) add_reversed(float* weights, const float* change, int n, float share) {
-    long long row = blockIdx.y;
-    int column = blockIdx.x * THREADS + threadIdx.x;
+    long long row = blockIdx.x;
+    int column = blockIdx.y * THREADS + threadIdx.x;
     if (column < n) weights[row * n + column] = fmaf(share, change[row * n + (n - 1 - column)], weights[row * n + column]);
 }
 

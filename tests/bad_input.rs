@@ -171,7 +171,7 @@ fn an_architecture_that_is_not_known() {
     for (key, value, parts) in [
         ("model_type", json!("gpt2"), &["unknown architecture", "`gpt2`", "hint: ", "llama"][..]),
         ("model_type", Value::Null, &["unknown architecture", "(none)"]),
-        ("attention_bias", json!(true), &["config.json sets attention_bias"]),
+        ("attention_bias", json!(true), &["no tensor `model.layers.0.self_attn.q_proj.bias`"]),
         ("hidden_act", json!("gelu"), &["config.json sets hidden_act"]),
         ("num_hidden_layers", json!("two"), &["`num_hidden_layers` is missing"]),
         ("num_attention_heads", json!(0), &["`num_attention_heads` is missing"]),

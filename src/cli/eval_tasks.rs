@@ -20,8 +20,8 @@ log likelihoods (nats) divided by the choice's characters; for lambada acc count
 Examples:
   atom eval-tasks --model ./SmolLM2 --tasks piqa,arc_easy --tasks-dir ./tasks
   atom eval-tasks --model ./SmolLM2 --tasks boolq,hellaswag,winogrande
-  atom eval-tasks --model ./SmolLM2-atom-w4a4-g128 --tasks lambada=lambada.jsonl --limit 200
-  atom eval-tasks --model ./SmolLM2 --tasks arc_easy --tasks-dir ./tasks --min-acc 0.5 --json";
+  atom eval-tasks --model ./SmolLM2-atom --tasks lambada=words.jsonl --limit 200
+  atom eval-tasks --model ./SmolLM2 --tasks arc_easy --tasks-dir tasks --min-acc 0.5 --json";
 
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]

@@ -1,10 +1,12 @@
 /*! The Hub's cache on disk, as `hf` and transformers lay it out and share it.
 
-    models--org--name/            datasets--org--name/ likewise
-        blobs/HASH                a file's content under its hash; HASH.incomplete while it comes
-        snapshots/COMMIT/FILE     a link to the blob
-        refs/REVISION             the commit that a branch or tag meant when it was last asked for
-    .locks/models--org--name/HASH.lock
+```text
+models--org--name/            datasets--org--name/ likewise
+    blobs/HASH                a file's content under its hash; HASH.incomplete while it comes
+    snapshots/COMMIT/FILE     a link to the blob
+    refs/REVISION             the commit that a branch or tag meant when it was last asked for
+.locks/models--org--name/HASH.lock
+```
 
 A reference is written when all that was asked for is there, so a cut download leaves the former
 commit in use. */

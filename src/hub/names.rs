@@ -189,7 +189,7 @@ mod tests {
 
     #[test]
     fn what_is_neither_a_name_nor_an_id_is_a_path_or_a_typing_error() {
-        for path in ["./missing", "/missing/dir", "a/b/c", "../x"] {
+        for path in ["./missing", "/missing/dir", "a/b/c", "../no-such-model"] {
             let error = named(path).unwrap_err();
             assert_eq!(error.message(), format!("directory {path} does not exist"));
         }

@@ -225,10 +225,9 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             let nobody: Observer<B::Tensor> = &mut |_, _| Ok(());
             if source.router.is_some() {
                 source.mlp(backend, before, nobody)?;
-                return block.mlp(backend, after, nobody);
             }
-            let gated = block.gated(backend, after, nobody)?;
-            block.sites[MLP_ACT].apply_onto(backend, gated, after, nobody)
+            // As the forward pass does it, which a resumed run repeats.
+            block.mlp(backend, after, nobody)
         })
     }
 

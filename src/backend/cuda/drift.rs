@@ -60,7 +60,7 @@ impl Cuda {
         })?;
         // The factor is of the reversed Hessian: J H J = L L^T, so H^-1 w = J (L L^T)^-1 J w.
         let geometry =
-            Geometry { grid: (n.div_ceil(THREADS), rows, 1), threads: THREADS, shared_bytes: 0 };
+            Geometry { grid: (rows, n.div_ceil(THREADS), 1), threads: THREADS, shared_bytes: 0 };
         let reversed = self.gpu.alloc(4 * rows * n)?;
         self.launch("gptq", "reverse_columns", geometry, arguments![&wanted, n, &reversed])?;
         drop(wanted);

@@ -14,8 +14,8 @@ use crate::quant::levels::Levels;
 use crate::quant::site::SiteFormat;
 use crate::quant::weights::WeightFormat;
 
-/// The environment variable that has codes of 4 bits multiplied as such, on devices that can. It is not yet so by default:
-/// these kernels were checked by themselves or compiled, but have not run in the program (docs/kernels.md).
+/// The environment variable that says whether codes of 4 bits are multiplied as such: `1` on every device that can, `0`
+/// nowhere. Without it Hopper does; the INT4 tensor cores of older devices are only compiled for so far (docs/kernels.md).
 pub const VARIABLE: &str = "ATOM_GPU_INT4";
 
 /// What a device multiplies codes of 4 bits by.
@@ -35,6 +35,16 @@ impl Narrow {
         match (capability.major, capability.minor) {
             (8, _) => Self::Nibbles,
             (9, 0) => Self::Wgmma,
+            _ => Self::Bytes,
+        }
+    }
+
+    /// What is used on such a device, by the variable's value.
+    pub(super) fn chosen(capability: Version, setting: Option<&str>) -> Self {
+        match (Self::of(capability), setting) {
+            (own, Some("1")) => own,
+            (_, Some("0")) => Self::Bytes,
+            (Self::Wgmma, _) => Self::Wgmma,
             _ => Self::Bytes,
         }
     }
@@ -249,5 +259,19 @@ fn geometry(unit: usize, tokens: usize, rows: usize) -> Geometry {
         grid: (tokens.div_ceil(128) * rows.div_ceil(128), 1, 1),
         threads: THREADS,
         shared_bytes: stages * stage_bytes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hopper_multiplies_narrow_codes_as_such_unless_told_otherwise() {
+        let of = |major, minor, setting| Narrow::chosen(Version { major, minor }, setting);
+        assert_eq!(of(9, 0, None), Narrow::Wgmma);
+        assert_eq!(of(9, 0, Some("0")), Narrow::Bytes);
+        assert_eq!((of(8, 6, None), of(8, 6, Some("1"))), (Narrow::Bytes, Narrow::Nibbles));
+        assert_eq!((of(10, 0, None), of(10, 0, Some("1"))), (Narrow::Bytes, Narrow::Bytes));
     }
 }

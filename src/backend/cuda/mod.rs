@@ -96,10 +96,8 @@ impl Cuda {
         libraries::cublaslt()?;
         libraries::cusolver()?;
         let compiler = Compiler::for_device(&device)?;
-        let narrow = match std::env::var_os(integer::VARIABLE) {
-            Some(set) if set == "1" => Narrow::of(device.capability),
-            _ => Narrow::Bytes,
-        };
+        let setting = std::env::var(integer::VARIABLE).ok();
+        let narrow = Narrow::chosen(device.capability, setting.as_deref());
         let gpu = Gpu::open(device, memory_bytes)?;
         Ok(Self {
             narrow,
