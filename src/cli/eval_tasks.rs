@@ -21,7 +21,7 @@ Examples:
   atom eval-tasks --model ./SmolLM2 --tasks piqa,arc_easy --tasks-dir ./tasks
   atom eval-tasks --model ./SmolLM2 --tasks boolq,hellaswag,winogrande
   atom eval-tasks --model ./SmolLM2-atom --tasks lambada=words.jsonl --limit 200
-  atom eval-tasks --model ./SmolLM2 --tasks arc_easy --tasks-dir tasks --min-acc 0.5 --json";
+  atom eval-tasks --model ./SmolLM2 --tasks arc_easy --min-acc 0.5 --json";
 
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
