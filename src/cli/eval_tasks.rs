@@ -13,9 +13,10 @@ use crate::text::tasks::{Task, TaskFile, TaskRows};
 use crate::{Error, Result};
 
 const EXAMPLES: &str = "\
-Tasks: piqa, arc_easy, arc_challenge, boolq, hellaswag, winogrande, lambada. Prompts and metrics are those of
-lm-evaluation-harness 0.4.13, zero-shot: acc is the share of rows whose likeliest choice is right, acc_norm the same with
-log likelihoods (nats) divided by the choice's characters; for lambada acc counts greedily guessed last words.
+Tasks: piqa, arc_easy, arc_challenge, boolq, hellaswag, winogrande, lambada. Prompts and metrics are \
+those of lm-evaluation-harness 0.4.13, zero-shot: acc is the share of rows whose likeliest choice is \
+right, acc_norm the same with log likelihoods (nats) divided by the choice's characters; for lambada \
+acc counts greedily guessed last words.
 
 Examples:
   atom eval-tasks --model ./SmolLM2 --tasks piqa,arc_easy --tasks-dir ./tasks
