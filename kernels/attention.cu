@@ -8,8 +8,8 @@
 // ATTENTION_SHARED bytes of dynamic shared memory, at most 98304.
 
 #define ATTENTION_THREADS 128
-/// Wide heads leave registers for half as many queries a warp.
-#define QUERY_ROWS (DP <= 128 ? 128 : 64)
+/// Wide heads leave registers for half as many queries a warp, and so do windows.
+#define QUERY_ROWS (DP <= (WINDOWED ? 64 : 128) ? 128 : 64)
 #define KEY_ROWS (DP <= 128 ? 64 : 32)
 /// Bytes from row to row in shared memory. Eight rows of a matrix must lie in eight different groups
 /// of four banks: an odd number of 16-byte pieces does that; rows of whole 128 bytes are swizzled.
@@ -113,7 +113,7 @@ static __device__ __forceinline__ void transform_outputs(float (&o)[OUT_TILES][4
 
 /// q: [windows, heads, seq_len, DP]; k and v: [windows, kv_heads, seq_len, DP]; out: [windows * seq_len,
 /// heads * HEAD_DIM]. Scores are multiplied by `scale`, which is positive.
-extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, WINDOWED ? 1 : 2)
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     flash_attention(const half* q, const half* k, const half* v, half* out, int seq_len, int heads, int kv_heads, float scale, int reach) {
     extern __shared__ __align__(128) unsigned char memory[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

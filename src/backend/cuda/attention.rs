@@ -38,15 +38,13 @@ impl Cuda {
         let values = self.prepare("prepare_values", spec, v, kv_heads, None)?;
         let out = self.half(q.rows, q.columns)?;
         // attention.cu: QUERY_ROWS, KEY_ROWS, PITCH.
-        let (query_rows, key_rows) = if width <= 128 { (128, 64) } else { (64, 32) };
+        let windowed = spec.window.is_some_and(|reach| reach < seq_len);
+        let query_rows = if width <= if windowed { 64 } else { 128 } { 128 } else { 64 };
+        let key_rows = if width <= 128 { 64 } else { 32 };
         let pitch = if width.is_multiple_of(64) { 2 * width } else { 2 * width + 16 };
         self.kernels.launch(
             "attention",
-            &kernels::attention(
-                head_dim,
-                rotated,
-                spec.window.is_some_and(|reach| reach < seq_len),
-            ),
+            &kernels::attention(head_dim, rotated, windowed),
             "flash_attention",
             Geometry {
                 grid: (seq_len.div_ceil(query_rows), heads, windows),
