@@ -36,7 +36,7 @@ pub struct AttentionSpec {
     /// Tokens in a window; every window attends to itself alone.
     pub seq_len: usize,
     /// Tokens that a token attends to, itself included, where that is not all before it.
-    pub window: Option<usize>,
+    pub sliding_window: Option<usize>,
     /// Cosines and sines of RoPE, each `[seq_len, head_dim / 2]`.
     pub cos: Vec<f32>,
     pub sin: Vec<f32>,

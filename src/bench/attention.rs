@@ -192,7 +192,7 @@ fn measure(
     let half = head_dim / 2;
     let angle = |i: usize| (i / half) as f32 * 10_000f32.powf(-((i % half) as f32) / half as f32);
     let spec = AttentionSpec {
-        window: None,
+        sliding_window: None,
         heads,
         kv_heads,
         head_dim,

@@ -32,7 +32,7 @@ pub struct Architecture {
     /// Rotary embedding.
     pub rope: Rope,
     /// Tokens that a token attends to, itself included, where that is not all before it.
-    pub window: Option<usize>,
+    pub sliding_window: Option<usize>,
     /// Which linears have a bias.
     pub biases: Biases,
     /// Whether each query and key head goes through an RMSNorm before the rotary embedding.
@@ -136,7 +136,7 @@ impl Architecture {
             tied: config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false),
             max_positions: optional(config, "max_position_embeddings").unwrap_or(2048),
             rope: Rope::from_config(config)?,
-            window: window(config, &family)?,
+            sliding_window: sliding_window(config, &family)?,
             biases: Biases::from_config(config, &family),
             head_norms: family.starts_with("qwen3"),
             experts: Experts::from_config(config, &family)?,
@@ -239,7 +239,7 @@ impl Experts {
 ///
 /// # Errors
 /// Blocks that differ in it.
-fn window(config: &Value, family: &str) -> Result<Option<usize>> {
+fn sliding_window(config: &Value, family: &str) -> Result<Option<usize>> {
     let window = optional(config, "sliding_window");
     match family {
         "mistral" | "mixtral" => Ok(window),
@@ -393,17 +393,17 @@ mod tests {
         };
         let qwen2 = with(json!({"model_type": "qwen2", "sliding_window": 32})).unwrap();
         assert_eq!(qwen2.biases, Biases { attn_in: true, attn_out: false, mlp: false });
-        assert_eq!((qwen2.window, qwen2.head_norms), (None, false));
+        assert_eq!((qwen2.sliding_window, qwen2.head_norms), (None, false));
         let sliding = json!({"model_type": "qwen2", "use_sliding_window": true, "sliding_window": 32,
             "max_window_layers": 1});
         assert!(with(sliding.clone()).unwrap_err().to_string().contains("sliding window"));
         for (whole, window) in [(0, Some(32)), (2, None)] {
             let mut changed = sliding.clone();
             changed["max_window_layers"] = json!(whole);
-            assert_eq!(with(changed).unwrap().window, window);
+            assert_eq!(with(changed).unwrap().sliding_window, window);
         }
         let mistral = with(json!({"model_type": "mistral", "sliding_window": 16})).unwrap();
-        assert_eq!((mistral.window, mistral.experts), (Some(16), None));
+        assert_eq!((mistral.sliding_window, mistral.experts), (Some(16), None));
         let biased = with(json!({"attention_bias": true, "mlp_bias": true})).unwrap();
         assert_eq!(biased.biases, Biases { attn_in: true, attn_out: true, mlp: true });
 

@@ -293,7 +293,7 @@ impl<B: Backend> Block<B> {
 }
 
 /// An activation as the linears of its site see it.
-pub enum Input<B: Backend> {
+enum Input<B: Backend> {
     /// In floating point.
     Float(B::Tensor),
     /// Quantized.

@@ -162,13 +162,15 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             let site = &block.sites[at];
             // What an expert gives counts by the token's share of it, so that its errors do.
             let mut seen = site.seen(backend, &x)?;
-            let mut wanted = backend.arrange(&x0, site.order())?;
             if let Some(Share { weights, .. }) = &own_share {
                 backend.scale_rows(&mut seen, weights)?;
-                backend.scale_rows(&mut wanted, weights)?;
             }
             backend.add_to_hessian(&mut hessian, &seen)?;
             if let Some(Drift { inputs, outputs, .. }) = &mut drift {
+                let mut wanted = backend.arrange(&x0, site.order())?;
+                if let Some(Share { weights, .. }) = &own_share {
+                    backend.scale_rows(&mut wanted, weights)?;
+                }
                 backend.add_to_cross(inputs, &backend.difference(&wanted, &seen)?, &seen)?;
                 if let Some(outputs) = outputs {
                     let mut lost = backend.difference(before, after)?;

@@ -114,7 +114,7 @@ pub fn attention_spec(architecture: &Architecture, kv: KvFormat, seq_len: usize)
         kv_heads: architecture.kv_heads,
         head_dim: architecture.head_dim,
         seq_len,
-        window: architecture.window,
+        sliding_window: architecture.sliding_window,
         cos,
         sin,
         kv,

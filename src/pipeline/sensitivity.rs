@@ -263,10 +263,10 @@ impl<'a, B: Backend> Sensor<'a, B> {
 
     /// A site of which nothing is known yet but its size.
     fn unmeasured(&self, spec: &SiteSpec) -> Result<SiteSensitivity> {
-        let bytes = spec.linears.iter().map(|linear| {
-            let name = format!("{}.weight", linear.name);
-            Ok(self.subject.tensors.tensor(&name)?.bytes.len() as u64)
-        });
+        let bytes = spec
+            .linears
+            .iter()
+            .map(|linear| Ok(self.subject.tensors.tensor(&linear.weight())?.bytes.len() as u64));
         let source_bytes = bytes.collect::<Result<_>>()?;
         Ok(SiteSensitivity { effects: Vec::new(), source_bytes, counts: Vec::new() })
     }

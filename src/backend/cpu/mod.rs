@@ -399,7 +399,7 @@ impl Backend for Cpu {
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
             seq_len: spec.seq_len,
-            reach: spec.window.unwrap_or(spec.seq_len),
+            reach: spec.sliding_window.unwrap_or(spec.seq_len),
         };
         attention::attention(
             self.isa,

@@ -38,7 +38,7 @@ impl Cuda {
         let values = self.prepare("prepare_values", spec, v, kv_heads, None)?;
         let out = self.half(q.rows, q.columns)?;
         // attention.cu: QUERY_ROWS, KEY_ROWS, PITCH.
-        let windowed = spec.window.is_some_and(|reach| reach < seq_len);
+        let windowed = spec.sliding_window.is_some_and(|reach| reach < seq_len);
         let query_rows = if width <= if windowed { 64 } else { 128 } { 128 } else { 64 };
         let key_rows = if width <= 128 { 64 } else { 32 };
         let pitch = if width.is_multiple_of(64) { 2 * width } else { 2 * width + 16 };
@@ -60,7 +60,7 @@ impl Cuda {
                 heads,
                 kv_heads,
                 1.0 / (head_dim as f32).sqrt(),
-                spec.window.unwrap_or(seq_len)
+                spec.sliding_window.unwrap_or(seq_len)
             ],
         )?;
         Ok(out)

@@ -155,7 +155,7 @@ impl Cuda {
                 kv.bits
             )));
         }
-        if spec.window.is_some_and(|reach| reach < seq_len) {
+        if spec.sliding_window.is_some_and(|reach| reach < seq_len) {
             return Err(refused(
                 "the paged cache is read whole, without a sliding window".to_owned(),
             ));

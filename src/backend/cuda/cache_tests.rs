@@ -25,7 +25,7 @@ fn spec(
     let half = head_dim / 2;
     let angle = |i: usize| (i / half) as f32 * 100f32.powf(-((i % half) as f32) / half as f32);
     AttentionSpec {
-        window: None,
+        sliding_window: None,
         heads,
         kv_heads,
         head_dim,

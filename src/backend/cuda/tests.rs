@@ -422,7 +422,7 @@ fn attention_agrees_with_the_cpu() {
         KvFormat { after_rope: false, bits: 8, ..int4 },
         KvFormat { rotate: false, after_rope: false, clip: 0.9, ..int4 },
     ];
-    for (heads, kv_heads, head_dim, seq_len, windows, window) in [
+    for (heads, kv_heads, head_dim, seq_len, windows, sliding_window) in [
         (4, 2, 32, 7, 3, None),
         (9, 3, 64, 200, 2, None),
         (1, 1, 96, 65, 2, None),
@@ -438,7 +438,8 @@ fn attention_agrees_with_the_cpu() {
         (2, 1, 96, 50, 1, Some(50)),
     ] {
         for kv in formats {
-            let what = format!("{heads}/{kv_heads} x {head_dim} x {seq_len} {window:?} {kv:?}");
+            let what =
+                format!("{heads}/{kv_heads} x {head_dim} x {seq_len} {sliding_window:?} {kv:?}");
             let half = head_dim / 2;
             let angle =
                 |i: usize| (i / half) as f32 * 100f32.powf(-((i % half) as f32) / half as f32);
@@ -447,7 +448,7 @@ fn attention_agrees_with_the_cpu() {
                 kv_heads,
                 head_dim,
                 seq_len,
-                window,
+                sliding_window,
                 cos: (0..seq_len * half).map(|i| angle(i).cos()).collect(),
                 sin: (0..seq_len * half).map(|i| angle(i).sin()).collect(),
                 kv,
