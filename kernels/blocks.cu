@@ -15,10 +15,16 @@ typedef unsigned short u16;
 
 struct Rows {
     const i8* codes;
+    const int* order;   // the row that each is, -1 for zeros; absent, each is itself
     int rows;
     long long width;
 
-    __device__ __forceinline__ int at(int row, long long place) const { return row < rows && place < width ? codes[row * width + place] : 0; }
+    /// Which row of the codes and scales is row `row`, or -1.
+    __device__ __forceinline__ int own(int row) const { return row >= rows ? -1 : order ? order[row] : row; }
+    __device__ __forceinline__ int at(int row, long long place) const {
+        const int own = this->own(row);
+        return own >= 0 && place < width ? codes[own * width + place] : 0;
+    }
 };
 
 /// Sign and lower bits of a code as hopper.cuh unpacks them.
@@ -54,10 +60,11 @@ static __device__ __forceinline__ u32 word_of(const Rows& from, int row, long lo
 }
 
 /// Blocks [row tiles][panels][BLOCK_BYTES] of codes [rows, groups * GROUP] and their scales, f16 values in
-/// f32, [ceil(rows / rows_per_scale), groups]. A block of 128 threads for each, panels in x, row tiles in y.
+/// f32, [ceil(rows / rows_per_scale), groups]. A block of 128 threads for each, panels in x, row tiles in y. With `order`, row i
+/// becomes row order[i] of the codes, or zeros for -1, and `rows` counts the order.
 extern "C" __global__ void __launch_bounds__(128)
-    pack_weights(const i8* codes, const float* scales, int rows, int groups, int rows_per_scale, unsigned char* blocks) {
-    const Rows from{codes, rows, (long long)groups * GROUP};
+    pack_weights(const i8* codes, const float* scales, const int* order, int rows, int groups, int rows_per_scale, unsigned char* blocks) {
+    const Rows from{codes, order, rows, (long long)groups * GROUP};
     const int thread = threadIdx.x, panel = blockIdx.x, first_row = blockIdx.y * 64;
     const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
     unsigned char* block = blocks + ((long long)blockIdx.y * gridDim.x + panel) * BLOCK_BYTES;
@@ -73,8 +80,8 @@ extern "C" __global__ void __launch_bounds__(128)
     }
     if (thread < 64) {
         for (int i = 0; i < GROUPS_A_STAGE; i++) {
-            const int group = panel * GROUPS_A_STAGE + i, own = first_row + thread;
-            const float scale = own < rows && group < groups ? scales[(long long)(own / rows_per_scale) * groups + group] : 0.0f;
+            const int group = panel * GROUPS_A_STAGE + i, own = from.own(first_row + thread);
+            const float scale = own >= 0 && group < groups ? scales[(long long)(own / rows_per_scale) * groups + group] : 0.0f;
             *reinterpret_cast<half*>(block + CODE_BYTES + i * 128 + thread * 2) = to_half(scale);
         }
     }
@@ -82,8 +89,8 @@ extern "C" __global__ void __launch_bounds__(128)
 
 /// Blocks [row tiles][halves][4096 + 128] of outlier codes [rows, width] and their scales [rows]. As pack_weights, with 64
 /// channels a block.
-extern "C" __global__ void __launch_bounds__(128) pack_outliers(const i8* codes, const float* scales, int rows, int width, unsigned char* blocks) {
-    const Rows from{codes, rows, width};
+extern "C" __global__ void __launch_bounds__(128) pack_outliers(const i8* codes, const float* scales, const int* order, int rows, int width, unsigned char* blocks) {
+    const Rows from{codes, order, rows, width};
     const int thread = threadIdx.x, row = blockIdx.y * 64 + thread / 32 * 16 + thread % 32 / 4;
     unsigned char* block = blocks + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * (4096 + 128);
     for (int step = 0; step < 2; step++) {
@@ -92,8 +99,8 @@ extern "C" __global__ void __launch_bounds__(128) pack_outliers(const i8* codes,
             make_uint4(bytes_of(from, row, place), bytes_of(from, row + 8, place), bytes_of(from, row, place + 16), bytes_of(from, row + 8, place + 16));
     }
     if (thread < 64) {
-        const int own = blockIdx.y * 64 + thread;
-        *reinterpret_cast<half*>(block + 4096 + thread * 2) = to_half(own < rows ? scales[own] : 0.0f);
+        const int own = from.own(blockIdx.y * 64 + thread);
+        *reinterpret_cast<half*>(block + 4096 + thread * 2) = to_half(own >= 0 ? scales[own] : 0.0f);
     }
 }
 
@@ -109,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const long long own = blockIdx.x * 256ll + threadIdx.x;
     if (own >= (long long)panels * padded * 8) return;
     const int chunk = int(own % 8), token = int(own / 8 % padded), panel = int(own / 8 / padded);
-    const Rows from{codes, tokens, width};
+    const Rows from{codes, nullptr, tokens, width};
     u32 words[4] = {};
     for (int i = 0; i < 16; i++) {
         const int code = from.at(token, panel * 128ll + chunk * 16 + i);

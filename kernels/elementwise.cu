@@ -98,6 +98,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) silu_mul_half(half* gate, 
     }
 }
 
+/// `silu(gate) * up` of rows of `places` values, each to the channel that `order` names; -1 is nobody's. One block a row.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    silu_mul_places(const half* gate, const half* up, const int* order, int places, int channels, half* y) {
+    const long long first = (long long)blockIdx.x * places;
+    for (int i = threadIdx.x; i < places; i += THREADS) {
+        const int channel = order[i];
+        if (channel >= 0) y[(long long)blockIdx.x * channels + channel] = to_half(silu_mul(to_float(gate[first + i]), to_float(up[first + i])));
+    }
+}
+
 /// `x += y`, `count` values, four a thread.
 extern "C" __global__ void __launch_bounds__(THREADS) add_half(float* x, const half* y, long long count) {
     long long first = ((long long)blockIdx.x * THREADS + threadIdx.x) * 4;

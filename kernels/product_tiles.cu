@@ -55,7 +55,7 @@ static __device__ __forceinline__ void write(const float (&total)[HELD], Output*
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int token = first_token + 8 * j + lane % 4 * 2 + e % 2, row = first_row + warp * 16 + lane / 4 + e / 2 * 8;
-            if (token < tokens && row < rows) store(y + (long long)token * rows + row, total[4 * j + e]);
+            if (token < tokens && row < rows) give(y + (long long)token * rows + row, total[4 * j + e]);
         }
     }
 }

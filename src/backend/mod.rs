@@ -7,6 +7,8 @@ CPU's integer path computes (docs/format.md), and results must not depend on the
 pub mod cpu;
 pub mod cuda;
 
+use std::sync::Arc;
+
 use crate::checkpoint;
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
@@ -38,8 +40,8 @@ pub struct AttentionSpec {
     /// Tokens that a token attends to, itself included, where that is not all before it.
     pub sliding_window: Option<usize>,
     /// Cosines and sines of RoPE, each `[seq_len, head_dim / 2]`.
-    pub cos: Vec<f32>,
-    pub sin: Vec<f32>,
+    pub cos: Arc<[f32]>,
+    pub sin: Arc<[f32]>,
     /// How keys and values are held.
     pub kv: KvFormat,
 }
@@ -178,8 +180,10 @@ pub trait Backend: Sync {
     fn dense(&self, weight: &Self::Weight<'_>, site: Option<&Self::Site>) -> Result<Self::Dense>;
     /// Lays out what the codes of a quantized weight stand for.
     fn dense_of(&self, weight: &Self::Quantized) -> Result<Self::Dense>;
-    /// Lays a quantized weight out for [`integer_product`](Self::integer_product).
-    fn packed(&self, weight: &Self::Quantized) -> Result<Self::Packed>;
+    /// Lays a quantized weight out for [`integer_product`](Self::integer_product). Of gate and up, `feeds` is the site that
+    /// their product enters: a backend may hold their rows, and so their outputs, in its order, which
+    /// [`silu_mul`](Self::silu_mul) and [`silu_quantize`](Self::silu_quantize) know of and nothing else takes.
+    fn packed(&self, weight: &Self::Quantized, feeds: Option<&Self::Site>) -> Result<Self::Packed>;
     /// Refuses codes that the backend cannot compute with; asked before long work.
     ///
     /// # Errors
@@ -199,8 +203,11 @@ pub trait Backend: Sync {
     ) -> Result<Self::Tensor>;
     /// Channels in the site's order, transformed, not quantized.
     fn arrange(&self, x: &Self::Tensor, site: &Self::Site) -> Result<Self::Tensor>;
-    /// Channels in the site's order, transformed, quantized.
-    fn quantize(&self, x: &Self::Tensor, site: &Self::Site) -> Result<Self::Rows>;
+    /// Channels in the site's order, transformed, quantized. `name` is the site's, for errors.
+    ///
+    /// # Errors
+    /// An input error if a value or a scale is not finite; a backend that runs ahead gives it where it is waited for.
+    fn quantize(&self, x: &Self::Tensor, site: &Self::Site, name: &str) -> Result<Self::Rows>;
     /// Quantized activations on the host, in neutral form.
     fn fetch_rows(&self, x: &Self::Rows) -> Result<QuantizedRows>;
     /// Undoes [`fetch_rows`](Self::fetch_rows).
@@ -212,6 +219,7 @@ pub trait Backend: Sync {
         _weight: &Self::Tensor,
         _epsilon: f32,
         _site: &Self::Site,
+        _name: &str,
     ) -> Result<Option<Self::Rows>> {
         Ok(None)
     }
@@ -221,6 +229,7 @@ pub trait Backend: Sync {
         _gate: &Self::Tensor,
         _up: &Self::Tensor,
         _site: &Self::Site,
+        _name: &str,
     ) -> Result<Option<Self::Rows>> {
         Ok(None)
     }
@@ -240,6 +249,16 @@ pub trait Backend: Sync {
     }
     /// `x W^T` by the integer path: the specification of docs/format.md, bit for bit.
     fn integer_product(&self, x: &Self::Rows, weight: &Self::Packed) -> Result<Self::Tensor>;
+    /// `x += y W^T` by the integer path.
+    fn add_integer_product(
+        &self,
+        x: &mut Self::Tensor,
+        y: &Self::Rows,
+        weight: &Self::Packed,
+    ) -> Result<()> {
+        let product = self.integer_product(y, weight)?;
+        self.add(x, &product)
+    }
     /// `x += y`.
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
     /// `y += bias` for each row of `y`, a linear's output; `bias` is one row.

@@ -297,7 +297,7 @@ fn packed(
 ) -> Result<Packed> {
     let weight = &cuda.random_weight(rows, columns, seed)?;
     let quantized = cuda.round(&Unquantized { name: "a random weight", weight, format }, site)?;
-    cuda.packed(&quantized)
+    cuda.packed(&quantized, None)
 }
 
 /// As many as are used in turn, but no more than there are weights.
@@ -312,7 +312,8 @@ fn integer(
     Product { m, n, k }: Product,
 ) -> Result<f64> {
     let cuda = timer.cuda;
-    let activations = |set| cuda.quantize(&cuda.random_activations(m, k, set)?, site);
+    let activations =
+        |set| cuda.quantize(&cuda.random_activations(m, k, set)?, site, "random values");
     let x: Vec<Rows> = sets(m * k, weights.len(), activations)?;
     let to: Vec<Buffer> = sets(2 * m * n, weights.len(), |_| cuda.room(2 * m * n))?;
     timer.seconds(weights.len(), |set| {

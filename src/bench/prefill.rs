@@ -16,7 +16,7 @@ use crate::backend::{AttentionSpec, Backend, Matrix, Unquantized};
 use crate::checkpoint::{Dtype, Tensor};
 use crate::model::Architecture;
 use crate::model::block::{Block, Linear, Site, Treatment};
-use crate::model::sites::{LinearSpec, SiteSpec};
+use crate::model::sites::{LinearSpec, MLP_ACT, MLP_IN, SiteSpec};
 use crate::pipeline::attention_spec;
 use crate::pipeline::progress::Progress;
 use crate::quant::kv::KvFormat;
@@ -100,7 +100,6 @@ pub fn prefill<B: Backend>(
     settings.check()?;
     let PrefillSettings { architecture, tokens, .. } = settings;
     let (tokens, blocks) = (*tokens, architecture.blocks);
-    let spec = |kv| attention_spec(architecture, kv, tokens);
     let kv = KvFormat { bits: settings.kv_bits, rotate: settings.kv_bits < 16, ..KvFormat::FULL };
     progress.info(&format!("making random blocks of {}", settings.shape));
     let mut pairs = Vec::with_capacity(DISTINCT);
@@ -109,7 +108,9 @@ pub fn prefill<B: Backend>(
         pairs.push(pair(backend, architecture, settings, seed)?);
     }
     let (dense, quantized): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
-    let paths = [(spec(KvFormat::FULL), dense), (spec(kv), quantized)];
+    let full = attention_spec(architecture, KvFormat::FULL, tokens);
+    let cached = AttentionSpec { kv, ..full.clone() };
+    let paths = [(full, dense), (cached, quantized)];
     let data = random(tokens * architecture.hidden, 99);
     let x = backend.upload(Matrix { rows: tokens, columns: architecture.hidden, data })?;
 
@@ -174,9 +175,12 @@ fn pair<B: Backend>(
 ) -> Result<(Block<B>, Block<B>)> {
     let mut dense = Vec::new();
     let mut quantized = Vec::new();
-    for (at, spec) in architecture.sites(0).iter().enumerate() {
+    let specs = architecture.sites(0);
+    for (at, spec) in specs.iter().enumerate() {
         let format = settings.format(spec.channels);
         let order = backend.site(&format)?;
+        let feeds = (at == MLP_IN).then(|| settings.format(specs[MLP_ACT].channels));
+        let feeds = feeds.map(|format| backend.site(&format)).transpose()?;
         let (mut whole, mut packed) = (Vec::new(), Vec::new());
         for (nth, linear) in spec.linears.iter().enumerate() {
             let bytes = random_weight(linear, seed << 8 | (at << 4 | nth) as u64);
@@ -186,7 +190,8 @@ fn pair<B: Backend>(
             let name = &linear.name;
             let weights = WeightFormat::of(&format, 4, 1, 1.0);
             let own = Unquantized { name, weight: &weight, format: weights };
-            packed.push(Linear::Packed(backend.packed(&backend.round(&own, &order)?)?));
+            let rounded = backend.round(&own, &order)?;
+            packed.push(Linear::Packed(backend.packed(&rounded, feeds.as_ref())?));
             whole.push(Linear::Dense(backend.dense(&weight, None)?));
         }
         dense.push(site((at, spec), Treatment::Source, whole));

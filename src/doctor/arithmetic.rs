@@ -106,12 +106,13 @@ impl Example {
     /// What a backend gets wrong.
     fn fault<B: Backend>(&self, device: &B) -> Result<Option<String>> {
         let site = device.site(&self.format)?;
-        let rows = device.quantize(&device.upload_activation(self.x.clone())?, &site)?;
+        let rows =
+            device.quantize(&device.upload_activation(self.x.clone())?, &site, "the check")?;
         if let Some(fault) = code_fault(&device.fetch_rows(&rows)?, &self.rows) {
             return Ok(Some(format!("codes of activations: {fault}")));
         }
         let weight = device.restore(self.linear.clone())?;
-        let product = device.integer_product(&rows, &device.packed(&weight)?)?;
+        let product = device.integer_product(&rows, &device.packed(&weight, None)?)?;
         if let Some(fault) = self.product_fault(&device.download(&product)?.data, B::HALF) {
             return Ok(Some(format!("the integer product: {fault}")));
         }

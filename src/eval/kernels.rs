@@ -111,7 +111,8 @@ impl<'a, B: Backend> Beside<'a, B> {
         if site.format.bits == 16 {
             return Ok(None);
         }
-        let packed = |linear: &QuantizedLinear| device.packed(&device.restore(linear.clone())?);
+        let packed =
+            |linear: &QuantizedLinear| device.packed(&device.restore(linear.clone())?, None);
         let linears = site.linears.iter().map(|linear| linear.as_ref().map(packed).transpose());
         let linears = linears.collect::<Result<_>>()?;
         Ok(Some(DeviceSite { order: device.site(&site.format)?, linears }))
@@ -173,7 +174,8 @@ impl<'a, B: Backend> Beside<'a, B> {
         let (reference, device, epsilon) = (self.reference, self.device, self.block.epsilon);
         let (x, weight) =
             (device.upload(hidden.clone())?, device.upload(reference.download(norm)?)?);
-        let Some(rows) = device.norm_quantize(&x, &weight, epsilon, &on_device.order)? else {
+        let name = &self.block.sites[at].name;
+        let Some(rows) = device.norm_quantize(&x, &weight, epsilon, &on_device.order, name)? else {
             return Ok(());
         };
         let normed = reference.rms_norm(&reference.upload(hidden.clone())?, norm, epsilon)?;
@@ -185,7 +187,8 @@ impl<'a, B: Backend> Beside<'a, B> {
         let Some(on_device) = &self.device_sites[MLP_ACT] else { return Ok(()) };
         let (reference, device) = (self.reference, self.device);
         let on = |x: &Matrix| device.upload_activation(x.clone());
-        let Some(rows) = device.silu_quantize(&on(&gate)?, &on(&up)?, &on_device.order)? else {
+        let (order, name) = (&on_device.order, &self.block.sites[MLP_ACT].name);
+        let Some(rows) = device.silu_quantize(&on(&gate)?, &on(&up)?, order, name)? else {
             return Ok(());
         };
         let product = reference.silu_mul(reference.upload(gate)?, &reference.upload(up)?)?;
@@ -200,7 +203,7 @@ impl<'a, B: Backend> Beside<'a, B> {
         findings: &mut Findings,
     ) -> Result<()> {
         let site = &self.block.sites[at];
-        let expected = self.reference.quantize(x, site.order())?;
+        let expected = self.reference.quantize(x, site.order(), &site.name)?;
         if let Some(fault) = code_fault(&self.device.fetch_rows(rows)?, &expected) {
             findings
                 .faults
@@ -213,8 +216,9 @@ impl<'a, B: Backend> Beside<'a, B> {
         let Some(on_device) = &self.device_sites[at] else { return Ok(()) };
         let (reference, device) = (self.reference, self.device);
         let site = &self.block.sites[at];
-        let expected = reference.quantize(&reference.upload(x.clone())?, site.order())?;
-        let rows = device.quantize(&device.upload_activation(x)?, &on_device.order)?;
+        let expected =
+            reference.quantize(&reference.upload(x.clone())?, site.order(), &site.name)?;
+        let rows = device.quantize(&device.upload_activation(x)?, &on_device.order, &site.name)?;
         let found = device.fetch_rows(&rows)?;
         findings.sites += 1;
         // The same codes as the device has them, in the layout that its products read; others, where they are wrong.

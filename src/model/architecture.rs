@@ -1,5 +1,7 @@
 /*! `config.json` -> what the forward pass and the pipeline need to know of a network. */
 
+use std::sync::Arc;
+
 use serde_json::Value;
 
 use crate::{Error, Result};
@@ -164,14 +166,15 @@ impl Architecture {
     }
 
     /// Cosines and sines `[seq_len, head_dim / 2]` of positions 0..seq_len.
-    pub fn rope_tables(&self, seq_len: usize) -> (Vec<f32>, Vec<f32>) {
+    pub fn rope_tables(&self, seq_len: usize) -> (Arc<[f32]>, Arc<[f32]>) {
         let frequencies = self.rope.frequencies(self.head_dim);
-        (0..seq_len)
+        let (cos, sin): (Vec<f32>, Vec<f32>) = (0..seq_len)
             .flat_map(|position| {
                 frequencies.iter().map(move |f| f64::from((position as f64 * f) as f32))
             })
             .map(|angle| (angle.cos() as f32, angle.sin() as f32))
-            .unzip()
+            .unzip();
+        (cos.into(), sin.into())
     }
 }
 

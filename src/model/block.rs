@@ -5,8 +5,8 @@ code; only what a site does with its activation and how a linear is held differ.
 
 use super::experts::{Router, Share};
 use super::sites::{ATTN_IN, ATTN_OUT, MLP_ACT, MLP_IN};
+use crate::Result;
 use crate::backend::{AttentionSpec, Backend};
-use crate::{Error, Result};
 
 /// A linear on a backend.
 pub enum Linear<B: Backend> {
@@ -152,8 +152,7 @@ impl<B: Backend> Block<B> {
     ) -> Result<Input<B>> {
         let site = &self.sites[at];
         if let Some(order) = site.packed_order() {
-            let rows = backend.silu_quantize(&gate, &up, order);
-            if let Some(rows) = rows.map_err(|error| site.named(error))? {
+            if let Some(rows) = backend.silu_quantize(&gate, &up, order, &site.name)? {
                 return Ok(Input::Rows(rows));
             }
         }
@@ -286,8 +285,7 @@ impl<B: Backend> Block<B> {
     ) -> Result<Option<[B::Tensor; N]>> {
         let site = &self.sites[site];
         let Some(order) = site.packed_order() else { return Ok(None) };
-        let rows = backend.norm_quantize(x, norm, self.epsilon, order);
-        let rows = rows.map_err(|error| site.named(error))?;
+        let rows = backend.norm_quantize(x, norm, self.epsilon, order, &site.name)?;
         rows.map(|rows| site.outputs(backend, &Input::Rows(rows))).transpose()
     }
 }
@@ -351,13 +349,18 @@ impl<B: Backend> Site<B> {
 
     /// Adds the output of the site's one linear to the residual stream.
     fn add_onto(&self, backend: &B, input: &Input<B>, stream: &mut B::Tensor) -> Result<()> {
-        if let ([Linear::Dense(weight)], [None], Input::Float(x)) =
-            (&self.linears[..], &self.biases[..], input)
-        {
-            return backend.add_product(stream, x, weight);
+        match (&self.linears[..], &self.biases[..], input) {
+            ([Linear::Dense(weight)], [None], Input::Float(x)) => {
+                backend.add_product(stream, x, weight)
+            }
+            ([Linear::Packed(weight)], [None], Input::Rows(x)) => {
+                backend.add_integer_product(stream, x, weight)
+            }
+            _ => {
+                let [output] = self.outputs(backend, input)?;
+                backend.add(stream, &output)
+            }
         }
-        let [output] = self.outputs(backend, input)?;
-        backend.add(stream, &output)
     }
 
     /// Its order and format on the backend.
@@ -376,16 +379,10 @@ impl<B: Backend> Site<B> {
         match &self.treatment {
             Treatment::Source => unreachable!("only sites with a format are quantized"),
             Treatment::Arranged(site) => backend.arrange(x, site),
-            Treatment::Quantized(site) => backend.dequantize(&self.rows(backend, x, site)?),
+            Treatment::Quantized(site) => {
+                backend.dequantize(&backend.quantize(x, site, &self.name)?)
+            }
         }
-    }
-
-    fn rows(&self, backend: &B, x: &B::Tensor, site: &B::Site) -> Result<B::Rows> {
-        backend.quantize(x, site).map_err(|error| self.named(error))
-    }
-
-    fn named(&self, error: Error) -> Error {
-        error.context(format!("activations of {}", self.name))
     }
 
     /// Its order, where its activation is quantized and all its linears are packed.
@@ -403,7 +400,7 @@ impl<B: Backend> Site<B> {
             Treatment::Source => x,
             Treatment::Arranged(site) => backend.arrange(&x, site)?,
             Treatment::Quantized(site) => {
-                let rows = self.rows(backend, &x, site)?;
+                let rows = backend.quantize(&x, site, &self.name)?;
                 drop(x);
                 if self.linears.iter().any(|linear| matches!(linear, Linear::Packed(_))) {
                     return Ok(Input::Rows(rows));

@@ -14,9 +14,9 @@ use super::timing::Timing;
 use crate::Result;
 use crate::backend::{Backend, Drift};
 use crate::model::Architecture;
-use crate::model::block::{Block, Observer};
+use crate::model::block::{Block, Observer, Site};
 use crate::model::experts::Share;
-use crate::model::sites::{ATTN_OUT, MLP_ACT, SiteKind, SiteSpec};
+use crate::model::sites::{ATTN_OUT, MLP_ACT, MLP_IN, SiteKind, SiteSpec};
 
 /// The hidden states of the calibration windows behind the source's blocks and behind the quantized ones,
 /// batch by batch alike.
@@ -82,7 +82,9 @@ impl<B: Backend> BlockQuantizer<'_, B> {
                     self.quantize_site(&work, &format, hessian, drift.as_ref(), errors)?;
                 let order = backend.site(&format)?;
                 let site = QuantizedSite { format, linears };
-                let laid_out = quantized_linears(backend, weights, at, &site, &order)?;
+                let feeds = if at == MLP_IN { &block.sites[MLP_ACT..] } else { &[] };
+                let feeds: Vec<_> = feeds.iter().map(Site::order).collect();
+                let laid_out = quantized_linears(backend, weights, at, &site, &order, &feeds)?;
                 made.sites.push(site);
                 backend.wait()?;
                 Ok::<_, crate::Error>(laid_out)

@@ -7,7 +7,7 @@ use crate::checkpoint::{Dtype, Tensor, TensorSpec, Tensors};
 use crate::model::Architecture;
 use crate::model::block::{Block, Linear, Site, Treatment};
 use crate::model::experts::Router;
-use crate::model::sites::{LinearSpec, SiteKind};
+use crate::model::sites::{LinearSpec, MLP_ACT, MLP_IN, SiteKind};
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::SiteFormat;
@@ -245,30 +245,41 @@ pub fn quantized_block<B: Backend>(
     sites: &[QuantizedSite<B::Quantized>],
     key_mean: Option<&[f32]>,
 ) -> Result<Block<B>> {
+    let orders = sites.iter().map(|site| backend.site(&site.format));
+    let orders = orders.collect::<Result<Vec<_>>>()?;
+    let linears = (0..sites.len()).map(|at| {
+        let feeds = if at == MLP_IN { orders[MLP_ACT..].iter().collect() } else { Vec::new() };
+        quantized_linears(backend, weights, at, &sites[at], &orders[at], &feeds)
+    });
+    let linears = linears.collect::<Result<Vec<_>>>()?;
+    let mut made = orders.into_iter().zip(linears);
     block(backend, architecture, weights, key_mean, |site| {
-        let format = &sites[site].format;
-        let order = backend.site(format)?;
-        let linears = quantized_linears(backend, weights, site, &sites[site], &order)?;
-        Ok((treatment::<B>(format, order), linears))
+        let (order, linears) = made.next().expect("sites come in order");
+        Ok((treatment::<B>(&sites[site].format, order), linears))
     })
 }
 
-/// The linears of one site of such a block.
+/// The linears of one site of such a block. Of mlp_in, `feeds` are the sites that its pairs of gate and up enter.
 pub fn quantized_linears<B: Backend>(
     backend: &B,
     weights: &BlockWeights<B>,
     site: usize,
     quantized: &QuantizedSite<B::Quantized>,
     order: &B::Site,
+    feeds: &[&B::Site],
 ) -> Result<Vec<Linear<B>>> {
     let QuantizedSite { format, linears } = quantized;
+    // Both of a pair in one order, and no bias in another.
+    let alike =
+        linears.iter().all(Option::is_some) && weights.biases[site].iter().all(Option::is_none);
+    let feeds = |linear: usize| feeds.get(linear / 2).copied().filter(|_| alike);
     let linears = linears.iter().enumerate().map(|(linear, quantized)| match quantized {
         None => {
             let weight = weights.weight(site, linear);
             Ok(Linear::Dense(backend.dense(weight, Some(order))?))
         }
         Some(quantized) if format.bits == 16 => Ok(Linear::Dense(backend.dense_of(quantized)?)),
-        Some(quantized) => Ok(Linear::Packed(backend.packed(quantized)?)),
+        Some(quantized) => Ok(Linear::Packed(backend.packed(quantized, feeds(linear))?)),
     });
     linears.collect()
 }

@@ -24,7 +24,7 @@ use super::progress::Progress;
 use super::stream::Stream;
 use super::timing::{Timing, peak_rss_bytes};
 use super::{Evaluation, Output, evaluate_change};
-use crate::backend::Backend;
+use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::linear::{order_spec, order_tensor, specs, to_tensors};
 use crate::checkpoint::{
     DEFAULT_SHARD_BYTES, DoneBlock, FORMAT_VERSION, Options, Source, TensorSpec, Writer,
@@ -400,7 +400,7 @@ impl<B: Backend> Blocks<'_, '_, B> {
         let Job { architecture, recipe, .. } = job;
         let seq_len = job.provenance.seq_len;
         let attention = attention_spec(architecture, recipe.kv(), seq_len);
-        let full_attention = attention_spec(architecture, KvFormat::FULL, seq_len);
+        let full_attention = AttentionSpec { kv: KvFormat::FULL, ..attention.clone() };
         let quantizer = BlockQuantizer {
             backend,
             architecture,

@@ -275,7 +275,11 @@ impl Backend for Cpu {
         Ok(Panels::from_rows(&dequantize(weight), weight.rows, columns))
     }
 
-    fn packed(&self, weight: &QuantizedLinear) -> Result<IntegerLinear> {
+    fn packed(
+        &self,
+        weight: &QuantizedLinear,
+        _feeds: Option<&SiteFormat>,
+    ) -> Result<IntegerLinear> {
         Ok(IntegerLinear::new(weight))
     }
 
@@ -300,8 +304,9 @@ impl Backend for Cpu {
         Ok(y)
     }
 
-    fn quantize(&self, x: &Tensor, site: &SiteFormat) -> Result<QuantizedRows> {
+    fn quantize(&self, x: &Tensor, site: &SiteFormat, name: &str) -> Result<QuantizedRows> {
         quantize::quantize_rows(self.isa, &x.data, x.rows, site)
+            .map_err(|error| error.context(format!("activations of {name}")))
     }
 
     fn fetch_rows(&self, x: &QuantizedRows) -> Result<QuantizedRows> {

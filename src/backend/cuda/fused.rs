@@ -5,7 +5,6 @@ use super::gpu::Buffer;
 use super::hopper::{PANEL, padded_tokens, tiled_scale_bytes};
 use super::kernels;
 use super::launch::{Geometry, arguments};
-use super::quantize::Unsound;
 use super::tensor::{Layout, Outliers, Rows, SCALE_MULTIPLE, Site, Tensor};
 use crate::Result;
 use crate::quant::levels::Levels;
@@ -179,7 +178,7 @@ impl Cuda {
         epsilon: f32,
         site: &Site,
         layout: Layout,
-        unsound: &Unsound,
+        name: &str,
     ) -> Result<Option<Rows>> {
         if site.norm.get().is_none() {
             // Another thread may have been faster; both have the same.
@@ -188,7 +187,7 @@ impl Cuda {
         let (values, other) = (x.float(), site.norm.get().map(|norm| &norm.0));
         let columns = Columns::Channels;
         let source = Source { kind: "NORM", x, values, other, epsilon, columns };
-        self.fused_quantize(&source, site, layout, unsound)
+        self.fused_quantize(&source, site, layout, name)
     }
 
     /// The codes of f16 rows; none as above.
@@ -197,11 +196,11 @@ impl Cuda {
         x: &Tensor,
         site: &Site,
         layout: Layout,
-        unsound: &Unsound,
+        name: &str,
     ) -> Result<Option<Rows>> {
         let (values, columns) = (x.half(), Columns::Channels);
         let source = Source { kind: "HALF", x, values, other: None, epsilon: 0.0, columns };
-        self.fused_quantize(&source, site, layout, unsound)
+        self.fused_quantize(&source, site, layout, name)
     }
 
     /// The codes of `silu(gate) * up`; none as above.
@@ -212,12 +211,13 @@ impl Cuda {
         columns: Columns,
         site: &Site,
         layout: Layout,
-        unsound: &Unsound,
+        name: &str,
     ) -> Result<Option<Rows>> {
         assert_eq!((gate.rows, gate.columns), (up.rows, up.columns));
-        let (values, other) = (gate.half(), Some(up.half()));
+        assert_eq!(gate.places.is_some(), up.places.is_some());
+        let (values, other) = (gate.half_in_places(), Some(up.half_in_places()));
         let source = Source { kind: "SILU", x: gate, values, other, epsilon: 0.0, columns };
-        self.fused_quantize(&source, site, layout, unsound)
+        self.fused_quantize(&source, site, layout, name)
     }
 
     fn fused_quantize(
@@ -225,7 +225,7 @@ impl Cuda {
         source: &Source<'_>,
         site: &Site,
         layout: Layout,
-        unsound: &Unsound,
+        name: &str,
     ) -> Result<Option<Rows>> {
         let format = &site.format;
         let &Source { kind, x, values, other, epsilon, columns } = source;
@@ -273,7 +273,7 @@ impl Cuda {
                 rows.outliers.codes.as_ref(),
                 rows.outliers.scales.as_ref(),
                 rows.outliers.padded(),
-                unsound.buffer()
+                self.gpu.fault_cell(name)?
             ],
         )?;
         Ok(Some(rows))

@@ -90,13 +90,10 @@ fn codes_behind_a_norm_are_the_cpus_bits() {
                 Matrix { rows: 1, columns: format.channels, data: random.values(format.channels) };
             let host = cpu.upload(x.clone()).unwrap();
             let norm = cpu.rms_norm(&host, &cpu.upload(weight.clone()).unwrap(), EPSILON).unwrap();
-            let expected = cpu.quantize(&norm, &format).unwrap();
+            let expected = cpu.quantize(&norm, &format, "").unwrap();
             let (x, weight) = (cuda.upload(x).unwrap(), cuda.upload(weight).unwrap());
             compare(&cuda, &format, &expected, &what(tokens, &format), |site, layout| {
-                let unsound = cuda.unsound().unwrap();
-                let rows = cuda.norm_rows(&x, &weight, EPSILON, site, layout, &unsound);
-                unsound.check().unwrap();
-                rows.unwrap()
+                cuda.norm_rows(&x, &weight, EPSILON, site, layout, "").unwrap()
             });
         }
     }
@@ -112,13 +109,10 @@ fn codes_of_halves_are_the_cpus_bits() {
         for tokens in counts {
             let mut x = random.activations(tokens, format.channels);
             x.data[..format.channels.min(40)].fill(0.0);
-            let expected = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format).unwrap();
+            let expected = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format, "").unwrap();
             let x = cuda.half_tensor(&x);
             compare(&cuda, &format, &expected, &what(tokens, &format), |site, layout| {
-                let unsound = cuda.unsound().unwrap();
-                let rows = cuda.half_rows(&x, site, layout, &unsound);
-                unsound.check().unwrap();
-                rows.unwrap()
+                cuda.half_rows(&x, site, layout, "").unwrap()
             });
         }
     }
@@ -147,7 +141,7 @@ fn codes_of_gate_and_up_are_the_cpus_bits() {
             up.data.iter_mut().for_each(|v| *v = f16::from_f32(*v / 16.0).to_f32());
             let product =
                 cpu.silu_mul(cpu.upload(gate.clone()).unwrap(), &cpu.upload(up.clone()).unwrap());
-            let expected = cpu.quantize(&product.unwrap(), &format).unwrap();
+            let expected = cpu.quantize(&product.unwrap(), &format, "").unwrap();
             for columns in [Columns::Channels, Columns::Places] {
                 let [gate, up] = [&gate, &up].map(|x| match columns {
                     Columns::Channels => cuda.half_tensor(x),
@@ -155,10 +149,7 @@ fn codes_of_gate_and_up_are_the_cpus_bits() {
                 });
                 let what = format!("{}, {columns:?}", what(tokens, &format));
                 compare(&cuda, &format, &expected, &what, |site, layout| {
-                    let unsound = cuda.unsound().unwrap();
-                    let rows = cuda.silu_rows(&gate, &up, columns, site, layout, &unsound);
-                    unsound.check().unwrap();
-                    rows.unwrap()
+                    cuda.silu_rows(&gate, &up, columns, site, layout, "").unwrap()
                 });
             }
         }
@@ -182,13 +173,10 @@ fn every_gate_has_the_cpus_bits() {
     let gate = Matrix { rows: 512, columns: 4096, data };
     let up = Matrix { rows: 512, columns: 4096, data: vec![0.75; 512 * 4096] };
     let product = cpu.silu_mul(cpu.upload(gate.clone()).unwrap(), &cpu.upload(up.clone()).unwrap());
-    let expected = cpu.quantize(&product.unwrap(), &format).unwrap();
+    let expected = cpu.quantize(&product.unwrap(), &format, "").unwrap();
     let (gate, up) = (cuda.half_tensor(&gate), cuda.half_tensor(&up));
     compare(&cuda, &format, &expected, "every gate", |site, layout| {
-        let unsound = cuda.unsound().unwrap();
-        let rows = cuda.silu_rows(&gate, &up, Columns::Channels, site, layout, &unsound);
-        unsound.check().unwrap();
-        rows.unwrap()
+        cuda.silu_rows(&gate, &up, Columns::Channels, site, layout, "").unwrap()
     });
 }
 
@@ -209,18 +197,18 @@ fn the_first_row_that_is_not_sound_is_named() {
         }
         let (float, half) = (cuda.upload(x.clone()).unwrap(), cuda.half_tensor(&x));
         let up = cuda.half_tensor(&fine);
-        let check = |run: &dyn Fn(&quantize::Unsound) -> Result<Option<Rows>>| {
-            let unsound = cuda.unsound().unwrap();
-            run(&unsound).unwrap().unwrap();
-            let error = unsound.check().err().unwrap();
+        let check = |run: &dyn Fn(&str) -> Result<Option<Rows>>| {
+            run("this").unwrap().unwrap();
+            let error = cuda.wait().err().unwrap();
+            assert!(error.message().contains("of this: "), "{error}");
             assert!(error.message().contains("token 17 "), "{error}");
         };
         let layout = Layout::Tiled;
-        check(&|unsound| cuda.norm_rows(&float, &weight, EPSILON, &site, layout, unsound));
-        check(&|unsound| cuda.half_rows(&half, &site, layout, unsound));
+        check(&|name| cuda.norm_rows(&float, &weight, EPSILON, &site, layout, name));
+        check(&|name| cuda.half_rows(&half, &site, layout, name));
         let columns = Columns::Channels;
-        check(&|unsound| cuda.silu_rows(&half, &up, columns, &site, layout, unsound));
-        check(&|unsound| cuda.silu_rows(&up, &half, columns, &site, layout, unsound));
+        check(&|name| cuda.silu_rows(&half, &up, columns, &site, layout, name));
+        check(&|name| cuda.silu_rows(&up, &half, columns, &site, layout, name));
     }
 }
 
@@ -235,7 +223,6 @@ fn what_the_kernels_do_not_take_is_left_to_others() {
         let format = site(1000, group, outliers, 4, Transform::None, outlier_format, &mut random);
         let site = cuda.site(&format).unwrap();
         let x: Tensor = cuda.half_tensor(&random.activations(3, 1000));
-        let unsound = cuda.unsound().unwrap();
-        assert!(cuda.half_rows(&x, &site, Layout::Tiled, &unsound).unwrap().is_none());
+        assert!(cuda.half_rows(&x, &site, Layout::Tiled, "").unwrap().is_none());
     }
 }

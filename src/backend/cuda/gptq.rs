@@ -387,7 +387,7 @@ impl Cuda {
             arranging.geometry(weight.rows),
             arguments![
                 &*weight.data,
-                &site.order,
+                &*site.order,
                 format.channels,
                 format.groups,
                 format.outlier_channels,

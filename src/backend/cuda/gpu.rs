@@ -18,6 +18,7 @@ use cudarc::driver::sys::{
 };
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 
+use super::faults::Faults;
 use super::libraries::Device;
 use crate::{Error, Result};
 
@@ -25,6 +26,7 @@ use crate::{Error, Result};
 pub struct Gpu {
     /// What it is.
     pub device: Device,
+    faults: Faults,
     /// Its multiprocessors.
     pub multiprocessors: usize,
     /// Bytes of shared memory that a block of threads may take.
@@ -112,6 +114,7 @@ impl Gpu {
         }
         Ok(Arc::new(Self {
             device,
+            faults: Faults::new()?,
             multiprocessors,
             block_shared_bytes,
             context,
@@ -150,7 +153,31 @@ impl Gpu {
     }
 
     /// Returns when all that a stream was given is done.
+    ///
+    /// # Errors
+    /// The driver's; where kernels are done, an input error if one has found activations that are not finite.
     pub fn wait(&self, stream: Stream) -> Result<()> {
+        if stream != Stream::Main {
+            return self.synchronize(stream);
+        }
+        // What another thread asks for from now on may not be done when the stream is.
+        let done = self.faults.take();
+        self.synchronize(stream)?;
+        self.faults.settle(done)
+    }
+
+    /// Where a kernel of the main stream that quantizes a site's activations says which row is not finite; who waits is
+    /// told.
+    pub(super) fn fault_cell(&self, site: &str) -> Result<u64> {
+        loop {
+            if let Some(cell) = self.faults.cell(site) {
+                return Ok(cell);
+            }
+            self.wait(Stream::Main)?;
+        }
+    }
+
+    fn synchronize(&self, stream: Stream) -> Result<()> {
         self.bind()?;
         // SAFETY: the stream is alive.
         unsafe { result::stream::synchronize(self.stream(stream)) }
@@ -259,7 +286,7 @@ impl Gpu {
 
     /// Gives unused memory back to the driver.
     pub fn trim(&self) {
-        if self.wait(Stream::Main).is_ok() {
+        if self.synchronize(Stream::Main).is_ok() {
             // SAFETY: the pool is the device's. A failure leaves the pool as it was.
             let _ = unsafe { mem_pool::trim_to(self.pool, 0) };
         }

@@ -5,9 +5,9 @@ devices. */
 
 use super::gpu::Buffer;
 use super::integer::Narrow;
-use super::kernels::{self, Tiling};
+use super::kernels::{self, Output, Tiling};
 use super::launch::{Geometry, arguments};
-use super::tensor::{Blocks, Layout, Outliers, Quantized, Rows, SCALE_MULTIPLE};
+use super::tensor::{Blocks, Layout, Outliers, Places, Quantized, Rows, SCALE_MULTIPLE};
 use super::{Cuda, THREADS};
 use crate::Result;
 use crate::quant::levels::Levels;
@@ -62,12 +62,14 @@ impl Cuda {
             && self.takes_tiles(format.group_size, format.outlier_channels, format.outlier_format)
     }
 
-    /// Weights as the kernels read them.
-    pub(super) fn blocks(&self, weight: &Quantized) -> Result<Blocks> {
+    /// Weights as the kernels read them; with `places` a row for each of them.
+    pub(super) fn blocks(&self, weight: &Quantized, places: Option<&Places>) -> Result<Blocks> {
         let WeightFormat { bits, levels, group_size, groups, rows_per_scale, .. } = weight.format;
         let (wide, fp4) = (bits == 8, levels == Levels::Fp4);
+        let order = places.map(|places| &*places.order);
+        let rows = places.map_or(weight.rows, |places| places.count);
         let (panels, row_blocks) =
-            (panels(weight.format.grouped_channels()), weight.rows.div_ceil(BLOCK_ROWS));
+            (panels(weight.format.grouped_channels()), rows.div_ceil(BLOCK_ROWS));
         let defines = kernels::blocks(group_size, wide, fp4);
         let launch = |entry: &str, columns: usize, arguments: &[_]| {
             let grid = (columns, row_blocks, 1);
@@ -82,7 +84,8 @@ impl Cuda {
             arguments![
                 weight.codes(),
                 weight.scales(),
-                weight.rows,
+                order,
+                rows,
                 groups,
                 rows_per_scale,
                 &codes
@@ -98,7 +101,7 @@ impl Cuda {
             launch(
                 "pack_outliers",
                 parts,
-                arguments![of_codes, of_scales, weight.rows, width, &outliers],
+                arguments![of_codes, of_scales, order, rows, width, &outliers],
             )?;
             Some(outliers)
         };
@@ -184,7 +187,7 @@ impl Cuda {
         self.kernels.launch("blocks", &defines, entry, Geometry::over(count, THREADS), arguments)
     }
 
-    /// `x w^T` `[tokens, rows]` into `to`, in f16 or f32. With as many tokens as a whole tile's the sums are those of
+    /// `x w^T` `[tokens, rows]` into `to`. With as many tokens as a whole tile's the sums are those of
     /// the specification bit by bit; with fewer, a row's groups are added up in several parts.
     pub(super) fn tiled_product(
         &self,
@@ -192,7 +195,7 @@ impl Cuda {
         blocks: &Blocks,
         rows: usize,
         to: &Buffer,
-        half: bool,
+        output: Output,
     ) -> Result<()> {
         assert_eq!(x.layout, Layout::Tiled);
         let Rows { tokens, group_size, groups, scale_stride, .. } = *x;
@@ -200,7 +203,7 @@ impl Cuda {
         let widened = (x.bits < 8 && blocks.wide).then(|| self.widened(x)).transpose()?;
         let codes = widened.as_ref().unwrap_or(&x.codes);
         let wide = [x.bits == 8 || blocks.wide, blocks.wide];
-        let tiling = Tiling { wide, fp4: blocks.fp4, half, ..Tiling::of(tokens, group_size) };
+        let tiling = Tiling { wide, fp4: blocks.fp4, output, ..Tiling::of(tokens, group_size) };
         let panels = panels(groups * group_size);
         let parts = x.outliers.channels.div_ceil(OUTLIER_PART);
         let arguments = arguments![

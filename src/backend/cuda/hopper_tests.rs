@@ -108,15 +108,15 @@ fn compare(
     for (tokens, rows) in counts {
         let linear = random_codes(&weights, rows, random);
         let x = random.activations(tokens, format.channels);
-        let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format).unwrap();
-        let expected = cpu.integer_product(&host, &cpu.packed(&linear).unwrap()).unwrap();
+        let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format, "").unwrap();
+        let expected = cpu.integer_product(&host, &cpu.packed(&linear, None).unwrap()).unwrap();
         let expected = expected.values();
         let what = format!("{tokens} x {rows}, {shape:?}");
 
-        let rows_on_device = cuda.quantize(&cuda.half_tensor(&x), &site).unwrap();
+        let rows_on_device = cuda.quantize(&cuda.half_tensor(&x), &site, "").unwrap();
         assert_eq!(rows_on_device.layout, Layout::Tiled, "{what}");
         assert!(cuda.rows_on_host(&rows_on_device) == host, "codes of {what}");
-        let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap()).unwrap();
+        let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap(), None).unwrap();
         assert!(matches!(packed.form, Form::Blocks(_)), "{what}");
 
         let float = |rows| {
@@ -155,10 +155,10 @@ fn scales_far_apart_are_multiplied_exactly() {
     };
     linear.scales.iter_mut().for_each(|scale| *scale = far(&mut random));
     let x = random.activations(100, format.channels);
-    let mut host = cpu.quantize(&cpu.upload(x).unwrap(), &format).unwrap();
+    let mut host = cpu.quantize(&cpu.upload(x).unwrap(), &format, "").unwrap();
     host.scales.iter_mut().for_each(|scale| *scale = far(&mut random).to_f32());
-    let expected = cpu.integer_product(&host, &cpu.packed(&linear).unwrap()).unwrap();
-    let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap()).unwrap();
+    let expected = cpu.integer_product(&host, &cpu.packed(&linear, None).unwrap()).unwrap();
+    let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap(), None).unwrap();
     let rows = cuda.restore_rows(&host).unwrap();
     let found = cuda.integer(&rows, &packed, false).unwrap();
     assert!(found.download::<f32>(0..4 * 100 * 70).unwrap() == expected.values());
@@ -177,10 +177,10 @@ fn every_count_of_tokens_gives_exact_sums() {
     if let crate::quant::linear::OutlierBlock::Int8 { scales, .. } = &mut linear.outliers {
         scales.iter_mut().for_each(|scale| *scale = power(&mut random));
     }
-    let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap()).unwrap();
-    let packed_host = cpu.packed(&linear).unwrap();
+    let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap(), None).unwrap();
+    let packed_host = cpu.packed(&linear, None).unwrap();
     let x = random.activations(300, format.channels);
-    let mut all = cpu.quantize(&cpu.upload(x).unwrap(), &format).unwrap();
+    let mut all = cpu.quantize(&cpu.upload(x).unwrap(), &format, "").unwrap();
     all.scales.iter_mut().for_each(|scale| *scale = power(&mut random).to_f32());
     if let OutlierRows::Int8 { scales, .. } = &mut all.outliers {
         scales.iter_mut().for_each(|scale| *scale = power(&mut random).to_f32());

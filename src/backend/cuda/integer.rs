@@ -4,10 +4,12 @@ Ampere and Ada, INT8 ones everywhere else. */
 use std::sync::Arc;
 
 use super::gpu::Buffer;
-use super::kernels;
+use super::kernels::{self, Output};
 use super::launch::{Geometry, arguments};
 use super::libraries::Version;
-use super::tensor::{Form, Layout, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE};
+use super::tensor::{
+    Form, Layout, Outliers, Packed, Places, Quantized, Rows, SCALE_MULTIPLE, Site,
+};
 use super::{Cuda, THREADS};
 use crate::Result;
 use crate::quant::levels::Levels;
@@ -134,12 +136,20 @@ impl Cuda {
         self.kernels.launch("integer", &defines, entry, geometry, arguments)
     }
 
-    pub(super) fn pack(&self, weight: &Quantized) -> Result<Packed> {
+    /// A weight as the product reads it. Where `feeds` takes outputs in its order, rows are in that.
+    pub(super) fn pack(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Packed> {
         let Quantized { format, first_row, rows, .. } = *weight;
         let WeightFormat { group_size, groups, rows_per_scale, .. } = format;
         if self.takes_tiles(group_size, format.outlier_channels, format.outlier_format) {
-            let form = Form::Blocks(self.blocks(weight)?);
-            return Ok(Packed { format, rows, form });
+            let takes = |site: &&Site| self.takes_tiles_of(&site.format) && site.places.is_some();
+            let places = feeds.filter(takes).map(|site| Places {
+                order: Arc::clone(&site.order),
+                count: site.format.width(),
+                channels: rows,
+            });
+            let form = Form::Blocks(self.blocks(weight, places.as_ref())?);
+            let rows = places.as_ref().map_or(rows, |places| places.count);
+            return Ok(Packed { format, rows, form, places });
         }
         let stride = rows.next_multiple_of(SCALE_MULTIPLE);
         let scales = self.gpu.alloc(4 * stride * groups)?;
@@ -155,7 +165,8 @@ impl Cuda {
             self.narrow == Narrow::Nibbles && takes_nibbles(format.bits, format.levels, group_size);
         let bytes = rows * format.grouped_channels();
         let nibbles = paired.then(|| self.nibbles(weight.codes(), bytes)).transpose()?;
-        Ok(Packed { format, rows, form: Form::Rows { weight, scales, nibbles } })
+        let form = Form::Rows { weight, scales, nibbles };
+        Ok(Packed { format, rows, form, places: None })
     }
 
     /// `x w^T` by the integer path, in f16 or in f32.
@@ -194,12 +205,13 @@ impl Cuda {
             (format.group_size, format.groups, format.outlier_channels)
         );
         assert!(!(half && x.has_float_outliers()), "sums that are to be added to are f32");
+        let output = if half { Output::Half } else { Output::Float };
         let (own, scales, codes) = match (&weight.form, x.layout) {
             (Form::Blocks(blocks), Layout::Tiled) => {
-                return self.tiled_product(x, blocks, rows, to, half);
+                return self.tiled_product(x, blocks, rows, to, output);
             }
             (Form::Blocks(blocks), Layout::RowMajor) => {
-                return self.tiled_product(&self.tiled(x)?, blocks, rows, to, half);
+                return self.tiled_product(&self.tiled(x)?, blocks, rows, to, output);
             }
             (Form::Rows { weight, scales, nibbles: Some(nibbles) }, Layout::Nibbles) => {
                 (weight, scales, nibbles.pointer())

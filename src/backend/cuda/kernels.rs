@@ -110,8 +110,19 @@ pub struct Tiling {
     pub wide: [bool; 2],
     /// Whether weights are FP4.
     pub fp4: bool,
-    /// Whether results are f16 and not f32.
-    pub half: bool,
+    /// What results become.
+    pub output: Output,
+}
+
+/// What a product's results become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// f32 values.
+    Float,
+    /// f16 values.
+    Half,
+    /// Added to f32 values that are there.
+    Added,
 }
 
 impl Tiling {
@@ -126,7 +137,16 @@ impl Tiling {
             33..=64 => (64, 2, 1, 1),
             _ => (128, 2, 1, 1),
         };
-        Self { group, tokens, blocks, split, per_sm, wide: [false; 2], fp4: false, half: true }
+        Self {
+            group,
+            tokens,
+            blocks,
+            split,
+            per_sm,
+            wide: [false; 2],
+            fp4: false,
+            output: Output::Half,
+        }
     }
 
     /// The macros of `product_tiles` and `product_stream`.
@@ -142,7 +162,7 @@ impl Tiling {
             ("X_BITS", bits(self.wide[0])),
             ("W_BITS", bits(self.wide[1])),
             ("W_FP4", flag(self.fp4)),
-            ("OUT", flag(self.half)),
+            ("OUT", (self.output as u8).to_string()),
         ]
     }
 
@@ -389,16 +409,17 @@ pub const FAMILIES: &[Family] = &[
         only: Some("sm_90a"),
         tensor_core: Some("IGMMA"),
         variants: || {
-            let tiling = |tokens, group, wide, fp4, half| {
-                Tiling { wide, fp4, half, ..Tiling::of(tokens, group) }.defines()
+            use Output::{Added, Float, Half};
+            let tiling = |tokens, group, wide, fp4, output| {
+                Tiling { wide, fp4, output, ..Tiling::of(tokens, group) }.defines()
             };
             vec![
-                tiling(1, 128, [false; 2], false, true),
-                tiling(16, 64, [false; 2], true, true),
-                tiling(32, 32, [false; 2], false, false),
-                tiling(64, 128, [false; 2], false, true),
-                tiling(8, 128, [true, false], false, true),
-                tiling(64, 128, [true; 2], false, true),
+                tiling(1, 128, [false; 2], false, Half),
+                tiling(16, 64, [false; 2], true, Added),
+                tiling(32, 32, [false; 2], false, Float),
+                tiling(64, 128, [false; 2], false, Half),
+                tiling(8, 128, [true, false], false, Half),
+                tiling(64, 128, [true; 2], false, Added),
             ]
         },
     },
@@ -408,18 +429,20 @@ pub const FAMILIES: &[Family] = &[
         only: Some("sm_90a"),
         tensor_core: Some("IGMMA"),
         variants: || {
-            let tiling = |group, wide, fp4, half| {
-                Tiling { wide, fp4, half, ..Tiling::of(1024, group) }.defines()
+            use Output::{Added, Float, Half};
+            let tiling = |group, wide, fp4, output| {
+                Tiling { wide, fp4, output, ..Tiling::of(1024, group) }.defines()
             };
             vec![
-                tiling(128, [false; 2], false, true),
-                tiling(128, [false; 2], true, true),
-                tiling(64, [false; 2], false, false),
-                tiling(32, [false; 2], false, true),
-                tiling(128, [true, false], false, true),
-                tiling(128, [true; 2], false, false),
-                tiling(64, [true; 2], false, true),
-                tiling(32, [true, false], true, true),
+                tiling(128, [false; 2], false, Half),
+                tiling(128, [false; 2], true, Half),
+                tiling(128, [false; 2], false, Added),
+                tiling(64, [false; 2], false, Float),
+                tiling(32, [false; 2], false, Half),
+                tiling(128, [true, false], false, Half),
+                tiling(128, [true; 2], false, Float),
+                tiling(64, [true; 2], false, Half),
+                tiling(32, [true, false], true, Added),
             ]
         },
     },

@@ -12,6 +12,7 @@ pub mod cache;
 mod cache_tests;
 pub mod compile;
 mod drift;
+mod faults;
 mod fused;
 #[cfg(test)]
 mod fused_tests;
@@ -58,8 +59,8 @@ use launch::{Geometry, Kernels, arguments};
 use product::{Operand, Precision, Product, Products};
 use staging::Staging;
 use tensor::{
-    Cross, Data, Dense, Factor, Hessian, Home, Layout, Packed, Quantized, Resident, Rows, Site,
-    Tensor, Weight,
+    Cross, Data, Dense, Factor, Form, Hessian, Home, Layout, Packed, Places, Quantized, Resident,
+    Rows, Site, Tensor, Weight,
 };
 
 /// Threads of a block in the kernels that do not say otherwise.
@@ -373,8 +374,8 @@ impl Backend for Cuda {
         Ok(Dense { rows: weight.rows, columns: weight.format.width(), data })
     }
 
-    fn packed(&self, weight: &Quantized) -> Result<Packed> {
-        self.pack(weight)
+    fn packed(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Packed> {
+        self.pack(weight, feeds)
     }
 
     fn check_levels(&self, levels: Levels) -> Result<()> {
@@ -390,7 +391,7 @@ impl Backend for Cuda {
             self.check_levels(format.levels)?;
         }
         let places = self.places(format)?;
-        let order = self.gpu.upload(&format.order)?;
+        let order = Arc::new(self.gpu.upload(&format.order)?);
         Ok(Site { format: format.clone(), order, places, norm: OnceLock::new() })
     }
 
@@ -412,8 +413,8 @@ impl Backend for Cuda {
         Ok(y)
     }
 
-    fn quantize(&self, x: &Tensor, site: &Site) -> Result<Rows> {
-        self.quantize_rows(x, site)
+    fn quantize(&self, x: &Tensor, site: &Site, name: &str) -> Result<Rows> {
+        self.quantize_rows(x, site, name)
     }
 
     fn norm_quantize(
@@ -422,23 +423,26 @@ impl Backend for Cuda {
         weight: &Tensor,
         epsilon: f32,
         site: &Site,
+        name: &str,
     ) -> Result<Option<Rows>> {
         if !self.takes_tiles_of(&site.format) {
             return Ok(None);
         }
-        let unsound = self.unsound()?;
-        let rows = self.norm_rows(x, weight, epsilon, site, Layout::Tiled, &unsound)?;
-        unsound.check().map(|()| rows)
+        self.norm_rows(x, weight, epsilon, site, Layout::Tiled, name)
     }
 
-    fn silu_quantize(&self, gate: &Tensor, up: &Tensor, site: &Site) -> Result<Option<Rows>> {
+    fn silu_quantize(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        site: &Site,
+        name: &str,
+    ) -> Result<Option<Rows>> {
         if !self.takes_tiles_of(&site.format) {
             return Ok(None);
         }
-        let unsound = self.unsound()?;
-        let columns = Columns::Channels;
-        let rows = self.silu_rows(gate, up, columns, site, Layout::Tiled, &unsound)?;
-        unsound.check().map(|()| rows)
+        let columns = if gate.places.is_some() { Columns::Places } else { Columns::Channels };
+        self.silu_rows(gate, up, columns, site, Layout::Tiled, name)
     }
 
     fn fetch_rows(&self, x: &Rows) -> Result<QuantizedRows> {
@@ -465,7 +469,16 @@ impl Backend for Cuda {
 
     fn integer_product(&self, x: &Rows, weight: &Packed) -> Result<Tensor> {
         let data = Data::Half(self.integer(x, weight, true)?);
-        Ok(Tensor::new(x.tokens, weight.rows, data))
+        let places = weight.places.clone();
+        Ok(Tensor { places, ..Tensor::new(x.tokens, weight.rows, data) })
+    }
+
+    fn add_integer_product(&self, x: &mut Tensor, y: &Rows, weight: &Packed) -> Result<()> {
+        if let (Form::Blocks(blocks), Layout::Tiled) = (&weight.form, y.layout) {
+            return self.tiled_product(y, blocks, weight.rows, x.float(), kernels::Output::Added);
+        }
+        let product = self.integer_product(y, weight)?;
+        self.add(x, &product)
     }
 
     fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
@@ -518,6 +531,24 @@ impl Backend for Cuda {
     }
 
     fn silu_mul(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        if let Some(Places { order, count, channels }) = &gate.places {
+            assert!(up.places.is_some() && *count == gate.columns && *count == up.columns);
+            let y = self.half(gate.rows, *channels)?;
+            self.launch(
+                "elementwise",
+                "silu_mul_places",
+                Geometry::line(gate.rows, THREADS),
+                arguments![
+                    gate.half_in_places(),
+                    up.half_in_places(),
+                    &**order,
+                    *count,
+                    *channels,
+                    y.half()
+                ],
+            )?;
+            return Ok(y);
+        }
         let count = gate.count();
         self.launch(
             "elementwise",

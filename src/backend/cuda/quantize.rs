@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 
 use half::f16;
 
-use super::gpu::{Buffer, Stream};
+use super::gpu::Buffer;
 use super::kernels::{self, Defines};
 use super::launch::{Argument, Geometry, arguments};
 use super::product::Precision;
@@ -14,6 +14,7 @@ use super::tensor::{
     Weight,
 };
 use super::{Cuda, THREADS};
+use crate::Result;
 use crate::backend::Backend;
 use crate::quant::float::{e4m3_bits, e4m3_value};
 use crate::quant::grid::Grid;
@@ -22,7 +23,6 @@ use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
 use crate::quant::weights::WeightFormat;
-use crate::{Error, Result};
 
 /// Shared memory that a row may be staged in: eight blocks of threads fit an SM beside each other.
 const STAGED_BYTES: usize = 24 << 10;
@@ -93,30 +93,6 @@ impl Arranging {
     }
 }
 
-/// The least row of what was quantized so far that had a value or a scale beyond f16, or no number.
-pub(super) struct Unsound(Buffer);
-
-impl Unsound {
-    /// What kernels lower with `atomicMin`.
-    pub(super) fn buffer(&self) -> &Buffer {
-        &self.0
-    }
-
-    /// Waits for the kernels.
-    ///
-    /// # Errors
-    /// An input error that names the row, if there is one.
-    pub(super) fn check(&self) -> Result<()> {
-        match self.0.download::<u32>(0..4)?[0] {
-            u32::MAX => Ok(()),
-            token => Err(Error::input(format!(
-                "the activation of token {token} is not finite or beyond the range of f16"
-            ))
-            .hint("the model overflows f16 on this text: try --device cpu")),
-        }
-    }
-}
-
 impl Cuda {
     /// Rows `[rows, channels]` of type `element` in the site's order, transformed, as f16 or f32.
     pub(super) fn arrange_rows(
@@ -137,7 +113,7 @@ impl Cuda {
             arranging.geometry(rows),
             arguments![
                 x,
-                &site.order,
+                &*site.order,
                 format.channels,
                 format.groups,
                 format.outlier_channels,
@@ -168,28 +144,20 @@ impl Cuda {
         Ok(to)
     }
 
-    pub(super) fn quantize_rows(&self, x: &Tensor, site: &Site) -> Result<Rows> {
-        let unsound = self.unsound()?;
+    pub(super) fn quantize_rows(&self, x: &Tensor, site: &Site, name: &str) -> Result<Rows> {
         let tiles = self.takes_tiles_of(&site.format);
         let fused = match &x.data {
-            Data::Half(_) if tiles => self.half_rows(x, site, Layout::Tiled, &unsound)?,
+            Data::Half(_) if tiles => self.half_rows(x, site, Layout::Tiled, name)?,
             _ => None,
         };
-        let rows = match fused {
-            Some(rows) => rows,
-            None => self.laid_out(self.quantize_unchecked(x, site, &unsound)?, &site.format)?,
-        };
-        unsound.check()?;
-        Ok(rows)
+        match fused {
+            Some(rows) => Ok(rows),
+            None => self.laid_out(self.arranged_codes(x, site, name)?, &site.format),
+        }
     }
 
-    /// The same, without waiting: the caller checks `unsound` when it likes.
-    pub(super) fn quantize_unchecked(
-        &self,
-        x: &Tensor,
-        site: &Site,
-        unsound: &Unsound,
-    ) -> Result<Rows> {
+    /// Codes by `arrange.cu`, in rows.
+    fn arranged_codes(&self, x: &Tensor, site: &Site, name: &str) -> Result<Rows> {
         let format = &site.format;
         let (values, element) = x.typed();
         let tokens = x.rows;
@@ -219,7 +187,7 @@ impl Cuda {
             geometry,
             arguments![
                 values,
-                &site.order,
+                &*site.order,
                 format.channels,
                 format.groups,
                 format.outlier_channels,
@@ -237,17 +205,10 @@ impl Cuda {
                 rows.outliers.codes.as_ref(),
                 rows.outliers.scales.as_ref(),
                 rows.outliers.values.as_ref(),
-                unsound.buffer()
+                self.gpu.fault_cell(name)?
             ],
         )?;
         Ok(rows)
-    }
-
-    /// A record of no row.
-    pub(super) fn unsound(&self) -> Result<Unsound> {
-        let least = self.gpu.alloc(4)?;
-        least.fill(0xff, Stream::Main)?;
-        Ok(Unsound(least))
     }
 
     /// Room for the outliers of `rows` rows.

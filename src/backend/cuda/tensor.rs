@@ -17,6 +17,19 @@ pub struct Tensor {
     pub(super) columns: usize,
     pub(super) data: Data,
     pub(super) home: Home,
+    /// The order of its columns, where it is not the source's: only of gate and up.
+    pub(super) places: Option<Places>,
+}
+
+/// The places of a site's order, as rows of weights and columns of what they give.
+#[derive(Clone)]
+pub(super) struct Places {
+    /// The channel of each, -1 for padding, whose values are zeros.
+    pub(super) order: Arc<Buffer>,
+    /// How many there are.
+    pub(super) count: usize,
+    /// Channels of the source.
+    pub(super) channels: usize,
 }
 
 /// Where a tensor is while it is set aside.
@@ -62,7 +75,7 @@ pub(super) enum Data {
 
 impl Tensor {
     pub(super) fn new(rows: usize, columns: usize, data: Data) -> Self {
-        Self { rows, columns, data, home: Home::Undecided }
+        Self { rows, columns, data, home: Home::Undecided, places: None }
     }
 
     pub(super) fn count(&self) -> usize {
@@ -77,8 +90,14 @@ impl Tensor {
         }
     }
 
-    /// The values, where they are f16.
+    /// The values, where they are f16 and in the source's order.
     pub(super) fn half(&self) -> &Buffer {
+        assert!(self.places.is_none(), "only SiLU takes what lies in a site's order");
+        self.half_in_places()
+    }
+
+    /// The values, where they are f16, in whatever order.
+    pub(super) fn half_in_places(&self) -> &Buffer {
         match &self.data {
             Data::Half(buffer) => buffer,
             _ => unreachable!("what a block's operations give is f16"),
@@ -124,7 +143,7 @@ pub struct Dense {
 /// A site's format, its order on the device.
 pub struct Site {
     pub(super) format: SiteFormat,
-    pub(super) order: Buffer,
+    pub(super) order: Arc<Buffer>,
     /// The order in whole panels, where `fused` makes the site's codes.
     pub(super) places: Option<Buffer>,
     /// The weight of the norm before it, in that order: a site stands behind one norm at most.
@@ -247,6 +266,8 @@ pub struct Packed {
     pub(super) format: WeightFormat,
     pub(super) rows: usize,
     pub(super) form: Form,
+    /// What its rows are, where they are not the source's.
+    pub(super) places: Option<Places>,
 }
 
 /// How a [`Packed`] linear lies in memory.

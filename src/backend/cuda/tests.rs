@@ -323,9 +323,9 @@ fn codes_and_scales_are_the_cpus_bits() {
             x.data[..format.channels.min(16)].fill(0.0);
             let site = cuda.site(&format).unwrap();
             let host = cpu.upload(x.clone()).unwrap();
-            let expected = cpu.quantize(&host, &format).unwrap();
+            let expected = cpu.quantize(&host, &format, "").unwrap();
             for tensor in [cuda.upload(x.clone()).unwrap(), cuda.half_tensor(&x)] {
-                let rows = cuda.quantize(&tensor, &site).unwrap();
+                let rows = cuda.quantize(&tensor, &site, "").unwrap();
                 assert_eq!(cuda.rows_on_host(&rows), expected, "{what}");
                 let values = cuda.dequantize(&rows).unwrap();
                 let expected = cpu.dequantize(&expected).unwrap();
@@ -340,8 +340,20 @@ fn codes_and_scales_are_the_cpus_bits() {
     let mut x = random.activations(4, 64);
     x.data[2 * 64 + 3] = f32::NAN;
     let site = cuda.site(format).unwrap();
-    let error = cuda.quantize(&cuda.half_tensor(&x), &site).err().unwrap();
-    assert!(error.message().contains("token 2"), "{error}");
+    // Whoever waits is told, once, of the first.
+    let _sound = cuda.quantize(&cuda.half_tensor(&random.activations(4, 64)), &site, "a").unwrap();
+    for name in ["b", "c"] {
+        let _unsound = cuda.quantize(&cuda.half_tensor(&x), &site, name).unwrap();
+    }
+    let error = cuda.wait().err().unwrap();
+    assert!(error.message().contains("activations of b: the activation of token 2 "), "{error}");
+    cuda.wait().unwrap();
+    // More kernels than there are cells.
+    for _ in 0..3000 {
+        let _rows =
+            cuda.quantize(&cuda.half_tensor(&random.activations(1, 64)), &site, "d").unwrap();
+    }
+    cuda.wait().unwrap();
 }
 
 /// A weight of random codes behind a site.
@@ -382,11 +394,11 @@ fn products_are_the_cpus_bits(cuda: &Cuda) {
             }
             let linear = random_codes(&weights, rows, &mut random);
             let x = random.activations(tokens, format.channels);
-            let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format).unwrap();
-            let expected = cpu.integer_product(&host, &cpu.packed(&linear).unwrap()).unwrap();
-            let x = cuda.quantize(&cuda.half_tensor(&x), &site).unwrap();
+            let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format, "").unwrap();
+            let expected = cpu.integer_product(&host, &cpu.packed(&linear, None).unwrap()).unwrap();
+            let x = cuda.quantize(&cuda.half_tensor(&x), &site, "").unwrap();
             let quantized = cuda.restore(linear.clone()).unwrap();
-            let packed = cuda.packed(&quantized).unwrap();
+            let packed = cuda.packed(&quantized, None).unwrap();
             let what = format!("{tokens} x {rows}, {format:?}");
             let narrow = format.bits <= 4 && format.levels == Levels::Int;
             let paired = narrow && format.group_size % 32 == 0 && cuda.narrow == Narrow::Nibbles;

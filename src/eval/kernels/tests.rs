@@ -71,7 +71,8 @@ fn names() -> Vec<Vec<String>> {
 fn block(cpu: &Cpu, sites: &[QuantizedSite<QuantizedLinear>]) -> Block<Cpu> {
     let ones = || cpu.upload(Matrix { rows: 1, columns: HIDDEN, data: vec![1.0; HIDDEN] }).unwrap();
     let site = |at: usize| {
-        let packed = sites[at].linears.iter().flatten().map(|linear| cpu.packed(linear).unwrap());
+        let packed =
+            sites[at].linears.iter().flatten().map(|linear| cpu.packed(linear, None).unwrap());
         Site {
             at,
             name: format!("site {at}"),
@@ -98,8 +99,8 @@ fn spec() -> AttentionSpec {
         head_dim: 16,
         seq_len: TOKENS,
         sliding_window: None,
-        cos: vec![1.0; TOKENS * 8],
-        sin: vec![0.0; TOKENS * 8],
+        cos: vec![1.0; TOKENS * 8].into(),
+        sin: vec![0.0; TOKENS * 8].into(),
         kv: KvFormat { bits: 4, ..KvFormat::FULL },
     }
 }
@@ -245,8 +246,8 @@ fn attention_may_be_off_by_what_its_heads_allow() {
         head_dim: 4,
         seq_len: 2,
         sliding_window: None,
-        cos: vec![1.0; 4],
-        sin: vec![0.0; 4],
+        cos: vec![1.0; 4].into(),
+        sin: vec![0.0; 4].into(),
         kv: KvFormat::FULL,
     };
     let q = [3.0, 0.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0].repeat(2);

@@ -1,0 +1,99 @@
+/*! What kernels find wrong with activations: written to the host's memory, and looked at when the host waits anyway.
+
+Asking after each kernel would leave the device idle until the host has the answer and gives it work again. */
+
+use std::sync::{Mutex, PoisonError};
+
+use cudarc::driver::result;
+
+use super::gpu::failed;
+use crate::{Error, Result};
+
+/// Kernels that may be on their way.
+const CELLS: usize = 1024;
+/// What a cell holds of a kernel that has found nothing.
+const NOTHING: u32 = u32::MAX;
+
+/// A cell for each kernel that checks rows of activations: the least row with a value or a scale beyond f16, or no number.
+pub(super) struct Faults {
+    /// Page-locked memory, which kernels lower with `atomicMin`.
+    cells: *mut u32,
+    state: Mutex<State>,
+}
+
+struct State {
+    free: Vec<usize>,
+    pending: Vec<Pending>,
+}
+
+/// A kernel's cell and the site whose activations it quantizes.
+pub(super) struct Pending {
+    cell: usize,
+    site: String,
+}
+
+// SAFETY: cells are read and reset by who has taken them out of `state`, when their kernels are done.
+unsafe impl Send for Faults {}
+// SAFETY: as above.
+unsafe impl Sync for Faults {}
+
+impl Faults {
+    /// Nothing found. The context is current.
+    pub(super) fn new() -> Result<Self> {
+        // SAFETY: the context is current.
+        let cells = unsafe { result::malloc_host(4 * CELLS, 0) }
+            .map_err(|error| failed("allocating page-locked host memory", error))?
+            .cast::<u32>();
+        for cell in 0..CELLS {
+            // SAFETY: the memory is ours and holds so many.
+            unsafe { cells.add(cell).write(NOTHING) };
+        }
+        let state = State { free: (0..CELLS).rev().collect(), pending: Vec::new() };
+        Ok(Self { cells, state: Mutex::new(state) })
+    }
+
+    /// Where a kernel that quantizes a site's activations writes, by its address on the device, which is the host's; none if
+    /// too many are on their way.
+    pub(super) fn cell(&self, site: &str) -> Option<u64> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let cell = state.free.pop()?;
+        state.pending.push(Pending { cell, site: site.to_owned() });
+        Some(self.cells.wrapping_add(cell) as u64)
+    }
+
+    /// The kernels on their way.
+    pub(super) fn take(&self) -> Vec<Pending> {
+        std::mem::take(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner).pending)
+    }
+
+    /// Gives back the cells of kernels that are done.
+    ///
+    /// # Errors
+    /// An input error that names the first site and row with a fault, if there is one.
+    pub(super) fn settle(&self, done: Vec<Pending>) -> Result<()> {
+        let mut first = Ok(());
+        for Pending { cell, site } in &done {
+            let at = self.cells.wrapping_add(*cell);
+            // SAFETY: the kernel that writes it is done; the device does not show in the program.
+            let row = unsafe { at.read_volatile() };
+            if row != NOTHING && first.is_ok() {
+                first = Err(Error::input(format!(
+                    "activations of {site}: the activation of token {row} is not finite or beyond the range of f16"
+                ))
+                .hint("the model overflows f16 on this text: try --device cpu"));
+            }
+            // SAFETY: as above.
+            unsafe { at.write_volatile(NOTHING) };
+        }
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.free.extend(done.into_iter().map(|pending| pending.cell));
+        first
+    }
+}
+
+impl Drop for Faults {
+    fn drop(&mut self) {
+        // SAFETY: the memory is ours. Without a context there is nothing left to free.
+        let _ = unsafe { result::free_host(self.cells.cast()) };
+    }
+}
