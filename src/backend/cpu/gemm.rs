@@ -5,26 +5,32 @@ old C. Blocks, tiles, instruction sets and threads only choose which elements ar
 so all of them give the same bits; `plain_gemm` is the definition.
 
 The blocks are Goto's: a block of A is packed once and stays in L2, a panel's block of B stays in
-L1 while all tiles of A pass over it, and a tile of C lives in registers. */
+L1 while all tiles of A pass over it, and a tile of C lives in registers. A panel's blocks follow one
+another, so that its part of C is in L2 when the next one goes on with the sums, and each is asked for
+while the one before it is worked on. */
 
 use std::cell::Cell;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::gemm_kernels::{Kernels, TALLEST, kernels};
+use super::gemm_kernels::{Kernels, TALLEST, kernels, prefetch};
 pub use super::gemm_pack::{PANEL, Panels, Part, Rows};
 use super::isa::Isa;
 
-/// Depth of a block at most: a panel's block of B is 40 KiB, which leaves a 48 KiB L1 room for the
-/// tile of A that passes by.
-pub(super) const DEPTH: usize = 320;
-/// Rows of a block of A: 240 x 320 x 4 = 300 KiB of L2, a multiple of all kernels' heights.
+/// Depth of a panel's block of B at most: 24 KiB, which leaves any L1 room for the tiles of A and C
+/// that pass by.
+pub(super) const DEPTH: usize = 96;
+/// Depth of a block of A at most.
+const DEEP: usize = 16 * DEPTH;
+/// Values of a block of A at most: 600 KiB of L2.
+const BLOCK: usize = 600 << 8;
+/// Rows that go to a thread at once, a multiple of all kernels' heights.
 const HEIGHT: usize = 240;
 
 thread_local! {
     /// The packed block of A, kept from call to call. It is taken out while in use.
-    static BLOCK: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static PACKED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// C `[rows, n]` = A B, or C += A B if `accumulate`, by the definition.
@@ -152,52 +158,79 @@ pub(super) unsafe fn multiply(
     accumulate: bool,
 ) {
     let kernels = kernels(isa);
-    let depth_blocks = b.k().div_ceil(DEPTH).max(1);
-    let depth_of_block = b.k().div_ceil(depth_blocks);
-    let mut packed = BLOCK.take();
-    packed.resize(packed.len().max(HEIGHT.min(a.rows) * depth_of_block), 0.0);
-    for depth_block in 0..depth_blocks {
-        let depth = range(depth_block, depth_of_block, b.k());
+    let tallest = kernels.by_height.len();
+    let mut packed = PACKED.take();
+    for deep in pieces(0..b.k(), DEEP, 1) {
         // C holds the sums of the blocks before, which this one goes on with.
-        let accumulate = accumulate || depth_block > 0;
-        for first in (0..a.rows).step_by(HEIGHT) {
-            let rows = first..(first + HEIGHT).min(a.rows);
-            for (tile, height) in tiles(rows.len(), kernels.by_height.len()) {
-                let values = &mut packed[tile * depth.len()..][..height * depth.len()];
-                a.pack(rows.start + tile, height, depth.clone(), values);
+        let accumulate = accumulate || deep.start > 0;
+        let most = BLOCK / deep.len().max(1) / tallest * tallest;
+        for rows in pieces(0..a.rows, most.min(HEIGHT), tallest) {
+            packed.resize(packed.len().max(rows.len() * deep.len()), 0.0);
+            for (tile, height) in tiles(rows.len(), tallest) {
+                let values = &mut packed[tile * deep.len()..][..height * deep.len()];
+                a.pack(rows.start + tile, height, deep.clone(), values);
             }
             // SAFETY: these are rows of C, and `packed` holds their tiles as written above.
             unsafe {
                 let c = c.add(rows.start * c_stride);
-                block(kernels, &packed, rows.len(), b, depth.clone(), c, c_stride, accumulate);
+                block(kernels, &packed, rows.len(), b, deep.clone(), c, c_stride, accumulate);
             }
         }
     }
-    BLOCK.set(packed);
+    PACKED.set(packed);
+}
+
+/// Cuts `whole` into the fewest pieces of at most `most`, as equal as multiples of `unit` can be; one piece
+/// if it is empty.
+fn pieces(
+    whole: Range<usize>,
+    most: usize,
+    unit: usize,
+) -> impl Iterator<Item = Range<usize>> + Clone {
+    let size = whole.len().div_ceil(whole.len().div_ceil(most).max(1)).max(1);
+    let size = size.next_multiple_of(unit);
+    let count = whole.len().div_ceil(size).max(1);
+    (0..count).map(move |piece| {
+        let first = whole.start + piece * size;
+        first..(first + size).min(whole.end)
+    })
 }
 
 /// Multiplies a packed block of A with all panels.
 ///
 /// # Safety
-/// `packed` must hold the tiles of `rows` rows, and C be valid for `[rows, b.n()]`.
+/// `packed` must hold the tiles of `rows` rows, `deep.len()` steps each, and C be valid for `[rows, b.n()]`.
 #[expect(clippy::too_many_arguments, reason = "one step of `multiply`, which owns all of them")]
 unsafe fn block(
     kernels: &Kernels,
     packed: &[f32],
     rows: usize,
     b: &Part<'_>,
-    depth: Range<usize>,
+    deep: Range<usize>,
     c: *mut f32,
     c_stride: usize,
     accumulate: bool,
 ) {
     let mut edge = [0.0f32; TALLEST * PANEL];
-    for column in (0..b.n()).step_by(kernels.width) {
-        let from_b = &b.panel(column / PANEL)[depth.start * PANEL..depth.end * PANEL];
+    let depths = pieces(deep.clone(), DEPTH, 1);
+    let columns = (0..b.n()).step_by(kernels.width);
+    let steps = columns.flat_map(|column| depths.clone().map(move |depth| (column, depth)));
+    let from_panel = |(column, depth): &(usize, Range<usize>)| {
+        &b.panel(column / PANEL)[depth.start * PANEL..depth.end * PANEL]
+    };
+    let mut steps = steps.peekable();
+    while let Some(step) = steps.next() {
+        let from_b = from_panel(&step);
+        let next = steps.peek().map_or(&[][..], from_panel);
+        let lines = next.len().div_ceil(16 * rows.div_ceil(kernels.by_height.len()).max(1));
+        let (column, depth) = step;
+        let accumulate = accumulate || depth.start > deep.start;
         let width = (b.n() - column).min(kernels.width);
-        for (tile, height) in tiles(rows, kernels.by_height.len()) {
+        for (number, (tile, height)) in tiles(rows, kernels.by_height.len()).enumerate() {
+            prefetch(next, number * lines * 16, lines);
             let kernel = kernels.by_height[height - 1];
-            let from_a = &packed[tile * depth.len()..][..height * depth.len()];
+            let first = tile * deep.len() + (depth.start - deep.start) * height;
+            let from_a = &packed[first..][..height * depth.len()];
             // SAFETY: the slices have the lengths that the kernel reads (B's columns from
             // `column % PANEL` on lie in the same panel); C's tile is inside C, or `edge` stands in
             // for it where the kernel is wider than what is left of C.
@@ -242,7 +275,7 @@ pub(super) fn tiles(rows: usize, tallest: usize) -> impl Iterator<Item = (usize,
 pub(crate) mod tests {
     use super::*;
 
-    const SHAPES: [(usize, usize, usize); 14] = [
+    const SHAPES: [(usize, usize, usize); 15] = [
         (1, 1, 1),
         (1, 33, 7),
         (7, 1, 172),
@@ -254,6 +287,7 @@ pub(crate) mod tests {
         (64, 172, 172),
         (3, 576, 321),
         (251, 40, 20),
+        (13, 130, 1600),
         (4, 5, 0),
         (0, 5, 4),
         (5, 0, 4),
@@ -327,7 +361,7 @@ pub(crate) mod tests {
 
     #[test]
     fn parts_and_transposed_rows_give_the_same_bits() {
-        let (m, n, k) = (30, 100, 50);
+        let (m, n, k) = (30, 150, 50);
         let (a, b) = (random(k * m, 6), random(k * n, 7));
         let a_rows: Vec<f32> = (0..m * k).map(|i| a[i % k * m + i / k]).collect();
         let panels = Panels::from_columns(&b, k, n, n);
@@ -335,7 +369,7 @@ pub(crate) mod tests {
             let mut whole = vec![f32::NAN; m * n];
             gemm(isa, Rows::new(&a_rows, m, k), &panels, &mut whole, n, false);
             let mut pieces = vec![f32::NAN; m * n];
-            for columns in [0..32, 32..96, 96..100] {
+            for columns in [0..64, 64..128, 128..150] {
                 for depth in [0..20, 20..50] {
                     let left = Rows { data: &a[depth.start * m..], ..Rows::transposed(&a, m) };
                     let part = panels.part(columns.clone(), depth.clone());

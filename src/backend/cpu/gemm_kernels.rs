@@ -20,7 +20,7 @@ pub(super) struct Kernels {
 }
 
 /// The tallest tile of any set.
-pub(super) const TALLEST: usize = 12;
+pub(super) const TALLEST: usize = 6;
 
 /// The kernels for `isa`, which this machine must have.
 pub(super) fn kernels(isa: Isa) -> &'static Kernels {
@@ -71,30 +71,28 @@ unsafe fn portable<const R: usize>(
     }
 }
 
+/// Asks for some lines of `values`, from value `first` on, to be brought into L2.
+#[inline(always)]
+pub(super) fn prefetch(values: &[f32], first: usize, lines: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (first..values.len()).step_by(16).take(lines) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch may name any address, and SSE is part of every x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().add(at).cast()) };
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
 
     use super::{Kernels, PANEL};
 
-    /// 12 x 32: 24 of 32 registers accumulate, so the latency of 4 cycles on two units is covered
-    /// three times, and a step of 24 products loads only 14 times.
+    /// 6 x 64: 24 of 32 registers accumulate, so the latency of 4 cycles on two units is covered
+    /// three times, and a step of 24 products loads only 10 times, four of them from L1.
     pub(super) static AVX512: Kernels = Kernels {
-        width: 32,
-        by_height: &[
-            avx512::<1>,
-            avx512::<2>,
-            avx512::<3>,
-            avx512::<4>,
-            avx512::<5>,
-            avx512::<6>,
-            avx512::<7>,
-            avx512::<8>,
-            avx512::<9>,
-            avx512::<10>,
-            avx512::<11>,
-            avx512::<12>,
-        ],
+        width: 64,
+        by_height: &[avx512::<1>, avx512::<2>, avx512::<3>, avx512::<4>, avx512::<5>, avx512::<6>],
     };
 
     /// 6 x 16: 12 of 16 registers accumulate.
@@ -115,37 +113,39 @@ mod x86 {
         c_stride: usize,
         accumulate: bool,
     ) {
-        let mut tile = [[_mm512_setzero_ps(); 2]; R];
+        const W: usize = PANEL / 16;
+        let mut tile = [[_mm512_setzero_ps(); W]; R];
         // SAFETY: the caller vouches for every address below; a prefetch may name any address.
         unsafe {
-            if !accumulate {
-                // The stores at the end would otherwise wait for C to come from memory.
-                for row in 0..R {
-                    _mm_prefetch::<_MM_HINT_ET0>(c.add(row * c_stride).cast());
-                    _mm_prefetch::<_MM_HINT_ET0>(c.add(row * c_stride + 16).cast());
-                }
-            }
-            if accumulate {
-                for (row, lanes) in tile.iter_mut().enumerate() {
-                    let c = c.add(row * c_stride);
-                    *lanes = [_mm512_loadu_ps(c), _mm512_loadu_ps(c.add(16))];
+            for (row, lanes) in tile.iter_mut().enumerate() {
+                for (lane, sums) in lanes.iter_mut().enumerate() {
+                    let c = c.add(row * c_stride + 16 * lane);
+                    if accumulate {
+                        *sums = _mm512_loadu_ps(c);
+                    } else {
+                        // The stores at the end would otherwise wait for C to come from memory.
+                        _mm_prefetch::<_MM_HINT_ET0>(c.cast());
+                    }
                 }
             }
             for _ in 0..depth {
-                let left = _mm512_loadu_ps(b);
-                let right = _mm512_loadu_ps(b.add(16));
+                let mut from_b = [_mm512_setzero_ps(); W];
+                for (lane, y) in from_b.iter_mut().enumerate() {
+                    *y = _mm512_loadu_ps(b.add(16 * lane));
+                }
                 for (row, lanes) in tile.iter_mut().enumerate() {
                     let x = _mm512_set1_ps(*a.add(row));
-                    lanes[0] = _mm512_fmadd_ps(x, left, lanes[0]);
-                    lanes[1] = _mm512_fmadd_ps(x, right, lanes[1]);
+                    for (sums, y) in lanes.iter_mut().zip(from_b) {
+                        *sums = _mm512_fmadd_ps(x, y, *sums);
+                    }
                 }
                 a = a.add(a_step);
                 b = b.add(PANEL);
             }
             for (row, lanes) in tile.iter().enumerate() {
-                let c = c.add(row * c_stride);
-                _mm512_storeu_ps(c, lanes[0]);
-                _mm512_storeu_ps(c.add(16), lanes[1]);
+                for (lane, sums) in lanes.iter().enumerate() {
+                    _mm512_storeu_ps(c.add(row * c_stride + 16 * lane), *sums);
+                }
             }
         }
     }

@@ -1,7 +1,7 @@
 /*! The operands of the f32 matrix product: a right-hand side packed into panels, and a left-hand
 side that is any strided matrix.
 
-A panel holds 32 columns, two AVX-512 registers wide, so that a kernel reads it front to back with
+A panel holds 64 columns, four AVX-512 registers wide, so that a kernel reads it front to back with
 no stride. Packing only copies, so it never changes a result. */
 
 use std::ops::Range;
@@ -10,7 +10,7 @@ use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 
 /// Columns of a panel.
-pub const PANEL: usize = 32;
+pub const PANEL: usize = 64;
 /// Rows that are transposed into a panel together: one cache line of it.
 const STRIP: usize = 16;
 
@@ -20,7 +20,7 @@ const STRIP: usize = 16;
 struct Line([f32; STRIP]);
 
 /// A matrix B `[k, n]`, packed for products from the right: panels of [`PANEL`] columns, each
-/// `[k, 32]`, columns after the last hold zeros.
+/// `[k, 64]`, columns after the last hold zeros.
 #[derive(Clone, Default)]
 pub struct Panels {
     lines: Vec<Line>,
@@ -174,7 +174,7 @@ impl<'a> Part<'a> {
         self.panels.part(first + columns.start..first + columns.end, self.depth.clone())
     }
 
-    /// The values `[k, 32]` of this part's panel `panel`.
+    /// The values `[k, 64]` of this part's panel `panel`.
     pub(super) fn panel(&self, panel: usize) -> &'a [f32] {
         let values: &[f32] = bytemuck::cast_slice(&self.panels.lines);
         let panel = self.columns.start / PANEL + panel;
@@ -245,7 +245,7 @@ impl<'a> Rows<'a> {
 }
 
 /// `to[d * to_stride + r] = from[r * from_stride + d]` for r below `rows` and d below `depth`, in
-/// squares of 4 x 4 where they fit.
+/// squares of 4 x 4 where they fit; the last of them reach back over what others have written.
 fn transpose(
     from: &[f32],
     from_stride: usize,
@@ -259,25 +259,20 @@ fn transpose(
     }
     assert!((rows - 1) * from_stride + depth <= from.len() && rows <= to_stride);
     assert!((depth - 1) * to_stride + rows <= to.len());
-    let (square_rows, square_depth) = (rows / 4 * 4, depth / 4 * 4);
-    for d in (0..square_depth).step_by(4) {
-        for r in (0..square_rows).step_by(4) {
+    if rows < 4 || depth < 4 {
+        for (r, d) in (0..rows).flat_map(|r| (0..depth).map(move |d| (r, d))) {
+            to[d * to_stride + r] = from[r * from_stride + d];
+        }
+        return;
+    }
+    for d in (0..depth).step_by(4).map(|d| d.min(depth - 4)) {
+        for r in (0..rows).step_by(4).map(|r| r.min(rows - 4)) {
             // SAFETY: rows r..r+4 and columns d..d+4 lie inside both slices, by the asserts.
             unsafe {
                 let to = to.as_mut_ptr().add(d * to_stride + r);
-                transpose_square(
-                    from.as_ptr().add(r * from_stride + d),
-                    from_stride,
-                    to,
-                    to_stride,
-                );
+                let from = from.as_ptr().add(r * from_stride + d);
+                transpose_square(from, from_stride, to, to_stride);
             }
-        }
-    }
-    for r in 0..rows {
-        let first = if r < square_rows { square_depth } else { 0 };
-        for d in first..depth {
-            to[d * to_stride + r] = from[r * from_stride + d];
         }
     }
 }

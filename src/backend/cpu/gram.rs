@@ -25,7 +25,7 @@ pub fn gram_add(isa: Isa, x: &[f32], tokens: usize, n: usize, h: &mut [f32]) {
     let count = n.div_ceil(PANEL);
     let triangle = |side: usize| count.div_ceil(side) * (count.div_ceil(side) + 1) / 2;
     let enough = 4 * rayon::current_num_threads();
-    let side = [6, 3].into_iter().find(|&side| triangle(side) >= enough).unwrap_or(2);
+    let side = [3, 2].into_iter().find(|&side| triangle(side) >= enough).unwrap_or(1);
     let blocks: Vec<_> = (0..count.div_ceil(side))
         .flat_map(|row| (0..=row).map(move |column| (row, column)))
         .collect();
@@ -42,7 +42,7 @@ pub fn gram_add(isa: Isa, x: &[f32], tokens: usize, n: usize, h: &mut [f32]) {
 }
 
 /// H and the panels of X, which serve as either side of the product: a step of depth is a token, and
-/// its 32 values of a panel are 32 columns of X as well as 32 rows of X^T.
+/// its 64 values of a panel are 64 columns of X as well as 64 rows of X^T.
 struct Gram<'a> {
     kernels: &'a Kernels,
     x: Part<'a>,

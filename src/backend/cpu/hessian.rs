@@ -28,7 +28,7 @@ impl Hessian {
 pub(super) fn energy(isa: Isa, weights: &[f32], n: usize, half: &Panels) -> f64 {
     const ROWS: usize = 240;
     // Columns of W L are made in parts, each from the rows of L that are not zero there.
-    const COLUMNS: usize = 16 * PANEL;
+    const COLUMNS: usize = 8 * PANEL;
     let sums: Vec<f64> = weights
         .par_chunks(ROWS * n)
         .map_init(
