@@ -26,6 +26,18 @@ pub struct Matrix {
     pub data: Vec<f32>,
 }
 
+/// Tokens that stand once in `x` where windows of attention begin alike: each token is computed once, and only attention
+/// sees the windows whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// For every place of every window, `[windows * seq_len]`, the row of `x` that stands there. Behind a window's own
+    /// tokens any row will do: attention is causal, so nobody before sees it.
+    pub windows: Vec<u32>,
+    /// For every row of `x` a place among the windows' where it stands. A window's own places, those that are named
+    /// here, follow one another.
+    pub rows: Vec<u32>,
+}
+
 /// What attention needs to know of a model.
 #[derive(Clone, Debug)]
 pub struct AttentionSpec {
@@ -288,6 +300,21 @@ pub trait Backend: Sync {
         v: &Self::Tensor,
         key_mean: Option<&Self::Tensor>,
     ) -> Result<Self::Tensor>;
+    /// As [`Backend::attention`], of windows whose tokens stand in the rows of `q`, `k` and `v` as `placement` says; its
+    /// result has their rows.
+    fn placed_attention(
+        &self,
+        spec: &AttentionSpec,
+        placement: &Placement,
+        q: Self::Tensor,
+        k: Self::Tensor,
+        v: Self::Tensor,
+        key_mean: Option<&Self::Tensor>,
+    ) -> Result<Self::Tensor> {
+        let placed = |rows: Self::Tensor| self.select_rows(&rows, &placement.windows);
+        let (q, k, v) = (placed(q)?, placed(k)?, placed(v)?);
+        self.select_rows(&self.attention(spec, &q, &k, &v, key_mean)?, &placement.rows)
+    }
     /// Adds each channel's sum over the tokens of the embedded keys to `sums`.
     fn add_keys(&self, spec: &AttentionSpec, k: &Self::Tensor, sums: &mut [f64]) -> Result<()>;
     /// Negative log likelihoods: for each window of `seq_len` rows, of tokens 1.. given the rows

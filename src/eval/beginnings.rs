@@ -8,7 +8,7 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::ops::Range;
 
-use crate::model::block::Placement;
+use crate::backend::Placement;
 use crate::text::tasks::ScoredText;
 
 /// Texts that pass a block together.

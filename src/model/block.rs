@@ -6,7 +6,7 @@ code; only what a site does with its activation and how a linear is held differ.
 use super::experts::{Router, Share};
 use super::sites::{ATTN_IN, ATTN_OUT, MLP_ACT, MLP_IN};
 use crate::Result;
-use crate::backend::{AttentionSpec, Backend};
+use crate::backend::{AttentionSpec, Backend, Placement};
 
 /// A linear on a backend.
 pub enum Linear<B: Backend> {
@@ -58,17 +58,6 @@ pub struct Block<B: Backend> {
     pub sites: Vec<Site<B>>,
 }
 
-/// Tokens that stand once in `x` where windows of attention begin alike: each token is computed once, and only attention
-/// sees the windows whole.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Placement {
-    /// For every place of every window, `[windows * seq_len]`, the row of `x` that stands there. Behind a window's own
-    /// tokens any row will do: attention is causal, so nobody before sees it.
-    pub windows: Vec<u32>,
-    /// For every row of `x` a place among the windows' where it stands.
-    pub rows: Vec<u32>,
-}
-
 /// What an observer is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
@@ -115,10 +104,8 @@ impl<B: Backend> Block<B> {
     ) -> Result<()> {
         let unobserved: Observer<B::Tensor> = &mut |_, _| Ok(());
         let [q, k, v] = self.queries_keys_values(backend, x, unobserved)?;
-        let placed = |rows: B::Tensor| backend.select_rows(&rows, &placement.windows);
-        let (q, k, v) = (placed(q)?, placed(k)?, placed(v)?);
-        let heads = backend.attention(attention, &q, &k, &v, self.key_mean.as_ref())?;
-        let heads = backend.select_rows(&heads, &placement.rows)?;
+        let key_mean = self.key_mean.as_ref();
+        let heads = backend.placed_attention(attention, placement, q, k, v, key_mean)?;
         self.sites[ATTN_OUT].apply_onto(backend, heads, x, unobserved)?;
         self.mlp(backend, x, unobserved)
     }

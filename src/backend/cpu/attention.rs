@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use super::elementwise::{dispatch, rope_body, softmax_row};
 use super::gemm::{Panels, Rows, Shared, gemm};
 use super::isa::Isa;
-use crate::backend::AttentionSpec;
+use crate::backend::{AttentionSpec, Placement};
 use crate::quant::hadamard;
 use crate::quant::kv::{self, KvFormat};
 
@@ -40,7 +40,45 @@ pub struct AttentionShape {
     pub reach: usize,
 }
 
-/// Attention of independent causal windows, on all threads of the current rayon pool.
+impl AttentionShape {
+    /// What a specification says.
+    pub(super) fn of(spec: &AttentionSpec) -> Self {
+        Self {
+            heads: spec.heads,
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            seq_len: spec.seq_len,
+            reach: spec.sliding_window.unwrap_or(spec.seq_len),
+        }
+    }
+}
+
+/// A window of tokens that may stand in any rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Window<'a> {
+    /// The row of each token.
+    rows: &'a [u32],
+    /// The tokens before this one are keys only: their queries belong to other windows.
+    first: usize,
+}
+
+/// The windows of a placement, without what fills them up behind their last own place.
+///
+/// # Panics
+/// If a window's own places do not follow one another.
+pub(super) fn placed_windows(placement: &Placement, seq_len: usize) -> Vec<Window<'_>> {
+    let Placement { windows, rows: places } = placement;
+    let windows = windows.chunks(seq_len.max(1)).enumerate().filter_map(|(window, rows)| {
+        let own = |at: &usize| places[rows[*at] as usize] as usize == window * seq_len + at;
+        let first = (0..rows.len()).find(own)?;
+        let end = rows.len() - (0..rows.len()).rev().take_while(|at| !own(at)).count();
+        assert!((first..end).all(|at| own(&at)), "a window's own places are not one run");
+        Some(Window { rows: &rows[..end], first })
+    });
+    windows.collect()
+}
+
+/// Attention of independent causal windows of `shape.seq_len` tokens each, on all threads of the current rayon pool.
 ///
 /// `q` and `out` are `[windows * seq_len, heads * head_dim]`, `k` and `v`
 /// `[windows * seq_len, kv_heads * head_dim]`, all before the rotary embedding, whose tables `cos`
@@ -65,40 +103,74 @@ pub fn attention(
     key_mean: Option<&[f32]>,
     out: &mut [f32],
 ) {
+    let rows: Vec<u32> = (0..(q.len() / (shape.heads * shape.head_dim).max(1)) as u32).collect();
+    let windows = rows.chunks(shape.seq_len.max(1)).map(|rows| Window { rows, first: 0 });
+    let windows: Vec<Window> = windows.collect();
+    assert!(rows.len().is_multiple_of(shape.seq_len.max(1)));
+    attention_of(isa, shape, &windows, format, cos, sin, q, k, v, key_mean, out);
+}
+
+/// As [`attention`], of any windows of `shape.seq_len` tokens at most. No two may have a query of the same row, and rows
+/// whose query is in none are not written.
+#[expect(clippy::too_many_arguments, reason = "the operands of one operation, all of them plain")]
+pub(super) fn attention_of(
+    isa: Isa,
+    shape: AttentionShape,
+    windows: &[Window<'_>],
+    format: &KvFormat,
+    cos: &[f32],
+    sin: &[f32],
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    key_mean: Option<&[f32]>,
+    out: &mut [f32],
+) {
     let AttentionShape { heads, kv_heads, head_dim, seq_len, reach } = shape;
-    let windows = q.len() / (seq_len * heads * head_dim).max(1);
     assert!(head_dim.is_multiple_of(2) && heads.is_multiple_of(kv_heads.max(1)));
-    assert!(q.len() == windows * seq_len * heads * head_dim && q.len() == out.len());
-    assert!(k.len() == windows * seq_len * kv_heads * head_dim && k.len() == v.len());
+    let tokens = q.len() / (heads * head_dim).max(1);
+    assert!(q.len() == tokens * heads * head_dim && q.len() == out.len());
+    assert!(k.len() == tokens * kv_heads * head_dim && k.len() == v.len());
+    let mut own = vec![false; tokens];
+    for window in windows {
+        assert!(window.rows.len() <= seq_len);
+        for row in &window.rows[window.first..] {
+            assert!(
+                !std::mem::replace(&mut own[*row as usize], true),
+                "row {row} is in two windows"
+            );
+        }
+    }
     assert!(cos.len() >= seq_len * head_dim / 2 && sin.len() >= seq_len * head_dim / 2);
     if q.is_empty() {
         return;
     }
     let group = heads / kv_heads;
-    let tiles = seq_len.div_ceil(TILE);
     let shared = Shared(out.as_mut_ptr());
-    (0..windows * kv_heads).into_par_iter().for_each(|task| {
-        let (window, kv_head) = (task / kv_heads, task % kv_heads);
-        let from_cache = |rows: &[f32], prepare: &dyn Fn(&mut [f32])| {
-            let first = window * seq_len;
-            let mut head = vec![0.0; seq_len * head_dim];
-            gather(rows, kv_heads * head_dim, first, kv_head * head_dim, head_dim, &mut head);
+    (0..windows.len() * kv_heads).into_par_iter().for_each(|task| {
+        let (window, kv_head) = (&windows[task / kv_heads], task % kv_heads);
+        let len = window.rows.len();
+        let tiles = (len - window.first).div_ceil(TILE);
+        let from_cache = |values: &[f32], prepare: &dyn Fn(&mut [f32])| {
+            let mut head = vec![0.0; len * head_dim];
+            let column = kv_head * head_dim;
+            gather(values, kv_heads * head_dim, window.rows, column, head_dim, &mut head);
             prepare(&mut head);
             head
         };
         let mean = key_mean.map_or(&[][..], |mean| &mean[kv_head * head_dim..][..head_dim]);
         let keys =
             from_cache(k, &|head| keys_of_cache(isa, head, head_dim, format, cos, sin, mean));
-        let keys = Panels::from_rows(&keys, seq_len, head_dim);
+        let keys = Panels::from_rows(&keys, len, head_dim);
         let values = from_cache(v, &|head| values_of_cache(isa, head, head_dim, format));
-        let values = Panels::from_columns(&values, seq_len, head_dim, head_dim);
+        let values = Panels::from_columns(&values, len, head_dim, head_dim);
         // Long tiles first, so that no thread is left with one at the end.
         (0..tiles * group).into_par_iter().for_each(|task| {
             let head = kv_head * group + task % group;
-            let start = (tiles - 1 - task / group) * TILE;
-            let end = (start + TILE).min(seq_len);
+            let start = window.first + (tiles - 1 - task / group) * TILE;
+            let end = (start + TILE).min(len);
             let rows = end - start;
-            let first = window * seq_len + start;
+            let own = &window.rows[start..end];
             let mut scratch = SCRATCH.take();
             let wanted = rows * (end + 2 * head_dim);
             scratch.resize(scratch.len().max(wanted), 0.0);
@@ -107,7 +179,7 @@ pub fn attention(
             let scores = &mut rest[..rows * end];
 
             let mut sums = [0.0f32; TILE];
-            gather(q, heads * head_dim, first, head * head_dim, head_dim, queries);
+            gather(q, heads * head_dim, own, head * head_dim, head_dim, queries);
             let (cos, sin) = (&cos[start * head_dim / 2..], &sin[start * head_dim / 2..]);
             prepare_queries(isa, queries, head_dim, format, cos, sin);
             let keys = keys.part(0..end, 0..head_dim);
@@ -126,11 +198,11 @@ pub fn attention(
                 result.iter_mut().for_each(|value| *value *= inverse);
             }
             rotate_back(isa, result, head_dim, format);
-            for (row, result) in result.chunks_exact(head_dim).enumerate() {
+            for (row, result) in own.iter().zip(result.chunks_exact(head_dim)) {
                 // SAFETY: this row and head lie inside `out`, which has as many values as `q`, and
-                // belong to no other task.
+                // belong to no other task: a row is the query of one window only.
                 unsafe {
-                    let out = shared.at((first + row) * heads * head_dim + head * head_dim);
+                    let out = shared.at((*row as usize * heads + head) * head_dim);
                     out.copy_from_nonoverlapping(result.as_ptr(), head_dim);
                 }
             }
@@ -139,17 +211,17 @@ pub fn attention(
     });
 }
 
-/// Copies `head_dim` columns from `column` on of the rows from `first` on; `to` says how many.
+/// Copies `head_dim` columns from `column` on of the given rows.
 fn gather(
     from: &[f32],
     row_len: usize,
-    first: usize,
+    rows: &[u32],
     column: usize,
     head_dim: usize,
     to: &mut [f32],
 ) {
-    for (row, to) in to.chunks_exact_mut(head_dim).enumerate() {
-        to.copy_from_slice(&from[(first + row) * row_len + column..][..head_dim]);
+    for (row, to) in rows.iter().zip(to.chunks_exact_mut(head_dim)) {
+        to.copy_from_slice(&from[*row as usize * row_len + column..][..head_dim]);
     }
 }
 
@@ -174,8 +246,10 @@ pub fn add_keys(isa: Isa, spec: &AttentionSpec, k: &[f32], sums: &mut [f64]) {
     let AttentionSpec { kv_heads, head_dim, seq_len, .. } = *spec;
     sums.par_chunks_mut(head_dim).enumerate().for_each(|(head, sums)| {
         let mut keys = vec![0.0; seq_len * head_dim];
-        for window in 0..k.len() / (seq_len * kv_heads * head_dim) {
-            gather(k, kv_heads * head_dim, window * seq_len, head * head_dim, head_dim, &mut keys);
+        for k in k.chunks_exact(seq_len * kv_heads * head_dim) {
+            for (row, key) in k.chunks_exact(kv_heads * head_dim).zip(keys.chunks_mut(head_dim)) {
+                key.copy_from_slice(&row[head * head_dim..][..head_dim]);
+            }
             keys_of_cache(isa, &mut keys, head_dim, &KvFormat::FULL, &spec.cos, &spec.sin, &[]);
             for key in keys.chunks(head_dim) {
                 sums.iter_mut().zip(key).for_each(|(sum, key)| *sum += f64::from(*key));
@@ -412,6 +486,51 @@ mod tests {
                     for threads in [1, 3] {
                         let ours = bits(case.run(isa, &format, threads));
                         assert!(ours == expected, "{isa:?} {shape:?} {format:?} {threads}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_in_several_windows_gives_the_bits_of_each() {
+        // A window of 60 tokens, one that begins with 50 of them, and one of 3 tokens of its own.
+        let shape = shape(4, 2, 32, 60);
+        let case = Case::new(shape, 2);
+        // Other rows are in none.
+        let beside = |rows: std::ops::Range<u32>| (0..50).chain(rows);
+        let placement = Placement {
+            windows: beside(50..60)
+                .chain(beside(60..70))
+                .chain(110..113)
+                .chain([112; 57])
+                .collect(),
+            rows: (60..110)
+                .chain(50..60)
+                .chain(110..120)
+                .chain([u32::MAX; 40])
+                .chain(120..123)
+                .chain([u32::MAX; 7])
+                .collect(),
+        };
+        let Case { cos, sin, q, k, v, .. } = &case;
+        for format in [KvFormat::FULL, INT4] {
+            for isa in Isa::available() {
+                let mut ours = vec![f32::NAN; q.len()];
+                let windows = placed_windows(&placement, 60);
+                attention_of(isa, shape, &windows, &format, cos, sin, q, k, v, None, &mut ours);
+                let place = |x: &[f32], width: usize| -> Vec<f32> {
+                    let rows = placement.windows.iter();
+                    rows.flat_map(|row| x[*row as usize * width..][..width].to_vec()).collect()
+                };
+                let (q, k, v) = (place(q, 128), place(k, 64), place(v, 64));
+                let mut whole = vec![f32::NAN; q.len()];
+                attention(isa, shape, &format, cos, sin, &q, &k, &v, None, &mut whole);
+                for (row, place) in placement.rows.iter().enumerate() {
+                    let ours = &ours[row * 128..][..128];
+                    match whole.get(*place as usize * 128..).map(|whole| &whole[..128]) {
+                        Some(whole) => assert_eq!(ours, whole, "{isa:?} row {row}"),
+                        None => assert!(ours[0].is_nan()),
                     }
                 }
             }

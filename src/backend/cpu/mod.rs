@@ -22,7 +22,8 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::{
-    AttentionSpec, Backend, Damping, Drift, Matrix, Prediction, Unquantized, output_error,
+    AttentionSpec, Backend, Damping, Drift, Matrix, Placement, Prediction, Unquantized,
+    output_error,
 };
 use crate::checkpoint;
 use crate::quant::linear::QuantizedLinear;
@@ -30,7 +31,7 @@ use crate::quant::rows::QuantizedRows;
 use crate::quant::site::SiteFormat;
 use crate::quant::weights::{dequantize, round_to_nearest};
 use crate::{Error, Result};
-use attention::AttentionShape;
+use attention::{AttentionShape, placed_windows};
 use gemm::{gemm, par_gemm};
 use gemm_pack::{Panels, Rows};
 use gram::gram_add;
@@ -399,16 +400,35 @@ impl Backend for Cpu {
         key_mean: Option<&Tensor>,
     ) -> Result<Tensor> {
         let mut out = self.tensor(q.rows, q.columns);
-        let shape = AttentionShape {
-            heads: spec.heads,
-            kv_heads: spec.kv_heads,
-            head_dim: spec.head_dim,
-            seq_len: spec.seq_len,
-            reach: spec.sliding_window.unwrap_or(spec.seq_len),
-        };
         attention::attention(
             self.isa,
-            shape,
+            AttentionShape::of(spec),
+            &spec.kv,
+            &spec.cos,
+            &spec.sin,
+            &q.data,
+            &k.data,
+            &v.data,
+            key_mean.map(|mean| &mean.data[..]),
+            &mut out.data,
+        );
+        Ok(out)
+    }
+
+    fn placed_attention(
+        &self,
+        spec: &AttentionSpec,
+        placement: &Placement,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mean: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let mut out = self.tensor(q.rows, q.columns);
+        attention::attention_of(
+            self.isa,
+            AttentionShape::of(spec),
+            &placed_windows(placement, spec.seq_len),
             &spec.kv,
             &spec.cos,
             &spec.sin,
