@@ -57,6 +57,8 @@ pub struct SiteSpec {
     pub kind: SiteKind,
     /// Full name, e.g. `model.layers.0.self_attn.attn_in`.
     pub name: String,
+    /// The expert whose own it is: that of an mlp_act, where there are experts.
+    pub expert: Option<usize>,
     /// Input features of its linears.
     pub channels: usize,
     /// The linears it feeds.
@@ -122,7 +124,8 @@ impl Architecture {
                 bias,
             };
             let linears = linears.iter().map(linear).collect();
-            SiteSpec { kind, name: format!("{prefix}.{part}.{name}"), channels, linears }
+            let name = format!("{prefix}.{part}.{name}");
+            SiteSpec { kind, name, expert: None, channels, linears }
         };
         let named = |names: &[(&str, usize)]| -> Vec<(String, usize)> {
             names.iter().map(|(name, rows)| ((*name).to_owned(), *rows)).collect()
@@ -150,7 +153,9 @@ impl Architecture {
         sites.push(site(SiteKind::MlpIn, part, "mlp_in", hidden, &all, false));
         sites.extend((0..experts.count).map(|expert| {
             let part = format!("{part}.experts.{expert}");
-            site(SiteKind::MlpAct, &part, "mlp_act", wide, &named(&[(down, hidden)]), false)
+            let down = named(&[(down, hidden)]);
+            let site = site(SiteKind::MlpAct, &part, "mlp_act", wide, &down, false);
+            SiteSpec { expert: Some(expert), ..site }
         }));
         sites
     }

@@ -11,7 +11,7 @@ use crate::Result;
 use crate::backend::{AttentionSpec, Backend, Drift, Unquantized};
 use crate::model::Architecture;
 use crate::model::block::Seen;
-use crate::model::sites::{SiteKind, SiteSpec};
+use crate::model::sites::SiteSpec;
 use crate::quant::site::SiteFormat;
 
 /// A block's quantized sites and the relative output error of each of its quantized linears.
@@ -115,11 +115,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         }
         let specs = self.architecture.sites(weights.index);
         let sites = specs.iter().zip(tokens).zip(hessians);
-        let trusted = sites.map(|((spec, tokens), hessian)| {
-            let is_expert = spec.kind == SiteKind::MlpAct && block.router.is_some();
-            self.trusted(spec, tokens, is_expert, hessian)
-        });
-        Ok(trusted.collect())
+        Ok(sites.map(|((spec, tokens), hessian)| self.trusted(spec, tokens, hessian)).collect())
     }
 
     /// A site's Hessian, unless it is an expert's that too few tokens went to.
@@ -127,10 +123,9 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         &self,
         spec: &SiteSpec,
         tokens: usize,
-        is_expert: bool,
         hessian: B::Hessian,
     ) -> Option<B::Hessian> {
-        if !is_expert || tokens >= self.expert_tokens {
+        if spec.expert.is_none() || tokens >= self.expert_tokens {
             return Some(hessian);
         }
         self.progress.warn(&format!(

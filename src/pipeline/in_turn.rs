@@ -30,9 +30,16 @@ pub fn beside_bytes(architecture: &Architecture, tokens: usize) -> u64 {
     (4 * drift + 2 * heads) as u64
 }
 
-/// What attn_out sees of a batch: of the source, and of the quantized block. It is kept while o is
-/// quantized.
+/// What attn_out sees of a batch: of the source, and of the quantized block.
 type Heads<B> = [<B as Backend>::Tensor; 2];
+
+/// What is kept of every batch between its sites.
+struct Kept<B: Backend> {
+    /// While o is quantized.
+    heads: Vec<Heads<B>>,
+    /// The tokens that the quantized block's router sends to each of its experts, from behind attention on.
+    shares: Vec<Vec<Share>>,
+}
 
 /// What a site's linears are quantized by.
 struct Sums<B: Backend> {
@@ -58,13 +65,13 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         let key_mean = self.key_mean(statistics);
         let mut block = open_block(backend, architecture, weights, &formats, key_mean)?;
         let mut made = QuantizedBlock { sites: Vec::new(), errors: Vec::new() };
-        let mut heads = Vec::new();
+        let mut kept = Kept { heads: Vec::new(), shares: Vec::new() };
         let specs = architecture.sites(weights.index);
         for (at, (spec, format)) in specs.iter().zip(formats).enumerate() {
             let pair = [&source, &block];
             let sums = timing.measure("hessians", || {
                 let site = (at, spec, format.width());
-                let sums = self.sums(pair, site, &mut streams, &mut heads, last)?;
+                let sums = self.sums(pair, site, &mut streams, &mut kept, last)?;
                 backend.wait()?;
                 Ok::<_, crate::Error>(sums)
             })?;
@@ -91,8 +98,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             })?;
             timing.measure("propagate", || {
                 if spec.kind == SiteKind::AttnOut {
-                    let heads = std::mem::take(&mut heads);
-                    self.add_heads([&source, &block], &mut streams, heads)?;
+                    self.add_heads([&source, &block], &mut streams, &mut kept)?;
                 } else if at + 1 == specs.len() && !last {
                     self.add_mlp([&source, &block], &mut streams)?;
                 }
@@ -109,12 +115,11 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         [source, block]: [&Block<B>; 2],
         (at, spec, width): (usize, &SiteSpec, usize),
         streams: &mut Streams<'_, B>,
-        heads: &mut Vec<Heads<B>>,
+        Kept { heads, shares }: &mut Kept<B>,
         last: bool,
     ) -> Result<Sums<B>> {
         let Self { backend, architecture, attention, full_attention, .. } = *self;
         let mut hessian = backend.hessian(width)?;
-        let is_expert = spec.kind == SiteKind::MlpAct && block.router.is_some();
         let all: usize = streams[0].batches.iter().map(|batch| backend.rows(batch)).sum();
         let mut drift = if self.correction > 0.0 && all >= width {
             let adds = matches!(spec.kind, SiteKind::AttnOut | SiteKind::MlpAct);
@@ -125,10 +130,13 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             None
         };
         let mut tokens = 0;
-        self.for_batches(streams, |before, after| {
+        self.for_batches(streams, |batch, before, after| {
+            let share = spec.expert.map(|expert| &shares[batch][expert]);
+            if share.is_some_and(Share::is_empty) {
+                return Ok(());
+            }
             let nobody: Observer<B::Tensor> = &mut |_, _| Ok(());
             let norm = |x: &B::Tensor, weight| backend.rms_norm(x, weight, source.epsilon);
-            let mut own_share = None;
             let [x0, x] = match spec.kind {
                 SiteKind::AttnIn => {
                     [norm(before, &source.attn_norm)?, norm(after, &block.attn_norm)?]
@@ -138,25 +146,18 @@ impl<B: Backend> BlockQuantizer<'_, B> {
                     block.heads(backend, attention, after, nobody)?,
                 ],
                 SiteKind::MlpIn => [norm(before, &source.mlp_norm)?, norm(after, &block.mlp_norm)?],
-                SiteKind::MlpAct => match &block.router {
+                SiteKind::MlpAct => match spec.expert.zip(share) {
                     None => [
                         source.gated(backend, before, nobody)?,
                         block.gated(backend, after, nobody)?,
                     ],
-                    Some(router) => {
-                        let expert = at - MLP_ACT;
-                        let normed = norm(after, &block.mlp_norm)?;
-                        let share = &router.shares(backend, &normed)?[expert];
-                        if share.is_empty() {
-                            return Ok(());
-                        }
+                    Some((expert, share)) => {
                         let normed0 = norm(before, &source.mlp_norm)?;
-                        let pair = [
+                        let normed = norm(after, &block.mlp_norm)?;
+                        [
                             source.gated_of(backend, expert, &normed0, share, nobody)?,
                             block.gated_of(backend, expert, &normed, share, nobody)?,
-                        ];
-                        own_share = Some(share.clone());
-                        pair
+                        ]
                     }
                 },
             };
@@ -164,19 +165,19 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             let site = &block.sites[at];
             // What an expert gives counts by the token's share of it, so that its errors do.
             let mut seen = site.seen(backend, &x)?;
-            if let Some(Share { weights, .. }) = &own_share {
+            if let Some(Share { weights, .. }) = share {
                 backend.scale_rows(&mut seen, weights)?;
             }
             backend.add_to_hessian(&mut hessian, &seen)?;
             if let Some(Drift { inputs, outputs, .. }) = &mut drift {
                 let mut wanted = backend.arrange(&x0, site.order())?;
-                if let Some(Share { weights, .. }) = &own_share {
+                if let Some(Share { weights, .. }) = share {
                     backend.scale_rows(&mut wanted, weights)?;
                 }
                 backend.add_to_cross(inputs, &backend.difference(&wanted, &seen)?, &seen)?;
                 if let Some(outputs) = outputs {
                     let mut lost = backend.difference(before, after)?;
-                    if let (Some(share), Some(router)) = (&own_share, &block.router) {
+                    if let (Some(share), Some(router)) = (share, &block.router) {
                         // Each of a token's experts makes up for its part.
                         let part = vec![1.0 / router.per_token as f32; share.tokens.len()];
                         lost = backend.select_rows(&lost, &share.tokens)?;
@@ -187,14 +188,14 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             }
             match spec.kind {
                 SiteKind::AttnOut => heads.push([x0, x]),
-                SiteKind::MlpAct if !is_expert && !last => {
+                SiteKind::MlpAct if spec.expert.is_none() && !last => {
                     source.sites[at].apply_onto(backend, x0, before, nobody)?
                 }
                 _ => {}
             }
             Ok(())
         })?;
-        let hessian = self.trusted(spec, tokens, is_expert, hessian);
+        let hessian = self.trusted(spec, tokens, hessian);
         // Least squares with more unknowns than tokens would learn the tokens by heart.
         if self.correction > 0.0 && tokens < width && hessian.is_some() {
             self.progress.warn(&format!(
@@ -206,26 +207,31 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         Ok(Sums { hessian, drift: drift.filter(|_| tokens >= width) })
     }
 
-    /// Adds attention's output to both streams.
+    /// Adds attention's output to both streams, and where there are experts, finds out the tokens of each.
     fn add_heads(
         &self,
         [source, block]: [&Block<B>; 2],
         streams: &mut Streams<'_, B>,
-        heads: Vec<Heads<B>>,
+        Kept { heads, shares }: &mut Kept<B>,
     ) -> Result<()> {
         let backend = self.backend;
-        let mut heads = heads.into_iter();
-        self.for_batches(streams, |before, after| {
+        let mut heads = std::mem::take(heads).into_iter();
+        self.for_batches(streams, |_, before, after| {
             let [x0, x] = heads.next().expect("as many as batches");
             source.sites[ATTN_OUT].apply_onto(backend, x0, before, &mut |_, _| Ok(()))?;
-            block.sites[ATTN_OUT].apply_onto(backend, x, after, &mut |_, _| Ok(()))
+            block.sites[ATTN_OUT].apply_onto(backend, x, after, &mut |_, _| Ok(()))?;
+            if let Some(router) = &block.router {
+                let normed = backend.rms_norm(after, &block.mlp_norm, block.epsilon)?;
+                shares.push(router.shares(backend, &normed)?);
+            }
+            Ok(())
         })
     }
 
     /// Adds the MLP's output to the quantized stream; where there are experts, to both.
     fn add_mlp(&self, [source, block]: [&Block<B>; 2], streams: &mut Streams<'_, B>) -> Result<()> {
         let backend = self.backend;
-        self.for_batches(streams, |before, after| {
+        self.for_batches(streams, |_, before, after| {
             let nobody: Observer<B::Tensor> = &mut |_, _| Ok(());
             if source.router.is_some() {
                 source.mlp(backend, before, nobody)?;
@@ -238,15 +244,16 @@ impl<B: Backend> BlockQuantizer<'_, B> {
     fn for_batches(
         &self,
         streams: &mut Streams<'_, B>,
-        mut work: impl FnMut(&mut B::Tensor, &mut B::Tensor) -> Result<()>,
+        mut work: impl FnMut(usize, &mut B::Tensor, &mut B::Tensor) -> Result<()>,
     ) -> Result<()> {
         let backend = self.backend;
         let [source, quantized] = streams;
-        for (before, after) in source.batches.iter_mut().zip(&mut quantized.batches) {
+        let batches = source.batches.iter_mut().zip(&mut quantized.batches);
+        for (batch, (before, after)) in batches.enumerate() {
             self.progress.check_stop()?;
             backend.recall(before)?;
             backend.recall(after)?;
-            work(before, after)?;
+            work(batch, before, after)?;
             backend.set_aside(before)?;
             backend.set_aside(after)?;
         }

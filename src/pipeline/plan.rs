@@ -420,6 +420,7 @@ mod tests {
         SiteSpec {
             kind: crate::model::sites::SiteKind::MlpAct,
             name: "site".into(),
+            expert: None,
             channels,
             linears: vec![LinearSpec {
                 name: "down".into(),
