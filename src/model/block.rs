@@ -138,10 +138,10 @@ impl<B: Backend> Block<B> {
         observer: Observer<B::Tensor>,
     ) -> Result<Input<B>> {
         let site = &self.sites[at];
-        if let Some(order) = site.packed_order() {
-            if let Some(rows) = backend.silu_quantize(&gate, &up, order, &site.name)? {
-                return Ok(Input::Rows(rows));
-            }
+        if let Some(order) = site.packed_order()
+            && let Some(rows) = backend.silu_quantize(&gate, &up, order, &site.name)?
+        {
+            return Ok(Input::Rows(rows));
         }
         site.input(backend, backend.silu_mul(gate, &up)?, observer)
     }
