@@ -14,8 +14,7 @@
 //     GROUP     32, 64 or 128
 //     TOKENS    of a tile: 8, 16, 32 or 64 in product_stream.cu, 128 in product_tiles.cu
 //     BLOCKS    blocks of 64 rows in a tile
-//     STAGES    stages that shared memory holds
-//     PANELS    times 128 places in a stage: 1, 2, 4 or 8, with no more than eight groups; 1 in product_tiles.cu
+//     STAGES    stages of 128 places that shared memory holds
 //     X_BITS    4: sign and magnitude; 8: two's complement
 //     W_BITS    4 or 8: bits in which weights are packed
 //     W_FP4     1: weights are FP4, doubled
@@ -46,9 +45,9 @@ typedef unsigned short u16;
 #define X_BYTES (TOKENS * 128)
 /// Scales of eight groups, of which those of the stage are used; of outliers, one float a token.
 #define SX_BYTES (TOKENS * 16)
-/// A stage: codes of the tokens, weights of each block of rows, scales of the tokens.
-#define TOKEN_SCALES (PANELS * (X_BYTES + BLOCKS * BLOCK_BYTES))
-#define STAGE_BYTES ((TOKEN_SCALES + SX_BYTES + 1023) / 1024 * 1024)
+/// A stage: codes of the tokens, blocks of weights, scales of the tokens.
+#define TOKEN_SCALES (X_BYTES + BLOCKS * BLOCK_BYTES)
+#define STAGE_BYTES ((X_BYTES + BLOCKS * BLOCK_BYTES + SX_BYTES + 1023) / 1024 * 1024)
 
 // ---- Barriers and copies ----
 
@@ -360,14 +359,13 @@ static __device__ __forceinline__ void ask_for_tokens(const Operands& of, const 
     }
 }
 
-/// Starts the products of group `group` of a panel: of the weights `a` with the tokens at `here`, and of the scales, which are of
+/// Starts the products of group `group` of a stage: of the weights `a` with the tokens at `here`, and of the scales, which are of
 /// rank one: the tokens' 16 columns are twice the same eight groups. A product of two f16 numbers is exact in f32.
-static __device__ __forceinline__ void start_group(u32 (&sums)[HELD], u32 (&scales)[HELD], const u32 (&a)[16], const RowColumns& columns, u32 here,
-                                                   u32 token_scales, int group) {
+static __device__ __forceinline__ void start_group(u32 (&sums)[HELD], u32 (&scales)[HELD], const u32 (&a)[16], const RowColumns& columns, u32 here, int group) {
     pin(sums);
     pin(scales);
     multiply_fence();
-    multiply_scales(scales, columns.low, columns.high, place_of(token_scales));
+    multiply_scales(scales, columns.low, columns.high, place_of(here + TOKEN_SCALES));
 #pragma unroll
     for (int step = 0; step < STEPS_A_GROUP; step++) {
         const int k = group * STEPS_A_GROUP + step;

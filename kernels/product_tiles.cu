@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (int g = 0; g < GROUPS_A_STAGE; g++) {
                     const RowColumns columns(row_scales[g], stage * GROUPS_A_STAGE + g);
-                    start_group(sums, scales, a, columns, here, here + TOKEN_SCALES, g);
+                    start_group(sums, scales, a, columns, here, g);
                     const bool more = g == GROUPS_A_STAGE - 1 && stage + 1 < panels;
                     if (AHEAD && more) load(words, row_scales, ring, group);
                     finish_group(sums, scales);

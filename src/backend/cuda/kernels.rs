@@ -93,9 +93,6 @@ fn flag(set: bool) -> String {
     u8::from(set).to_string()
 }
 
-/// Blocks of threads of a cluster at most, by what every device takes.
-pub const LARGEST_CLUSTER: usize = 8;
-
 /// What the two products for Hopper are compiled for.
 #[derive(Clone, Copy, Debug)]
 pub struct Tiling {
@@ -105,8 +102,6 @@ pub struct Tiling {
     pub tokens: usize,
     /// Blocks of 64 rows in a tile.
     pub blocks: usize,
-    /// Times 128 places in a stage.
-    pub panels: usize,
     /// Warpgroups that share a block's stages.
     pub split: usize,
     /// Blocks of threads that an SM holds at least.
@@ -131,35 +126,27 @@ pub enum Output {
 }
 
 impl Tiling {
-    /// For products of so many tokens with weights of `rows` rows, on so many multiprocessors.
-    pub fn of(tokens: usize, rows: usize, group: usize, multiprocessors: usize) -> Self {
-        let (tokens, blocks, panels, split, per_sm) = match tokens {
-            0..=8 => (8, 1, 2, 2, 3),
-            9..=16 => (16, 1, 2, 2, 3),
-            17..=32 => (32, 3, 2, 1, 1),
-            // Of more groups a panel the narrow one's registers are too few.
-            33..=64 if group == 128 && narrow_tiles_fill(rows, multiprocessors) => (64, 1, 2, 2, 1),
-            33..=64 => (64, 3, 1, 1, 1),
-            _ => (128, 2, 1, 1, 1),
+    /// For products of so many tokens.
+    pub fn of(tokens: usize, group: usize) -> Self {
+        let (tokens, blocks, split, per_sm) = match tokens {
+            0..=8 => (8, 1, 2, 3),
+            9..=16 => (16, 1, 2, 3),
+            // Four groups a stage take registers that two blocks of threads do not have.
+            17..=32 if group == 32 => (32, 2, 1, 1),
+            17..=32 => (32, 2, 1, 2),
+            33..=64 => (64, 2, 1, 1),
+            _ => (128, 2, 1, 1),
         };
         Self {
             group,
             tokens,
             blocks,
-            panels,
             split,
             per_sm,
             wide: [false; 2],
             fp4: false,
             output: Output::Half,
         }
-    }
-
-    /// Blocks of threads that share a tile's stages, if the device holds so many: for up to 16 tokens two have enough on their
-    /// way.
-    pub fn cluster(&self, tiles: usize, stages: usize, multiprocessors: usize) -> usize {
-        let most = if self.tokens <= 16 { 2 } else { LARGEST_CLUSTER };
-        (multiprocessors * self.per_sm / tiles).clamp(1, most.min(stages))
     }
 
     /// The macros of `product_tiles` and `product_stream`.
@@ -169,7 +156,6 @@ impl Tiling {
             ("GROUP", self.group.to_string()),
             ("TOKENS", self.tokens.to_string()),
             ("BLOCKS", self.blocks.to_string()),
-            ("PANELS", self.panels.to_string()),
             ("SPLIT", self.split.to_string()),
             ("PER_SM", self.per_sm.to_string()),
             ("STAGES", self.stages().to_string()),
@@ -185,54 +171,29 @@ impl Tiling {
         self.tokens > 64
     }
 
-    /// Threads of a block of `product_stream`: those that multiply, and those that copy.
-    pub fn stream_threads(&self) -> usize {
-        match self.blocks * self.split {
-            // Too many registers are needed for what a block of warps has: the fourth gives its own.
-            3 => 4 * 128,
-            warpgroups => 128 * warpgroups + 32,
-        }
-    }
-
     /// Bytes of a stage, as hopper.cuh counts them.
     fn stage_bytes(&self) -> usize {
         let block = block_bytes(self.group, self.wide[1]);
-        let panel = self.tokens * 128 + self.blocks * block;
-        (self.panels * panel + self.tokens * 16).next_multiple_of(1024)
+        (self.tokens * (128 + 16) + self.blocks * block).next_multiple_of(1024)
     }
 
-    /// Bytes behind the stages: where the results of many tokens are turned around, and what the product of scales is taken
-    /// to reach by the device, 128 bytes a token, though it uses 16.
-    fn bytes_behind(&self) -> usize {
-        self.tokens * 128 * if self.is_for_many() { self.blocks } else { 1 }
+    /// Bytes in which results are turned around.
+    fn turn_bytes(&self) -> usize {
+        if self.is_for_many() { self.blocks * self.tokens * 128 } else { 0 }
     }
 
     /// As many stages as there is room for, but no more than are of use.
     fn stages(&self) -> usize {
         const SM_BYTES: usize = 227 << 10;
         // A block of threads has a kilobyte of its own, and one for alignment.
-        let room = SM_BYTES / self.per_sm - 2048 - self.bytes_behind();
+        let room = SM_BYTES / self.per_sm - 2048 - self.turn_bytes();
         (room / self.stage_bytes()).min(16)
     }
 
     /// Dynamic shared memory of a block of threads.
     pub fn shared_bytes(&self) -> usize {
-        self.stages() * self.stage_bytes() + self.bytes_behind() + 1024
+        self.stages() * self.stage_bytes() + self.turn_bytes() + 1024
     }
-}
-
-/// Whether 64 tokens are multiplied sooner in tiles of 64 rows than in tiles of 192, of which a stage takes 2.85 times as
-/// long (H200), by the rounds that each takes.
-fn narrow_tiles_fill(rows: usize, multiprocessors: usize) -> bool {
-    let time = |tile_rows: usize, stage: f64| {
-        let tiles = rows.div_ceil(tile_rows);
-        // Clusters of more than two leave some multiprocessors of each part of the device without work.
-        let pairs = multiprocessors / 2 >= tiles;
-        let larger = (multiprocessors * 7 / 8 / tiles).min(LARGEST_CLUSTER);
-        let cluster = larger.max(if pairs { 2 } else { 1 });
-        stage * (tiles * cluster).div_ceil(multiprocessors) as f64 / cluster as f64
-    };
-    time(64, 1.0) < time(192, 2.85)
 }
 
 /// Bytes of 64 rows and 128 places of weights: codes and f16 scales.
@@ -450,14 +411,13 @@ pub const FAMILIES: &[Family] = &[
         variants: || {
             use Output::{Added, Float, Half};
             let tiling = |tokens, group, wide, fp4, output| {
-                Tiling { wide, fp4, output, ..Tiling::of(tokens, 12288, group, 132) }.defines()
+                Tiling { wide, fp4, output, ..Tiling::of(tokens, group) }.defines()
             };
             vec![
                 tiling(1, 128, [false; 2], false, Half),
                 tiling(16, 64, [false; 2], true, Added),
                 tiling(32, 32, [false; 2], false, Float),
                 tiling(64, 128, [false; 2], false, Half),
-                Tiling::of(64, 4096, 128, 132).defines(),
                 tiling(8, 128, [true, false], false, Half),
                 tiling(64, 128, [true; 2], false, Added),
             ]
@@ -471,7 +431,7 @@ pub const FAMILIES: &[Family] = &[
         variants: || {
             use Output::{Added, Float, Half};
             let tiling = |group, wide, fp4, output| {
-                Tiling { wide, fp4, output, ..Tiling::of(1024, 12288, group, 132) }.defines()
+                Tiling { wide, fp4, output, ..Tiling::of(1024, group) }.defines()
             };
             vec![
                 tiling(128, [false; 2], false, Half),
@@ -494,30 +454,3 @@ pub const FAMILIES: &[Family] = &[
         variants: || vec![vec![]],
     },
 ];
-
-#[cfg(test)]
-mod tests {
-    use super::Tiling;
-
-    /// What was faster on an H200, of shapes of Llama-2-7B and 70B.
-    #[test]
-    fn tiles_are_as_wide_as_the_device_is_filled() {
-        for (rows, blocks) in [(4096, 1), (8192, 1), (10240, 3), (12288, 3), (22016, 3), (57344, 1)]
-        {
-            assert_eq!(Tiling::of(64, rows, 128, 132).blocks, blocks, "{rows} rows");
-        }
-    }
-
-    #[test]
-    fn clusters_fill_the_device_once() {
-        let cluster =
-            |tokens, tiles, stages| Tiling::of(tokens, 4096, 128, 132).cluster(tiles, stages, 132);
-        assert_eq!(cluster(8, 192, 18), 2);
-        assert_eq!(cluster(8, 64, 45), 2);
-        assert_eq!(cluster(8, 344, 18), 1);
-        assert_eq!(cluster(8, 1000, 18), 1);
-        assert_eq!(cluster(32, 22, 45), 6);
-        assert_eq!(cluster(32, 22, 3), 3);
-        assert_eq!(cluster(64, 1, 87), 8);
-    }
-}

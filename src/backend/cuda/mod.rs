@@ -474,7 +474,10 @@ impl Backend for Cuda {
     }
 
     fn add_integer_product(&self, x: &mut Tensor, y: &Rows, weight: &Packed) -> Result<()> {
-        if let (Form::Blocks(blocks), Layout::Tiled) = (&weight.form, y.layout) {
+        // Few tokens' results leave one by one anyway.
+        if let (Form::Blocks(blocks), Layout::Tiled) = (&weight.form, y.layout)
+            && hopper::takes_whole_tiles(y.tokens)
+        {
             return self.tiled_product(y, blocks, weight.rows, x.float(), kernels::Output::Added);
         }
         let product = self.integer_product(y, weight)?;
