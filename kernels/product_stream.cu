@@ -28,7 +28,7 @@ static __device__ __forceinline__ void place(Output* y, int i, int thread, int f
 }
 
 /// Grid (ceil(rows / (64 * BLOCKS)), splits) in clusters of (1, splits, 1); THREADS + 32 threads, and
-/// STAGES * STAGE_BYTES + 1024 bytes of dynamic shared memory. At most TOKENS tokens.
+/// STAGES * STAGE_BYTES + TOKENS * 128 + 1024 bytes of dynamic shared memory. At most TOKENS tokens.
 extern "C" __global__ void __launch_bounds__(THREADS + 32, PER_SM)
     integer_stream(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int tokens,
                    int padded, int rows, int panels, int halves) {

@@ -177,22 +177,23 @@ impl Tiling {
         (self.tokens * (128 + 16) + self.blocks * block).next_multiple_of(1024)
     }
 
-    /// Bytes in which results are turned around.
-    fn turn_bytes(&self) -> usize {
-        if self.is_for_many() { self.blocks * self.tokens * 128 } else { 0 }
+    /// Bytes behind the stages: where the results of many tokens are turned around, and what the product of scales reaches
+    /// by compute-sanitizer's count, 128 bytes a token, though it uses 16.
+    fn bytes_behind(&self) -> usize {
+        self.tokens * 128 * if self.is_for_many() { self.blocks } else { 1 }
     }
 
     /// As many stages as there is room for, but no more than are of use.
     fn stages(&self) -> usize {
         const SM_BYTES: usize = 227 << 10;
         // A block of threads has a kilobyte of its own, and one for alignment.
-        let room = SM_BYTES / self.per_sm - 2048 - self.turn_bytes();
+        let room = SM_BYTES / self.per_sm - 2048 - self.bytes_behind();
         (room / self.stage_bytes()).min(16)
     }
 
     /// Dynamic shared memory of a block of threads.
     pub fn shared_bytes(&self) -> usize {
-        self.stages() * self.stage_bytes() + self.turn_bytes() + 1024
+        self.stages() * self.stage_bytes() + self.bytes_behind() + 1024
     }
 }
 
