@@ -119,8 +119,7 @@ pub struct Recipe {
     /// GPTQ: share of the Hessian's mean diagonal that is added to the diagonal.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub damping: f32,
-    /// GPTQ: calibration tokens that an expert needs; with fewer its down projection is rounded to nearest, and its gate
-    /// and up are quantized by the tokens of all experts.
+    /// GPTQ: calibration tokens that an expert's down projection needs; with fewer it is rounded to nearest.
     #[serde(default = "expert_tokens")]
     pub expert_tokens: usize,
 }

@@ -132,9 +132,6 @@ fn experts_that_few_tokens_come_to_are_named_and_rounded() {
     let warnings = run.stderr.lines().filter(|line| line.contains("came to this expert")).count();
     assert_eq!(warnings, 8, "{}", run.stderr);
     assert!(run.stderr.contains("block_sparse_moe.experts.3.mlp_act: "), "{}", run.stderr);
-    let all =
-        "fewer than 320 calibration tokens came to 4 of 4 experts (0, 1, 2, 3): their gate and up";
-    assert_eq!(run.stderr.matches(all).count(), 2, "{}", run.stderr);
     let run = home.run(&format!("{line} --overwrite --set expert_tokens=1")).done();
     assert!(!run.stderr.contains("came to this expert"), "{}", run.stderr);
 }

@@ -3,7 +3,7 @@ rounding to nearest without a Hessian. */
 
 use super::calibrate::{Energies, Statistics};
 use super::load::{BlockWeights, QuantizedSite, hessian_block};
-use super::plan::{LinearPlan, SitePlan};
+use super::plan::SitePlan;
 use super::progress::Progress;
 use super::stream::Stream;
 use super::timing::Timing;
@@ -14,28 +14,12 @@ use crate::model::block::Seen;
 use crate::model::sites::SiteSpec;
 use crate::quant::site::SiteFormat;
 
-/// What became of a linear, with its relative output error; none where it stays as it was.
-pub(super) type Outcome<B> = Option<(<B as Backend>::Quantized, f64)>;
-
 /// A block's quantized sites and the relative output error of each of its quantized linears.
 pub struct QuantizedBlock<B: Backend> {
     /// In the order of the plan.
     pub sites: Vec<QuantizedSite<B::Quantized>>,
     /// `(linear, error)`.
     pub errors: Vec<(String, f64)>,
-}
-
-impl<B: Backend> QuantizedBlock<B> {
-    /// Adds the site after those that it has: what became of each of its linears, with its error.
-    pub(super) fn push(&mut self, plan: &SitePlan, format: SiteFormat, linears: Vec<Outcome<B>>) {
-        let named = plan.linears.iter().zip(&linears);
-        let errors = named.filter_map(|(plan, linear)| {
-            linear.as_ref().map(|(_, error)| (plan.name.clone(), *error))
-        });
-        self.errors.extend(errors);
-        let linears = linears.into_iter().map(|linear| linear.map(|(quantized, _)| quantized));
-        self.sites.push(QuantizedSite { format, linears: linears.collect() });
-    }
 }
 
 /// What stays the same from block to block.
@@ -81,7 +65,8 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             })?,
         };
         backend.trim();
-        let mut made = QuantizedBlock { sites: Vec::with_capacity(plan.len()), errors: Vec::new() };
+        let mut sites = Vec::with_capacity(plan.len());
+        let mut errors = Vec::new();
         let specs = self.architecture.sites(weights.index);
         for (at, format) in formats.into_iter().enumerate() {
             self.progress.check_stop()?;
@@ -90,17 +75,17 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             let work = SiteWork {
                 spec: &specs[at],
                 plan: &plan[at],
-                linears: plan[at].linears.iter().zip(&weights.sites[at]).collect(),
+                weights: &weights.sites[at],
                 energy: &statistics.energies[at],
             };
             let linears = timing.measure(name, || {
-                let linears = self.quantize_site(&work, &format, hessian, None)?;
+                let linears = self.quantize_site(&work, &format, hessian, None, &mut errors)?;
                 backend.wait()?;
                 Ok::<_, crate::Error>(linears)
             })?;
-            made.push(&plan[at], format, linears);
+            sites.push(QuantizedSite { format, linears });
         }
-        Ok(made)
+        Ok(QuantizedBlock { sites, errors })
     }
 
     /// `sum x^T x` at every site, with quantized activations and the source's weights, as the
@@ -144,8 +129,8 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             return Some(hessian);
         }
         self.progress.warn(&format!(
-            "{}: {tokens} calibration tokens came to this expert, GPTQ is to have {} (`expert_tokens`): its \
-             down is rounded to nearest; give more with --samples",
+            "{}: {tokens} calibration tokens came to this expert, GPTQ is to have {} (`expert_tokens`): it is \
+             rounded to nearest; give more with --samples",
             spec.name, self.expert_tokens
         ));
         None
@@ -156,7 +141,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         self.attention.kv.is_centered().then_some(&statistics.key_mean[..])
     }
 
-    /// Quantizes linears of a site: by GPTQ with a Hessian, towards weights that make up for the drift if
+    /// Quantizes a site's linears: by GPTQ with a Hessian, towards weights that make up for the drift if
     /// there is one.
     pub(super) fn quantize_site(
         &self,
@@ -164,16 +149,16 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         format: &SiteFormat,
         mut hessian: Option<B::Hessian>,
         drift: Option<&Drift<B::Cross>>,
-    ) -> Result<Vec<Outcome<B>>> {
+        errors: &mut Vec<(String, f64)>,
+    ) -> Result<Vec<Option<B::Quantized>>> {
         let backend = self.backend;
         let site = backend.site(format)?;
         let factor = match &mut hessian {
             None => None,
             Some(hessian) => self.factor(hessian, &work.spec.name)?,
         };
-        let unquantized: Vec<Unquantized<B::Weight<'_>>> = work
-            .linears
-            .iter()
+        let planned = work.plan.linears.iter().zip(work.weights);
+        let unquantized: Vec<Unquantized<B::Weight<'_>>> = planned
             .filter(|(linear, _)| linear.bits < 16)
             .map(|(linear, weight)| Unquantized {
                 name: &linear.name,
@@ -196,11 +181,15 @@ impl<B: Backend> BlockQuantizer<'_, B> {
                 })
                 .collect::<Result<_>>()?,
         };
-        let mut quantized = quantized.into_iter();
-        let linears = work.linears.iter();
-        Ok(linears
-            .map(|(linear, _)| if linear.bits < 16 { quantized.next() } else { None })
-            .collect())
+        errors.extend(
+            unquantized
+                .iter()
+                .zip(&quantized)
+                .map(|(linear, (_, error))| (linear.name.to_owned(), *error)),
+        );
+        let mut quantized = quantized.into_iter().map(|(quantized, _)| quantized);
+        let linears = work.plan.linears.iter();
+        Ok(linears.map(|linear| if linear.bits < 16 { quantized.next() } else { None }).collect())
     }
 
     /// The Hessian's factor; none, with a warning, if it has none.
@@ -243,11 +232,10 @@ pub(super) fn formats(plan: &[SitePlan], energies: &Energies) -> Vec<SiteFormat>
     sites.map(|(site, energy)| site.format(site.order(energy))).collect()
 }
 
-/// What linears of one site are quantized from.
+/// What one site's linears are quantized from.
 pub(super) struct SiteWork<'a, 'w, B: Backend> {
     pub(super) spec: &'a SiteSpec,
     pub(super) plan: &'a SitePlan,
-    /// Those that are to be, with their weights.
-    pub(super) linears: Vec<(&'a LinearPlan, &'a Option<B::Weight<'w>>)>,
+    pub(super) weights: &'a [Option<B::Weight<'w>>],
     pub(super) energy: &'a [f64],
 }
