@@ -46,12 +46,12 @@
 #define HALF 1
 #define SILU 2
 
-/// Warps of a block, one to an SM: a quarter of its registers is enough for 72 of each thread of 7 warps, 80 of 6, or 96 of 5.
-/// Where rows are gathered from, one of them stages rows and SUMMERS add up squares, each those of two rows.
+/// Warps of a block, one to an SM: a quarter of its registers is enough for 80 of each thread of 6 warps, or 96 of 5.
+/// Where rows are gathered from, one of them stages rows and SUMMERS add up squares.
 #ifndef WARPS
-#define WARPS (FROM == HALF ? 28 : FROM == SILU && ORDERED ? 20 : 24)
+#define WARPS (FROM == SILU && ORDERED ? 20 : 24)
 #endif
-#define SUMMERS (FROM == NORM ? (TOKENS + 1) / 2 : 0)
+#define SUMMERS (FROM == NORM ? 2 : 0)
 #define MAKERS (WARPS - SUMMERS - 1)
 #define THREADS (32 * WARPS)
 #if !ORDERED
@@ -207,7 +207,7 @@ struct Source {
 #if FROM == NORM
 #pragma unroll
         for (int i = 0; i < 32; i += 4) {
-            float4 weight = __ldg(reinterpret_cast<const float4*>(weights + first + i));
+            float4 weight = *reinterpret_cast<const float4*>(weights + first + i);
             v[i] = v[i] * inverse * weight.x;
             v[i + 1] = v[i + 1] * inverse * weight.y;
             v[i + 2] = v[i + 2] * inverse * weight.z;
@@ -492,14 +492,14 @@ static __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
 }
 
 /// The stages in shared memory, in turn: barriers of rows that arrived, of rows that are done with, and of sums;
-/// then the norms' factors, the order, and the rows.
+/// then the norms' factors, the order, the norm's weights, and the rows.
 #define MOST_STAGES 16
 #define HEAD (3 * 8 * MOST_STAGES + 4 * 8 * MOST_STAGES)
 
 struct Ring {
     int stages, stage_bytes;
     int stage, parity;      // of the current unit; the parity is that of its arrival
-    int rows_at;            // behind the order
+    int rows_at;            // behind the order and the norm's weights
 
     __device__ __forceinline__ Ring(int stages, int stage_bytes, int rows_at) : stages(stages), stage_bytes(stage_bytes), stage(0), parity(0), rows_at(rows_at) {}
     __device__ __forceinline__ void advance() {
@@ -599,34 +599,43 @@ static __device__ __forceinline__ void make(const int* places, const float* weig
 }
 
 #if FROM == NORM
-/// What a summing warp does: 1 / sqrt(mean of squares + epsilon) of two rows of every unit. Sums run in 16 lanes, folded
-/// in halves; the two rows lie half of the banks apart.
-static __device__ __forceinline__ void sum_units(const Shape& shape, float epsilon, int pair, Ring ring) {
-    int lane = threadIdx.x % 16, columns = shape.columns;
-    int row = TOKENS > 1 ? pair + threadIdx.x / 16 % 2 * (TOKENS / 2) : 0;
+/// What a summing warp does: 1 / sqrt(mean of squares + epsilon) of each row of every SUMMERS-th unit. Sums run in
+/// 16 lanes, folded in halves; a warp takes two rows that lie half of the banks apart.
+static __device__ __forceinline__ void sum_units(const Shape& shape, float epsilon, int turn, Ring ring) {
+    int lane = threadIdx.x % 16, upper = threadIdx.x / 16 % 2, columns = shape.columns;
     for (int first = blockIdx.x * TOKENS; first < shape.tokens; first += gridDim.x * TOKENS, ring.advance()) {
+        // Every unit is waited for and left, so that no warp is a round ahead of a barrier.
         barrier_wait(ring.arrived(), ring.parity);
-        const float* values = reinterpret_cast<const float*>(ring.rows() + row * row_stride(columns));
-        float sum = 0.0f;
-        int i = lane;
+        bool own = turn == 0;
+        turn = own ? SUMMERS - 1 : turn - 1;
 #pragma unroll 1
-        for (; i + 15 * 16 < columns; i += 256) {
-            float part[16];
+        for (int pair = 0; own && pair < (TOKENS + 1) / 2; pair++) {
+            int row = TOKENS > 1 ? pair + upper * (TOKENS / 2) : 0;
+            const float* values = reinterpret_cast<const float*>(ring.rows() + row * row_stride(columns));
+            float sum = 0.0f;
+            int i = lane;
+#pragma unroll 1
+            for (; i + 15 * 16 < columns; i += 256) {
+                float part[16];
 #pragma unroll
-            for (int j = 0; j < 16; j++) part[j] = values[i + 16 * j];
+                for (int j = 0; j < 16; j++) part[j] = values[i + 16 * j];
 #pragma unroll
-            for (int j = 0; j < 16; j++) sum += part[j] * part[j];
+                for (int j = 0; j < 16; j++) sum += part[j] * part[j];
+            }
+            for (; i < columns; i += 16) sum += values[i] * values[i];
+#pragma unroll
+            for (int distance = 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+            if (lane == 0) ring.factors()[row] = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum, (float)columns) + epsilon));
         }
-        for (; i < columns; i += 16) sum += values[i] * values[i];
-#pragma unroll
-        for (int distance = 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-        if (lane == 0) ring.factors()[row] = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum, (float)columns) + epsilon));
         __syncwarp();
-        // The makers leave the unit behind this warp.
-        if (threadIdx.x % 32 == 0) barrier_arrive(ring.summed());
+        if (threadIdx.x % 32 == 0) {
+            if (own) barrier_arrive(ring.summed());
+            barrier_arrive(ring.done());
+        }
     }
 }
 #endif
+
 #else
 /// Bytes of a warp's stage: TOKENS rows of a panel of gates, then of up.
 #define STAGE_STRIDE (PANEL * 2 + 128 / TOKENS)
@@ -734,12 +743,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
 #if ORDERED
     int rows = TOKENS * (FROM == SILU ? 2 : 1), stride = row_stride(columns), all_places = (shape.panels() + shape.outlier_panels()) * PANEL;
     int* order = reinterpret_cast<int*>(shared_bytes + HEAD);
-    Ring ring(stages, BEFORE + rows * stride, HEAD + all_places * 4);
+    float* weights = reinterpret_cast<float*>(order + all_places);
+    Ring ring(stages, BEFORE + rows * stride, HEAD + all_places * (FROM == NORM ? 8 : 4));
     if (threadIdx.x < stages) {
         u32 barrier = shared_address(shared_bytes) + 8 * threadIdx.x;
         barrier_init(barrier, 32);
-        barrier_init(barrier + 8 * MOST_STAGES, MAKERS);
-        barrier_init(barrier + 16 * MOST_STAGES, max(SUMMERS, 1));
+        barrier_init(barrier + 8 * MOST_STAGES, MAKERS + SUMMERS);
+        barrier_init(barrier + 16 * MOST_STAGES, 1);
 #if BULK
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
@@ -749,8 +759,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
     __syncthreads();
     // Rows are on their way while the order comes.
     if (warp == WARPS - 1) stage_units(x, other, shape, ring);
+    else for (int i = threadIdx.x; i < all_places / 4; i += 32 * (WARPS - 1)) {
+        copy16(shared_address(order + 4 * i), places + 4 * i, true);
+        if (FROM == NORM) copy16(shared_address(weights + 4 * i), reinterpret_cast<const float*>(other) + 4 * i, true);
+    }
     if (warp == WARPS - 1) return;
-    for (int i = threadIdx.x; i < all_places / 4; i += 32 * (WARPS - 1)) copy16(shared_address(order + 4 * i), places + 4 * i, true);
     copy_commit();
     copy_wait<0>();
     asm volatile("bar.sync 1, %0;" ::"n"(32 * (WARPS - 1)) : "memory");
@@ -760,7 +773,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
         return;
     }
 #endif
-    make(order, reinterpret_cast<const float*>(other), shape, slice_panels, target, warp, ring);
+    make(order, weights, shape, slice_panels, target, warp, ring);
 #else
     make(x, reinterpret_cast<const half*>(other), shape, target, warp);
 #endif

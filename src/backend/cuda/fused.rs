@@ -112,12 +112,12 @@ impl Plan {
                 },
             });
         }
-        let (element, inputs, threads) = match kind {
-            "NORM" => (4, 1, 768),
-            "HALF" => (2, 1, 896),
-            _ => (2, 2, 640),
+        let (element, inputs, by_place, threads) = match kind {
+            "NORM" => (4, 1, 8, 768),
+            "HALF" => (2, 1, 4, 768),
+            _ => (2, 2, 4, 640),
         };
-        let head = HEAD_BYTES + (panels + outlier_panels) * PANEL * 4;
+        let head = HEAD_BYTES + (panels + outlier_panels) * PANEL * by_place;
         let stage = |tokens: usize| {
             16 + inputs
                 * tokens
