@@ -18,7 +18,7 @@
 //     X_BITS    4: sign and magnitude; 8: two's complement
 //     W_BITS    4 or 8: bits in which weights are packed
 //     W_FP4     1: weights are FP4, doubled
-//     OUT       0: y is f32; 1: y is f16; 2: y is f32, and results are added to it
+//     OUT       0: y is f32; 1: y is f16; 2, in product_tiles.cu: y is f32, and results are added to it
 //
 // Operands: tokens in panels of 128 places, a row's sixteenths exchanged (the chunk c of token t is at c ^ t % 8),
 // `padded` to a multiple of 8:
@@ -269,14 +269,6 @@ typedef half Output;
 #else
 typedef float Output;
 #endif
-/// Writes a result. A value is added to by one thread only, so that its order does not matter: an atomic sum is not waited for.
-static __device__ __forceinline__ void give(Output* to, float value) {
-#if OUT == 2
-    atomicAdd(to, value);
-#else
-    store(to, value);
-#endif
-}
 
 // ---- The road of a stage ----
 

@@ -24,7 +24,7 @@ static __device__ __forceinline__ float load_remote(u32 address, int rank) {
 /// Where result `i` of thread `thread` of a block of 64 rows belongs.
 static __device__ __forceinline__ void place(Output* y, int i, int thread, int first_row, int tokens, int rows, float value) {
     const int token = i / 4 * 8 + thread % 4 * 2 + i % 2, row = first_row + thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
-    if (token < tokens && row < rows) give(y + (long long)token * rows + row, value);
+    if (token < tokens && row < rows) store(y + (long long)token * rows + row, value);
 }
 
 /// Grid (ceil(rows / (64 * BLOCKS)), splits) in clusters of (1, splits, 1); THREADS + 32 threads, and

@@ -21,6 +21,15 @@ static __device__ __forceinline__ Tile tile_of(int index, int token_tiles, int r
     return Tile{(band * 8 + within % height) * TOKENS, within / height * BLOCKS};
 }
 
+/// Writes a result. A value is added to by one thread only, so that its order does not matter: an atomic sum is not waited for.
+static __device__ __forceinline__ void give(Output* to, float value) {
+#if OUT == 2
+    atomicAdd(to, value);
+#else
+    store(to, value);
+#endif
+}
+
 /// Writes a warpgroup's 64 rows of TOKENS tokens.
 static __device__ __forceinline__ void write(const float (&total)[HELD], Output* y, int first_token, int first_row, int tokens, int rows, u32 turn, int group) {
     // Computing the addresses again for each tile costs less than keeping them in registers.

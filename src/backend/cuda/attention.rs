@@ -89,15 +89,16 @@ impl Cuda {
         let kv_bits = if kv.is_quantized() { kv.bits } else { 16 };
         let prepared = kernels::prepare(head_dim, kv_bits, rotated, kv.after_rope);
         let mut rope = self.rope.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let tables = [Arc::clone(&spec.cos), Arc::clone(&spec.sin)];
         // Comparing tables takes longer than a kernel does.
-        let same = |(a, b): (&Arc<[f32]>, &Arc<[f32]>)| Arc::ptr_eq(a, b) || a == b;
-        let known = |own: &RopeTables| own.host.iter().zip(&tables).all(same);
+        let same = |a: &Arc<[f32]>, b: &Arc<[f32]>| Arc::ptr_eq(a, b) || a == b;
+        let known = |RopeTables { host: [cos, sin], .. }: &RopeTables| {
+            same(cos, &spec.cos) && same(sin, &spec.sin)
+        };
         if !rope.as_ref().is_some_and(known) {
             *rope = Some(RopeTables {
                 cos: self.gpu.upload(&spec.cos)?,
                 sin: self.gpu.upload(&spec.sin)?,
-                host: tables,
+                host: [Arc::clone(&spec.cos), Arc::clone(&spec.sin)],
             });
         }
         let RopeTables { cos, sin, .. } = rope.as_ref().expect("made above");

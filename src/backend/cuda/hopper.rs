@@ -7,7 +7,7 @@ use super::gpu::Buffer;
 use super::integer::Narrow;
 use super::kernels::{self, Output, Tiling};
 use super::launch::{Geometry, arguments};
-use super::tensor::{Blocks, Layout, Outliers, Places, Quantized, Rows, SCALE_MULTIPLE};
+use super::tensor::{Blocks, Layout, Outliers, Quantized, Rows, SCALE_MULTIPLE, Site};
 use super::{Cuda, THREADS};
 use crate::Result;
 use crate::quant::levels::Levels;
@@ -67,12 +67,12 @@ impl Cuda {
             && self.takes_tiles(format.group_size, format.outlier_channels, format.outlier_format)
     }
 
-    /// Weights as the kernels read them; with `places` a row for each of them.
-    pub(super) fn blocks(&self, weight: &Quantized, places: Option<&Places>) -> Result<Blocks> {
+    /// Weights as the kernels read them; a row for each place of `feeds`, where their outputs are to lie in its order.
+    pub(super) fn blocks(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Blocks> {
         let WeightFormat { bits, levels, group_size, groups, rows_per_scale, .. } = weight.format;
         let (wide, fp4) = (bits == 8, levels == Levels::Fp4);
-        let order = places.map(|places| &*places.order);
-        let rows = places.map_or(weight.rows, |places| places.count);
+        let order = feeds.map(|site| &*site.order);
+        let rows = feeds.map_or(weight.rows, |site| site.format.width());
         let (panels, row_blocks) =
             (panels(weight.format.grouped_channels()), rows.div_ceil(BLOCK_ROWS));
         let defines = kernels::blocks(group_size, wide, fp4);

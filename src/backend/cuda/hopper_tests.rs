@@ -138,6 +138,55 @@ fn compare(
         let halves: Vec<f32> = found.iter().map(|v| f16::from_f32(*v).to_f32()).collect();
         let tensor = cuda.integer_product(&rows_on_device, &packed).unwrap();
         assert!(cuda.values(&tensor) == halves, "{what}: f16");
+        let before = Matrix {
+            rows: tokens,
+            columns: linear.rows,
+            data: random.values(tokens * linear.rows),
+        };
+        let mut sums = cuda.upload(before.clone()).unwrap();
+        cuda.add_integer_product(&mut sums, &rows_on_device, &packed).unwrap();
+        let added = if tokens > 64 { &found } else { &halves };
+        let expected: Vec<f32> = before.data.iter().zip(added).map(|(x, y)| x + y).collect();
+        assert!(cuda.values(&sums) == expected, "{what}: added");
+    }
+}
+
+/// Gate and up with their rows in the order of the site behind them give it the codes that they give it otherwise.
+#[test]
+fn rows_in_the_order_of_the_next_site_change_no_code() {
+    let Some(cuda) = hopper("rows_in_the_order_of_the_next_site_change_no_code") else { return };
+    let mut random = Random(75);
+    let shapes = [
+        ((576, 128, 32, 4, 4, false), (1100, 128, 150, 4, 4, false)),
+        ((576, 64, 64, 4, 4, true), (172, 32, 12, 4, 4, false)),
+        ((172, 32, 12, 4, 4, false), (576, 128, 0, 4, 8, false)),
+    ];
+    for (at, (shape, next)) in shapes.into_iter().enumerate() {
+        let (format, weights) = formats(shape, 1 + at % 2, &mut random);
+        let (next, _) = formats(next, 1, &mut random);
+        let [site, next] = [&format, &next].map(|format| cuda.site(format).unwrap());
+        let linears = [(); 2].map(|()| random_codes(&weights, next.format.channels, &mut random));
+        // With fewer tokens sums may be split in another way.
+        for tokens in [65, 130] {
+            let mut x = random.activations(tokens, format.channels);
+            // So that products of gate and up stay within f16.
+            x.data.iter_mut().for_each(|value| *value /= 256.0);
+            let x = cuda.quantize(&cuda.half_tensor(&x), &site, "").unwrap();
+            let [in_places, in_channels] = [Some(&next), None].map(|feeds| {
+                linears.each_ref().map(|linear| {
+                    let quantized = cuda.restore(linear.clone()).unwrap();
+                    cuda.integer_product(&x, &cuda.packed(&quantized, feeds).unwrap()).unwrap()
+                })
+            });
+            assert!(in_places[0].places.is_some() && in_channels[0].places.is_none());
+            let codes = |[gate, up]: &[Tensor; 2]| {
+                let rows = cuda.silu_quantize(gate, up, &next, "").unwrap().unwrap();
+                cuda.rows_on_host(&rows)
+            };
+            assert!(codes(&in_places) == codes(&in_channels), "{tokens} of {shape:?}: codes");
+            let values = |[gate, up]: [Tensor; 2]| cuda.values(&cuda.silu_mul(gate, &up).unwrap());
+            assert!(values(in_places) == values(in_channels), "{tokens} of {shape:?}: values");
+        }
     }
 }
 

@@ -142,13 +142,11 @@ impl Cuda {
         let WeightFormat { group_size, groups, rows_per_scale, .. } = format;
         if self.takes_tiles(group_size, format.outlier_channels, format.outlier_format) {
             let takes = |site: &&Site| self.takes_tiles_of(&site.format) && site.places.is_some();
-            let places = feeds.filter(takes).map(|site| Places {
-                order: Arc::clone(&site.order),
-                count: site.format.width(),
-                channels: rows,
-            });
-            let form = Form::Blocks(self.blocks(weight, places.as_ref())?);
-            let rows = places.as_ref().map_or(rows, |places| places.count);
+            let feeds = feeds.filter(takes);
+            let form = Form::Blocks(self.blocks(weight, feeds)?);
+            let places =
+                feeds.map(|site| Places { order: Arc::clone(&site.order), channels: rows });
+            let rows = feeds.map_or(rows, |site| site.format.width());
             return Ok(Packed { format, rows, form, places });
         }
         let stride = rows.next_multiple_of(SCALE_MULTIPLE);

@@ -121,7 +121,7 @@ pub enum Output {
     Float,
     /// f16 values.
     Half,
-    /// Added to f32 values that are there.
+    /// Added to f32 values that are there: of many tokens only.
     Added,
 }
 
@@ -410,17 +410,17 @@ pub const FAMILIES: &[Family] = &[
         only: Some("sm_90a"),
         tensor_core: Some("IGMMA"),
         variants: || {
-            use Output::{Added, Float, Half};
+            use Output::{Float, Half};
             let tiling = |tokens, group, wide, fp4, output| {
                 Tiling { wide, fp4, output, ..Tiling::of(tokens, group) }.defines()
             };
             vec![
                 tiling(1, 128, [false; 2], false, Half),
-                tiling(16, 64, [false; 2], true, Added),
+                tiling(16, 64, [false; 2], true, Half),
                 tiling(32, 32, [false; 2], false, Float),
                 tiling(64, 128, [false; 2], false, Half),
                 tiling(8, 128, [true, false], false, Half),
-                tiling(64, 128, [true; 2], false, Added),
+                tiling(64, 128, [true; 2], false, Half),
             ]
         },
     },

@@ -474,7 +474,7 @@ impl Backend for Cuda {
     }
 
     fn add_integer_product(&self, x: &mut Tensor, y: &Rows, weight: &Packed) -> Result<()> {
-        // Few tokens' results leave one by one anyway.
+        // The other product's kernel has no such sum.
         if let (Form::Blocks(blocks), Layout::Tiled) = (&weight.form, y.layout)
             && hopper::takes_whole_tiles(y.tokens)
         {
@@ -534,8 +534,8 @@ impl Backend for Cuda {
     }
 
     fn silu_mul(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
-        if let Some(Places { order, count, channels }) = &gate.places {
-            assert!(up.places.is_some() && *count == gate.columns && *count == up.columns);
+        if let Some(Places { order, channels }) = &gate.places {
+            assert!(up.places.is_some() && gate.columns == up.columns);
             let y = self.half(gate.rows, *channels)?;
             self.launch(
                 "elementwise",
@@ -545,7 +545,7 @@ impl Backend for Cuda {
                     gate.half_in_places(),
                     up.half_in_places(),
                     &**order,
-                    *count,
+                    gate.columns,
                     *channels,
                     y.half()
                 ],

@@ -26,8 +26,6 @@ pub struct Tensor {
 pub(super) struct Places {
     /// The channel of each, -1 for padding, whose values are zeros.
     pub(super) order: Arc<Buffer>,
-    /// How many there are.
-    pub(super) count: usize,
     /// Channels of the source.
     pub(super) channels: usize,
 }
