@@ -14,7 +14,8 @@
 //     GROUP     32, 64 or 128
 //     TOKENS    of a tile: 8, 16, 32 or 64 in product_stream.cu, 128 in product_tiles.cu
 //     BLOCKS    blocks of 64 rows in a tile
-//     STAGES    stages of 128 places that shared memory holds
+//     STAGES    stages that shared memory holds
+//     PANELS    times 128 places in a stage: 1, 2, 4 or 8, with no more than eight groups; 1 in product_tiles.cu
 //     X_BITS    4: sign and magnitude; 8: two's complement
 //     W_BITS    4 or 8: bits in which weights are packed
 //     W_FP4     1: weights are FP4, doubled
@@ -45,9 +46,11 @@ typedef unsigned short u16;
 #define X_BYTES (TOKENS * 128)
 /// Scales of eight groups, of which those of the stage are used; of outliers, one float a token.
 #define SX_BYTES (TOKENS * 16)
-/// A stage: codes of the tokens, blocks of weights, scales of the tokens.
-#define TOKEN_SCALES (X_BYTES + BLOCKS * BLOCK_BYTES)
-#define STAGE_BYTES ((X_BYTES + BLOCKS * BLOCK_BYTES + SX_BYTES + 1023) / 1024 * 1024)
+/// A stage: scales of the tokens, their codes, weights of each block of rows. The scales come first, because by compute-sanitizer's
+/// count wgmma reads 128 bytes a token of what is not swizzled, though it uses 16: behind the last stage there may be no memory.
+#define TOKEN_CODES ((SX_BYTES + 1023) / 1024 * 1024)
+#define WEIGHTS (TOKEN_CODES + PANELS * X_BYTES)
+#define STAGE_BYTES ((WEIGHTS + PANELS * BLOCKS * BLOCK_BYTES + 1023) / 1024 * 1024)
 
 // ---- Barriers and copies ----
 
@@ -202,32 +205,38 @@ static __device__ __forceinline__ float2 load_pair(u32 address) {
     return v;
 }
 
-/// What 128 places of the weights are to a thread: as they lie in a block, and as left operands of four steps.
-struct Words {
-    uint4 v[W_BITS / 2];
+/// What STEPS times 32 places of the weights are to a thread: as they lie in a block, and as left operands.
+template <int STEPS> struct Words {
+    u32 v[STEPS * W_BITS / 2];
 
-    __device__ __forceinline__ void load(u32 block) {
-#pragma unroll
-        for (int i = 0; i < W_BITS / 2; i++) v[i] = load_shared(block + i * 2048 + threadIdx.x % 128 * 16);
-    }
-    __device__ __forceinline__ void unpack_to(u32 (&a)[16]) const {
+    /// Those from the 32 places `first` of the block's 128 on.
+    __device__ __forceinline__ void load(u32 block, int first) {
+        const u32 own = block + threadIdx.x % 128 * 16;
 #if W_BITS == 4
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            unpack(v[i].x, a[8 * i], a[8 * i + 1]);
-            unpack(v[i].y, a[8 * i + 2], a[8 * i + 3]);
-            unpack(v[i].z, a[8 * i + 4], a[8 * i + 5]);
-            unpack(v[i].w, a[8 * i + 6], a[8 * i + 7]);
+        if constexpr (STEPS == 1) {
+            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(own + first / 2 * 2048 + first % 2 * 8) : "memory");
+            return;
         }
-#else
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            a[4 * i] = v[i].x;
-            a[4 * i + 1] = v[i].y;
-            a[4 * i + 2] = v[i].z;
-            a[4 * i + 3] = v[i].w;
-        }
+        first /= 2;
 #endif
+#pragma unroll
+        for (int i = 0; i < STEPS * W_BITS / 8; i++) {
+            const uint4 four = load_shared(own + (first + i) * 2048);
+            v[4 * i] = four.x;
+            v[4 * i + 1] = four.y;
+            v[4 * i + 2] = four.z;
+            v[4 * i + 3] = four.w;
+        }
+    }
+    __device__ __forceinline__ void unpack_to(u32 (&a)[4 * STEPS]) const {
+#pragma unroll
+        for (int i = 0; i < STEPS * W_BITS / 2; i++) {
+#if W_BITS == 4
+            unpack(v[i], a[2 * i], a[2 * i + 1]);
+#else
+            a[i] = v[i];
+#endif
+        }
     }
 };
 
@@ -327,7 +336,7 @@ static __device__ __forceinline__ void make_ring(u32 barriers, int warps) {
 
 /// Asks for BLOCKS blocks of weights of a stage, when it is free, and announces all that the stage will hold.
 static __device__ __forceinline__ void ask_for_weights(const Operands& of, const Ring<1>& ring, int first_token, int row_tile, int stage) {
-    const u32 to = ring.here + X_BYTES, full = ring.full, count = min(TOKENS, of.padded - first_token);
+    const u32 to = ring.here + WEIGHTS, full = ring.full, count = min(TOKENS, of.padded - first_token);
     const bool outliers = stage >= of.panels;
     const int stages = outliers ? of.halves : of.panels, bytes = outliers ? OUTLIER_BYTES : BLOCK_BYTES;
     const i8* from = outliers ? of.wo + (long long)(stage - of.panels) * OUTLIER_BYTES : of.w + (long long)stage * BLOCK_BYTES;
@@ -343,28 +352,29 @@ static __device__ __forceinline__ void ask_for_weights(const Operands& of, const
 static __device__ __forceinline__ void ask_for_tokens(const Operands& of, const Ring<1>& ring, int first_token, int stage) {
     const u32 to = ring.here, full = ring.full, count = min(TOKENS, of.padded - first_token);
     if (stage < of.panels) {
-        copy_bulk(to, of.x + ((long long)stage * of.padded + first_token) * 128, count * 128, full);
-        copy_bulk(to + TOKEN_SCALES, of.sx + ((long long)(stage * GROUPS_A_STAGE / 8) * of.padded + first_token) * 8, count * 16, full);
+        copy_bulk(to + TOKEN_CODES, of.x + ((long long)stage * of.padded + first_token) * 128, count * 128, full);
+        copy_bulk(to, of.sx + ((long long)(stage * GROUPS_A_STAGE / 8) * of.padded + first_token) * 8, count * 16, full);
     } else {
-        copy_bulk(to, of.xo + ((long long)((stage - of.panels) / 2) * of.padded + first_token) * 128, count * 128, full);
-        copy_bulk(to + TOKEN_SCALES, of.sxo + first_token, count * 4, full);
+        copy_bulk(to + TOKEN_CODES, of.xo + ((long long)((stage - of.panels) / 2) * of.padded + first_token) * 128, count * 128, full);
+        copy_bulk(to, of.sxo + first_token, count * 4, full);
     }
 }
 
-/// Starts the products of group `group` of a stage: of the weights `a` with the tokens at `here`, and of the scales, which are of
+/// Starts the products of group `group` of a panel: of its weights `a` with the tokens' codes, and of the scales, which are of
 /// rank one: the tokens' 16 columns are twice the same eight groups. A product of two f16 numbers is exact in f32.
-static __device__ __forceinline__ void start_group(u32 (&sums)[HELD], u32 (&scales)[HELD], const u32 (&a)[16], const RowColumns& columns, u32 here, int group) {
+static __device__ __forceinline__ void start_group(u32 (&sums)[HELD], u32 (&scales)[HELD], const u32* a, const RowColumns& columns, u32 token_scales,
+                                                   u32 token_codes, int group) {
     pin(sums);
     pin(scales);
     multiply_fence();
-    multiply_scales(scales, columns.low, columns.high, place_of(here + TOKEN_SCALES));
+    multiply_scales(scales, columns.low, columns.high, place_of(token_scales));
 #pragma unroll
     for (int step = 0; step < STEPS_A_GROUP; step++) {
-        const int k = group * STEPS_A_GROUP + step;
+        const u32 tokens = describe(token_codes) + 2 * (group * STEPS_A_GROUP + step);
 #if BY_FLOAT
-        multiply_e4m3(sums, a + 4 * k, describe(here) + 2 * k, step > 0);
+        multiply_e4m3(sums, a + 4 * step, tokens, step > 0);
 #else
-        multiply_s8(sums, a + 4 * k, describe(here) + 2 * k, step > 0);
+        multiply_s8(sums, a + 4 * step, tokens, step > 0);
 #endif
     }
     multiply_commit();
@@ -392,7 +402,7 @@ static __device__ __forceinline__ void multiply_outliers(u32 (&sums)[HELD], u32 
     pin(sums);
     multiply_fence();
 #pragma unroll
-    for (int step = 0; step < 2; step++) multiply_s8(sums, a + 4 * step, describe(here) + 2 * (odd * 2 + step), step > 0 || add);
+    for (int step = 0; step < 2; step++) multiply_s8(sums, a + 4 * step, describe(here + TOKEN_CODES) + 2 * (odd * 2 + step), step > 0 || add);
     multiply_commit();
     multiply_wait<0>();
     pin(sums);
@@ -404,7 +414,7 @@ static __device__ __forceinline__ void promote_outliers(float (&total)[HELD], co
     const float low = to_float(half{row_scales.low}), high = to_float(half{row_scales.high});
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++) {
-        const float2 s = load_pair(here + TOKEN_SCALES + (8 * j + threadIdx.x % 4 * 2) * 4);
+        const float2 s = load_pair(here + (8 * j + threadIdx.x % 4 * 2) * 4);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             float& to = total[4 * j + i];

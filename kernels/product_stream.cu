@@ -1,35 +1,87 @@
 // Few tokens: the weights are read once, and everything is about having enough of them on their way.
 //
 // A tile is 64 * BLOCKS rows and all tokens. A cluster of gridDim.y blocks of threads shares its stages, in equal
-// runs, and in a block SPLIT warpgroups take the run's stages in turn. In the end they add their totals, in the
-// order of blocks and warpgroups, through each other's shared memory. Macros and operands: hopper.cuh, and
+// runs, and in a block SPLIT warpgroups take the run's stages in turn. In the end each block of the cluster takes some of the
+// tokens and adds up their totals from the shared memory of all, in the order of blocks and warpgroups. Macros and operands:
+// hopper.cuh, and
 //
 //     SPLIT    warpgroups that take a run's stages in turn
 //     PER_SM   blocks of threads that an SM should hold
+//
+// A copy costs the warp that asks for it some 140 cycles, whatever its size, which is why a stage holds several panels: their
+// weights, and the tokens' codes, lie one after the other in device memory.
 
-/// Threads that multiply; a warp more copies.
+/// Threads that multiply; a warp more copies, or two beside four warpgroups, or a warpgroup, which gives its registers to three.
 #define THREADS (128 * BLOCKS * SPLIT)
+#define GIVES_REGISTERS (BLOCKS * SPLIT == 3)
+#define COPIERS (GIVES_REGISTERS ? 128 : BLOCKS * SPLIT == 4 ? 64 : 32)
+
+/// A token's totals of a tile's rows, as a warpgroup leaves them; four more, so that lanes meet different banks.
+#define TOTALS (64 * BLOCKS + 4)
+static_assert(STAGES % SPLIT == 0, "a warpgroup sees every round of its places in the ring, and no other's");
+static_assert(SPLIT * TOKENS * TOTALS * 4 <= STAGES * STAGE_BYTES, "totals take the stages' memory");
 
 static __device__ __forceinline__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-/// A float of another block's shared memory, at this block's address.
-static __device__ __forceinline__ float load_remote(u32 address, int rank) {
-    float value;
-    asm volatile("{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\nld.shared::cluster.f32 %0, [remote];\n}"
-                 : "=f"(value) : "r"(address), "r"(rank) : "memory");
-    return value;
+/// Four floats of another block's shared memory, at this block's address.
+static __device__ __forceinline__ float4 load_remote(u32 address, int rank) {
+    float4 v;
+    asm volatile("{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
+    return v;
 }
 
-/// Where result `i` of thread `thread` of a block of 64 rows belongs.
-static __device__ __forceinline__ void place(Output* y, int i, int thread, int first_row, int tokens, int rows, float value) {
-    const int token = i / 4 * 8 + thread % 4 * 2 + i % 2, row = first_row + thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
-    if (token < tokens && row < rows) store(y + (long long)token * rows + row, value);
+/// A stage's panels, of all there are.
+static __device__ __forceinline__ int panels_of(const Operands& of, int stage) { return min(PANELS, of.panels - stage * PANELS); }
+
+/// What the copying warps ask for: `part` of `parts` of the copies of each stage, when it is free. `units` stages hold the
+/// groups, the others 64 outlier channels each.
+template <int PARTS> static __device__ __forceinline__ void copy_stages(const Operands& of, Ring<1> ring, int tile, int units, int begin, int end, int part) {
+    // A tile at the end may have fewer blocks of rows: the last one is copied again, and its results are not written.
+    const int last_block = (of.rows + 63) / 64 - 1, panel_bytes = of.padded * 128;
+#pragma unroll 1
+    for (int stage = begin; stage < end; stage++, ring.next()) {
+        const bool outliers = stage >= units;
+        const int half = stage - units, count = outliers ? 1 : panels_of(of, stage);
+        const int bytes = outliers ? OUTLIER_BYTES : count * BLOCK_BYTES, sx_bytes = of.padded * (outliers ? 4 : 16);
+        const u32 full = ring.full;
+        barrier_wait(ring.empty(), ring.phase ^ 1);
+        // Copies may be done before they are announced: the phase ends when they were.
+        if (part == 0) barrier_expect(full, BLOCKS * bytes + count * panel_bytes + sx_bytes);
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            if ((i + 1) % PARTS != part) continue;
+            const long long block = min(tile * BLOCKS + i, last_block);
+            const i8* from = outliers ? of.wo + (block * of.halves + half) * OUTLIER_BYTES : of.w + (block * of.panels + stage * PANELS) * BLOCK_BYTES;
+            copy_bulk(ring.here + WEIGHTS + i * PANELS * BLOCK_BYTES, from, bytes, full);
+        }
+        if (part == 0) {
+            const void* scales = outliers ? (const void*)of.sxo : of.sx + (long long)(stage * PANELS * GROUPS_A_STAGE / 8) * of.padded * 8;
+            copy_bulk(ring.here + TOKEN_CODES, outliers ? of.xo + (long long)(half / 2) * panel_bytes : of.x + (long long)stage * PANELS * panel_bytes, count * panel_bytes, full);
+            copy_bulk(ring.here, scales, sx_bytes, full);
+        }
+    }
 }
 
-/// Grid (ceil(rows / (64 * BLOCKS)), splits) in clusters of (1, splits, 1); THREADS + 32 threads, and
-/// STAGES * STAGE_BYTES + TOKENS * 128 + 1024 bytes of dynamic shared memory. At most TOKENS tokens.
-extern "C" __global__ void __launch_bounds__(THREADS + 32, PER_SM)
+/// Writes results of rows `row` and the three on; `row` is a multiple of 4.
+static __device__ __forceinline__ void give_four(Output* y, int token, int row, int rows, const float4& v) {
+    Output* to = y + (long long)token * rows + row;
+#if OUT == 1
+    if (rows % 4 == 0) {
+        if (row < rows) *reinterpret_cast<uint2*>(to) = make_uint2(pack_half2(v.x, v.y), pack_half2(v.z, v.w));
+        return;
+    }
+#endif
+    if (row < rows) store(to, v.x);
+    if (row + 1 < rows) store(to + 1, v.y);
+    if (row + 2 < rows) store(to + 2, v.z);
+    if (row + 3 < rows) store(to + 3, v.w);
+}
+
+/// Grid (ceil(rows / (64 * BLOCKS)), splits) in clusters of (1, splits, 1); THREADS + COPIERS threads, and
+/// STAGES * STAGE_BYTES + 1024 bytes of dynamic shared memory. At most TOKENS tokens.
+extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
     integer_stream(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int tokens,
                    int padded, int rows, int panels, int halves) {
     extern __shared__ unsigned char memory[];
@@ -37,16 +89,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, PER_SM)
     const Operands of{x, sx, xo, sxo, w, wo, tokens, padded, rows, panels, halves};
     const u32 stages = (shared_address(memory) + 1023) / 1024 * 1024;
     make_ring(shared_address(barriers), 4 * BLOCKS);
-    const int all = panels + halves, splits = gridDim.y, rank = blockIdx.y;
+    const int units = (panels + PANELS - 1) / PANELS, all = units + halves, splits = gridDim.y, rank = blockIdx.y;
     const int begin = all * rank / splits, end = all * (rank + 1) / splits;
     if (threadIdx.x >= THREADS) {
-        if (threadIdx.x == THREADS) {
-            Ring<1> ring(stages, shared_address(barriers), 0);
-            for (int stage = begin; stage < end; stage++, ring.next()) {
-                ask_for_weights(of, ring, 0, blockIdx.x * BLOCKS, stage);
-                ask_for_tokens(of, ring, 0, stage);
-            }
-        }
+#if GIVES_REGISTERS
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+#endif
+        const int copier = (threadIdx.x - THREADS) / 32;
+        const Ring<1> ring(stages, shared_address(barriers), 0);
+        if (threadIdx.x % 32 == 0) copy_stages<COPIERS / 32>(of, ring, blockIdx.x, units, begin, end, copier);
         __syncwarp();
         if (splits > 1) {
             cluster_barrier();
@@ -54,6 +105,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, PER_SM)
         }
         return;
     }
+#if GIVES_REGISTERS
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+#endif
     const int thread = threadIdx.x % 128, group = threadIdx.x / 128, own = group % BLOCKS, turn = group / BLOCKS;
     Ring<SPLIT> ring(stages, shared_address(barriers), turn);
     float total[HELD];
@@ -62,20 +116,26 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, PER_SM)
     for (int i = 0; i < HELD; i++) total[i] = 0.0f;
     int stage = begin + turn;
 #pragma unroll 1
-    for (; stage < min(end, panels); stage += SPLIT) {
+    for (; stage < min(end, units); stage += SPLIT) {
         ring.wait();
-        const u32 here = ring.here, block = here + X_BYTES + own * BLOCK_BYTES;
-        u32 a[16];
-        Words words;
-        words.load(block);
-        words.unpack_to(a);
-        pin(a);
-#pragma unroll
-        for (int g = 0; g < GROUPS_A_STAGE; g++) {
-            const RowColumns columns(load_row_scales(block + CODE_BYTES + g * 128), stage * GROUPS_A_STAGE + g);
-            start_group(sums, scales, a, columns, here, g);
-            finish_group(sums, scales);
-            promote(total, sums, scales);
+        const int count = panels_of(of, stage);
+        const u32 here = ring.here;
+        u32 codes = here + TOKEN_CODES, block = here + WEIGHTS + own * PANELS * BLOCK_BYTES;
+#pragma unroll 1
+        for (int panel = 0; panel < count; panel++, codes += padded * 128, block += BLOCK_BYTES) {
+            // One group after the other: unrolled, more than one of 64 tokens take more registers than there are.
+#pragma unroll 1
+            for (int g = 0; g < GROUPS_A_STAGE; g++) {
+                u32 a[4 * STEPS_A_GROUP];
+                Words<STEPS_A_GROUP> words;
+                words.load(block, g * STEPS_A_GROUP);
+                words.unpack_to(a);
+                pin(a);
+                const RowColumns columns(load_row_scales(block + CODE_BYTES + g * 128), (stage * PANELS + panel) * GROUPS_A_STAGE + g);
+                start_group(sums, scales, a, columns, here, codes, g);
+                finish_group(sums, scales);
+                promote(total, sums, scales);
+            }
         }
         release(ring.empty());
         ring.next();
@@ -84,34 +144,36 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, PER_SM)
 #pragma unroll 1
     for (bool add = false; stage < end; stage += SPLIT, add = true) {
         ring.wait();
-        const u32 here = ring.here, block = here + X_BYTES + own * BLOCK_BYTES;
-        multiply_outliers(sums, here, block, (stage - panels) % 2, add);
+        const u32 here = ring.here, block = here + WEIGHTS + own * PANELS * BLOCK_BYTES;
+        multiply_outliers(sums, here, block, (stage - units) % 2, add);
         if (stage + SPLIT >= end) promote_outliers(total, sums, here, block);
         release(ring.empty());
         ring.next();
     }
-    const int first_row = (blockIdx.x * BLOCKS + own) * 64;
-    if (SPLIT == 1 && splits == 1) {
-#pragma unroll
-        for (int i = 0; i < HELD; i++) place(y, i, thread, first_row, tokens, rows, total[i]);
-        return;
-    }
     // The stages have all been used, by every warpgroup: their memory is free.
     group_barrier(1, THREADS);
 #pragma unroll
-    for (int i = 0; i < HELD; i++)
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(stages + ((group * HELD + i) * 128 + thread) * 4), "f"(total[i]) : "memory");
+    for (int i = 0; i < HELD; i++) {
+        const int token = i / 4 * 8 + thread % 4 * 2 + i % 2, row = own * 64 + thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(stages + ((turn * TOKENS + token) * TOTALS + row) * 4), "f"(total[i]) : "memory");
+    }
     if (splits > 1)
         cluster_barrier();
     else
         group_barrier(1, THREADS);
-    for (int index = rank * THREADS + threadIdx.x; index < BLOCKS * HELD * 128; index += splits * THREADS) {
-        float sum = 0.0f;
-        for (int other = 0; other < splits; other++) {
-#pragma unroll
-            for (int part = 0; part < SPLIT; part++) sum += load_remote(stages + (part * BLOCKS * HELD * 128 + index) * 4, other);
+    const int share = (TOKENS + splits - 1) / splits, first = rank * share, mine = min(share, tokens - first);
+    for (int index = threadIdx.x; index < mine * 16 * BLOCKS; index += THREADS) {
+        const int token = first + index / (16 * BLOCKS), row = index % (16 * BLOCKS) * 4;
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+        for (int part = 0; part < splits * SPLIT; part++) {
+            const float4 v = load_remote(stages + ((part % SPLIT * TOKENS + token) * TOTALS + row) * 4, part / SPLIT);
+            sum.x += v.x;
+            sum.y += v.y;
+            sum.z += v.z;
+            sum.w += v.w;
         }
-        place(y, index / 128 % HELD, index % 128, (blockIdx.x * BLOCKS + index / (HELD * 128)) * 64, tokens, rows, sum);
+        give_four(y, token, blockIdx.x * BLOCKS * 64 + row, rows, sum);
     }
     // Nobody leaves while others read.
     if (splits > 1) cluster_barrier();

@@ -74,10 +74,10 @@ static __device__ __forceinline__ void write(const float (&total)[HELD], Output*
 #define AHEAD (W_BITS == 4)
 
 /// Waits for the stage at which the ring is, and loads what is a warpgroup's of it.
-static __device__ __forceinline__ void load(Words& words, RowScales (&scales)[GROUPS_A_STAGE], const Ring<1>& ring, int group) {
+static __device__ __forceinline__ void load(Words<4>& words, RowScales (&scales)[GROUPS_A_STAGE], const Ring<1>& ring, int group) {
     ring.wait();
-    const u32 block = ring.here + X_BYTES + group * BLOCK_BYTES;
-    words.load(block);
+    const u32 block = ring.here + WEIGHTS + group * BLOCK_BYTES;
+    words.load(block, 0);
 #pragma unroll
     for (int g = 0; g < GROUPS_A_STAGE; g++) scales[g] = load_row_scales(block + CODE_BYTES + g * 128);
 }
@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (int i = 0; i < HELD; i++) total[i] = 0.0f;
             u32 a[16];
-            Words words;
+            Words<4> words;
             RowScales row_scales[GROUPS_A_STAGE];
             load(words, row_scales, ring, group);
 #pragma unroll 1
@@ -131,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (int g = 0; g < GROUPS_A_STAGE; g++) {
                     const RowColumns columns(row_scales[g], stage * GROUPS_A_STAGE + g);
-                    start_group(sums, scales, a, columns, here, g);
+                    start_group(sums, scales, a + 4 * STEPS_A_GROUP * g, columns, here, here + TOKEN_CODES, g);
                     const bool more = g == GROUPS_A_STAGE - 1 && stage + 1 < panels;
                     if (AHEAD && more) load(words, row_scales, ring, group);
                     finish_group(sums, scales);
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll 1
             for (int part = 0; part < halves; part++) {
                 ring.wait();
-                const u32 here = ring.here, block = here + X_BYTES + group * BLOCK_BYTES;
+                const u32 here = ring.here, block = here + WEIGHTS + group * BLOCK_BYTES;
                 multiply_outliers(sums, here, block, part % 2, part > 0);
                 if (part == halves - 1) promote_outliers(total, sums, here, block);
                 release(ring.empty());

@@ -25,8 +25,6 @@ const BLOCK_ROWS: usize = 64;
 /// Outlier channels of a block of weights, and its bytes.
 const OUTLIER_PART: usize = 64;
 const OUTLIER_BYTES: usize = 64 * 64 + 64 * 2;
-/// Blocks of threads of a cluster at most, by what every device takes.
-const LARGEST_CLUSTER: usize = 8;
 
 /// Tokens as they are padded in tiles.
 pub(super) fn padded_tokens(tokens: usize) -> usize {
@@ -40,7 +38,7 @@ pub(super) fn tiled_scale_bytes(groups: usize, tokens: usize) -> usize {
 
 /// Whether the product of so many tokens goes tile after tile.
 pub(super) fn takes_whole_tiles(tokens: usize) -> bool {
-    Tiling::of(tokens, PANEL).is_for_many()
+    kernels::is_for_many(tokens)
 }
 
 /// Panels of so many places.
@@ -208,7 +206,12 @@ impl Cuda {
         let widened = (x.bits < 8 && blocks.wide).then(|| self.widened(x)).transpose()?;
         let codes = widened.as_ref().unwrap_or(&x.codes);
         let wide = [x.bits == 8 || blocks.wide, blocks.wide];
-        let tiling = Tiling { wide, fp4: blocks.fp4, output, ..Tiling::of(tokens, group_size) };
+        let multiprocessors = self.gpu.multiprocessors;
+        let tiling = Tiling {
+            fp4: blocks.fp4,
+            output,
+            ..Tiling::of(tokens, rows, group_size, wide, multiprocessors)
+        };
         let panels = panels(groups * group_size);
         let parts = x.outliers.channels.div_ceil(OUTLIER_PART);
         let arguments = arguments![
@@ -226,11 +229,10 @@ impl Cuda {
             parts
         ];
         let tiles = rows.div_ceil(BLOCK_ROWS * tiling.blocks);
-        let resident = self.gpu.multiprocessors * tiling.per_sm;
         let (defines, shared_bytes) = (tiling.defines(), tiling.shared_bytes());
         if tiling.is_for_many() {
             let all = tiles * tokens.div_ceil(tiling.tokens);
-            let grid = (all.min(resident), 1, 1);
+            let grid = (all.min(multiprocessors), 1, 1);
             let geometry = Geometry { grid, threads: 128 * (tiling.blocks + 1), shared_bytes };
             return self.kernels.launch(
                 "product_tiles",
@@ -240,17 +242,19 @@ impl Cuda {
                 arguments,
             );
         }
-        let cluster = cluster(tiles, resident, panels + parts);
-        let threads = 128 * tiling.blocks * tiling.split + 32;
-        let geometry = Geometry { grid: (tiles, cluster, 1), threads, shared_bytes };
-        self.kernels.launch_clusters(
-            "product_stream",
-            &defines,
-            "integer_stream",
-            geometry,
-            cluster,
-            arguments,
-        )
+        let threads = tiling.stream_threads();
+        let geometry = |cluster| Geometry { grid: (tiles, cluster, 1), threads, shared_bytes };
+        let (family, entry) = ("product_stream", "integer_stream");
+        let stages = panels.div_ceil(tiling.panels) + parts;
+        let mut cluster = tiling.cluster(tiles, stages, multiprocessors);
+        let held = |cluster| {
+            let shape = geometry(cluster);
+            self.kernels.resident_clusters(family, &defines, entry, shape, cluster)
+        };
+        while cluster > 1 && held(cluster)? < tiles {
+            cluster -= 1;
+        }
+        self.kernels.launch_clusters(family, &defines, entry, geometry(cluster), cluster, arguments)
     }
 
     /// The codes in two's complement.
@@ -259,29 +263,5 @@ impl Cuda {
         let to = self.gpu.alloc(bytes)?;
         self.layout("widen_codes", bytes / 4, arguments![&x.codes, (bytes / 4) as i64, &to])?;
         Ok(to)
-    }
-}
-
-/// Blocks of threads that share a tile's stages: as many as the device holds at once, a power of two.
-fn cluster(tiles: usize, resident: usize, stages: usize) -> usize {
-    let mut cluster = 1;
-    while 2 * cluster <= LARGEST_CLUSTER.min(stages) && 2 * cluster * tiles <= resident {
-        cluster *= 2;
-    }
-    cluster
-}
-
-#[cfg(test)]
-mod tests {
-    use super::cluster;
-
-    #[test]
-    fn clusters_fill_the_device_once() {
-        assert_eq!(cluster(192, 396, 33), 2);
-        assert_eq!(cluster(64, 396, 87), 4);
-        assert_eq!(cluster(344, 396, 33), 1);
-        assert_eq!(cluster(1, 396, 87), 8);
-        assert_eq!(cluster(1, 396, 3), 2);
-        assert_eq!(cluster(1000, 396, 87), 1);
     }
 }

@@ -93,6 +93,11 @@ fn flag(set: bool) -> String {
     u8::from(set).to_string()
 }
 
+/// Blocks of threads of a cluster at most, by what every device takes.
+const LARGEST_CLUSTER: usize = 8;
+/// And for up to 16 tokens, of which two have enough on their way.
+const CLUSTER_OF_FEW: usize = 2;
+
 /// What the two products for Hopper are compiled for.
 #[derive(Clone, Copy, Debug)]
 pub struct Tiling {
@@ -102,6 +107,8 @@ pub struct Tiling {
     pub tokens: usize,
     /// Blocks of 64 rows in a tile.
     pub blocks: usize,
+    /// Times 128 places in a stage.
+    pub panels: usize,
     /// Warpgroups that share a block's stages.
     pub split: usize,
     /// Blocks of threads that an SM holds at least.
@@ -126,27 +133,43 @@ pub enum Output {
 }
 
 impl Tiling {
-    /// For products of so many tokens.
-    pub fn of(tokens: usize, group: usize) -> Self {
-        let (tokens, blocks, split, per_sm) = match tokens {
-            0..=8 => (8, 1, 2, 3),
-            9..=16 => (16, 1, 2, 3),
-            // Four groups a stage take registers that two blocks of threads do not have.
-            17..=32 if group == 32 => (32, 2, 1, 1),
-            17..=32 => (32, 2, 1, 2),
-            33..=64 => (64, 2, 1, 1),
-            _ => (128, 2, 1, 1),
+    /// For products of so many tokens with weights of `rows` rows, on so many multiprocessors.
+    pub fn of(
+        tokens: usize,
+        rows: usize,
+        group: usize,
+        wide: [bool; 2],
+        multiprocessors: usize,
+    ) -> Self {
+        let (tokens, blocks, panels, split, per_sm) = match tokens {
+            0..=8 if whole_blocks_fill(rows, multiprocessors) => (8, 1, 2, 4, 1),
+            0..=8 => (8, 1, 2, 2, 3),
+            9..=16 if whole_blocks_fill(rows, multiprocessors) => (16, 1, 2, 4, 1),
+            9..=16 => (16, 1, 2, 2, 3),
+            17..=32 => (32, 3, 2, 1, 1),
+            33..=64 if narrow_tiles_fill(rows, multiprocessors) => (64, 1, 2, 2, 1),
+            33..=64 => (64, 3, 1, 1, 1),
+            _ => (128, 2, 1, 1, 1),
         };
+        // A panel of 8 bits is twice as long.
+        let panels = if wide[1] { 1 } else { panels };
         Self {
             group,
             tokens,
             blocks,
+            panels,
             split,
             per_sm,
-            wide: [false; 2],
+            wide,
             fp4: false,
             output: Output::Half,
         }
+    }
+
+    /// Blocks of threads that share a tile's stages, if the device holds so many.
+    pub fn cluster(&self, tiles: usize, stages: usize, multiprocessors: usize) -> usize {
+        let most = if self.tokens <= 16 { CLUSTER_OF_FEW } else { LARGEST_CLUSTER };
+        (multiprocessors * self.per_sm / tiles).clamp(1, most.min(stages))
     }
 
     /// The macros of `product_tiles` and `product_stream`.
@@ -156,6 +179,7 @@ impl Tiling {
             ("GROUP", self.group.to_string()),
             ("TOKENS", self.tokens.to_string()),
             ("BLOCKS", self.blocks.to_string()),
+            ("PANELS", self.panels.to_string()),
             ("SPLIT", self.split.to_string()),
             ("PER_SM", self.per_sm.to_string()),
             ("STAGES", self.stages().to_string()),
@@ -168,33 +192,73 @@ impl Tiling {
 
     /// Whether a block of threads takes tile after tile.
     pub fn is_for_many(&self) -> bool {
-        self.tokens > 64
+        is_for_many(self.tokens)
+    }
+
+    /// Threads of a block of `product_stream`: those that multiply, and those that copy.
+    pub fn stream_threads(&self) -> usize {
+        match self.blocks * self.split {
+            // Too many registers are needed for what a block of warps has: the fourth gives its own.
+            3 => 4 * 128,
+            4 => 4 * 128 + 64,
+            warpgroups => 128 * warpgroups + 32,
+        }
     }
 
     /// Bytes of a stage, as hopper.cuh counts them.
     fn stage_bytes(&self) -> usize {
         let block = block_bytes(self.group, self.wide[1]);
-        (self.tokens * (128 + 16) + self.blocks * block).next_multiple_of(1024)
+        let panel = self.tokens * 128 + self.blocks * block;
+        let scales = (self.tokens * 16).next_multiple_of(1024);
+        (scales + self.panels * panel).next_multiple_of(1024)
     }
 
-    /// Bytes behind the stages: where the results of many tokens are turned around, and what the product of scales reaches
-    /// by compute-sanitizer's count, 128 bytes a token, though it uses 16.
+    /// Bytes behind the stages, where the results of many tokens are turned around.
     fn bytes_behind(&self) -> usize {
-        self.tokens * 128 * if self.is_for_many() { self.blocks } else { 1 }
+        if self.is_for_many() { self.blocks * self.tokens * 128 } else { 0 }
     }
 
-    /// As many stages as there is room for, but no more than are of use.
+    /// As many stages as there is room for, but no more than are of use; a multiple of `split`, so that a place in the ring is
+    /// always the same warpgroup's. A warpgroup that skips a place would not see whether the other's stage has come there
+    /// yet, when its own of the round before has: copies arrive in any order, and barriers tell odd rounds from even ones only.
     fn stages(&self) -> usize {
         const SM_BYTES: usize = 227 << 10;
         // A block of threads has a kilobyte of its own, and one for alignment.
         let room = SM_BYTES / self.per_sm - 2048 - self.bytes_behind();
-        (room / self.stage_bytes()).min(16)
+        (room / self.stage_bytes()).min(16) / self.split * self.split
     }
 
     /// Dynamic shared memory of a block of threads.
     pub fn shared_bytes(&self) -> usize {
         self.stages() * self.stage_bytes() + self.bytes_behind() + 1024
     }
+}
+
+/// Whether the product of so many tokens goes tile after tile.
+pub fn is_for_many(tokens: usize) -> bool {
+    tokens > 64
+}
+
+/// Whether up to 16 tokens are multiplied sooner by one large block of threads a multiprocessor than by up to three, which lie
+/// unevenly where they are few: if such blocks leave hardly one of them without work.
+fn whole_blocks_fill(rows: usize, multiprocessors: usize) -> bool {
+    let tiles = rows.div_ceil(64);
+    let blocks = tiles * (multiprocessors / tiles).min(CLUSTER_OF_FEW);
+    8 * blocks >= 7 * multiprocessors
+}
+
+/// Whether 64 tokens are multiplied sooner in tiles of 64 rows than in tiles of 192, of which a stage takes 2.85 times as
+/// long (H200), by the rounds that each takes.
+fn narrow_tiles_fill(rows: usize, multiprocessors: usize) -> bool {
+    let time = |tile_rows: usize, stage: f64| {
+        let tiles = rows.div_ceil(tile_rows);
+        // Clusters of more than two leave some multiprocessors of each part of the device without work.
+        let pairs = multiprocessors / 2 >= tiles;
+        let larger = (multiprocessors * 7 / 8 / tiles).min(LARGEST_CLUSTER);
+        let cluster = larger.max(if pairs { 2 } else { 1 });
+        stage * (tiles * cluster).div_ceil(multiprocessors) as f64 / cluster as f64
+    };
+    time(64, 1.0) < time(192, 2.85)
 }
 
 /// Bytes of 64 rows and 128 places of weights: codes and f16 scales.
@@ -412,13 +476,19 @@ pub const FAMILIES: &[Family] = &[
         variants: || {
             use Output::{Float, Half};
             let tiling = |tokens, group, wide, fp4, output| {
-                Tiling { wide, fp4, output, ..Tiling::of(tokens, group) }.defines()
+                Tiling { fp4, output, ..Tiling::of(tokens, 12288, group, wide, 132) }.defines()
             };
+            let narrow = |tokens, group| Tiling::of(tokens, 4096, group, [false; 2], 132).defines();
             vec![
                 tiling(1, 128, [false; 2], false, Half),
+                narrow(8, 128),
                 tiling(16, 64, [false; 2], true, Half),
+                narrow(16, 32),
                 tiling(32, 32, [false; 2], false, Float),
                 tiling(64, 128, [false; 2], false, Half),
+                narrow(64, 128),
+                narrow(64, 32),
+                tiling(64, 64, [true, false], true, Float),
                 tiling(8, 128, [true, false], false, Half),
                 tiling(64, 128, [true; 2], false, Half),
             ]
@@ -432,7 +502,7 @@ pub const FAMILIES: &[Family] = &[
         variants: || {
             use Output::{Added, Float, Half};
             let tiling = |group, wide, fp4, output| {
-                Tiling { wide, fp4, output, ..Tiling::of(1024, group) }.defines()
+                Tiling { fp4, output, ..Tiling::of(1024, 12288, group, wide, 132) }.defines()
             };
             vec![
                 tiling(128, [false; 2], false, Half),
@@ -455,3 +525,57 @@ pub const FAMILIES: &[Family] = &[
         variants: || vec![vec![]],
     },
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::Tiling;
+
+    fn tiling(tokens: usize, rows: usize) -> Tiling {
+        Tiling::of(tokens, rows, 128, [false; 2], 132)
+    }
+
+    /// What was faster on an H200, of shapes of Llama-2-7B and 70B.
+    #[test]
+    fn tiles_fill_the_device() {
+        for (rows, blocks) in [(4096, 1), (8192, 1), (10240, 3), (12288, 3), (22016, 3), (57344, 1)]
+        {
+            assert_eq!(tiling(64, rows).blocks, blocks, "{rows} rows");
+        }
+        for (rows, split) in [(4096, 4), (8192, 4), (10240, 2), (12288, 2), (22016, 2), (57344, 2)]
+        {
+            assert_eq!(tiling(8, rows).split, split, "{rows} rows");
+        }
+    }
+
+    #[test]
+    fn a_place_in_the_ring_is_one_warpgroups() {
+        for tokens in [8, 16, 32, 64] {
+            for (rows, group) in [(4096, 128), (12288, 128), (4096, 64), (4096, 32)] {
+                for wide in [[false; 2], [true, false], [true; 2]] {
+                    let tiling = Tiling::of(tokens, rows, group, wide, 132);
+                    let stages = tiling.stages();
+                    assert!(
+                        stages >= 4 && stages.is_multiple_of(tiling.split),
+                        "{stages}: {tiling:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn clusters_fill_the_device_once() {
+        let cluster = |tokens, rows, stages| {
+            let tiling = tiling(tokens, rows);
+            tiling.cluster(rows.div_ceil(64 * tiling.blocks), stages, 132)
+        };
+        assert_eq!(cluster(8, 4096, 45), 2);
+        assert_eq!(cluster(8, 8192, 114), 1);
+        assert_eq!(cluster(8, 12288, 18), 2);
+        assert_eq!(cluster(8, 22016, 18), 1);
+        assert_eq!(cluster(8, 57344, 18), 1);
+        assert_eq!(cluster(32, 4096, 45), 6);
+        assert_eq!(cluster(32, 4096, 3), 3);
+        assert_eq!(cluster(64, 64, 87), 8);
+    }
+}

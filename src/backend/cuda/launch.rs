@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::result;
 use cudarc::driver::sys::{
     CUdeviceptr, CUfunction, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
-    CUlaunchConfig, CUmodule, cuLaunchKernelEx,
+    CUlaunchConfig, CUmodule, cuLaunchKernelEx, cuOccupancyMaxActiveClusters,
 };
 
 use super::compile::Compiler;
@@ -26,6 +26,8 @@ pub struct Kernels {
 struct Loaded {
     modules: HashMap<String, Module>,
     functions: HashMap<String, Function>,
+    /// How many clusters of a launch's shape the device holds, by function, threads, shared memory and blocks of a cluster.
+    clusters: HashMap<(usize, usize, usize, usize), usize>,
 }
 
 #[derive(Clone, Copy)]
@@ -167,7 +169,7 @@ impl Kernels {
         cluster: usize,
         arguments: &[Argument],
     ) -> Result<()> {
-        let Geometry { grid, threads, .. } = geometry;
+        let Geometry { grid, .. } = geometry;
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
             return Ok(());
         }
@@ -176,24 +178,8 @@ impl Kernels {
             let mut slots: Vec<u64> = arguments.iter().map(|argument| argument.0).collect();
             let mut pointers: Vec<*mut c_void> =
                 slots.iter_mut().map(|slot| (slot as *mut u64).cast()).collect();
-            // SAFETY: zeros are a value of this plain structure.
-            let mut attribute: CUlaunchAttribute = unsafe { std::mem::zeroed() };
-            attribute.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-            attribute.value.clusterDim.x = 1;
-            attribute.value.clusterDim.y = dimension(cluster);
-            attribute.value.clusterDim.z = 1;
-            let config = CUlaunchConfig {
-                gridDimX: dimension(grid.0),
-                gridDimY: dimension(grid.1),
-                gridDimZ: dimension(grid.2),
-                blockDimX: dimension(threads),
-                blockDimY: 1,
-                blockDimZ: 1,
-                sharedMemBytes: dimension(geometry.shared_bytes),
-                hStream: self.gpu.stream(Stream::Main),
-                attrs: &raw mut attribute,
-                numAttrs: 1,
-            };
+            let mut attribute = clusters_of(cluster);
+            let config = self.config(geometry, &mut attribute);
             // SAFETY: as in launch_on; configuration and attribute outlive the call.
             unsafe {
                 let none = std::ptr::null_mut();
@@ -203,6 +189,53 @@ impl Kernels {
             .map_err(|error| failed(&format!("launching `{entry}`"), error))
         };
         self.gpu.traced(|| entry.to_owned(), work)
+    }
+
+    /// How many clusters of `cluster` blocks along y the device holds at once: fewer than its multiprocessors would, since a
+    /// cluster stays within a part of the device.
+    pub fn resident_clusters(
+        &self,
+        family: &str,
+        defines: &[(&'static str, String)],
+        entry: &str,
+        geometry: Geometry,
+        cluster: usize,
+    ) -> Result<usize> {
+        let function = self.ready(family, defines, entry, geometry)?;
+        let Geometry { threads, shared_bytes, .. } = geometry;
+        let key = (function as usize, threads, shared_bytes, cluster);
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = loaded.clusters.get(&key) {
+            return Ok(*known);
+        }
+        let mut attribute = clusters_of(cluster);
+        let grid = (1, cluster, 1);
+        let config = self.config(Geometry { grid, ..geometry }, &mut attribute);
+        let mut count = 0;
+        // SAFETY: the function is loaded; configuration and attribute outlive the call.
+        unsafe { cuOccupancyMaxActiveClusters(&raw mut count, function, &raw const config) }
+            .result()
+            .map_err(|error| failed("cuOccupancyMaxActiveClusters", error))?;
+        let count = usize::try_from(count).unwrap_or(0);
+        loaded.clusters.insert(key, count);
+        Ok(count)
+    }
+
+    /// A launch on the main stream with one attribute.
+    fn config(&self, geometry: Geometry, attribute: &mut CUlaunchAttribute) -> CUlaunchConfig {
+        let Geometry { grid, threads, shared_bytes } = geometry;
+        CUlaunchConfig {
+            gridDimX: dimension(grid.0),
+            gridDimY: dimension(grid.1),
+            gridDimZ: dimension(grid.2),
+            blockDimX: dimension(threads),
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: dimension(shared_bytes),
+            hStream: self.gpu.stream(Stream::Main),
+            attrs: attribute,
+            numAttrs: 1,
+        }
     }
 
     /// Launches on a given stream.
@@ -265,6 +298,17 @@ impl Kernels {
         }
         Ok(function)
     }
+}
+
+/// The attribute of a launch in clusters along y.
+fn clusters_of(blocks: usize) -> CUlaunchAttribute {
+    // SAFETY: zeros are a value of this plain structure.
+    let mut attribute: CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attribute.value.clusterDim.x = 1;
+    attribute.value.clusterDim.y = dimension(blocks);
+    attribute.value.clusterDim.z = 1;
+    attribute
 }
 
 fn dimension(size: usize) -> u32 {
