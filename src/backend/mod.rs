@@ -334,6 +334,16 @@ pub trait Backend: Sync {
         head: &Self::Dense,
         tokens: &[u32],
     ) -> Result<Vec<Prediction>>;
+    /// As [`Backend::predict`], of `targets`, `(row of x, token)` each.
+    fn predict_each(
+        &self,
+        x: &Self::Tensor,
+        head: &Self::Dense,
+        targets: &[(u32, u32)],
+    ) -> Result<Vec<Prediction>> {
+        let (rows, tokens): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
+        self.predict(&self.select_rows(x, &rows)?, head, &tokens)
+    }
 
     /// What was done to each row: `|x - y|^2 / |y|^2` with `y` the row of `original`, both hidden
     /// states; 0 for a row of zeros that still is one.

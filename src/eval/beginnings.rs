@@ -20,10 +20,10 @@ pub(super) struct Batch {
     pub(super) seq_len: usize,
     /// The rows in attention's windows.
     pub(super) placement: Placement,
-    /// The rows that tokens are predicted from.
+    /// The rows that tokens are predicted from, each once.
     pub(super) from: Vec<u32>,
-    /// The tokens predicted, one for each of `from`.
-    pub(super) targets: Vec<u32>,
+    /// The tokens predicted, each with the place in `from` that it is predicted from.
+    pub(super) targets: Vec<(u32, u32)>,
     /// The texts' numbers, and which of the predictions are theirs.
     pub(super) texts: Vec<(usize, Range<usize>)>,
 }
@@ -75,7 +75,9 @@ struct Forest {
     children: HashMap<(Option<u32>, u32), u32>,
     seq_len: usize,
     from: Vec<u32>,
-    targets: Vec<u32>,
+    /// A node's place in `from`.
+    asked: HashMap<u32, u32>,
+    targets: Vec<(u32, u32)>,
     texts: Vec<(usize, Range<usize>)>,
 }
 
@@ -84,17 +86,20 @@ impl Forest {
         let inputs = &text.tokens[..text.tokens.len() - 1];
         self.seq_len = self.seq_len.max(inputs.len());
         let first_scored = inputs.len() - text.scored;
-        let first = self.from.len();
+        let first = self.targets.len();
         let mut before = None;
         for (position, token) in inputs.iter().enumerate() {
             let node = self.child(before, *token);
             if position >= first_scored {
-                self.from.push(node);
-                self.targets.push(text.tokens[position + 1]);
+                let place = *self.asked.entry(node).or_insert_with(|| {
+                    self.from.push(node);
+                    self.from.len() as u32 - 1
+                });
+                self.targets.push((place, text.tokens[position + 1]));
             }
             before = Some(node);
         }
-        self.texts.push((number, first..self.from.len()));
+        self.texts.push((number, first..self.targets.len()));
     }
 
     fn child(&mut self, before: Option<u32>, token: u32) -> u32 {
@@ -165,9 +170,9 @@ mod tests {
             assert_eq!(batch.placement.windows[*place as usize], row as u32);
         }
         assert_eq!(batch.texts, [(0, 0..3), (1, 3..5), (2, 5..6)]);
-        assert_eq!(batch.targets, [4, 5, 6, 7, 8, 4]);
+        assert_eq!(batch.targets, [(0, 4), (1, 5), (2, 6), (0, 7), (3, 8), (0, 4)]);
         let from: Vec<u32> = batch.from.iter().map(|row| batch.tokens[*row as usize]).collect();
-        assert_eq!(from, [3, 4, 5, 3, 7, 3]);
+        assert_eq!(from, [3, 4, 5, 7]);
     }
 
     #[test]

@@ -87,12 +87,13 @@ fn score<B: Backend>(
     let tokens = part.iter().map(|batch| &batch.tokens[..]);
     let mut stream = Stream::embed_batches(*backend, *tensors, architecture, tokens, beside)?;
     let load = |index| model.load(index);
-    one_ahead(0..architecture.blocks, load, |_, next| {
+    one_ahead(0..architecture.blocks, load, |index, next| {
         let block = model.block(next()?)?;
         for ((x, batch), attention) in stream.batches.iter_mut().zip(part).zip(&attention) {
             progress.check_stop()?;
             backend.recall(x)?;
-            block.forward_placed(*backend, attention, &batch.placement, x)?;
+            let wanted = (index + 1 == architecture.blocks).then_some(&batch.from[..]);
+            block.forward_placed(*backend, attention, &batch.placement, wanted, x)?;
             backend.set_aside(x)?;
         }
         progress.advance("");
@@ -105,9 +106,8 @@ fn score<B: Backend>(
     for (mut x, batch) in stream.batches.into_iter().zip(part) {
         progress.check_stop()?;
         backend.recall(&mut x)?;
-        let x = backend.select_rows(&x, &batch.from)?;
         let normed = backend.rms_norm(&x, &norm, architecture.norm_epsilon)?;
-        let predictions = backend.predict(&normed, &head, &batch.targets)?;
+        let predictions = backend.predict_each(&normed, &head, &batch.targets)?;
         for (text, own) in &batch.texts {
             let own = &predictions[own.clone()];
             let nats: f64 = own.iter().map(|prediction| prediction.nats).sum();

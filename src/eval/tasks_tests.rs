@@ -135,7 +135,9 @@ fn the_likeliest_token_is_the_first_of_the_greatest() {
     let data = vec![1.0, 0.0, 0.0, 1.0];
     let x = cpu.upload(Matrix { rows: 2, columns: 2, data }).unwrap();
     let x = cpu.select_rows(&x, &[0, 0, 1, 1]).unwrap();
+    let each = cpu.predict_each(&x, &head, &[(2, 0), (0, 1500), (3, 7), (0, 2500)]).unwrap();
     let found = cpu.predict(&x, &head, &[1500, 2500, 0, 7]).unwrap();
+    assert_eq!(each, [2, 0, 3, 1].map(|row| found[row]));
     let greedy: Vec<bool> = found.iter().map(|Prediction { greedy, .. }| *greedy).collect();
     assert_eq!(greedy, [true, false, true, false]);
     let sum = 2998.0 + 2.0 * 2f64.exp();

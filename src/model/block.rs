@@ -94,18 +94,23 @@ impl<B: Backend> Block<B> {
     }
 
     /// Runs the block over `x` `[tokens, hidden]`, whose rows stand in attention's windows as `placement` says, in
-    /// place.
+    /// place. Where only some rows are `wanted`, only they are left.
     pub fn forward_placed(
         &self,
         backend: &B,
         attention: &AttentionSpec,
         placement: &Placement,
+        wanted: Option<&[u32]>,
         x: &mut B::Tensor,
     ) -> Result<()> {
         let unobserved: Observer<B::Tensor> = &mut |_, _| Ok(());
         let [q, k, v] = self.queries_keys_values(backend, x, unobserved)?;
         let key_mean = self.key_mean.as_ref();
-        let heads = backend.placed_attention(attention, placement, q, k, v, key_mean)?;
+        let mut heads = backend.placed_attention(attention, placement, q, k, v, key_mean)?;
+        if let Some(wanted) = wanted {
+            heads = backend.select_rows(&heads, wanted)?;
+            *x = backend.select_rows(x, wanted)?;
+        }
         self.sites[ATTN_OUT].apply_onto(backend, heads, x, unobserved)?;
         self.mlp(backend, x, unobserved)
     }

@@ -142,7 +142,8 @@ impl Cpu {
         Tensor::unwritten(&self.pool, rows, columns)
     }
 
-    /// The losses of `targets`, `(row of x, token)` each; with `MOST` the likeliest token is looked for too.
+    /// The losses of `targets`, `(row of x, token)` each; with `MOST` the likeliest token is looked for too. The logits of a
+    /// row are made once for all targets of it that follow one another.
     fn losses<const MOST: bool>(
         &self,
         x: &Tensor,
@@ -150,34 +151,42 @@ impl Cpu {
         targets: &[(usize, usize)],
     ) -> Vec<Loss> {
         let (hidden, vocabulary) = (x.columns, head.n());
-        targets
+        let by_row: Vec<&[(usize, usize)]> = targets.chunk_by(|a, b| a.0 == b.0).collect();
+        by_row
             .par_chunks(HEAD_ROWS)
             .map_init(
                 || (vec![0f32; HEAD_ROWS * hidden], vec![0f32; HEAD_ROWS * HEAD_COLUMNS]),
-                |(rows, logits), targets| {
-                    for (to, &(row, _)) in rows.chunks_mut(hidden).zip(targets) {
-                        to.copy_from_slice(&x.data[row * hidden..(row + 1) * hidden]);
+                |(rows, logits), by_row| {
+                    for (to, targets) in rows.chunks_mut(hidden).zip(by_row) {
+                        to.copy_from_slice(&x.data[targets[0].0 * hidden..][..hidden]);
                     }
-                    let rows = Rows::new(rows, targets.len(), hidden);
-                    let mut losses: Vec<Loss> = vec![Loss::default(); targets.len()];
+                    let rows = Rows::new(rows, by_row.len(), hidden);
+                    let mut losses: Vec<Vec<Loss>> =
+                        by_row.iter().map(|targets| vec![Loss::default(); targets.len()]).collect();
                     for first in (0..vocabulary).step_by(HEAD_COLUMNS) {
                         let columns = first..(first + HEAD_COLUMNS).min(vocabulary);
                         let width = columns.len();
                         let part = head.part(columns.clone(), 0..hidden);
                         gemm(self.isa, rows, part, logits, width, false);
-                        for ((loss, logits), (_, token)) in
-                            losses.iter_mut().zip(logits.chunks(width)).zip(targets)
+                        for ((losses, logits), targets) in
+                            losses.iter_mut().zip(logits.chunks(width)).zip(by_row)
                         {
-                            loss.add(elementwise::log_sum_exp(self.isa, logits));
+                            losses[0].add(elementwise::log_sum_exp(self.isa, logits));
                             if MOST {
-                                loss.look(logits, first);
+                                losses[0].look(logits, first);
                             }
-                            if columns.contains(token) {
-                                loss.target = f64::from(logits[token - first]);
+                            for (loss, (_, token)) in losses.iter_mut().zip(*targets) {
+                                if columns.contains(token) {
+                                    loss.target = f64::from(logits[token - first]);
+                                }
                             }
                         }
                     }
-                    losses
+                    let of_row = |losses: Vec<Loss>| {
+                        let all = losses[0];
+                        losses.into_iter().map(move |loss| Loss { target: loss.target, ..all })
+                    };
+                    losses.into_iter().flat_map(of_row).collect::<Vec<Loss>>()
                 },
             )
             .flatten()
@@ -462,14 +471,26 @@ impl Backend for Cpu {
     }
 
     fn predict(&self, x: &Tensor, head: &Panels, tokens: &[u32]) -> Result<Vec<Prediction>> {
-        let targets: Vec<(usize, usize)> =
-            tokens.iter().enumerate().map(|(row, token)| (row, *token as usize)).collect();
-        let losses = self.losses::<true>(x, head, &targets);
-        let predictions = losses.iter().zip(tokens).map(|(loss, token)| Prediction {
-            nats: loss.nats(),
-            greedy: loss.most.1 == *token as usize,
-        });
-        Ok(predictions.collect())
+        let targets: Vec<(u32, u32)> = (0..).zip(tokens.iter().copied()).collect();
+        self.predict_each(x, head, &targets)
+    }
+
+    fn predict_each(
+        &self,
+        x: &Tensor,
+        head: &Panels,
+        targets: &[(u32, u32)],
+    ) -> Result<Vec<Prediction>> {
+        let mut order: Vec<usize> = (0..targets.len()).collect();
+        order.sort_by_key(|target| targets[*target].0);
+        let sorted = order.iter().map(|target| targets[*target]);
+        let sorted: Vec<_> = sorted.map(|(row, token)| (row as usize, token as usize)).collect();
+        let mut predictions = vec![Prediction { nats: f64::NAN, greedy: false }; targets.len()];
+        let losses = self.losses::<true>(x, head, &sorted);
+        for ((target, (_, token)), loss) in order.into_iter().zip(sorted).zip(losses) {
+            predictions[target] = Prediction { nats: loss.nats(), greedy: loss.most.1 == token };
+        }
+        Ok(predictions)
     }
 
     fn row_changes(&self, x: &Tensor, original: &Tensor) -> Result<Vec<f64>> {
