@@ -334,32 +334,6 @@ static __device__ __forceinline__ void make_ring(u32 barriers, int warps) {
     __syncthreads();
 }
 
-/// Asks for BLOCKS blocks of weights of a stage, when it is free, and announces all that the stage will hold.
-static __device__ __forceinline__ void ask_for_weights(const Operands& of, const Ring<1>& ring, int first_token, int row_tile, int stage) {
-    const u32 to = ring.here + WEIGHTS, full = ring.full, count = min(TOKENS, of.padded - first_token);
-    const bool outliers = stage >= of.panels;
-    const int stages = outliers ? of.halves : of.panels, bytes = outliers ? OUTLIER_BYTES : BLOCK_BYTES;
-    const i8* from = outliers ? of.wo + (long long)(stage - of.panels) * OUTLIER_BYTES : of.w + (long long)stage * BLOCK_BYTES;
-    // A tile at the end may have fewer blocks of rows: the last one is copied again, and its results are not written.
-    const int last_block = (of.rows + 63) / 64 - 1;
-    barrier_wait(ring.empty(), ring.phase ^ 1);
-    barrier_expect(full, count * (outliers ? 132 : 144) + BLOCKS * bytes);
-#pragma unroll
-    for (int i = 0; i < BLOCKS; i++) copy_bulk(to + i * BLOCK_BYTES, from + (long long)min(row_tile + i, last_block) * stages * bytes, bytes, full);
-}
-
-/// Asks for the tokens' codes and scales of a stage.
-static __device__ __forceinline__ void ask_for_tokens(const Operands& of, const Ring<1>& ring, int first_token, int stage) {
-    const u32 to = ring.here, full = ring.full, count = min(TOKENS, of.padded - first_token);
-    if (stage < of.panels) {
-        copy_bulk(to + TOKEN_CODES, of.x + ((long long)stage * of.padded + first_token) * 128, count * 128, full);
-        copy_bulk(to, of.sx + ((long long)(stage * GROUPS_A_STAGE / 8) * of.padded + first_token) * 8, count * 16, full);
-    } else {
-        copy_bulk(to + TOKEN_CODES, of.xo + ((long long)((stage - of.panels) / 2) * of.padded + first_token) * 128, count * 128, full);
-        copy_bulk(to, of.sxo + first_token, count * 4, full);
-    }
-}
-
 /// Starts the products of group `group` of a panel: of its weights `a` with the tokens' codes, and of the scales, which are of
 /// rank one: the tokens' 16 columns are twice the same eight groups. A product of two f16 numbers is exact in f32.
 static __device__ __forceinline__ void start_group(u32 (&sums)[HELD], u32 (&scales)[HELD], const u32* a, const RowColumns& columns, u32 token_scales,

@@ -7,14 +7,14 @@
 //
 //     SPLIT    warpgroups that take a run's stages in turn
 //     PER_SM   blocks of threads that an SM should hold
+//     COPIERS  threads whose warps copy: of a whole warpgroup's, registers are given to the others
 //
 // A copy costs the warp that asks for it some 140 cycles, whatever its size, which is why a stage holds several panels: their
 // weights, and the tokens' codes, lie one after the other in device memory.
 
-/// Threads that multiply; a warp more copies, or two beside four warpgroups, or a warpgroup, which gives its registers to three.
+/// Threads that multiply.
 #define THREADS (128 * BLOCKS * SPLIT)
-#define GIVES_REGISTERS (BLOCKS * SPLIT == 3)
-#define COPIERS (GIVES_REGISTERS ? 128 : BLOCKS * SPLIT == 4 ? 64 : 32)
+#define GIVES_REGISTERS (COPIERS == 128)
 
 /// A token's totals of a tile's rows, as a warpgroup leaves them; four more, so that lanes meet different banks.
 #define TOTALS (64 * BLOCKS + 4)
@@ -35,7 +35,7 @@ static __device__ __forceinline__ float4 load_remote(u32 address, int rank) {
 /// A stage's panels, of all there are.
 static __device__ __forceinline__ int panels_of(const Operands& of, int stage) { return min(PANELS, of.panels - stage * PANELS); }
 
-/// What the copying warps ask for: `part` of `parts` of the copies of each stage, when it is free. `units` stages hold the
+/// What the copying warps ask for: `part` of PARTS of the copies of each stage, when it is free. `units` stages hold the
 /// groups, the others 64 outlier channels each.
 template <int PARTS> static __device__ __forceinline__ void copy_stages(const Operands& of, Ring<1> ring, int tile, int units, int begin, int end, int part) {
     // A tile at the end may have fewer blocks of rows: the last one is copied again, and its results are not written.

@@ -36,11 +36,6 @@ pub(super) fn tiled_scale_bytes(groups: usize, tokens: usize) -> usize {
     2 * groups.next_multiple_of(SCALE_GROUPS) * padded_tokens(tokens)
 }
 
-/// Whether the product of so many tokens goes tile after tile.
-pub(super) fn takes_whole_tiles(tokens: usize) -> bool {
-    kernels::is_for_many(tokens)
-}
-
 /// Panels of so many places.
 fn panels(places: usize) -> usize {
     places.div_ceil(PANEL)

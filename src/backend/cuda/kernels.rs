@@ -182,6 +182,7 @@ impl Tiling {
             ("PANELS", self.panels.to_string()),
             ("SPLIT", self.split.to_string()),
             ("PER_SM", self.per_sm.to_string()),
+            ("COPIERS", self.copiers().to_string()),
             ("STAGES", self.stages().to_string()),
             ("X_BITS", bits(self.wide[0])),
             ("W_BITS", bits(self.wide[1])),
@@ -195,14 +196,19 @@ impl Tiling {
         is_for_many(self.tokens)
     }
 
-    /// Threads of a block of `product_stream`: those that multiply, and those that copy.
-    pub fn stream_threads(&self) -> usize {
+    /// Threads of a block of `product_stream` whose warps copy.
+    fn copiers(&self) -> usize {
         match self.blocks * self.split {
             // Too many registers are needed for what a block of warps has: the fourth gives its own.
-            3 => 4 * 128,
-            4 => 4 * 128 + 64,
-            warpgroups => 128 * warpgroups + 32,
+            3 => 128,
+            4 => 64,
+            _ => 32,
         }
+    }
+
+    /// Threads of a block of `product_stream`.
+    pub fn stream_threads(&self) -> usize {
+        128 * self.blocks * self.split + self.copiers()
     }
 
     /// Bytes of a stage, as hopper.cuh counts them.

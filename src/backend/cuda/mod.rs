@@ -476,7 +476,7 @@ impl Backend for Cuda {
     fn add_integer_product(&self, x: &mut Tensor, y: &Rows, weight: &Packed) -> Result<()> {
         // The other product's kernel has no such sum.
         if let (Form::Blocks(blocks), Layout::Tiled) = (&weight.form, y.layout)
-            && hopper::takes_whole_tiles(y.tokens)
+            && kernels::is_for_many(y.tokens)
         {
             return self.tiled_product(y, blocks, weight.rows, x.float(), kernels::Output::Added);
         }
