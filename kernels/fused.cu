@@ -31,12 +31,12 @@
 // ORDERED    1: the order is given; 0 (with SILU): rows are in the site's order, padding included
 // TOKENS     rows of a unit: 1, 2, 4 or 8; 8 where rows are in the site's order
 // TILED      1: codes as the product for Hopper reads them; 0: rows of codes
-// WIDE       1: codes of 8 bits; 0: of less
+// MAGNITUDES 1: codes as signs and magnitudes, with TILED; 0: in two's complement
 // FP4        1: FP4 codes, doubled numbers of E2M1; 0 or absent: integers
 //
 // With TILED codes are bytes [panels][tokens_padded][128], the sixteenths of a row's 128 bytes exchanged (the
-// chunk c of row t is at c ^ t % 8), tokens padded to a multiple of 8, and codes of less than 8 bits are sign
-// and magnitude: E4M3 for the code times 2^-9. Scales are f16, [ceil(groups / 8)][tokens_padded][8].
+// chunk c of row t is at c ^ t % 8), tokens padded to a multiple of 8. Sign and magnitude are
+// E4M3 for the code times 2^-9. Scales are f16, [ceil(groups / 8)][tokens_padded][8].
 
 #ifndef FP4
 #define FP4 0
@@ -60,8 +60,6 @@ static_assert(FROM == 2 && TOKENS == 8, "panels are staged by whole warps");
 #define PANEL 128
 /// Panels that a warp makes at a time.
 #define SETS (8 / TOKENS)
-/// Whether codes of groups are sign and magnitude.
-#define SIGN_MAGNITUDE (TILED && !WIDE)
 
 #if FROM == NORM
 typedef float In;
@@ -437,7 +435,7 @@ static __device__ __forceinline__ void group_codes(float (&v)[32], int part, int
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int at = chunk(half, part, true);
-        uint4 codes = SIGN_MAGNITUDE ? signed_codes(v + 16 * half, inverse, target.least, target.greatest)
+        uint4 codes = MAGNITUDES ? signed_codes(v + 16 * half, inverse, target.least, target.greatest)
                                      : plain_codes(v + 16 * half, inverse, target.least, target.greatest, FP4);
         if (there && target.has(shape, panel, -1, at)) *reinterpret_cast<uint4*>(target.at(shape, token, panel, -1, at)) = codes;
     }

@@ -19,6 +19,7 @@
 //     X_BITS    4: sign and magnitude; 8: two's complement
 //     W_BITS    4 or 8: bits in which weights are packed
 //     W_FP4     1: weights are FP4, doubled
+//     BY_WARPS  1: few tokens, not multiplied by wgmma (product_stream.cu)
 //     OUT       0: y is f32; 1: y is f16; 2, in product_tiles.cu: y is f32, and results are added to it
 //
 // Operands: tokens in panels of 128 places, a row's sixteenths exchanged (the chunk c of token t is at c ^ t % 8),
@@ -127,10 +128,8 @@ static __device__ __forceinline__ u32 describe(u32 address) { return place_of(ad
     MULTIPLY(multiply_e4m3, n, "f32.e4m3.e4m3", ", 1, 1", D, R, i0, i1, i2, i3, i4, i5) \
     MULTIPLY(multiply_s8, n, "s32.s8.s8", "", D, R, i0, i1, i2, i3, i4, i5)             \
     MULTIPLY_SCALES(n, D, R, i0, i1, i2, i3)
-#if TOKENS == 8
-INSTRUCTIONS(8, D4, R4, "4", "5", "6", "7", "8", "9")
-#elif TOKENS == 16
-INSTRUCTIONS(16, D8, R8, "8", "9", "10", "11", "12", "13")
+#if BY_WARPS
+// They have their own: product_stream.cu.
 #elif TOKENS == 32
 INSTRUCTIONS(32, D16, R16, "16", "17", "18", "19", "20", "21")
 #elif TOKENS == 64
@@ -334,6 +333,19 @@ static __device__ __forceinline__ void make_ring(u32 barriers, int warps) {
     __syncthreads();
 }
 
+/// The weights of 64 outlier channels as left operands.
+static __device__ __forceinline__ void load_outliers(u32 (&a)[8], u32 block) {
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+        const uint4 v = load_shared(block + step * 2048 + threadIdx.x % 128 * 16);
+        a[4 * step] = v.x;
+        a[4 * step + 1] = v.y;
+        a[4 * step + 2] = v.z;
+        a[4 * step + 3] = v.w;
+    }
+}
+
+#if !BY_WARPS
 /// Starts the products of group `group` of a panel: of its weights `a` with the tokens' codes, and of the scales, which are of
 /// rank one: the tokens' 16 columns are twice the same eight groups. A product of two f16 numbers is exact in f32.
 static __device__ __forceinline__ void start_group(u32 (&sums)[HELD], u32 (&scales)[HELD], const u32* a, const RowColumns& columns, u32 token_scales,
@@ -364,14 +376,7 @@ static __device__ __forceinline__ void finish_group(u32 (&sums)[HELD], u32 (&sca
 /// Multiplies a block of 64 outlier channels with the odd or even half of the tokens' 128, and adds to the sums if `add`.
 static __device__ __forceinline__ void multiply_outliers(u32 (&sums)[HELD], u32 here, u32 block, int odd, bool add) {
     u32 a[8];
-#pragma unroll
-    for (int step = 0; step < 2; step++) {
-        const uint4 v = load_shared(block + step * 2048 + threadIdx.x % 128 * 16);
-        a[4 * step] = v.x;
-        a[4 * step + 1] = v.y;
-        a[4 * step + 2] = v.z;
-        a[4 * step + 3] = v.w;
-    }
+    load_outliers(a, block);
     pin(a);
     pin(sums);
     multiply_fence();
@@ -381,6 +386,8 @@ static __device__ __forceinline__ void multiply_outliers(u32 (&sums)[HELD], u32 
     multiply_wait<0>();
     pin(sums);
 }
+
+#endif  // !BY_WARPS
 
 /// Adds the outliers' sums to the totals, with the scales of any outlier stage.
 static __device__ __forceinline__ void promote_outliers(float (&total)[HELD], const u32 (&sums)[HELD], u32 here, u32 block) {

@@ -7,6 +7,8 @@
 //
 //     SPLIT    warpgroups that take a run's stages in turn
 //     PER_SM   blocks of threads that an SM should hold
+//     BY_WARPS 1: warps multiply by themselves, by `mma.sync`, codes in two's complement. Its operands and sums lie in the
+//              registers as those of `wgmma`, but nobody waits for it, and fewer registers are held
 //     COPIERS  threads whose warps copy: of a whole warpgroup's, registers are given to the others
 //
 // A copy costs the warp that asks for it some 140 cycles, whatever its size, which is why a stage holds several panels: their
@@ -15,6 +17,10 @@
 /// Threads that multiply.
 #define THREADS (128 * BLOCKS * SPLIT)
 #define GIVES_REGISTERS (COPIERS == 128)
+
+/// Groups of a stage that are added together.
+#define AT_ONCE (BY_WARPS && PANELS * GROUPS_A_STAGE % 2 == 0 ? 2 : 1)
+static_assert(!BY_WARPS || X_BITS == 8, "few tokens' codes are in two's complement");
 
 /// A token's totals of a tile's rows, as a warpgroup leaves them; four more, so that lanes meet different banks.
 #define TOTALS (64 * BLOCKS + 4)
@@ -35,9 +41,9 @@ static __device__ __forceinline__ float4 load_remote(u32 address, int rank) {
 /// A stage's panels, of all there are.
 static __device__ __forceinline__ int panels_of(const Operands& of, int stage) { return min(PANELS, of.panels - stage * PANELS); }
 
-/// What the copying warps ask for: `part` of PARTS of the copies of each stage, when it is free. `units` stages hold the
+/// What the copying warps ask for: `part` of SHARES of the copies of each stage, when it is free. `units` stages hold the
 /// groups, the others 64 outlier channels each.
-template <int PARTS> static __device__ __forceinline__ void copy_stages(const Operands& of, Ring<1> ring, int tile, int units, int begin, int end, int part) {
+template <int SHARES> static __device__ __forceinline__ void copy_stages(const Operands& of, Ring<1> ring, int tile, int units, int begin, int end, int part) {
     // A tile at the end may have fewer blocks of rows: the last one is copied again, and its results are not written.
     const int last_block = (of.rows + 63) / 64 - 1, panel_bytes = of.padded * 128;
 #pragma unroll 1
@@ -51,7 +57,7 @@ template <int PARTS> static __device__ __forceinline__ void copy_stages(const Op
         if (part == 0) barrier_expect(full, BLOCKS * bytes + count * panel_bytes + sx_bytes);
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
-            if ((i + 1) % PARTS != part) continue;
+            if ((i + 1) % SHARES != part) continue;
             const long long block = min(tile * BLOCKS + i, last_block);
             const i8* from = outliers ? of.wo + (block * of.halves + half) * OUTLIER_BYTES : of.w + (block * of.panels + stage * PANELS) * BLOCK_BYTES;
             copy_bulk(ring.here + WEIGHTS + i * PANELS * BLOCK_BYTES, from, bytes, full);
@@ -61,6 +67,113 @@ template <int PARTS> static __device__ __forceinline__ void copy_stages(const Op
             copy_bulk(ring.here + TOKEN_CODES, outliers ? of.xo + (long long)(half / 2) * panel_bytes : of.x + (long long)stage * PANELS * panel_bytes, count * panel_bytes, full);
             copy_bulk(ring.here, scales, sx_bytes, full);
         }
+    }
+}
+
+#if BY_WARPS
+/// d += a b: s8 operands, 16 x 32 times 32 x 8.
+static __device__ __forceinline__ void mma_codes(u32* d, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// Adds the products of STEPS times 32 places of a warp's 16 rows, `a`, with the tokens' codes from the 32 places `first` of the
+/// panel at `codes` on. Operands and sums lie in the registers as those of `wgmma` do.
+template <int STEPS> static __device__ __forceinline__ void multiply(u32 (&sums)[HELD], const u32* a, u32 codes, int first) {
+    const int lane = threadIdx.x % 32, swizzle = lane % 8;
+#if TOKENS == 8
+    if constexpr (STEPS == 1) {
+        u32 b[2];
+        load_two_matrices(b, codes + swizzle * 128 + ((2 * first + lane / 8 % 2) ^ swizzle) * 16);
+        mma_codes(sums, a, b[0], b[1]);
+    } else {
+#pragma unroll
+        for (int step = 0; step < STEPS; step += 2) {
+            u32 b[4];
+            load_matrices(b, codes + swizzle * 128 + ((2 * (first + step) + lane / 8) ^ swizzle) * 16);
+            mma_codes(sums, a + 4 * step, b[0], b[1]);
+            mma_codes(sums, a + 4 * step + 4, b[2], b[3]);
+        }
+    }
+#else
+    const int token = lane / 16 * 8 + swizzle;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j += 2) {
+            u32 b[4];
+            load_matrices(b, codes + (8 * j + token) * 128 + ((2 * (first + step) + lane / 8 % 2) ^ swizzle) * 16);
+            mma_codes(sums + 4 * j, a + 4 * step, b[0], b[1]);
+            mma_codes(sums + 4 * j + 4, a + 4 * step, b[2], b[3]);
+        }
+    }
+#endif
+}
+
+/// Scales of AT_ONCE groups from `index` on, a multiple of it, of a thread's tokens.
+struct TokenScales {
+    u32 pairs[TOKENS / 4];
+
+    __device__ __forceinline__ TokenScales(u32 token_scales, u32 index) {
+        const u32 own = token_scales + threadIdx.x % 4 * 32 + index % 8 / 2 * 4;
+#pragma unroll
+        for (int i = 0; i < TOKENS / 4; i++) {
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pairs[i]) : "r"(own + (i / 2 * 8 + i % 2) * 16) : "memory");
+            if (AT_ONCE == 1) pairs[i] >>= index % 2 * 16;
+        }
+    }
+    /// Their products with those of a thread's rows, of the first or second group.
+    __device__ __forceinline__ void with(u32 (&scales)[HELD], const RowScales& rows, int second) const {
+        const float low = to_float(half{rows.low}), high = to_float(half{rows.high});
+#pragma unroll
+        for (int i = 0; i < TOKENS / 4; i++) {
+            const float s = second ? high_half(pairs[i]) : low_half(pairs[i]);
+            scales[i / 2 * 4 + i % 2] = __float_as_uint(s * low);
+            scales[i / 2 * 4 + i % 2 + 2] = __float_as_uint(s * high);
+        }
+    }
+};
+
+/// Multiplies a block of 64 outlier channels with the odd or even half of the tokens' 128, and adds to the sums if `add`.
+static __device__ __forceinline__ void multiply_outliers(u32 (&sums)[HELD], u32 here, u32 block, int odd, bool add) {
+    u32 a[8];
+    load_outliers(a, block);
+    if (!add) {
+#pragma unroll
+        for (int i = 0; i < HELD; i++) sums[i] = 0;
+    }
+    multiply<2>(sums, a, here + TOKEN_CODES, odd * 2);
+}
+#endif
+
+/// Adds AT_ONCE of a stage's `groups` to the totals, from `first` on; of all there are, that is group `index`. `blocks` are the
+/// stage's weights, `panel_bytes` those of a panel of its tokens.
+static __device__ __forceinline__ void add_groups(float (&total)[HELD], u32 blocks, u32 token_scales, u32 token_codes, int panel_bytes, int first, int groups, u32 index) {
+#if BY_WARPS
+    const TokenScales own(token_scales, index);
+#endif
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+        const int panel = (first + i) / GROUPS_A_STAGE, group = (first + i) % GROUPS_A_STAGE;
+        const u32 block = blocks + panel * BLOCK_BYTES, codes = token_codes + panel * panel_bytes;
+        u32 a[4 * STEPS_A_GROUP], sums[HELD], scales[HELD];
+        Words<STEPS_A_GROUP> words;
+        words.load(block, group * STEPS_A_GROUP);
+        const RowScales row_scales = load_row_scales(block + CODE_BYTES + group * 128);
+        words.unpack_to(a);
+#if BY_WARPS
+#pragma unroll
+        for (int j = 0; j < HELD; j++) sums[j] = 0;
+        multiply<STEPS_A_GROUP>(sums, a, codes, group * STEPS_A_GROUP);
+        own.with(scales, row_scales, i);
+#else
+        pin(a);
+        start_group(sums, scales, a, RowColumns(row_scales, index + i), token_scales, codes, group);
+        finish_group(sums, scales);
+#endif
+        // The last stage may have fewer panels: then what was there before was multiplied.
+        if (i == 0 || first + i < groups) promote(total, sums, scales);
     }
 }
 
@@ -111,36 +224,24 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
     const int thread = threadIdx.x % 128, group = threadIdx.x / 128, own = group % BLOCKS, turn = group / BLOCKS;
     Ring<SPLIT> ring(stages, shared_address(barriers), turn);
     float total[HELD];
-    u32 sums[HELD], scales[HELD];
 #pragma unroll
     for (int i = 0; i < HELD; i++) total[i] = 0.0f;
     int stage = begin + turn;
 #pragma unroll 1
     for (; stage < min(end, units); stage += SPLIT) {
         ring.wait();
-        const int count = panels_of(of, stage);
-        const u32 here = ring.here;
-        u32 codes = here + TOKEN_CODES, block = here + WEIGHTS + own * PANELS * BLOCK_BYTES;
+        // The same in all of a warp's threads, as this tells the compiler: it keeps addresses of operands in uniform registers.
+        const u32 here = __shfl_sync(0xffffffffu, ring.here, 0), blocks = here + WEIGHTS + own * PANELS * BLOCK_BYTES;
+        const int groups = panels_of(of, stage) * GROUPS_A_STAGE;
+        // Not unrolled: more than one group of 64 tokens take more registers than there are.
 #pragma unroll 1
-        for (int panel = 0; panel < count; panel++, codes += padded * 128, block += BLOCK_BYTES) {
-            // One group after the other: unrolled, more than one of 64 tokens take more registers than there are.
-#pragma unroll 1
-            for (int g = 0; g < GROUPS_A_STAGE; g++) {
-                u32 a[4 * STEPS_A_GROUP];
-                Words<STEPS_A_GROUP> words;
-                words.load(block, g * STEPS_A_GROUP);
-                words.unpack_to(a);
-                pin(a);
-                const RowColumns columns(load_row_scales(block + CODE_BYTES + g * 128), (stage * PANELS + panel) * GROUPS_A_STAGE + g);
-                start_group(sums, scales, a, columns, here, codes, g);
-                finish_group(sums, scales);
-                promote(total, sums, scales);
-            }
-        }
+        for (int first = 0; first < groups; first += AT_ONCE)
+            add_groups(total, blocks, here, here + TOKEN_CODES, padded * 128, first, groups, stage * PANELS * GROUPS_A_STAGE + first);
         release(ring.empty());
         ring.next();
     }
     set_right(total);
+    u32 sums[HELD];
 #pragma unroll 1
     for (bool add = false; stage < end; stage += SPLIT, add = true) {
         ring.wait();

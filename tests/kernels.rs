@@ -155,7 +155,8 @@ impl Disassembler {
 
 /// Whether an instruction, such as `HMMA`, is in a listing.
 fn finds(listing: &str, instruction: &str) -> bool {
-    listing.split_whitespace().any(|word| word.split('.').next() == Some(instruction))
+    let mut names = listing.split_whitespace().filter_map(|word| word.split('.').next());
+    names.any(|name| name.ends_with(instruction))
 }
 
 /// Instructions of a listing that write a register of a left operand while the tensor cores may still read it: behind a

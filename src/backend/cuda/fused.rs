@@ -240,9 +240,16 @@ impl Cuda {
         let tiled = layout == Layout::Tiled;
         let rows = self.rows_of(x.rows, format, layout)?;
         let hadamard = format.transform == Transform::Hadamard;
-        let wide = format.bits == 8;
-        let defines =
-            kernels::fused(kind, format.group_size, hadamard, ordered, plan.tokens, tiled, wide);
+        let magnitudes = tiled && rows.in_magnitudes();
+        let defines = kernels::fused(
+            kind,
+            format.group_size,
+            hadamard,
+            ordered,
+            plan.tokens,
+            tiled,
+            magnitudes,
+        );
         let defines = [defines, kernels::formats(format.levels == Levels::Fp4, false)].concat();
         let (least, greatest) = format.code_limits();
         self.kernels.launch(

@@ -108,7 +108,7 @@ impl Cuda {
 
     /// Rows in tiles.
     pub(super) fn tiled(&self, x: &Rows) -> Result<Rows> {
-        let &Rows { bits, tokens, group_size, groups, scale_stride, .. } = x;
+        let &Rows { tokens, group_size, groups, scale_stride, .. } = x;
         let padded = padded_tokens(tokens);
         let tile = |codes: &Buffer, width: usize, magnitudes: bool| -> Result<Buffer> {
             let panels = panels(width);
@@ -120,7 +120,7 @@ impl Cuda {
             )?;
             Ok(to)
         };
-        let codes = tile(&x.codes, groups * group_size, bits < 8)?;
+        let codes = tile(&x.codes, groups * group_size, x.in_magnitudes())?;
         let scales = self.gpu.alloc(tiled_scale_bytes(groups, tokens))?;
         self.layout(
             "tile_scales",
@@ -134,7 +134,7 @@ impl Cuda {
 
     /// Tiles as rows.
     pub(super) fn untiled(&self, x: &Rows) -> Result<Rows> {
-        let &Rows { bits, tokens, group_size, groups, scale_stride: padded, .. } = x;
+        let &Rows { tokens, group_size, groups, scale_stride: padded, .. } = x;
         let untile = |from: &Buffer, width: usize, magnitudes: bool| -> Result<Buffer> {
             let to = self.gpu.alloc(tokens * width)?;
             self.layout(
@@ -144,7 +144,7 @@ impl Cuda {
             )?;
             Ok(to)
         };
-        let codes = untile(&x.codes, groups * group_size, bits < 8)?;
+        let codes = untile(&x.codes, groups * group_size, x.in_magnitudes())?;
         let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
         let scales = self.gpu.alloc(4 * scale_stride * groups)?;
         self.layout(
@@ -198,9 +198,9 @@ impl Cuda {
         assert_eq!(x.layout, Layout::Tiled);
         let Rows { tokens, group_size, groups, scale_stride, .. } = *x;
         // Magnitudes meet weights of 8 bits in two's complement.
-        let widened = (x.bits < 8 && blocks.wide).then(|| self.widened(x)).transpose()?;
+        let widened = (x.in_magnitudes() && blocks.wide).then(|| self.widened(x)).transpose()?;
         let codes = widened.as_ref().unwrap_or(&x.codes);
-        let wide = [x.bits == 8 || blocks.wide, blocks.wide];
+        let wide = [!x.in_magnitudes() || blocks.wide, blocks.wide];
         let multiprocessors = self.gpu.multiprocessors;
         let tiling = Tiling {
             fp4: blocks.fp4,

@@ -11,7 +11,7 @@ pub struct Family {
     pub source: &'static str,
     /// The one architecture it is for; none for any.
     pub only: Option<&'static str>,
-    /// The tensor-core instruction that the machine code must contain, such as `HMMA`.
+    /// The tensor-core instruction that the machine code must contain, such as `HMMA`, or what several have in common.
     pub tensor_core: Option<&'static str>,
     /// Macro sets that stand for all others: each is compiled for every architecture in the tests.
     pub variants: fn() -> Vec<Defines>,
@@ -76,7 +76,7 @@ pub fn fused(
     ordered: bool,
     tokens: usize,
     tiled: bool,
-    wide: bool,
+    magnitudes: bool,
 ) -> Defines {
     vec![
         ("FROM", from.to_owned()),
@@ -85,7 +85,7 @@ pub fn fused(
         ("ORDERED", flag(ordered)),
         ("TOKENS", tokens.to_string()),
         ("TILED", flag(tiled)),
-        ("WIDE", flag(wide)),
+        ("MAGNITUDES", flag(magnitudes)),
     ]
 }
 
@@ -93,9 +93,11 @@ fn flag(set: bool) -> String {
     u8::from(set).to_string()
 }
 
+/// Tokens up to which `product_stream`'s warps multiply by themselves, by `mma.sync`, codes in two's complement.
+pub const FEW_TOKENS: usize = 16;
 /// Blocks of threads of a cluster at most, by what every device takes.
 const LARGEST_CLUSTER: usize = 8;
-/// And for up to 16 tokens, of which two have enough on their way.
+/// And for few tokens, of which two have enough on their way.
 const CLUSTER_OF_FEW: usize = 2;
 
 /// What the two products for Hopper are compiled for.
@@ -142,10 +144,11 @@ impl Tiling {
         multiprocessors: usize,
     ) -> Self {
         let (tokens, blocks, panels, split, per_sm) = match tokens {
-            0..=8 if whole_blocks_fill(rows, multiprocessors) => (8, 1, 2, 4, 1),
-            0..=8 => (8, 1, 2, 2, 3),
-            9..=16 if whole_blocks_fill(rows, multiprocessors) => (16, 1, 2, 4, 1),
-            9..=16 => (16, 1, 2, 2, 3),
+            0..=8 if tiles_lie_evenly(rows, multiprocessors) => (8, 1, 2, 2, 2),
+            0..=8 => (8, 1, 2, 2, 4),
+            9..=FEW_TOKENS if tiles_lie_evenly(rows, multiprocessors) => (16, 1, 2, 2, 2),
+            9..=FEW_TOKENS => (16, 1, 2, 2, 3),
+            17..=32 if narrow_tiles_fill(rows, multiprocessors) => (32, 1, 2, 4, 1),
             17..=32 => (32, 3, 2, 1, 1),
             33..=64 if narrow_tiles_fill(rows, multiprocessors) => (64, 1, 2, 2, 1),
             33..=64 => (64, 3, 1, 1, 1),
@@ -168,7 +171,7 @@ impl Tiling {
 
     /// Blocks of threads that share a tile's stages, if the device holds so many.
     pub fn cluster(&self, tiles: usize, stages: usize, multiprocessors: usize) -> usize {
-        let most = if self.tokens <= 16 { CLUSTER_OF_FEW } else { LARGEST_CLUSTER };
+        let most = if self.tokens <= FEW_TOKENS { CLUSTER_OF_FEW } else { LARGEST_CLUSTER };
         (multiprocessors * self.per_sm / tiles).clamp(1, most.min(stages))
     }
 
@@ -184,6 +187,7 @@ impl Tiling {
             ("PER_SM", self.per_sm.to_string()),
             ("COPIERS", self.copiers().to_string()),
             ("STAGES", self.stages().to_string()),
+            ("BY_WARPS", flag(self.tokens <= FEW_TOKENS)),
             ("X_BITS", bits(self.wide[0])),
             ("W_BITS", bits(self.wide[1])),
             ("W_FP4", flag(self.fp4)),
@@ -245,16 +249,16 @@ pub fn is_for_many(tokens: usize) -> bool {
     tokens > 64
 }
 
-/// Whether up to 16 tokens are multiplied sooner by one large block of threads a multiprocessor than by up to three, which lie
-/// unevenly where they are few: if such blocks leave hardly one of them without work.
-fn whole_blocks_fill(rows: usize, multiprocessors: usize) -> bool {
+/// Whether tiles of 64 rows, or pairs of blocks of threads for each, are nearly as many as multiprocessors: then each does best with
+/// two of them, and otherwise with more, which lie more evenly.
+fn tiles_lie_evenly(rows: usize, multiprocessors: usize) -> bool {
     let tiles = rows.div_ceil(64);
     let blocks = tiles * (multiprocessors / tiles).min(CLUSTER_OF_FEW);
     8 * blocks >= 7 * multiprocessors
 }
 
-/// Whether 64 tokens are multiplied sooner in tiles of 64 rows than in tiles of 192, of which a stage takes 2.85 times as
-/// long (H200), by the rounds that each takes.
+/// Whether 17 to 64 tokens are multiplied sooner in tiles of 64 rows than in tiles of 192, of which a stage takes 2.85 times as
+/// long (H200, 64 tokens), by the rounds that each takes.
 fn narrow_tiles_fill(rows: usize, multiprocessors: usize) -> bool {
     let time = |tile_rows: usize, stage: f64| {
         let tiles = rows.div_ceil(tile_rows);
@@ -414,11 +418,11 @@ pub const FAMILIES: &[Family] = &[
         tensor_core: None,
         variants: || {
             vec![
-                fused("NORM", 128, true, true, 4, true, false),
+                fused("NORM", 128, true, true, 4, true, true),
                 fused("NORM", 64, true, true, 1, false, false),
-                fused("HALF", 128, true, true, 8, true, false),
-                fused("HALF", 32, false, true, 2, true, true),
-                fused("SILU", 128, true, false, 8, true, false),
+                fused("HALF", 128, true, true, 8, true, true),
+                fused("HALF", 32, false, true, 2, true, false),
+                fused("SILU", 128, true, false, 8, true, true),
                 fused("SILU", 128, true, true, 1, true, false),
                 [fused("SILU", 64, true, true, 4, false, false), formats(true, false)].concat(),
             ]
@@ -478,24 +482,30 @@ pub const FAMILIES: &[Family] = &[
         name: "product_stream",
         source: source!("product_stream", "hopper"),
         only: Some("sm_90a"),
-        tensor_core: Some("IGMMA"),
+        tensor_core: Some("MMA"),
         variants: || {
             use Output::{Float, Half};
             let tiling = |tokens, group, wide, fp4, output| {
                 Tiling { fp4, output, ..Tiling::of(tokens, 12288, group, wide, 132) }.defines()
             };
-            let narrow = |tokens, group| Tiling::of(tokens, 4096, group, [false; 2], 132).defines();
+            let narrow = |tokens, group| {
+                let wide = [tokens <= FEW_TOKENS, false];
+                Tiling::of(tokens, 4096, group, wide, 132).defines()
+            };
             vec![
-                tiling(1, 128, [false; 2], false, Half),
+                tiling(1, 128, [true, false], false, Half),
                 narrow(8, 128),
-                tiling(16, 64, [false; 2], true, Half),
+                tiling(8, 64, [true, false], true, Half),
+                tiling(8, 32, [true; 2], false, Half),
+                tiling(16, 64, [true, false], true, Half),
+                tiling(16, 128, [true; 2], false, Float),
                 narrow(16, 32),
                 tiling(32, 32, [false; 2], false, Float),
+                narrow(32, 128),
                 tiling(64, 128, [false; 2], false, Half),
                 narrow(64, 128),
                 narrow(64, 32),
                 tiling(64, 64, [true, false], true, Float),
-                tiling(8, 128, [true, false], false, Half),
                 tiling(64, 128, [true; 2], false, Half),
             ]
         },
@@ -547,9 +557,9 @@ mod tests {
         {
             assert_eq!(tiling(64, rows).blocks, blocks, "{rows} rows");
         }
-        for (rows, split) in [(4096, 4), (8192, 4), (10240, 2), (12288, 2), (22016, 2), (57344, 2)]
+        for (rows, per_sm) in [(4096, 2), (8192, 2), (10240, 4), (12288, 4), (22016, 4), (57344, 4)]
         {
-            assert_eq!(tiling(8, rows).split, split, "{rows} rows");
+            assert_eq!(tiling(8, rows).per_sm, per_sm, "{rows} rows");
         }
     }
 
@@ -576,12 +586,12 @@ mod tests {
             tiling.cluster(rows.div_ceil(64 * tiling.blocks), stages, 132)
         };
         assert_eq!(cluster(8, 4096, 45), 2);
-        assert_eq!(cluster(8, 8192, 114), 1);
+        assert_eq!(cluster(8, 8192, 114), 2);
         assert_eq!(cluster(8, 12288, 18), 2);
         assert_eq!(cluster(8, 22016, 18), 1);
         assert_eq!(cluster(8, 57344, 18), 1);
-        assert_eq!(cluster(32, 4096, 45), 6);
-        assert_eq!(cluster(32, 4096, 3), 3);
+        assert_eq!(cluster(32, 4096, 45), 2);
+        assert_eq!(cluster(32, 12288, 18), 2);
         assert_eq!(cluster(64, 64, 87), 8);
     }
 }

@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::fused::NormWeight;
 use super::gpu::{Buffer, Mark, Pinned};
+use super::kernels::FEW_TOKENS;
 use crate::checkpoint::Dtype;
 use crate::quant::levels::Levels;
 use crate::quant::site::SiteFormat;
@@ -188,7 +189,7 @@ pub(super) enum Layout {
 /// Quantized activations.
 pub struct Rows {
     pub(super) layout: Layout,
-    /// Of a code; 8 are two's complement in either layout.
+    /// Of a code.
     pub(super) bits: u8,
     pub(super) tokens: usize,
     pub(super) levels: Levels,
@@ -201,6 +202,11 @@ pub struct Rows {
 }
 
 impl Rows {
+    /// Whether codes in tiles are signs and magnitudes, as the FP8 instruction takes them, and not in two's complement.
+    pub(super) fn in_magnitudes(&self) -> bool {
+        self.bits < 8 && self.tokens > FEW_TOKENS
+    }
+
     /// Whether outliers are held as floating-point values.
     pub(super) fn has_float_outliers(&self) -> bool {
         self.outliers.values.is_some()
