@@ -35,8 +35,8 @@
 // FP4        1: FP4 codes, doubled numbers of E2M1; 0 or absent: integers
 //
 // With TILED codes are bytes [panels][tokens_padded][128], the sixteenths of a row's 128 bytes exchanged (the
-// chunk c of row t is at c ^ t % 8), tokens padded to a multiple of 8. Sign and magnitude are
-// E4M3 for the code times 2^-9. Scales are f16, [ceil(groups / 8)][tokens_padded][8].
+// chunk c of row t is at c ^ t % 8), tokens padded to a multiple of 8. Sign and magnitude are E4M3 for the code
+// times 2^-9. Scales are f16, [ceil(groups / 8)][tokens_padded][8].
 
 #ifndef FP4
 #define FP4 0
@@ -436,7 +436,7 @@ static __device__ __forceinline__ void group_codes(float (&v)[32], int part, int
     for (int half = 0; half < 2; half++) {
         int at = chunk(half, part, true);
         uint4 codes = MAGNITUDES ? signed_codes(v + 16 * half, inverse, target.least, target.greatest)
-                                     : plain_codes(v + 16 * half, inverse, target.least, target.greatest, FP4);
+                                 : plain_codes(v + 16 * half, inverse, target.least, target.greatest, FP4);
         if (there && target.has(shape, panel, -1, at)) *reinterpret_cast<uint4*>(target.at(shape, token, panel, -1, at)) = codes;
     }
 }

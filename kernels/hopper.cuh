@@ -1,10 +1,11 @@
-// The product of quantized activations and quantized weights on Hopper's tensor cores (wgmma), y = x w^T in
+// The product of quantized activations and quantized weights on Hopper's tensor cores, y = x w^T in
 // the arithmetic of docs/format.md.
 //
 // INT4 and FP4 codes are exact in E4M3: |n| with a sign in bit 7 is n * 2^-9, below 8 as a subnormal. Products
 // of two such numbers, and their sums over a group, keep within the 14 bits that the tensor cores' FP8
 // accumulators hold (up to 2^14 for groups of 128: 8 * 8 * 128 = 8192), so that a group's sum is the exact
-// integer, already as a float. Codes of 8 bits, and the INT8 outliers, take the s8 instruction instead.
+// integer, already as a float. Codes of 8 bits, and the INT8 outliers, take the s8 instruction instead, and so do all
+// codes of few tokens, by `mma.sync` (BY_WARPS).
 //
 // The weights are the left operand: 64 rows of them times TOKENS tokens. They come packed, in the order in
 // which threads hold them (blocks.cu makes it), are unpacked in registers, and never exist as bytes in memory.
@@ -15,7 +16,7 @@
 //     TOKENS    of a tile: 8, 16, 32 or 64 in product_stream.cu, 128 in product_tiles.cu
 //     BLOCKS    blocks of 64 rows in a tile
 //     STAGES    stages that shared memory holds
-//     PANELS    times 128 places in a stage: 1, 2, 4 or 8, with no more than eight groups; 1 in product_tiles.cu
+//     PANELS    times 128 places in a stage: 1 or 2; 1 in product_tiles.cu
 //     X_BITS    4: sign and magnitude; 8: two's complement
 //     W_BITS    4 or 8: bits in which weights are packed
 //     W_FP4     1: weights are FP4, doubled

@@ -71,11 +71,14 @@ template <int SHARES> static __device__ __forceinline__ void copy_stages(const O
 }
 
 #if BY_WARPS
-/// d += a b: s8 operands, 16 x 32 times 32 x 8.
+/// Two 8x8 matrices of 16-bit values, as `load_matrices` has four.
+static __device__ __forceinline__ void load_two_matrices(u32 (&to)[2], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(address) : "memory");
+}
+/// d += a b, as `mma_codes_32`.
 static __device__ __forceinline__ void mma_codes(u32* d, const u32* a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    int(&sums)[4] = reinterpret_cast<int(&)[4]>(*d);
+    mma_codes_32(sums, reinterpret_cast<const u32(&)[4]>(*a), b0, b1, sums[0], sums[1], sums[2], sums[3]);
 }
 
 /// Adds the products of STEPS times 32 places of a warp's 16 rows, `a`, with the tokens' codes from the 32 places `first` of the

@@ -155,8 +155,7 @@ impl Disassembler {
 
 /// Whether an instruction, such as `HMMA`, is in a listing.
 fn finds(listing: &str, instruction: &str) -> bool {
-    let mut names = listing.split_whitespace().filter_map(|word| word.split('.').next());
-    names.any(|name| name.ends_with(instruction))
+    listing.split_whitespace().any(|word| word.split('.').next() == Some(instruction))
 }
 
 /// Instructions of a listing that write a register of a left operand while the tensor cores may still read it: behind a
@@ -252,7 +251,8 @@ fn kernels_spill_nothing_and_use_the_tensor_cores() {
                 Ok((cubin, log)) => {
                     kernels.fetch_add(Usage::all(&log).len(), Ordering::Relaxed);
                     let mut found = log_faults(&log);
-                    if let (Some(instruction), Some(tool)) = (family.tensor_core, &disassembler) {
+                    let instruction = family.tensor_core_with(defines);
+                    if let (Some(instruction), Some(tool)) = (instruction, &disassembler) {
                         let listing = tool.listing(&cubin);
                         if !finds(&listing, instruction) {
                             found.push(format!("there is no {instruction} in the machine code"));

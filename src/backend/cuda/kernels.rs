@@ -11,10 +11,18 @@ pub struct Family {
     pub source: &'static str,
     /// The one architecture it is for; none for any.
     pub only: Option<&'static str>,
-    /// The tensor-core instruction that the machine code must contain, such as `HMMA`, or what several have in common.
+    /// The tensor-core instruction that the machine code must contain, such as `HMMA`; of products for few tokens another.
     pub tensor_core: Option<&'static str>,
     /// Macro sets that stand for all others: each is compiled for every architecture in the tests.
     pub variants: fn() -> Vec<Defines>,
+}
+
+impl Family {
+    /// The tensor-core instruction that the machine code must contain with these macros.
+    pub fn tensor_core_with(&self, defines: &Defines) -> Option<&'static str> {
+        let by_warps = defines.iter().any(|(name, value)| *name == "BY_WARPS" && value == "1");
+        if by_warps { Some("IMMA") } else { self.tensor_core }
+    }
 }
 
 /// Macros of `arrange` for rows of type `element`: half, bf16 or float.
@@ -482,7 +490,7 @@ pub const FAMILIES: &[Family] = &[
         name: "product_stream",
         source: source!("product_stream", "hopper"),
         only: Some("sm_90a"),
-        tensor_core: Some("MMA"),
+        tensor_core: Some("IGMMA"),
         variants: || {
             use Output::{Float, Half};
             let tiling = |tokens, group, wide, fp4, output| {
