@@ -128,6 +128,7 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     const u32 queries = shared_address(memory), keys = queries + QUERY_ROWS * PITCH, values = keys + 2 * TILE_BYTES;
     const int last_query = min(first_query + QUERY_ROWS, seq_len) - 1;
     const int tiles = last_query / KEY_ROWS + 1;
+    await_kernels_before();
     copy_rows<QUERY_ROWS>(queries, q, threadIdx.x, first_query, seq_len);
     copy_rows<KEY_ROWS>(keys, k + kv_start, threadIdx.x, 0, seq_len);
     copy_rows<KEY_ROWS>(values, v + kv_start, threadIdx.x, 0, seq_len);

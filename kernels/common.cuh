@@ -169,3 +169,12 @@ static __device__ __forceinline__ void mma_codes_32(int (&d)[4], const u32 (&a)[
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c0), "r"(c1), "r"(c2), "r"(c3));
 }
+
+/// Waits until the kernels before this one have ended, then allows the next to begin. On Hopper a kernel may begin while the one before
+/// it ends (`Family::overlaps` in src/backend/cuda/kernels.rs): it reads what that one may have written, and writes what that one may have
+/// read, only behind this.
+static __device__ __forceinline__ void await_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

@@ -203,6 +203,8 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
     unsigned char* own_stages = memory + warp * stages * STAGE_BYTES;
     const u32 own_address = shared_address(own_stages);
 
+    // Table and lengths come from the host: what follows, from kernels.
+    await_kernels_before();
     // The query's loads go first: behind those of the pages they would wait for all of them.
     constexpr int SLOTS = DECODE_THREADS / HEAD_LANES;
     float x[HELD];

@@ -426,9 +426,13 @@ static __device__ __forceinline__ void group_codes(float (&v)[32], int part, int
     float inverse = quick_inverse(scale);
     if (there && part % (GROUP / 32) == 0) {
         int group = panel * (PANEL / GROUP) + part / (GROUP / 32);
-        if (TILED)
-            reinterpret_cast<half*>(target.scales)[((long long)(group / 8) * target.scale_stride + token) * 8 + group % 8] = to_half(scale);
-        else if (group < shape.groups)
+        if (TILED) {
+            half* scales = reinterpret_cast<half*>(target.scales) + ((long long)(group / 8) * target.scale_stride + token) * 8;
+            scales[group % 8] = to_half(scale);
+            // The last eight groups may be fewer. What there is not has finite scales, too.
+            if (group + 1 == shape.panels() * (PANEL / GROUP))
+                for (int none = group % 8 + 1; none < 8; none++) scales[none] = half{0};
+        } else if (group < shape.groups)
             target.scales[(long long)group * target.scale_stride + token] = scale;
         if (!is_finite(scale)) atomicMin(target.bad, (u32)token);
     }
@@ -543,6 +547,7 @@ static __device__ __forceinline__ int stage_rows(const In* x, const Shape& shape
 static __device__ __forceinline__ void stage_units(const In* x, const void* other, const Shape& shape, Ring ring) {
     int stride = row_stride(shape.columns);
     bool first = true;
+    await_kernels_before();
     for (int row = blockIdx.x * TOKENS; row < shape.tokens; row += gridDim.x * TOKENS) {
         if (!first) barrier_wait(ring.done(), ring.parity ^ 1);
         int bytes = stage_rows(x, shape, row, stride, ring.rows(), ring.arrived());
@@ -773,6 +778,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
 #endif
     make(order, weights, shape, slice_panels, target, warp, ring);
 #else
+    await_kernels_before();
     make(x, reinterpret_cast<const half*>(other), shape, target, warp);
 #endif
 }

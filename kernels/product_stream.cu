@@ -7,6 +7,7 @@
 //
 //     SPLIT    warpgroups that take a run's stages in turn
 //     PER_SM   blocks of threads that an SM should hold
+//     EARLY    stages whose weights are asked for before the kernel before this one has ended
 //     BY_WARPS 1: warps multiply by themselves, by `mma.sync`, codes in two's complement. Its operands and sums lie in the
 //              registers as those of `wgmma`, but nobody waits for it, and fewer registers are held
 //     COPIERS  threads whose warps copy: of a whole warpgroup's, registers are given to the others
@@ -24,6 +25,7 @@ static_assert(!BY_WARPS || X_BITS == 8, "few tokens' codes are in two's compleme
 
 /// A token's totals of a tile's rows, as a warpgroup leaves them; four more, so that lanes meet different banks.
 #define TOTALS (64 * BLOCKS + 4)
+static_assert(EARLY <= STAGES, "only free stages are asked for early");
 static_assert(STAGES % SPLIT == 0, "a warpgroup sees every round of its places in the ring, and no other's");
 static_assert(SPLIT * TOKENS * TOTALS * 4 <= STAGES * STAGE_BYTES, "totals take the stages' memory");
 
@@ -41,32 +43,48 @@ static __device__ __forceinline__ float4 load_remote(u32 address, int rank) {
 /// A stage's panels, of all there are.
 static __device__ __forceinline__ int panels_of(const Operands& of, int stage) { return min(PANELS, of.panels - stage * PANELS); }
 
-/// What the copying warps ask for: `part` of SHARES of the copies of each stage, when it is free. `units` stages hold the
-/// groups, the others 64 outlier channels each.
-template <int SHARES> static __device__ __forceinline__ void copy_stages(const Operands& of, Ring<1> ring, int tile, int units, int begin, int end, int part) {
+/// Asks for `part` of SHARES of the copies of a stage's weights, when it is free, and announces all that it will hold. `units`
+/// stages hold the groups, the others 64 outlier channels each.
+template <int SHARES> static __device__ __forceinline__ void ask_for_weights(const Operands& of, const Ring<1>& ring, int tile, int units, int stage, int part) {
     // A tile at the end may have fewer blocks of rows: the last one is copied again, and its results are not written.
-    const int last_block = (of.rows + 63) / 64 - 1, panel_bytes = of.padded * 128;
+    const int last_block = (of.rows + 63) / 64 - 1, half = stage - units;
+    const bool outliers = half >= 0;
+    const int count = outliers ? 1 : panels_of(of, stage), bytes = outliers ? OUTLIER_BYTES : count * BLOCK_BYTES;
+    barrier_wait(ring.empty(), ring.phase ^ 1);
+    // Copies may be done before they are announced: the phase ends when they were.
+    if (part == 0) barrier_expect(ring.full, BLOCKS * bytes + of.padded * (count * 128 + (outliers ? 4 : 16)));
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+        if ((i + 1) % SHARES != part) continue;
+        const long long block = min(tile * BLOCKS + i, last_block);
+        const i8* from = outliers ? of.wo + (block * of.halves + half) * OUTLIER_BYTES : of.w + (block * of.panels + stage * PANELS) * BLOCK_BYTES;
+        copy_bulk(ring.here + WEIGHTS + i * PANELS * BLOCK_BYTES, from, bytes, ring.full);
+    }
+}
+
+/// Asks for the tokens' codes and scales of a stage.
+static __device__ __forceinline__ void ask_for_tokens(const Operands& of, const Ring<1>& ring, int units, int stage) {
+    const int half = stage - units, panel_bytes = of.padded * 128;
+    if (half < 0) {
+        copy_bulk(ring.here + TOKEN_CODES, of.x + (long long)stage * PANELS * panel_bytes, panels_of(of, stage) * panel_bytes, ring.full);
+        copy_bulk(ring.here, of.sx + (long long)(stage * PANELS * GROUPS_A_STAGE / 8) * of.padded * 8, of.padded * 16, ring.full);
+    } else {
+        copy_bulk(ring.here + TOKEN_CODES, of.xo + (long long)(half / 2) * panel_bytes, panel_bytes, ring.full);
+        copy_bulk(ring.here, of.sxo, of.padded * 4, ring.full);
+    }
+}
+
+/// What the copying warps ask for: the first EARLY stages' weights while the kernels before may still be at work, then everything.
+template <int SHARES> static __device__ __forceinline__ void copy_stages(const Operands& of, Ring<1> ring, int tile, int units, int begin, int end, int part) {
+    const int early = min(begin + EARLY, end);
+    Ring<1> ahead = ring;
+#pragma unroll 1
+    for (int stage = begin; stage < early; stage++, ahead.next()) ask_for_weights<SHARES>(of, ahead, tile, units, stage, part);
+    if (part == 0) await_kernels_before();
 #pragma unroll 1
     for (int stage = begin; stage < end; stage++, ring.next()) {
-        const bool outliers = stage >= units;
-        const int half = stage - units, count = outliers ? 1 : panels_of(of, stage);
-        const int bytes = outliers ? OUTLIER_BYTES : count * BLOCK_BYTES, sx_bytes = of.padded * (outliers ? 4 : 16);
-        const u32 full = ring.full;
-        barrier_wait(ring.empty(), ring.phase ^ 1);
-        // Copies may be done before they are announced: the phase ends when they were.
-        if (part == 0) barrier_expect(full, BLOCKS * bytes + count * panel_bytes + sx_bytes);
-#pragma unroll
-        for (int i = 0; i < BLOCKS; i++) {
-            if ((i + 1) % SHARES != part) continue;
-            const long long block = min(tile * BLOCKS + i, last_block);
-            const i8* from = outliers ? of.wo + (block * of.halves + half) * OUTLIER_BYTES : of.w + (block * of.panels + stage * PANELS) * BLOCK_BYTES;
-            copy_bulk(ring.here + WEIGHTS + i * PANELS * BLOCK_BYTES, from, bytes, full);
-        }
-        if (part == 0) {
-            const void* scales = outliers ? (const void*)of.sxo : of.sx + (long long)(stage * PANELS * GROUPS_A_STAGE / 8) * of.padded * 8;
-            copy_bulk(ring.here + TOKEN_CODES, outliers ? of.xo + (long long)(half / 2) * panel_bytes : of.x + (long long)stage * PANELS * panel_bytes, count * panel_bytes, full);
-            copy_bulk(ring.here, scales, sx_bytes, full);
-        }
+        if (stage >= early) ask_for_weights<SHARES>(of, ring, tile, units, stage, part);
+        if (part == 0) ask_for_tokens(of, ring, units, stage);
     }
 }
 

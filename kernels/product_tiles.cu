@@ -125,6 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (group == BLOCKS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == 128 * BLOCKS) {
+            await_kernels_before();
             for (int index = blockIdx.x; index < token_tiles * row_tiles; index += gridDim.x) {
                 const Tile tile = tile_of(index, token_tiles, row_tiles);
                 for (int stage = 0; stage < panels + halves; stage++) {

@@ -158,6 +158,15 @@ fn finds(listing: &str, instruction: &str) -> bool {
     listing.split_whitespace().any(|word| word.split('.').next() == Some(instruction))
 }
 
+/// The functions of a listing in which an instruction is not.
+fn functions_without(listing: &str, instruction: &str) -> Vec<String> {
+    let functions = listing.split(".section\t.text.").skip(1);
+    functions
+        .filter(|function| !finds(function, instruction))
+        .map(|function| function.split(',').next().unwrap_or_default().to_owned())
+        .collect()
+}
+
 /// Instructions of a listing that write a register of a left operand while the tensor cores may still read it: behind a
 /// `wgmma`, of which the compiler takes its operands to be free, and before the wait for it.
 fn overwritten(listing: &str) -> Vec<String> {
@@ -252,10 +261,18 @@ fn kernels_spill_nothing_and_use_the_tensor_cores() {
                     kernels.fetch_add(Usage::all(&log).len(), Ordering::Relaxed);
                     let mut found = log_faults(&log);
                     let instruction = family.tensor_core_with(defines);
-                    if let (Some(instruction), Some(tool)) = (instruction, &disassembler) {
+                    // The same source on all newer architectures.
+                    let waits = family.overlaps && *architecture == "sm_90a";
+                    if let (true, Some(tool)) = (instruction.is_some() || waits, &disassembler) {
                         let listing = tool.listing(&cubin);
-                        if !finds(&listing, instruction) {
+                        if let Some(instruction) = instruction.filter(|one| !finds(&listing, one)) {
                             found.push(format!("there is no {instruction} in the machine code"));
+                        }
+                        if waits {
+                            let all = functions_without(&listing, "ACQBULK").into_iter();
+                            found.extend(
+                                all.map(|one| format!("{one} does not wait for the kernel before")),
+                            );
                         }
                         found.extend(overwritten(&listing));
                     }
@@ -321,6 +338,17 @@ fn kernels_without_tensor_cores_are_caught() {
             assert!(!finds(&listing, "HMMA"), "{architecture}");
         }
     }
+}
+
+#[test]
+fn kernels_that_do_not_wait_are_caught() {
+    let test = "kernels_that_do_not_wait_are_caught";
+    let Some(disassembler) = Disassembler::find(test) else { return };
+    let Some(compiler) = compiler(test, "sm_90a") else { return };
+    let waiting = "extern \"C\" __global__ void waits(int* x) { asm volatile(\"griddepcontrol.wait;\"); *x = 1; }\n";
+    let all = format!("{waiting}extern \"C\" __global__ void hastes(int* x) {{ *x = 2; }}\n");
+    let (cubin, _) = compiler.compile("waiting", &all, &[]).unwrap();
+    assert_eq!(functions_without(&disassembler.listing(&cubin), "ACQBULK"), ["hastes"]);
 }
 
 #[test]

@@ -15,7 +15,7 @@ pub(super) struct Timer<'a> {
 }
 
 /// Long enough for a device that has been at its power limit to raise its clock again.
-const SETTLE: Duration = Duration::from_millis(200);
+pub(super) const SETTLE: Duration = Duration::from_millis(200);
 
 impl Timer<'_> {
     /// Has the device rest: what is measured first would else be measured at the clock of what went before.

@@ -2,7 +2,8 @@
 
 Weights are random, of a known model's shapes; everything between the embedding and the last norm runs, as in
 evaluation. Two blocks with weights of their own take turns for as many as the model has, so that neither's weights
-are in a cache when it comes; the two paths take turns as well. */
+are in a cache when it comes; the two paths take turns as well, each run behind a rest: it would else be measured at the
+clock that the run before has brought a GPU down to. */
 
 use std::time::Instant;
 
@@ -11,6 +12,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::cpu::{identity_site, random};
+use super::device::SETTLE;
 use super::{BenchOutcome, median};
 use crate::backend::{AttentionSpec, Backend, Matrix, Unquantized};
 use crate::checkpoint::{Dtype, Tensor};
@@ -148,7 +150,7 @@ pub fn prefill<B: Backend>(
     Ok(outcome)
 }
 
-/// Seconds of all blocks.
+/// Seconds of all blocks, behind a rest.
 fn run<B: Backend>(
     backend: &B,
     attention: &AttentionSpec,
@@ -158,6 +160,7 @@ fn run<B: Backend>(
 ) -> Result<f64> {
     let mut x = backend.duplicate(x)?;
     backend.wait()?;
+    std::thread::sleep(SETTLE);
     let start = Instant::now();
     for block in path.iter().cycle().take(blocks) {
         block.forward(backend, attention, &mut x, &mut |_, _| Ok(()))?;

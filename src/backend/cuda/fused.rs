@@ -294,8 +294,7 @@ impl Cuda {
         if layout == Layout::Tiled {
             scale_stride = padded_tokens(tokens);
             codes = panels * scale_stride * PANEL;
-            // Groups that there are not have finite scales, too.
-            scales = self.gpu.zeros(tiled_scale_bytes(panels * (PANEL / group_size), tokens))?;
+            scales = self.gpu.alloc(tiled_scale_bytes(panels * (PANEL / group_size), tokens))?;
             let there = format.outlier_channels > 0;
             let alloc = |bytes: usize| there.then(|| self.gpu.alloc(bytes)).transpose();
             outliers = Outliers {

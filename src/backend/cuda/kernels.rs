@@ -13,6 +13,9 @@ pub struct Family {
     pub only: Option<&'static str>,
     /// The tensor-core instruction that the machine code must contain, such as `HMMA`; of products for few tokens another.
     pub tensor_core: Option<&'static str>,
+    /// Whether its kernels may begin while one of such a family ends, on Hopper and later ones: each calls `await_kernels_before`
+    /// (common.cuh) before it touches what others write, and none writes what another reads before that: weights, orders.
+    pub overlaps: bool,
     /// Macro sets that stand for all others: each is compiled for every architecture in the tests.
     pub variants: fn() -> Vec<Defines>,
 }
@@ -152,10 +155,8 @@ impl Tiling {
         multiprocessors: usize,
     ) -> Self {
         let (tokens, blocks, panels, split, per_sm) = match tokens {
-            0..=8 if tiles_lie_evenly(rows, multiprocessors) => (8, 1, 2, 2, 2),
-            0..=8 => (8, 1, 2, 2, 4),
-            9..=FEW_TOKENS if tiles_lie_evenly(rows, multiprocessors) => (16, 1, 2, 2, 2),
-            9..=FEW_TOKENS => (16, 1, 2, 2, 3),
+            0..=8 => (8, 1, 2, 2, blocks_a_multiprocessor(rows, multiprocessors).min(4)),
+            9..=FEW_TOKENS => (16, 1, 2, 2, blocks_a_multiprocessor(rows, multiprocessors).min(3)),
             17..=32 if narrow_tiles_fill(rows, multiprocessors) => (32, 1, 2, 4, 1),
             17..=32 => (32, 3, 2, 1, 1),
             33..=64 if narrow_tiles_fill(rows, multiprocessors) => (64, 1, 2, 2, 1),
@@ -200,12 +201,18 @@ impl Tiling {
             ("W_BITS", bits(self.wide[1])),
             ("W_FP4", flag(self.fp4)),
             ("OUT", (self.output as u8).to_string()),
+            ("EARLY", self.early().to_string()),
         ]
     }
 
     /// Whether a block of threads takes tile after tile.
     pub fn is_for_many(&self) -> bool {
         is_for_many(self.tokens)
+    }
+
+    /// Stages whose weights `product_stream` asks for before it has waited for the kernel before. The tokens' copies queue up behind them.
+    fn early(&self) -> usize {
+        if self.tokens <= 8 { 2 } else { 1 }
     }
 
     /// Threads of a block of `product_stream` whose warps copy.
@@ -257,12 +264,12 @@ pub fn is_for_many(tokens: usize) -> bool {
     tokens > 64
 }
 
-/// Whether tiles of 64 rows, or pairs of blocks of threads for each, are nearly as many as multiprocessors: then each does best with
-/// two of them, and otherwise with more, which lie more evenly.
-fn tiles_lie_evenly(rows: usize, multiprocessors: usize) -> bool {
+/// Blocks of threads that a multiprocessor must hold for all tiles of 64 rows to be under way at once, two for a tile where tiles are
+/// not many more than multiprocessors; not less than two. Fewer blocks have more stages each.
+fn blocks_a_multiprocessor(rows: usize, multiprocessors: usize) -> usize {
     let tiles = rows.div_ceil(64);
-    let blocks = tiles * (multiprocessors / tiles).min(CLUSTER_OF_FEW);
-    8 * blocks >= 7 * multiprocessors
+    let blocks = if 3 * tiles <= 4 * multiprocessors { CLUSTER_OF_FEW * tiles } else { tiles };
+    blocks.div_ceil(multiprocessors).max(2)
 }
 
 /// Whether 17 to 64 tokens are multiplied sooner in tiles of 64 rows than in tiles of 192, of which a stage takes 2.85 times as
@@ -336,6 +343,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("arrange"),
         only: None,
         tensor_core: None,
+        overlaps: false,
         variants: || {
             vec![
                 arrange(128, true, "half", 256, true),
@@ -357,6 +365,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("attention"),
         only: None,
         tensor_core: Some("HMMA"),
+        overlaps: true,
         variants: || {
             vec![
                 attention(128, false, false),
@@ -376,6 +385,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("blocks"),
         only: None,
         tensor_core: None,
+        overlaps: false,
         variants: || {
             vec![blocks(128, false, false), blocks(64, false, true), blocks(32, true, false)]
         },
@@ -385,6 +395,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("cache", "heads", "pages"),
         only: None,
         tensor_core: None,
+        overlaps: true,
         variants: || {
             vec![
                 cache(128, 4, true),
@@ -400,6 +411,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("decode", "heads", "pages"),
         only: None,
         tensor_core: Some("HMMA"),
+        overlaps: true,
         variants: || {
             vec![
                 decode(128, true, true, false),
@@ -417,6 +429,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("elementwise"),
         only: None,
         tensor_core: None,
+        overlaps: false,
         variants: || vec![vec![]],
     },
     Family {
@@ -424,6 +437,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("fused"),
         only: None,
         tensor_core: None,
+        overlaps: true,
         variants: || {
             vec![
                 fused("NORM", 128, true, true, 4, true, true),
@@ -441,6 +455,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("gptq"),
         only: None,
         tensor_core: None,
+        overlaps: false,
         variants: || vec![vec![], formats(true, false)],
     },
     Family {
@@ -448,6 +463,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("integer"),
         only: None,
         tensor_core: Some("IMMA"),
+        overlaps: false,
         variants: || {
             vec![
                 integer(128, true, false),
@@ -468,6 +484,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("measure"),
         only: None,
         tensor_core: None,
+        overlaps: false,
         variants: || vec![vec![]],
     },
     Family {
@@ -475,6 +492,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("prepare", "heads"),
         only: None,
         tensor_core: None,
+        overlaps: true,
         variants: || {
             vec![
                 prepare(128, 16, false, true),
@@ -491,6 +509,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("product_stream", "hopper"),
         only: Some("sm_90a"),
         tensor_core: Some("IGMMA"),
+        overlaps: true,
         variants: || {
             use Output::{Float, Half};
             let tiling = |tokens, group, wide, fp4, output| {
@@ -523,6 +542,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("product_tiles", "hopper"),
         only: Some("sm_90a"),
         tensor_core: Some("IGMMA"),
+        overlaps: true,
         variants: || {
             use Output::{Added, Float, Half};
             let tiling = |group, wide, fp4, output| {
@@ -546,6 +566,7 @@ pub const FAMILIES: &[Family] = &[
         source: source!("reduce"),
         only: None,
         tensor_core: None,
+        overlaps: false,
         variants: || vec![vec![]],
     },
 ];
@@ -565,9 +586,10 @@ mod tests {
         {
             assert_eq!(tiling(64, rows).blocks, blocks, "{rows} rows");
         }
-        for (rows, per_sm) in [(4096, 2), (8192, 2), (10240, 4), (12288, 4), (22016, 4), (57344, 4)]
+        for (rows, per_sm) in [(4096, 2), (8192, 2), (10240, 3), (12288, 2), (22016, 3), (57344, 4)]
         {
             assert_eq!(tiling(8, rows).per_sm, per_sm, "{rows} rows");
+            assert_eq!(tiling(16, rows).per_sm, per_sm.min(3), "{rows} rows");
         }
     }
 
@@ -595,7 +617,8 @@ mod tests {
         };
         assert_eq!(cluster(8, 4096, 45), 2);
         assert_eq!(cluster(8, 8192, 114), 2);
-        assert_eq!(cluster(8, 12288, 18), 2);
+        assert_eq!(cluster(8, 10240, 34), 2);
+        assert_eq!(cluster(8, 12288, 18), 1);
         assert_eq!(cluster(8, 22016, 18), 1);
         assert_eq!(cluster(8, 57344, 18), 1);
         assert_eq!(cluster(32, 4096, 45), 2);

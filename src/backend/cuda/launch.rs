@@ -20,6 +20,8 @@ pub struct Kernels {
     gpu: Arc<Gpu>,
     compiler: Compiler,
     loaded: Mutex<Loaded>,
+    /// Whether the main stream's last kernel is of a family that overlaps.
+    last_overlaps: Mutex<bool>,
 }
 
 #[derive(Default)]
@@ -108,7 +110,7 @@ impl From<Option<&Buffer>> for Argument {
 impl Kernels {
     /// The kernels of a device, none of them compiled yet.
     pub fn new(gpu: Arc<Gpu>, compiler: Compiler) -> Self {
-        Self { gpu, compiler, loaded: Mutex::default() }
+        Self { gpu, compiler, loaded: Mutex::default(), last_overlaps: Mutex::new(false) }
     }
 
     /// The kernel `entry` of a family for given macros.
@@ -155,8 +157,7 @@ impl Kernels {
         geometry: Geometry,
         arguments: &[Argument],
     ) -> Result<()> {
-        let work = || self.launch_on(Stream::Main, family, defines, entry, geometry, arguments);
-        self.gpu.traced(|| entry.to_owned(), work)
+        self.launch_clusters(family, defines, entry, geometry, 1, arguments)
     }
 
     /// Launches on the main stream in clusters of `cluster` blocks along y.
@@ -169,25 +170,9 @@ impl Kernels {
         cluster: usize,
         arguments: &[Argument],
     ) -> Result<()> {
-        let Geometry { grid, .. } = geometry;
-        if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
-            return Ok(());
-        }
-        let work = || {
-            let function = self.ready(family, defines, entry, geometry)?;
-            let mut slots: Vec<u64> = arguments.iter().map(|argument| argument.0).collect();
-            let mut pointers: Vec<*mut c_void> =
-                slots.iter_mut().map(|slot| (slot as *mut u64).cast()).collect();
-            let mut attribute = clusters_of(cluster);
-            let config = self.config(geometry, &mut attribute);
-            // SAFETY: as in launch_on; configuration and attribute outlive the call.
-            unsafe {
-                let none = std::ptr::null_mut();
-                cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), none)
-            }
-            .result()
-            .map_err(|error| failed(&format!("launching `{entry}`"), error))
-        };
+        let attribute = (cluster > 1).then(|| clusters_of(cluster));
+        let work =
+            || self.start(Stream::Main, attribute, (family, defines, entry), geometry, arguments);
         self.gpu.traced(|| entry.to_owned(), work)
     }
 
@@ -201,18 +186,18 @@ impl Kernels {
         geometry: Geometry,
         cluster: usize,
     ) -> Result<usize> {
-        let function = self.ready(family, defines, entry, geometry)?;
+        let function = self.ready(family_of(family), defines, entry, geometry)?;
         let Geometry { threads, shared_bytes, .. } = geometry;
         let key = (function as usize, threads, shared_bytes, cluster);
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = loaded.clusters.get(&key) {
             return Ok(*known);
         }
-        let mut attribute = clusters_of(cluster);
-        let grid = (1, cluster, 1);
-        let config = self.config(Geometry { grid, ..geometry }, &mut attribute);
+        let mut attributes = [clusters_of(cluster)];
+        let shape = Geometry { grid: (1, cluster, 1), ..geometry };
+        let config = self.config(Stream::Main, shape, &mut attributes);
         let mut count = 0;
-        // SAFETY: the function is loaded; configuration and attribute outlive the call.
+        // SAFETY: the function is loaded; configuration and attributes outlive the call.
         unsafe { cuOccupancyMaxActiveClusters(&raw mut count, function, &raw const config) }
             .result()
             .map_err(|error| failed("cuOccupancyMaxActiveClusters", error))?;
@@ -221,8 +206,13 @@ impl Kernels {
         Ok(count)
     }
 
-    /// A launch on the main stream with one attribute.
-    fn config(&self, geometry: Geometry, attribute: &mut CUlaunchAttribute) -> CUlaunchConfig {
+    /// A launch with attributes, which it points to.
+    fn config(
+        &self,
+        stream: Stream,
+        geometry: Geometry,
+        attributes: &mut [CUlaunchAttribute],
+    ) -> CUlaunchConfig {
         let Geometry { grid, threads, shared_bytes } = geometry;
         CUlaunchConfig {
             gridDimX: dimension(grid.0),
@@ -232,9 +222,9 @@ impl Kernels {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: dimension(shared_bytes),
-            hStream: self.gpu.stream(Stream::Main),
-            attrs: attribute,
-            numAttrs: 1,
+            hStream: self.gpu.stream(stream),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: dimension(attributes.len()),
         }
     }
 
@@ -248,43 +238,58 @@ impl Kernels {
         geometry: Geometry,
         arguments: &[Argument],
     ) -> Result<()> {
-        let Geometry { grid, threads, shared_bytes } = geometry;
+        self.start(stream, None, (family, defines, entry), geometry, arguments)
+    }
+
+    /// Launches the kernel of a family's name, macros and entry, with an attribute if there is one.
+    fn start(
+        &self,
+        stream: Stream,
+        attribute: Option<CUlaunchAttribute>,
+        (family, defines, entry): (&str, &[(&'static str, String)], &str),
+        geometry: Geometry,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        let Geometry { grid, .. } = geometry;
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
             return Ok(());
         }
+        let family = family_of(family);
         let function = self.ready(family, defines, entry, geometry)?;
         let mut slots: Vec<u64> = arguments.iter().map(|argument| argument.0).collect();
         let mut pointers: Vec<*mut c_void> =
             slots.iter_mut().map(|slot| (slot as *mut u64).cast()).collect();
-        // SAFETY: the arguments are what the kernel takes: each launch names them in the order of its
-        // source, and the tests compare what every kernel gives.
-        unsafe {
-            result::launch_kernel(
-                function,
-                (dimension(grid.0), dimension(grid.1), dimension(grid.2)),
-                (dimension(threads), 1, 1),
-                dimension(shared_bytes),
-                self.gpu.stream(stream),
-                &mut pointers,
-            )
+        let mut attributes: Vec<_> = attribute.into_iter().collect();
+        // Held over the launch: another thread's would come between.
+        let mut last = self.last_overlaps.lock().unwrap_or_else(PoisonError::into_inner);
+        if stream == Stream::Main {
+            let overlaps = family.overlaps && self.gpu.device.capability.major >= 9;
+            if overlaps && *last {
+                attributes.push(overlapping());
+            }
+            *last = overlaps;
         }
+        let config = self.config(stream, geometry, &mut attributes);
+        // SAFETY: configuration, attributes and arguments outlive the call. The arguments are what the kernel takes: each launch
+        // names them in the order of its source, and the tests compare what every kernel gives.
+        unsafe {
+            let none = std::ptr::null_mut();
+            cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), none)
+        }
+        .result()
         .map_err(|error| failed(&format!("launching `{entry}`"), error))
     }
 
     /// A kernel that may take the shared memory of a launch.
     fn ready(
         &self,
-        family: &str,
+        family: &Family,
         defines: &[(&'static str, String)],
         entry: &str,
         geometry: Geometry,
     ) -> Result<CUfunction> {
         let shared_bytes = geometry.shared_bytes;
         self.gpu.bind()?;
-        let family = FAMILIES
-            .iter()
-            .find(|known| known.name == family)
-            .expect("every family that is launched is in FAMILIES");
         let function = self.function(family, defines, entry)?;
         if shared_bytes > 48 << 10 {
             let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -298,6 +303,22 @@ impl Kernels {
         }
         Ok(function)
     }
+}
+
+fn family_of(name: &str) -> &'static Family {
+    FAMILIES
+        .iter()
+        .find(|known| known.name == name)
+        .expect("every family that is launched is in FAMILIES")
+}
+
+/// The attribute of a launch that may begin when every block of the kernel before it has allowed it.
+fn overlapping() -> CUlaunchAttribute {
+    // SAFETY: zeros are a value of this plain structure.
+    let mut attribute: CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    attribute
 }
 
 /// The attribute of a launch in clusters along y.
