@@ -89,7 +89,8 @@ fn an_error_shows_the_compilers_log() {
 #[test]
 fn the_log_tells_of_registers_and_spills() {
     let Some((compiler, _home)) = compiler("the_log_tells_of_registers_and_spills") else { return };
-    let (_, log) = compiler.compile("scale", SOURCE, &factor("2.0f")).unwrap();
+    // A program of its own: NVRTC may know again what another test has just compiled, and then tells nothing.
+    let (_, log) = compiler.compile("scale", SOURCE, &factor("5.0f")).unwrap();
     assert!(log.contains("0 bytes spill stores") && log.contains("registers"), "{log}");
 }
 
