@@ -228,13 +228,15 @@ template <int STEPS> struct Words {
             v[4 * i + 3] = four.w;
         }
     }
-    __device__ __forceinline__ void unpack_to(u32 (&a)[4 * STEPS]) const {
+    /// As left operands those from the 32 places `first` on, so many as there is room for.
+    template <int COUNT> __device__ __forceinline__ void unpack_to(u32 (&a)[COUNT], int first) const {
 #pragma unroll
-        for (int i = 0; i < STEPS * W_BITS / 2; i++) {
+        for (int i = 0; i < COUNT * W_BITS / 8; i++) {
+            const u32 word = v[first * W_BITS / 2 + i];
 #if W_BITS == 4
-            unpack(v[i], a[2 * i], a[2 * i + 1]);
+            unpack(word, a[2 * i], a[2 * i + 1]);
 #else
-            a[i] = v[i];
+            a[i] = word;
 #endif
         }
     }
@@ -347,31 +349,49 @@ static __device__ __forceinline__ void load_outliers(u32 (&a)[8], u32 block) {
 }
 
 #if !BY_WARPS
-/// Starts the products of group `group` of a panel: of its weights `a` with the tokens' codes, and of the scales, which are of
-/// rank one: the tokens' 16 columns are twice the same eight groups. A product of two f16 numbers is exact in f32.
-static __device__ __forceinline__ void start_group(u32 (&sums)[HELD], u32 (&scales)[HELD], const u32* a, const RowColumns& columns, u32 token_scales,
-                                                   u32 token_codes, int group) {
+/// Times 32 places of a group that are unpacked together.
+#define STEPS_A_PART (GROUP == 128 ? 2 : STEPS_A_GROUP)
+#define PARTS_A_GROUP (STEPS_A_GROUP / STEPS_A_PART)
+/// The left operands of a group.
+typedef u32 Left[PARTS_A_GROUP][4 * STEPS_A_PART];
+
+/// Starts the products of group `group` of a panel: of its weights, which are in `words` from the 32 places `first` on, with the
+/// tokens' codes; and of the scales, which are of rank one: the tokens' 16 columns are twice the same eight groups. A product of
+/// two f16 numbers is exact in f32. While some are multiplied, the next are unpacked.
+template <int STEPS>
+static __device__ __forceinline__ void start_group(u32 (&sums)[HELD], u32 (&scales)[HELD], Left& a, const Words<STEPS>& words, int first,
+                                                   const RowColumns& columns, u32 token_scales, u32 token_codes, int group) {
     pin(sums);
     pin(scales);
     multiply_fence();
     multiply_scales(scales, columns.low, columns.high, place_of(token_scales));
 #pragma unroll
-    for (int step = 0; step < STEPS_A_GROUP; step++) {
-        const u32 tokens = describe(token_codes) + 2 * (group * STEPS_A_GROUP + step);
+    for (int part = 0; part < PARTS_A_GROUP; part++) {
+        words.unpack_to(a[part], first + part * STEPS_A_PART);
+        pin(a[part]);
+        // The compiler moves no unpacking to before a fence.
+        multiply_fence();
+#pragma unroll
+        for (int i = 0; i < STEPS_A_PART; i++) {
+            const int step = part * STEPS_A_PART + i;
+            const u32 tokens = describe(token_codes) + 2 * (group * STEPS_A_GROUP + step);
 #if BY_FLOAT
-        multiply_e4m3(sums, a + 4 * step, tokens, step > 0);
+            multiply_e4m3(sums, a[part] + 4 * i, tokens, step > 0);
 #else
-        multiply_s8(sums, a + 4 * step, tokens, step > 0);
+            multiply_s8(sums, a[part] + 4 * i, tokens, step > 0);
 #endif
+        }
     }
     multiply_commit();
 }
 
 /// Waits for what `start_group` started.
-static __device__ __forceinline__ void finish_group(u32 (&sums)[HELD], u32 (&scales)[HELD]) {
+static __device__ __forceinline__ void finish_group(u32 (&sums)[HELD], u32 (&scales)[HELD], Left& a) {
     multiply_wait<0>();
     pin(sums);
     pin(scales);
+#pragma unroll
+    for (int part = 0; part < PARTS_A_GROUP; part++) pin(a[part]);
 }
 
 /// Multiplies a block of 64 outlier channels with the odd or even half of the tokens' 128, and adds to the sums if `add`.

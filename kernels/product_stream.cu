@@ -178,20 +178,21 @@ static __device__ __forceinline__ void add_groups(float (&total)[HELD], u32 bloc
     for (int i = 0; i < AT_ONCE; i++) {
         const int panel = (first + i) / GROUPS_A_STAGE, group = (first + i) % GROUPS_A_STAGE;
         const u32 block = blocks + panel * BLOCK_BYTES, codes = token_codes + panel * panel_bytes;
-        u32 a[4 * STEPS_A_GROUP], sums[HELD], scales[HELD];
+        u32 sums[HELD], scales[HELD];
         Words<STEPS_A_GROUP> words;
         words.load(block, group * STEPS_A_GROUP);
         const RowScales row_scales = load_row_scales(block + CODE_BYTES + group * 128);
-        words.unpack_to(a);
 #if BY_WARPS
+        u32 a[4 * STEPS_A_GROUP];
+        words.unpack_to(a, 0);
 #pragma unroll
         for (int j = 0; j < HELD; j++) sums[j] = 0;
         multiply<STEPS_A_GROUP>(sums, a, codes, group * STEPS_A_GROUP);
         own.with(scales, row_scales, i);
 #else
-        pin(a);
-        start_group(sums, scales, a, RowColumns(row_scales, index + i), token_scales, codes, group);
-        finish_group(sums, scales);
+        Left a;
+        start_group(sums, scales, a, words, 0, RowColumns(row_scales, index + i), token_scales, codes, group);
+        finish_group(sums, scales, a);
 #endif
         // The last stage may have fewer panels: then what was there before was multiplied.
         if (i == 0 || first + i < groups) promote(total, sums, scales);

@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             u32 sums[HELD], scales[HELD];
 #pragma unroll
             for (int i = 0; i < HELD; i++) total[i] = 0.0f;
-            u32 a[16];
+            Left a;
             Words<4> words;
             RowScales row_scales[GROUPS_A_STAGE];
             load(words, row_scales, ring, group);
@@ -153,15 +153,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             for (int stage = 0; stage < panels; stage++) {
                 const u32 here = ring.here, empty = ring.empty();
                 ring.next();
-                words.unpack_to(a);
-                pin(a);
 #pragma unroll
                 for (int g = 0; g < GROUPS_A_STAGE; g++) {
                     const RowColumns columns(row_scales[g], stage * GROUPS_A_STAGE + g);
-                    start_group(sums, scales, a + 4 * STEPS_A_GROUP * g, columns, here, here + TOKEN_CODES, g);
+                    start_group(sums, scales, a, words, g * STEPS_A_GROUP, columns, here, here + TOKEN_CODES, g);
                     const bool more = g == GROUPS_A_STAGE - 1 && stage + 1 < panels;
                     if (AHEAD && more) load(words, row_scales, ring, group);
-                    finish_group(sums, scales);
+                    finish_group(sums, scales, a);
                     if (!AHEAD && more) load(words, row_scales, ring, group);
                     promote(total, sums, scales);
                 }
