@@ -62,8 +62,10 @@ static __device__ __forceinline__ void barrier_init(u32 barrier, int count) {
 static __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+/// By a whole warp, of which one lane arrives and announces `bytes`.
 static __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n}" ::"r"(barrier), "r"(bytes)
+                 : "memory");
 }
 static __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
     asm volatile(
@@ -71,9 +73,11 @@ static __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
         "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra ready;\nbra again;\nready:\n}" ::"r"(barrier), "r"(phase)
         : "memory");
 }
-/// Copies `bytes` (a multiple of 16) to shared memory; the barrier counts them.
+/// Copies `bytes` (a multiple of 16) to shared memory; the barrier counts them. By a whole warp, of which one lane asks: for a lane that
+/// goes its own way the compiler makes a loop of it, and no address stays in uniform registers.
 static __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+                 "@one cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n}" ::"r"(to), "l"(from),
                  "r"(bytes), "r"(barrier)
                  : "memory");
 }
@@ -337,7 +341,7 @@ static __device__ __forceinline__ void make_ring(u32 barriers, int warps) {
 }
 
 /// The weights of 64 outlier channels as left operands.
-static __device__ __forceinline__ void load_outliers(u32 (&a)[8], u32 block) {
+static __device__ __forceinline__ void load_outliers(u32* a, u32 block) {
 #pragma unroll
     for (int step = 0; step < 2; step++) {
         const uint4 v = load_shared(block + step * 2048 + threadIdx.x % 128 * 16);

@@ -226,14 +226,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
     make_ring(shared_address(barriers), 4 * BLOCKS);
     const int units = (panels + PANELS - 1) / PANELS, all = units + halves, splits = gridDim.y, rank = blockIdx.y;
     const int begin = all * rank / splits, end = all * (rank + 1) / splits;
-    if (threadIdx.x >= THREADS) {
+    // The shuffle tells the compiler that a warp goes one way.
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    if (warp >= THREADS / 32) {
 #if GIVES_REGISTERS
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
 #endif
-        const int copier = (threadIdx.x - THREADS) / 32;
         const Ring<1> ring(stages, shared_address(barriers), 0);
-        if (threadIdx.x % 32 == 0) copy_stages<COPIERS / 32>(of, ring, blockIdx.x, units, begin, end, copier);
-        __syncwarp();
+        copy_stages<COPIERS / 32>(of, ring, blockIdx.x, units, begin, end, warp - THREADS / 32);
         if (splits > 1) {
             cluster_barrier();
             cluster_barrier();

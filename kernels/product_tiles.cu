@@ -10,40 +10,65 @@
 /// The barriers of a warpgroup's own threads.
 #define OWN 1
 
+/// TOKENS tokens by `blocks` blocks of 64 rows, of which `first_block` is the first.
 struct Tile {
-    int first_token, row_tile;
+    int first_token, first_block, blocks;
 };
 /// Eight tiles of tokens go through all rows together, so that what runs at the same time reads few different
-/// tiles of both operands.
-static __device__ __forceinline__ Tile tile_of(int index, int token_tiles, int row_tiles) {
-    const int band = index / (8 * row_tiles), within = index % (8 * row_tiles);
+/// tiles of both operands. Tiles behind the first `whole` are taken in parts of one block, each with an index of its own.
+static __device__ __forceinline__ Tile tile_of(int index, int whole, int token_tiles, int row_tiles) {
+    const int part = max(index - whole, 0) % BLOCKS, tile = index < whole ? index : whole + (index - whole) / BLOCKS;
+    const int band = tile / (8 * row_tiles), within = tile % (8 * row_tiles);
     const int height = min(8, token_tiles - band * 8);
-    return Tile{(band * 8 + within % height) * TOKENS, within / height * BLOCKS};
+    return Tile{(band * 8 + within % height) * TOKENS, within / height * BLOCKS + part, index < whole ? BLOCKS : 1};
 }
 
-/// Asks for BLOCKS blocks of weights of a stage, when it is free, and announces all that the stage will hold.
-static __device__ __forceinline__ void ask_for_weights(const Operands& of, const Ring<1>& ring, int first_token, int row_tile, int stage) {
-    const u32 to = ring.here + WEIGHTS, full = ring.full, count = min(TOKENS, of.padded - first_token);
-    const bool outliers = stage >= of.panels;
-    const int stages = outliers ? of.halves : of.panels, bytes = outliers ? OUTLIER_BYTES : BLOCK_BYTES;
-    const i8* from = outliers ? of.wo + (long long)(stage - of.panels) * OUTLIER_BYTES : of.w + (long long)stage * BLOCK_BYTES;
+/// Asks for all stages of a tile, one after the other, as they are free; by a warp.
+static __device__ __forceinline__ void copy_tile(const Operands& of, const Tile& tile, Ring<1>& ring) {
+    const u32 count = min(TOKENS, of.padded - tile.first_token);
     // A tile at the end may have fewer blocks of rows: the last one is copied again, and its results are not written.
     const int last_block = (of.rows + 63) / 64 - 1;
-    barrier_wait(ring.empty(), ring.phase ^ 1);
-    barrier_expect(full, count * (outliers ? 132 : 144) + BLOCKS * bytes);
+    const i8 *weights[BLOCKS], *outliers[BLOCKS];
 #pragma unroll
-    for (int i = 0; i < BLOCKS; i++) copy_bulk(to + i * BLOCK_BYTES, from + (long long)min(row_tile + i, last_block) * stages * bytes, bytes, full);
-}
-
-/// Asks for the tokens' codes and scales of a stage.
-static __device__ __forceinline__ void ask_for_tokens(const Operands& of, const Ring<1>& ring, int first_token, int stage) {
-    const u32 to = ring.here, full = ring.full, count = min(TOKENS, of.padded - first_token);
-    if (stage < of.panels) {
-        copy_bulk(to + TOKEN_CODES, of.x + ((long long)stage * of.padded + first_token) * 128, count * 128, full);
-        copy_bulk(to, of.sx + ((long long)(stage * GROUPS_A_STAGE / 8) * of.padded + first_token) * 8, count * 16, full);
-    } else {
-        copy_bulk(to + TOKEN_CODES, of.xo + ((long long)((stage - of.panels) / 2) * of.padded + first_token) * 128, count * 128, full);
-        copy_bulk(to, of.sxo + first_token, count * 4, full);
+    for (int i = 0; i < BLOCKS; i++) {
+        const int block = min(tile.first_block + i, last_block);
+        weights[i] = of.w + (long long)block * of.panels * BLOCK_BYTES;
+        outliers[i] = of.wo + (long long)block * of.halves * OUTLIER_BYTES;
+    }
+    const i8* codes = of.x + (long long)tile.first_token * 128;
+    const half* scales = of.sx + (long long)tile.first_token * 8;
+    for (int stage = 0; stage < of.panels; stage++) {
+        barrier_wait(ring.empty(), ring.phase ^ 1);
+        barrier_expect(ring.full, count * 144 + tile.blocks * BLOCK_BYTES);
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            if (i < tile.blocks) copy_bulk(ring.here + WEIGHTS + i * BLOCK_BYTES, weights[i], BLOCK_BYTES, ring.full);
+            weights[i] += BLOCK_BYTES;
+        }
+        copy_bulk(ring.here + TOKEN_CODES, codes, count * 128, ring.full);
+        copy_bulk(ring.here, scales, count * 16, ring.full);
+        codes += (long long)of.padded * 128;
+        // The scales of eight groups lie together.
+        if ((stage + 1) * GROUPS_A_STAGE % 8 == 0) scales += (long long)of.padded * 8;
+        ring.next();
+    }
+    codes = of.xo + (long long)tile.first_token * 128;
+    for (int part = 0; part < of.halves; part++) {
+        // A panel of the tokens' outliers comes with the first of its two parts.
+        const bool first = part % 2 == 0;
+        barrier_wait(ring.empty(), ring.phase ^ 1);
+        barrier_expect(ring.full, (first ? count * 132 : 0) + tile.blocks * OUTLIER_BYTES);
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            if (i < tile.blocks) copy_bulk(ring.here + WEIGHTS + i * BLOCK_BYTES, outliers[i], OUTLIER_BYTES, ring.full);
+            outliers[i] += OUTLIER_BYTES;
+        }
+        if (first) {
+            copy_bulk(ring.here + TOKEN_CODES, codes, count * 128, ring.full);
+            copy_bulk(ring.here, of.sxo + tile.first_token, count * 4, ring.full);
+            codes += (long long)of.padded * 128;
+        }
+        ring.next();
     }
 }
 
@@ -84,6 +109,35 @@ static __device__ __forceinline__ void write(const float (&total)[HELD], Output*
         group_barrier(OWN + group, 128);
         return;
     }
+#elif OUT == 2
+    if (rows % 4 == 0) {
+        // A token's 64 values become a row, half of the tokens at a time, so that four are added at once.
+        constexpr int STRIDE = 256;
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            group_barrier(OWN + group, 128);
+#pragma unroll
+            for (int j = 0; j < TOKENS / 16; j++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    asm volatile("st.shared.f32 [%0], %1;" ::"r"(turn + (8 * j + lane % 4 * 2 + e % 2) * STRIDE + (((warp * 16 + lane / 4 + e / 2 * 8) * 4) ^ (lane % 4 * 32))),
+                                 "f"(total[part * (HELD / 2) + 4 * j + e])
+                                 : "memory");
+            }
+            group_barrier(OWN + group, 128);
+#pragma unroll
+            for (int i = 0; i < TOKENS / 16; i++) {
+                const int own = i * 8 + thread / 16, token = first_token + part * (TOKENS / 2) + own, row = first_row + thread % 16 * 4;
+                if (token < tokens && row < rows) {
+                    const uint4 v = load_shared(turn + own * STRIDE + (thread % 16 * 16 ^ own / 2 % 4 * 32));
+                    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(y + (long long)token * rows + row), "f"(__uint_as_float(v.x)),
+                                 "f"(__uint_as_float(v.y)), "f"(__uint_as_float(v.z)), "f"(__uint_as_float(v.w))
+                                 : "memory");
+                }
+            }
+        }
+        return;
+    }
 #endif
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++) {
@@ -108,10 +162,23 @@ static __device__ __forceinline__ void load(Words<4>& words, RowScales (&scales)
     for (int g = 0; g < GROUPS_A_STAGE; g++) scales[g] = load_row_scales(block + CODE_BYTES + g * 128);
 }
 
+/// Multiplies 128 outlier channels with the tokens' codes of a panel, and adds to the sums if `add`.
+static __device__ __forceinline__ void multiply_both(u32 (&sums)[HELD], u32 (&a)[16], u32 token_codes, bool add) {
+    pin(a);
+    pin(sums);
+    multiply_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++) multiply_s8(sums, a + 4 * step, describe(token_codes) + 2 * step, step > 0 || add);
+    multiply_commit();
+    multiply_wait<0>();
+    pin(sums);
+    pin(a);
+}
+
 #define THREADS (128 * BLOCKS + 128)
 
-/// Grid: at most as many blocks as there are tiles, ceil(tokens / TOKENS) * ceil(rows / (64 * BLOCKS)). THREADS threads, and
-/// STAGES * STAGE_BYTES + BLOCKS * TURN_BYTES + 1024 bytes of dynamic shared memory.
+/// Grid: at most as many blocks as there are tiles, ceil(tokens / TOKENS) * ceil(rows / (64 * BLOCKS)), or, if the device holds
+/// so many, as there are parts of tiles. THREADS threads, and STAGES * STAGE_BYTES + BLOCKS * TURN_BYTES + 1024 bytes of dynamic shared memory.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     integer_tiles(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int tokens,
                   int padded, int rows, int panels, int halves) {
@@ -121,26 +188,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Ring<1> ring((shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers), 0);
     make_ring(ring.full, 4 * BLOCKS);
     const int token_tiles = (tokens + TOKENS - 1) / TOKENS, row_tiles = (rows + 64 * BLOCKS - 1) / (64 * BLOCKS);
-    const int group = threadIdx.x / 128;
+    const int tiles = token_tiles * row_tiles, rest = tiles % gridDim.x, whole = rest * BLOCKS <= gridDim.x ? tiles - rest : tiles;
+    const int parts = whole + (tiles - whole) * BLOCKS;
+    // The shuffle tells the compiler that a warp goes one way: what it waits for stays in uniform registers.
+    const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
     if (group == BLOCKS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == 128 * BLOCKS) {
+        if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 4 * BLOCKS) {
             await_kernels_before();
-            for (int index = blockIdx.x; index < token_tiles * row_tiles; index += gridDim.x) {
-                const Tile tile = tile_of(index, token_tiles, row_tiles);
-                for (int stage = 0; stage < panels + halves; stage++) {
-                    ask_for_weights(of, ring, tile.first_token, tile.row_tile, stage);
-                    ask_for_tokens(of, ring, tile.first_token, stage);
-                    ring.next();
-                }
-            }
+            for (int index = blockIdx.x; index < parts; index += gridDim.x) copy_tile(of, tile_of(index, whole, token_tiles, row_tiles), ring);
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         const u32 turn = ring.here + STAGES * STAGE_BYTES + group * TURN_BYTES;
 #pragma unroll 1
-        for (int index = blockIdx.x; index < token_tiles * row_tiles; index += gridDim.x) {
-            const Tile tile = tile_of(index, token_tiles, row_tiles);
+        for (int index = blockIdx.x; index < parts; index += gridDim.x) {
+            const Tile tile = tile_of(index, whole, token_tiles, row_tiles);
+            if (group >= tile.blocks) {
+                // Nothing to do: stages are only given back.
+                for (int stage = 0; stage < panels + halves; stage++) {
+                    ring.wait();
+                    release(ring.empty());
+                    ring.next();
+                }
+                continue;
+            }
             float total[HELD];
             u32 sums[HELD], scales[HELD];
 #pragma unroll
@@ -167,15 +239,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
             set_right(total);
 #pragma unroll 1
-            for (int part = 0; part < halves; part++) {
+            for (int part = 0; part < halves; part += 2) {
+                const bool both = part + 1 < halves;
+                const u32 here = ring.here, block = here + WEIGHTS + group * BLOCK_BYTES, empty = ring.empty();
+                u32 a[16];
                 ring.wait();
-                const u32 here = ring.here, block = here + WEIGHTS + group * BLOCK_BYTES;
-                multiply_outliers(sums, here, block, part % 2, part > 0);
-                if (part == halves - 1) promote_outliers(total, sums, here, block);
-                release(ring.empty());
+                load_outliers(a, block);
                 ring.next();
+                if (both) {
+                    ring.wait();
+                    load_outliers(a + 8, ring.here + WEIGHTS + group * BLOCK_BYTES);
+                } else {
+#pragma unroll
+                    for (int i = 8; i < 16; i++) a[i] = 0;
+                }
+                multiply_both(sums, a, here + TOKEN_CODES, part > 0);
+                if (part + 2 >= halves) promote_outliers(total, sums, here, block);
+                release(empty);
+                if (both) {
+                    release(ring.empty());
+                    ring.next();
+                }
             }
-            write(total, y, tile.first_token, (tile.row_tile + group) * 64, tokens, rows, turn, group);
+            write(total, y, tile.first_token, (tile.first_block + group) * 64, tokens, rows, turn, group);
         }
     }
 }
