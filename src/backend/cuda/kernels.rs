@@ -126,6 +126,8 @@ pub struct Tiling {
     pub split: usize,
     /// Blocks of threads that an SM holds at least.
     pub per_sm: usize,
+    /// Stages whose weights `product_stream` asks for before it has waited for the kernel before.
+    pub early: usize,
     /// Whether activations' and weights' codes have 8 bits.
     pub wide: [bool; 2],
     /// Whether weights are FP4.
@@ -172,6 +174,7 @@ impl Tiling {
             panels,
             split,
             per_sm,
+            early: early_stages(tokens, rows, per_sm, multiprocessors),
             wide,
             fp4: false,
             output: Output::Half,
@@ -201,18 +204,13 @@ impl Tiling {
             ("W_BITS", bits(self.wide[1])),
             ("W_FP4", flag(self.fp4)),
             ("OUT", (self.output as u8).to_string()),
-            ("EARLY", self.early().to_string()),
+            ("EARLY", self.early.min(self.stages()).to_string()),
         ]
     }
 
     /// Whether a block of threads takes tile after tile.
     pub fn is_for_many(&self) -> bool {
         is_for_many(self.tokens)
-    }
-
-    /// Stages whose weights `product_stream` asks for before it has waited for the kernel before. The tokens' copies queue up behind them.
-    fn early(&self) -> usize {
-        if self.tokens <= 8 { 2 } else { 1 }
     }
 
     /// Threads of a block of `product_stream` whose warps copy.
@@ -267,9 +265,24 @@ pub fn is_for_many(tokens: usize) -> bool {
 /// Blocks of threads that a multiprocessor must hold for all tiles of 64 rows to be under way at once, two for a tile where tiles are
 /// not many more than multiprocessors; not less than two. Fewer blocks have more stages each.
 fn blocks_a_multiprocessor(rows: usize, multiprocessors: usize) -> usize {
+    blocks_of_few(rows, multiprocessors).div_ceil(multiprocessors).max(2)
+}
+
+/// Blocks of threads of a product of few tokens.
+fn blocks_of_few(rows: usize, multiprocessors: usize) -> usize {
     let tiles = rows.div_ceil(64);
-    let blocks = if 3 * tiles <= 4 * multiprocessors { CLUSTER_OF_FEW * tiles } else { tiles };
-    blocks.div_ceil(multiprocessors).max(2)
+    if 3 * tiles <= 4 * multiprocessors { CLUSTER_OF_FEW * tiles } else { tiles }
+}
+
+/// Stages asked for early. What is asked for stands before the tokens' copies, and before those of the kernel that still runs. Where
+/// the device holds the blocks of both kernels all begin early, and gain by none; docs/kernels.md has what was measured.
+fn early_stages(tokens: usize, rows: usize, per_sm: usize, multiprocessors: usize) -> usize {
+    let both_fit = 2 * blocks_of_few(rows, multiprocessors) <= per_sm * multiprocessors;
+    match tokens {
+        0..=FEW_TOKENS if both_fit => 0,
+        0..=8 => 3,
+        _ => 2,
+    }
 }
 
 /// Whether 17 to 64 tokens are multiplied sooner in tiles of 64 rows than in tiles of 192, of which a stage takes 2.85 times as
@@ -590,6 +603,11 @@ mod tests {
         {
             assert_eq!(tiling(8, rows).per_sm, per_sm, "{rows} rows");
             assert_eq!(tiling(16, rows).per_sm, per_sm.min(3), "{rows} rows");
+        }
+        for (rows, early) in [(4096, 0), (5120, 3), (8192, 3), (12288, 3), (57344, 3)] {
+            assert_eq!(tiling(8, rows).early, early, "{rows} rows");
+            assert_eq!(tiling(16, rows).early, early.min(2), "{rows} rows");
+            assert_eq!(tiling(64, rows).early, 2, "{rows} rows");
         }
     }
 
