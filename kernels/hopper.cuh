@@ -398,18 +398,17 @@ static __device__ __forceinline__ void finish_group(u32 (&sums)[HELD], u32 (&sca
     for (int part = 0; part < PARTS_A_GROUP; part++) pin(a[part]);
 }
 
-/// Multiplies a block of 64 outlier channels with the odd or even half of the tokens' 128, and adds to the sums if `add`.
-static __device__ __forceinline__ void multiply_outliers(u32 (&sums)[HELD], u32 here, u32 block, int odd, bool add) {
-    u32 a[8];
-    load_outliers(a, block);
+/// Multiplies 32 * STEPS outlier channels, whose weights are `a`, with the tokens' codes at `token_codes`, and adds to the sums if `add`.
+template <int STEPS> static __device__ __forceinline__ void multiply_outliers(u32 (&sums)[HELD], u32 (&a)[4 * STEPS], u32 token_codes, bool add) {
     pin(a);
     pin(sums);
     multiply_fence();
 #pragma unroll
-    for (int step = 0; step < 2; step++) multiply_s8(sums, a + 4 * step, describe(here + TOKEN_CODES) + 2 * (odd * 2 + step), step > 0 || add);
+    for (int step = 0; step < STEPS; step++) multiply_s8(sums, a + 4 * step, token_codes + 2 * step, step > 0 || add);
     multiply_commit();
     multiply_wait<0>();
     pin(sums);
+    pin(a);
 }
 
 #endif  // !BY_WARPS

@@ -166,6 +166,13 @@ static __device__ __forceinline__ void multiply_outliers(u32 (&sums)[HELD], u32 
     }
     multiply<2>(sums, a, here + TOKEN_CODES, odd * 2);
 }
+#else
+/// The same.
+static __device__ __forceinline__ void multiply_outliers(u32 (&sums)[HELD], u32 here, u32 block, int odd, bool add) {
+    u32 a[8];
+    load_outliers(a, block);
+    multiply_outliers<2>(sums, a, describe(here + TOKEN_CODES) + 4 * odd, add);
+}
 #endif
 
 /// Adds AT_ONCE of a stage's `groups` to the totals, from `first` on; of all there are, that is group `index`. `blocks` are the

@@ -1,10 +1,10 @@
 // Many tokens: one block of threads an SM, which takes tile after tile of 64 * BLOCKS rows by TOKENS tokens. Each of BLOCKS
-// warpgroups has 64 rows, one more copies. Macros and operands: hopper.cuh.
+// warpgroups has 64 rows, a warp of one more copies. Macros and operands: hopper.cuh.
 //
-// A warpgroup starts a stage's products, loads meanwhile what it needs of the next stage, waits, adds the sums to its
-// totals and unpacks the next weights. While it does that, the tensor cores work for the others.
+// A warpgroup unpacks weights and starts their products, part by part, loads meanwhile what it needs of the next stage, waits
+// and adds the sums to its totals. While it does that, the tensor cores work for the others.
 
-/// Room in which results are turned around, a warpgroup's tokens by 64 rows in f16.
+/// Room in which results are turned around, a warpgroup's tokens by 64 rows in f16, or half of the tokens in f32.
 #define TURN_BYTES (TOKENS * 128)
 
 /// The barriers of a warpgroup's own threads.
@@ -162,23 +162,10 @@ static __device__ __forceinline__ void load(Words<4>& words, RowScales (&scales)
     for (int g = 0; g < GROUPS_A_STAGE; g++) scales[g] = load_row_scales(block + CODE_BYTES + g * 128);
 }
 
-/// Multiplies 128 outlier channels with the tokens' codes of a panel, and adds to the sums if `add`.
-static __device__ __forceinline__ void multiply_both(u32 (&sums)[HELD], u32 (&a)[16], u32 token_codes, bool add) {
-    pin(a);
-    pin(sums);
-    multiply_fence();
-#pragma unroll
-    for (int step = 0; step < 4; step++) multiply_s8(sums, a + 4 * step, describe(token_codes) + 2 * step, step > 0 || add);
-    multiply_commit();
-    multiply_wait<0>();
-    pin(sums);
-    pin(a);
-}
-
 #define THREADS (128 * BLOCKS + 128)
 
-/// Grid: at most as many blocks as there are tiles, ceil(tokens / TOKENS) * ceil(rows / (64 * BLOCKS)), or, if the device holds
-/// so many, as there are parts of tiles. THREADS threads, and STAGES * STAGE_BYTES + BLOCKS * TURN_BYTES + 1024 bytes of dynamic shared memory.
+/// Takes ceil(tokens / TOKENS) * ceil(rows / (64 * BLOCKS)) tiles; those of a last round in parts, if the grid has a block for each. THREADS
+/// threads, and STAGES * STAGE_BYTES + BLOCKS * TURN_BYTES + 1024 bytes of dynamic shared memory.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     integer_tiles(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int tokens,
                   int padded, int rows, int panels, int halves) {
@@ -253,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                     for (int i = 8; i < 16; i++) a[i] = 0;
                 }
-                multiply_both(sums, a, here + TOKEN_CODES, part > 0);
+                multiply_outliers<4>(sums, a, describe(here + TOKEN_CODES), part > 0);
                 if (part + 2 >= halves) promote_outliers(total, sums, here, block);
                 release(empty);
                 if (both) {

@@ -226,10 +226,9 @@ impl Cuda {
         let tiles = rows.div_ceil(BLOCK_ROWS * tiling.blocks);
         let (defines, shared_bytes) = (tiling.defines(), tiling.shared_bytes());
         if tiling.is_for_many() {
-            let tiles = tiles * tokens.div_ceil(tiling.tokens);
-            let parts = tiles * tiling.blocks;
-            let blocks = if parts <= multiprocessors { parts } else { tiles.min(multiprocessors) };
-            let grid = (blocks, 1, 1);
+            // A block for each part of a tile, if the device holds so many: the kernel decides which tiles it takes in parts.
+            let parts = tiles * tokens.div_ceil(tiling.tokens) * tiling.blocks;
+            let grid = (parts.min(multiprocessors), 1, 1);
             let geometry = Geometry { grid, threads: 128 * (tiling.blocks + 1), shared_bytes };
             return self.kernels.launch(
                 "product_tiles",
