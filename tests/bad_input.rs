@@ -128,7 +128,7 @@ fn a_weight_that_is_no_number_in_a_later_block() {
     });
     let line = format!("quantize --model model {SMALL} --no-eval --out out");
     let run = home.run(&line).fails(3, &[name, "holds NaN at [32, 5]"]);
-    assert!(run.stderr.contains("--resume goes on after them"), "{}", run.stderr);
+    assert!(run.stderr.contains("the same command, or --resume, continues"), "{}", run.stderr);
     assert_eq!(home.names(), [".out.atom-work", "model"]);
     RandomModel::new(2).write(&home.path("model"), Dtype::F32, 1);
     let outcome = home.json(&format!("{line} --resume"));

@@ -9,7 +9,7 @@ use super::rate::{
 };
 use super::{BenchOutcome, SyntheticModel};
 use crate::backend::Backend;
-use crate::checkpoint::Source;
+use crate::checkpoint::{Destination, Inputs, Source};
 use crate::eval::source_perplexity;
 use crate::model::Architecture;
 use crate::model::sites::{ATTN_OUT, MLP_ACT, SiteKind, SiteSpec};
@@ -62,7 +62,8 @@ pub fn quantize<B: Backend>(
         seed: 0,
     };
     let out = directory.join(format!("{}-atom", model.shape));
-    let output = Output { out, overwrite: false, resume: false };
+    let destination = Destination { out, overwrite: false, inputs: Inputs::default() };
+    let output = Output { destination, resume: false };
     let outcome = run(backend, &source, &calibration, recipe, &output, None, progress)?;
 
     let figure = |name: &str, value: Value| Figure { figure: name.to_owned(), value, share: None };

@@ -7,12 +7,15 @@ is there whole or not at all. `docs/format.md` is the written form of what [`Wri
 [`linear`] put on disk. */
 
 mod atom;
+mod destination;
 mod dtype;
+mod envelope;
 mod files;
 mod fingerprint;
 mod layout;
 pub mod linear;
 mod output;
+mod output_file;
 pub mod packing;
 mod shards;
 mod source;
@@ -23,14 +26,16 @@ mod work;
 mod writer;
 
 pub use atom::{AtomCheckpoint, FORMAT_VERSION, is_atom};
+pub use destination::{Destination, Inputs};
 pub use dtype::{Dtype, TensorSpec};
 pub use fingerprint::sha256_hex;
-pub use output::{free_bytes, writable};
+pub use output::free_bytes;
+pub use output_file::{FileKind, OutputFile};
 pub use source::Source;
 pub(crate) use source::is_side_file;
 pub use tensor::Tensor;
 pub use work::DoneBlock;
-pub use writer::{DEFAULT_SHARD_BYTES, Options, Writer};
+pub use writer::{DEFAULT_SHARD_BYTES, Options, Preview, Writer};
 
 use std::borrow::Cow;
 

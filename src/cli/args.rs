@@ -1,13 +1,13 @@
 /*! Flags that several subcommands share, each group under its heading of the help page. */
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::values::{self, Device};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::checkpoint::Source;
+use crate::checkpoint::{Destination, Inputs, Source};
 use crate::hub::Hub;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{Calibration, Evaluation, Output};
@@ -183,6 +183,11 @@ pub(crate) struct CalibrationFlags {
 }
 
 impl CalibrationFlags {
+    /// The files of the text, if it comes from files.
+    pub(crate) fn inputs(&self) -> Inputs {
+        text_files(&self.calib)
+    }
+
     /// Loads the text.
     pub(crate) fn load(&self, length: &WindowFlag, hub: &Hub<'_>) -> Result<Calibration> {
         Ok(Calibration {
@@ -192,6 +197,18 @@ impl CalibrationFlags {
             seed: self.seed,
         })
     }
+}
+
+/// The files that a text set's name stands for: itself, or behind `NAME=`, of several each.
+fn text_files(spec: &str) -> Inputs {
+    let mut inputs = Inputs::default();
+    for part in std::iter::once(spec).chain(spec.split(',').map(str::trim)) {
+        inputs.add(Path::new(part));
+        if let Some((_, file)) = part.split_once('=') {
+            inputs.add(Path::new(file));
+        }
+    }
+    inputs
 }
 
 /// One length for the windows of calibration and evaluation alike; the heading is the user's.
@@ -224,6 +241,11 @@ pub(crate) struct EvaluationFlags {
 }
 
 impl EvaluationFlags {
+    /// The file of the text, if it comes from one.
+    pub(crate) fn inputs(&self) -> Inputs {
+        text_files(&self.dataset)
+    }
+
     /// The text, whether it is measured on or not.
     pub(crate) fn text(&self, hub: &Hub<'_>) -> Result<TextSet> {
         TextSet::load(&self.dataset, Split::Evaluation, hub)
@@ -241,7 +263,7 @@ impl EvaluationFlags {
 
 #[derive(Args, Debug)]
 pub(crate) struct OverwriteFlag {
-    /// Replace what is at the output path
+    /// Replace the result of the same kind at the output path, or an unfinished run of other settings
     #[arg(long, help_heading = "Output")]
     pub(crate) overwrite: bool,
 }
@@ -252,7 +274,8 @@ pub(crate) struct OutputFlags {
     /// Directory of the checkpoint [default: ./<name>-atom-<recipe>]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
-    /// Go on where an interrupted run stopped
+    /// Insist on the unfinished run in the output's place: continue it, never throw it away. The same command
+    /// continues it without this flag too
     #[arg(long)]
     pub(crate) resume: bool,
     #[command(flatten)]
@@ -260,9 +283,14 @@ pub(crate) struct OutputFlags {
 }
 
 impl OutputFlags {
-    /// `--out`, or the path that `default` makes up.
-    pub(crate) fn destination(&self, default: impl FnOnce() -> Result<PathBuf>) -> Result<Output> {
+    /// `--out`, or the path that `default` makes up; `inputs` is what the command reads besides the model.
+    pub(crate) fn destination(
+        &self,
+        default: impl FnOnce() -> Result<PathBuf>,
+        inputs: Inputs,
+    ) -> Result<Output> {
         let out = self.out.clone().map_or_else(default, Ok)?;
-        Ok(Output { out, overwrite: self.overwrite.overwrite, resume: self.resume })
+        let destination = Destination { out, overwrite: self.overwrite.overwrite, inputs };
+        Ok(Output { destination, resume: self.resume })
     }
 }

@@ -1,13 +1,15 @@
 /*! `atom bench`: speed, beside a baseline measured in the same run. */
 
-use std::path::PathBuf;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::args::{DeviceFlag, with_backend};
+use super::args::{DeviceFlag, OverwriteFlag, with_backend};
 use super::recipe::RecipeFlags;
 use super::{Output, Ui, values};
 use crate::bench::{self, AttentionSettings, GemmSettings, PrefillSettings, SyntheticModel};
+use crate::checkpoint::{FileKind, Inputs, OutputFile};
 use crate::model::Architecture;
 use crate::quant::levels::Levels;
 use crate::{Error, Result};
@@ -135,6 +137,8 @@ struct GemmFlags {
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
     #[command(flatten)]
+    overwrite: OverwriteFlag,
+    #[command(flatten)]
     device: DeviceFlag,
 }
 
@@ -172,6 +176,8 @@ struct AttentionFlags {
     /// Write a picture (SVG) of how many times as fast as f16 it is
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
+    #[command(flatten)]
+    overwrite: OverwriteFlag,
     #[command(flatten)]
     device: DeviceFlag,
 }
@@ -253,6 +259,21 @@ impl GemmFlags {
     }
 }
 
+/// What `--svg` writes.
+const PICTURE: FileKind = FileKind { name: "an SVG picture", recognizes: is_svg };
+
+fn is_svg(path: &Path) -> bool {
+    let mut head = String::new();
+    let read = fs_err::File::open(path).and_then(|file| file.take(1024).read_to_string(&mut head));
+    read.is_ok() && head.contains("<svg")
+}
+
+/// The file of the picture, if there is to be one; checked before anything is measured.
+fn picture(path: Option<&Path>, flag: &OverwriteFlag) -> Result<Option<OutputFile>> {
+    let check = |path| OutputFile::check(path, &PICTURE, flag.overwrite, Inputs::default());
+    path.map(check).transpose()
+}
+
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     let outcome = match &arguments.what {
         What::Attention(flags) => {
@@ -262,9 +283,10 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
                 batches: flags.batch.clone(),
                 bits: flags.bits,
             };
+            let picture = picture(flags.svg.as_deref(), &flags.overwrite)?;
             let measured = bench::attention(&*flags.device.open_cuda()?, &settings, ui)?;
-            if let Some(path) = &flags.svg {
-                fs_err::write(path, measured.chart().svg())?;
+            if let Some(file) = picture {
+                file.write(measured.chart().svg().as_bytes())?;
             }
             measured.outcome()
         }
@@ -272,9 +294,10 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         What::Gemm(flags) => {
             let settings = flags.settings()?;
             settings.check()?;
+            let picture = picture(flags.svg.as_deref(), &flags.overwrite)?;
             let measured = bench::gemm(&*flags.device.open_cuda()?, &settings, ui)?;
-            if let Some(path) = &flags.svg {
-                fs_err::write(path, measured.chart().svg())?;
+            if let Some(file) = picture {
+                file.write(measured.chart().svg().as_bytes())?;
             }
             measured.outcome()
         }

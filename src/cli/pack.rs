@@ -43,9 +43,8 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let model = &arguments.model.model;
     let hub = arguments.model.hub(ui)?;
     let source = arguments.model.source(&hub)?;
-    let destination = arguments
-        .output
-        .destination(|| Ok(names::checkpoint_out(model, &planned_recipe(&arguments.plan)?)))?;
+    let default = || Ok(names::checkpoint_out(model, &planned_recipe(&arguments.plan)?));
+    let destination = arguments.output.destination(default, arguments.evaluation.inputs())?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len, &hub)?;
     let outcome = with_backend!(&backend, ui, backend => {
         let plan = &arguments.plan;

@@ -70,12 +70,15 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let source = arguments.model.source(&hub)?;
     let calibration = arguments.calibration.load(&arguments.length, &hub)?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len, &hub)?;
-    let destination = arguments
-        .output
-        .destination(|| Ok(names::checkpoint_out(&arguments.model.model, &recipe)))?;
+    let inputs = arguments.calibration.inputs().and(arguments.evaluation.inputs());
+    let inputs = inputs.with(arguments.recipe.file());
+    let default = || Ok(names::checkpoint_out(&arguments.model.model, &recipe));
+    let destination = arguments.output.destination(default, inputs)?;
     if arguments.dry_run {
-        let found =
-            pipeline::dry_run(&source, &calibration, &recipe, &destination, evaluation.as_ref())?;
+        let found = with_backend!(&backend, ui, backend => {
+            let evaluation = evaluation.as_ref();
+            pipeline::dry_run(backend, &source, &calibration, &recipe, &destination, evaluation)
+        })?;
         return output.write(&found);
     }
     ui.info(&format!("quantizing {}\n{}", source.name(), report::recipe::lines(&recipe)));

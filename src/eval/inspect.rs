@@ -2,14 +2,14 @@
 
 use serde::Serialize;
 
-use super::{Model, atom_plan};
+use super::Model;
 use crate::Result;
 use crate::checkpoint::linear::specs;
 use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec};
 use crate::hub::Hub;
 use crate::model::Architecture;
-use crate::pipeline::Provenance;
 use crate::pipeline::plan::bits_per_weight;
+use crate::pipeline::{Manifest, Provenance};
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
 use crate::recipe::Recipe;
@@ -120,10 +120,8 @@ fn inspect_source(source: &Source) -> Result<InspectOutcome> {
 
 fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
     let architecture = Architecture::from_config(checkpoint.config())?;
-    let (kv, blocks) = atom_plan(checkpoint, &architecture)?;
-    let atom = checkpoint.atom();
-    let parse = |key: &str| atom.get(key).cloned().unwrap_or_default();
-    let calibration: Option<Provenance> = serde_json::from_value(parse("calibration")).ok();
+    let manifest = Manifest::read(checkpoint, &architecture)?;
+    let Manifest { kv, blocks, recipe, source, calibration, tool_version, .. } = manifest;
     let mut linears = Vec::new();
     for site in blocks.iter().flatten() {
         for linear in site.linears.iter().filter(|linear| linear.bits < 16) {
@@ -148,14 +146,14 @@ fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
         tensors: checkpoint.names().count(),
         bytes: checkpoint.total_bytes(),
         bits_per_weight: Some(bits_per_weight(&blocks)),
-        recipe: serde_json::from_value(parse("recipe")).ok(),
+        recipe: Some(recipe),
         kv: Some(kv_in_words(&kv)),
-        source: atom["source"]["name"].as_str().map(str::to_owned),
-        calibration: calibration.map(|calibration| {
+        source: Some(source.name),
+        calibration: Some({
             let Provenance { dataset, samples, seq_len, seed, .. } = calibration;
             format!("{samples} windows of {seq_len} tokens of {dataset}, seed {seed}")
         }),
-        tool_version: atom["tool_version"].as_str().map(|version| format!("atom {version}")),
+        tool_version: Some(format!("atom {tool_version}")),
         linears,
     })
 }

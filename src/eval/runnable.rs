@@ -1,7 +1,7 @@
 /*! A model that can run, whichever kind of checkpoint holds it: its blocks are read one ahead of the arithmetic and
 made ready when their turn comes. */
 
-use super::{Model, atom_plan};
+use super::{Model, check_files};
 use crate::Result;
 use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Source, Tensors};
@@ -9,8 +9,8 @@ use crate::model::Architecture;
 use crate::model::block::Block;
 use crate::pipeline::plan::BlockPlan;
 use crate::pipeline::{
-    BlockWeights, QuantizedSite, check_levels, quantized_block, read_key_mean, read_sites,
-    source_block,
+    BlockWeights, Manifest, QuantizedSite, check_levels, quantized_block, read_key_mean,
+    read_sites, source_block,
 };
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
@@ -68,7 +68,8 @@ impl<'a, B: Backend> Runnable<'a, B> {
     /// A checkpoint on the integer path.
     pub(super) fn atom(backend: &'a B, checkpoint: &'a AtomCheckpoint) -> Result<Self> {
         let architecture = Architecture::from_config(checkpoint.config())?;
-        let (kv, blocks) = atom_plan(checkpoint, &architecture)?;
+        check_files(checkpoint)?;
+        let Manifest { kv, blocks, .. } = Manifest::read(checkpoint, &architecture)?;
         check_levels(backend, &blocks)?;
         Ok(Self {
             backend,

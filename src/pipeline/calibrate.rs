@@ -3,6 +3,7 @@ file that holds them. */
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 
 use safetensors::{Dtype, SafeTensors, View};
@@ -13,7 +14,7 @@ use super::progress::Progress;
 use super::sensitivity::Sensitivity;
 use super::stream::Stream;
 use crate::backend::{AttentionSpec, Backend};
-use crate::checkpoint::sha256_hex;
+use crate::checkpoint::{FileKind, sha256_hex};
 use crate::model::Architecture;
 use crate::model::block::Seen;
 use crate::text::SetUsed;
@@ -128,6 +129,19 @@ struct Header {
     provenance: Provenance,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     sensitivity: Option<Sensitivity>,
+}
+
+/// What [`CalibrationData`] is written as.
+pub const CALIBRATION_FILE: FileKind =
+    FileKind { name: "a calibration file", recognizes: is_calibration };
+
+/// Whether a file's header says that it holds calibration data.
+fn is_calibration(path: &Path) -> bool {
+    // The writer puts the metadata first.
+    let mut head = Vec::new();
+    let read = fs_err::File::open(path).and_then(|file| file.take(64).read_to_end(&mut head));
+    let begins = format!("{{\"__metadata__\":{{\"{KEY}\":");
+    read.is_ok() && head.get(8..).is_some_and(|header| header.starts_with(begins.as_bytes()))
 }
 
 /// Version of the file's format.

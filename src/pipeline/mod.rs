@@ -11,6 +11,7 @@ mod block;
 mod calibrate;
 mod in_turn;
 mod load;
+mod manifest;
 pub mod outcome;
 pub mod plan;
 pub mod progress;
@@ -18,24 +19,23 @@ mod run;
 pub mod sensitivity;
 mod stream;
 mod timing;
+mod underflow;
 
-use std::fs::Permissions;
-use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use ahead::one_ahead;
-pub use calibrate::{CalibrationData, Provenance, Statistics};
+pub use calibrate::{CALIBRATION_FILE, CalibrationData, Provenance, Statistics};
 pub use load::{
     BlockWeights, QuantizedSite, attention_spec, check_levels, expect, key_mean_spec,
     quantized_block, read_key_mean, read_sites, source_block, vector,
 };
+pub use manifest::{Manifest, SourceRecord};
 pub use stream::Stream;
 pub use timing::{cpu_seconds, peak_rss_bytes};
 
 use crate::backend::Backend;
-use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec, free_bytes, writable};
+use crate::checkpoint::{AtomCheckpoint, Destination, OutputFile, Source, TensorSpec, Writer};
 use crate::eval;
 use crate::model::Architecture;
 use crate::quant::kv::KvFormat;
@@ -71,12 +71,25 @@ pub struct Measuring<'a> {
 
 /// Where the checkpoint goes and what may be there already.
 pub struct Output {
-    /// Its directory.
-    pub out: PathBuf,
-    /// Replace what is there.
-    pub overwrite: bool,
-    /// Go on with an interrupted run.
+    /// Its directory, and what may not be touched.
+    pub destination: Destination,
+    /// Never throw an unfinished run away.
     pub resume: bool,
+}
+
+impl Output {
+    /// The destination, with the source and more files among what may not be touched.
+    fn protecting<'p>(
+        &self,
+        source: &'p Source,
+        more: impl IntoIterator<Item = &'p Path>,
+    ) -> Destination {
+        let mut destination = self.destination.clone();
+        for path in source.dir().into_iter().chain(more) {
+            destination.inputs.add(path);
+        }
+        destination
+    }
 }
 
 /// Text on which perplexity is measured.
@@ -105,7 +118,8 @@ pub fn quantize<B: Backend>(
 }
 
 /// Everything `quantize` would find out before its first product.
-pub fn dry_run(
+pub fn dry_run<B: Backend>(
+    backend: &B,
     source: &Source,
     calibration: &Calibration,
     recipe: &Recipe,
@@ -114,23 +128,17 @@ pub fn dry_run(
 ) -> Result<DryRun> {
     let job = prepare(source, calibration, recipe)?;
     check_evaluation(source, evaluation)?;
+    check_levels(backend, &job.blocks)?;
     job.check_tensors()?;
     job.check_kept()?;
-    let out = writable(&output.out, output.overwrite)?;
-    let out_bytes: u64 = job.tensor_specs()?.iter().map(TensorSpec::bytes).sum();
-    // Directories that are not there yet will be made on the disk of the nearest one that is.
-    let place = out.ancestors().skip(1).find(|place| place.exists());
-    let free_disk_bytes = place.and_then(free_bytes).unwrap_or(u64::MAX);
-    if free_disk_bytes < out_bytes {
-        return Err(Error::machine(format!(
-            "the checkpoint needs {out_bytes} bytes of disk, {free_disk_bytes} are free"
-        ))
-        .hint("free some disk space, or choose another place with --out"));
-    }
+    let specs = job.tensor_specs()?;
+    let out_bytes: u64 = specs.iter().map(TensorSpec::bytes).sum();
+    let destination = output.protecting(source, []);
+    let found = Writer::preview(&destination, specs, &job.identity()?, job.options(output)?)?;
     let (blocks, sites) = (job.blocks.len(), job.blocks.iter().flatten());
     let linears = sites.flat_map(|site| &site.linears).filter(|linear| linear.bits < 16).count();
     Ok(DryRun {
-        out: output.out.clone(),
+        out: output.destination.out.clone(),
         model: source.name().to_owned(),
         recipe: recipe.clone(),
         blocks,
@@ -141,7 +149,9 @@ pub fn dry_run(
         out_bytes,
         bits_per_weight: bits_per_weight(&job.blocks),
         memory_bytes: memory_estimate(&job, calibration),
-        free_disk_bytes,
+        needed_disk_bytes: found.needed_bytes,
+        free_disk_bytes: found.free_bytes.unwrap_or(u64::MAX),
+        finished_blocks: run::finished_blocks(&found.done),
     })
 }
 
@@ -211,21 +221,19 @@ pub fn calibrate<B: Backend>(
     source: &Source,
     calibration: &Calibration,
     measuring: Option<&Measuring<'_>>,
-    out: &Path,
-    overwrite: bool,
+    file: &OutputFile,
     progress: &dyn Progress,
 ) -> Result<FileOutcome> {
     let start = Instant::now();
-    refuse_existing(out, overwrite)?;
     // Any recipe will do where only the windows and the network are looked at.
     let any = Recipe { group: crate::recipe::Group::Row, outliers: 0, ..Recipe::paper() };
     let recipe = measuring.map_or(&any, |measuring| measuring.recipe);
     let job = prepare(source, calibration, recipe)?;
     job.check_tensors()?;
     let data = measure(backend, &job, measuring, progress)?;
-    write_whole(out, &data.to_bytes(&job.architecture)?)?;
+    file.write(&data.to_bytes(&job.architecture)?)?;
     Ok(FileOutcome {
-        out: out.to_owned(),
+        out: file.shown().to_owned(),
         model: data.model,
         seconds: start.elapsed().as_secs_f64(),
         sites: job.blocks.iter().flatten().count(),
@@ -304,11 +312,9 @@ pub enum Planning<'a> {
 pub fn plan(
     calibration_file: &Path,
     planning: Planning<'_>,
-    out: &Path,
-    overwrite: bool,
+    file: &OutputFile,
 ) -> Result<FileOutcome> {
     let start = Instant::now();
-    refuse_existing(out, overwrite)?;
     let (data, architecture, sha256) = CalibrationData::read(calibration_file)?;
     let (recipe, blocks, allocation) = match planning {
         Planning::Uniform(recipe) => (recipe.clone(), plan_network(recipe, &architecture)?, None),
@@ -327,8 +333,8 @@ pub fn plan(
     };
     let bits = bits_per_weight(&blocks);
     // Relative where both files lie in one directory, so that the two can be moved together.
-    let calibration = std::path::absolute(calibration_file)?;
-    let same_directory = calibration.parent() == std::path::absolute(out)?.parent();
+    let calibration = fs_err::canonicalize(calibration_file)?;
+    let same_directory = calibration.parent() == file.path().parent();
     let path = match calibration.file_name().filter(|_| same_directory) {
         Some(name) => PathBuf::from(name),
         None => calibration,
@@ -342,9 +348,9 @@ pub fn plan(
         blocks,
     };
     let text = serde_json::to_string_pretty(&plan).expect("a plan has only JSON types");
-    write_whole(out, format!("{text}\n").as_bytes())?;
+    file.write(format!("{text}\n").as_bytes())?;
     Ok(FileOutcome {
-        out: out.to_owned(),
+        out: file.shown().to_owned(),
         model: data.model,
         seconds: start.elapsed().as_secs_f64(),
         sites,
@@ -370,7 +376,7 @@ pub fn quantize_to_target<B: Backend>(
     check_evaluation(source, evaluation)?;
     job.check_tensors()?;
     job.check_kept()?;
-    writable(&output.out, output.overwrite || output.resume)?;
+    output.protecting(source, []).check()?;
     let data = measure(backend, &job, Some(measuring), progress)?;
     backend.trim();
     let sensitivity = data.sensitivity.as_ref().expect("it was just measured");
@@ -419,35 +425,13 @@ pub fn pack<B: Backend>(
     let CalibrationData { provenance, tokens, statistics, .. } = data;
     let PlanFile { recipe, blocks, .. } = plan;
     let job = Job { source, architecture, recipe, blocks, tokens, provenance };
-    run::run(backend, &job, output, evaluation, progress, Some(&statistics))
+    let read = [plan_file, calibration_file.as_path()];
+    let destination = output.protecting(source, read);
+    let output = Output { destination, resume: output.resume };
+    run::run(backend, &job, &output, evaluation, progress, Some(&statistics))
 }
 
 fn count_linears(architecture: &Architecture) -> usize {
     let sites = (0..architecture.blocks).flat_map(|block| architecture.sites(block));
     sites.map(|site| site.linears.len()).sum()
-}
-
-fn refuse_existing(out: &Path, overwrite: bool) -> Result<()> {
-    if out.exists() && !overwrite {
-        return Err(Error::usage(format!("{} exists already", out.display()))
-            .hint("choose another file with --out, or replace it with --overwrite"));
-    }
-    Ok(())
-}
-
-/// Writes a file under a temporary name, syncs it and gives it its name.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let parent = parent.unwrap_or(Path::new("."));
-    let write = || -> std::io::Result<()> {
-        // A result and no secret: what the umask allows, and not the owner alone.
-        let mode = Permissions::from_mode(0o666);
-        let mut file =
-            tempfile::Builder::new().prefix(".atom-").permissions(mode).tempfile_in(parent)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        std::fs::File::open(parent)?.sync_all()
-    };
-    write().map_err(|error| Error::from(error).context(format!("cannot write {}", path.display())))
 }

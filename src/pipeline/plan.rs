@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::TensorSpec;
 use crate::checkpoint::linear::{LinearShape, order_spec, specs};
+use crate::checkpoint::{FileKind, TensorSpec};
 use crate::model::Architecture;
 use crate::model::sites::{LinearSpec, SiteSpec};
 use crate::quant::kv::KvFormat;
@@ -114,6 +114,17 @@ pub struct PlanFile {
 
 /// Version of the plan file's format.
 pub const PLAN_VERSION: u32 = 1;
+
+/// What a [`PlanFile`] is written as.
+pub const PLAN_FILE: FileKind = FileKind { name: "a plan", recognizes: is_plan };
+
+/// Whether a file is JSON with the version of a plan.
+fn is_plan(path: &Path) -> bool {
+    let read = fs_err::File::open(path).map(std::io::BufReader::new);
+    let plan: Option<serde_json::Value> =
+        read.ok().and_then(|file| serde_json::from_reader(file).ok());
+    plan.is_some_and(|plan| plan["plan_version"].is_u64() && plan["blocks"].is_array())
+}
 
 /// The plan of a block by `recipe`.
 ///
