@@ -18,12 +18,12 @@ pub use tasks::{Sample, TaskOutcome, TasksOutcome, check_accuracies, tasks};
 pub use verify::{Check, KernelCheck, Limits, VerifyOutcome, verify};
 
 use crate::backend::Backend;
-use crate::checkpoint::{AtomCheckpoint, Source, is_atom};
+use crate::checkpoint::{AtomCheckpoint, Source, Tensors, is_atom};
 use crate::hub::{self, Hub, Resolved};
 use crate::model::Architecture;
-use crate::pipeline::Evaluation;
 use crate::pipeline::plan::{BlockPlan, check_plan};
 use crate::pipeline::progress::Progress;
+use crate::pipeline::{Evaluation, caution};
 use crate::quant::kv::KvFormat;
 use crate::{Error, Result};
 
@@ -51,8 +51,27 @@ impl Model {
     }
 }
 
-/// Perplexity of a model: a source in full precision, an Atom checkpoint on the integer path.
+/// Perplexity of a model: a source in full precision, an Atom checkpoint on the integer path. Warns of what makes it
+/// say little.
 pub fn perplexity<B: Backend>(
+    backend: &B,
+    model: &Model,
+    evaluation: &Evaluation,
+    progress: &dyn Progress,
+) -> Result<PerplexityOutcome> {
+    let (tensors, architecture): (&dyn Tensors, _) = match model {
+        Model::Source(source) => {
+            (source, Architecture::read(source.config(), &source.config_file())?)
+        }
+        Model::Atom(checkpoint) => {
+            (checkpoint, Architecture::read(checkpoint.config(), &checkpoint.config_file())?)
+        }
+    };
+    caution(tensors, &architecture, evaluation.seq_len, progress);
+    perplexity_of(backend, model, evaluation, progress)
+}
+
+fn perplexity_of<B: Backend>(
     backend: &B,
     model: &Model,
     evaluation: &Evaluation,

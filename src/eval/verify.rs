@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::kernels::{Beside, Findings};
 use super::perplexity::PerplexityOutcome;
-use super::{Model, atom_perplexity, atom_plan, perplexity, windows};
+use super::{Model, atom_perplexity, atom_plan, perplexity_of, windows};
 use crate::Result;
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
@@ -16,8 +16,8 @@ use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::pipeline::plan::{BlockPlan, SitePlan};
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{
-    BlockWeights, Evaluation, attention_spec, check_levels, expect, key_mean_spec, quantized_block,
-    read_key_mean, read_sites,
+    BlockWeights, Evaluation, attention_spec, caution, check_levels, expect, key_mean_spec,
+    quantized_block, read_key_mean, read_sites,
 };
 use crate::quant::kv::KvFormat;
 
@@ -81,7 +81,7 @@ pub fn verify<B: Backend>(
     limits: Limits,
     progress: &dyn Progress,
 ) -> Result<VerifyOutcome> {
-    let architecture = Architecture::from_config(checkpoint.config())?;
+    let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
     if let Some(evaluation) = evaluation {
         // A text that is too short is found before gigabytes are hashed.
         windows(&checkpoint.tokenizer()?, checkpoint.name(), evaluation)?;
@@ -89,6 +89,8 @@ pub fn verify<B: Backend>(
     if let KernelCheck::On(text) = kernels {
         windows(&checkpoint.tokenizer()?, checkpoint.name(), text)?;
     }
+    let seq_len = evaluation.map_or(0, |evaluation| evaluation.seq_len);
+    caution(checkpoint, &architecture, seq_len, progress);
     let mut checks = Vec::new();
     let plan = atom_plan(checkpoint, &architecture);
     let planned = plan.as_ref().map(|(_, blocks)| {
@@ -140,7 +142,7 @@ pub fn verify<B: Backend>(
         let measured = atom_perplexity(backend, checkpoint, evaluation, progress)?;
         outcome.perplexity = Some(measured.perplexity);
         if let Some(reference) = reference {
-            let reference = perplexity(backend, reference, evaluation, progress)?;
+            let reference = perplexity_of(backend, reference, evaluation, progress)?;
             outcome.reference_perplexity = Some(reference.perplexity);
             outcome.increase = Some(measured.perplexity / reference.perplexity - 1.0);
         }
@@ -159,7 +161,7 @@ fn kernel_checks<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<Vec<Check>> {
     let reference = &Cpu::new()?;
-    let architecture = Architecture::from_config(checkpoint.config())?;
+    let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
     let attention = attention_spec(&architecture, kv, text.seq_len);
     let tokens = windows(&checkpoint.tokenizer()?, checkpoint.name(), text)?;
     let embedding = expect(checkpoint, EMBEDDING, &[architecture.vocabulary, architecture.hidden])?;

@@ -9,6 +9,7 @@ mod ahead;
 pub mod allocate;
 mod block;
 mod calibrate;
+mod cautions;
 mod in_turn;
 mod load;
 pub mod outcome;
@@ -27,6 +28,7 @@ use std::time::Instant;
 
 pub use ahead::one_ahead;
 pub use calibrate::{CalibrationData, Provenance, Statistics};
+pub(crate) use cautions::caution;
 pub use load::{
     BlockWeights, QuantizedSite, attention_spec, check_levels, expect, key_mean_spec,
     quantized_block, read_key_mean, read_sites, source_block, vector,
@@ -101,6 +103,7 @@ pub fn quantize<B: Backend>(
 ) -> Result<QuantizeOutcome> {
     let job = prepare(source, calibration, recipe)?;
     check_evaluation(source, evaluation)?;
+    caution(source, &job.architecture, longest(&job, evaluation), progress);
     run::run(backend, &job, output, evaluation, progress, None)
 }
 
@@ -164,7 +167,7 @@ fn memory_estimate(job: &Job, calibration: &Calibration) -> u64 {
 }
 
 fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -> Result<Job<'a>> {
-    let architecture = Architecture::from_config(source.config())?;
+    let architecture = Architecture::read(source.config(), &source.config_file())?;
     let blocks = plan_network(recipe, &architecture)?;
     let Calibration { text, samples, seq_len, seed } = calibration;
     let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, source.name())?;
@@ -184,6 +187,12 @@ fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -
 fn check_evaluation(source: &Source, evaluation: Option<&Evaluation>) -> Result<()> {
     let Some(evaluation) = evaluation else { return Ok(()) };
     eval::windows(&source.tokenizer()?, source.name(), evaluation).map(|_| ())
+}
+
+/// Tokens in the longest windows of a run.
+fn longest(job: &Job, evaluation: Option<&Evaluation>) -> usize {
+    let evaluated = evaluation.map_or(0, |evaluation| evaluation.seq_len);
+    job.provenance.seq_len.max(evaluated)
 }
 
 fn evaluate_change<B: Backend>(
@@ -222,6 +231,7 @@ pub fn calibrate<B: Backend>(
     let recipe = measuring.map_or(&any, |measuring| measuring.recipe);
     let job = prepare(source, calibration, recipe)?;
     job.check_tensors()?;
+    caution(source, &job.architecture, calibration.seq_len, progress);
     let data = measure(backend, &job, measuring, progress)?;
     write_whole(out, &data.to_bytes(&job.architecture)?)?;
     Ok(FileOutcome {
@@ -370,6 +380,7 @@ pub fn quantize_to_target<B: Backend>(
     check_evaluation(source, evaluation)?;
     job.check_tensors()?;
     job.check_kept()?;
+    caution(source, &job.architecture, longest(&job, evaluation), progress);
     writable(&output.out, output.overwrite || output.resume)?;
     let data = measure(backend, &job, Some(measuring), progress)?;
     backend.trim();
@@ -413,12 +424,13 @@ pub fn pack<B: Backend>(
         ))
         .hint("calibrate this model with `atom calibrate`"));
     }
-    let architecture = Architecture::from_config(source.config())?;
+    let architecture = Architecture::read(source.config(), &source.config_file())?;
     check_plan(&architecture, &plan.blocks)?;
     check_evaluation(source, evaluation)?;
     let CalibrationData { provenance, tokens, statistics, .. } = data;
     let PlanFile { recipe, blocks, .. } = plan;
     let job = Job { source, architecture, recipe, blocks, tokens, provenance };
+    caution(source, &job.architecture, longest(&job, evaluation), progress);
     run::run(backend, &job, output, evaluation, progress, Some(&statistics))
 }
 
