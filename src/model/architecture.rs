@@ -211,7 +211,7 @@ fn check_constants(config: &Config) -> Result<()> {
         let known = "this version runs networks that predict the next token from those before it";
         return Err(config.unsupported("is_causal", known));
     }
-    if config.object("per_layer_config")?.is_some_and(|blocks| blocks.keys().next().is_some()) {
+    if config.given("per_layer_config").is_some() {
         let known = "this version runs networks whose blocks are alike";
         return Err(config.unsupported("per_layer_config", known));
     }

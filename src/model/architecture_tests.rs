@@ -6,7 +6,7 @@ use serde_json::json;
 
 fn config() -> Value {
     json!({"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
-           "num_attention_heads": 4, "vocab_size": 100})
+           "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 100})
 }
 
 #[test]
@@ -26,7 +26,7 @@ fn unknown_networks_are_refused_by_name() {
         ("hidden_size", json!(null), "hidden_size"),
         ("num_key_value_heads", json!(3), "evenly"),
         ("rope_scaling", json!({"rope_type": "yarn", "factor": 4.0}), "\"yarn\""),
-        ("rope_scaling", json!({"rope_type": "linear"}), "`factor`"),
+        ("rope_scaling", json!({"rope_type": "linear"}), "`rope_scaling.factor` is missing"),
     ] {
         let mut config = config();
         config[key] = value;

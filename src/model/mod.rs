@@ -8,6 +8,8 @@ mod config;
 pub mod experts;
 mod families;
 mod quantized;
+#[cfg(test)]
+mod reference_tests;
 pub mod rope;
 pub mod sites;
 mod window;

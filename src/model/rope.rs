@@ -34,6 +34,8 @@ pub enum RopeScaling {
     },
 }
 
+const THETA: &str = "rope_theta";
+
 /// What this version can do, for hints.
 const KNOWN: &str = "this version knows the RoPE types `default`, `linear` and `llama3`, the same for all blocks and \
                      over all channels of a head";
@@ -46,17 +48,27 @@ impl Rope {
     /// A field of a wrong type, or an embedding that this version does not compute.
     pub fn from_config(config: &Config, family_theta: f64, max_positions: usize) -> Result<Self> {
         whole_heads_turn(config)?;
-        let outer = given_theta(config)?;
         let [scaling, parameters] =
             ["rope_scaling", "rope_parameters"].map(|key| config.object(key));
-        let settings = [scaling?, parameters?].into_iter().flatten();
-        let Some(settings) = settings.into_iter().find(|object| object.keys().next().is_some())
-        else {
-            return Ok(Self { theta: outer.unwrap_or(family_theta), scaling: RopeScaling::None });
+        let given = [scaling?, parameters?].into_iter().flatten();
+        let given = given.into_iter().find(|settings| settings.keys().next().is_some());
+        let inner = match &given {
+            Some(settings) => {
+                only_known_settings(settings)?;
+                settings.positive(THETA)?
+            }
+            None => None,
         };
-        only_known_settings(&settings)?;
-        let theta = settings.positive("rope_theta")?.or(outer).unwrap_or(family_theta);
-        Ok(Self { theta, scaling: RopeScaling::from_config(config, &settings, max_positions)? })
+        // Beside a value inside, null says nothing.
+        let outer = match config.given(THETA) {
+            None if inner.is_some() => None,
+            _ => config.positive(THETA)?,
+        };
+        let scaling = match &given {
+            Some(settings) => RopeScaling::from_config(config, settings, max_positions)?,
+            None => RopeScaling::None,
+        };
+        Ok(Self { theta: inner.or(outer).unwrap_or(family_theta), scaling })
     }
 
     /// Radians per position of each pair of channels.
@@ -111,14 +123,6 @@ impl RopeScaling {
             Self::Linear(factor) => factor.max(1.0),
             Self::None | Self::Llama3 { .. } => 1.0,
         }
-    }
-}
-
-/// The file's own `rope_theta`; null says nothing.
-fn given_theta(config: &Config) -> Result<Option<f64>> {
-    match config.given("rope_theta") {
-        None => Ok(None),
-        Some(_) => config.positive("rope_theta"),
     }
 }
 
