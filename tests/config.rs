@@ -333,7 +333,7 @@ fn counts_beyond_any_network_are_refused_at_once() {
             "larger than this version reads",
         ),
         (
-            json!({"num_hidden_layers": 10_000, "hidden_size": 1 << 24}),
+            json!({"num_hidden_layers": 10_000, "intermediate_size": 1 << 24, "hidden_size": 1 << 24}),
             "larger than this version reads",
         ),
     ] {
@@ -393,14 +393,14 @@ fn a_window_longer_than_the_models_positions_is_warned_of_once() {
         assert_eq!(warned(&run, " 48 positions"), expected, "{line}: {}", run.stderr);
     }
     let fits = home.run("eval-ppl --model model --seq-len 48 --windows 1").done();
-    assert_eq!(warned(&fits, ""), 0, "{}", fits.stderr);
+    assert_eq!(warned(&fits, " positions"), 0, "{}", fits.stderr);
     // Linear scaling makes room for twice as many.
     change(
         &home.path("model/config.json"),
         &json!({"rope_scaling": {"type": "linear", "factor": 2.0}}),
     );
     let fits = home.run("eval-ppl --model model --seq-len 96 --windows 1").done();
-    assert_eq!(warned(&fits, ""), 0, "{}", fits.stderr);
+    assert_eq!(warned(&fits, " positions"), 0, "{}", fits.stderr);
     let longer = home.run("eval-ppl --model model --seq-len 97 --windows 1").done();
     assert_eq!(warned(&longer, "windows of 97 tokens are longer than the 96 positions"), 1);
 }
