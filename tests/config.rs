@@ -380,7 +380,7 @@ fn a_window_longer_than_the_models_positions_is_warned_of_once() {
     );
     for line in [
         format!("quantize --model model {SMALL} --out out"),
-        format!("calibrate --model model --samples 4 --seq-len 64 --out c"),
+        "calibrate --model model --samples 4 --seq-len 64 --out c".to_owned(),
         "plan c --group 32 --outliers 16 --out p".to_owned(),
         "pack --plan p --model model --out packed --seq-len 64 --windows 2".to_owned(),
         "eval-ppl --model model --seq-len 64 --windows 1".to_owned(),

@@ -1,4 +1,4 @@
-//! What we read of a config.json beside what transformers reads of it (tests/configs.py): every field, for every family,
+//! What we read of a config.json compared with what transformers reads of it (tests/configs.py): every field, for every family,
 //! in right and wrong types.
 
 use serde_json::{Value, json};
