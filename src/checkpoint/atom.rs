@@ -119,6 +119,11 @@ impl AtomCheckpoint {
         &self.config
     }
 
+    /// What messages call its `config.json`: the path, or the bundled model's.
+    pub fn config_file(&self) -> String {
+        self.files.path_of("config.json")
+    }
+
     /// The tensor of this name, of any type.
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
         self.shards.tensor(name)

@@ -75,6 +75,11 @@ impl Source {
         &self.config
     }
 
+    /// What messages call its `config.json`: the path, or the bundled model's.
+    pub fn config_file(&self) -> String {
+        self.files.path_of("config.json")
+    }
+
     /// The directory, unless the checkpoint is bundled.
     pub fn dir(&self) -> Option<&Path> {
         self.files.dir()

@@ -100,7 +100,9 @@ pub fn inspect(hub: &Hub<'_>, model: &str) -> Result<InspectOutcome> {
 }
 
 fn inspect_source(source: &Source) -> Result<InspectOutcome> {
-    let architecture = Architecture::from_config(source.config())?;
+    let file = source.config_file();
+    let architecture = Architecture::read(source.config(), &file)?;
+    architecture.check_blocks(source.names(), &file)?;
     Ok(InspectOutcome {
         kind: CheckpointKind::Source,
         name: source.name().to_owned(),
@@ -119,7 +121,7 @@ fn inspect_source(source: &Source) -> Result<InspectOutcome> {
 }
 
 fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
-    let architecture = Architecture::from_config(checkpoint.config())?;
+    let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
     let manifest = Manifest::read(checkpoint, &architecture)?;
     let Manifest { kv, blocks, recipe, source, calibration, tool_version, .. } = manifest;
     let mut linears = Vec::new();

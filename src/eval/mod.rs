@@ -20,10 +20,11 @@ pub use verify::{Check, KernelCheck, Limits, VerifyOutcome, verify};
 use std::path::Path;
 
 use crate::backend::Backend;
-use crate::checkpoint::{AtomCheckpoint, Source, is_atom};
+use crate::checkpoint::{AtomCheckpoint, Source, Tensors, is_atom};
 use crate::hub::{self, Hub, Resolved};
-use crate::pipeline::Evaluation;
+use crate::model::Architecture;
 use crate::pipeline::progress::Progress;
+use crate::pipeline::{Evaluation, caution};
 use crate::{Error, Result};
 
 /// What can be evaluated.
@@ -48,9 +49,7 @@ impl Model {
             Resolved::Bundled => Ok(Self::Source(hub::tiny_llama()?)),
         }
     }
-}
 
-impl Model {
     /// Its directory, unless it is bundled.
     pub fn dir(&self) -> Option<&Path> {
         match self {
@@ -60,8 +59,27 @@ impl Model {
     }
 }
 
-/// Perplexity of a model: a source in full precision, an Atom checkpoint on the integer path.
+/// Perplexity of a model: a source in full precision, an Atom checkpoint on the integer path. Warns of what makes it
+/// say little.
 pub fn perplexity<B: Backend>(
+    backend: &B,
+    model: &Model,
+    evaluation: &Evaluation,
+    progress: &dyn Progress,
+) -> Result<PerplexityOutcome> {
+    let (tensors, architecture): (&dyn Tensors, _) = match model {
+        Model::Source(source) => {
+            (source, Architecture::read(source.config(), &source.config_file())?)
+        }
+        Model::Atom(checkpoint) => {
+            (checkpoint, Architecture::read(checkpoint.config(), &checkpoint.config_file())?)
+        }
+    };
+    caution(tensors, &architecture, evaluation.seq_len, progress);
+    perplexity_of(backend, model, evaluation, progress)
+}
+
+fn perplexity_of<B: Backend>(
     backend: &B,
     model: &Model,
     evaluation: &Evaluation,

@@ -116,6 +116,7 @@ impl<B: Backend> Run<'_, B> {
         }
         let windows = means.len() as f64;
         let mean = means.iter().sum::<f64>() / windows;
+        self.warn_of_guessing(mean.exp());
         let variance =
             means.iter().map(|loss| (loss - mean).powi(2)).sum::<f64>() / (windows - 1.0);
         let seconds = start.elapsed().as_secs_f64();
@@ -132,6 +133,18 @@ impl<B: Backend> Run<'_, B> {
             cpu_seconds: cpu_seconds() - cpu_start,
             device: backend.device(),
         })
+    }
+
+    /// Warns of a perplexity that equal chances for all tokens would have, but for rounding, or of a worse one.
+    fn warn_of_guessing(&self, perplexity: f64) {
+        let vocabulary = self.model.architecture.vocabulary;
+        if perplexity >= 0.999 * vocabulary as f64 {
+            self.progress.warn(&format!(
+                "{} has a perplexity of {perplexity:.2}, no better than guessing among the {vocabulary} tokens of its \
+                 vocabulary: do weights, config.json and tokenizer belong together?",
+                self.model.name
+            ));
+        }
     }
 
     /// Final norm, output head and cross entropy: each window's mean loss.

@@ -59,7 +59,7 @@ impl<'a, B: Backend> Runnable<'a, B> {
             backend,
             name: source.name(),
             tensors: source,
-            architecture: Architecture::from_config(source.config())?,
+            architecture: Architecture::read(source.config(), &source.config_file())?,
             kv: KvFormat::FULL,
             kind: Kind::Source,
         })
@@ -67,7 +67,7 @@ impl<'a, B: Backend> Runnable<'a, B> {
 
     /// A checkpoint on the integer path.
     pub(super) fn atom(backend: &'a B, checkpoint: &'a AtomCheckpoint) -> Result<Self> {
-        let architecture = Architecture::from_config(checkpoint.config())?;
+        let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
         check_files(checkpoint)?;
         let Manifest { kv, blocks, .. } = Manifest::read(checkpoint, &architecture)?;
         check_levels(backend, &blocks)?;

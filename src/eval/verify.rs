@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::kernels::{Beside, Findings};
 use super::perplexity::PerplexityOutcome;
-use super::{Model, atom_perplexity, perplexity, windows};
+use super::{Model, atom_perplexity, perplexity_of, windows};
 use crate::Result;
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
@@ -16,8 +16,8 @@ use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::pipeline::plan::{BlockPlan, SitePlan};
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{
-    BlockWeights, Evaluation, Manifest, attention_spec, check_levels, expect, key_mean_spec,
-    quantized_block, read_key_mean, read_sites,
+    BlockWeights, Evaluation, Manifest, attention_spec, caution, check_levels, expect,
+    key_mean_spec, quantized_block, read_key_mean, read_sites,
 };
 use crate::quant::kv::KvFormat;
 
@@ -83,7 +83,7 @@ pub fn verify<B: Backend>(
 ) -> Result<VerifyOutcome> {
     let mut checks = vec![check("files", files(checkpoint))];
     let whole = checks[0].ok;
-    let architecture = match Architecture::from_config(checkpoint.config()) {
+    let architecture = match Architecture::read(checkpoint.config(), &checkpoint.config_file()) {
         Ok(architecture) => architecture,
         Err(error) if whole => return Err(error),
         // A changed config.json is a failed check, whatever else it is.
@@ -104,6 +104,8 @@ pub fn verify<B: Backend>(
             windows(&tokenizer, checkpoint.name(), text)?;
         }
     }
+    let seq_len = evaluation.map_or(0, |evaluation| evaluation.seq_len);
+    caution(checkpoint, &architecture, seq_len, progress);
     let manifest = Manifest::read(checkpoint, &architecture);
     let planned = manifest.as_ref().map(|Manifest { blocks, .. }| {
         let sites = blocks.iter().flatten().count();
@@ -147,7 +149,7 @@ pub fn verify<B: Backend>(
         let measured = atom_perplexity(backend, checkpoint, evaluation, progress)?;
         outcome.perplexity = Some(measured.perplexity);
         if let Some(reference) = reference {
-            let reference = perplexity(backend, reference, evaluation, progress)?;
+            let reference = perplexity_of(backend, reference, evaluation, progress)?;
             outcome.reference_perplexity = Some(reference.perplexity);
             outcome.increase = Some(measured.perplexity / reference.perplexity - 1.0);
         }
@@ -184,7 +186,7 @@ fn kernel_checks<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<Vec<Check>> {
     let reference = &Cpu::new()?;
-    let architecture = Architecture::from_config(checkpoint.config())?;
+    let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
     let attention = attention_spec(&architecture, kv, text.seq_len);
     let tokens = windows(&checkpoint.tokenizer()?, checkpoint.name(), text)?;
     let embedding = expect(checkpoint, EMBEDDING, &[architecture.vocabulary, architecture.hidden])?;

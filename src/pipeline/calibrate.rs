@@ -228,7 +228,8 @@ impl CalibrationData {
             }
             Ok(view.data())
         };
-        let architecture = Architecture::from_config(&header.config)?;
+        let config_file = format!("config.json in {}", path.display());
+        let architecture = Architecture::read(&header.config, &config_file)?;
         let Provenance { samples, seq_len, .. } = header.provenance;
         let windows = tensor(WINDOWS, Dtype::U32, &[samples, seq_len])?;
         let tokens = windows.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();

@@ -9,6 +9,7 @@ mod ahead;
 pub mod allocate;
 mod block;
 mod calibrate;
+mod cautions;
 mod in_turn;
 mod load;
 mod manifest;
@@ -26,6 +27,7 @@ use std::time::Instant;
 
 pub use ahead::one_ahead;
 pub use calibrate::{CALIBRATION_FILE, CalibrationData, Provenance, Statistics};
+pub(crate) use cautions::caution;
 pub use load::{
     BlockWeights, QuantizedSite, attention_spec, check_levels, expect, key_mean_spec,
     quantized_block, read_key_mean, read_sites, source_block, vector,
@@ -114,6 +116,7 @@ pub fn quantize<B: Backend>(
 ) -> Result<QuantizeOutcome> {
     let job = prepare(source, calibration, recipe)?;
     check_evaluation(source, evaluation)?;
+    caution(source, &job.architecture, longest(&job, evaluation), progress);
     run::run(backend, &job, output, evaluation, progress, None)
 }
 
@@ -174,7 +177,7 @@ fn memory_estimate(job: &Job, calibration: &Calibration) -> u64 {
 }
 
 fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -> Result<Job<'a>> {
-    let architecture = Architecture::from_config(source.config())?;
+    let architecture = Architecture::read(source.config(), &source.config_file())?;
     let blocks = plan_network(recipe, &architecture)?;
     let Calibration { text, samples, seq_len, seed } = calibration;
     let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, source.name())?;
@@ -194,6 +197,12 @@ fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -
 fn check_evaluation(source: &Source, evaluation: Option<&Evaluation>) -> Result<()> {
     let Some(evaluation) = evaluation else { return Ok(()) };
     eval::windows(&source.tokenizer()?, source.name(), evaluation).map(|_| ())
+}
+
+/// Tokens in the longest windows of a run.
+fn longest(job: &Job, evaluation: Option<&Evaluation>) -> usize {
+    let evaluated = evaluation.map_or(0, |evaluation| evaluation.seq_len);
+    job.provenance.seq_len.max(evaluated)
 }
 
 fn evaluate_change<B: Backend>(
@@ -230,6 +239,7 @@ pub fn calibrate<B: Backend>(
     let recipe = measuring.map_or(&any, |measuring| measuring.recipe);
     let job = prepare(source, calibration, recipe)?;
     job.check_tensors()?;
+    caution(source, &job.architecture, calibration.seq_len, progress);
     let data = measure(backend, &job, measuring, progress)?;
     file.write(&data.to_bytes(&job.architecture)?)?;
     Ok(FileOutcome {
@@ -377,6 +387,7 @@ pub fn quantize_to_target<B: Backend>(
     job.check_tensors()?;
     job.check_kept()?;
     output.protecting(source, []).check()?;
+    caution(source, &job.architecture, longest(&job, evaluation), progress);
     let data = measure(backend, &job, Some(measuring), progress)?;
     backend.trim();
     let sensitivity = data.sensitivity.as_ref().expect("it was just measured");
@@ -419,7 +430,7 @@ pub fn pack<B: Backend>(
         ))
         .hint("calibrate this model with `atom calibrate`"));
     }
-    let architecture = Architecture::from_config(source.config())?;
+    let architecture = Architecture::read(source.config(), &source.config_file())?;
     check_plan(&architecture, &plan.blocks)?;
     check_evaluation(source, evaluation)?;
     let CalibrationData { provenance, tokens, statistics, .. } = data;
@@ -428,6 +439,7 @@ pub fn pack<B: Backend>(
     let read = [plan_file, calibration_file.as_path()];
     let destination = output.protecting(source, read);
     let output = Output { destination, resume: output.resume };
+    caution(source, &job.architecture, longest(&job, evaluation), progress);
     run::run(backend, &job, &output, evaluation, progress, Some(&statistics))
 }
 
