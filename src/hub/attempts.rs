@@ -108,7 +108,7 @@ fn too_long(failure: Failure, asked: Duration) -> Failure {
     let seconds = asked.as_secs();
     let Failure { error, nature } = failure;
     let hint = format!(
-        "run it again in {seconds} seconds, it goes on from there; a token in HF_TOKEN raises the limit"
+        "the Hub asks to wait {seconds} seconds before the next run; a token in HF_TOKEN raises the limit"
     );
     Failure { error: error.hint(hint), nature }
 }
@@ -185,7 +185,7 @@ mod tests {
         assert!(!waits.take(WAITS));
         assert!(waits.take(WAITS / 2));
         let error = Attempts::at_file().pause(asked(Some(u64::MAX)), &waits, &Silent).unwrap_err();
-        assert!(error.error.hint_text().unwrap().contains("run it again in 18446744073709551615"));
+        assert!(error.error.hint_text().unwrap().contains("wait 18446744073709551615 seconds"));
     }
 
     #[test]

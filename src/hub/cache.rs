@@ -221,7 +221,7 @@ pub(super) fn check_names<'f>(files: impl IntoIterator<Item = &'f str>) -> Resul
 fn inside(dir: &Path, relative: &str) -> Option<PathBuf> {
     let plain = Path::new(relative).components().all(|part| matches!(part, Component::Normal(_)));
     let parts = relative.split('/').all(|part| (1..=255).contains(&part.len()) && part != ".");
-    let printable = !relative.chars().any(|c| c.is_control() || c == '\\');
+    let printable = !relative.chars().any(char::is_control);
     (plain && parts && printable).then(|| dir.join(relative))
 }
 
@@ -279,8 +279,7 @@ mod tests {
         let cache = tempfile::tempdir().unwrap();
         let repository = repository(cache.path());
         let long = "x".repeat(256);
-        for name in
-            ["../x", "/etc/passwd", "a/../../x", "", ".", "a//b", "a/", "a\\b", "a\u{1b}[2J", &long]
+        for name in ["../x", "/etc/passwd", "a/../../x", "", ".", "a//b", "a/", "a\u{1b}[2J", &long]
         {
             assert!(repository.link(COMMIT, name, "abc").is_err(), "{name}");
             assert!(repository.note(name, COMMIT).is_err(), "{name}");

@@ -81,7 +81,7 @@ pub(super) fn condition(
     }
     let mut hash = Hash::new(expected.etag, bytes);
     hash.add_file(&mut file, progress)?;
-    let found = hash.finish();
+    let found = hash.finish(expected.etag);
     Ok(if found == expected.etag {
         Condition::Sound
     } else {
@@ -128,8 +128,11 @@ pub(super) fn is_hexadecimal(text: &str) -> bool {
 /// The hash by which the Hub names a content.
 pub(super) enum Hash {
     Sha256(Sha256),
-    /// Git's: of a header and the content.
-    Git(Sha1),
+    /// Git's, of a header and the content; and of the content alone, by which some mirrors name it.
+    Sha1 {
+        git: Sha1,
+        plain: Sha1,
+    },
 }
 
 impl Hash {
@@ -138,15 +141,18 @@ impl Hash {
         if etag.len() == 64 {
             return Self::Sha256(Sha256::new());
         }
-        let mut hash = Sha1::new();
-        hash.update(format!("blob {bytes}\0"));
-        Self::Git(hash)
+        let mut git = Sha1::new();
+        git.update(format!("blob {bytes}\0"));
+        Self::Sha1 { git, plain: Sha1::new() }
     }
 
     pub(super) fn add(&mut self, bytes: &[u8]) {
         match self {
             Self::Sha256(hash) => hash.update(bytes),
-            Self::Git(hash) => hash.update(bytes),
+            Self::Sha1 { git, plain } => {
+                git.update(bytes);
+                plain.update(bytes);
+            }
         }
     }
 
@@ -165,10 +171,14 @@ impl Hash {
         }
     }
 
-    pub(super) fn finish(self) -> String {
+    /// The hash: `etag` if the content has it.
+    pub(super) fn finish(self, etag: &str) -> String {
         match self {
             Self::Sha256(hash) => hexadecimal(&hash.finalize()),
-            Self::Git(hash) => hexadecimal(&hash.finalize()),
+            Self::Sha1 { git, plain } => {
+                let plain = hexadecimal(&plain.finalize());
+                if plain == etag { plain } else { hexadecimal(&git.finalize()) }
+            }
         }
     }
 }
@@ -181,7 +191,7 @@ fn hexadecimal(bytes: &[u8]) -> String {
 pub(super) fn sha256_of(path: &Path, progress: &dyn Progress) -> Result<String> {
     let mut hash = Hash::Sha256(Sha256::new());
     hash.add_file(&mut File::open(path).map_err(unreadable)?, progress)?;
-    Ok(hash.finish())
+    Ok(hash.finish(""))
 }
 
 #[cfg(test)]

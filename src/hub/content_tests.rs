@@ -6,13 +6,16 @@ use crate::pipeline::progress::Silent;
 fn hash(etag: &str, content: &[u8]) -> String {
     let mut hash = Hash::new(etag, content.len() as u64);
     hash.add(content);
-    hash.finish()
+    hash.finish(etag)
 }
 
 #[test]
 fn hashes_are_those_of_the_hub() {
     // `git hash-object` and `sha256sum` of the same bytes.
     assert_eq!(hash(&"0".repeat(40), b"abc\n"), "8baef1b4abc478178b004d62031cf7fe6db6f903");
+    // `sha1sum`, which a mirror may use.
+    let plain = "03cfd743661f07975fa2f1220c5194cbaff48451";
+    assert_eq!(hash(plain, b"abc\n"), plain);
     assert_eq!(
         hash(&"0".repeat(64), b"abc\n"),
         "edeaaff3f1774ad2888673770c6d64097e391bc362d7d6fb34982ddf0efd18cb"

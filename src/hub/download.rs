@@ -236,15 +236,18 @@ fn fetch_bytes(
                 return failure.error;
             }
             let bytes = metadata.bytes;
-            let asked = failure.error.hint_text().unwrap_or_default().to_owned();
+            let mut hint = "run it again: it goes on from there".to_owned();
+            if let Some(more) = failure.error.hint_text() {
+                hint.push_str(&format!("; {more}"));
+            }
             failure
                 .error
                 .context(format!("the download of {file} was cut at {length} of {bytes} bytes"))
-                .hint(format!("run it again: it goes on from there; {asked}"))
+                .hint(hint)
         })?;
     }
     part.out.sync_all().map_err(unwritable)?;
-    Ok(part.hash.finish())
+    Ok(part.hash.finish(&metadata.etag))
 }
 
 /// Makes one request and writes what comes, which may be less than what is missing.

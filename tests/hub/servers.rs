@@ -80,9 +80,10 @@ fn the_hub_is_left_alone_as_long_as_it_asks_for() {
     });
     let date = std::time::SystemTime::now() + Duration::from_secs(86_400);
     let date = httpdate::fmt_http_date(date);
-    for (wait, said) in
-        [("86400", "hint: run it again in 86400 seconds"), (&date, "hint: run it again in 86")]
-    {
+    for (wait, said) in [
+        ("86400", "hint: the Hub asks to wait 86400 seconds"),
+        (&date, "hint: the Hub asks to wait 86"),
+    ] {
         let scene = Scene::new();
         scene.hub.act("", 9, Act::answer("429 No", &[("Retry-After", wait)], b""));
         let began = Instant::now();
