@@ -55,6 +55,7 @@ impl AtomCheckpoint {
         }
         let config = files.config()?;
         let shards = Shards::open(&files)?;
+        shards.check_index()?;
         let listed = atom["tensors"].as_object().ok_or_else(|| {
             Error::input(format!("{path} has no `tensors`")).hint("quantize the model again")
         })?;

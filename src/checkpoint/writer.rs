@@ -22,6 +22,7 @@ use super::output::{
     check_space, failed, free_bytes, replace, reserve, sync_directory, writable, write_synced,
 };
 use super::shards::INDEX;
+use super::side_files::SideFile;
 use super::work::{DoneBlock, Work};
 use super::{FORMAT_VERSION, Stored};
 use crate::{Error, Result};
@@ -252,12 +253,7 @@ impl Writer {
     /// Completes the checkpoint and gives it its name; returns its size in bytes. `config` becomes
     /// `config.json`, `atom` becomes `atom.json` with a `tensors` map of hashes added, and the side
     /// files are copied as they are.
-    pub fn finish(
-        self,
-        config: &Value,
-        mut atom: Value,
-        side_files: &[(String, Vec<u8>)],
-    ) -> Result<u64> {
+    pub fn finish(self, config: &Value, mut atom: Value, side_files: &[SideFile]) -> Result<u64> {
         let mut missing: Vec<&String> =
             self.layout.places.keys().filter(|name| !self.hashes.contains_key(*name)).collect();
         missing.sort();
@@ -280,14 +276,15 @@ impl Writer {
 
         let directory = self.work.checkpoint();
         let ours = ["config.json", "atom.json", INDEX];
-        for (name, content) in side_files {
+        for side_file in side_files {
+            let name = &side_file.name;
             if ours.contains(&name.as_str())
                 || name.contains('/')
                 || self.layout.shards.iter().any(|shard| shard.name == *name)
             {
                 return Err(Error::input(format!("`{name}` cannot be a side file's name")));
             }
-            write_synced(&directory.join(name), content)?;
+            side_file.copy_to(&directory.join(name))?;
         }
         let index = self.layout.index();
         let json_files =

@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::args::{DeviceFlag, ModelFlag, with_backend};
 use super::{Output, Ui, values};
-use crate::eval::{self, Model, Sample};
+use crate::eval::{self, Sample};
 use crate::text::tasks::{Task, TaskFile, TaskRows};
 use crate::{Error, Result};
 
@@ -91,7 +91,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let directory = arguments.tasks_dir.as_deref();
     let load = |task: &TaskFile| task.load(directory, arguments.limit, &hub);
     let rows: Vec<TaskRows> = arguments.tasks.iter().map(load).collect::<Result<_>>()?;
-    let model = Model::open(&hub, &arguments.model.model, arguments.model.revision.as_deref())?;
+    let model = arguments.model.open(&hub, ui)?;
     let outcome = with_backend!(&backend, ui, backend => {
         eval::tasks(backend, &model, &rows, ui)
     })?;

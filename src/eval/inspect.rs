@@ -100,6 +100,7 @@ pub fn inspect(hub: &Hub<'_>, model: &str) -> Result<InspectOutcome> {
 }
 
 fn inspect_source(source: &Source) -> Result<InspectOutcome> {
+    source.check_index()?;
     let architecture = Architecture::from_config(source.config())?;
     Ok(InspectOutcome {
         kind: CheckpointKind::Source,

@@ -27,7 +27,7 @@ use super::{Evaluation, Output, evaluate_change};
 use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::linear::{order_spec, order_tensor, specs, to_tensors};
 use crate::checkpoint::{
-    DEFAULT_SHARD_BYTES, DoneBlock, FORMAT_VERSION, Options, Source, TensorSpec, Writer,
+    DEFAULT_SHARD_BYTES, DoneBlock, FORMAT_VERSION, Options, SideFile, Source, TensorSpec, Writer,
 };
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
@@ -41,6 +41,8 @@ pub struct Job<'a> {
     pub source: &'a Source,
     /// Its network.
     pub architecture: Architecture,
+    /// Stored names of the tensors that have no part in it and are left out.
+    pub ignored: Vec<String>,
     /// The resolved recipe.
     pub recipe: Recipe,
     /// What becomes of every block.
@@ -102,7 +104,7 @@ impl Job<'_> {
     /// Bytes of what is in the output whatever the plan: the tensors beside the linears, and the files
     /// beside the shards.
     pub fn kept_bytes(&self) -> Result<u64> {
-        let mut bytes = self.source.side_files()?.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+        let mut bytes = self.source.side_files()?.copied.iter().map(SideFile::bytes).sum();
         for name in self.kept_names() {
             bytes += self.kept(&name)?.bytes();
         }
@@ -129,18 +131,26 @@ impl Job<'_> {
 
     /// What a resumed run must agree on.
     fn identity(&self) -> Result<Value> {
-        Ok(json!({
+        let mut identity = json!({
             "tool_version": env!("CARGO_PKG_VERSION"),
             "source": self.source.fingerprint()?,
             "recipe": self.recipe,
             "calibration": self.provenance,
             "blocks": self.blocks,
-        }))
+        });
+        if !self.ignored.is_empty() {
+            identity["ignored_tensors"] = json!(self.ignored);
+        }
+        Ok(identity)
     }
 
     /// `config.json` of the output.
     fn config(&self) -> Value {
         let mut config = self.source.config().clone();
+        if !self.architecture.tied && config.get("tie_word_embeddings") == Some(&json!(true)) {
+            // The stored head is another than the embedding, whatever the source says.
+            config["tie_word_embeddings"] = json!(false);
+        }
         config["quantization_config"] = json!({
             "quant_method": "atom",
             "format_version": FORMAT_VERSION,
@@ -170,6 +180,9 @@ impl Job<'_> {
         });
         if let Some(place) = self.source.place() {
             source["hub"] = json!(place);
+        }
+        if !self.ignored.is_empty() {
+            source["ignored_tensors"] = json!(self.ignored);
         }
         Ok(json!({
             "format_version": FORMAT_VERSION,
@@ -235,8 +248,10 @@ pub fn run<B: Backend>(
     };
     let out = writer.out().to_owned();
     let out_bytes = job.tensor_specs()?.iter().map(TensorSpec::bytes).sum();
+    let side_files = job.source.side_files()?;
+    side_files.left_out.iter().for_each(|why| progress.warn(why));
     timing.measure("write", || {
-        writer.finish(&job.config(), job.atom(&errors)?, &job.source.side_files()?)
+        writer.finish(&job.config(), job.atom(&errors)?, &side_files.copied)
     })?;
 
     let perplexity = match evaluation {
