@@ -68,7 +68,8 @@ fn a_byte_order_mark_and_pythons_numbers_are_read() {
         config.replacen("\"hidden_size\":64", "\"hidden_size\":NaN", 1),
     )
     .unwrap();
-    refused(&home, &["config.json", "hidden_size"]);
+    home.run(&format!("{EVAL} model")).fails(3, &["config.json", "hidden_size"]);
+    quantize(&home, "--overwrite").fails(3, &["config.json", "hidden_size"]);
 }
 
 #[test]

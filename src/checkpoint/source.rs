@@ -181,12 +181,12 @@ impl Source {
         self.shards.shape(stored)
     }
 
-    /// Whether every value of the tensor stored under this name is zero.
+    /// Whether the tensor stored under this name holds numbers, and every one is zero.
     pub fn is_zero(&self, stored: &str) -> bool {
         let zero = |tensor: Tensor<'_>| {
-            let zero = tensor.bytes.iter().all(|byte| *byte == 0);
+            let values = tensor.to_f32();
             tensor.release();
-            zero
+            values.is_ok_and(|values| values.iter().all(|value| *value == 0.0))
         };
         self.shards.tensor(stored).is_ok_and(zero)
     }

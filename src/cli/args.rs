@@ -165,7 +165,7 @@ impl ModelFlag {
 pub(crate) struct IgnoreFlag {
     /// Leave out stored tensors that have no part in the network: names, in which * stands for any
     /// characters. The checkpoint's atom.json lists them
-    #[arg(long, value_name = "PATTERN,...", value_delimiter = ',', help_heading = "Model")]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = "Model")]
     ignore_tensors: Vec<String>,
 }
 

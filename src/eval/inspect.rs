@@ -3,16 +3,16 @@
 use serde::Serialize;
 
 use super::{Model, atom_plan};
-use crate::Result;
 use crate::checkpoint::linear::specs;
 use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec};
 use crate::hub::Hub;
 use crate::model::Architecture;
-use crate::pipeline::Provenance;
 use crate::pipeline::plan::bits_per_weight;
+use crate::pipeline::{Provenance, check_counts};
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
 use crate::recipe::Recipe;
+use crate::{Error, Result};
 
 /// Which of the two kinds of checkpoint a directory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -102,6 +102,10 @@ pub fn inspect(hub: &Hub<'_>, model: &str) -> Result<InspectOutcome> {
 fn inspect_source(source: &Source) -> Result<InspectOutcome> {
     source.check_index()?;
     let architecture = Architecture::from_config(source.config())?;
+    check_counts(&architecture, source.names().count(), source.total_bytes()).map_err(|what| {
+        Error::input(format!("{}: {what}", source.config_title()))
+            .hint("take the config.json that was published with the weights")
+    })?;
     Ok(InspectOutcome {
         kind: CheckpointKind::Source,
         name: source.name().to_owned(),

@@ -26,7 +26,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-pub use accounting::{Network, network};
+pub use accounting::{Network, check_counts, network};
 pub use ahead::one_ahead;
 pub use calibrate::{CalibrationData, Provenance, Statistics};
 pub use load::{

@@ -61,7 +61,7 @@ pub fn network(source: &Source) -> Result<Network> {
             ignored.push(stored.to_owned());
         } else if kind == Unused::Bias && source.is_zero(stored) {
             zero_biases.push(stored);
-        } else if source.is_part() && is_other_part(source, stored) {
+        } else if source.is_part() && is_other_part(source, stored, kind) {
             other_parts.push(stored);
         } else {
             groups.entry(kind).or_default().push(stored);
@@ -129,7 +129,7 @@ pub fn check_counts(
 fn used(source: &Source, architecture: &Architecture) -> Result<HashSet<String>> {
     let missing = |name: &str| kinds::missing(source, architecture, name);
     check_counts(architecture, source.names().count(), source.total_bytes()).map_err(|what| {
-        Error::input(format!("{}: {what} in {}", source.config_title(), source.title()))
+        Error::input(format!("{}: {what}", source.config_title()))
             .hint("take the config.json that was published with the weights")
     })?;
     let mut used = HashSet::new();
@@ -177,14 +177,17 @@ fn unused<'a>(
 }
 
 /// Whether a tensor belongs to another part of a larger model than its text network.
-fn is_other_part(source: &Source, stored: &str) -> bool {
-    let body = source.stored_name(EMBEDDING);
-    let body = body.strip_suffix("embed_tokens.weight").unwrap_or(&body);
-    // Without a prefix of its own the text network cannot be told from other parts.
-    body != "model."
-        && !body.is_empty()
-        && !stored.starts_with(body)
-        && !stored.starts_with(source.stored_name(HEAD).trim_end_matches("weight"))
+fn is_other_part(source: &Source, stored: &str, kind: Unused) -> bool {
+    let embedding = source.stored_name(EMBEDDING);
+    let body = embedding.strip_suffix("embed_tokens.weight").unwrap_or(&embedding);
+    let head = source.stored_name(HEAD);
+    let of_text = stored.starts_with(body) || stored.starts_with(head.trim_end_matches("weight"));
+    match kind {
+        Unused::Adapter | Unused::Classifier => false,
+        Unused::Modality => !of_text || body.is_empty(),
+        // A prefix of its own is what tells the text network from other parts.
+        _ => !of_text && body != "model.",
+    }
 }
 
 /// Refuses a pattern that ignores nothing: it was mistyped, or fits only what the network needs.
