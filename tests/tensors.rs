@@ -293,10 +293,8 @@ fn what_is_ignored_is_recorded_and_part_of_the_job() {
     let ignored = atom["source"]["ignored_tensors"].as_array().unwrap();
     assert_eq!(ignored.len(), 9);
     assert_eq!(ignored[0], "model.layers.4.input_layernorm.weight");
-    home.run(&format!(
-        "verify --model out --reference model --ignore-tensors model.layers.4.* --seq-len 64 --windows 1 --device cpu"
-    ))
-    .done();
+    let verify = "verify --model out --reference model --seq-len 64 --windows 1 --device cpu";
+    home.run(&format!("{verify} --ignore-tensors model.layers.4.*")).done();
     let without =
         home.run("verify --model out --reference model --seq-len 64 --windows 1 --device cpu");
     without.fails(3, &["layers up to number 4"]);
@@ -565,7 +563,8 @@ fn other_layouts_say_what_they_are() {
     let quantized = |name: &str| name.replace("up_proj.weight", "up_proj.qweight");
     let adapter = |name: &str| name.replace("up_proj.weight", "up_proj.base_layer.weight");
     let other = |name: &str| name.replace("model.layers", "transformer.h");
-    let renames: [(&dyn Fn(&str) -> String, &[&str]); 5] = [
+    type Rename<'a> = &'a dyn Fn(&str) -> String;
+    let renames: [(Rename<'_>, &[&str]); 5] = [
         (
             &meta,
             &[

@@ -167,7 +167,7 @@ fn energies_and_keys_that_are_no_sums_of_squares_are_named() {
         ),
         (change(|own| own.energies[3][1] = f64::INFINITY), "has the energy inf"),
         (change(|own| own.energies[3][1] = -1.0), "has the energy -1"),
-        (change(|own| drop(own.energies[3].pop())), "another type or shape"),
+        (change(|own| own.energies[3].truncate(47)), "another type or shape"),
         (change(|own| own.key_mean[2] = f32::NAN), "key_mean` holds NaN at 2"),
     ] {
         assert!(error.contains(part), "{error}");
