@@ -45,6 +45,7 @@ impl AtomCheckpoint {
         let envelope = Envelope::read(&atom, &path)?;
         let config = files.config()?;
         let shards = Shards::open(&files)?;
+        shards.check_index()?;
         let listed = &envelope.tensors;
         let absent = listed.keys().find(|name| !shards.contains(name));
         let unlisted = shards.names().find(|name| !listed.contains_key(*name));

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::FORMAT_VERSION;
 use super::fingerprint::sha256_hex;
 use super::shards::{INDEX, SINGLE};
-use super::source::is_side_file;
+use super::side_files::is_side_file;
 use crate::{Error, Result};
 
 /// The file that makes a directory an Atom checkpoint.

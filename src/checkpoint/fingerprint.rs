@@ -7,10 +7,13 @@ differ in training differ at the ends of their tensors; it is no defence against
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
+use super::output::{failed, open_plain};
 use super::shards::Shard;
+use crate::Result;
 
 /// Bytes hashed at each end of a tensor.
 const SAMPLE_BYTES: usize = 4096;
@@ -18,6 +21,13 @@ const SAMPLE_BYTES: usize = 4096;
 /// SHA-256 of `bytes` in hexadecimal.
 pub fn sha256_hex(bytes: &[u8]) -> String {
     hex(Sha256::digest(bytes).as_slice())
+}
+
+/// SHA-256 of a whole file, in hexadecimal.
+pub(super) fn sha256_of_file(path: &Path) -> Result<String> {
+    let file = open_plain(path, File::options().read(true))?;
+    let bytes = file.metadata().map_err(|error| failed("read", path, &error))?.len();
+    sha256_of(&file, 0, bytes).map_err(|error| failed("read", path, &error))
 }
 
 /// SHA-256 of `bytes` bytes of a file from `offset` on, in hexadecimal; a megabyte at a time.

@@ -18,13 +18,14 @@ use super::atom::is_atom;
 use super::destination::Destination;
 use super::dtype::TensorSpec;
 use super::envelope::{ATOM, with_own_hash};
-use super::fingerprint::{sha256_hex, sha256_of};
+use super::fingerprint::{sha256_hex, sha256_of, sha256_of_file};
 use super::layout::{Layout, Place};
 use super::output::{
     check_space, exchange, failed, free_bytes, open_plain, replace, reserve, sync_directory,
     write_synced,
 };
 use super::shards::INDEX;
+use super::side_files::SideFile;
 use super::work::{DoneBlock, Restart, Work, is_locked, locked_by_another, unfinished};
 use super::{FORMAT_VERSION, Stored};
 use crate::{Error, Result};
@@ -334,7 +335,7 @@ impl Writer {
         self,
         config: &Value,
         mut content: Value,
-        side_files: &[(String, Vec<u8>)],
+        side_files: &[SideFile],
     ) -> Result<u64> {
         let mut missing: Vec<&String> =
             self.layout.places.keys().filter(|name| !self.hashes.contains_key(*name)).collect();
@@ -351,19 +352,22 @@ impl Writer {
         }
         let directory = self.work.checkpoint();
         let mut files = BTreeMap::new();
-        let mut write = |name: &str, bytes: &[u8]| {
-            files.insert(name.to_owned(), sha256_hex(bytes));
-            write_synced(&directory.join(name), bytes)
-        };
-        for (name, bytes) in side_files {
+        for side_file in side_files {
+            let name = &side_file.name;
             if ["config.json", ATOM, INDEX].contains(&name.as_str())
                 || name.contains('/')
                 || self.layout.shards.iter().any(|shard| shard.name == *name)
             {
                 return Err(Error::input(format!("`{name}` cannot be a side file's name")));
             }
-            write(name, bytes)?;
+            let path = directory.join(name);
+            side_file.copy_to(&path)?;
+            files.insert(name.clone(), sha256_of_file(&path)?);
         }
+        let mut write = |name: &str, bytes: &[u8]| {
+            files.insert(name.to_owned(), sha256_hex(bytes));
+            write_synced(&directory.join(name), bytes)
+        };
         if let Some(index) = self.layout.index() {
             write(INDEX, format!("{index:#}\n").as_bytes())?;
         }

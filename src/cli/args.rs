@@ -8,9 +8,10 @@ use super::values::{self, Device};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::checkpoint::{Destination, Inputs, Source};
+use crate::eval::Model;
 use crate::hub::Hub;
 use crate::pipeline::progress::Progress;
-use crate::pipeline::{Calibration, Evaluation, Output};
+use crate::pipeline::{Calibration, Evaluation, Output, network};
 use crate::text::{Split, TextSet};
 use crate::{Error, Result, hub};
 
@@ -137,6 +138,8 @@ pub(crate) struct ModelFlag {
     #[arg(long, value_name = "REVISION")]
     pub(crate) revision: Option<String>,
     #[command(flatten)]
+    ignoring: IgnoreFlag,
+    #[command(flatten)]
     offline: OfflineFlag,
 }
 
@@ -146,9 +149,51 @@ impl ModelFlag {
         self.offline.hub(progress)
     }
 
-    /// The model, opened as a source checkpoint.
-    pub(crate) fn source(&self, hub: &Hub<'_>) -> Result<Source> {
-        hub::source(hub, &self.model, self.revision.as_deref())
+    /// The model, opened as a source checkpoint of which every tensor is accounted for.
+    pub(crate) fn source(&self, hub: &Hub<'_>, progress: &dyn Progress) -> Result<Source> {
+        self.ignoring.account(hub::source(hub, &self.model, self.revision.as_deref())?, progress)
+    }
+
+    /// The model, opened as a checkpoint of either kind.
+    pub(crate) fn open(&self, hub: &Hub<'_>, progress: &dyn Progress) -> Result<Model> {
+        let model = Model::open(hub, &self.model, self.revision.as_deref())?;
+        self.ignoring.account_model(model, progress)
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct IgnoreFlag {
+    /// Leave out stored tensors that have no part in the network: names, in which * stands for any
+    /// characters. The checkpoint's atom.json lists them
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = "Model")]
+    ignore_tensors: Vec<String>,
+}
+
+impl IgnoreFlag {
+    /// Whether any pattern was given.
+    pub(crate) fn is_given(&self) -> bool {
+        !self.ignore_tensors.is_empty()
+    }
+
+    /// Accounts for every tensor of a source, and warns of what is not as its configuration says.
+    fn account(&self, source: Source, progress: &dyn Progress) -> Result<Source> {
+        let source = source.ignoring(self.ignore_tensors.clone());
+        for warning in network(&source)?.warnings {
+            progress.warn(&warning);
+        }
+        Ok(source)
+    }
+
+    /// The same for a model that may be an Atom checkpoint, all of whose tensors are its own.
+    pub(crate) fn account_model(&self, model: Model, progress: &dyn Progress) -> Result<Model> {
+        match model {
+            Model::Source(source) => Ok(Model::Source(self.account(source, progress)?)),
+            Model::Atom(_) if self.is_given() => {
+                Err(Error::usage("--ignore-tensors is for sources, not for an Atom checkpoint")
+                    .hint("leave it out: what was ignored in the source is not in the checkpoint"))
+            }
+            Model::Atom(checkpoint) => Ok(Model::Atom(checkpoint)),
+        }
     }
 }
 

@@ -67,7 +67,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let backend = arguments.device.open()?;
     let model = &arguments.model.model;
     let hub = arguments.model.hub(ui)?;
-    let source = arguments.model.source(&hub)?;
+    let source = arguments.model.source(&hub, ui)?;
     let calibration = arguments.calibration.load(&arguments.length, &hub)?;
     let out = arguments.out.clone().unwrap_or_else(|| names::calibration_out(model));
     let counts = arguments.outlier_counts.as_deref().unwrap_or(&OUTLIER_COUNTS);

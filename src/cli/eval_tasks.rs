@@ -94,7 +94,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let directory = arguments.tasks_dir.as_deref();
     let load = |task: &TaskFile| task.load(directory, arguments.limit, &hub);
     let rows: Vec<TaskRows> = arguments.tasks.iter().map(load).collect::<Result<_>>()?;
-    let model = Model::open(&hub, &arguments.model.model, arguments.model.revision.as_deref())?;
+    let model = arguments.model.open(&hub, ui)?;
     let samples = arguments.samples_file(&model)?;
     let outcome = with_backend!(&backend, ui, backend => {
         eval::tasks(backend, &model, &rows, ui)

@@ -67,7 +67,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let recipe = arguments.recipe.resolve()?;
     let backend = arguments.device.open()?;
     let hub = arguments.model.hub(ui)?;
-    let source = arguments.model.source(&hub)?;
+    let source = arguments.model.source(&hub, ui)?;
     let calibration = arguments.calibration.load(&arguments.length, &hub)?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len, &hub)?;
     let inputs = arguments.calibration.inputs().and(arguments.evaluation.inputs());

@@ -3,16 +3,16 @@
 use serde::Serialize;
 
 use super::Model;
-use crate::Result;
 use crate::checkpoint::linear::specs;
 use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec};
 use crate::hub::Hub;
 use crate::model::Architecture;
 use crate::pipeline::plan::bits_per_weight;
-use crate::pipeline::{Manifest, Provenance};
+use crate::pipeline::{Manifest, Provenance, check_counts};
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
 use crate::recipe::Recipe;
+use crate::{Error, Result};
 
 /// Which of the two kinds of checkpoint a directory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -100,9 +100,17 @@ pub fn inspect(hub: &Hub<'_>, model: &str) -> Result<InspectOutcome> {
 }
 
 fn inspect_source(source: &Source) -> Result<InspectOutcome> {
+    source.check_index()?;
     let file = source.config_file();
     let architecture = Architecture::read(source.config(), &file)?;
-    architecture.check_blocks(source.names(), &file)?;
+    check_counts(&architecture, source.names().count(), source.total_bytes()).map_err(|what| {
+        Error::input(format!("{file}: {what}"))
+            .hint("take the config.json that was published with the weights")
+    })?;
+    // Other parts of a larger model have blocks of their own.
+    if !source.is_part() {
+        architecture.check_blocks(source.names(), &file)?;
+    }
     Ok(InspectOutcome {
         kind: CheckpointKind::Source,
         name: source.name().to_owned(),

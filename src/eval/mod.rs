@@ -24,7 +24,7 @@ use crate::checkpoint::{AtomCheckpoint, Source, Tensors, is_atom};
 use crate::hub::{self, Hub, Resolved};
 use crate::model::Architecture;
 use crate::pipeline::progress::Progress;
-use crate::pipeline::{Evaluation, caution};
+use crate::pipeline::{Evaluation, caution, network};
 use crate::{Error, Result};
 
 /// What can be evaluated.
@@ -68,9 +68,7 @@ pub fn perplexity<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<PerplexityOutcome> {
     let (tensors, architecture): (&dyn Tensors, _) = match model {
-        Model::Source(source) => {
-            (source, Architecture::read(source.config(), &source.config_file())?)
-        }
+        Model::Source(source) => (source, network(source)?.architecture),
         Model::Atom(checkpoint) => {
             (checkpoint, Architecture::read(checkpoint.config(), &checkpoint.config_file())?)
         }

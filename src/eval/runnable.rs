@@ -9,7 +9,7 @@ use crate::model::Architecture;
 use crate::model::block::Block;
 use crate::pipeline::plan::BlockPlan;
 use crate::pipeline::{
-    BlockWeights, Manifest, QuantizedSite, check_levels, quantized_block, read_key_mean,
+    BlockWeights, Manifest, QuantizedSite, check_levels, network, quantized_block, read_key_mean,
     read_sites, source_block,
 };
 use crate::quant::kv::KvFormat;
@@ -59,7 +59,7 @@ impl<'a, B: Backend> Runnable<'a, B> {
             backend,
             name: source.name(),
             tensors: source,
-            architecture: Architecture::read(source.config(), &source.config_file())?,
+            architecture: network(source)?.architecture,
             kv: KvFormat::FULL,
             kind: Kind::Source,
         })

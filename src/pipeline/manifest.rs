@@ -45,6 +45,9 @@ pub struct SourceRecord {
     /// Where on the Hub it came from, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hub: Option<Place>,
+    /// Stored tensors that were left out, at the user's wish or as another part's of a larger model.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ignored_tensors: Vec<String>,
 }
 
 impl Manifest {

@@ -18,6 +18,7 @@ fn manifest() -> Manifest {
             fingerprint: "0".repeat(64),
             bytes: 100,
             hub: None,
+            ignored_tensors: Vec::new(),
         },
         calibration: Provenance {
             dataset: "sample".to_owned(),

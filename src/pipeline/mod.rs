@@ -5,6 +5,7 @@ channel energies (and sensitivities, where they are asked for) are measured, and
 quantized blocks, on which GPTQ's Hessians are. Memory is one block and the
 streams, never the model. */
 
+mod accounting;
 mod ahead;
 pub mod allocate;
 mod block;
@@ -25,6 +26,7 @@ mod underflow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+pub use accounting::{Network, check_counts, network};
 pub use ahead::one_ahead;
 pub use calibrate::{CALIBRATION_FILE, CalibrationData, Provenance, Statistics};
 pub(crate) use cautions::caution;
@@ -177,7 +179,7 @@ fn memory_estimate(job: &Job, calibration: &Calibration) -> u64 {
 }
 
 fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -> Result<Job<'a>> {
-    let architecture = Architecture::read(source.config(), &source.config_file())?;
+    let Network { architecture, ignored, .. } = network(source)?;
     let blocks = plan_network(recipe, &architecture)?;
     let Calibration { text, samples, seq_len, seed } = calibration;
     let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, source.name())?;
@@ -190,7 +192,7 @@ fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -
         seed: *seed,
         sets: text.used(*samples)?,
     };
-    Ok(Job { source, architecture, recipe: recipe.clone(), blocks, tokens, provenance })
+    Ok(Job { source, architecture, ignored, recipe: recipe.clone(), blocks, tokens, provenance })
 }
 
 /// Finds out that a text is too short before the work and not after it.
@@ -241,6 +243,7 @@ pub fn calibrate<B: Backend>(
     job.check_tensors()?;
     caution(source, &job.architecture, calibration.seq_len, progress);
     let data = measure(backend, &job, measuring, progress)?;
+    source.check_unchanged()?;
     file.write(&data.to_bytes(&job.architecture)?)?;
     Ok(FileOutcome {
         out: file.shown().to_owned(),
@@ -430,12 +433,12 @@ pub fn pack<B: Backend>(
         ))
         .hint("calibrate this model with `atom calibrate`"));
     }
-    let architecture = Architecture::read(source.config(), &source.config_file())?;
+    let Network { architecture, ignored, .. } = network(source)?;
     check_plan(&architecture, &plan.blocks)?;
     check_evaluation(source, evaluation)?;
     let CalibrationData { provenance, tokens, statistics, .. } = data;
     let PlanFile { recipe, blocks, .. } = plan;
-    let job = Job { source, architecture, recipe, blocks, tokens, provenance };
+    let job = Job { source, architecture, ignored, recipe, blocks, tokens, provenance };
     let read = [plan_file, calibration_file.as_path()];
     let destination = output.protecting(source, read);
     let output = Output { destination, resume: output.resume };

@@ -29,7 +29,7 @@ use super::underflow::{check_activations, check_weights};
 use super::{Evaluation, Output, evaluate_change};
 use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::linear::{order_spec, order_tensor, specs, to_tensors};
-use crate::checkpoint::{DoneBlock, FORMAT_VERSION, Options, Source, TensorSpec, Writer};
+use crate::checkpoint::{DoneBlock, FORMAT_VERSION, Options, SideFile, Source, TensorSpec, Writer};
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::quant::kv::KvFormat;
@@ -42,6 +42,8 @@ pub struct Job<'a> {
     pub source: &'a Source,
     /// Its network.
     pub architecture: Architecture,
+    /// Stored names of the tensors that have no part in it and are left out.
+    pub ignored: Vec<String>,
     /// The resolved recipe.
     pub recipe: Recipe,
     /// What becomes of every block.
@@ -103,7 +105,7 @@ impl Job<'_> {
     /// Bytes of what is in the output whatever the plan: the tensors beside the linears, and the files
     /// beside the shards.
     pub fn kept_bytes(&self) -> Result<u64> {
-        let mut bytes = self.source.side_files()?.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+        let mut bytes = self.source.side_files()?.copied.iter().map(SideFile::bytes).sum();
         for name in self.kept_names() {
             bytes += self.kept(&name)?.bytes();
         }
@@ -130,8 +132,7 @@ impl Job<'_> {
 
     /// How the output is written.
     pub fn options(&self, output: &Output) -> Result<Options> {
-        let side = self.source.side_files()?;
-        let side_bytes = side.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+        let side_bytes = self.source.side_files()?.copied.iter().map(SideFile::bytes).sum();
         Ok(Options { resume: output.resume, side_bytes, ..Options::default() })
     }
 
@@ -148,18 +149,26 @@ impl Job<'_> {
 
     /// What a resumed run must agree on.
     pub fn identity(&self) -> Result<Value> {
-        Ok(json!({
+        let mut identity = json!({
             "tool_version": env!("CARGO_PKG_VERSION"),
             "source": self.source.fingerprint()?,
             "recipe": self.recipe,
             "calibration": self.provenance,
             "blocks": self.blocks,
-        }))
+        });
+        if !self.ignored.is_empty() {
+            identity["ignored_tensors"] = json!(self.ignored);
+        }
+        Ok(identity)
     }
 
     /// `config.json` of the output.
     fn config(&self) -> Value {
         let mut config = self.source.config().clone();
+        if !self.architecture.tied && config.get("tie_word_embeddings") == Some(&json!(true)) {
+            // The stored head is another than the embedding, whatever the source says.
+            config["tie_word_embeddings"] = json!(false);
+        }
         config["quantization_config"] = json!({
             "quant_method": "atom",
             "format_version": FORMAT_VERSION,
@@ -189,6 +198,7 @@ impl Job<'_> {
                 fingerprint: self.source.fingerprint()?,
                 bytes: self.source.total_bytes(),
                 hub: self.source.place().cloned(),
+                ignored_tensors: self.ignored.clone(),
             },
             calibration: self.provenance.clone(),
             recipe: self.recipe.clone(),
@@ -246,10 +256,14 @@ pub fn run<B: Backend>(
             return Err(error);
         }
     };
+    // A weight that was written to meanwhile may be in the streams and not in the fingerprint.
+    job.source.check_unchanged()?;
     let out = writer.out().to_owned();
     let out_bytes = job.tensor_specs()?.iter().map(TensorSpec::bytes).sum();
+    let side_files = job.source.side_files()?;
+    side_files.left_out.iter().for_each(|why| progress.warn(why));
     timing.measure("write", || {
-        writer.finish(&job.config(), job.manifest(&errors)?.content(), &job.source.side_files()?)
+        writer.finish(&job.config(), job.manifest(&errors)?.content(), &side_files.copied)
     })?;
 
     let perplexity = match evaluation {

@@ -1,6 +1,6 @@
 use super::*;
 use crate::Kind;
-use crate::checkpoint::{AtomCheckpoint, Options, Writer};
+use crate::checkpoint::{AtomCheckpoint, Options, SideFile, Writer};
 use serde_json::json;
 
 /// Writes a whole checkpoint; `b_first` says which block goes first.
@@ -15,7 +15,7 @@ fn complete(out: &Path, overwrite: bool, options: Options, b_first: bool) -> u64
         writer.write_block(name, tensors, Value::Null).unwrap();
     }
     assert!(!out.join("atom.json").exists() || overwrite);
-    let side_files = [("tokenizer.json".to_string(), b"{}".to_vec())];
+    let side_files = [SideFile::in_memory("tokenizer.json", "{}")];
     let config = json!({"model_type": "llama", "quantization_config": {"quant_method": "atom"}});
     writer.finish(&config, json!({"format_version": 1, "recipe": {}}), &side_files).unwrap()
 }
