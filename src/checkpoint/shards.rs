@@ -160,7 +160,7 @@ impl Shards {
         })?;
         let shard = &self.files[location.shard];
         let map = match &shard.bytes {
-            Bytes::Mapped(map) => Some(map),
+            Bytes::Mapped { map, .. } => Some(map),
             Bytes::Static(_) => None,
         };
         let bytes = &shard.bytes[location.range.clone()];

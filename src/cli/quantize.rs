@@ -78,7 +78,8 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
             pipeline::dry_run(&source, &calibration, &recipe, &destination, evaluation.as_ref())?;
         return output.write(&found);
     }
-    ui.info(&format!("quantizing {}\n{}", source.name(), report::recipe::lines(&recipe)));
+    let name = report::printable(source.name());
+    ui.info(&format!("quantizing {name}\n{}", report::recipe::lines(&recipe)));
     let evaluation = evaluation.as_ref();
     let outcome = match arguments.target.allocating(arguments.outlier_counts.clone()) {
         None => with_backend!(&backend, ui, backend => pipeline::quantize(
