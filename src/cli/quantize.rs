@@ -74,8 +74,15 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         .output
         .destination(|| Ok(names::checkpoint_out(&arguments.model.model, &recipe)))?;
     if arguments.dry_run {
-        let found =
-            pipeline::dry_run(&source, &calibration, &recipe, &destination, evaluation.as_ref())?;
+        let found = with_backend!(&backend, ui, backend => pipeline::dry_run(
+            backend,
+            &source,
+            &calibration,
+            &recipe,
+            &destination,
+            evaluation.as_ref(),
+            ui,
+        ))?;
         return output.write(&found);
     }
     let name = report::printable(source.name());

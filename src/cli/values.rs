@@ -15,7 +15,9 @@ pub(crate) fn threads(text: &str) -> Result<usize, String> {
     let most = (4 * processors).max(256);
     match at_least(text, 0)? {
         number if number <= most => Ok(number),
-        _ => Err(format!("at most {most} threads on this machine, which has {processors} processors")),
+        _ => Err(format!(
+            "at most {most} threads on this machine, which has {processors} processors"
+        )),
     }
 }
 
@@ -162,7 +164,9 @@ mod tests {
         assert_eq!(count("8"), Ok(8));
         assert!(count("0").is_err() && count("-1").is_err() && count("x").is_err());
         assert!(window_length("1").is_err());
-        for beyond in ["4294967296", "9223372036854775808", "18446744073709551616", "1000000000000000000"] {
+        for beyond in
+            ["4294967296", "9223372036854775808", "18446744073709551616", "1000000000000000000"]
+        {
             assert_eq!(count(beyond), Err("it must be at most 4294967295".to_owned()));
             assert!(window_length(beyond).is_err() && small_count(beyond).is_err());
             assert!(threads(beyond).unwrap_err().contains("at most"));

@@ -11,6 +11,7 @@ use super::likelihood::{Likelihood, likelihoods};
 use super::runnable::Runnable;
 use crate::backend::Backend;
 use crate::pipeline::cpu_seconds;
+use crate::pipeline::memory::Windows;
 use crate::pipeline::progress::Progress;
 use crate::text::Tokenizer;
 use crate::text::tasks::{Measure, Question, ScoredText, TaskRows};
@@ -117,6 +118,9 @@ pub fn tasks<B: Backend>(
             .collect::<Result<_>>()?;
         texts.extend(encoded);
     }
+    let lengths = || texts.iter().flatten().map(|text: &ScoredText| text.tokens.len());
+    let windows = Windows { tokens: lengths().sum(), seq_len: lengths().max().unwrap_or(0) };
+    runnable.check_memory(windows, progress)?;
     let (found, tokens) = likelihoods(&runnable, &texts, progress)?;
 
     let (mut samples, mut outcomes) = (Vec::new(), Vec::new());

@@ -103,7 +103,12 @@ fn limits_at(read: Read, directory: &Path, version: &Version) -> Vec<Limit> {
     };
     let cached: u64 = version.reclaimable.iter().filter_map(|name| field(name)).sum();
     let used = used.saturating_sub(cached);
-    version.limits.iter().filter_map(|name| number(name)).map(|limit| Limit { limit, used }).collect()
+    version
+        .limits
+        .iter()
+        .filter_map(|name| number(name))
+        .map(|limit| Limit { limit, used })
+        .collect()
 }
 
 #[cfg(test)]
@@ -133,7 +138,10 @@ mod tests {
             ("/sys/fs/cgroup/user.slice/memory.max", "5000\n"),
             ("/sys/fs/cgroup/user.slice/memory.high", "max\n"),
             ("/sys/fs/cgroup/user.slice/memory.current", "3000\n"),
-            ("/sys/fs/cgroup/user.slice/memory.stat", "anon 9\ninactive_file 600\nactive_file 400\n"),
+            (
+                "/sys/fs/cgroup/user.slice/memory.stat",
+                "anon 9\ninactive_file 600\nactive_file 400\n",
+            ),
         ];
         assert_eq!(found(&files), [(7000, 500), (5000, 2000)]);
     }

@@ -103,7 +103,11 @@ mod tests {
     const STATUS: &str = "VmPeak:\t 900 kB\nVmSize:\t 700 kB\nVmRSS:\t 50 kB\nVmData:\t 300 kB\n";
     const MOUNT: &str = "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
 
-    fn found(max: &str, address_space: Option<u64>, data: Option<u64>) -> Option<(u64, u64, Bound)> {
+    fn found(
+        max: &str,
+        address_space: Option<u64>,
+        data: Option<u64>,
+    ) -> Option<(u64, u64, Bound)> {
         let read = |path: &Path| {
             let text = match path.to_str()? {
                 "/proc/meminfo" => MEMINFO,

@@ -24,7 +24,8 @@ impl Report for DoctorOutcome {
         for check in &self.checks {
             let (style, mark) = mark(check.status);
             let name = &check.name;
-            let detail = wrapped(&printable(&check.detail), WIDTH - margin).join(&format!("\n{indent}"));
+            let detail =
+                wrapped(&printable(&check.detail), WIDTH - margin).join(&format!("\n{indent}"));
             text.push_str(&format!("{style}{mark:5}{style:#}  {name:names$}  {detail}\n"));
             if let Some(hint) = &check.hint {
                 let lines = wrapped(&printable(&format!("hint: {hint}")), WIDTH - margin);

@@ -95,7 +95,10 @@ mod tests {
 
     #[test]
     fn what_acts_is_an_escape_and_the_rest_is_untouched() {
-        assert_eq!(printable("a\u{1b}[2Jb\r\n\u{9b}31m\u{7f}"), "a\\u{1b}[2Jb\\u{d}\\u{a}\\u{9b}31m\\u{7f}");
+        assert_eq!(
+            printable("a\u{1b}[2Jb\r\n\u{9b}31m\u{7f}"),
+            "a\\u{1b}[2Jb\\u{d}\\u{a}\\u{9b}31m\\u{7f}"
+        );
         assert_eq!(printable("x\u{202e}y\u{2066}\u{200b}"), "x\\u{202e}y\\u{2066}\\u{200b}");
         for plain in ["Müller/模型-7B", "±0.1 → 2", "", "a \\ \"b\""] {
             assert!(matches!(printable(plain), Cow::Borrowed(same) if same == plain));

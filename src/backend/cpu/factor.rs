@@ -46,7 +46,8 @@ const BAND: usize = 128;
 
 impl Band {
     fn of(hessian: &[f32], n: usize) -> Self {
-        let rows = (0..n).flat_map(|row| &hessian[row * n + row.saturating_sub(BAND)..=row * n + row]);
+        let rows =
+            (0..n).flat_map(|row| &hessian[row * n + row.saturating_sub(BAND)..=row * n + row]);
         Self { n, values: rows.copied().collect() }
     }
 
