@@ -48,7 +48,7 @@ fn a_run_that_memory_does_not_suffice_for_is_refused_before_it_begins() {
     ] {
         // The program alone takes more address space than what is left of this.
         let line = format!("{line} --threads 1");
-        let refused = run(&line, limited(&mut home.command(&line), libc::RLIMIT_AS, 110_000_000));
+        let refused = run(&line, limited(&mut home.command(&line), libc::RLIMIT_AS, 150_000_000));
         let refused =
             refused.fails(4, &["of memory", "available", "`ulimit -v`", "hint: ", "--samples"]);
         assert!(refused.stdout.is_empty(), "{}", refused.stdout);
@@ -116,7 +116,7 @@ fn a_limit_on_file_sizes_is_a_sentence_and_nothing_is_left() {
         format!("quantize --model model {SMALL} --out out"),
         "calibrate --model model --samples 4 --seq-len 64 --out c".to_owned(),
     ] {
-        let run = run(&line, limited(&mut home.command(&line), libc::RLIMIT_FSIZE, 10_000));
+        let run = run(&line, limited(&mut home.command(&line), libc::RLIMIT_FSIZE, 1000));
         run.fails(4, &["File too large", "hint: raise the limit on file sizes (`ulimit -f`)"]);
         assert_eq!(home.names(), before, "{line}");
     }
@@ -133,11 +133,10 @@ fn threads_that_cannot_be_started_are_a_sentence() {
 
 #[test]
 fn a_source_that_shrinks_while_it_is_mapped_is_named() {
-    let home = Home::new();
-    RandomModel::new(30).write(&home.path("model"), Dtype::F32, 1);
-    let shard = home.path("model/model.safetensors");
     for json in [false, true] {
-        let intact = fs::read(&shard).unwrap();
+        let home = Home::new();
+        RandomModel::new(30).write(&home.path("model"), Dtype::F32, 1);
+        let shard = home.path("model/model.safetensors");
         let line = "quantize --model model --group 32 --outliers 16 --samples 16 --seq-len 128 --no-eval \
                     --threads 1 --out out --overwrite";
         let line = if json { format!("{line} --json") } else { line.to_owned() };
@@ -156,7 +155,6 @@ fn a_source_that_shrinks_while_it_is_mapped_is_named() {
         if json {
             assert_eq!(run.json()["error"]["exit_code"], 3);
         }
-        fs::write(&shard, intact).unwrap();
     }
 }
 
