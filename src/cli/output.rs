@@ -22,7 +22,8 @@ impl Output {
     /// Writes an outcome.
     ///
     /// # Errors
-    /// Kind `Machine` if stdout cannot be written: it is closed, its disk is full, or its reader has gone.
+    /// Kind `Machine` if stdout cannot be written: it is closed, or its disk is full. A reader
+    /// that went away is no error.
     pub(crate) fn write(&self, outcome: &impl Report) -> Result<()> {
         if self.json {
             self.write_json(outcome)
@@ -65,11 +66,9 @@ fn write_stdout(text: &str) -> Result<()> {
         return Err(failed("it is closed".to_owned()));
     }
     match write_now(text) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => {
-            Err(failed("its reader has gone".to_owned()))
-        }
-        Err(error) => Err(failed(error.to_string())),
+        // A reader that stopped reading (`| head`) has what was wanted.
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(failed(error.to_string())),
+        _ => Ok(()),
     }
 }
 
