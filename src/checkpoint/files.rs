@@ -12,6 +12,7 @@ use memmap2::Mmap;
 use serde_json::Value;
 
 use super::{foreign, json, regular};
+use crate::machine::{Watched, watch};
 use crate::{Error, Result};
 
 /// Files built into the program: `(file name, bytes)`.
@@ -25,7 +26,11 @@ pub(super) enum Files {
 
 /// The bytes of one file: mapped, or part of the program.
 pub(super) enum Bytes {
-    Mapped(Mmap),
+    Mapped {
+        /// It is dropped first: it must end before the map does.
+        _watch: Watched,
+        map: Mmap,
+    },
     Static(&'static [u8]),
 }
 
@@ -34,7 +39,7 @@ impl Deref for Bytes {
 
     fn deref(&self) -> &[u8] {
         match self {
-            Self::Mapped(map) => map,
+            Self::Mapped { map, .. } => map,
             Self::Static(bytes) => bytes,
         }
     }
@@ -207,11 +212,12 @@ impl Files {
                 let path = dir.join(file);
                 let (file, _) = regular::open(&path)?;
                 // SAFETY: the map is only read. Another process that shortens the file meanwhile
-                // would raise SIGBUS; no reader of mapped weights can guard against that.
-                let map = unsafe { Mmap::map(&file) };
-                Ok(Bytes::Mapped(map.map_err(|error| {
+                // raises SIGBUS, which ends the process with a sentence that names the file.
+                let map = unsafe { Mmap::map(&file) }.map_err(|error| {
                     Error::machine(format!("cannot map {}: {error}", path.display()))
-                })?))
+                        .hint("raise the limit on memory (`ulimit -v`), which counts mapped files")
+                })?;
+                Ok(Bytes::Mapped { _watch: watch(&path, &map), map })
             }
         }
     }

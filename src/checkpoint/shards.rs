@@ -234,7 +234,7 @@ impl Shards {
             Error::input(message).hint("convert the checkpoint to F16, BF16 or F32")
         })?;
         let map = match &shard.bytes {
-            Bytes::Mapped(map) => Some(map),
+            Bytes::Mapped { map, .. } => Some(map),
             Bytes::Static(_) => None,
         };
         let bytes = &shard.bytes[location.range.clone()];

@@ -63,8 +63,25 @@ impl<'a> Tensor<'a> {
     /// An error that says where, if a value is a NaN or infinity.
     pub fn check_finite(&self) -> Result<()> {
         const PART: usize = 1 << 22;
+        let size = self.dtype.size_bytes();
         let mut parts = (0..self.len()).step_by(PART);
-        parts.try_for_each(|at| self.values_f32(at..(at + PART).min(self.len())).map(drop))
+        parts.try_for_each(|at| {
+            let end = (at + PART).min(self.len());
+            self.values_f32(at..end)?;
+            Tensor { bytes: &self.bytes[at * size..end * size], ..*self }.release();
+            Ok(())
+        })
+    }
+
+    /// A copy of the bytes. Pages are given back as they are copied.
+    pub fn copied(&self) -> Vec<u8> {
+        const PART: usize = 16 << 20;
+        let mut bytes = Vec::with_capacity(self.bytes.len());
+        for part in self.bytes.chunks(PART) {
+            bytes.extend_from_slice(part);
+            Tensor { bytes: part, ..*self }.release();
+        }
+        bytes
     }
 
     /// The values of the given rows (indices of the first dimension) as f32, row by row, with the

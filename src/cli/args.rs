@@ -21,7 +21,14 @@ use crate::{Error, Result, hub};
 #[command(next_help_heading = "Running")]
 pub struct Running {
     /// CPU threads; 0 means all cores
-    #[arg(long, global = true, value_name = "N", default_value_t = 0, display_order = 1002)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "N",
+        default_value_t = 0,
+        value_parser = values::threads,
+        display_order = 1002
+    )]
     pub threads: usize,
     /// Print the result, or the error, as one JSON object on stdout
     #[arg(long, global = true, display_order = 1003)]
@@ -37,7 +44,10 @@ impl Running {
         rayon::ThreadPoolBuilder::new()
             .num_threads(self.threads)
             .build_global()
-            .map_err(|error| Error::machine(format!("cannot start the worker threads: {error}")))
+            .map_err(|error| {
+                Error::machine(format!("cannot start the worker threads: {error}"))
+                    .hint("give fewer --threads, or raise the limits on processes and memory (`ulimit -u`, `ulimit -v`)")
+            })
     }
 }
 

@@ -77,17 +77,17 @@ struct SyntheticFlags {
     #[arg(long, value_name = "MODEL", default_value = "llama-2-7b")]
     shape: String,
     /// Decoder blocks [default: as many as the model has]
-    #[arg(long, value_name = "N", value_parser = values::count)]
+    #[arg(long, value_name = "N", value_parser = values::small_count)]
     blocks: Option<usize>,
     /// Calibration windows, of --seq-len tokens each
-    #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::small_count)]
     samples: usize,
     /// Tokens in a window
     #[arg(
         long,
         value_name = "TOKENS",
         default_value = "2048",
-        value_parser = values::window_length
+        value_parser = values::small_window
     )]
     seq_len: usize,
     /// Directory for the checkpoint and the result [default: a temporary one, removed at the end]
@@ -114,15 +114,15 @@ struct GemmFlags {
         long,
         value_name = "N,N,...",
         value_delimiter = ',',
-        value_parser = values::count,
+        value_parser = values::small_count,
         default_value = "1,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
     )]
     tokens: Vec<usize>,
     /// Channels that share a scale, a multiple of 16
-    #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::small_count)]
     group: usize,
     /// How many channels are outliers, in INT8
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::outliers)]
     outliers: usize,
     /// Kind of number that 4-bit codes are
     #[arg(long, value_name = "int|fp4", default_value = "int", hide_possible_values = true)]
@@ -157,7 +157,7 @@ struct AttentionFlags {
         long,
         value_name = "N,N,...",
         value_delimiter = ',',
-        value_parser = values::count,
+        value_parser = values::small_count,
         default_value = "4096,8192,16384,32768"
     )]
     context: Vec<usize>,
@@ -166,7 +166,7 @@ struct AttentionFlags {
         long,
         value_name = "N,N,...",
         value_delimiter = ',',
-        value_parser = values::count,
+        value_parser = values::small_count,
         default_value = "1,8,64"
     )]
     batch: Vec<usize>,
@@ -189,27 +189,27 @@ struct PrefillFlags {
     #[arg(long, value_name = "MODEL", default_value = "llama-2-7b")]
     shape: String,
     /// Decoder blocks [default: as many as the model has]
-    #[arg(long, value_name = "N", value_parser = values::count)]
+    #[arg(long, value_name = "N", value_parser = values::small_count)]
     blocks: Option<usize>,
     /// Tokens of the window
     #[arg(
         long,
         value_name = "N",
         default_value = "2048",
-        value_parser = values::window_length
+        value_parser = values::small_window
     )]
     tokens: usize,
     /// Channels that share a scale, a multiple of 16
-    #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::small_count)]
     group: usize,
     /// How many channels are outliers, in INT8
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::outliers)]
     outliers: usize,
     /// Bits of a key's or value's code; 16 leaves the cache alone
     #[arg(long, value_name = "2..8|16", default_value_t = 4)]
     kv_bits: u8,
     /// Runs of which the median counts
-    #[arg(long, value_name = "N", default_value = "7", value_parser = values::count)]
+    #[arg(long, value_name = "N", default_value = "7", value_parser = values::small_count)]
     repeats: usize,
     #[command(flatten)]
     device: DeviceFlag,

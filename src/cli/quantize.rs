@@ -75,13 +75,19 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let default = || Ok(names::checkpoint_out(&arguments.model.model, &recipe));
     let destination = arguments.output.destination(default, inputs)?;
     if arguments.dry_run {
-        let found = with_backend!(&backend, ui, backend => {
-            let evaluation = evaluation.as_ref();
-            pipeline::dry_run(backend, &source, &calibration, &recipe, &destination, evaluation)
-        })?;
+        let found = with_backend!(&backend, ui, backend => pipeline::dry_run(
+            backend,
+            &source,
+            &calibration,
+            &recipe,
+            &destination,
+            evaluation.as_ref(),
+            ui,
+        ))?;
         return output.write(&found);
     }
-    ui.info(&format!("quantizing {}\n{}", source.name(), report::recipe::lines(&recipe)));
+    let name = report::printable(source.name());
+    ui.info(&format!("quantizing {name}\n{}", report::recipe::lines(&recipe)));
     let evaluation = evaluation.as_ref();
     let outcome = match arguments.target.allocating(arguments.outlier_counts.clone()) {
         None => with_backend!(&backend, ui, backend => pipeline::quantize(

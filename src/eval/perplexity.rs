@@ -9,6 +9,7 @@ use serde::Serialize;
 use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Source};
 use crate::model::sites::FINAL_NORM;
+use crate::pipeline::memory::Windows;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{Evaluation, Stream, attention_spec, cpu_seconds, expect, one_ahead, vector};
 use crate::text::Tokenizer;
@@ -86,6 +87,7 @@ impl<B: Backend> Run<'_, B> {
         let Self { model, progress, .. } = self;
         let Runnable { backend, architecture, name, .. } = model;
         let seq_len = self.evaluation.seq_len;
+        model.check_memory(Windows { tokens: tokens.len(), seq_len }, *progress)?;
         let attention = attention_spec(architecture, model.kv, seq_len);
         let window_bytes = 4 * seq_len * architecture.hidden;
         let part = (backend.stream_bytes() / window_bytes).max(1) * seq_len;
@@ -102,6 +104,8 @@ impl<B: Backend> Run<'_, B> {
                 progress.advance("");
                 Ok(())
             })?;
+            // The blocks' memory is not to stand beside the head's.
+            backend.trim();
             self.window_means(stream, tokens, &mut means)?;
             progress.advance("");
         }

@@ -7,7 +7,9 @@ use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Source, Tensors};
 use crate::model::Architecture;
 use crate::model::block::Block;
-use crate::pipeline::plan::BlockPlan;
+use crate::pipeline::memory::{self, Place, Windows};
+use crate::pipeline::plan::{BlockPlan, plan_network};
+use crate::pipeline::progress::Progress;
 use crate::pipeline::{
     BlockWeights, Manifest, QuantizedSite, check_levels, network, quantized_block, read_key_mean,
     read_sites, source_block,
@@ -79,6 +81,26 @@ impl<'a, B: Backend> Runnable<'a, B> {
             kv,
             kind: Kind::Atom(checkpoint, blocks),
         })
+    }
+
+    /// Compares what an evaluation takes with what the machine has, before it begins.
+    ///
+    /// # Errors
+    /// A machine error with both numbers.
+    pub(super) fn check_memory(&self, windows: Windows, progress: &dyn Progress) -> Result<()> {
+        let Self { backend, architecture, tensors, .. } = self;
+        let as_it_is;
+        let (blocks, quantized) = match &self.kind {
+            Kind::Atom(_, blocks) => (blocks, true),
+            Kind::Source => {
+                as_it_is = plan_network(&memory::any_recipe(), architecture)?;
+                (&as_it_is, false)
+            }
+        };
+        let place = Place::of(*backend);
+        let bytes =
+            memory::evaluation_bytes(architecture, *tensors, blocks, place, windows, quantized);
+        memory::check(bytes, progress)
     }
 
     /// Reads block `index`. Safe to call from a thread beside the one that computes.

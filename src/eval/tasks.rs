@@ -10,6 +10,7 @@ use super::Model;
 use super::likelihood::{Likelihood, likelihoods};
 use super::runnable::Runnable;
 use crate::backend::Backend;
+use crate::pipeline::memory::Windows;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{caution, cpu_seconds};
 use crate::text::Tokenizer;
@@ -125,6 +126,9 @@ pub fn tasks<B: Backend>(
              longer lose their first tokens"
         ));
     }
+    let lengths = || texts.iter().flatten().map(|text: &ScoredText| text.tokens.len());
+    let windows = Windows { tokens: lengths().sum(), seq_len: lengths().max().unwrap_or(0) };
+    runnable.check_memory(windows, progress)?;
     let (found, tokens) = likelihoods(&runnable, &texts, progress)?;
 
     let (mut samples, mut outcomes) = (Vec::new(), Vec::new());

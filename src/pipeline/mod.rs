@@ -11,9 +11,11 @@ pub mod allocate;
 mod block;
 mod calibrate;
 mod cautions;
+mod fallbacks;
 mod in_turn;
 mod load;
 mod manifest;
+pub mod memory;
 pub mod outcome;
 pub mod plan;
 pub mod progress;
@@ -47,6 +49,7 @@ use crate::recipe::Recipe;
 use crate::text::{TextSet, Tokenizer};
 use crate::{Error, Result};
 use allocate::{Allocating, allocate};
+use memory::Windows;
 use outcome::{DryRun, FileOutcome, Measured, PerplexityChange, QuantizeOutcome, StageSeconds};
 use plan::{CalibrationFile, PLAN_VERSION, PlanFile, bits_per_weight, check_plan, plan_network};
 use progress::Progress;
@@ -117,7 +120,8 @@ pub fn quantize<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<QuantizeOutcome> {
     let job = prepare(source, calibration, recipe)?;
-    check_evaluation(source, evaluation)?;
+    let evaluated = check_evaluation(source, evaluation)?;
+    check_memory(backend, &job, evaluated, progress)?;
     caution(source, &job.architecture, longest(&job, evaluation), progress);
     run::run(backend, &job, output, evaluation, progress, None)
 }
@@ -130,9 +134,13 @@ pub fn dry_run<B: Backend>(
     recipe: &Recipe,
     output: &Output,
     evaluation: Option<&Evaluation>,
+    progress: &dyn Progress,
 ) -> Result<DryRun> {
     let job = prepare(source, calibration, recipe)?;
-    check_evaluation(source, evaluation)?;
+    let evaluated = check_evaluation(source, evaluation)?;
+    let memory_bytes = check_memory(backend, &job, evaluated, progress)?;
+    caution(source, &job.architecture, longest(&job, evaluation), progress);
+    source.side_files()?.left_out.iter().for_each(|why| progress.warn(why));
     check_levels(backend, &job.blocks)?;
     job.check_tensors()?;
     job.check_kept()?;
@@ -153,29 +161,11 @@ pub fn dry_run<B: Backend>(
         source_bytes: source.total_bytes(),
         out_bytes,
         bits_per_weight: bits_per_weight(&job.blocks),
-        memory_bytes: memory_estimate(&job, calibration),
+        memory_bytes,
         needed_disk_bytes: found.needed_bytes,
         free_disk_bytes: found.free_bytes.unwrap_or(u64::MAX),
         finished_blocks: run::finished_blocks(&found.done),
     })
-}
-
-/// One block in f32, its Hessians, the streams and what is kept beside them, and 300 MB.
-fn memory_estimate(job: &Job, calibration: &Calibration) -> u64 {
-    let Some(block) = job.blocks.first() else { return 0 };
-    let weights: usize = block
-        .iter()
-        .flat_map(|site| site.linears.iter().map(|linear| linear.rows * site.width()))
-        .sum();
-    let hessians: usize = block.iter().map(|site| site.width() * site.width()).sum();
-    let state = calibration.samples * calibration.seq_len * job.architecture.hidden;
-    let values = match (job.recipe.gptq, job.recipe.sequential) {
-        (false, _) => weights + state,
-        (true, false) => weights + hessians + 2 * state,
-        // At most: a site's Hessian and as large a drift, and attention's outputs of both streams.
-        (true, true) => weights + 2 * hessians + 4 * state,
-    };
-    4 * values as u64 + 300_000_000
 }
 
 fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -> Result<Job<'a>> {
@@ -195,10 +185,23 @@ fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -
     Ok(Job { source, architecture, ignored, recipe: recipe.clone(), blocks, tokens, provenance })
 }
 
-/// Finds out that a text is too short before the work and not after it.
-fn check_evaluation(source: &Source, evaluation: Option<&Evaluation>) -> Result<()> {
-    let Some(evaluation) = evaluation else { return Ok(()) };
-    eval::windows(&source.tokenizer()?, source.name(), evaluation).map(|_| ())
+/// Finds out that a text is too short before the work and not after it; the windows that will be measured.
+fn check_evaluation(source: &Source, evaluation: Option<&Evaluation>) -> Result<Option<Windows>> {
+    let Some(evaluation) = evaluation else { return Ok(None) };
+    let tokens = eval::windows(&source.tokenizer()?, source.name(), evaluation)?.len();
+    Ok(Some(Windows { tokens, seq_len: evaluation.seq_len }))
+}
+
+/// Finds out that memory will not do before the work; the estimate, in bytes.
+fn check_memory<B: Backend>(
+    backend: &B,
+    job: &Job,
+    evaluated: Option<Windows>,
+    progress: &dyn Progress,
+) -> Result<u64> {
+    let needed = memory::quantize_bytes(job, memory::Place::of(backend), evaluated, 0);
+    memory::check(needed, progress)?;
+    Ok(needed)
 }
 
 /// Tokens in the longest windows of a run.
@@ -237,9 +240,11 @@ pub fn calibrate<B: Backend>(
 ) -> Result<FileOutcome> {
     let start = Instant::now();
     // Any recipe will do where only the windows and the network are looked at.
-    let any = Recipe { group: crate::recipe::Group::Row, outliers: 0, ..Recipe::paper() };
+    let any = memory::any_recipe();
     let recipe = measuring.map_or(&any, |measuring| measuring.recipe);
     let job = prepare(source, calibration, recipe)?;
+    let place = memory::Place::of(backend);
+    memory::check(memory::calibration_bytes(&job, place, measuring.is_some(), 0), progress)?;
     job.check_tensors()?;
     caution(source, &job.architecture, calibration.seq_len, progress);
     let data = measure(backend, &job, measuring, progress)?;
@@ -386,7 +391,8 @@ pub fn quantize_to_target<B: Backend>(
 ) -> Result<QuantizeOutcome> {
     let start = Instant::now();
     let mut job = prepare(source, calibration, measuring.recipe)?;
-    check_evaluation(source, evaluation)?;
+    let evaluated = check_evaluation(source, evaluation)?;
+    check_memory(backend, &job, evaluated, progress)?;
     job.check_tensors()?;
     job.check_kept()?;
     output.protecting(source, []).check()?;
@@ -435,13 +441,14 @@ pub fn pack<B: Backend>(
     }
     let Network { architecture, ignored, .. } = network(source)?;
     check_plan(&architecture, &plan.blocks)?;
-    check_evaluation(source, evaluation)?;
+    let evaluated = check_evaluation(source, evaluation)?;
     let CalibrationData { provenance, tokens, statistics, .. } = data;
     let PlanFile { recipe, blocks, .. } = plan;
     let job = Job { source, architecture, ignored, recipe, blocks, tokens, provenance };
     let read = [plan_file, calibration_file.as_path()];
     let destination = output.protecting(source, read);
     let output = Output { destination, resume: output.resume };
+    check_memory(backend, &job, evaluated, progress)?;
     caution(source, &job.architecture, longest(&job, evaluation), progress);
     run::run(backend, &job, &output, evaluation, progress, Some(&statistics))
 }

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::ahead::one_ahead;
 use super::block::{BlockQuantizer, QuantizedBlock};
 use super::calibrate::{Provenance, Statistics, measure_block};
+use super::fallbacks::Fallbacks;
 use super::in_turn::beside_bytes;
 use super::load::{
     BlockWeights, attention_spec, check_levels, expect, key_mean_spec, quantized_block, read_sites,
@@ -216,9 +217,7 @@ impl Job<'_> {
                 let tensor = self.source.tensor(&name)?;
                 // A NaN here would spoil the model as surely as one in a linear.
                 tensor.check_finite()?;
-                let bytes = tensor.bytes.to_vec();
-                tensor.release();
-                Ok((name, bytes))
+                Ok((name, tensor.copied()))
             })
             .collect()
     }
@@ -331,19 +330,36 @@ fn write_tensors<B: Backend>(
 ) -> Result<Written> {
     let done = writer.done().to_vec();
     let writer = Mutex::new(writer);
+    // In the host's memory, a copy of the embedding is not to stand beside a block's Hessians; beside the
+    // work of a GPU it costs nothing.
+    if !B::HALF {
+        timing.measure("write", || write_kept(job, &done, &writer))?;
+    }
     std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel(1);
-        let writing = scope.spawn(|| {
-            write_kept(job, &done, &writer)?;
+        let write = || {
+            if B::HALF {
+                write_kept(job, &done, &writer)?;
+            }
             write_behind(backend, job, &writer, receiver)
-        });
-        let run = Blocks { backend, job, done: &done, writer: &writer, progress };
+        };
+        let writing = std::thread::Builder::new().spawn_scoped(scope, write).map_err(no_thread)?;
+        let fallbacks = Fallbacks::default();
+        let run =
+            Blocks { backend, job, done: &done, writer: &writer, fallbacks: &fallbacks, progress };
         let computed = run.quantize(timing, known, sender);
+        fallbacks.warn(progress);
         let written = timing.measure("write", || writing.join());
         // What stopped the writing stopped the computing too, and says why.
         written.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         computed
     })
+}
+
+/// What is said where no thread can be started.
+pub(super) fn no_thread(error: std::io::Error) -> Error {
+    Error::machine(format!("cannot start a thread: {error}"))
+        .hint("raise the limits on processes and memory (`ulimit -u`, `ulimit -v`)")
 }
 
 /// A writer that two threads reach; a panic of one is passed on by the other.
@@ -423,6 +439,7 @@ struct Blocks<'a, 'w, B: Backend> {
     /// Finished by an earlier run.
     done: &'a [DoneBlock],
     writer: &'a Mutex<&'w mut Writer>,
+    fallbacks: &'a Fallbacks,
     progress: &'a dyn Progress,
 }
 
@@ -447,6 +464,7 @@ impl<B: Backend> Blocks<'_, '_, B> {
             damping: recipe.damping,
             correction: recipe.correction,
             expert_tokens: recipe.expert_tokens,
+            fallbacks: self.fallbacks,
             progress,
         };
         let in_turn = recipe.gptq && recipe.sequential;

@@ -46,7 +46,7 @@ pub const WIDTHS: [u8; 4] = [2, 3, 4, 8];
 const HESSIAN_TOKENS: usize = 32_768;
 /// Tokens on which effects and divergences are measured. Each token gives a positive number of
 /// its own, so that few are enough.
-const EFFECT_TOKENS: usize = 4_096;
+pub(super) const EFFECT_TOKENS: usize = 4_096;
 
 /// What `atom calibrate --sensitivity` found.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

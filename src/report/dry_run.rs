@@ -1,13 +1,13 @@
 /*! The report of `atom quantize --dry-run`. */
 
 use super::layout::Facts;
-use super::{Report, recipe, units};
+use super::{Report, printable, recipe, units};
 use crate::pipeline::outcome::DryRun;
 
 impl Report for DryRun {
     fn text(&self) -> String {
         let mut facts = Facts::default();
-        facts.add("model", &self.model).add("recipe", recipe::lines(&self.recipe));
+        facts.add("model", &self.model).add_lines("recipe", recipe::lines(&self.recipe));
         facts.add(
             "work",
             format!(
@@ -45,7 +45,8 @@ impl Report for DryRun {
                 format!("an unfinished run, after {} blocks", self.finished_blocks),
             );
         }
-        format!("{}\nwould write {}\n", facts.text(), self.out.display())
+        let out = self.out.display().to_string();
+        format!("{}\nwould write {}\n", facts.text(), printable(&out))
     }
 }
 

@@ -122,6 +122,11 @@ impl Run {
         format!("`atom {line}` ended with {code:?}\n{stdout}\n{stderr}")
     }
 
+    /// Whether either stream holds the words.
+    pub fn all_contains(&self, words: &str) -> bool {
+        self.stdout.contains(words) || self.stderr.contains(words)
+    }
+
     /// The run, which must have succeeded.
     #[track_caller]
     pub fn done(self) -> Self {
