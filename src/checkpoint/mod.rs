@@ -24,6 +24,7 @@ mod writer;
 
 pub use atom::{AtomCheckpoint, FORMAT_VERSION, is_atom};
 pub use dtype::{Dtype, TensorSpec};
+pub(crate) use fingerprint::hex;
 pub use fingerprint::sha256_hex;
 pub use output::{free_bytes, writable};
 pub use source::Source;

@@ -84,10 +84,10 @@ pub fn verify<B: Backend>(
     let architecture = Architecture::from_config(checkpoint.config())?;
     if let Some(evaluation) = evaluation {
         // A text that is too short is found before gigabytes are hashed.
-        windows(&checkpoint.tokenizer()?, checkpoint.name(), evaluation)?;
+        windows(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), evaluation)?;
     }
     if let KernelCheck::On(text) = kernels {
-        windows(&checkpoint.tokenizer()?, checkpoint.name(), text)?;
+        windows(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), text)?;
     }
     let mut checks = Vec::new();
     let plan = atom_plan(checkpoint, &architecture);
@@ -161,7 +161,7 @@ fn kernel_checks<B: Backend>(
     let reference = &Cpu::new()?;
     let architecture = Architecture::from_config(checkpoint.config())?;
     let attention = attention_spec(&architecture, kv, text.seq_len);
-    let tokens = windows(&checkpoint.tokenizer()?, checkpoint.name(), text)?;
+    let tokens = windows(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), text)?;
     let embedding = expect(checkpoint, EMBEDDING, &[architecture.vocabulary, architecture.hidden])?;
     let mut x = reference.embed(&reference.load(embedding)?, &tokens)?;
     let (mut all, mut checks) = (Findings::default(), Vec::new());

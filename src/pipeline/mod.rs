@@ -40,7 +40,7 @@ use crate::eval;
 use crate::model::Architecture;
 use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
-use crate::text::{TextSet, Tokenizer};
+use crate::text::{CalibrationWindows, TextSet, Tokenizer, check_tokens};
 use crate::{Error, Result};
 use allocate::{Allocating, allocate};
 use outcome::{DryRun, FileOutcome, Measured, PerplexityChange, QuantizeOutcome, StageSeconds};
@@ -167,23 +167,27 @@ fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -
     let architecture = Architecture::from_config(source.config())?;
     let blocks = plan_network(recipe, &architecture)?;
     let Calibration { text, samples, seq_len, seed } = calibration;
-    let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, source.name())?;
-    let tokens = text.calibration_windows(&tokenizer, *samples, *seq_len, *seed)?;
+    let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, &source.tokenizer_path())?;
+    let drawn = text.calibration_windows(&tokenizer, *samples, *seq_len, *seed)?;
+    let CalibrationWindows { tokens, sha256, sets } = drawn;
+    check_tokens(&tokens, architecture.vocabulary, tokenizer.path())?;
     let provenance = Provenance {
         dataset: text.name.clone(),
-        sha256: text.sha256.clone(),
+        sha256,
         samples: *samples,
         seq_len: *seq_len,
         seed: *seed,
-        sets: text.used(*samples)?,
+        sets,
     };
     Ok(Job { source, architecture, recipe: recipe.clone(), blocks, tokens, provenance })
 }
 
-/// Finds out that a text is too short before the work and not after it.
+/// Finds out that a text is too short, or is no text of this model, before the work and not after it.
 fn check_evaluation(source: &Source, evaluation: Option<&Evaluation>) -> Result<()> {
     let Some(evaluation) = evaluation else { return Ok(()) };
-    eval::windows(&source.tokenizer()?, source.name(), evaluation).map(|_| ())
+    let path = source.tokenizer_path();
+    let tokens = eval::windows(&source.tokenizer()?, &path, evaluation)?;
+    check_tokens(&tokens, Architecture::from_config(source.config())?.vocabulary, &path)
 }
 
 fn evaluate_change<B: Backend>(
