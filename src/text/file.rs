@@ -105,7 +105,9 @@ impl DataPath {
             let valid = match str::from_utf8(&bytes[start..len]) {
                 Ok(_) => len,
                 // A character that goes on in the next part.
-                Err(error) if error.error_len().is_none() && count > 0 => start + error.valid_up_to(),
+                Err(error) if error.error_len().is_none() && count > 0 => {
+                    start + error.valid_up_to()
+                }
                 Err(error) => {
                     let at = before + (start + error.valid_up_to()) as u64;
                     return Err(not_utf8(&self.path, at));

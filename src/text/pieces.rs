@@ -224,7 +224,9 @@ impl Piece {
         let earliest = self.len - overlap;
         let first = self.tokens.partition_point(|token| token.start < earliest);
         let first = first.max(self.next + 1);
-        (first..self.tokens.len()).find(|&index| self.separates(text, reach, index)).map(|index| self.tokens[index].start)
+        (first..self.tokens.len())
+            .find(|&index| self.separates(text, reach, index))
+            .map(|index| self.tokens[index].start)
     }
 
     /// Whether the text before this token and the text from it on may come from different pieces.
@@ -269,12 +271,7 @@ fn joint(
 }
 
 /// One of these tokens, which both pieces have, with enough text in them on either side of it.
-fn joint_within(
-    text: &str,
-    reach: &Reach,
-    piece: &Piece,
-    common: Range<usize>,
-) -> Option<usize> {
+fn joint_within(text: &str, reach: &Reach, piece: &Piece, common: Range<usize>) -> Option<usize> {
     let tokens = piece.tokens.get(common.clone()).filter(|tokens| tokens.len() > COMMON_TOKENS)?;
     let (start, end) = (tokens[0].start, tokens[tokens.len() - 1].end);
     let settled = start + reach.settled_after(text.get(start..end)?)?;

@@ -53,10 +53,12 @@ fn sentencepiece() -> Value {
             merge(&part(0), &part(1));
         }
     }
-    for (one, other) in [("▁", "▁"), ("▁▁", "▁▁"), ("▁▁▁▁", "▁▁▁▁"), ("a", "a"), ("aa", "aa")] {
+    for (one, other) in [("▁", "▁"), ("▁▁", "▁▁"), ("▁▁▁▁", "▁▁▁▁"), ("a", "a"), ("aa", "aa")]
+    {
         merge(one, other);
     }
-    for (one, other) in [("e", "▁t"), ("▁the", "▁"), (".", "▁"), ("▁of", "▁the"), ("aa", "a")] {
+    for (one, other) in [("e", "▁t"), ("▁the", "▁"), (".", "▁"), ("▁of", "▁the"), ("aa", "a")]
+    {
         merge(one, other);
     }
     json["model"]["vocab"] = vocabulary.into();
@@ -95,8 +97,12 @@ fn word_piece() -> Value {
     let mut json = byte_level();
     let pieces = words().into_iter().flat_map(|word| [word.to_lowercase(), format!("##{word}")]);
     let letters = ('!'..='~').flat_map(|c| [c.to_string(), format!("##{c}")]);
-    let mut all: Vec<String> =
-        ["<s>", "</s>", "[UNK]"].map(str::to_owned).into_iter().chain(letters).chain(pieces).collect();
+    let mut all: Vec<String> = ["<s>", "</s>", "[UNK]"]
+        .map(str::to_owned)
+        .into_iter()
+        .chain(letters)
+        .chain(pieces)
+        .collect();
     let mut seen = std::collections::HashSet::new();
     all.retain(|token| seen.insert(token.clone()));
     let vocabulary: serde_json::Map<_, _> =
@@ -119,7 +125,8 @@ fn unigram() -> Value {
     for character in '!'..='~' {
         vocabulary.push(json!([character.to_string(), -13.0]));
     }
-    json["model"] = json!({"type": "Unigram", "unk_id": 0, "vocab": vocabulary, "byte_fallback": false});
+    json["model"] =
+        json!({"type": "Unigram", "unk_id": 0, "vocab": vocabulary, "byte_fallback": false});
     json["pre_tokenizer"] = json!({"type": "Metaspace", "replacement": "▁",
         "prepend_scheme": "always", "split": true});
     json["added_tokens"] = json!([]);
@@ -158,8 +165,13 @@ fn normalized_by(mut json: Value, normalizer: Value) -> Value {
 fn tokenizers() -> Vec<(&'static str, Value, bool)> {
     let mut looked_up = byte_level_behind(&[split(LLAMA_3)]);
     looked_up["model"]["ignore_merges"] = true.into();
-    let deepseek =
-        [split(r"\p{N}{1,3}"), split(r"[一-龥぀-ゟ゠-ヿ]+"), split(r"[!-/:-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")];
+    let deepseek = [
+        split(r"\p{N}{1,3}"),
+        split(r"[一-龥぀-ゟ゠-ヿ]+"),
+        split(
+            r"[!-/:-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+    ];
     let words = json!({"type": "WhitespaceSplit"});
     let mut whitespace = sentencepiece();
     whitespace["normalizer"] = Value::Null;
@@ -191,9 +203,12 @@ fn tokenizers() -> Vec<(&'static str, Value, bool)> {
         ("sentencepiece, added", with_added(sentencepiece()), true),
         (
             "nfkc and strip",
-            normalized_by(byte_level(), json!({"type": "Sequence", "normalizers": [
+            normalized_by(
+                byte_level(),
+                json!({"type": "Sequence", "normalizers": [
                 {"type": "NFKC"}, {"type": "Strip", "strip_left": true, "strip_right": true},
-                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]})),
+                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]}),
+            ),
             true,
         ),
     ]
@@ -205,10 +220,52 @@ fn texts() -> Vec<(&'static str, String)> {
     let mut many = String::new();
     let mut random = PythonRandom::new(1);
     let parts = [
-        " ", "  ", "\n", "\n\n\n", "\r\n", "\t", "a", "the", " the", " of", "The river", ".", "...",
-        "aaaa", "'s", "'S", "123", "4567890", "é", "e\u{301}", "中文", "日本語テキスト", "👩\u{200d}👩\u{200d}👧",
-        "🇩🇪🇫🇷", "\u{200b}", "\u{a0}", "ﬁ", "Ω", "<s>", "</s>", "<mask>", "<right>", " <both> ", "river",
-        "<|im_start|>", "xyxyxy", "\"", "\"quoted text\"", "//", "/\n", "ABCdef", "\0", "_", "-", "▁", "<0x0A>",
+        " ",
+        "  ",
+        "\n",
+        "\n\n\n",
+        "\r\n",
+        "\t",
+        "a",
+        "the",
+        " the",
+        " of",
+        "The river",
+        ".",
+        "...",
+        "aaaa",
+        "'s",
+        "'S",
+        "123",
+        "4567890",
+        "é",
+        "e\u{301}",
+        "中文",
+        "日本語テキスト",
+        "👩\u{200d}👩\u{200d}👧",
+        "🇩🇪🇫🇷",
+        "\u{200b}",
+        "\u{a0}",
+        "ﬁ",
+        "Ω",
+        "<s>",
+        "</s>",
+        "<mask>",
+        "<right>",
+        " <both> ",
+        "river",
+        "<|im_start|>",
+        "xyxyxy",
+        "\"",
+        "\"quoted text\"",
+        "//",
+        "/\n",
+        "ABCdef",
+        "\0",
+        "_",
+        "-",
+        "▁",
+        "<0x0A>",
     ];
     while many.len() < 12_000 {
         let times = if random.randint(0, 40) == 0 { random.randint(1, 400) } else { 1 };
@@ -297,7 +354,10 @@ fn odd_texts_are_cut_where_words_or_merges_allow_it() {
     for (name, cut) in [
         ("byte level", &["CRLF", "added tokens", "long words"][..]),
         ("llama 3", &["digits", "CRLF", "long words"]),
-        ("sentencepiece", &["no spaces", "one character", "new lines", "spaces", "digits", "emoji"]),
+        (
+            "sentencepiece",
+            &["no spaces", "one character", "new lines", "spaces", "digits", "emoji"],
+        ),
         ("word piece", &["CRLF", "chinese"]),
     ] {
         let (_, json, _) = tokenizers().into_iter().find(|(other, ..)| *other == name).unwrap();

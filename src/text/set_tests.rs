@@ -220,7 +220,8 @@ fn documents_are_drawn_as_the_reference_draws_them() {
         let expected = places.iter().flat_map(|(document, start)| {
             tokenizer.encode(&paragraphs[*document]).unwrap()[*start..start + seq_len].to_vec()
         });
-        let drawn = set.calibration_windows(&tokenizer, places.len(), seq_len, seed).unwrap().tokens;
+        let drawn =
+            set.calibration_windows(&tokenizer, places.len(), seq_len, seed).unwrap().tokens;
         assert_eq!(drawn, expected.collect::<Vec<_>>());
         if seed == 0 {
             let limit = Some(places.len());
@@ -384,7 +385,10 @@ fn wikitext2_as_rows_and_as_a_plain_file() {
 #[test]
 fn byte_order_marks_and_blank_lines_are_no_text() {
     assert_eq!(load("a.txt", b"\xef\xbb\xbfabc").unwrap().text, "abc");
-    assert_eq!(load("a.txt", b"\xef\xbb\xbfabc").unwrap().sha256, load("b.txt", b"abc").unwrap().sha256);
+    assert_eq!(
+        load("a.txt", b"\xef\xbb\xbfabc").unwrap().sha256,
+        load("b.txt", b"abc").unwrap().sha256
+    );
     let rows = b"\xef\xbb\xbf{\"text\": \"a\"}\n\n  \r\n{\"text\": \"b\"}\n\n";
     assert_eq!(load("a.jsonl", rows).unwrap().text, "a\n\nb");
     assert_eq!(load_as("wikitext2=", "wiki.raw", b"\xef\xbb\xbf a \n").unwrap().text, " a \n");

@@ -113,9 +113,7 @@ impl Tokenizer {
     /// The ids of a text by itself.
     pub(super) fn ids(&self, text: String) -> Result<Vec<u32>> {
         // The fast variant leaves out where tokens lie.
-        self.run(text, |tokenizer, text| {
-            Ok(tokenizer.encode_fast(text, false)?.get_ids().to_vec())
-        })
+        self.run(text, |tokenizer, text| Ok(tokenizer.encode_fast(text, false)?.get_ids().to_vec()))
     }
 
     /// The tokens of a text by itself, and where they lie in it.
