@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 thread_local! {
     /// Whether a panic of this thread is caught here.
@@ -52,7 +52,9 @@ pub(super) fn watched<T: Send + 'static>(
 ) -> Result<T, String> {
     const LOOK: Duration = Duration::from_millis(50);
     let (sender, receiver) = channel();
-    let (begin, before) = (Instant::now(), resident_bytes().unwrap_or(0));
+    let before = resident_bytes().unwrap_or(0);
+    // Looks are counted and not the clock read: a process that was stopped did not take the time.
+    let mut waited = Duration::ZERO;
     std::thread::Builder::new()
         .stack_size(8 << 20)
         .spawn(move || {
@@ -64,9 +66,9 @@ pub(super) fn watched<T: Send + 'static>(
         match receiver.recv_timeout(LOOK) {
             Ok(result) => return result,
             Err(RecvTimeoutError::Disconnected) => return Err("its thread ended".to_owned()),
-            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Timeout) => waited += LOOK,
         }
-        if begin.elapsed() > allowance.time {
+        if waited > allowance.time {
             return Err(format!("it takes longer than {} s", allowance.time.as_secs()));
         }
         let grown = resident_bytes().unwrap_or(0).saturating_sub(before);

@@ -25,6 +25,7 @@ mod tokenizer;
 mod windows;
 
 pub use python_random::PythonRandom;
+pub use rows::rows;
 pub use set::{CalibrationWindows, SetUsed, TOKENIZING_BYTES, TextSet};
 pub use tokenizer::{Tokenizer, check_tokens};
 

@@ -41,6 +41,19 @@ impl Form {
 /// Takes a row, and before it where it stands: `line 3`, `row 3`. Breaks when it needs no more.
 pub(super) type Take<'t> = &'t mut dyn FnMut(&str, Value) -> Result<ControlFlow<()>>;
 
+/// All rows of a file, as [`each_row`] reads them.
+///
+/// # Errors
+/// If the file cannot be read, its name does not say that it holds rows, or a row is none.
+pub fn rows(path: &Path) -> Result<Vec<Value>> {
+    let mut rows = Vec::new();
+    each_row(&DataPath::open(path)?, None, &mut |_, row| {
+        rows.push(row);
+        Ok(ControlFlow::Continue(()))
+    })?;
+    Ok(rows)
+}
+
 /// Calls `take` with each row of a `.parquet`, `.jsonl`, `.json`, `.csv` or `.tsv` file until it breaks; all but
 /// Parquet also as `.gz`. Structs are objects, lists arrays, what is absent is null, and fields of CSV are strings.
 /// Of Parquet only the columns named are read, if any are.
@@ -92,15 +105,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-
-    fn rows(path: &Path) -> Result<Vec<Value>> {
-        let mut rows = Vec::new();
-        each_row(&DataPath::open(path)?, None, &mut |_, row| {
-            rows.push(row);
-            Ok(ControlFlow::Continue(()))
-        })?;
-        Ok(rows)
-    }
 
     fn data(name: &str) -> std::path::PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
