@@ -49,6 +49,10 @@ pub(super) const PIECE_BYTES: usize = 256 << 10;
 /// The parts of a piece that the next one overlaps, tried one after the other.
 const OVERLAPS: [usize; 3] = [32, 8, 2];
 
+/// A next piece begins so many bytes before a token of the current one: in a run of one character the tokens of
+/// both are in step only if what a normalizer prepends makes up for the shift.
+const SHIFTS: [usize; 5] = [0, 1, 3, 7, 15];
+
 /// Tokens that both pieces have in common before the place where they are joined.
 const COMMON_TOKENS: usize = 16;
 
@@ -158,16 +162,14 @@ impl<'t> Pieces<'t> {
 
     /// Goes on to a next piece of `len` bytes, or returns false if it cannot be joined with the current one.
     fn join(&mut self, reach: &Reach, len: usize) -> Result<bool> {
-        let mut tried = usize::MAX;
-        for part in OVERLAPS {
+        let shifts = if reach.at_words { &SHIFTS[..1] } else { &SHIFTS };
+        for (part, shift) in OVERLAPS.iter().flat_map(|part| shifts.iter().map(move |s| (part, s)))
+        {
             let current = self.current.as_ref().expect("the caller has a piece");
-            let Some(begin) = current.beginning(&self.text, reach, current.len / part) else {
-                continue;
-            };
-            if begin == 0 || begin == tried {
-                continue;
-            }
-            tried = begin;
+            let token = current.beginning(&self.text, reach, current.len / part);
+            let begin = token.and_then(|token| token.checked_sub(*shift));
+            let Some(begin) = begin.filter(|begin| *begin > 0) else { continue };
+            let begin = self.text.floor_char_boundary(begin);
             let end = begin.saturating_add(len).max(current.len + self.piece / 2);
             let end = self.text.floor_char_boundary(end);
             let tokens = self.tokenizer.tokens(&self.text[begin..end])?;
