@@ -151,7 +151,8 @@ fn tokens_that_the_model_lacks() {
         );
     });
     fs::write(home.path("text.txt"), SENTENCE.repeat(100)).unwrap();
-    let parts = ["model/tokenizer.json gives token", "but the model has 4096 embeddings"];
+    let parts =
+        ["model/tokenizer.json: the tokenizer gives token", "but the model has 4096 embeddings"];
     planned(&home, "text.txt", "").fails(3, &parts);
     planned(&home, "sample", "--dataset text.txt").fails(3, &parts);
     assert_eq!(home.names(), ["model", "text.txt"]);

@@ -38,6 +38,7 @@ use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec, free_bytes, writable};
 use crate::eval;
 use crate::model::Architecture;
+use crate::model::sites::EMBEDDING;
 use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
 use crate::text::{CalibrationWindows, TextSet, Tokenizer, check_tokens};
@@ -170,7 +171,7 @@ fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -
     let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, &source.tokenizer_path())?;
     let drawn = text.calibration_windows(&tokenizer, *samples, *seq_len, *seed)?;
     let CalibrationWindows { tokens, sha256, sets } = drawn;
-    check_tokens(&tokens, architecture.vocabulary, tokenizer.path())?;
+    check_embedded(source, &architecture, &tokens, tokenizer.path())?;
     let provenance = Provenance {
         dataset: text.name.clone(),
         sha256,
@@ -187,7 +188,20 @@ fn check_evaluation(source: &Source, evaluation: Option<&Evaluation>) -> Result<
     let Some(evaluation) = evaluation else { return Ok(()) };
     let path = source.tokenizer_path();
     let tokens = eval::windows(&source.tokenizer()?, &path, evaluation)?;
-    check_tokens(&tokens, Architecture::from_config(source.config())?.vocabulary, &path)
+    check_embedded(source, &Architecture::from_config(source.config())?, &tokens, &path)
+}
+
+/// Finds out that tokens have no embedding. An embedding of another shape than the configuration's is
+/// refused elsewhere, with the shape.
+fn check_embedded(
+    source: &Source,
+    architecture: &Architecture,
+    tokens: &[u32],
+    tokenizer: &str,
+) -> Result<()> {
+    let rows = architecture.vocabulary;
+    let stored = source.tensor(EMBEDDING).ok().and_then(|tensor| tensor.shape.first().copied());
+    if stored == Some(rows) { check_tokens(tokens, rows, tokenizer) } else { Ok(()) }
 }
 
 fn evaluate_change<B: Backend>(

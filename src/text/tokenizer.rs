@@ -154,7 +154,7 @@ pub fn check_tokens(tokens: &[u32], rows: usize, tokenizer: &str) -> Result<()> 
     match tokens.iter().find(|token| **token as usize >= rows) {
         None => Ok(()),
         Some(token) => Err(Error::input(format!(
-            "{tokenizer} gives token {token}, but the model has {rows} embeddings"
+            "{tokenizer}: the tokenizer gives token {token}, but the model has {rows} embeddings"
         ))
         .hint("tokenizer.json does not belong to this model")),
     }
