@@ -150,6 +150,11 @@ impl AtomCheckpoint {
         self.files.tokenizer()
     }
 
+    /// What errors call the file that [`AtomCheckpoint::tokenizer`] reads.
+    pub fn tokenizer_path(&self) -> String {
+        self.files.path_of("tokenizer.json")
+    }
+
     /// Compares a tensor's bytes with the hash that `atom.json` has of them. A difference is a
     /// failed check (exit code 1).
     pub fn verify_tensor(&self, name: &str) -> Result<()> {

@@ -44,7 +44,8 @@ pub(super) fn sha256_of(file: &File, offset: u64, bytes: u64) -> io::Result<Stri
     Ok(hex(hash.finalize().as_slice()))
 }
 
-fn hex(digest: &[u8]) -> String {
+/// A digest in lower-case hexadecimal.
+pub(crate) fn hex(digest: &[u8]) -> String {
     use std::fmt::Write;
     digest.iter().fold(String::with_capacity(2 * digest.len()), |mut text, byte| {
         let _ = write!(text, "{byte:02x}"); // writing into a String cannot fail

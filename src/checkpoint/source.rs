@@ -230,6 +230,11 @@ impl Source {
         self.files.tokenizer()
     }
 
+    /// What errors call the file that [`Source::tokenizer`] reads.
+    pub fn tokenizer_path(&self) -> String {
+        self.files.path_of("tokenizer.json")
+    }
+
     /// What a user of the model needs besides configuration and weights: tokenizer, generation
     /// settings, chat template, licence.
     pub fn side_files(&self) -> Result<SideFiles> {

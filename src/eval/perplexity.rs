@@ -45,9 +45,9 @@ pub struct PerplexityOutcome {
     pub device: String,
 }
 
-/// The evaluation windows of a model, joined.
-pub fn windows(tokenizer: &[u8], model: &str, evaluation: &Evaluation) -> Result<Vec<u32>> {
-    let tokenizer = Tokenizer::from_bytes(tokenizer, model)?;
+/// The evaluation windows of a model, joined; `path` names its tokenizer's file in errors.
+pub fn windows(tokenizer: &[u8], path: &str, evaluation: &Evaluation) -> Result<Vec<u32>> {
+    let tokenizer = Tokenizer::from_bytes(tokenizer, path)?;
     evaluation.text.evaluation_windows(&tokenizer, evaluation.seq_len, evaluation.windows)
 }
 
@@ -58,7 +58,7 @@ pub fn source_perplexity<B: Backend>(
     evaluation: &Evaluation,
     progress: &dyn Progress,
 ) -> Result<PerplexityOutcome> {
-    let tokens = windows(&source.tokenizer()?, source.name(), evaluation)?;
+    let tokens = windows(&source.tokenizer()?, &source.tokenizer_path(), evaluation)?;
     Run { model: Runnable::source(backend, source)?, evaluation, progress }.measure(&tokens)
 }
 
@@ -70,7 +70,7 @@ pub fn atom_perplexity<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<PerplexityOutcome> {
     let model = Runnable::atom(backend, checkpoint)?;
-    let tokens = windows(&checkpoint.tokenizer()?, checkpoint.name(), evaluation)?;
+    let tokens = windows(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), evaluation)?;
     Run { model, evaluation, progress }.measure(&tokens)
 }
 

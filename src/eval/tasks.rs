@@ -98,11 +98,11 @@ pub fn tasks<B: Backend>(
     let (start, cpu_start) = (Instant::now(), cpu_seconds());
     let runnable = Runnable::new(backend, model)?;
     let positions = runnable.architecture.max_positions;
-    let tokenizer = match model {
-        Model::Source(source) => source.tokenizer()?,
-        Model::Atom(checkpoint) => checkpoint.tokenizer()?,
+    let (tokenizer, path) = match model {
+        Model::Source(source) => (source.tokenizer()?, source.tokenizer_path()),
+        Model::Atom(checkpoint) => (checkpoint.tokenizer()?, checkpoint.tokenizer_path()),
     };
-    let tokenizer = Tokenizer::from_bytes(&tokenizer, runnable.name)?;
+    let tokenizer = Tokenizer::from_bytes(&tokenizer, &path)?;
     let mut texts = Vec::new();
     for rows in tasks {
         let encoded: Vec<Vec<ScoredText>> = rows

@@ -101,7 +101,7 @@ pub fn verify<B: Backend>(
         let tokenizer = checkpoint.tokenizer()?;
         if whole {
             // A text that is too short is found before gigabytes are hashed.
-            windows(&tokenizer, checkpoint.name(), text)?;
+            windows(&tokenizer, &checkpoint.tokenizer_path(), text)?;
         }
     }
     let seq_len = evaluation.map_or(0, |evaluation| evaluation.seq_len);
@@ -188,7 +188,7 @@ fn kernel_checks<B: Backend>(
     let reference = &Cpu::new()?;
     let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
     let attention = attention_spec(&architecture, kv, text.seq_len);
-    let tokens = windows(&checkpoint.tokenizer()?, checkpoint.name(), text)?;
+    let tokens = windows(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), text)?;
     let embedding = expect(checkpoint, EMBEDDING, &[architecture.vocabulary, architecture.hidden])?;
     let mut x = reference.embed(&reference.load(embedding)?, &tokens)?;
     let (mut all, mut checks) = (Findings::default(), Vec::new());

@@ -44,9 +44,10 @@ use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Destination, OutputFile, Source, TensorSpec, Writer};
 use crate::eval;
 use crate::model::Architecture;
+use crate::model::sites::EMBEDDING;
 use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
-use crate::text::{TextSet, Tokenizer};
+use crate::text::{CalibrationWindows, TextSet, Tokenizer, check_tokens};
 use crate::{Error, Result};
 use allocate::{Allocating, allocate};
 use memory::Windows;
@@ -120,7 +121,7 @@ pub fn quantize<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<QuantizeOutcome> {
     let job = prepare(source, calibration, recipe)?;
-    let evaluated = check_evaluation(source, evaluation)?;
+    let evaluated = check_evaluation(source, &job.architecture, evaluation)?;
     check_memory(backend, &job, evaluated, progress)?;
     caution(source, &job.architecture, longest(&job, evaluation), progress);
     run::run(backend, &job, output, evaluation, progress, None)
@@ -137,7 +138,7 @@ pub fn dry_run<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<DryRun> {
     let job = prepare(source, calibration, recipe)?;
-    let evaluated = check_evaluation(source, evaluation)?;
+    let evaluated = check_evaluation(source, &job.architecture, evaluation)?;
     let memory_bytes = check_memory(backend, &job, evaluated, progress)?;
     caution(source, &job.architecture, longest(&job, evaluation), progress);
     source.side_files()?.left_out.iter().for_each(|why| progress.warn(why));
@@ -172,24 +173,46 @@ fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -
     let Network { architecture, ignored, .. } = network(source)?;
     let blocks = plan_network(recipe, &architecture)?;
     let Calibration { text, samples, seq_len, seed } = calibration;
-    let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, source.name())?;
-    let tokens = text.calibration_windows(&tokenizer, *samples, *seq_len, *seed)?;
+    let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, &source.tokenizer_path())?;
+    let drawn = text.calibration_windows(&tokenizer, *samples, *seq_len, *seed)?;
+    let CalibrationWindows { tokens, sha256, sets } = drawn;
+    check_embedded(source, &architecture, &tokens, tokenizer.path())?;
     let provenance = Provenance {
         dataset: text.name.clone(),
-        sha256: text.sha256.clone(),
+        sha256,
         samples: *samples,
         seq_len: *seq_len,
         seed: *seed,
-        sets: text.used(*samples)?,
+        sets,
     };
     Ok(Job { source, architecture, ignored, recipe: recipe.clone(), blocks, tokens, provenance })
 }
 
-/// Finds out that a text is too short before the work and not after it; the windows that will be measured.
-fn check_evaluation(source: &Source, evaluation: Option<&Evaluation>) -> Result<Option<Windows>> {
+/// Finds out that a text is too short, or is no text of this model, before the work and not after it; the windows that
+/// will be measured.
+fn check_evaluation(
+    source: &Source,
+    architecture: &Architecture,
+    evaluation: Option<&Evaluation>,
+) -> Result<Option<Windows>> {
     let Some(evaluation) = evaluation else { return Ok(None) };
-    let tokens = eval::windows(&source.tokenizer()?, source.name(), evaluation)?.len();
-    Ok(Some(Windows { tokens, seq_len: evaluation.seq_len }))
+    let path = source.tokenizer_path();
+    let tokens = eval::windows(&source.tokenizer()?, &path, evaluation)?;
+    check_embedded(source, architecture, &tokens, &path)?;
+    Ok(Some(Windows { tokens: tokens.len(), seq_len: evaluation.seq_len }))
+}
+
+/// Finds out that tokens have no embedding. An embedding of another shape than the configuration's is
+/// refused elsewhere, with the shape.
+fn check_embedded(
+    source: &Source,
+    architecture: &Architecture,
+    tokens: &[u32],
+    tokenizer: &str,
+) -> Result<()> {
+    let rows = architecture.vocabulary;
+    let stored = source.tensor(EMBEDDING).ok().and_then(|tensor| tensor.shape.first().copied());
+    if stored == Some(rows) { check_tokens(tokens, rows, tokenizer) } else { Ok(()) }
 }
 
 /// Finds out that memory will not do before the work; the estimate, in bytes.
@@ -391,7 +414,7 @@ pub fn quantize_to_target<B: Backend>(
 ) -> Result<QuantizeOutcome> {
     let start = Instant::now();
     let mut job = prepare(source, calibration, measuring.recipe)?;
-    let evaluated = check_evaluation(source, evaluation)?;
+    let evaluated = check_evaluation(source, &job.architecture, evaluation)?;
     check_memory(backend, &job, evaluated, progress)?;
     job.check_tensors()?;
     job.check_kept()?;
@@ -441,7 +464,7 @@ pub fn pack<B: Backend>(
     }
     let Network { architecture, ignored, .. } = network(source)?;
     check_plan(&architecture, &plan.blocks)?;
-    let evaluated = check_evaluation(source, evaluation)?;
+    let evaluated = check_evaluation(source, &architecture, evaluation)?;
     let CalibrationData { provenance, tokens, statistics, .. } = data;
     let PlanFile { recipe, blocks, .. } = plan;
     let job = Job { source, architecture, ignored, recipe, blocks, tokens, provenance };

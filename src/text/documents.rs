@@ -9,8 +9,12 @@ use std::io::{BufWriter, Write};
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
+use super::windows::{check_asked, check_size};
 use super::{PythonRandom, Tokenizer};
 use crate::{Error, Result};
+
+/// More are no data set; where each ends takes 8 bytes of memory.
+const MOST_DOCUMENTS: usize = 1 << 26;
 
 /// Many texts, each by itself.
 pub(super) struct Documents {
@@ -34,6 +38,10 @@ impl Gathering {
     }
 
     pub(super) fn add(&mut self, text: &str) -> Result<()> {
+        if self.ends.len() == MOST_DOCUMENTS {
+            return Err(Error::input(format!("there are more than {MOST_DOCUMENTS} documents"))
+                .hint("give a part of the file"));
+        }
         self.file.write_all(text.as_bytes()).map_err(no_room)?;
         self.end += text.len();
         self.ends.push(self.end);
@@ -52,9 +60,9 @@ impl Gathering {
     }
 }
 
-fn no_room(error: std::io::Error) -> Error {
+pub(super) fn no_room(error: std::io::Error) -> Error {
     Error::machine(error.to_string())
-        .context("the documents cannot be laid out in a temporary file")
+        .context("the text cannot be laid out in a temporary file")
         .hint("free some disk space, or set TMPDIR to a place with room")
 }
 
@@ -62,11 +70,6 @@ impl Documents {
     /// How many there are.
     pub(super) fn count(&self) -> usize {
         self.ends.len()
-    }
-
-    /// Bytes of all texts.
-    pub(super) fn bytes(&self) -> usize {
-        self.texts.len()
     }
 
     fn text(&self, index: usize) -> &str {
@@ -89,9 +92,10 @@ impl Documents {
         seq_len: usize,
         seed: u64,
     ) -> Result<Vec<u32>> {
+        check_asked(windows, seq_len)?;
         let mut random = PythonRandom::new(seed);
         let mut too_short = HashSet::new();
-        let mut drawn = Vec::with_capacity(windows.saturating_mul(seq_len));
+        let mut drawn = Vec::new();
         let last = self.count() as u64 - 1;
         for _ in 0..windows {
             let tokens = loop {
@@ -112,6 +116,7 @@ impl Documents {
                 }
                 too_short.insert(index);
             };
+            check_size(windows, seq_len)?;
             let start = random.randint(0, (tokens.len() - seq_len - 1) as u64) as usize;
             drawn.extend_from_slice(&tokens[start..start + seq_len]);
         }

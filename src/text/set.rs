@@ -2,52 +2,74 @@
 
 How rows become windows decides the token stream and with it every published perplexity, so it is done
 in this one place, as the method's reference does it: rows joined with a blank line between them, empty
-ones included, or windows drawn inside single rows. `calibration-data/` says which set is which. */
+ones included, or windows drawn inside single rows. `calibration-data/` says which set is which.
 
-use std::io::{ErrorKind, Read};
+A text is read as a stream and as far as its windows need: all of it for calibration, whose windows lie
+anywhere, and its beginning for an evaluation of few windows. The windows of an evaluation are kept, so that
+those before and after a long run are the same whatever has become of the file. */
+
+use std::borrow::Cow;
+use std::io::ErrorKind;
+use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::documents::{Documents, Gathering};
+use super::file::DataPath;
+use super::ids::Ids;
 use super::named::{self, Lines, NamedSet, Rows};
-use super::rows::{Form, each_row, open, unreadable};
-use super::{Tokenizer, calibration_windows, evaluation_windows};
-use crate::checkpoint::sha256_hex;
+use super::pieces::{PIECE_BYTES, Pieces};
+use super::rows::{Form, each_row};
+use super::windows::{calibration_starts, check_asked, check_size, evaluation_count};
+use super::{Split, Tokenizer};
+use crate::checkpoint::{hex, sha256_hex};
 use crate::hub::{DataFile, Hub};
 use crate::{Error, Result};
-
-/// What a text is wanted for: named sets have a different part for each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Split {
-    /// Statistics and weights are fitted to it.
-    Calibration,
-    /// Perplexity is measured on it.
-    Evaluation,
-}
 
 /// One text set, or for calibration a mix of several.
 pub struct TextSet {
     /// What it was asked for by.
     pub name: String,
-    /// SHA-256 of its text, lower-case hexadecimal: of the rows joined; of documents, each followed by
-    /// a zero byte; of a mix, of the hashes of its sets, each followed by a line end.
-    pub sha256: String,
     parts: Vec<Part>,
+    /// The evaluation windows that were cut last.
+    evaluated: Mutex<Option<(Evaluated, Vec<u32>)>>,
+}
+
+/// What evaluation windows depend on besides the text.
+#[derive(PartialEq, Eq)]
+struct Evaluated {
+    tokenizer: String,
+    seq_len: usize,
+    limit: Option<usize>,
 }
 
 /// A text set by itself.
 struct Part {
     name: String,
-    sha256: String,
     content: Content,
     file: Option<DataFile>,
 }
 
 enum Content {
-    Joined(String),
-    Documents(Documents),
+    /// A text that is part of the program, so many times.
+    Builtin(&'static str, usize),
+    File(DataPath, Option<NamedSet>),
+}
+
+/// Calibration windows and where they come from.
+#[derive(Debug)]
+pub struct CalibrationWindows {
+    /// `[samples, seq_len]` flat.
+    pub tokens: Vec<u32>,
+    /// SHA-256 of the text, lower-case hexadecimal: of the rows joined; of documents, each followed by
+    /// a zero byte; of a mix, of the hashes of its sets, each followed by a line end.
+    pub sha256: String,
+    /// The sets, where there is more to say than the name and hash of one: several, or one of the Hub.
+    pub sets: Vec<SetUsed>,
 }
 
 /// A set that calibration windows were drawn from; part of a checkpoint's provenance.
@@ -73,17 +95,27 @@ const SAMPLE_EVALUATION: &str = include_str!("../../calibration-data/sample-held
 const DOCUMENT_WINDOWS: usize = 256;
 const DOCUMENT_SEED: u64 = 0;
 
-const FORMS: &str = "pass plain text, or JSONL or Parquet with a `text` field";
+/// A text that is read to its end must not be longer: to tokenize so much takes an hour.
+const TEXT_BYTES: u64 = 4 << 30;
+
+/// Documents, of which only those drawn are tokenized, must not be longer together.
+const DOCUMENT_BYTES: u64 = 64 << 30;
+
+/// Memory that tokenizing takes at most, whatever the length of the text, as long as it has places where it can be
+/// cut (`pieces.rs`): two pieces with their tokens, and ids that wait for the disk.
+pub const TOKENIZING_BYTES: u64 = 250_000_000;
+
+pub(super) const FORMS: &str = "pass plain text, or JSONL, CSV or Parquet with a `text` field";
 
 impl TextSet {
     /// Loads `sample`, a named set from the Hub, `NAME=FILE` (a named set's own file, read as that set
-    /// is), or a file: Parquet or JSONL, whose rows are joined, or plain text. For calibration several of
+    /// is), or a file: Parquet, JSONL or CSV, whose rows are joined, or plain text. For calibration several of
     /// them may stand side by side, with commas. A name wins over a file of that name (`./sample` is
     /// the file).
     ///
     /// # Errors
-    /// Bad input if there is no such set or file, or it holds no text in UTF-8; wrong usage if several
-    /// sets are to be evaluated at once; a machine error if a set cannot be fetched.
+    /// Bad input if there is no such set or file, or it cannot be one; wrong usage if several sets are to be
+    /// evaluated at once; a machine error if a set cannot be fetched.
     pub fn load(spec: &str, split: Split, hub: &Hub<'_>) -> Result<Self> {
         let specs: Vec<&str> = if !spec.contains(',') || Path::new(spec).exists() {
             vec![spec]
@@ -110,7 +142,7 @@ impl TextSet {
             Split::Calibration => SAMPLE_CALIBRATION,
             Split::Evaluation => SAMPLE_EVALUATION,
         };
-        Self::of(SAMPLE, vec![Part::joined(SAMPLE, text.to_owned(), None)])
+        Self::of(SAMPLE, vec![Part::builtin(text, 1)])
     }
 
     /// The sample again and again until it has as many bytes, for work whose content does not matter.
@@ -119,93 +151,73 @@ impl TextSet {
             Split::Calibration => SAMPLE_CALIBRATION,
             Split::Evaluation => SAMPLE_EVALUATION,
         };
-        let text = text.repeat(bytes.div_ceil(text.len()).max(1));
-        Self::of(SAMPLE, vec![Part::joined(SAMPLE, text, None)])
+        Self::of(SAMPLE, vec![Part::builtin(text, bytes.div_ceil(text.len()).max(1))])
     }
 
     fn of(name: &str, parts: Vec<Part>) -> Self {
-        let sha256 = match &parts[..] {
-            [part] => part.sha256.clone(),
-            parts => {
-                let hashes = parts.iter().map(|part| format!("{}\n", part.sha256));
-                sha256_hex(hashes.collect::<String>().as_bytes())
-            }
-        };
-        Self { name: name.to_owned(), sha256, parts }
+        Self { name: name.to_owned(), parts, evaluated: Mutex::default() }
     }
 
-    /// Draws calibration windows, `[samples, seq_len]` flat. Each set of a mix gives as many as the
-    /// others, the first ones one more where the number does not divide; sets come one behind the
-    /// other, each drawn as if it were alone, after `random.seed(seed)`.
+    /// Draws calibration windows. Each set of a mix gives as many as the others, the first ones one more where the
+    /// number does not divide; sets come one behind the other, each drawn as if it were alone, after
+    /// `random.seed(seed)`.
     ///
     /// # Errors
-    /// If there is too little text, or fewer samples than sets.
+    /// If a text cannot be read or there is too little of it, or there are fewer samples than sets.
     pub fn calibration_windows(
         &self,
         tokenizer: &Tokenizer,
         samples: usize,
         seq_len: usize,
         seed: u64,
-    ) -> Result<Vec<u32>> {
-        let mut windows = Vec::with_capacity(samples.saturating_mul(seq_len));
+    ) -> Result<CalibrationWindows> {
+        check_asked(samples, seq_len)?;
+        let mut tokens = Vec::new();
+        let mut sets = Vec::new();
         for (part, samples) in self.parts.iter().zip(self.shares(samples)?) {
-            let drawn = match &part.content {
-                Content::Joined(text) => {
-                    calibration_windows(&tokenizer.encode(text)?, samples, seq_len, seed)
-                }
-                Content::Documents(documents) => documents.draw(tokenizer, samples, seq_len, seed),
-            };
-            let whence = || format!("calibration text `{}`", part.name);
-            windows.extend(drawn.map_err(|error| error.context(whence()))?);
+            let (drawn, sha256) = part.draw(tokenizer, samples, seq_len, seed)?;
+            tokens.extend(drawn);
+            let (name, file) = (part.name.clone(), part.file.clone());
+            sets.push(SetUsed { name, sha256, samples, file });
         }
-        Ok(windows)
+        let sha256 = match &sets[..] {
+            [set] => set.sha256.clone(),
+            sets => {
+                let hashes = sets.iter().map(|set| format!("{}\n", set.sha256));
+                sha256_hex(hashes.collect::<String>().as_bytes())
+            }
+        };
+        if let [SetUsed { file: None, .. }] = sets[..] {
+            sets.clear();
+        }
+        Ok(CalibrationWindows { tokens, sha256, sets })
     }
 
     /// The evaluation windows, `[windows, seq_len]` flat: side by side over a joined text; of documents
-    /// 256, drawn after `random.seed(0)`. At most `limit` of them, the first ones.
+    /// 256, drawn after `random.seed(0)`. At most `limit` of them, the first ones. Asked for again, they are the same.
     ///
     /// # Errors
-    /// If there is too little text.
+    /// If the text cannot be read, or there is too little of it.
     pub fn evaluation_windows(
         &self,
         tokenizer: &Tokenizer,
         seq_len: usize,
         limit: Option<usize>,
     ) -> Result<Vec<u32>> {
+        check_asked(limit.unwrap_or(usize::MAX), seq_len)?;
+        let wanted = Evaluated { tokenizer: tokenizer.sha256().to_owned(), seq_len, limit };
+        let mut evaluated = self.evaluated.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((found, windows)) = &*evaluated
+            && *found == wanted
+        {
+            return Ok(windows.clone());
+        }
         let mut windows = Vec::new();
         for part in &self.parts {
-            let cut = match &part.content {
-                Content::Joined(text) => {
-                    evaluation_windows(&tokenizer.encode(text)?, seq_len, limit)
-                        .map(|windows| windows.concat())
-                }
-                Content::Documents(documents) => {
-                    let count = limit.unwrap_or(DOCUMENT_WINDOWS).min(DOCUMENT_WINDOWS);
-                    documents.draw(tokenizer, count, seq_len, DOCUMENT_SEED)
-                }
-            };
-            let whence = || format!("evaluation text `{}`", part.name);
-            windows.extend(cut.map_err(|error| error.context(whence()))?);
+            windows.extend(part.evaluate(tokenizer, seq_len, limit)?);
         }
+        *evaluated = Some((wanted, windows.clone()));
         Ok(windows)
-    }
-
-    /// The sets that `samples` windows are drawn from, where there is more to say than the name and
-    /// hash of one: several, or one of the Hub.
-    ///
-    /// # Errors
-    /// If there are fewer samples than sets.
-    pub fn used(&self, samples: usize) -> Result<Vec<SetUsed>> {
-        if self.parts.len() == 1 && self.parts[0].file.is_none() {
-            return Ok(Vec::new());
-        }
-        let used = |(part, samples): (&Part, usize)| SetUsed {
-            name: part.name.clone(),
-            sha256: part.sha256.clone(),
-            samples,
-            file: part.file.clone(),
-        };
-        Ok(self.parts.iter().zip(self.shares(samples)?).map(used).collect())
     }
 
     /// How many of the samples each set gives.
@@ -230,120 +242,253 @@ impl Part {
             let file = set.file(split);
             let found = hub.dataset_file(&set.repo, &set.revision, file);
             let file = found.map_err(|error| or_own_file(error, spec, file))?;
-            return Self::read(spec, &file.path.clone(), Some(&set), Some(file));
+            return Self::open(spec, &file.path.clone(), Some(set), Some(file));
         }
         if let Some((name, path)) = spec.split_once('=')
             && let Some(set) = named::set(name)
         {
-            return Self::read(spec, Path::new(path), Some(&set), None);
+            return Self::open(spec, Path::new(path), Some(set), None);
         }
-        Self::read(spec, Path::new(spec), None, None)
+        Self::open(spec, Path::new(spec), None, None)
     }
 
-    /// Reads a file, by the rules of a named set if it is one.
-    fn read(
+    /// A file, to be read by the rules of a named set if it is one.
+    fn open(
         name: &str,
         path: &Path,
-        set: Option<&NamedSet>,
+        set: Option<NamedSet>,
         file: Option<DataFile>,
     ) -> Result<Self> {
         if let Err(error) = fs_err::metadata(path) {
             let absent = error.kind() == ErrorKind::NotFound;
-            return Err(if absent { unknown(name, set, path) } else { error.into() });
+            return Err(if absent { unknown(name, set.as_ref(), path) } else { error.into() });
         }
-        let form = Form::of(path);
-        if set.is_some_and(|set| set.rows == Rows::Documents) {
-            if form == Form::Plain {
-                return Err(Error::input(format!(
-                    "{} is plain text, in which no document ends",
-                    path.display()
-                ))
-                .hint(format!("give `{name}` a file of rows: .parquet, .jsonl or .json.gz")));
-            }
-            let mut gathering = Gathering::begin()?;
-            each_text(path, set, |text| gathering.add(text))?;
-            let (documents, sha256) = gathering.finish()?;
-            if documents.bytes() == 0 {
-                return Err(empty(path));
-            }
-            let content = Content::Documents(documents);
-            return Ok(Self { name: name.to_owned(), sha256, content, file });
+        let documents = set.as_ref().is_some_and(|set| set.rows == Rows::Documents);
+        if documents && Form::of(path) == Form::Plain {
+            return Err(Error::input(format!(
+                "{} is plain text, in which no document ends",
+                path.display()
+            ))
+            .hint(format!("give `{name}` a file of rows: .parquet, .jsonl or .json.gz")));
         }
-        let mut joined = Joined::default();
-        match (form, set.map(|set| set.lines)) {
-            (Form::Plain, None | Some(Lines::None)) => joined.push(&plain(path)?),
-            (Form::Plain, Some(Lines::Kept)) => {
-                let text = plain(path)?;
-                let rows = text.split_inclusive('\n');
-                rows.for_each(|row| joined.push(if row.trim().is_empty() { "" } else { row }));
-            }
-            (Form::Plain, Some(Lines::Trimmed)) => {
-                plain(path)?.lines().for_each(|row| joined.push(row.trim()));
-            }
-            (Form::Lines | Form::Parquet, _) => each_text(path, set, |text| {
-                joined.push(text);
-                Ok(())
-            })?,
-        }
-        if joined.text.trim().is_empty() {
-            return Err(empty(path));
-        }
-        Ok(Self::joined(name, joined.text, file))
+        let content = Content::File(DataPath::open(path)?, set);
+        Ok(Self { name: name.to_owned(), content, file })
     }
 
-    fn joined(name: &str, text: String, file: Option<DataFile>) -> Self {
-        let sha256 = sha256_hex(text.as_bytes());
-        Self { name: name.to_owned(), sha256, content: Content::Joined(text), file }
+    fn builtin(text: &'static str, times: usize) -> Self {
+        Self { name: SAMPLE.to_owned(), content: Content::Builtin(text, times), file: None }
+    }
+
+    /// Draws calibration windows, and hashes the text.
+    fn draw(
+        &self,
+        tokenizer: &Tokenizer,
+        samples: usize,
+        seq_len: usize,
+        seed: u64,
+    ) -> Result<(Vec<u32>, String)> {
+        let whence = |error: Error| error.context(format!("calibration text `{}`", self.name));
+        if let Some((documents, sha256)) = self.documents()? {
+            let drawn = documents.draw(tokenizer, samples, seq_len, seed).map_err(whence)?;
+            return Ok((drawn, sha256));
+        }
+        self.check_file()?;
+        let mut ids = Ids::new();
+        let sha256 = self.tokenize(tokenizer, &mut |some| {
+            ids.append(some)?;
+            Ok(ControlFlow::Continue(()))
+        })?;
+        let starts = calibration_starts(ids.count(), samples, seq_len, seed).map_err(whence)?;
+        let mut tokens = Vec::new();
+        for start in starts {
+            ids.read(start, seq_len, &mut tokens)?;
+        }
+        Ok((tokens, sha256))
+    }
+
+    /// Cuts evaluation windows, and reads no more of the text than they need.
+    fn evaluate(
+        &self,
+        tokenizer: &Tokenizer,
+        seq_len: usize,
+        limit: Option<usize>,
+    ) -> Result<Vec<u32>> {
+        let whence = |error: Error| error.context(format!("evaluation text `{}`", self.name));
+        if let Some((documents, _)) = self.documents()? {
+            let count = limit.unwrap_or(DOCUMENT_WINDOWS).min(DOCUMENT_WINDOWS);
+            return documents.draw(tokenizer, count, seq_len, DOCUMENT_SEED).map_err(whence);
+        }
+        if limit.is_none() {
+            self.check_file()?;
+        }
+        let wanted = limit.map_or(usize::MAX, |limit| limit.saturating_mul(seq_len));
+        let mut ids = Vec::new();
+        self.tokenize(tokenizer, &mut |some| {
+            ids.extend_from_slice(some);
+            check_size(ids.len().min(wanted), 1)?;
+            Ok(if ids.len() < wanted { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        })?;
+        let count = evaluation_count(ids.len(), seq_len, limit).map_err(whence)?;
+        ids.truncate(count * seq_len);
+        Ok(ids)
+    }
+
+    /// Gives the ids of a joined text to `sink`, until it breaks. The SHA-256 is that of the text read until then.
+    fn tokenize(
+        &self,
+        tokenizer: &Tokenizer,
+        sink: &mut dyn FnMut(&[u32]) -> Result<ControlFlow<()>>,
+    ) -> Result<String> {
+        let mut pieces = Pieces::begin(tokenizer, PIECE_BYTES, sink)?;
+        let mut hash = Sha256::new();
+        let (mut bytes, mut blank) = (0, true);
+        let mut flow = ControlFlow::Continue(());
+        self.each_part(&mut |text| {
+            bytes += text.len() as u64;
+            self.check_length(bytes, TEXT_BYTES)?;
+            blank &= text.trim().is_empty();
+            hash.update(text.as_bytes());
+            if flow.is_continue() {
+                flow = pieces.push(text)?;
+            }
+            // White space alone is no text, however long.
+            Ok(if blank { ControlFlow::Continue(()) } else { flow })
+        })?;
+        if blank && let Content::File(data, _) = &self.content {
+            return Err(empty(data.path()));
+        }
+        pieces.finish()?;
+        Ok(hex(&hash.finalize()))
+    }
+
+    /// Refuses a text that has to be read to its end and is too long, before it is tokenized.
+    fn check_file(&self) -> Result<()> {
+        let Content::File(data, _) = &self.content else { return Ok(()) };
+        if Form::of(data.path()) == Form::Plain && !data.is_gzip() {
+            return self.check_length(data.bytes()?, TEXT_BYTES);
+        }
+        // A small file may hold a long text.
+        let mut bytes = 0;
+        self.each_part(&mut |text| {
+            bytes += text.len() as u64;
+            self.check_length(bytes, TEXT_BYTES)?;
+            Ok(ControlFlow::Continue(()))
+        })
+    }
+
+    fn check_length(&self, bytes: u64, most: u64) -> Result<()> {
+        if bytes <= most {
+            return Ok(());
+        }
+        let name = match &self.content {
+            Content::Builtin(..) => Cow::Borrowed(SAMPLE),
+            Content::File(data, _) => data.path().to_string_lossy(),
+        };
+        let what = format!("{name} holds more than {} GB of text", most >> 30);
+        Err(Error::input(what).hint("give a part of it, such as its first gigabyte"))
+    }
+
+    /// Calls `take` with the joined text, a part at a time, until it breaks.
+    fn each_part(&self, take: &mut dyn FnMut(&str) -> Result<ControlFlow<()>>) -> Result<()> {
+        let (data, set) = match &self.content {
+            Content::Builtin(text, times) => {
+                for _ in 0..*times {
+                    if take(text)?.is_break() {
+                        break;
+                    }
+                }
+                return Ok(());
+            }
+            Content::File(data, set) => (data, set.as_ref()),
+        };
+        match (Form::of(data.path()), set.map(|set| set.lines)) {
+            (Form::Plain, None | Some(Lines::None)) => data.each_part(take),
+            (Form::Plain, Some(lines)) => {
+                let mut joined = Joined { take, begun: false };
+                let mut rows = data.lines()?;
+                while let Some((_, row)) = rows.next()? {
+                    let row = match lines {
+                        Lines::Trimmed => row.trim(),
+                        _ if row.trim().is_empty() => "",
+                        _ => row,
+                    };
+                    if joined.push(row)?.is_break() {
+                        break;
+                    }
+                }
+                Ok(())
+            }
+            _ => {
+                let mut joined = Joined { take, begun: false };
+                each_text(data, set, &mut |text| joined.push(text))
+            }
+        }
+    }
+
+    /// The documents of a set whose rows stay apart, and their SHA-256.
+    fn documents(&self) -> Result<Option<(Documents, String)>> {
+        let Content::File(data, Some(set)) = &self.content else { return Ok(None) };
+        if set.rows != Rows::Documents {
+            return Ok(None);
+        }
+        let mut gathering = Gathering::begin()?;
+        let mut bytes = 0;
+        each_text(data, Some(set), &mut |text| {
+            bytes += text.len() as u64;
+            self.check_length(bytes, DOCUMENT_BYTES)?;
+            gathering.add(text)?;
+            Ok(ControlFlow::Continue(()))
+        })?;
+        if bytes == 0 {
+            return Err(empty(data.path()));
+        }
+        gathering.finish().map(Some)
     }
 }
 
 /// Rows with a blank line between them, as the reference's `"\n\n".join`.
-#[derive(Default)]
-struct Joined {
-    text: String,
+struct Joined<'t> {
+    take: &'t mut dyn FnMut(&str) -> Result<ControlFlow<()>>,
     begun: bool,
 }
 
-impl Joined {
-    fn push(&mut self, row: &str) {
-        if self.begun {
-            self.text.push_str("\n\n");
+impl Joined<'_> {
+    fn push(&mut self, row: &str) -> Result<ControlFlow<()>> {
+        if self.begun && (self.take)("\n\n")?.is_break() {
+            return Ok(ControlFlow::Break(()));
         }
         self.begun = true;
-        self.text.push_str(row);
+        (self.take)(row)
     }
 }
 
-/// Calls `take` with the text of each row: the set's field, or `text`.
+/// Calls `take` with the text of each row, the set's field or `text`, until it breaks.
 fn each_text(
-    path: &Path,
+    data: &DataPath,
     set: Option<&NamedSet>,
-    mut take: impl FnMut(&str) -> Result<()>,
+    take: &mut dyn FnMut(&str) -> Result<ControlFlow<()>>,
 ) -> Result<()> {
     let field = set.map_or("text", |set| set.field.as_str());
-    each_row(path, |place, row| match row.get(field).or_else(|| row.get("text")) {
+    let of_row = |place: &str, row: Value| match row.get(field).or_else(|| row.get("text")) {
         Some(Value::String(text)) => take(text),
         found => {
+            let names = || row.as_object().into_iter().flat_map(|row| row.keys());
             let what = match found {
-                None => format!("it has no field `{field}`"),
+                None if names().count() == 0 => format!("it has no field `{field}`"),
+                None => {
+                    let names: Vec<_> = names().take(20).map(String::as_str).collect();
+                    format!("it has no field `{field}`; its fields are {}", names.join(", "))
+                }
                 Some(_) => format!("its field `{field}` is no string"),
             };
-            Err(Error::input(format!("{}, {place}: {what}", path.display())).hint(format!(
+            let what = format!("{}, {place}: {what}", data.path().display());
+            Err(Error::input(what).hint(format!(
                 "every row must have a `{field}` string, like {{\"{field}\": \"...\"}}"
             )))
         }
-    })
-}
-
-/// A file that is one text.
-fn plain(path: &Path) -> Result<String> {
-    let mut bytes = Vec::new();
-    open(path)?.read_to_end(&mut bytes).map_err(|error| unreadable(path, &error))?;
-    String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        let what = format!("is not UTF-8 text: the byte at offset {at} is not valid");
-        Error::input(format!("{} {what}", path.display())).hint(FORMS)
-    })
+    };
+    let mut of_row = of_row;
+    each_row(data, Some(&[field, "text"]), &mut of_row)
 }
 
 fn empty(path: &Path) -> Error {

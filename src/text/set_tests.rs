@@ -1,5 +1,6 @@
 use std::fs;
 use std::io::Write;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use super::*;
@@ -22,23 +23,45 @@ fn hub() -> Hub<'static> {
 
 impl TextSet {
     /// The text of a joined set.
-    fn text(&self) -> &str {
-        match &self.parts[0].content {
-            Content::Joined(text) => text,
-            Content::Documents(_) => panic!("{} holds documents", self.name),
-        }
+    fn text(&self) -> String {
+        let mut text = String::new();
+        let mut take = |part: &str| {
+            text.push_str(part);
+            Ok(ControlFlow::Continue(()))
+        };
+        self.parts[0].each_part(&mut take).unwrap();
+        text
+    }
+
+    /// The hash that calibration finds.
+    fn sha256(&self) -> String {
+        self.calibration_windows(&tiny_llama(), 1, 1, 0).unwrap().sha256
     }
 }
 
-fn load(name: &str, content: &[u8]) -> Result<TextSet> {
+/// The name, text and hash of a file's content.
+#[derive(Debug)]
+struct Loaded {
+    name: String,
+    text: String,
+    sha256: String,
+}
+
+fn load_as(prefix: &str, name: &str, content: &[u8]) -> Result<Loaded> {
     let (_directory, path) = file(name, content);
-    TextSet::load(&path, Split::Calibration, &hub())
+    let set = TextSet::load(&format!("{prefix}{path}"), Split::Calibration, &hub())?;
+    let sha256 = set.calibration_windows(&tiny_llama(), 1, 1, 0)?.sha256;
+    Ok(Loaded { name: set.name.clone(), text: set.text(), sha256 })
+}
+
+fn load(name: &str, content: &[u8]) -> Result<Loaded> {
+    load_as("", name, content)
 }
 
 #[test]
 fn plain_text_is_taken_as_it_is() {
     let set = load("wiki.raw", " \n = Größe = \r\n\n".as_bytes()).unwrap();
-    assert_eq!(set.text(), " \n = Größe = \r\n\n");
+    assert_eq!(set.text, " \n = Größe = \r\n\n");
     assert!(set.name.ends_with("wiki.raw"));
     assert_eq!(
         load("abc.txt", b"abc").unwrap().sha256,
@@ -55,10 +78,10 @@ fn rows_are_joined_by_a_blank_line_empty_ones_included() {
 "#;
     let joined = "\n\n = Title = \n\n\n\n\ncafé 😀";
     for name in ["rows.jsonl", "ROWS.JSONL", "c4.json"] {
-        assert_eq!(load(name, rows).unwrap().text(), joined, "{name}");
+        assert_eq!(load(name, rows).unwrap().text, joined, "{name}");
     }
     let crlf = String::from_utf8(rows.to_vec()).unwrap().replace('\n', "\r\n");
-    assert_eq!(load("rows.jsonl", crlf.as_bytes()).unwrap().text(), joined);
+    assert_eq!(load("rows.jsonl", crlf.as_bytes()).unwrap().text, joined);
 }
 
 #[test]
@@ -67,7 +90,6 @@ fn a_bad_line_is_named() {
         ("{\"txt\": \"a\"}", "it has no field `text`"),
         ("{\"text\": 3}", "its field `text` is no string"),
         ("{\"text\": \"a\"", "EOF while parsing an object"),
-        ("", "EOF while parsing a value"),
         ("text", "expected"),
     ] {
         let content = format!("{{\"text\": \"good\"}}\n{line}\n{{\"text\": \"good\"}}\n");
@@ -122,17 +144,16 @@ fn named_sets_that_cannot_be_fetched_say_which_file_to_pass() {
 #[test]
 fn a_named_sets_own_file_is_read_as_the_set_is() {
     let load = |name: &str, file_name: &str, content: &str| {
-        let (_directory, path) = file(file_name, content.as_bytes());
-        TextSet::load(&format!("{name}={path}"), Split::Evaluation, &hub())
+        load_as(&format!("{name}="), file_name, content.as_bytes())
     };
     let raw = " = Title = \n \n One line .\n";
     let set = load("wikitext2", "wiki.test.raw", raw).unwrap();
-    assert_eq!(set.text(), " = Title = \n\n\n\n\n One line .\n");
+    assert_eq!(set.text, " = Title = \n\n\n\n\n One line .\n");
     assert!(set.name.starts_with("wikitext2="));
     let set = load("ptb", "ptb.valid.txt", " aer banknote \n no it was n't \n").unwrap();
-    assert_eq!(set.text(), "aer banknote\n\nno it was n't");
+    assert_eq!(set.text, "aer banknote\n\nno it was n't");
     let set = load("ptb", "ptb.jsonl", "{\"sentence\": \"a\"}\n{\"text\": \"b\"}\n").unwrap();
-    assert_eq!(set.text(), "a\n\nb");
+    assert_eq!(set.text, "a\n\nb");
 
     let error = load("c4", "c4.txt", "text").err().unwrap();
     assert!(error.message().contains("plain text, in which no document ends"), "{error}");
@@ -151,9 +172,9 @@ fn rows_are_read_in_every_form() {
     for (name, content) in
         [("a.jsonl", rows.as_bytes()), ("a.jsonl.gz", &gzip), ("a.json.gz", &gzip)]
     {
-        assert_eq!(load(name, content).unwrap().text(), "a\n\nb", "{name}");
+        assert_eq!(load(name, content).unwrap().text, "a\n\nb", "{name}");
     }
-    assert_eq!(load("a.txt.gz", &gzip).unwrap().text(), rows);
+    assert_eq!(load("a.txt.gz", &gzip).unwrap().text, rows);
     let error = load("cut.json.gz", &gzip[..gzip.len() - 12]).err().unwrap();
     assert!(error.message().ends_with("cut.json.gz cannot be read"), "{error}");
 
@@ -171,7 +192,7 @@ fn rows_are_read_in_every_form() {
         ),
     ] {
         let set = TextSet::load(&spec, Split::Calibration, &hub()).unwrap();
-        assert_eq!(set.sha256, sha256, "{spec}");
+        assert_eq!(set.sha256(), sha256, "{spec}");
     }
 }
 
@@ -199,7 +220,8 @@ fn documents_are_drawn_as_the_reference_draws_them() {
         let expected = places.iter().flat_map(|(document, start)| {
             tokenizer.encode(&paragraphs[*document]).unwrap()[*start..start + seq_len].to_vec()
         });
-        let drawn = set.calibration_windows(&tokenizer, places.len(), seq_len, seed).unwrap();
+        let drawn =
+            set.calibration_windows(&tokenizer, places.len(), seq_len, seed).unwrap().tokens;
         assert_eq!(drawn, expected.collect::<Vec<_>>());
         if seed == 0 {
             let limit = Some(places.len());
@@ -232,15 +254,19 @@ fn a_mix_divides_the_samples_and_draws_each_set_as_if_alone() {
     for (samples, shares) in [(7, [4, 3]), (8, [4, 4]), (2, [1, 1])] {
         let draw =
             |set: &TextSet, samples| set.calibration_windows(&tokenizer, samples, 32, 5).unwrap();
-        let expected = [draw(&sample, shares[0]), draw(&other, shares[1])].concat();
-        assert_eq!(draw(&mix, samples), expected, "{samples}");
-        let used = mix.used(samples).unwrap();
-        assert_eq!(used.iter().map(|set| set.samples).collect::<Vec<_>>(), shares);
-        assert_eq!(used[1].sha256, other.sha256);
+        let expected = [draw(&sample, shares[0]).tokens, draw(&other, shares[1]).tokens].concat();
+        let drawn = draw(&mix, samples);
+        assert_eq!(drawn.tokens, expected, "{samples}");
+        assert_eq!(drawn.sets.iter().map(|set| set.samples).collect::<Vec<_>>(), shares);
+        assert_eq!(drawn.sets[1].sha256, other.sha256());
+        let hashes = format!("{}\n{}\n", sample.sha256(), other.sha256());
+        assert_eq!(drawn.sha256, sha256_hex(hashes.as_bytes()));
     }
     assert_eq!(mix.name, format!("sample,{text}"));
-    assert!(sample.used(7).unwrap().is_empty(), "one file says all by its name and hash");
-    assert_eq!(mix.used(1).unwrap_err().kind(), Kind::Usage);
+    let alone = sample.calibration_windows(&tokenizer, 7, 32, 5).unwrap();
+    assert!(alone.sets.is_empty(), "one file says all by its name and hash");
+    let error = mix.calibration_windows(&tokenizer, 1, 32, 5).unwrap_err();
+    assert_eq!(error.kind(), Kind::Usage);
 
     for (spec, split) in [("sample,ptb", Split::Evaluation), ("sample,sample", Split::Calibration)]
     {
@@ -275,18 +301,22 @@ fn the_sample_is_long_enough_and_its_parts_differ() {
     let calibration = TextSet::load("sample", Split::Calibration, &hub()).unwrap();
     let evaluation = TextSet::load("sample", Split::Evaluation, &hub()).unwrap();
     assert!(calibration.text().len() >= 36 << 10, "{} bytes", calibration.text().len());
-    assert_ne!(calibration.sha256, evaluation.sha256);
+    assert_ne!(calibration.sha256(), evaluation.sha256());
 
     let tokenizer = tiny_llama();
-    let ids = tokenizer.encode(calibration.text()).unwrap();
-    assert_eq!(calibration_windows(&ids, 128, 2048, 0).unwrap().len(), 128 * 2048);
+    let ids = tokenizer.encode(&calibration.text()).unwrap();
+    let drawn = calibration.calibration_windows(&tokenizer, 128, 2048, 0).unwrap();
+    assert_eq!(drawn.tokens.len(), 128 * 2048);
     // Broad vocabulary: most of the ids that the tokenizer has should occur.
     let distinct: std::collections::HashSet<_> = ids.iter().collect();
     assert!(distinct.len() > 2000, "{} distinct ids of {}", distinct.len(), ids.len());
 
-    let ids = tokenizer.encode(evaluation.text()).unwrap();
-    assert!(evaluation_windows(&ids, 1024, None).unwrap().len() >= 2, "{} ids", ids.len());
-    assert_eq!(evaluation_windows(&ids, 2048, Some(1)).unwrap().len(), 1);
+    for (seq_len, limit, windows) in [(1024, None, 2..5), (2048, Some(1), 1..2)] {
+        let tokens = evaluation.evaluation_windows(&tokenizer, seq_len, limit).unwrap();
+        assert!(windows.contains(&(tokens.len() / seq_len)), "{} tokens", tokens.len());
+        let ids = tokenizer.encode(&evaluation.text()).unwrap();
+        assert_eq!(tokens, ids[..tokens.len()]);
+    }
 }
 
 #[test]
@@ -321,7 +351,6 @@ fn wikitext2_as_rows_and_as_a_plain_file() {
         TextSet::load(directory.join(name).to_str().unwrap(), Split::Evaluation, &hub())
             .unwrap()
             .text()
-            .to_owned()
     };
     let rows = load("test.jsonl");
     let raw = load("wiki.test.raw");
@@ -349,6 +378,73 @@ fn wikitext2_as_rows_and_as_a_plain_file() {
     for (text, tokens) in [(raw, 303_415), (rows, 304_978)] {
         let ids = tokenizer.encode(&text).unwrap();
         assert_eq!(ids.len(), tokens);
-        assert_eq!(evaluation_windows(&ids, 2048, None).unwrap().len(), 148);
+        assert_eq!(ids.len() / 2048, 148);
     }
+}
+
+#[test]
+fn byte_order_marks_and_blank_lines_are_no_text() {
+    assert_eq!(load("a.txt", b"\xef\xbb\xbfabc").unwrap().text, "abc");
+    assert_eq!(
+        load("a.txt", b"\xef\xbb\xbfabc").unwrap().sha256,
+        load("b.txt", b"abc").unwrap().sha256
+    );
+    let rows = b"\xef\xbb\xbf{\"text\": \"a\"}\n\n  \r\n{\"text\": \"b\"}\n\n";
+    assert_eq!(load("a.jsonl", rows).unwrap().text, "a\n\nb");
+    assert_eq!(load_as("wikitext2=", "wiki.raw", b"\xef\xbb\xbf a \n").unwrap().text, " a \n");
+}
+
+#[test]
+fn csv_is_read_by_its_header() {
+    let rows = "id,text,more\n1,\"a, \"\"b\"\"\nc\",x\n2,d,\n";
+    assert_eq!(load("a.csv", rows.as_bytes()).unwrap().text, "a, \"b\"\nc\n\nd");
+    let marked = format!("\u{feff}{}", rows.replace(',', "\t"));
+    assert_eq!(load("a.tsv", marked.as_bytes()).unwrap().text, "a\t \"b\"\nc\n\nd");
+    for (rows, message) in [
+        ("id,body\n1,a\n", "line 2: it has no field `text`; its fields are id, body"),
+        ("id,text\n1\n", "line 2: it has 1 fields, but the first row names 2 columns"),
+        ("text\n", "a.csv holds no text"),
+        ("", "a.csv holds no text"),
+    ] {
+        let error = load("a.csv", rows.as_bytes()).unwrap_err();
+        assert!(error.message().ends_with(message), "{error}");
+    }
+}
+
+#[test]
+fn utf_16_is_called_so() {
+    let utf16 = |text: &str| text.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<u8>>();
+    for content in [utf16("\u{feff}abc"), utf16("an ordinary text in UTF-16")] {
+        for name in ["a.txt", "a.jsonl", "a.csv"] {
+            let error = load(name, &content).unwrap_err();
+            let message = format!("{name} is not UTF-8 text: it looks like UTF-16");
+            assert!(error.message().ends_with(&message), "{error}");
+        }
+    }
+    assert_eq!(load("a.txt", &[b"zeros ".to_vec(), vec![0; 99]].concat()).unwrap().text.len(), 105);
+}
+
+#[test]
+fn evaluation_windows_stay_when_the_file_changes() {
+    let (directory, path) = file("text.txt", "One word and another word . ".repeat(200).as_bytes());
+    let set = TextSet::load(&path, Split::Evaluation, &hub()).unwrap();
+    let tokenizer = tiny_llama();
+    let before = set.evaluation_windows(&tokenizer, 32, Some(3)).unwrap();
+    fs::write(&path, "Something else .").unwrap();
+    assert_eq!(set.evaluation_windows(&tokenizer, 32, Some(3)).unwrap(), before);
+    drop(directory);
+    assert_eq!(set.evaluation_windows(&tokenizer, 32, Some(3)).unwrap(), before);
+    assert!(set.evaluation_windows(&tokenizer, 32, Some(2)).is_err());
+}
+
+/// A text whose letters end late: its windows of white space are no evaluation.
+#[test]
+fn white_space_is_no_text_however_long() {
+    let blank = " \n".repeat(300_000);
+    let (_directory, path) = file("blank.txt", blank.as_bytes());
+    let set = TextSet::load(&path, Split::Evaluation, &hub()).unwrap();
+    let error = set.evaluation_windows(&tiny_llama(), 8, Some(1)).unwrap_err();
+    assert!(error.message().ends_with("blank.txt holds no text"), "{error}");
+    fs::write(&path, blank + "word").unwrap();
+    assert_eq!(set.evaluation_windows(&tiny_llama(), 8, Some(1)).unwrap().len(), 8);
 }

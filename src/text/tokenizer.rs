@@ -1,51 +1,214 @@
-/*! A model's `tokenizer.json`, applied as the perplexity protocol asks: to the whole text at once.
+/*! A model's `tokenizer.json`, applied as the perplexity protocol asks: to the text as one.
 
 The special tokens that the file's own post-processor adds are added, so a Llama-like model gets one
 beginning-of-sequence id at the very start and none at the windows cut later. Truncation and padding,
 which some published files leave switched on, would silently shorten the text and are switched off. */
 
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokenizers::{Encoding, PostProcessorWrapper};
+
+use super::guarded::{Allowance, caught, watched};
+use super::pieces::{PIECE_BYTES, Pieces, Token};
+use super::reach::Reach;
+use crate::checkpoint::sha256_hex;
 use crate::{Error, Result};
 
 /// Turns text into a model's ids.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
-    whence: String,
+    /// Without its post-processor, whose tokens are `before` and `after`.
+    inner: Arc<tokenizers::Tokenizer>,
+    path: String,
+    sha256: String,
+    before: Vec<u32>,
+    after: Vec<u32>,
+    reach: Option<Reach>,
 }
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`; `whence` names the file in errors.
+    /// Reads a `tokenizer.json`; `path` names the file in errors.
     ///
     /// # Errors
     /// If the bytes are not a tokenizer of a known kind.
-    pub fn from_bytes(tokenizer_json: &[u8], whence: &str) -> Result<Self> {
-        let unreadable = |cause: tokenizers::Error| {
-            Error::input(cause.to_string())
-                .context(format!("{whence} is not a readable tokenizer"))
+    pub fn from_bytes(tokenizer_json: &[u8], path: &str) -> Result<Self> {
+        let unreadable = |cause: String| {
+            Error::input(cause)
+                .context(format!("{path} is not a readable tokenizer"))
                 .hint("fetch the model's `tokenizer.json` again; older formats are not read")
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(tokenizer_json).map_err(unreadable)?;
-        inner.with_truncation(None).map_err(unreadable)?;
-        inner.with_padding(None);
-        Ok(Self { inner, whence: whence.to_owned() })
+        let read = || -> tokenizers::Result<_> {
+            let mut inner = tokenizers::Tokenizer::from_bytes(tokenizer_json)?;
+            inner.with_truncation(None)?;
+            inner.with_padding(None);
+            let (before, after) = around(&inner)?;
+            inner.with_post_processor(None::<PostProcessorWrapper>);
+            let reach = Reach::of(&inner);
+            Ok((inner, before, after, reach))
+        };
+        let read = caught(read).map_err(unreadable)?;
+        let (inner, before, after, reach) = read.map_err(|error| unreadable(error.to_string()))?;
+        let growth = growth(&inner);
+        if growth > MOST_GROWTH {
+            return Err(unreadable(format!(
+                "its normalizer may make a text {growth} times as long, more than {MOST_GROWTH} times"
+            )));
+        }
+        let (inner, path) = (Arc::new(inner), path.to_owned());
+        Ok(Self { inner, path, sha256: sha256_hex(tokenizer_json), before, after, reach })
     }
 
-    /// The ids of the whole text, special tokens of the tokenizer's post-processor included.
+    /// The ids of the text, special tokens of the tokenizer's post-processor included.
     ///
     /// # Errors
     /// If the tokenizer has no id for some part of the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        // The fast variant skips the character offsets, which nobody here asks for.
-        let encoding = self.inner.encode_fast(text, true).map_err(|cause| {
-            Error::input(cause.to_string())
-                .context(format!("{} cannot tokenize the text", self.whence))
-        })?;
-        Ok(encoding.get_ids().to_vec())
+        self.encode_in_pieces(text, PIECE_BYTES)
+    }
+
+    /// The same ids, by pieces of so many bytes.
+    pub(super) fn encode_in_pieces(&self, text: &str, piece: usize) -> Result<Vec<u32>> {
+        let mut ids = Vec::new();
+        let mut sink = |some: &[u32]| {
+            ids.extend_from_slice(some);
+            Ok(ControlFlow::Continue(()))
+        };
+        let mut pieces = Pieces::begin(self, piece, &mut sink)?;
+        let _ = pieces.push(text)?;
+        pieces.finish()?;
+        Ok(ids)
     }
 
     /// How many ids there are, added tokens included. A model's embedding may have more rows.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
+
+    /// What errors call the file.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// SHA-256 of the file.
+    pub(super) fn sha256(&self) -> &str {
+        &self.sha256
+    }
+
+    /// Ids before every text.
+    pub(super) fn before(&self) -> &[u32] {
+        &self.before
+    }
+
+    /// Ids after every text.
+    pub(super) fn after(&self) -> &[u32] {
+        &self.after
+    }
+
+    /// How far it looks, if that is known.
+    pub(super) fn reach(&self) -> Option<&Reach> {
+        self.reach.as_ref()
+    }
+
+    /// The ids of a text by itself.
+    pub(super) fn ids(&self, text: String) -> Result<Vec<u32>> {
+        // The fast variant leaves out where tokens lie.
+        self.run(text, |tokenizer, text| Ok(tokenizer.encode_fast(text, false)?.get_ids().to_vec()))
+    }
+
+    /// The tokens of a text by itself, and where they lie in it.
+    pub(super) fn tokens(&self, text: &str) -> Result<Vec<Token>> {
+        self.run(text.to_owned(), |tokenizer, text| Ok(tokens(&tokenizer.encode(text, false)?)))
+    }
+
+    /// Calls the tokenizer in a way that survives what damaged files make it do.
+    fn run<T: Send + 'static>(
+        &self,
+        text: String,
+        encode: impl FnOnce(&tokenizers::Tokenizer, &str) -> tokenizers::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let bytes = text.len() as u64;
+        let inner = Arc::clone(&self.inner);
+        let work = move || encode(&inner, &text).map_err(|error| error.to_string());
+        let result = if bytes <= UNWATCHED_BYTES {
+            caught(work)
+        } else {
+            // Usual are 2 MB a second and 150 bytes a byte.
+            let time = Duration::from_secs(60 + bytes / 10_000);
+            watched(Allowance { time, bytes: (1 << 30) + 600 * bytes }, work)
+        };
+        result.and_then(|encoded| encoded).map_err(|cause| {
+            Error::input(cause)
+                .context(format!("{} cannot tokenize the text", self.path))
+                .hint("fetch the model's `tokenizer.json` again, or try another text")
+        })
+    }
+}
+
+/// Finds out that tokens do not belong to a model: all must be below the rows of its embedding. `tokenizer` names
+/// the file that they come from.
+///
+/// # Errors
+/// Bad input that names a token without a row.
+pub fn check_tokens(tokens: &[u32], rows: usize, tokenizer: &str) -> Result<()> {
+    match tokens.iter().find(|token| **token as usize >= rows) {
+        None => Ok(()),
+        Some(token) => Err(Error::input(format!(
+            "{tokenizer}: the tokenizer gives token {token}, but the model has {rows} embeddings"
+        ))
+        .hint("tokenizer.json does not belong to this model")),
+    }
+}
+
+/// Texts so short are tokenized without a thread of their own.
+const UNWATCHED_BYTES: u64 = 4 << 10;
+
+/// By this factor a normalizer's replacements may make a text longer.
+const MOST_GROWTH: u64 = 100;
+
+fn tokens(encoding: &Encoding) -> Vec<Token> {
+    let (words, offsets) = (encoding.get_word_ids(), encoding.get_offsets());
+    let mut before = None;
+    let token = |((id, word), (start, end)): ((&u32, &Option<u32>), &(usize, usize))| {
+        let begins_word = before != Some(*word);
+        before = Some(*word);
+        Token { id: *id, begins_word, start: *start, end: *end }
+    };
+    encoding.get_ids().iter().zip(words).zip(offsets).map(token).collect()
+}
+
+/// The ids that the post-processor puts before and after a text.
+fn around(tokenizer: &tokenizers::Tokenizer) -> tokenizers::Result<(Vec<u32>, Vec<u32>)> {
+    /// Stands for the text; no vocabulary is so large.
+    const TEXT: u32 = u32::MAX;
+    let text = tokenizers::Token::new(TEXT, String::new(), (0, 0));
+    let all = tokenizer.post_process(Encoding::from_tokens(vec![text], 0), None, true)?;
+    let ids: Vec<&[u32]> = all.get_ids().split(|id| *id == TEXT).collect();
+    match ids[..] {
+        [before, after] => Ok((before.to_vec(), after.to_vec())),
+        _ => Err(format!("its post-processor has the text {} times", ids.len() - 1).into()),
+    }
+}
+
+/// By how much the normalizer's replacements may make a text longer, at most.
+fn growth(tokenizer: &tokenizers::Tokenizer) -> u64 {
+    fn of(normalizer: &serde_json::Value) -> u64 {
+        let length = |value: &serde_json::Value| value.as_str().map_or(0, str::len) as u64;
+        match normalizer["type"].as_str() {
+            Some("Sequence") => {
+                let parts = normalizer["normalizers"].as_array().into_iter().flatten();
+                parts.map(of).fold(1, u64::saturating_mul)
+            }
+            Some("Replace") => {
+                let pattern = length(&normalizer["pattern"]["String"]).max(1);
+                length(&normalizer["content"]).div_ceil(pattern).max(1)
+            }
+            Some("Prepend") => 1 + length(&normalizer["prepend"]) / 64,
+            _ => 1,
+        }
+    }
+    let normalizer = tokenizer.get_normalizer().map(serde_json::to_value);
+    normalizer.and_then(Result::ok).map_or(1, |normalizer| of(&normalizer))
 }
 
 #[cfg(test)]

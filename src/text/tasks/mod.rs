@@ -121,6 +121,14 @@ pub struct Question {
     pub gold: usize,
 }
 
+impl Question {
+    /// Bytes of all its texts.
+    fn bytes(&self) -> usize {
+        let choices = self.choices.iter();
+        choices.map(|choice| choice.context.len() + choice.continuation.len()).sum()
+    }
+}
+
 /// A text whose end is scored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Choice {

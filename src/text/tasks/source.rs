@@ -1,15 +1,20 @@
 /*! Where a task's rows come from: a file that the user names, one of a directory of such files, or the Hub. */
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use super::{Question, Task};
 use crate::hub::Hub;
-use crate::text::rows;
+use crate::text::file::DataPath;
+use crate::text::rows::each_row;
 use crate::{Error, Result};
 
 /// The revision at which the Hub keeps every data set as Parquet, `CONFIG/SPLIT/0000.parquet`.
 const PARQUET: &str = "refs/convert/parquet";
+
+/// All questions of a file stay in memory: no more than this.
+const QUESTION_BYTES: usize = 1 << 30;
 
 /// A task and, where the user names one, the file of its rows: `piqa`, or `piqa=FILE`.
 #[derive(Clone, Debug)]
@@ -63,16 +68,26 @@ impl TaskFile {
             }
             (None, None) => from_hub(self.task, hub)?,
         };
-        let rows = rows(&path)?;
-        let questions = rows.iter().take(limit.unwrap_or(usize::MAX)).enumerate();
-        let questions = questions.map(|(row, value)| {
-            self.task.question(value).map_err(|error| {
-                let what =
-                    format!("row {} of {file} is no question of {}", row + 1, self.task.name);
-                error.context(what).hint("docs/tasks.md has the columns that each task reads")
-            })
-        });
-        let questions: Vec<Question> = questions.collect::<Result<_>>()?;
+        let mut questions = Vec::new();
+        let mut bytes = 0;
+        each_row(&DataPath::open(&path)?, None, &mut |_, row| {
+            if questions.len() >= limit.unwrap_or(usize::MAX) {
+                return Ok(ControlFlow::Break(()));
+            }
+            let question = self.task.question(&row).map_err(|error| {
+                let row = questions.len() + 1;
+                error
+                    .context(format!("row {row} of {file} is no question of {}", self.task.name))
+                    .hint("docs/tasks.md has the columns that each task reads")
+            })?;
+            bytes += question.bytes();
+            if bytes > QUESTION_BYTES {
+                let what = format!("{file} holds more than {} MB of questions", bytes >> 20);
+                return Err(Error::input(what).hint("ask fewer of them with --limit N"));
+            }
+            questions.push(question);
+            Ok(ControlFlow::Continue(()))
+        })?;
         if questions.is_empty() {
             return Err(Error::input(format!("{file} holds no row")));
         }
@@ -94,9 +109,9 @@ fn from_hub(task: &Task, hub: &Hub<'_>) -> Result<(PathBuf, String)> {
     Ok((found.path, name))
 }
 
-/// `NAME.jsonl`, `.json`, `.parquet`, or the first two in gzip.
+/// `NAME.jsonl`, `.json`, `.parquet`, the first two in gzip, `.csv` or `.tsv`.
 fn in_directory(task: &Task, directory: &Path) -> Result<PathBuf> {
-    let forms = ["jsonl", "json", "parquet", "jsonl.gz", "json.gz"];
+    let forms = ["jsonl", "json", "parquet", "jsonl.gz", "json.gz", "csv", "tsv"];
     let paths = forms.map(|form| directory.join(format!("{}.{form}", task.name)));
     paths.iter().find(|path| path.is_file()).cloned().ok_or_else(|| {
         Error::input(format!("{} has no {}.jsonl", directory.display(), task.name))

@@ -1,0 +1,126 @@
+/*! Calls into parsers that panic, hang or take endless memory on some damaged files.
+
+A panic of such a call is an error about the file and not a fault of this program, so its message is
+caught and not printed. A call that may run for ever runs on a thread of its own, and its caller watches
+the clock and the process's memory. A thread that is given up keeps running; the error ends the process. */
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::sync::Once;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
+thread_local! {
+    /// Whether a panic of this thread is caught here.
+    static CATCHING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The result of `work`, or the message of its panic, which is not printed. Panics of other threads print as before.
+pub(super) fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let former = take_hook();
+        set_hook(Box::new(move |info| {
+            if !CATCHING.try_with(Cell::get).unwrap_or(false) {
+                former(info);
+            }
+        }));
+    });
+    let nested = CATCHING.replace(true);
+    let result = catch_unwind(AssertUnwindSafe(work));
+    CATCHING.set(nested);
+    result.map_err(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        text.or_else(|| panic.downcast_ref::<String>().cloned())
+            .unwrap_or_else(|| "it panics".to_owned())
+    })
+}
+
+/// What a watched call may use.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Allowance {
+    /// Wall-clock time.
+    pub(super) time: Duration,
+    /// Bytes by which the process's resident memory may grow.
+    pub(super) bytes: u64,
+}
+
+/// The result of `work`, or why there is none: its panic, or that it exceeded the allowance.
+pub(super) fn watched<T: Send + 'static>(
+    allowance: Allowance,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, String> {
+    const LOOK: Duration = Duration::from_millis(50);
+    let (sender, receiver) = channel();
+    let before = resident_bytes().unwrap_or(0);
+    // Looks are counted and not the clock read: a process that was stopped did not take the time.
+    let mut waited = Duration::ZERO;
+    std::thread::Builder::new()
+        .stack_size(8 << 20)
+        .spawn(move || {
+            // Nobody listens any more if the caller has given up.
+            let _ = sender.send(caught(work));
+        })
+        .map_err(|error| format!("no thread can be started: {error}"))?;
+    loop {
+        match receiver.recv_timeout(LOOK) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Disconnected) => return Err("its thread ended".to_owned()),
+            Err(RecvTimeoutError::Timeout) => waited += LOOK,
+        }
+        if waited > allowance.time {
+            return Err(format!("it takes longer than {} s", allowance.time.as_secs()));
+        }
+        let grown = resident_bytes().unwrap_or(0).saturating_sub(before);
+        if grown > allowance.bytes {
+            return Err(format!("it takes more than {} MB of memory", allowance.bytes >> 20));
+        }
+    }
+}
+
+/// The process's resident memory in bytes, on systems with Linux's `/proc`.
+fn resident_bytes() -> Option<u64> {
+    let text = fs_err::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
+    // SAFETY: sysconf only reads a constant of the system.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    Some(pages * u64::try_from(page).ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+    use super::*;
+
+    const SHORT: Allowance = Allowance { time: Duration::from_millis(200), bytes: 100 << 20 };
+
+    #[test]
+    fn a_panic_becomes_its_message() {
+        assert_eq!(caught(|| 3), Ok(3));
+        assert_eq!(caught(|| panic!("at {}", 7)), Err::<(), _>("at 7".to_owned()));
+        assert_eq!(watched(SHORT, || panic!("plain")), Err::<(), _>("plain".to_owned()));
+        assert!(!CATCHING.get());
+    }
+
+    #[test]
+    fn a_call_that_takes_too_long_or_too_much_is_given_up() {
+        assert_eq!(watched(SHORT, || 5), Ok(5));
+        let late = watched(SHORT, || std::thread::sleep(Duration::from_secs(2)));
+        assert_eq!(late, Err("it takes longer than 0 s".to_owned()));
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let long = Allowance { time: Duration::from_secs(60), ..SHORT };
+        // Other tests give memory back meanwhile.
+        let large = watched(long, move || {
+            let mut held = Vec::new();
+            while held.len() < 40 && !stopped.load(Relaxed) {
+                held.push(vec![1_u8; 50 << 20]);
+                std::thread::sleep(Duration::from_millis(60));
+            }
+        });
+        stop.store(true, Relaxed);
+        assert_eq!(large, Err("it takes more than 100 MB of memory".to_owned()));
+    }
+}
