@@ -138,7 +138,7 @@ fn arrays_that_do_not_fit_the_network_are_named() {
         (
             "/__metadata__/atom_calibration/config/num_hidden_layers".into(),
             json!(1_000_000_000u64),
-            "num_hidden_layers is 1000000000",
+            "`num_hidden_layers` is 1000000000",
         ),
         ("/__metadata__/atom_calibration".into(), json!([1]), "is not a calibration file"),
         ("/windows/shape".into(), json!([4, 2]), "`windows` has another type or shape"),
