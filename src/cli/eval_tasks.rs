@@ -89,7 +89,7 @@ fn least(limits: &[LeastAccuracy], name: &str) -> Option<f64> {
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     check(arguments)?;
-    arguments.samples_file(None)?;
+    arguments.samples_file(Some(Path::new(&arguments.model.model)))?;
     let backend = arguments.device.open()?;
     let hub = arguments.model.hub(ui)?;
     let directory = arguments.tasks_dir.as_deref();
