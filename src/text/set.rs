@@ -271,7 +271,11 @@ impl Part {
             ))
             .hint(format!("give `{name}` a file of rows: .parquet, .jsonl or .json.gz")));
         }
-        let content = Content::File(DataPath::open(path)?, set);
+        let data = DataPath::open(path)?;
+        if data.bytes()? == 0 {
+            return Err(empty(path));
+        }
+        let content = Content::File(data, set);
         Ok(Self { name: name.to_owned(), content, file })
     }
 
