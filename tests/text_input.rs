@@ -257,6 +257,7 @@ fn what_is_recorded_of_a_text_is_the_hash_of_all_of_it() {
 }
 
 /// The peak of the resident memory of a run, in bytes.
+#[allow(clippy::zombie_processes, reason = "wait4 waits for the child")]
 fn peak(home: &Home, line: &str) -> u64 {
     let mut command = home.command(line);
     let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
