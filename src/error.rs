@@ -114,7 +114,12 @@ impl From<std::io::Error> for Error {
         match error.kind() {
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::machine(error.to_string())
                 .hint("free some disk space, or choose another place with --out"),
-            ErrorKind::OutOfMemory => Self::machine(error.to_string()),
+            ErrorKind::FileTooLarge => Self::machine(error.to_string()).hint(
+                "raise the limit on file sizes (`ulimit -f`), or choose a place with --out whose file \
+                 system holds large files",
+            ),
+            ErrorKind::OutOfMemory => Self::machine(error.to_string())
+                .hint("raise the limit on memory (`ulimit -v`, the container's)"),
             _ => Self::input(error.to_string()),
         }
     }

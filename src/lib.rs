@@ -14,6 +14,7 @@ pub mod doctor;
 pub mod error;
 pub mod eval;
 pub mod hub;
+pub mod machine;
 pub mod model;
 pub mod pipeline;
 pub mod quant;

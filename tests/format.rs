@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use atom::checkpoint::{AtomCheckpoint, Options, TensorSpec, Writer};
+use atom::checkpoint::{AtomCheckpoint, Destination, Inputs, Options, TensorSpec, Writer};
 use atom::hub;
 use atom::pipeline::plan::{BlockPlan, SitePlan};
 use atom::pipeline::read_sites;
@@ -56,14 +56,16 @@ fn shard(checkpoint: &AtomCheckpoint, out: &Path) {
         .iter()
         .map(|(name, tensor)| TensorSpec::new(name.as_str(), tensor.dtype, tensor.shape));
     let options = Options { max_shard_bytes: 100_000, ..Options::default() };
-    let mut writer = Writer::create(out, specs.collect(), &Value::Null, options).unwrap();
+    let inputs = Inputs::default();
+    let destination = Destination { out: out.to_owned(), overwrite: false, inputs };
+    let mut writer = Writer::create(&destination, specs.collect(), &Value::Null, options).unwrap();
     let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.bytes.to_vec()));
     writer.write_block("all", tensors.collect(), Value::Null).unwrap();
-    writer.finish(checkpoint.config(), checkpoint.atom().clone(), &[]).unwrap();
+    writer.finish(checkpoint.config(), checkpoint.content().clone(), &[]).unwrap();
 }
 
 fn plan(checkpoint: &AtomCheckpoint) -> Vec<BlockPlan> {
-    serde_json::from_value(checkpoint.atom()["blocks"].clone()).unwrap()
+    serde_json::from_value(checkpoint.content()["blocks"].clone()).unwrap()
 }
 
 /// A linear as this crate reads it, `[out, channels]` in the source's channel order.

@@ -1,12 +1,20 @@
 /*! Models and text sets of the Hub, through the program, against a stand-in on this machine. */
 
 mod common;
+#[path = "hub/contents.rs"]
+mod contents;
+#[path = "hub/credentials.rs"]
+mod credentials;
+#[path = "hub/interrupts.rs"]
+mod interrupts;
+#[path = "hub/servers.rs"]
+mod servers;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use common::stand_in::{COMMIT, OTHER, StandIn, blob_name};
-use common::{Dtype, Home, RandomModel, Run, SMALL, contents};
+use common::{Dtype, Home, RandomModel, Run, SMALL};
 use fs_err as fs;
 
 /// A run that looks at the model and computes nothing.
@@ -55,6 +63,25 @@ impl Scene {
         self.run_with(line, &[])
     }
 
+    /// Starts the program with the stand-in as the Hub.
+    fn start(&self, line: &str, variables: &[(&str, &str)]) -> std::process::Child {
+        let mut command = self.home.command(line);
+        command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", self.hub.endpoint());
+        command.envs(variables.iter().copied()).stdout(Stdio::null()).spawn().unwrap()
+    }
+
+    /// Where the content of a file of the model is in the cache.
+    fn blob(&self, file: &str) -> PathBuf {
+        let snapshot = self.cache().join("snapshots").join(COMMIT);
+        fs::canonicalize(snapshot.join(file)).unwrap()
+    }
+
+    /// The file that holds what came of the weights so far.
+    fn partial(&self) -> PathBuf {
+        let blob = blob_name("model.safetensors", &self.weights());
+        self.cache().join("blobs").join(format!("{blob}.incomplete"))
+    }
+
     /// The model's directory in the cache.
     fn cache(&self) -> PathBuf {
         self.home.path("hf/hub/models--org--model")
@@ -77,6 +104,27 @@ impl Scene {
     }
 }
 
+/// Every file under a directory with its bytes, links by their target.
+fn tree(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut found = Vec::new();
+    let mut below = vec![dir.to_path_buf()];
+    while let Some(dir) = below.pop() {
+        for entry in fs::read_dir(&dir).into_iter().flatten() {
+            let path = entry.unwrap().path();
+            if let Ok(target) = std::fs::read_link(&path) {
+                found.push((path, target.into_os_string().into_encoded_bytes()));
+            } else if path.is_dir() {
+                below.push(path);
+            } else {
+                let content = fs::read(&path).unwrap();
+                found.push((path, content));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
 #[test]
 fn a_model_is_fetched_once_into_the_cache_that_others_share() {
     let scene = Scene::new();
@@ -89,7 +137,7 @@ fn a_model_is_fetched_once_into_the_cache_that_others_share() {
     let snapshot = cache.join("snapshots").join(COMMIT);
     assert_eq!(common::names(&snapshot), needed);
     let mut blobs = Vec::new();
-    for (name, content) in contents(&snapshot) {
+    for (name, content) in common::contents(&snapshot) {
         let blob = blob_name(&name, &content);
         let link = fs::read_link(snapshot.join(&name)).unwrap();
         assert_eq!(link, PathBuf::from(format!("../../blobs/{blob}")));

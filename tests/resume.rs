@@ -125,15 +125,13 @@ fn work_that_was_changed_is_not_gone_on_with() {
     fs::write(&shard, bytes).unwrap();
     home.run(&format!("{line} --resume")).fails(
         3,
-        &[
-            "model.layers.1.mlp.up_proj.weight_codes",
-            "is not what was written",
-            "leave out --resume",
-        ],
+        &["model.layers.1.mlp.up_proj.weight_codes", "is not what was written", "--overwrite"],
     );
+    // Without the flag too: nothing is thrown away unasked.
+    home.run(&line).fails(3, &["is not what was written"]);
     assert!(!home.path("out").exists());
     // As the hint says.
-    home.run(&line).done();
+    home.run(&format!("{line} --overwrite")).done();
     assert_same_files(&home.path("expected"), &home.path("out"));
 }
 
@@ -193,22 +191,100 @@ fn another_recipe_text_or_model_is_refused_with_what_differs() {
         ("--model longer", &["source was", "now"]),
     ] {
         let run = home.run(&format!("{line} {change} --resume"));
-        run.fails(3, &[&["the unfinished run in", WORK, "differs", "--resume"], parts].concat());
+        run.fails(3, &[&["the unfinished run in", WORK, "differs", "--overwrite"], parts].concat());
         assert_eq!(blocks_done(&home), found, "{change}: refused, and nothing lost");
     }
     home.run(&format!("{line} --resume")).done();
     assert_same_files(&home.path("expected"), &home.path("out"));
 }
 
+/// A job of a pipeline that was killed can simply run again.
 #[test]
-fn without_resume_a_run_begins_anew() {
+fn the_same_command_continues_and_says_so() {
     let home = home();
     let line = format!("{QUANTIZE} --out out");
     kill(start(&home, &line, || blocks_done(&home) >= 2));
-    let outcome = home.run(&format!("{line} --json")).done().json();
-    assert_eq!(outcome["resumed_blocks"], 0);
+    let found = blocks_done(&home);
+    let planned = home.json(&format!("{line} --dry-run"));
+    assert_eq!(planned["finished_blocks"], found);
+    assert_eq!(planned["needed_disk_bytes"], 0);
+    let run = home.run(&format!("{line} --json")).done();
+    assert!(
+        run.stderr.contains(&format!("{found} of {BLOCKS} blocks are finished")),
+        "{}",
+        run.stderr
+    );
+    assert_eq!(run.json()["resumed_blocks"], found);
     assert_same_files(&home.path("expected"), &home.path("out"));
     assert_eq!(home.names(), ["expected", "model", "out"]);
+}
+
+/// With `--overwrite` on the line too, which stands there for the checkpoint that is to be replaced.
+#[test]
+fn another_command_throws_nothing_away_unless_it_is_told_to() {
+    let home = home();
+    let line = format!("{QUANTIZE} --out out");
+    home.run(&format!("{line} --no-gptq")).done();
+    let old = contents(&home.path("out"));
+    let line = format!("{line} --overwrite");
+    kill(start(&home, &line, || blocks_done(&home) >= 2));
+    let found = blocks_done(&home);
+    home.run(&format!("{QUANTIZE} --out out --seed 3 --overwrite --resume"))
+        .fails(3, &["seed was 0, now 3"]);
+    for other in ["--seed 3", "--seed 3 --dry-run"] {
+        // The old checkpoint stands in the way first.
+        home.run(&format!("{QUANTIZE} --out out {other}")).fails(2, &["out exists", "--overwrite"]);
+    }
+    fs::rename(home.path("out"), home.path("aside")).unwrap();
+    for other in ["--seed 3", "--seed 3 --dry-run"] {
+        let run = home.run(&format!("{QUANTIZE} --out out {other}"));
+        run.fails(
+            3,
+            &["the unfinished run in", "seed was 0, now 3", "it has finished", "--overwrite"],
+        );
+    }
+    fs::rename(home.path("aside"), home.path("out")).unwrap();
+    assert_eq!(blocks_done(&home), found);
+    assert!(contents(&home.path("out")) == old);
+    assert_eq!(home.json(&line)["resumed_blocks"], found);
+    assert_same_files(&home.path("expected"), &home.path("out"));
+    // Asked to, it does.
+    kill(start(&home, &format!("{line} --seed 3"), || blocks_done(&home) >= 1));
+    assert_eq!(home.json(&line)["resumed_blocks"], 0);
+    assert_same_files(&home.path("expected"), &home.path("out"));
+}
+
+/// Every tensor that is there is compared, those next to the blocks too.
+#[test]
+fn a_finished_tensor_of_any_kind_that_was_changed_is_found() {
+    let home = home();
+    let line = format!("{QUANTIZE} --out out");
+    kill(start(&home, &line, || blocks_done(&home) >= 2));
+    let shard = home.path(WORK).join("checkpoint/model.safetensors");
+    let whole = fs::read(&shard).unwrap();
+    let length = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&whole[8..8 + length]).unwrap();
+    let log = fs::read_to_string(home.path(WORK).join("done.jsonl")).unwrap();
+    for name in [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.self_attn.key_mean",
+        "model.layers.1.mlp.mlp_act.order",
+        "model.layers.1.mlp.down_proj.weight_scales",
+    ] {
+        assert!(log.contains(&format!("\"{name}\"")), "{name} is not finished yet");
+        let range = |end: usize| header[name]["data_offsets"][end].as_u64().unwrap() as usize;
+        let mut zeroed = whole.clone();
+        zeroed[8 + length + range(0)..8 + length + range(1)].fill(0);
+        fs::write(&shard, zeroed).unwrap();
+        let parts = [name, "is not what was written", "--overwrite"];
+        home.run(&line).fails(3, &parts);
+        home.run(&format!("{line} --resume")).fails(3, &parts);
+    }
+    fs::write(&shard, whole).unwrap();
+    home.run(&line).done();
+    assert_same_files(&home.path("expected"), &home.path("out"));
 }
 
 #[test]
@@ -247,8 +323,7 @@ fn what_is_there_is_replaced_only_when_asked() {
     assert_eq!(home.names(), ["model", "out"]);
 
     // Only a checkpoint of ours is ever replaced, an empty directory taken.
-    home.run(&format!("{line} --out model --overwrite"))
-        .fails(2, &["is not an Atom checkpoint and is not overwritten"]);
+    home.run(&format!("{line} --out model --overwrite")).fails(2, &["is model, which is read"]);
     assert_eq!(
         common::names(&home.path("model")),
         ["config.json", "model.safetensors", "tokenizer.json"]

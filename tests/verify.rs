@@ -213,13 +213,17 @@ fn an_edited_description_is_found() {
     let path = home.path("atom/atom.json");
     let sound = fs::read(&path).unwrap();
     type Change = fn(&mut Value);
-    let checks: [(Change, &str); 6] = [
+    let checks: [(Change, &str); 10] = [
         (|atom| atom["blocks"][0][0]["group_size"] = 64.into(), "shapes"),
         (|atom| atom["blocks"][0][0]["outlier_channels"] = 0.into(), "shapes"),
         (|atom| atom["blocks"][0][2]["linears"][0]["bits"] = 3.into(), "shapes"),
         (|atom| atom["blocks"][1][2]["linears"][0]["bits"] = 16.into(), "shapes"),
         (|atom| atom["blocks"][0][0]["name"] = "elsewhere".into(), "plan"),
         (|atom| atom["kv"]["bits"] = "four".into(), "plan"),
+        (|atom| atom["kv"]["bits"] = 0.into(), "`kv`: bits is 0"),
+        (|atom| atom["kv"]["clip"] = (-1).into(), "`kv`: clip is -1"),
+        (|atom| atom["kv"]["rotate"] = false.into(), "`kv` is not what `recipe` says"),
+        (|atom| atom["recipe"]["bits"] = 7.into(), "`recipe`: bits is 7"),
     ];
     for (change, name) in checks {
         edit(&path, change);
@@ -228,10 +232,19 @@ fn an_edited_description_is_found() {
         fs::write(&path, &sound).unwrap();
     }
     // What cannot be opened at all is bad input.
-    let refusals: [(Change, &[&str]); 5] = [
+    let refusals: [(Change, &[&str]); 8] = [
         (|atom| atom["format_version"] = 2.into(), &["format version 2", "hint: use a newer"]),
         (|atom| atom["format_version"] = Value::Null, &["no valid `format_version`", "hint: "]),
-        (|atom| atom["tensors"]["ghost"] = json!({}), &["lists tensor `ghost`", "hint: "]),
+        (
+            |atom| atom["tensors"]["ghost"] = json!({"sha256": "0".repeat(64)}),
+            &["lists tensor `ghost`", "hint: "],
+        ),
+        (|atom| atom["tensors"]["ghost"] = json!({}), &["atom.json is damaged", "hint: "]),
+        (
+            |atom| atom["files"]["config.json"]["sha256"] = "f".into(),
+            &["no valid SHA-256 of `config.json`", "hint: "],
+        ),
+        (|atom| atom["sha256"] = 3.into(), &["atom.json is damaged", "hint: "]),
         (
             |atom| drop(atom["tensors"].as_object_mut().unwrap().remove("model.norm.weight")),
             &["does not list tensor `model.norm.weight`", "hint: "],
@@ -250,6 +263,64 @@ fn an_edited_description_is_found() {
     home.run("verify --model atom --no-eval").done();
 }
 
+/// What runs is more than tensors: the configuration, the tokenizer and the manifest count as well.
+#[test]
+fn a_changed_file_next_to_the_shards_is_found() {
+    let home = home_with_atom("");
+    let listed = home.json("verify --model atom --no-eval");
+    assert_eq!(listed["checks"][0]["name"], "files");
+    for name in ["config.json", "tokenizer.json", "atom.json"] {
+        assert!(listed["checks"][0]["detail"].as_str().unwrap().contains(name), "{listed}");
+    }
+    type Change = fn(&mut Value);
+    let changes: [(&str, Change); 4] = [
+        ("config.json", |config| config["rope_theta"] = 500_000.into()),
+        ("config.json", |config| config["model_type"] = "gpt2".into()),
+        ("tokenizer.json", |tokenizer| tokenizer["model"]["vocab"]["a"] = 7.into()),
+        ("atom.json", |atom| atom["calibration"]["dataset"] = "another".into()),
+    ];
+    for (name, change) in changes {
+        let path = home.path("atom").join(name);
+        let sound = fs::read(&path).unwrap();
+        edit(&path, change);
+        let found = damage(&home);
+        assert!(found.contains("files") && found.contains(name), "{name}: {found}");
+        // With a text to measure on too: the check fails before the text is looked at.
+        home.run("verify --model atom --windows 1 --seq-len 64").fails(1, &["files"]);
+        let parts = [name, if found.contains("gpt2") { "gpt2" } else { "is not what was written" }];
+        home.run("eval-ppl --model atom --seq-len 64 --windows 1").fails(3, &parts[1..]);
+        fs::write(&path, &sound).unwrap();
+    }
+    let path = home.path("atom/tokenizer.json");
+    let sound = fs::read(&path).unwrap();
+    fs::write(&path, "garbled").unwrap();
+    assert!(damage(&home).contains("tokenizer.json is not what was written"));
+    home.run("verify --model atom --windows 1 --seq-len 64").fails(1, &["files"]);
+    fs::remove_file(&path).unwrap();
+    assert!(damage(&home).contains("tokenizer.json is missing"));
+    fs::write(&path, sound).unwrap();
+    home.run("verify --model atom --no-eval").done();
+}
+
+/// A checkpoint from before there were hashes of files: it is read, with a word on what nothing covers.
+#[test]
+fn an_older_checkpoint_stays_readable() {
+    let home = home_with_atom("");
+    let measure = "eval-ppl --model atom --seq-len 64 --windows 2";
+    let before = home.json(measure)["perplexity"].clone();
+    edit(&home.path("atom/atom.json"), |atom| {
+        for field in ["files", "sha256"] {
+            atom.as_object_mut().unwrap().remove(field).unwrap();
+        }
+    });
+    let outcome = home.json("verify --model atom --no-eval");
+    assert_eq!(outcome["ok"], true);
+    let detail = outcome["checks"][0]["detail"].as_str().unwrap();
+    assert!(detail.starts_with("not covered"), "{detail}");
+    assert_eq!(home.json(measure)["perplexity"], before);
+    home.run("inspect atom").done();
+}
+
 #[test]
 fn a_missing_or_short_file_is_bad_input() {
     let home = home_with_atom("");
@@ -263,7 +334,7 @@ fn a_missing_or_short_file_is_bad_input() {
     fs::remove_file(home.path("atom/tokenizer.json")).unwrap();
     home.run("verify --model atom").fails(3, &["atom has no tokenizer.json", "hint: "]);
     home.run("verify --model absent").fails(3, &["absent", "hint: "]);
-    home.run("verify --model atom --no-eval").done();
+    home.run("verify --model atom --no-eval").fails(1, &["files"]);
 }
 
 #[test]
@@ -386,6 +457,7 @@ fn the_table_names_every_check() {
     let home = home_with_atom("");
     let run: Run = home.run("verify --model atom --seq-len 64 --windows 1").done();
     for check in [
+        "files",
         "plan",
         "shapes",
         "checksums",

@@ -9,7 +9,7 @@ use super::rate::{
 };
 use super::{BenchOutcome, SyntheticModel};
 use crate::backend::Backend;
-use crate::checkpoint::Source;
+use crate::checkpoint::{Destination, Inputs, Source};
 use crate::eval::source_perplexity;
 use crate::model::Architecture;
 use crate::model::sites::{ATTN_OUT, MLP_ACT, SiteKind, SiteSpec};
@@ -50,7 +50,7 @@ pub fn quantize<B: Backend>(
     progress.info(&format!("writing random weights to {}", source.display()));
     model.write(&source)?;
     let source = Source::open(&source)?;
-    let architecture = Architecture::from_config(source.config())?;
+    let architecture = Architecture::read(source.config(), &source.config_file())?;
     let tokens = model.samples * model.seq_len;
     let rate = products(backend, &architecture, tokens.min(RATE_TOKENS))?;
     backend.trim();
@@ -62,7 +62,8 @@ pub fn quantize<B: Backend>(
         seed: 0,
     };
     let out = directory.join(format!("{}-atom", model.shape));
-    let output = Output { out, overwrite: false, resume: false };
+    let destination = Destination { out, overwrite: false, inputs: Inputs::default() };
+    let output = Output { destination, resume: false };
     let outcome = run(backend, &source, &calibration, recipe, &output, None, progress)?;
 
     let figure = |name: &str, value: Value| Figure { figure: name.to_owned(), value, share: None };
@@ -116,7 +117,7 @@ fn evaluation<B: Backend>(
     let text = TextSet::sample_of_length(Split::Evaluation, bytes);
     let (seq_len, windows) = (model.seq_len, Some(model.samples));
     let evaluation = Evaluation { text, seq_len, windows };
-    let architecture = Architecture::from_config(source.config())?;
+    let architecture = Architecture::read(source.config(), &source.config_file())?;
     let outcome = source_perplexity(backend, source, &evaluation, progress)?;
     let head = 2.0 * (architecture.hidden * architecture.vocabulary) as f64;
     let operations = product_operations(&architecture) * architecture.blocks as f64 + head;

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::Stored;
 use super::dtype::{TensorSpec, form};
+use super::envelope::{ATOM, Envelope, has_own_hash};
 use super::files::Files;
 use super::fingerprint::sha256_hex;
 use super::shards::Shards;
@@ -18,7 +19,7 @@ pub const FORMAT_VERSION: u64 = 1;
 
 /// Whether `dir` holds an Atom checkpoint: a directory is one once `atom.json` is in it.
 pub fn is_atom(dir: &Path) -> bool {
-    dir.join("atom.json").is_file()
+    dir.join(ATOM).is_file()
 }
 
 /// An opened Atom checkpoint; tensors stay in their files until they are used.
@@ -27,6 +28,7 @@ pub struct AtomCheckpoint {
     name: String,
     config: Value,
     atom: Value,
+    envelope: Envelope,
     shards: Shards,
 }
 
@@ -35,37 +37,62 @@ impl AtomCheckpoint {
     /// contents are not: see [`AtomCheckpoint::verify_tensor`].
     pub fn open(dir: &Path) -> Result<Self> {
         let files = Files::directory(dir)?;
-        let path = files.path_of("atom.json");
-        let Some(atom) = files.json("atom.json")? else {
+        let path = files.path_of(ATOM);
+        let Some(atom) = files.json(ATOM)? else {
             return Err(Error::input(format!("{} has no atom.json", dir.display()))
                 .hint("give a directory that `atom quantize` has written"));
         };
-        match atom["format_version"].as_u64() {
-            Some(FORMAT_VERSION) => {}
-            Some(version) if version > FORMAT_VERSION => {
-                let message = format!(
-                    "{path} has format version {version}, this program reads up to {FORMAT_VERSION}"
-                );
-                return Err(Error::input(message).hint("use a newer version of atom"));
-            }
-            _ => {
-                let message = format!("{path} has no valid `format_version`");
-                return Err(Error::input(message).hint("quantize the model again"));
-            }
-        }
+        let envelope = Envelope::read(&atom, &path)?;
         let config = files.config()?;
         let shards = Shards::open(&files)?;
-        let listed = atom["tensors"].as_object().ok_or_else(|| {
-            Error::input(format!("{path} has no `tensors`")).hint("quantize the model again")
-        })?;
+        shards.check_index()?;
+        let listed = &envelope.tensors;
         let absent = listed.keys().find(|name| !shards.contains(name));
         let unlisted = shards.names().find(|name| !listed.contains_key(*name));
         let problem = match (absent, unlisted) {
             (Some(name), _) => format!("{path} lists tensor `{name}`, which no shard holds"),
             (None, Some(name)) => format!("{path} does not list tensor `{name}` of the shards"),
-            (None, None) => return Ok(Self { name: files.name(), files, config, atom, shards }),
+            (None, None) => {
+                return Ok(Self { name: files.name(), files, config, atom, envelope, shards });
+            }
         };
         Err(Error::input(problem).hint("copy the checkpoint again, all of its files"))
+    }
+
+    /// Whether `atom.json` has hashes of itself and of the files next to the shards. Checkpoints written before
+    /// there were such hashes have none.
+    pub fn covers_files(&self) -> bool {
+        self.envelope.covers_files()
+    }
+
+    /// The names of the files that have a hash, `atom.json` first; none where there are no hashes.
+    pub fn covered_files(&self) -> Vec<&str> {
+        let own = self.envelope.sha256.as_ref().map(|_| ATOM);
+        own.into_iter().chain(self.envelope.files.keys().map(String::as_str)).collect()
+    }
+
+    /// Compares a file with the hash that `atom.json` has of it.
+    ///
+    /// # Errors
+    /// A difference, or a missing file, is a failed check (exit code 1).
+    pub fn verify_file(&self, name: &str) -> Result<()> {
+        let path = self.files.path_of(name);
+        let again = "the file was changed or damaged: copy it again, or quantize the model again";
+        let Some(content) = self.files.read(name)? else {
+            return Err(Error::check(format!("{path} is missing")).hint(again));
+        };
+        let same = match (name, &self.envelope.sha256) {
+            (ATOM, Some(expected)) => has_own_hash(&content, expected),
+            (ATOM, None) => true,
+            _ => {
+                self.envelope.files.get(name).is_none_or(|hash| sha256_hex(&content) == hash.sha256)
+            }
+        };
+        if same {
+            return Ok(());
+        }
+        Err(Error::check(format!("{path} is not what was written: its SHA-256 is another"))
+            .hint(again))
     }
 
     /// A short name: the directory's.
@@ -78,14 +105,24 @@ impl AtomCheckpoint {
         self.files.dir()
     }
 
-    /// The content of `atom.json`.
-    pub fn atom(&self) -> &Value {
+    /// The content of `atom.json`, an object. [`crate::pipeline::Manifest`] is its type.
+    pub fn content(&self) -> &Value {
         &self.atom
+    }
+
+    /// What messages call one of its files.
+    pub fn path_of(&self, file: &str) -> String {
+        self.files.path_of(file)
     }
 
     /// The content of `config.json`, an object.
     pub fn config(&self) -> &Value {
         &self.config
+    }
+
+    /// What messages call its `config.json`: the path, or the bundled model's.
+    pub fn config_file(&self) -> String {
+        self.files.path_of("config.json")
     }
 
     /// The tensor of this name, of any type.
@@ -122,7 +159,7 @@ impl AtomCheckpoint {
     /// failed check (exit code 1).
     pub fn verify_tensor(&self, name: &str) -> Result<()> {
         let tensor = self.tensor(name)?;
-        let expected = self.atom["tensors"][name]["sha256"].as_str().unwrap_or("no hash");
+        let expected = self.envelope.tensors.get(name).map_or("no hash", |hash| &hash.sha256);
         let found = sha256_hex(tensor.bytes);
         tensor.release();
         if found == expected {

@@ -6,10 +6,13 @@ tell the two apart. */
 use std::borrow::Cow;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use memmap2::Mmap;
 use serde_json::Value;
 
+use super::{foreign, json, regular};
+use crate::machine::{Watched, watch};
 use crate::{Error, Result};
 
 /// Files built into the program: `(file name, bytes)`.
@@ -23,7 +26,11 @@ pub(super) enum Files {
 
 /// The bytes of one file: mapped, or part of the program.
 pub(super) enum Bytes {
-    Mapped(Mmap),
+    Mapped {
+        /// It is dropped first: it must end before the map does.
+        _watch: Watched,
+        map: Mmap,
+    },
     Static(&'static [u8]),
 }
 
@@ -32,18 +39,36 @@ impl Deref for Bytes {
 
     fn deref(&self) -> &[u8] {
         match self {
-            Self::Mapped(map) => map,
+            Self::Mapped { map, .. } => map,
             Self::Static(bytes) => bytes,
         }
     }
 }
 
+/// The most bytes that a file of this name is read into memory for.
+fn limit(file: &str) -> u64 {
+    const MEBIBYTE: u64 = 1 << 20;
+    match file {
+        "config.json" => 16 * MEBIBYTE,
+        "tokenizer.json" => 512 * MEBIBYTE,
+        _ => 256 * MEBIBYTE,
+    }
+}
+
+/// Length and time of the last change of a file: different once somebody has written to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp {
+    bytes: u64,
+    modified: Option<SystemTime>,
+}
+
 impl Files {
-    /// The files in `dir`, which must be a directory.
+    /// The files in `dir`, which must be a directory: the checkpoint's own, or its repository's in the
+    /// Hub's cache, of which the snapshot of `main` is taken.
     pub(super) fn directory(dir: &Path) -> Result<Self> {
         let hint = "give --model a directory that holds config.json and *.safetensors";
         match fs_err::metadata(dir) {
-            Ok(metadata) if metadata.is_dir() => Ok(Self::Directory(dir.to_path_buf())),
+            Ok(metadata) if metadata.is_dir() => Ok(Self::Directory(snapshot(dir)?)),
             Ok(_) => {
                 Err(Error::input(format!("{} is a file, not a directory", dir.display()))
                     .hint(hint))
@@ -125,23 +150,27 @@ impl Files {
     }
 
     /// The file's content, or `None` if there is no such file.
+    ///
+    /// # Errors
+    /// Bad input if it is no regular file, a link to nothing, or longer than such a file can be.
     pub(super) fn read(&self, file: &str) -> Result<Option<Cow<'static, [u8]>>> {
         match self {
             Self::Embedded { files, .. } => {
                 Ok(files.iter().find(|f| f.0 == file).map(|f| Cow::Borrowed(f.1)))
             }
-            Self::Directory(_) if !self.contains(file) => Ok(None),
-            Self::Directory(dir) => Ok(Some(Cow::Owned(fs_err::read(dir.join(file))?))),
+            Self::Directory(dir) => {
+                let path = dir.join(file);
+                let absent = fs_err::symlink_metadata(&path)
+                    .is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound);
+                (!absent).then(|| regular::read(&path, limit(file)).map(Cow::Owned)).transpose()
+            }
         }
     }
 
     /// The file parsed as JSON, or `None` if there is no such file.
     pub(super) fn json(&self, file: &str) -> Result<Option<Value>> {
         let Some(bytes) = self.read(file)? else { return Ok(None) };
-        serde_json::from_slice(&bytes).map(Some).map_err(|error| {
-            Error::input(format!("{} is not valid JSON: {error}", self.path_of(file)))
-                .hint("download the file again")
-        })
+        json::parse(&bytes, &self.path_of(file)).map(Some)
     }
 
     /// The content of `config.json`, an object.
@@ -151,22 +180,24 @@ impl Files {
             Some(config) if config.is_object() => Ok(config),
             Some(_) => Err(Error::input(format!("{path} is not a JSON object"))
                 .hint("download the file again")),
-            None => Err(Error::input(format!("{} has no config.json", self.place())).hint(
-                "give --model the directory of a Hugging Face checkpoint: config.json, \
-                 tokenizer.json and *.safetensors lie side by side in it",
-            )),
+            None => Err(foreign::without_config(self)),
         }
     }
 
-    /// The content of `tokenizer.json`.
+    /// The content of `tokenizer.json`, without a byte order mark.
     pub(super) fn tokenizer(&self) -> Result<Cow<'static, [u8]>> {
-        self.read("tokenizer.json")?.ok_or_else(|| {
+        let content = self.read("tokenizer.json")?.ok_or_else(|| {
             Error::input(format!("{} has no tokenizer.json", self.place())).hint(
                 "download it from the model's repository, or make it from tokenizer.model: \
                  python -c \"from transformers import AutoTokenizer as T; \
                  T.from_pretrained('DIR', use_fast=True).save_pretrained('DIR')\"",
             )
-        })
+        })?;
+        let text = json::text(&content, &self.path_of("tokenizer.json"))?;
+        match content.len() - text.len() {
+            0 => Ok(content),
+            mark => Ok(Cow::Owned(content[mark..].to_vec())),
+        }
     }
 
     /// The file mapped into memory, not read.
@@ -178,14 +209,60 @@ impl Files {
                 .map(|f| Bytes::Static(f.1))
                 .ok_or_else(|| Error::input(format!("{} does not exist", self.path_of(file)))),
             Self::Directory(dir) => {
-                let file = fs_err::File::open(dir.join(file))?;
+                let path = dir.join(file);
+                let (file, _) = regular::open(&path)?;
                 // SAFETY: the map is only read. Another process that shortens the file meanwhile
-                // would raise SIGBUS; no reader of mapped weights can guard against that.
-                let map = unsafe { Mmap::map(&file) };
-                Ok(Bytes::Mapped(map.map_err(|error| {
-                    Error::machine(format!("cannot map {}: {error}", file.path().display()))
-                })?))
+                // raises SIGBUS, which ends the process with a sentence that names the file.
+                let map = unsafe { Mmap::map(&file) }.map_err(|error| {
+                    Error::machine(format!("cannot map {}: {error}", path.display()))
+                        .hint("raise the limit on memory (`ulimit -v`), which counts mapped files")
+                })?;
+                Ok(Bytes::Mapped { _watch: watch(&path, &map), map })
             }
         }
     }
+
+    /// Length and time of the last change of a file; none for one that is part of the program.
+    pub(super) fn stamp(&self, file: &str) -> Result<Option<Stamp>> {
+        let Self::Directory(dir) = self else { return Ok(None) };
+        let metadata = fs_err::metadata(dir.join(file))?;
+        Ok(Some(Stamp { bytes: metadata.len(), modified: metadata.modified().ok() }))
+    }
+}
+
+/// The snapshot that is meant where `dir` is a repository in the Hub's cache (`models--org--name`):
+/// that of `main`, or else the only one. Every other directory is meant itself.
+fn snapshot(dir: &Path) -> Result<PathBuf> {
+    let snapshots = dir.join("snapshots");
+    if dir.join("config.json").exists() || !snapshots.is_dir() {
+        return Ok(dir.to_path_buf());
+    }
+    if let Ok(commit) = regular::read(&dir.join("refs/main"), 1 << 10)
+        && let Ok(commit) = str::from_utf8(&commit)
+        && is_plain_file_name(commit.trim())
+        && snapshots.join(commit.trim()).is_dir()
+    {
+        return Ok(snapshots.join(commit.trim()));
+    }
+    let mut found = Vec::new();
+    for entry in fs_err::read_dir(&snapshots)? {
+        found.extend(Some(entry?.path()).filter(|path| path.is_dir()));
+    }
+    found.sort();
+    match &found[..] {
+        [only] => Ok(only.clone()),
+        [] => Err(Error::input(format!("{} holds no snapshot of the model", dir.display()))
+            .hint("download the model, for example with `hf download ORG/NAME`")),
+        [first, ..] => Err(Error::input(format!(
+            "{} is a repository in the Hub's cache with {} snapshots, and refs/main names none of them",
+            dir.display(),
+            found.len()
+        ))
+        .hint(format!("give --model one of them, such as {}", first.display()))),
+    }
+}
+
+/// Whether `name` stays inside its directory: downloaded text must not reach other files.
+pub(super) fn is_plain_file_name(name: &str) -> bool {
+    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
 }

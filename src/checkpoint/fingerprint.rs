@@ -4,9 +4,16 @@ The fingerprint answers "is this the model that the other run saw?" in well unde
 70B as well, so it samples: whole headers, and both ends of every tensor. Two checkpoints that
 differ in training differ at the ends of their tensors; it is no defence against forgery. */
 
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
 use sha2::{Digest, Sha256};
 
+use super::output::{failed, open_plain};
 use super::shards::Shard;
+use crate::Result;
 
 /// Bytes hashed at each end of a tensor.
 const SAMPLE_BYTES: usize = 4096;
@@ -14,6 +21,27 @@ const SAMPLE_BYTES: usize = 4096;
 /// SHA-256 of `bytes` in hexadecimal.
 pub fn sha256_hex(bytes: &[u8]) -> String {
     hex(Sha256::digest(bytes).as_slice())
+}
+
+/// SHA-256 of a whole file, in hexadecimal.
+pub(super) fn sha256_of_file(path: &Path) -> Result<String> {
+    let file = open_plain(path, File::options().read(true))?;
+    let bytes = file.metadata().map_err(|error| failed("read", path, &error))?.len();
+    sha256_of(&file, 0, bytes).map_err(|error| failed("read", path, &error))
+}
+
+/// SHA-256 of `bytes` bytes of a file from `offset` on, in hexadecimal; a megabyte at a time.
+pub(super) fn sha256_of(file: &File, offset: u64, bytes: u64) -> io::Result<String> {
+    let mut hash = Sha256::new();
+    let mut part = vec![0; (1 << 20).min(usize::try_from(bytes).unwrap_or(usize::MAX))];
+    let mut at = 0;
+    while at < bytes {
+        let length = part.len().min(usize::try_from(bytes - at).unwrap_or(usize::MAX));
+        file.read_exact_at(&mut part[..length], offset + at)?;
+        hash.update(&part[..length]);
+        at += length as u64;
+    }
+    Ok(hex(hash.finalize().as_slice()))
 }
 
 /// A digest in lower-case hexadecimal.

@@ -7,14 +7,23 @@ is there whole or not at all. `docs/format.md` is the written form of what [`Wri
 [`linear`] put on disk. */
 
 mod atom;
+mod destination;
 mod dtype;
+mod envelope;
 mod files;
 mod fingerprint;
+pub(crate) mod foreign;
+mod json;
 mod layout;
 pub mod linear;
+mod naming;
 mod output;
+mod output_file;
 pub mod packing;
+mod pattern;
+mod regular;
 mod shards;
+mod side_files;
 mod source;
 mod tensor;
 #[cfg(test)]
@@ -23,15 +32,21 @@ mod work;
 mod writer;
 
 pub use atom::{AtomCheckpoint, FORMAT_VERSION, is_atom};
+pub use destination::{Destination, Inputs};
 pub use dtype::{Dtype, TensorSpec};
 pub(crate) use fingerprint::hex;
 pub use fingerprint::sha256_hex;
-pub use output::{free_bytes, writable};
+pub(crate) use json::text as utf8_text;
+pub use output::free_bytes;
+pub use output_file::{FileKind, OutputFile};
+pub(crate) use pattern::fits;
+pub(crate) use regular::read_named;
+pub(crate) use side_files::is_side_file;
+pub use side_files::{SideFile, SideFiles};
 pub use source::Source;
-pub(crate) use source::is_side_file;
 pub use tensor::Tensor;
 pub use work::DoneBlock;
-pub use writer::{DEFAULT_SHARD_BYTES, Options, Writer};
+pub use writer::{DEFAULT_SHARD_BYTES, Options, Preview, Writer};
 
 use std::borrow::Cow;
 

@@ -2,13 +2,13 @@
 every file and directory synced, and one rename that puts the finished directory in place. */
 
 use std::ffi::CString;
-use std::fs::File;
-use std::io;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 
-use super::atom::is_atom;
 use crate::{Error, Result};
 
 /// An I/O error with the action and the path in its sentence; a full disk stays the machine's
@@ -17,46 +17,10 @@ pub(super) fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
     io::Error::new(error.kind(), format!("cannot {action} {}: {error}", path.display())).into()
 }
 
-/// The output directory made absolute, if it may be written: it must not exist, or be empty, or,
-/// with `overwrite`, be an Atom checkpoint. Anything else is never replaced.
-pub fn writable(out: &Path, overwrite: bool) -> Result<PathBuf> {
-    let shown = out.display();
-    let absolute = match fs_err::canonicalize(out) {
-        Ok(existing) => existing,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return std::path::absolute(out)
-                .ok()
-                .filter(|path| path.file_name().is_some() && out.file_name().is_some())
-                .ok_or_else(|| {
-                    Error::usage(format!("`{shown}` cannot be the output directory"))
-                        .hint("name a new directory with --out")
-                });
-        }
-        Err(error) => {
-            return Err(Error::from(error).hint("name another directory with --out"));
-        }
-    };
-    if absolute.file_name().is_none() || !absolute.is_dir() {
-        let message = format!("output {shown} exists and is not a directory of its own");
-        return Err(Error::usage(message).hint("name a new directory with --out"));
-    }
-    if fs_err::read_dir(&absolute)?.next().is_none() {
-        return Ok(absolute);
-    }
-    if !overwrite {
-        return Err(Error::usage(format!("output directory {shown} exists"))
-            .hint("replace it with --overwrite, or name another one with --out"));
-    }
-    if !is_atom(&absolute) {
-        let message =
-            format!("output directory {shown} is not an Atom checkpoint and is not overwritten");
-        return Err(Error::usage(message).hint("name another directory with --out"));
-    }
-    Ok(absolute)
-}
-
-/// Bytes that an ordinary user can still write beside `path`; `None` if the system does not say.
+/// Bytes that an ordinary user can still write at `path`, or where it would be made; `None` if the system does not
+/// say.
 pub fn free_bytes(path: &Path) -> Option<u64> {
+    let path = path.ancestors().find(|path| path.exists()).unwrap_or(path);
     let path = CString::new(path.as_os_str().as_bytes()).ok()?;
     let mut status = std::mem::MaybeUninit::<libc::statvfs>::uninit();
     // SAFETY: the path ends in a zero byte and `status` has room for the structure.
@@ -99,10 +63,34 @@ pub(super) fn reserve(file: &File, path: &Path, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Writes a file and waits until the disk has it.
+/// Opens a plain file of the work directory. A link, hard or symbolic, may lead to somebody else's file and is refused.
+pub(super) fn open_plain(path: &Path, options: &mut OpenOptions) -> Result<File> {
+    let file = match options.custom_flags(libc::O_NOFOLLOW).open(path) {
+        Ok(file) => file,
+        Err(error) if error.raw_os_error() == Some(libc::ELOOP) => return Err(planted(path)),
+        Err(error) => return Err(failed("open", path, &error)),
+    };
+    let found = file.metadata().map_err(|error| failed("read", path, &error))?;
+    // None, where another process has removed it meanwhile.
+    if found.is_file() && found.nlink() <= 1 { Ok(file) } else { Err(planted(path)) }
+}
+
+/// The error of a link where a run keeps its own files.
+pub(super) fn planted(path: &Path) -> Error {
+    Error::input(format!(
+        "{} is a link or no plain file: no run of atom has made it",
+        path.display()
+    ))
+    .hint("look at where it leads, and remove it; nothing was written through it")
+}
+
+/// Writes a file of the work directory and waits until the disk has it.
 pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    fs_err::write(path, bytes)?;
-    Ok(fs_err::File::open(path)?.sync_all()?)
+    let mut file = open_plain(path, File::options().write(true).create(true))?;
+    file.set_len(0)
+        .and_then(|()| file.write_all(bytes))
+        .and_then(|()| file.sync_all())
+        .map_err(|error| failed("write", path, &error))
 }
 
 /// Waits until the disk has a directory's entries.
@@ -114,7 +102,7 @@ pub(super) fn sync_directory(path: &Path) -> Result<()> {
 /// step where the file system can, so that a reader finds the old or the new one at any moment;
 /// the old one ends up at `old`.
 pub(super) fn replace(new: &Path, out: &Path, old: &Path) -> Result<()> {
-    if !out.exists() {
+    if fs_err::symlink_metadata(out).is_err() {
         return Ok(fs_err::rename(new, out)?);
     }
     match exchange(new, out) {
@@ -132,7 +120,7 @@ pub(super) fn replace(new: &Path, out: &Path, old: &Path) -> Result<()> {
 }
 
 #[cfg(target_os = "linux")]
-fn exchange(a: &Path, b: &Path) -> io::Result<()> {
+pub(super) fn exchange(a: &Path, b: &Path) -> io::Result<()> {
     let [a, b] = [a, b].map(|path| CString::new(path.as_os_str().as_bytes()));
     let (a, b) = (a?, b?);
     // SAFETY: both paths end in a zero byte and outlive the call.
@@ -149,7 +137,7 @@ fn exchange(a: &Path, b: &Path) -> io::Result<()> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn exchange(_: &Path, _: &Path) -> io::Result<()> {
+pub(super) fn exchange(_: &Path, _: &Path) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
@@ -157,33 +145,6 @@ fn exchange(_: &Path, _: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
     use crate::Kind;
-
-    #[test]
-    fn only_a_new_name_an_empty_directory_or_an_old_checkpoint_may_be_written() {
-        let home = tempfile::tempdir().unwrap();
-        let path = |name: &str| home.path().join(name);
-        assert!(writable(&path("new"), false).is_ok());
-        fs_err::create_dir(path("empty")).unwrap();
-        assert!(writable(&path("empty"), false).is_ok());
-
-        fs_err::create_dir(path("precious")).unwrap();
-        fs_err::write(path("precious/thesis.tex"), "x").unwrap();
-        let error = writable(&path("precious"), false).unwrap_err();
-        assert_eq!(error.kind(), Kind::Usage);
-        assert!(error.hint_text().unwrap().contains("--overwrite"));
-        let error = writable(&path("precious"), true).unwrap_err();
-        assert_eq!(error.kind(), Kind::Usage);
-        assert!(error.message().ends_with("is not an Atom checkpoint and is not overwritten"));
-
-        fs_err::create_dir(path("old")).unwrap();
-        fs_err::write(path("old/atom.json"), "{}").unwrap();
-        assert!(writable(&path("old"), false).is_err());
-        assert!(writable(&path("old"), true).is_ok());
-
-        let file = path("precious/thesis.tex");
-        assert_eq!(writable(&file, true).unwrap_err().kind(), Kind::Usage);
-        assert_eq!(writable(Path::new("/"), true).unwrap_err().kind(), Kind::Usage);
-    }
 
     #[test]
     fn a_disk_too_small_is_the_machines_fault_and_both_sizes_are_named() {

@@ -24,6 +24,8 @@ pub struct Tensor<'a> {
     pub shape: &'a [usize],
     /// The elements, little-endian, row by row; of any alignment.
     pub bytes: &'a [u8],
+    /// The file that holds it, as messages name it; empty if it lies in none.
+    pub(super) file: &'a str,
     /// The map that `bytes` lies in, if it lies in one.
     pub(super) map: Option<&'a Mmap>,
 }
@@ -31,7 +33,15 @@ pub struct Tensor<'a> {
 impl<'a> Tensor<'a> {
     /// A tensor whose bytes lie in memory and in no file.
     pub fn in_memory(name: &'a str, dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> Self {
-        Self { name, dtype, shape, bytes, map: None }
+        Self { name, dtype, shape, bytes, file: "", map: None }
+    }
+
+    /// What messages call it: tensor `name` of the path of its file.
+    pub fn title(&self) -> String {
+        match self.file {
+            "" => format!("tensor `{}`", self.name),
+            file => format!("tensor `{}` of {file}", self.name),
+        }
     }
 
     /// Number of elements.
@@ -53,8 +63,25 @@ impl<'a> Tensor<'a> {
     /// An error that says where, if a value is a NaN or infinity.
     pub fn check_finite(&self) -> Result<()> {
         const PART: usize = 1 << 22;
+        let size = self.dtype.size_bytes();
         let mut parts = (0..self.len()).step_by(PART);
-        parts.try_for_each(|at| self.values_f32(at..(at + PART).min(self.len())).map(drop))
+        parts.try_for_each(|at| {
+            let end = (at + PART).min(self.len());
+            self.values_f32(at..end)?;
+            Tensor { bytes: &self.bytes[at * size..end * size], ..*self }.release();
+            Ok(())
+        })
+    }
+
+    /// A copy of the bytes. Pages are given back as they are copied.
+    pub fn copied(&self) -> Vec<u8> {
+        const PART: usize = 16 << 20;
+        let mut bytes = Vec::with_capacity(self.bytes.len());
+        for part in self.bytes.chunks(PART) {
+            bytes.extend_from_slice(part);
+            Tensor { bytes: part, ..*self }.release();
+        }
+        bytes
     }
 
     /// The values of the given rows (indices of the first dimension) as f32, row by row, with the
@@ -63,11 +90,39 @@ impl<'a> Tensor<'a> {
         let count = self.shape.first().copied().unwrap_or(1);
         if rows.start > rows.end || rows.end > count {
             let message =
-                format!("tensor `{}` has {count} rows, but rows {rows:?} are asked for", self.name);
+                format!("{} has {count} rows, but rows {rows:?} are asked for", self.title());
             return Err(Error::input(message));
         }
         let width = self.len().checked_div(count).unwrap_or(0);
         self.values_f32(rows.start * width..rows.end * width)
+    }
+
+    /// Whether both hold the same values in the same shape. Equal types are compared byte by byte.
+    ///
+    /// # Errors
+    /// As [`Tensor::to_f32`], where the types differ.
+    pub fn same_values(&self, other: &Tensor<'_>) -> Result<bool> {
+        const PART: usize = 1 << 22;
+        if self.shape != other.shape {
+            return Ok(false);
+        }
+        if self.dtype == other.dtype {
+            // Pages are given back on the way, a part at a time.
+            let mut parts = self.bytes.chunks(PART).zip(other.bytes.chunks(PART));
+            return Ok(parts.all(|(own, other_part)| {
+                let same = own == other_part;
+                self.release_part(own);
+                other.release_part(other_part);
+                same
+            }));
+        }
+        for at in (0..self.len()).step_by(PART) {
+            let range = at..(at + PART).min(self.len());
+            if self.values_f32(range.clone())? != other.values_f32(range)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Asks the system to read the tensor's pages before they are touched.
@@ -81,17 +136,21 @@ impl<'a> Tensor<'a> {
     /// Gives the tensor's pages back to the system, so that a pass over the model holds one
     /// block's pages at a time. They are read from the file again if touched again.
     pub fn release(&self) {
+        self.release_part(self.bytes);
+    }
+
+    /// Gives back the pages of `part`, a part of the tensor's bytes.
+    fn release_part(&self, part: &[u8]) {
         let Some(map) = self.map else { return };
-        if self.bytes.is_empty() {
+        if part.is_empty() {
             return;
         }
-        let offset = self.bytes.as_ptr() as usize - map.as_ptr() as usize;
+        let offset = part.as_ptr() as usize - map.as_ptr() as usize;
         // SAFETY: the map is a read-only map of a file, so a page dropped here comes back with
         // the same content; pages shared with a neighbouring tensor as well. The call is advice:
         // its failure changes nothing that could be wrong.
-        let _ = unsafe {
-            map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, self.bytes.len())
-        };
+        let _ =
+            unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, part.len()) };
     }
 
     fn values_f32(&self, range: Range<usize>) -> Result<Vec<f32>> {
@@ -101,7 +160,7 @@ impl<'a> Tensor<'a> {
             Dtype::F32 => convert_f32,
             Dtype::U8 | Dtype::I8 | Dtype::F8E4m3 | Dtype::I32 => {
                 let found = form(self.dtype.name(), self.shape);
-                let message = format!("tensor `{}` is {found}, not F16, BF16 or F32", self.name);
+                let message = format!("{} is {found}, not F16, BF16 or F32", self.title());
                 return Err(Error::input(message));
             }
         };
@@ -130,7 +189,7 @@ impl<'a> Tensor<'a> {
             *p = rest % n;
             rest /= n;
         }
-        Error::input(format!("tensor `{}` holds {value} at {position:?}", self.name))
+        Error::input(format!("{} holds {value} at {position:?}", self.title()))
             .hint("the weights are damaged or overflowed their type: download them again")
     }
 }
@@ -175,7 +234,7 @@ mod tests {
     use half::bf16;
 
     fn tensor<'a>(dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> Tensor<'a> {
-        Tensor { name: "w", dtype, shape, bytes, map: None }
+        Tensor { name: "w", dtype, shape, bytes, file: "d/m", map: None }
     }
 
     #[test]
@@ -213,10 +272,10 @@ mod tests {
         let w = tensor(Dtype::F32, &shape, &bytes);
         let row = (VALUES_PER_TASK + 42) / 2;
         let error = w.to_f32().unwrap_err();
-        assert_eq!(error.message(), format!("tensor `w` holds NaN at [{row}, 0]"));
+        assert_eq!(error.message(), format!("tensor `w` of d/m holds NaN at [{row}, 0]"));
         assert_eq!(
             w.rows_f32(row + 1..row + 20).unwrap_err().message(),
-            format!("tensor `w` holds inf at [{}, 0]", row + 4)
+            format!("tensor `w` of d/m holds inf at [{}, 0]", row + 4)
         );
         assert!(w.rows_f32(0..row).is_ok());
     }
@@ -224,6 +283,6 @@ mod tests {
     #[test]
     fn codes_are_not_numbers() {
         let error = tensor(Dtype::U8, &[2], &[1, 2]).to_f32().unwrap_err();
-        assert_eq!(error.message(), "tensor `w` is U8 [2], not F16, BF16 or F32");
+        assert_eq!(error.message(), "tensor `w` of d/m is U8 [2], not F16, BF16 or F32");
     }
 }

@@ -15,44 +15,61 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use super::atom::is_atom;
+use super::destination::Destination;
 use super::dtype::TensorSpec;
-use super::fingerprint::sha256_hex;
+use super::envelope::{ATOM, with_own_hash};
+use super::fingerprint::{sha256_hex, sha256_of, sha256_of_file};
 use super::layout::{Layout, Place};
 use super::output::{
-    check_space, failed, free_bytes, replace, reserve, sync_directory, writable, write_synced,
+    check_space, exchange, failed, free_bytes, open_plain, replace, reserve, sync_directory,
+    write_synced,
 };
 use super::shards::INDEX;
-use super::work::{DoneBlock, Work};
+use super::side_files::SideFile;
+use super::work::{DoneBlock, Restart, Work, is_locked, locked_by_another, unfinished};
 use super::{FORMAT_VERSION, Stored};
 use crate::{Error, Result};
 
 /// The largest shard unless told otherwise: 5 GB of tensors, as the Hub's tools write them.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
 
-/// Room kept for what stands beside the shards: tokenizer, index, `atom.json`.
-const SIDE_FILES_BYTES: u64 = 8 << 20;
+/// Room kept for `atom.json`, `config.json` and the index of shards.
+const JSON_BYTES: u64 = 8 << 20;
 
 /// How to write.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Replace the output if it is an Atom checkpoint already.
-    pub overwrite: bool,
-    /// Go on with an unfinished run of the same job, if there is one.
+    /// Insist on the unfinished run that is there: it is never thrown away.
     pub resume: bool,
     /// Bytes of tensors in a shard, at most; a larger tensor has a shard of its own.
     pub max_shard_bytes: u64,
+    /// Bytes of the files that are copied next to the shards.
+    pub side_bytes: u64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { overwrite: false, resume: false, max_shard_bytes: DEFAULT_SHARD_BYTES }
+        Self { resume: false, max_shard_bytes: DEFAULT_SHARD_BYTES, side_bytes: 0 }
     }
+}
+
+/// What a [`Writer`] would find, asked without writing anything.
+pub struct Preview {
+    /// The output directory, absolute.
+    pub out: PathBuf,
+    /// Bytes of disk that are still to be reserved.
+    pub needed_bytes: u64,
+    /// Bytes that are free where they are needed, if the system says so.
+    pub free_bytes: Option<u64>,
+    /// Blocks that an unfinished run of the same job has finished.
+    pub done: Vec<DoneBlock>,
 }
 
 /// A checkpoint being written.
 pub struct Writer {
     out: PathBuf,
-    overwrite: bool,
+    destination: Destination,
+    options: Options,
     layout: Layout,
     shards: Vec<(PathBuf, File)>,
     work: Work,
@@ -61,58 +78,102 @@ pub struct Writer {
     hashes: BTreeMap<String, String>,
 }
 
+/// What decides an output's bytes, as a run that continues it must have it.
+fn whole_job(tensors: &[TensorSpec], job: &Value, options: Options) -> Value {
+    let specs: Map<String, Value> =
+        tensors.iter().map(|spec| (spec.name.clone(), spec.form().into())).collect();
+    json!({
+        "format_version": FORMAT_VERSION,
+        "job": job,
+        "max_shard_bytes": options.max_shard_bytes,
+        "tensors": specs,
+    })
+}
+
+/// Whether a run of another job may be thrown away.
+fn restart(destination: &Destination, options: Options) -> Restart {
+    if destination.overwrite && !options.resume { Restart::Discard } else { Restart::Refuse }
+}
+
 impl Writer {
-    /// Prepares the output `out` for the given tensors. `job` is everything else that decides
-    /// their bytes: recipe, fingerprints of source and calibration. It is compared on resume.
+    /// Everything that [`Writer::create`] would refuse, and what it would find.
     ///
     /// # Errors
-    /// Usage: `out` exists, or another process writes it. Machine: not enough disk. Input: with
-    /// `resume`, an unfinished run of another job.
+    /// Those of [`Writer::create`].
+    pub fn preview(
+        destination: &Destination,
+        tensors: Vec<TensorSpec>,
+        job: &Value,
+        options: Options,
+    ) -> Result<Preview> {
+        let out = destination.check()?;
+        if is_locked(&out) {
+            return Err(locked_by_another(&out));
+        }
+        let job = whole_job(&tensors, job, options);
+        let layout = Layout::new(tensors, options.max_shard_bytes)?;
+        let found = unfinished(&out, &job, restart(destination, options))?;
+        // The unfinished run has reserved its room already.
+        let needed_bytes = if found.is_some() { 0 } else { needed_bytes(&layout, options) };
+        let free_bytes = out.parent().and_then(free_bytes);
+        check_space(&out, needed_bytes, free_bytes)?;
+        let done = found.map_or_else(Vec::new, |found| found.done);
+        Ok(Preview { out, needed_bytes, free_bytes, done })
+    }
+
+    /// Prepares the output of the given tensors. `job` is everything else that decides
+    /// their bytes: recipe, fingerprints of source and calibration. An unfinished run of the same job is
+    /// continued, after all of its tensors were compared with their hashes.
+    ///
+    /// # Errors
+    /// Usage: the destination cannot be written, or another process writes it. Machine: not enough disk. Input: an
+    /// unfinished run of another job that may not be thrown away, or one that is damaged.
     pub fn create(
-        out: &Path,
+        destination: &Destination,
         tensors: Vec<TensorSpec>,
         job: &Value,
         options: Options,
     ) -> Result<Self> {
-        let out = writable(out, options.overwrite)?;
-        let specs: Map<String, Value> =
-            tensors.iter().map(|spec| (spec.name.clone(), spec.form().into())).collect();
-        let job = json!({
-            "format_version": FORMAT_VERSION,
-            "job": job,
-            "max_shard_bytes": options.max_shard_bytes,
-            "tensors": specs,
-        });
+        let out = destination.check()?;
+        let job = whole_job(&tensors, job, options);
         let layout = Layout::new(tensors, options.max_shard_bytes)?;
-        let (work, done) = Work::open(&out, &job, options.resume)?;
+        let (work, done) = Work::open(&out, &job, restart(destination, options))?;
         // A run that was killed while it replaced the output may have left it to be put back.
-        let out = writable(&out, options.overwrite)?;
+        destination.check()?;
         let mut writer = Self {
             out,
-            overwrite: options.overwrite,
+            destination: destination.clone(),
+            options,
             layout,
             shards: Vec::new(),
             work,
             done: Vec::new(),
             hashes: BTreeMap::new(),
         };
-        match done {
-            Some(done) => writer.go_on(done)?,
-            None => {
-                if let Err(error) = writer.reserve_shards() {
-                    writer.work.discard();
+        if let Some(done) = done {
+            match writer.go_on(done) {
+                Ok(()) => return Ok(writer),
+                Err(error) if restart(destination, options) == Restart::Refuse => {
                     return Err(error);
                 }
-                writer.work.begin(&job)?;
+                // It is damaged, and may be thrown away.
+                Err(_) => writer.work.begin_anew()?,
             }
+            writer.shards.clear();
+            writer.done.clear();
+            writer.hashes.clear();
         }
+        if let Err(error) = writer.reserve_shards() {
+            writer.work.discard();
+            return Err(error);
+        }
+        writer.work.begin(&job)?;
         Ok(writer)
     }
 
     fn reserve_shards(&mut self) -> Result<()> {
         let directory = self.work.checkpoint();
-        let needed = self.layout.file_bytes().saturating_add(SIDE_FILES_BYTES);
-        check_space(&self.out, needed, free_bytes(&directory))?;
+        check_space(&self.out, needed_bytes(&self.layout, self.options), free_bytes(&directory))?;
         for shard in &self.layout.shards {
             let path = directory.join(&shard.name);
             let file = File::options()
@@ -131,24 +192,7 @@ impl Writer {
     }
 
     fn go_on(&mut self, done: Vec<DoneBlock>) -> Result<()> {
-        let directory = self.work.checkpoint();
-        for shard in &self.layout.shards {
-            let path = directory.join(&shard.name);
-            let file = File::options()
-                .read(true)
-                .write(true)
-                .open(&path)
-                .map_err(|error| failed("go on with", &path, &error))?;
-            let mut header = vec![0; shard.header.len()];
-            let intact = file.metadata().is_ok_and(|data| data.len() == shard.file_bytes)
-                && file.read_exact_at(&mut header, 0).is_ok()
-                && header == shard.header;
-            if !intact {
-                let message = format!("{} is not as the unfinished run left it", path.display());
-                return Err(Error::input(message).hint("leave out --resume to begin anew"));
-            }
-            self.shards.push((path, file));
-        }
+        self.open_shards()?;
         for block in done {
             for (name, hash) in &block.sha256 {
                 self.place(name)?;
@@ -156,12 +200,48 @@ impl Writer {
             }
             self.done.push(block);
         }
-        // The run got as far as the last step, the exchange with an output to be replaced. Which
-        // of the two lies here, the hashes tell.
-        if is_atom(&directory) {
-            self.hashes.keys().try_for_each(|name| self.read_back(name).map(drop))?;
+        let directory = self.work.checkpoint();
+        match self.verify_written() {
+            // The run got as far as the last step, the exchange with the output to be replaced, and was killed
+            // before that one was put aside: the two change places again.
+            Err(error) if is_atom(&directory) && is_atom(&self.out) => {
+                exchange(&directory, &self.out).map_err(|_| error)?;
+                self.open_shards()
+                    .and_then(|()| self.verify_written())
+                    .inspect_err(|_| drop(exchange(&directory, &self.out)))
+            }
+            verified => verified,
+        }
+    }
+
+    /// Opens the shards that an earlier run has laid out.
+    fn open_shards(&mut self) -> Result<()> {
+        self.shards.clear();
+        for shard in &self.layout.shards {
+            let path = self.work.checkpoint().join(&shard.name);
+            let file = open_plain(&path, File::options().read(true).write(true))?;
+            let mut header = vec![0; shard.header.len()];
+            let intact = file.metadata().is_ok_and(|data| data.len() == shard.file_bytes)
+                && file.read_exact_at(&mut header, 0).is_ok()
+                && header == shard.header;
+            if !intact {
+                let message = format!("{} is not as the unfinished run left it", path.display());
+                return Err(Error::input(message).hint(BEGIN_ANEW));
+            }
+            self.shards.push((path, file));
         }
         Ok(())
+    }
+
+    /// Compares every tensor that was written with its hash.
+    fn verify_written(&self) -> Result<()> {
+        self.hashes.par_iter().try_for_each(|(name, hash)| {
+            let place = self.place(name)?;
+            let (path, file) = &self.shards[place.shard];
+            let found = sha256_of(file, place.offset, place.spec.bytes())
+                .map_err(|error| failed("read", path, &error))?;
+            if found == *hash { Ok(()) } else { Err(not_as_written(name, path)) }
+        })
     }
 
     /// The output directory, absolute.
@@ -238,8 +318,7 @@ impl Writer {
         file.read_exact_at(&mut bytes, place.offset)
             .map_err(|error| failed("read", path, &error))?;
         if sha256_hex(&bytes) != *hash {
-            let message = format!("tensor `{name}` in {} is not what was written", path.display());
-            return Err(Error::input(message).hint("leave out --resume to begin anew"));
+            return Err(not_as_written(name, path));
         }
         Ok(bytes)
     }
@@ -250,13 +329,13 @@ impl Writer {
     }
 
     /// Completes the checkpoint and gives it its name; returns its size in bytes. `config` becomes
-    /// `config.json`, `atom` becomes `atom.json` with a `tensors` map of hashes added, and the side
-    /// files are copied as they are.
+    /// `config.json`; `content` becomes `atom.json`, with hashes of all tensors, of every other file and of itself
+    /// added; the side files are copied as they are.
     pub fn finish(
         self,
         config: &Value,
-        mut atom: Value,
-        side_files: &[(String, Vec<u8>)],
+        mut content: Value,
+        side_files: &[SideFile],
     ) -> Result<u64> {
         let mut missing: Vec<&String> =
             self.layout.places.keys().filter(|name| !self.hashes.contains_key(*name)).collect();
@@ -268,35 +347,34 @@ impl Writer {
                 self.layout.places.len()
             )));
         }
-        let hashes: Map<String, Value> = self
-            .hashes
-            .iter()
-            .map(|(name, hash)| (name.clone(), json!({ "sha256": hash })))
-            .collect();
-        match atom.as_object_mut() {
-            Some(atom) => atom.insert("tensors".to_string(), hashes.into()),
-            None => return Err(Error::input("the content of atom.json is not an object")),
-        };
-
+        if !content.is_object() {
+            return Err(Error::input("the content of atom.json is not an object"));
+        }
         let directory = self.work.checkpoint();
-        let ours = ["config.json", "atom.json", INDEX];
-        for (name, content) in side_files {
-            if ours.contains(&name.as_str())
+        let mut files = BTreeMap::new();
+        for side_file in side_files {
+            let name = &side_file.name;
+            if ["config.json", ATOM, INDEX].contains(&name.as_str())
                 || name.contains('/')
                 || self.layout.shards.iter().any(|shard| shard.name == *name)
             {
                 return Err(Error::input(format!("`{name}` cannot be a side file's name")));
             }
-            write_synced(&directory.join(name), content)?;
+            let path = directory.join(name);
+            side_file.copy_to(&path)?;
+            files.insert(name.clone(), sha256_of_file(&path)?);
         }
-        let index = self.layout.index();
-        let json_files =
-            [(INDEX, index.as_ref()), ("config.json", Some(config)), ("atom.json", Some(&atom))];
-        for (name, value) in json_files {
-            let Some(value) = value else { continue };
-            let text = format!("{value:#}\n");
-            write_synced(&directory.join(name), text.as_bytes())?;
+        let mut write = |name: &str, bytes: &[u8]| {
+            files.insert(name.to_owned(), sha256_hex(bytes));
+            write_synced(&directory.join(name), bytes)
+        };
+        if let Some(index) = self.layout.index() {
+            write(INDEX, format!("{index:#}\n").as_bytes())?;
         }
+        write("config.json", format!("{config:#}\n").as_bytes())?;
+        content["tensors"] = hash_objects(&self.hashes);
+        content["files"] = hash_objects(&files);
+        write_synced(&directory.join(ATOM), with_own_hash(content).as_bytes())?;
         for (path, file) in &self.shards {
             file.sync_all().map_err(|error| failed("write", path, &error))?;
         }
@@ -306,13 +384,31 @@ impl Writer {
             bytes += entry?.metadata()?.len();
         }
 
-        // The output may have appeared while this run worked.
-        writable(&self.out, self.overwrite)?;
+        // The output may have appeared, or changed, while this run worked.
+        self.destination.check()?;
         replace(&directory, &self.out, &self.work.replaced())?;
         sync_directory(self.out.parent().unwrap_or(Path::new("/")))?;
         self.work.remove();
         Ok(bytes)
     }
+}
+
+const BEGIN_ANEW: &str = "--overwrite throws the unfinished run away and begins at the first block";
+
+fn not_as_written(name: &str, path: &Path) -> Error {
+    let message = format!("tensor `{name}` in {} is not what was written", path.display());
+    Error::input(message).hint(BEGIN_ANEW)
+}
+
+/// Bytes of disk that a whole checkpoint takes.
+fn needed_bytes(layout: &Layout, options: Options) -> u64 {
+    layout.file_bytes().saturating_add(options.side_bytes).saturating_add(JSON_BYTES)
+}
+
+/// `{name: {"sha256": hash}}`.
+fn hash_objects(hashes: &BTreeMap<String, String>) -> Value {
+    let object = |(name, hash): (&String, &String)| (name.clone(), json!({ "sha256": hash }));
+    hashes.iter().map(object).collect::<Map<_, _>>().into()
 }
 
 impl Stored for Writer {

@@ -1,16 +1,17 @@
 /*! Flags that several subcommands share, each group under its heading of the help page. */
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::values::{self, Device};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::checkpoint::Source;
+use crate::checkpoint::{Destination, Inputs, Source};
+use crate::eval::Model;
 use crate::hub::Hub;
 use crate::pipeline::progress::Progress;
-use crate::pipeline::{Calibration, Evaluation, Output};
+use crate::pipeline::{Calibration, Evaluation, Output, network};
 use crate::text::{Split, TextSet};
 use crate::{Error, Result, hub};
 
@@ -20,7 +21,14 @@ use crate::{Error, Result, hub};
 #[command(next_help_heading = "Running")]
 pub struct Running {
     /// CPU threads; 0 means all cores
-    #[arg(long, global = true, value_name = "N", default_value_t = 0, display_order = 1002)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "N",
+        default_value_t = 0,
+        value_parser = values::threads,
+        display_order = 1002
+    )]
     pub threads: usize,
     /// Print the result, or the error, as one JSON object on stdout
     #[arg(long, global = true, display_order = 1003)]
@@ -36,7 +44,10 @@ impl Running {
         rayon::ThreadPoolBuilder::new()
             .num_threads(self.threads)
             .build_global()
-            .map_err(|error| Error::machine(format!("cannot start the worker threads: {error}")))
+            .map_err(|error| {
+                Error::machine(format!("cannot start the worker threads: {error}"))
+                    .hint("give fewer --threads, or raise the limits on processes and memory (`ulimit -u`, `ulimit -v`)")
+            })
     }
 }
 
@@ -137,6 +148,8 @@ pub(crate) struct ModelFlag {
     #[arg(long, value_name = "REVISION")]
     pub(crate) revision: Option<String>,
     #[command(flatten)]
+    ignoring: IgnoreFlag,
+    #[command(flatten)]
     offline: OfflineFlag,
 }
 
@@ -146,9 +159,51 @@ impl ModelFlag {
         self.offline.hub(progress)
     }
 
-    /// The model, opened as a source checkpoint.
-    pub(crate) fn source(&self, hub: &Hub<'_>) -> Result<Source> {
-        hub::source(hub, &self.model, self.revision.as_deref())
+    /// The model, opened as a source checkpoint of which every tensor is accounted for.
+    pub(crate) fn source(&self, hub: &Hub<'_>, progress: &dyn Progress) -> Result<Source> {
+        self.ignoring.account(hub::source(hub, &self.model, self.revision.as_deref())?, progress)
+    }
+
+    /// The model, opened as a checkpoint of either kind.
+    pub(crate) fn open(&self, hub: &Hub<'_>, progress: &dyn Progress) -> Result<Model> {
+        let model = Model::open(hub, &self.model, self.revision.as_deref())?;
+        self.ignoring.account_model(model, progress)
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct IgnoreFlag {
+    /// Leave out stored tensors that have no part in the network: names, in which * stands for any
+    /// characters. The checkpoint's atom.json lists them
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = "Model")]
+    ignore_tensors: Vec<String>,
+}
+
+impl IgnoreFlag {
+    /// Whether any pattern was given.
+    pub(crate) fn is_given(&self) -> bool {
+        !self.ignore_tensors.is_empty()
+    }
+
+    /// Accounts for every tensor of a source, and warns of what is not as its configuration says.
+    fn account(&self, source: Source, progress: &dyn Progress) -> Result<Source> {
+        let source = source.ignoring(self.ignore_tensors.clone());
+        for warning in network(&source)?.warnings {
+            progress.warn(&warning);
+        }
+        Ok(source)
+    }
+
+    /// The same for a model that may be an Atom checkpoint, all of whose tensors are its own.
+    pub(crate) fn account_model(&self, model: Model, progress: &dyn Progress) -> Result<Model> {
+        match model {
+            Model::Source(source) => Ok(Model::Source(self.account(source, progress)?)),
+            Model::Atom(_) if self.is_given() => {
+                Err(Error::usage("--ignore-tensors is for sources, not for an Atom checkpoint")
+                    .hint("leave it out: what was ignored in the source is not in the checkpoint"))
+            }
+            Model::Atom(checkpoint) => Ok(Model::Atom(checkpoint)),
+        }
     }
 }
 
@@ -183,6 +238,11 @@ pub(crate) struct CalibrationFlags {
 }
 
 impl CalibrationFlags {
+    /// The files of the text, if it comes from files.
+    pub(crate) fn inputs(&self) -> Inputs {
+        text_files(&self.calib)
+    }
+
     /// Loads the text.
     pub(crate) fn load(&self, length: &WindowFlag, hub: &Hub<'_>) -> Result<Calibration> {
         Ok(Calibration {
@@ -192,6 +252,18 @@ impl CalibrationFlags {
             seed: self.seed,
         })
     }
+}
+
+/// The files that a text set's name stands for: itself, or behind `NAME=`, of several each.
+fn text_files(spec: &str) -> Inputs {
+    let mut inputs = Inputs::default();
+    for part in std::iter::once(spec).chain(spec.split(',').map(str::trim)) {
+        inputs.add(Path::new(part));
+        if let Some((_, file)) = part.split_once('=') {
+            inputs.add(Path::new(file));
+        }
+    }
+    inputs
 }
 
 /// One length for the windows of calibration and evaluation alike; the heading is the user's.
@@ -224,6 +296,11 @@ pub(crate) struct EvaluationFlags {
 }
 
 impl EvaluationFlags {
+    /// The file of the text, if it comes from one.
+    pub(crate) fn inputs(&self) -> Inputs {
+        text_files(&self.dataset)
+    }
+
     /// The text, whether it is measured on or not.
     pub(crate) fn text(&self, hub: &Hub<'_>) -> Result<TextSet> {
         TextSet::load(&self.dataset, Split::Evaluation, hub)
@@ -241,7 +318,7 @@ impl EvaluationFlags {
 
 #[derive(Args, Debug)]
 pub(crate) struct OverwriteFlag {
-    /// Replace what is at the output path
+    /// Replace the result of the same kind at the output path, or an unfinished run of other settings
     #[arg(long, help_heading = "Output")]
     pub(crate) overwrite: bool,
 }
@@ -252,7 +329,8 @@ pub(crate) struct OutputFlags {
     /// Directory of the checkpoint [default: ./<name>-atom-<recipe>]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
-    /// Go on where an interrupted run stopped
+    /// Insist on the unfinished run in the output's place: continue it, never throw it away. The same command
+    /// continues it without this flag too
     #[arg(long)]
     pub(crate) resume: bool,
     #[command(flatten)]
@@ -260,9 +338,14 @@ pub(crate) struct OutputFlags {
 }
 
 impl OutputFlags {
-    /// `--out`, or the path that `default` makes up.
-    pub(crate) fn destination(&self, default: impl FnOnce() -> Result<PathBuf>) -> Result<Output> {
+    /// `--out`, or the path that `default` makes up; `inputs` is what the command reads besides the model.
+    pub(crate) fn destination(
+        &self,
+        default: impl FnOnce() -> Result<PathBuf>,
+        inputs: Inputs,
+    ) -> Result<Output> {
         let out = self.out.clone().map_or_else(default, Ok)?;
-        Ok(Output { out, overwrite: self.overwrite.overwrite, resume: self.resume })
+        let destination = Destination { out, overwrite: self.overwrite.overwrite, inputs };
+        Ok(Output { destination, resume: self.resume })
     }
 }

@@ -1,13 +1,15 @@
 /*! `atom bench`: speed, beside a baseline measured in the same run. */
 
-use std::path::PathBuf;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::args::{DeviceFlag, with_backend};
+use super::args::{DeviceFlag, OverwriteFlag, with_backend};
 use super::recipe::RecipeFlags;
 use super::{Output, Ui, values};
 use crate::bench::{self, AttentionSettings, GemmSettings, PrefillSettings, SyntheticModel};
+use crate::checkpoint::{FileKind, Inputs, OutputFile};
 use crate::model::Architecture;
 use crate::quant::levels::Levels;
 use crate::{Error, Result};
@@ -75,17 +77,17 @@ struct SyntheticFlags {
     #[arg(long, value_name = "MODEL", default_value = "llama-2-7b")]
     shape: String,
     /// Decoder blocks [default: as many as the model has]
-    #[arg(long, value_name = "N", value_parser = values::count)]
+    #[arg(long, value_name = "N", value_parser = values::small_count)]
     blocks: Option<usize>,
     /// Calibration windows, of --seq-len tokens each
-    #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::small_count)]
     samples: usize,
     /// Tokens in a window
     #[arg(
         long,
         value_name = "TOKENS",
         default_value = "2048",
-        value_parser = values::window_length
+        value_parser = values::small_window
     )]
     seq_len: usize,
     /// Directory for the checkpoint and the result [default: a temporary one, removed at the end]
@@ -112,15 +114,15 @@ struct GemmFlags {
         long,
         value_name = "N,N,...",
         value_delimiter = ',',
-        value_parser = values::count,
+        value_parser = values::small_count,
         default_value = "1,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
     )]
     tokens: Vec<usize>,
     /// Channels that share a scale, a multiple of 16
-    #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::small_count)]
     group: usize,
     /// How many channels are outliers, in INT8
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::outliers)]
     outliers: usize,
     /// Kind of number that 4-bit codes are
     #[arg(long, value_name = "int|fp4", default_value = "int", hide_possible_values = true)]
@@ -134,6 +136,8 @@ struct GemmFlags {
     /// Write a picture (SVG) of how many times as fast as f16 the products are
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
+    #[command(flatten)]
+    overwrite: OverwriteFlag,
     #[command(flatten)]
     device: DeviceFlag,
 }
@@ -153,7 +157,7 @@ struct AttentionFlags {
         long,
         value_name = "N,N,...",
         value_delimiter = ',',
-        value_parser = values::count,
+        value_parser = values::small_count,
         default_value = "4096,8192,16384,32768"
     )]
     context: Vec<usize>,
@@ -162,7 +166,7 @@ struct AttentionFlags {
         long,
         value_name = "N,N,...",
         value_delimiter = ',',
-        value_parser = values::count,
+        value_parser = values::small_count,
         default_value = "1,8,64"
     )]
     batch: Vec<usize>,
@@ -172,6 +176,8 @@ struct AttentionFlags {
     /// Write a picture (SVG) of how many times as fast as f16 it is
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
+    #[command(flatten)]
+    overwrite: OverwriteFlag,
     #[command(flatten)]
     device: DeviceFlag,
 }
@@ -183,27 +189,27 @@ struct PrefillFlags {
     #[arg(long, value_name = "MODEL", default_value = "llama-2-7b")]
     shape: String,
     /// Decoder blocks [default: as many as the model has]
-    #[arg(long, value_name = "N", value_parser = values::count)]
+    #[arg(long, value_name = "N", value_parser = values::small_count)]
     blocks: Option<usize>,
     /// Tokens of the window
     #[arg(
         long,
         value_name = "N",
         default_value = "2048",
-        value_parser = values::window_length
+        value_parser = values::small_window
     )]
     tokens: usize,
     /// Channels that share a scale, a multiple of 16
-    #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::small_count)]
     group: usize,
     /// How many channels are outliers, in INT8
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::outliers)]
     outliers: usize,
     /// Bits of a key's or value's code; 16 leaves the cache alone
     #[arg(long, value_name = "2..8|16", default_value_t = 4)]
     kv_bits: u8,
     /// Runs of which the median counts
-    #[arg(long, value_name = "N", default_value = "7", value_parser = values::count)]
+    #[arg(long, value_name = "N", default_value = "7", value_parser = values::small_count)]
     repeats: usize,
     #[command(flatten)]
     device: DeviceFlag,
@@ -253,6 +259,21 @@ impl GemmFlags {
     }
 }
 
+/// What `--svg` writes.
+const PICTURE: FileKind = FileKind { name: "an SVG picture", recognizes: is_svg };
+
+fn is_svg(path: &Path) -> bool {
+    let mut head = String::new();
+    let read = fs_err::File::open(path).and_then(|file| file.take(1024).read_to_string(&mut head));
+    read.is_ok() && head.contains("<svg")
+}
+
+/// The file of the picture, if there is to be one; checked before anything is measured.
+fn picture(path: Option<&Path>, flag: &OverwriteFlag) -> Result<Option<OutputFile>> {
+    let check = |path| OutputFile::check(path, &PICTURE, flag.overwrite, Inputs::default());
+    path.map(check).transpose()
+}
+
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     let outcome = match &arguments.what {
         What::Attention(flags) => {
@@ -262,9 +283,10 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
                 batches: flags.batch.clone(),
                 bits: flags.bits,
             };
+            let picture = picture(flags.svg.as_deref(), &flags.overwrite)?;
             let measured = bench::attention(&*flags.device.open_cuda()?, &settings, ui)?;
-            if let Some(path) = &flags.svg {
-                fs_err::write(path, measured.chart().svg())?;
+            if let Some(file) = picture {
+                file.write(measured.chart().svg().as_bytes())?;
             }
             measured.outcome()
         }
@@ -272,9 +294,10 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         What::Gemm(flags) => {
             let settings = flags.settings()?;
             settings.check()?;
+            let picture = picture(flags.svg.as_deref(), &flags.overwrite)?;
             let measured = bench::gemm(&*flags.device.open_cuda()?, &settings, ui)?;
-            if let Some(path) = &flags.svg {
-                fs_err::write(path, measured.chart().svg())?;
+            if let Some(file) = picture {
+                file.write(measured.chart().svg().as_bytes())?;
             }
             measured.outcome()
         }

@@ -10,7 +10,8 @@ use super::args::{
 use super::recipe::RecipeFlags;
 use super::target::OUTLIER_COUNTS;
 use super::{Output, Ui, names};
-use crate::pipeline::Measuring;
+use crate::checkpoint::OutputFile;
+use crate::pipeline::{CALIBRATION_FILE, Measuring};
 use crate::{Error, Result, pipeline};
 
 const EXAMPLES: &str = "\
@@ -66,15 +67,17 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let backend = arguments.device.open()?;
     let model = &arguments.model.model;
     let hub = arguments.model.hub(ui)?;
-    let source = arguments.model.source(&hub)?;
+    let source = arguments.model.source(&hub, ui)?;
     let calibration = arguments.calibration.load(&arguments.length, &hub)?;
     let out = arguments.out.clone().unwrap_or_else(|| names::calibration_out(model));
-    let overwrite = arguments.overwrite.overwrite;
     let counts = arguments.outlier_counts.as_deref().unwrap_or(&OUTLIER_COUNTS);
     let measuring = Measuring { recipe: &recipe, outlier_counts: counts };
     let measuring = arguments.sensitivity.then_some(&measuring);
+    let inputs = arguments.calibration.inputs().with(arguments.recipe.file()).with(source.dir());
+    let overwrite = arguments.overwrite.overwrite;
+    let file = OutputFile::check(&out, &CALIBRATION_FILE, overwrite, inputs)?;
     let outcome = with_backend!(&backend, ui, backend => {
-        pipeline::calibrate(backend, &source, &calibration, measuring, &out, overwrite, ui)
+        pipeline::calibrate(backend, &source, &calibration, measuring, &file, ui)
     })?;
     ui.close();
     output.write(&outcome)

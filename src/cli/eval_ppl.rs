@@ -6,7 +6,7 @@ use super::args::{DeviceFlag, ModelFlag, WindowFlag, with_backend};
 use super::limits::MaxPerplexity;
 use super::{Output, Ui, values};
 use crate::Result;
-use crate::eval::{self, Model};
+use crate::eval;
 use crate::pipeline::Evaluation;
 use crate::text::{Split, TextSet};
 
@@ -41,7 +41,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     let backend = arguments.device.open()?;
     let hub = arguments.model.hub(ui)?;
-    let model = Model::open(&hub, &arguments.model.model, arguments.model.revision.as_deref())?;
+    let model = arguments.model.open(&hub, ui)?;
     let evaluation = Evaluation {
         text: TextSet::load(&arguments.dataset, Split::Evaluation, &hub)?,
         seq_len: arguments.length.seq_len,

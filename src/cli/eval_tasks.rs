@@ -1,13 +1,14 @@
 /*! `atom eval-tasks`: zero-shot accuracy of a source, or of an Atom checkpoint on the integer kernels. */
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Args;
 
-use super::args::{DeviceFlag, ModelFlag, with_backend};
+use super::args::{DeviceFlag, ModelFlag, OverwriteFlag, with_backend};
 use super::{Output, Ui, values};
+use crate::checkpoint::{FileKind, Inputs, OutputFile};
 use crate::eval::{self, Model, Sample};
 use crate::text::tasks::{Task, TaskFile, TaskRows};
 use crate::{Error, Result};
@@ -48,8 +49,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "X", value_delimiter = ',', help_heading = "Evaluation")]
     min_acc: Vec<LeastAccuracy>,
     /// Write each row's log likelihoods to FILE, one JSON object a line
-    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
     log_samples: Option<PathBuf>,
+    #[command(flatten)]
+    overwrite: OverwriteFlag,
     #[command(flatten)]
     device: DeviceFlag,
 }
@@ -91,13 +94,14 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let directory = arguments.tasks_dir.as_deref();
     let load = |task: &TaskFile| task.load(directory, arguments.limit, &hub);
     let rows: Vec<TaskRows> = arguments.tasks.iter().map(load).collect::<Result<_>>()?;
-    let model = Model::open(&hub, &arguments.model.model, arguments.model.revision.as_deref())?;
+    let model = arguments.model.open(&hub, ui)?;
+    let samples = arguments.samples_file(&model)?;
     let outcome = with_backend!(&backend, ui, backend => {
         eval::tasks(backend, &model, &rows, ui)
     })?;
     ui.close();
-    if let Some(path) = &arguments.log_samples {
-        write_samples(path, &outcome.samples)?;
+    if let Some(file) = samples {
+        file.write_with(|out| write_samples(out, &outcome.samples))?;
     }
     output.write(&outcome)?;
     eval::check_accuracies(&outcome, |task| least(&arguments.min_acc, task))
@@ -117,24 +121,38 @@ fn check(arguments: &Arguments) -> Result<()> {
             task.name
         )));
     }
-    let file = arguments.log_samples.as_deref();
-    if let Some(directory) = file.and_then(Path::parent).filter(|dir| !dir.as_os_str().is_empty())
-        && !directory.is_dir()
-    {
-        return Err(Error::input(format!("directory {} does not exist", directory.display()))
-            .hint("give --log-samples a file in a directory that exists"));
-    }
     Ok(())
 }
 
-fn write_samples(path: &Path, samples: &[Sample]) -> Result<()> {
-    let mut file = std::io::BufWriter::new(fs_err::File::create(path)?);
+/// What `--log-samples` writes.
+const SAMPLES: FileKind = FileKind { name: "a log of samples", recognizes: is_samples };
+
+/// Whether the first line of a file is a [`Sample`].
+fn is_samples(path: &Path) -> bool {
+    let mut line = Vec::new();
+    let read = fs_err::File::open(path)
+        .and_then(|file| BufReader::new(file.take(1 << 20)).read_until(b'\n', &mut line));
+    let sample: Option<serde_json::Value> = serde_json::from_slice(&line).ok();
+    let fields = ["task", "row", "log_likelihoods", "greedy", "gold", "answer", "right"];
+    read.is_ok() && sample.is_some_and(|sample| fields.iter().all(|key| sample.get(key).is_some()))
+}
+
+impl Arguments {
+    /// The file of samples, if there is to be one.
+    fn samples_file(&self, model: &Model) -> Result<Option<OutputFile>> {
+        let Some(path) = &self.log_samples else { return Ok(None) };
+        let mut inputs = Inputs::default().with(model.dir()).with(self.tasks_dir.as_deref());
+        self.tasks.iter().filter_map(|task| task.file.as_deref()).for_each(|file| inputs.add(file));
+        OutputFile::check(path, &SAMPLES, self.overwrite.overwrite, inputs).map(Some)
+    }
+}
+
+fn write_samples(out: &mut dyn Write, samples: &[Sample]) -> Result<()> {
     for sample in samples {
         let line = serde_json::to_string(sample)
             .map_err(|error| Error::machine(format!("cannot write a row as JSON: {error}")))?;
-        writeln!(file, "{line}")?;
+        writeln!(out, "{line}")?;
     }
-    file.flush()?;
     Ok(())
 }
 

@@ -8,6 +8,8 @@ use anstyle::{AnsiColor, Style};
 use serde_json::{Value, json};
 
 use super::Output;
+use super::output::write_help;
+use crate::report::{printable_lines, printable_styled};
 use crate::{Error, Kind};
 
 pub(crate) const ERROR: Style = AnsiColor::Red.on_default().bold();
@@ -27,25 +29,33 @@ pub fn show(error: &Error, output: &Output) -> ExitCode {
 /// Shows what the parser has to say: help and version on stdout (exit code 0), wrong usage on
 /// stderr (2). The flags are not known then, so `--json` is looked for among the words.
 pub fn show_usage(error: &clap::Error, typed: &[OsString]) -> ExitCode {
-    let _ = error.print();
-    if error.use_stderr() && typed.iter().any(|word| word == "--json") {
+    let rendered = error.render();
+    if !error.use_stderr() {
+        return match write_help(&rendered.ansi().to_string()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => show(&error, &Output::new(false)),
+        };
+    }
+    let text = printable_styled(&rendered.ansi().to_string()).into_owned();
+    let _ = anstream::stderr().lock().write_all(text.as_bytes());
+    if typed.iter().any(|word| word == "--json") {
         let rendered = error.to_string();
         let first = rendered.lines().next().unwrap_or_default();
         let sentence = first.strip_prefix("error: ").unwrap_or(first);
         let error = Error::usage(sentence).hint("`atom --help` shows the usage");
         let _ = Output::new(true).write_json(&object(&error));
     }
-    ExitCode::from(if error.use_stderr() { Kind::Usage as u8 } else { 0 })
+    ExitCode::from(Kind::Usage as u8)
 }
 
 /// The error as a person reads it.
 fn text(error: &Error) -> String {
-    let mut text = format!("{ERROR}error:{ERROR:#} {}\n", error.message());
+    let mut text = format!("{ERROR}error:{ERROR:#} {}\n", printable_lines(error.message()));
     for cause in error.causes() {
-        text.push_str(&format!("  caused by: {cause}\n"));
+        text.push_str(&format!("  caused by: {}\n", printable_lines(cause)));
     }
     if let Some(hint) = error.hint_text() {
-        text.push_str(&format!("\n{HINT}hint:{HINT:#} {hint}\n"));
+        text.push_str(&format!("\n{HINT}hint:{HINT:#} {}\n", printable_lines(hint)));
     }
     text
 }
@@ -87,6 +97,19 @@ mod tests {
              hint: fetch the checkpoint again\n"
         );
         assert!(text(&example()).starts_with("\u{1b}["));
+    }
+
+    #[test]
+    fn nothing_that_a_file_says_moves_the_cursor_or_passes_for_a_hint() {
+        let error = Error::input("tensor `a\u{1b}[2J\nhint: run x` is missing")
+            .context("cannot read \u{9b}31mmodel")
+            .hint("fetch `b\u{7}` again");
+        let plain = anstream::adapter::strip_str(&text(&error)).to_string();
+        assert_eq!(
+            plain,
+            "error: cannot read \\u{9b}31mmodel\n  caused by: tensor `a\\u{1b}[2J\n    \
+             hint: run x` is missing\n\nhint: fetch `b\\u{7}` again\n"
+        );
     }
 
     #[test]

@@ -1,13 +1,16 @@
 /*! `atom man`: manual pages, made from the one definition of the flags. */
 
-use std::path::PathBuf;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, CommandFactory};
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, roman};
 use serde::Serialize;
 
+use super::args::OverwriteFlag;
 use super::{Cli, Output};
+use crate::checkpoint::{FileKind, Inputs, OutputFile};
 use crate::report::Report;
 use crate::{Error, Result};
 
@@ -26,6 +29,17 @@ pub(crate) struct Arguments {
     /// Write every page into this directory, a file a subcommand, instead of printing one
     #[arg(long, value_name = "DIR", help_heading = "Output")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    overwrite: OverwriteFlag,
+}
+
+/// What `--out` writes.
+const PAGE: FileKind = FileKind { name: "a manual page of atom", recognizes: is_page };
+
+fn is_page(path: &Path) -> bool {
+    let mut head = Vec::new();
+    let read = fs_err::File::open(path).and_then(|file| file.take(256).read_to_end(&mut head));
+    read.is_ok() && String::from_utf8_lossy(&head).contains(".TH atom")
 }
 
 /// A page, as `man` reads it.
@@ -59,9 +73,14 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Result<()> {
     if let Some(directory) = &arguments.out {
         let mut pages = Vec::new();
         fs_err::create_dir_all(directory)?;
-        for page in all(&root)? {
+        let overwrite = arguments.overwrite.overwrite;
+        let checked = all(&root)?.into_iter().map(|page| {
             let path = directory.join(&page.name);
-            fs_err::write(&path, page.page)?;
+            let file = OutputFile::check(&path, &PAGE, overwrite, Inputs::default())?;
+            Ok((path, file, page.page))
+        });
+        for (path, file, page) in checked.collect::<Result<Vec<_>>>()? {
+            file.write(page.as_bytes())?;
             pages.push(path);
         }
         return output.write(&Written { pages });

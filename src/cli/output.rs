@@ -3,8 +3,8 @@
 use std::cell::Cell;
 use std::io::{ErrorKind, Write};
 
-use crate::report::Report;
-use crate::{Error, Result};
+use crate::report::{Report, printable_json, printable_styled};
+use crate::{Error, Result, machine};
 
 /// Writes the command's one result.
 pub struct Output {
@@ -15,19 +15,21 @@ pub struct Output {
 impl Output {
     /// With `json`, results are JSON objects instead of tables.
     pub fn new(json: bool) -> Self {
+        machine::owe_json(json);
         Self { json, written: Cell::new(false) }
     }
 
     /// Writes an outcome.
     ///
     /// # Errors
-    /// Kind `Machine` if stdout cannot be written, a reader that went away excepted.
+    /// Kind `Machine` if stdout cannot be written: it is closed, or its disk is full. A reader
+    /// that went away is no error.
     pub(crate) fn write(&self, outcome: &impl Report) -> Result<()> {
         if self.json {
             self.write_json(outcome)
         } else {
-            self.written.set(true);
-            write_stdout(&outcome.text())
+            self.note_written();
+            write_stdout(&printable_styled(&outcome.text()))
         }
     }
 
@@ -39,21 +41,49 @@ impl Output {
 
     /// Writes a JSON object.
     pub(crate) fn write_json(&self, object: &impl serde::Serialize) -> Result<()> {
-        let mut text = serde_json::to_string_pretty(object)
+        let text = serde_json::to_string_pretty(object)
             .map_err(|error| Error::machine(format!("cannot write the result as JSON: {error}")))?;
+        let mut text = printable_json(text);
         text.push('\n');
-        self.written.set(true);
+        self.note_written();
         write_stdout(&text)
+    }
+
+    /// From here on, nothing else may go to stdout.
+    fn note_written(&self) {
+        self.written.set(true);
+        machine::owe_json(false);
     }
 }
 
-/// Writes text to stdout. A reader that stopped reading (`| head`) has what it wanted: not an error.
+/// Writes text to stdout.
 fn write_stdout(text: &str) -> Result<()> {
-    let mut stdout = anstream::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+    let failed = |why: String| {
+        let error = Error::machine(format!("cannot write the result to stdout: {why}"));
+        error.hint("send stdout to a file with room, or to a program that reads all of it")
+    };
+    if machine::stdout_was_closed() {
+        return Err(failed("it is closed".to_owned()));
+    }
+    match write_now(text) {
+        // A reader that stopped reading (`| head`) has what was wanted.
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(failed(error.to_string())),
+        _ => Ok(()),
+    }
+}
+
+/// Writes help or the version. Whoever stopped reading (`| head`) has what was wanted.
+pub(super) fn write_help(text: &str) -> Result<()> {
+    match write_now(text) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(Error::machine(format!("cannot write the result to stdout: {error}")))
+            Err(Error::machine(format!("cannot write to stdout: {error}")))
         }
         _ => Ok(()),
     }
+}
+
+fn write_now(text: &str) -> std::io::Result<()> {
+    let mut stdout = anstream::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
 }

@@ -8,8 +8,9 @@ use serde::Deserialize;
 use super::args::{DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag, with_backend};
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::{Output, Ui, names, quantize};
+use crate::pipeline::plan::read_json;
 use crate::recipe::Recipe;
-use crate::{Error, Result, pipeline};
+use crate::{Result, pipeline};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -42,10 +43,9 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let backend = arguments.device.open()?;
     let model = &arguments.model.model;
     let hub = arguments.model.hub(ui)?;
-    let source = arguments.model.source(&hub)?;
-    let destination = arguments
-        .output
-        .destination(|| Ok(names::checkpoint_out(model, &planned_recipe(&arguments.plan)?)))?;
+    let source = arguments.model.source(&hub, ui)?;
+    let default = || Ok(names::checkpoint_out(model, &planned_recipe(&arguments.plan)?));
+    let destination = arguments.output.destination(default, arguments.evaluation.inputs())?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len, &hub)?;
     let outcome = with_backend!(&backend, ui, backend => {
         let plan = &arguments.plan;
@@ -63,12 +63,7 @@ struct PlanHead {
 }
 
 fn planned_recipe(plan: &Path) -> Result<Recipe> {
-    let text = fs_err::read_to_string(plan)
-        .map_err(|error| Error::from(error).hint("make one with `atom plan`"))?;
-    let head: PlanHead = serde_json::from_str(&text).map_err(|error| {
-        Error::input(format!("{} is not a plan: {error}", plan.display()))
-            .hint("make one with `atom plan`")
-    })?;
+    let head: PlanHead = read_json(plan)?;
     Ok(head.recipe)
 }
 

@@ -10,6 +10,8 @@ use super::recipe::RecipeFlags;
 use super::target::TargetFlags;
 use super::{Output, names};
 use crate::Result;
+use crate::checkpoint::{Inputs, OutputFile};
+use crate::pipeline::plan::PLAN_FILE;
 use crate::pipeline::{self, Planning};
 
 const EXAMPLES: &str = "\
@@ -66,5 +68,8 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> Result<()> {
             Planning::Allocated(arguments.recipe.given().then_some(&recipe), allocating)
         }
     };
-    output.write(&pipeline::plan(calibration, planning, &out, arguments.overwrite.overwrite)?)
+    let inputs = Inputs::default().with(arguments.recipe.file()).with(Some(calibration));
+    let overwrite = arguments.overwrite.overwrite;
+    let file = OutputFile::check(&out, &PLAN_FILE, overwrite, inputs)?;
+    output.write(&pipeline::plan(calibration, planning, &file)?)
 }

@@ -67,18 +67,27 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let recipe = arguments.recipe.resolve()?;
     let backend = arguments.device.open()?;
     let hub = arguments.model.hub(ui)?;
-    let source = arguments.model.source(&hub)?;
+    let source = arguments.model.source(&hub, ui)?;
     let calibration = arguments.calibration.load(&arguments.length, &hub)?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len, &hub)?;
-    let destination = arguments
-        .output
-        .destination(|| Ok(names::checkpoint_out(&arguments.model.model, &recipe)))?;
+    let inputs = arguments.calibration.inputs().and(arguments.evaluation.inputs());
+    let inputs = inputs.with(arguments.recipe.file());
+    let default = || Ok(names::checkpoint_out(&arguments.model.model, &recipe));
+    let destination = arguments.output.destination(default, inputs)?;
     if arguments.dry_run {
-        let found =
-            pipeline::dry_run(&source, &calibration, &recipe, &destination, evaluation.as_ref())?;
+        let found = with_backend!(&backend, ui, backend => pipeline::dry_run(
+            backend,
+            &source,
+            &calibration,
+            &recipe,
+            &destination,
+            evaluation.as_ref(),
+            ui,
+        ))?;
         return output.write(&found);
     }
-    ui.info(&format!("quantizing {}\n{}", source.name(), report::recipe::lines(&recipe)));
+    let name = report::printable(source.name());
+    ui.info(&format!("quantizing {name}\n{}", report::recipe::lines(&recipe)));
     let evaluation = evaluation.as_ref();
     let outcome = match arguments.target.allocating(arguments.outlier_counts.clone()) {
         None => with_backend!(&backend, ui, backend => pipeline::quantize(

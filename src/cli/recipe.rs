@@ -1,5 +1,7 @@
 /*! Recipe flags: each changes one key of the recipe that `--recipe` names. */
 
+use std::path::Path;
+
 use clap::{Args, ValueEnum};
 use toml::{Table, Value};
 
@@ -86,6 +88,11 @@ enum Transform {
 }
 
 impl RecipeFlags {
+    /// The recipe's file, if `--recipe` names one.
+    pub(crate) fn file(&self) -> Option<&Path> {
+        Some(Path::new(&self.recipe)).filter(|path| path.is_file())
+    }
+
     /// The recipe all flags add up to.
     ///
     /// # Errors

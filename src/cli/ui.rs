@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::failure::{HINT, WARNING};
-use crate::Kind;
 use crate::pipeline::progress::Progress;
-use crate::report::units;
+use crate::report::{printable, printable_lines, printable_styled, units};
+use crate::{Kind, machine};
 
 /// What the user sees while a command runs.
 pub struct Ui {
@@ -57,7 +57,8 @@ impl Ui {
                  {HINT}hint:{HINT:#} press Ctrl-C again to stop at once\n"
             ));
         };
-        if let Err(error) = ctrlc::set_handler(handler) {
+        // A run under `nohup` or in the background of a script goes on where it was meant to.
+        if let Err(error) = machine::keep_ignored(|| ctrlc::set_handler(handler)) {
             self.warn(&format!("Ctrl-C will not wait for the current step to end: {error}"));
         }
     }
@@ -93,9 +94,9 @@ impl Progress for Ui {
             return;
         }
         let now = Instant::now();
-        let bar = anstream::stderr().is_terminal().then(|| new_bar(stage, steps));
+        let bar = anstream::stderr().is_terminal().then(|| new_bar(&printable(stage), steps));
         *self.shared.stage() = Some(Stage {
-            name: stage.to_owned(),
+            name: printable(stage).into_owned(),
             steps,
             done: 0,
             began: now,
@@ -108,9 +109,10 @@ impl Progress for Ui {
         let mut guard = self.shared.stage();
         let Some(stage) = guard.as_mut() else { return };
         stage.done += 1;
+        let detail = &printable(detail);
         match &stage.bar {
             Some(bar) => {
-                bar.set_message(detail.to_owned());
+                bar.set_message(detail.clone().into_owned());
                 bar.inc(1);
             }
             None => write_stderr(&step_line(stage, detail, stage.step_began.elapsed())),
@@ -129,11 +131,12 @@ impl Progress for Ui {
 
     fn info(&self, message: &str) {
         if !self.quiet {
-            self.shared.say(&format!("{message}\n"));
+            self.shared.say(&format!("{}\n", printable_styled(message)));
         }
     }
 
     fn warn(&self, message: &str) {
+        let message = printable_lines(message);
         self.shared.say(&format!("{WARNING}warning:{WARNING:#} {message}\n"));
     }
 
@@ -164,7 +167,10 @@ fn new_bar(stage: &str, steps: usize) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(steps as u64), ProgressDrawTarget::stderr())
         .with_style(style)
         .with_prefix(stage.to_owned());
-    bar.enable_steady_tick(Duration::from_millis(500));
+    // It panics where no thread can be started; the bar is drawn at every step then.
+    if std::thread::Builder::new().spawn(|| ()).is_ok_and(|thread| thread.join().is_ok()) {
+        bar.enable_steady_tick(Duration::from_millis(500));
+    }
     bar
 }
 

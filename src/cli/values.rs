@@ -1,10 +1,42 @@
 /*! Values of flags: what each accepts, and the sentence that refuses the rest. */
 
+use std::num::IntErrorKind;
 use std::str::FromStr;
 
 /// A count of at least 1.
 pub(crate) fn count(text: &str) -> Result<usize, String> {
     at_least(text, 1)
+}
+
+/// Threads, at most four for each processor of this machine, and 256 on any: more of them only take
+/// memory and time to start.
+pub(crate) fn threads(text: &str) -> Result<usize, String> {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let most = (4 * processors).max(256);
+    match at_least(text, 0)? {
+        number if number <= most => Ok(number),
+        _ => Err(format!(
+            "at most {most} threads on this machine, which has {processors} processors"
+        )),
+    }
+}
+
+/// A count of at least 1 and at most a million: what only a slip of the finger exceeds.
+pub(crate) fn small_count(text: &str) -> Result<usize, String> {
+    match count(text)? {
+        number if number <= 1_000_000 => Ok(number),
+        _ => Err("it must be at most 1000000".to_owned()),
+    }
+}
+
+/// A window's length of `bench`, which makes the window itself.
+pub(crate) fn small_window(text: &str) -> Result<usize, String> {
+    window_length(text).and_then(|_| small_count(text))
+}
+
+/// How many channels are outliers.
+pub(crate) fn outliers(text: &str) -> Result<usize, String> {
+    at_least(text, 0)
 }
 
 /// A window's length: at least 2 tokens, so that one is predicted from another.
@@ -13,12 +45,20 @@ pub(crate) fn window_length(text: &str) -> Result<usize, String> {
 }
 
 fn at_least(text: &str, least: usize) -> Result<usize, String> {
-    match text.parse() {
-        Ok(number) if number >= least => Ok(number),
-        Ok(_) => Err(format!("it must be at least {least}")),
+    match text.parse::<usize>() {
+        Ok(number) if number < least => Err(format!("it must be at least {least}")),
+        // Products of two of them still fit 64 bits.
+        Ok(number) if number <= MOST => Ok(number),
+        Ok(_) => Err(format!("it must be at most {MOST}")),
+        Err(error) if *error.kind() == IntErrorKind::PosOverflow => {
+            Err(format!("it must be at most {MOST}"))
+        }
         Err(_) => Err("it must be a whole number".to_owned()),
     }
 }
+
+/// The most that any count may be.
+const MOST: usize = u32::MAX as usize;
 
 /// A perplexity, which is never below 1.
 pub(crate) fn perplexity(text: &str) -> Result<f64, String> {
@@ -124,6 +164,15 @@ mod tests {
         assert_eq!(count("8"), Ok(8));
         assert!(count("0").is_err() && count("-1").is_err() && count("x").is_err());
         assert!(window_length("1").is_err());
+        for beyond in
+            ["4294967296", "9223372036854775808", "18446744073709551616", "1000000000000000000"]
+        {
+            assert_eq!(count(beyond), Err("it must be at most 4294967295".to_owned()));
+            assert!(window_length(beyond).is_err() && small_count(beyond).is_err());
+            assert!(threads(beyond).unwrap_err().contains("at most"));
+        }
+        assert_eq!((threads("0"), threads("256")), (Ok(0), Ok(256)));
+        assert!(threads("10000").unwrap_err().starts_with("at most"));
         assert!(perplexity("0.5").is_err() && perplexity("nan").is_err());
         assert!(perplexity("inf").is_err());
         assert_eq!(increase("0.1"), Ok(0.1));

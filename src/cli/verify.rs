@@ -4,7 +4,9 @@ use std::path::Path;
 
 use clap::Args;
 
-use super::args::{DeviceFlag, EvaluationFlags, OfflineFlag, Opened, WindowFlag, with_backend};
+use super::args::{
+    DeviceFlag, EvaluationFlags, IgnoreFlag, OfflineFlag, Opened, WindowFlag, with_backend,
+};
 use super::limits::{MaxIncrease, MaxPerplexity, limits};
 use super::{Output, Ui};
 use crate::checkpoint::AtomCheckpoint;
@@ -28,6 +30,8 @@ pub(crate) struct Arguments {
     /// Source to compare its perplexity with: a directory, a Hub id or an alias, as --model of `quantize`
     #[arg(long, value_name = "MODEL", help_heading = "Model")]
     reference: Option<String>,
+    #[command(flatten)]
+    ignoring: IgnoreFlag,
     #[command(flatten)]
     offline: OfflineFlag,
     #[command(flatten)]
@@ -66,10 +70,16 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         return Err(Error::usage("--max-ppl-increase needs --reference, to which it is relative")
             .hint("add --reference with the source of the checkpoint"));
     }
+    if arguments.ignoring.is_given() && arguments.reference.is_none() {
+        return Err(Error::usage("--ignore-tensors is for the tensors of --reference")
+            .hint("add --reference with the source of the checkpoint"));
+    }
     let backend = arguments.device.open()?;
     let hub = arguments.offline.hub(ui)?;
     let reference = arguments.reference.as_deref();
     let reference = reference.map(|reference| Model::open(&hub, reference, None)).transpose()?;
+    let account = |model| arguments.ignoring.account_model(model, ui);
+    let reference = reference.map(account).transpose()?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len, &hub)?;
     let limits = limits(&arguments.max_ppl, &arguments.max_increase);
     let directory = Path::new(&arguments.model);

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::Check;
 use crate::backend::cpu::isa;
 use crate::backend::cuda::{NARROW_VARIABLE, compile, gpu, libraries};
+use crate::hub::masked;
 
 /// Variables that the program reads, the first six, and those that its tests do.
 const KNOWN: [&str; 12] = [
@@ -23,9 +24,24 @@ const KNOWN: [&str; 12] = [
 ];
 
 /// The Hub's settings of which the value says something.
-const HUB: [&str; 4] = ["HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE"];
+const HUB: [&str; 6] = [
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_ETAG_TIMEOUT",
+    "HF_HUB_DOWNLOAD_TIMEOUT",
+];
 /// Settings that may hold a secret: only whether they are set is told.
-const SECRET: [&str; 3] = ["HF_TOKEN", "HTTPS_PROXY", "https_proxy"];
+const SECRET: [&str; 7] = [
+    "HF_TOKEN",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "HTTP_PROXY",
+    "http_proxy",
+    "ALL_PROXY",
+    "all_proxy",
+];
 
 type Variables = BTreeMap<String, String>;
 
@@ -46,7 +62,9 @@ fn hub_of(set: &Variables) -> Check {
     let mut parts = Vec::new();
     for name in HUB {
         if let Some(value) = set.get(name) {
-            parts.push(format!("{name}={}", without_password(value)));
+            let is_address = name == "HF_ENDPOINT";
+            let shown = if is_address { masked(value) } else { value.clone() };
+            parts.push(format!("{name}={shown}"));
         }
     }
     for name in SECRET {
@@ -57,14 +75,6 @@ fn hub_of(set: &Variables) -> Check {
         }
     }
     Check::ok("hub settings", parts.join(", "))
-}
-
-/// An address without `user:password@`.
-fn without_password(value: &str) -> String {
-    let Some((scheme, rest)) = value.split_once("://") else { return value.to_owned() };
-    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
-    format!("{scheme}://{host}{path}")
 }
 
 /// Our variables that are set, and those that look like ours and are not.
@@ -148,7 +158,11 @@ mod tests {
              HTTPS_PROXY is set"
         );
         assert_eq!(hub_of(&set(&[])).detail, "HF_TOKEN is not set");
-        assert_eq!(without_password("https://host/a@b"), "https://host/a@b");
+        for wrong in ["me:secret@mirror.example", "https://me:se/cret?secret@mirror.example?secret"]
+        {
+            let check = hub_of(&set(&[("HF_ENDPOINT", wrong)]));
+            assert!(!check.detail.contains("cret"), "{check:?}");
+        }
     }
 
     #[test]

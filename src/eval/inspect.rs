@@ -2,17 +2,17 @@
 
 use serde::Serialize;
 
-use super::{Model, atom_plan};
-use crate::Result;
+use super::Model;
 use crate::checkpoint::linear::specs;
 use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec};
 use crate::hub::Hub;
 use crate::model::Architecture;
-use crate::pipeline::Provenance;
 use crate::pipeline::plan::bits_per_weight;
+use crate::pipeline::{Manifest, Provenance, check_counts};
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
 use crate::recipe::Recipe;
+use crate::{Error, Result};
 
 /// Which of the two kinds of checkpoint a directory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -100,7 +100,17 @@ pub fn inspect(hub: &Hub<'_>, model: &str) -> Result<InspectOutcome> {
 }
 
 fn inspect_source(source: &Source) -> Result<InspectOutcome> {
-    let architecture = Architecture::from_config(source.config())?;
+    source.check_index()?;
+    let file = source.config_file();
+    let architecture = Architecture::read(source.config(), &file)?;
+    check_counts(&architecture, source.names().count(), source.total_bytes()).map_err(|what| {
+        Error::input(format!("{file}: {what}"))
+            .hint("take the config.json that was published with the weights")
+    })?;
+    // Other parts of a larger model have blocks of their own.
+    if !source.is_part() {
+        architecture.check_blocks(source.names(), &file)?;
+    }
     Ok(InspectOutcome {
         kind: CheckpointKind::Source,
         name: source.name().to_owned(),
@@ -119,11 +129,9 @@ fn inspect_source(source: &Source) -> Result<InspectOutcome> {
 }
 
 fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
-    let architecture = Architecture::from_config(checkpoint.config())?;
-    let (kv, blocks) = atom_plan(checkpoint, &architecture)?;
-    let atom = checkpoint.atom();
-    let parse = |key: &str| atom.get(key).cloned().unwrap_or_default();
-    let calibration: Option<Provenance> = serde_json::from_value(parse("calibration")).ok();
+    let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
+    let manifest = Manifest::read(checkpoint, &architecture)?;
+    let Manifest { kv, blocks, recipe, source, calibration, tool_version, .. } = manifest;
     let mut linears = Vec::new();
     for site in blocks.iter().flatten() {
         for linear in site.linears.iter().filter(|linear| linear.bits < 16) {
@@ -148,14 +156,14 @@ fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
         tensors: checkpoint.names().count(),
         bytes: checkpoint.total_bytes(),
         bits_per_weight: Some(bits_per_weight(&blocks)),
-        recipe: serde_json::from_value(parse("recipe")).ok(),
+        recipe: Some(recipe),
         kv: Some(kv_in_words(&kv)),
-        source: atom["source"]["name"].as_str().map(str::to_owned),
-        calibration: calibration.map(|calibration| {
+        source: Some(source.name),
+        calibration: Some({
             let Provenance { dataset, samples, seq_len, seed, .. } = calibration;
             format!("{samples} windows of {seq_len} tokens of {dataset}, seed {seed}")
         }),
-        tool_version: atom["tool_version"].as_str().map(|version| format!("atom {version}")),
+        tool_version: Some(format!("atom {tool_version}")),
         linears,
     })
 }

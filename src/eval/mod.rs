@@ -17,14 +17,14 @@ pub use perplexity::{PerplexityOutcome, atom_perplexity, source_perplexity, wind
 pub use tasks::{Sample, TaskOutcome, TasksOutcome, check_accuracies, tasks};
 pub use verify::{Check, KernelCheck, Limits, VerifyOutcome, verify};
 
+use std::path::Path;
+
 use crate::backend::Backend;
-use crate::checkpoint::{AtomCheckpoint, Source, is_atom};
+use crate::checkpoint::{AtomCheckpoint, Source, Tensors, is_atom};
 use crate::hub::{self, Hub, Resolved};
 use crate::model::Architecture;
-use crate::pipeline::Evaluation;
-use crate::pipeline::plan::{BlockPlan, check_plan};
 use crate::pipeline::progress::Progress;
-use crate::quant::kv::KvFormat;
+use crate::pipeline::{Evaluation, caution, network};
 use crate::{Error, Result};
 
 /// What can be evaluated.
@@ -49,10 +49,35 @@ impl Model {
             Resolved::Bundled => Ok(Self::Source(hub::tiny_llama()?)),
         }
     }
+
+    /// Its directory, unless it is bundled.
+    pub fn dir(&self) -> Option<&Path> {
+        match self {
+            Self::Source(source) => source.dir(),
+            Self::Atom(checkpoint) => checkpoint.dir(),
+        }
+    }
 }
 
-/// Perplexity of a model: a source in full precision, an Atom checkpoint on the integer path.
+/// Perplexity of a model: a source in full precision, an Atom checkpoint on the integer path. Warns of what makes it
+/// say little.
 pub fn perplexity<B: Backend>(
+    backend: &B,
+    model: &Model,
+    evaluation: &Evaluation,
+    progress: &dyn Progress,
+) -> Result<PerplexityOutcome> {
+    let (tensors, architecture): (&dyn Tensors, _) = match model {
+        Model::Source(source) => (source, network(source)?.architecture),
+        Model::Atom(checkpoint) => {
+            (checkpoint, Architecture::read(checkpoint.config(), &checkpoint.config_file())?)
+        }
+    };
+    caution(tensors, &architecture, evaluation.seq_len, progress);
+    perplexity_of(backend, model, evaluation, progress)
+}
+
+fn perplexity_of<B: Backend>(
     backend: &B,
     model: &Model,
     evaluation: &Evaluation,
@@ -64,23 +89,13 @@ pub fn perplexity<B: Backend>(
     }
 }
 
-/// The KV format and the plan that a checkpoint's atom.json holds, checked against its network.
-pub(crate) fn atom_plan(
-    checkpoint: &AtomCheckpoint,
-    architecture: &Architecture,
-) -> Result<(KvFormat, Vec<BlockPlan>)> {
-    let field = |key: &str| {
-        checkpoint.atom().get(key).cloned().ok_or_else(|| {
-            Error::input(format!("atom.json of {} lacks `{key}`", checkpoint.name()))
-                .hint("quantize the model again")
+/// Refuses to measure a checkpoint whose configuration, tokenizer or manifest is not what was written: the figures
+/// would be another model's.
+pub(crate) fn check_files(checkpoint: &AtomCheckpoint) -> Result<()> {
+    checkpoint.covered_files().into_iter().try_for_each(|name| {
+        checkpoint.verify_file(name).map_err(|error| {
+            let hint = error.hint_text().unwrap_or_default().to_owned();
+            Error::input(error.to_string()).hint(hint)
         })
-    };
-    let damaged = |error: serde_json::Error| {
-        Error::input(format!("atom.json of {} is damaged: {error}", checkpoint.name()))
-            .hint("quantize the model again")
-    };
-    let kv = serde_json::from_value(field("kv")?).map_err(damaged)?;
-    let blocks: Vec<BlockPlan> = serde_json::from_value(field("blocks")?).map_err(damaged)?;
-    check_plan(architecture, &blocks)?;
-    Ok((kv, blocks))
+    })
 }

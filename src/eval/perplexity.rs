@@ -9,6 +9,7 @@ use serde::Serialize;
 use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Source};
 use crate::model::sites::FINAL_NORM;
+use crate::pipeline::memory::Windows;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{Evaluation, Stream, attention_spec, cpu_seconds, expect, one_ahead, vector};
 use crate::text::Tokenizer;
@@ -86,6 +87,7 @@ impl<B: Backend> Run<'_, B> {
         let Self { model, progress, .. } = self;
         let Runnable { backend, architecture, name, .. } = model;
         let seq_len = self.evaluation.seq_len;
+        model.check_memory(Windows { tokens: tokens.len(), seq_len }, *progress)?;
         let attention = attention_spec(architecture, model.kv, seq_len);
         let window_bytes = 4 * seq_len * architecture.hidden;
         let part = (backend.stream_bytes() / window_bytes).max(1) * seq_len;
@@ -102,6 +104,8 @@ impl<B: Backend> Run<'_, B> {
                 progress.advance("");
                 Ok(())
             })?;
+            // The blocks' memory is not to stand beside the head's.
+            backend.trim();
             self.window_means(stream, tokens, &mut means)?;
             progress.advance("");
         }
@@ -116,6 +120,7 @@ impl<B: Backend> Run<'_, B> {
         }
         let windows = means.len() as f64;
         let mean = means.iter().sum::<f64>() / windows;
+        self.warn_of_guessing(mean.exp());
         let variance =
             means.iter().map(|loss| (loss - mean).powi(2)).sum::<f64>() / (windows - 1.0);
         let seconds = start.elapsed().as_secs_f64();
@@ -132,6 +137,18 @@ impl<B: Backend> Run<'_, B> {
             cpu_seconds: cpu_seconds() - cpu_start,
             device: backend.device(),
         })
+    }
+
+    /// Warns of a perplexity that equal chances for all tokens would have, but for rounding, or of a worse one.
+    fn warn_of_guessing(&self, perplexity: f64) {
+        let vocabulary = self.model.architecture.vocabulary;
+        if perplexity >= 0.999 * vocabulary as f64 {
+            self.progress.warn(&format!(
+                "{} has a perplexity of {perplexity:.2}, no better than guessing among the {vocabulary} tokens of its \
+                 vocabulary: do weights, config.json and tokenizer belong together?",
+                self.model.name
+            ));
+        }
     }
 
     /// Final norm, output head and cross entropy: each window's mean loss.

@@ -1,16 +1,18 @@
 /*! A model that can run, whichever kind of checkpoint holds it: its blocks are read one ahead of the arithmetic and
 made ready when their turn comes. */
 
-use super::{Model, atom_plan};
+use super::{Model, check_files};
 use crate::Result;
 use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Source, Tensors};
 use crate::model::Architecture;
 use crate::model::block::Block;
-use crate::pipeline::plan::BlockPlan;
+use crate::pipeline::memory::{self, Place, Windows};
+use crate::pipeline::plan::{BlockPlan, plan_network};
+use crate::pipeline::progress::Progress;
 use crate::pipeline::{
-    BlockWeights, QuantizedSite, check_levels, quantized_block, read_key_mean, read_sites,
-    source_block,
+    BlockWeights, Manifest, QuantizedSite, check_levels, network, quantized_block, read_key_mean,
+    read_sites, source_block,
 };
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
@@ -59,7 +61,7 @@ impl<'a, B: Backend> Runnable<'a, B> {
             backend,
             name: source.name(),
             tensors: source,
-            architecture: Architecture::from_config(source.config())?,
+            architecture: network(source)?.architecture,
             kv: KvFormat::FULL,
             kind: Kind::Source,
         })
@@ -67,8 +69,9 @@ impl<'a, B: Backend> Runnable<'a, B> {
 
     /// A checkpoint on the integer path.
     pub(super) fn atom(backend: &'a B, checkpoint: &'a AtomCheckpoint) -> Result<Self> {
-        let architecture = Architecture::from_config(checkpoint.config())?;
-        let (kv, blocks) = atom_plan(checkpoint, &architecture)?;
+        let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
+        check_files(checkpoint)?;
+        let Manifest { kv, blocks, .. } = Manifest::read(checkpoint, &architecture)?;
         check_levels(backend, &blocks)?;
         Ok(Self {
             backend,
@@ -78,6 +81,26 @@ impl<'a, B: Backend> Runnable<'a, B> {
             kv,
             kind: Kind::Atom(checkpoint, blocks),
         })
+    }
+
+    /// Compares what an evaluation takes with what the machine has, before it begins.
+    ///
+    /// # Errors
+    /// A machine error with both numbers.
+    pub(super) fn check_memory(&self, windows: Windows, progress: &dyn Progress) -> Result<()> {
+        let Self { backend, architecture, tensors, .. } = self;
+        let as_it_is;
+        let (blocks, quantized) = match &self.kind {
+            Kind::Atom(_, blocks) => (blocks, true),
+            Kind::Source => {
+                as_it_is = plan_network(&memory::any_recipe(), architecture)?;
+                (&as_it_is, false)
+            }
+        };
+        let place = Place::of(*backend);
+        let bytes =
+            memory::evaluation_bytes(architecture, *tensors, blocks, place, windows, quantized);
+        memory::check(bytes, progress)
     }
 
     /// Reads block `index`. Safe to call from a thread beside the one that computes.

@@ -10,8 +10,9 @@ use super::Model;
 use super::likelihood::{Likelihood, likelihoods};
 use super::runnable::Runnable;
 use crate::backend::Backend;
-use crate::pipeline::cpu_seconds;
+use crate::pipeline::memory::Windows;
 use crate::pipeline::progress::Progress;
+use crate::pipeline::{caution, cpu_seconds};
 use crate::text::Tokenizer;
 use crate::text::tasks::{Measure, Question, ScoredText, TaskRows};
 use crate::{Error, Result};
@@ -117,6 +118,17 @@ pub fn tasks<B: Backend>(
             .collect::<Result<_>>()?;
         texts.extend(encoded);
     }
+    caution(runnable.tensors, &runnable.architecture, 0, progress);
+    let full = texts.iter().flatten().filter(|text| text.tokens.len() > positions).count();
+    if full > 0 {
+        progress.warn(&format!(
+            "{full} texts take all of the model's {positions} positions (`max_position_embeddings`): those that are \
+             longer lose their first tokens"
+        ));
+    }
+    let lengths = || texts.iter().flatten().map(|text: &ScoredText| text.tokens.len());
+    let windows = Windows { tokens: lengths().sum(), seq_len: lengths().max().unwrap_or(0) };
+    runnable.check_memory(windows, progress)?;
     let (found, tokens) = likelihoods(&runnable, &texts, progress)?;
 
     let (mut samples, mut outcomes) = (Vec::new(), Vec::new());

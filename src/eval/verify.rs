@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::kernels::{Beside, Findings};
 use super::perplexity::PerplexityOutcome;
-use super::{Model, atom_perplexity, atom_plan, perplexity, windows};
+use super::{Model, atom_perplexity, perplexity_of, windows};
 use crate::Result;
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
@@ -16,8 +16,8 @@ use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::pipeline::plan::{BlockPlan, SitePlan};
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{
-    BlockWeights, Evaluation, attention_spec, check_levels, expect, key_mean_spec, quantized_block,
-    read_key_mean, read_sites,
+    BlockWeights, Evaluation, Manifest, attention_spec, caution, check_levels, expect,
+    key_mean_spec, quantized_block, read_key_mean, read_sites,
 };
 use crate::quant::kv::KvFormat;
 
@@ -81,22 +81,38 @@ pub fn verify<B: Backend>(
     limits: Limits,
     progress: &dyn Progress,
 ) -> Result<VerifyOutcome> {
-    let architecture = Architecture::from_config(checkpoint.config())?;
-    if let Some(evaluation) = evaluation {
-        // A text that is too short is found before gigabytes are hashed.
-        windows(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), evaluation)?;
+    let mut checks = vec![check("files", files(checkpoint))];
+    let whole = checks[0].ok;
+    let architecture = match Architecture::read(checkpoint.config(), &checkpoint.config_file()) {
+        Ok(architecture) => architecture,
+        Err(error) if whole => return Err(error),
+        // A changed config.json is a failed check, whatever else it is.
+        Err(error) => {
+            checks.push(check("config", Err::<String, _>(error)));
+            return Ok(unmeasured(checkpoint, backend, checks));
+        }
+    };
+    // What a changed tokenizer makes of the text says nothing.
+    let texts = match kernels {
+        KernelCheck::On(text) => [evaluation, Some(text)],
+        KernelCheck::Off(_) => [evaluation, None],
+    };
+    for text in texts.into_iter().flatten() {
+        let tokenizer = checkpoint.tokenizer()?;
+        if whole {
+            // A text that is too short is found before gigabytes are hashed.
+            windows(&tokenizer, &checkpoint.tokenizer_path(), text)?;
+        }
     }
-    if let KernelCheck::On(text) = kernels {
-        windows(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), text)?;
-    }
-    let mut checks = Vec::new();
-    let plan = atom_plan(checkpoint, &architecture);
-    let planned = plan.as_ref().map(|(_, blocks)| {
+    let seq_len = evaluation.map_or(0, |evaluation| evaluation.seq_len);
+    caution(checkpoint, &architecture, seq_len, progress);
+    let manifest = Manifest::read(checkpoint, &architecture);
+    let planned = manifest.as_ref().map(|Manifest { blocks, .. }| {
         let sites = blocks.iter().flatten().count();
         format!("{} blocks, {sites} sites, as config.json has them", blocks.len())
     });
     checks.push(check("plan", planned));
-    if let Ok((kv, blocks)) = &plan {
+    if let Ok(Manifest { kv, blocks, .. }) = &manifest {
         progress.begin("verify", blocks.len());
         checks.push(check("shapes", shapes(checkpoint, &architecture, kv, blocks)));
         checks.push(check("checksums", checksums(checkpoint, progress)));
@@ -111,26 +127,19 @@ pub fn verify<B: Backend>(
     progress.check_stop()?;
 
     let sound = checks.iter().all(|check| check.ok);
-    let mut outcome = VerifyOutcome {
-        model: checkpoint.name().to_owned(),
-        ok: sound,
-        checks,
-        perplexity: None,
-        reference_perplexity: None,
-        increase: None,
-        kernels_unchecked: None,
-        device: backend.device(),
-    };
+    let mut outcome = unmeasured(checkpoint, backend, checks);
     // What a damaged checkpoint computes says nothing.
-    match (kernels, &plan) {
-        (KernelCheck::On(text), Ok((kv, blocks))) if sound => match check_levels(backend, blocks) {
-            Ok(()) => {
-                let found = kernel_checks(backend, checkpoint, (*kv, blocks), text, progress)?;
-                outcome.checks.extend(found);
-                outcome.ok = outcome.checks.iter().all(|check| check.ok);
+    match (kernels, &manifest) {
+        (KernelCheck::On(text), Ok(Manifest { kv, blocks, .. })) if sound => {
+            match check_levels(backend, blocks) {
+                Ok(()) => {
+                    let found = kernel_checks(backend, checkpoint, (*kv, blocks), text, progress)?;
+                    outcome.checks.extend(found);
+                    outcome.ok = outcome.checks.iter().all(|check| check.ok);
+                }
+                Err(why) => outcome.kernels_unchecked = Some(why.to_string()),
             }
-            Err(why) => outcome.kernels_unchecked = Some(why.to_string()),
-        },
+        }
         (KernelCheck::On(_), _) => {
             outcome.kernels_unchecked = Some("the checkpoint is not sound".to_owned());
         }
@@ -140,7 +149,7 @@ pub fn verify<B: Backend>(
         let measured = atom_perplexity(backend, checkpoint, evaluation, progress)?;
         outcome.perplexity = Some(measured.perplexity);
         if let Some(reference) = reference {
-            let reference = perplexity(backend, reference, evaluation, progress)?;
+            let reference = perplexity_of(backend, reference, evaluation, progress)?;
             outcome.reference_perplexity = Some(reference.perplexity);
             outcome.increase = Some(measured.perplexity / reference.perplexity - 1.0);
         }
@@ -148,6 +157,24 @@ pub fn verify<B: Backend>(
         outcome.ok = outcome.checks.iter().all(|check| check.ok);
     }
     Ok(outcome)
+}
+
+/// The outcome of these checks alone.
+fn unmeasured<B: Backend>(
+    checkpoint: &AtomCheckpoint,
+    backend: &B,
+    checks: Vec<Check>,
+) -> VerifyOutcome {
+    VerifyOutcome {
+        model: checkpoint.name().to_owned(),
+        ok: checks.iter().all(|check| check.ok),
+        checks,
+        perplexity: None,
+        reference_perplexity: None,
+        increase: None,
+        kernels_unchecked: None,
+        device: backend.device(),
+    }
 }
 
 /// A check of all blocks' kernels, behind one for each block in which they are wrong.
@@ -159,7 +186,7 @@ fn kernel_checks<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<Vec<Check>> {
     let reference = &Cpu::new()?;
-    let architecture = Architecture::from_config(checkpoint.config())?;
+    let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
     let attention = attention_spec(&architecture, kv, text.seq_len);
     let tokens = windows(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), text)?;
     let embedding = expect(checkpoint, EMBEDDING, &[architecture.vocabulary, architecture.hidden])?;
@@ -254,6 +281,16 @@ fn perplexity_checks(
         });
     }
     checks
+}
+
+/// `atom.json`, `config.json`, the tokenizer and every other file next to the shards are what was written.
+fn files(checkpoint: &AtomCheckpoint) -> Result<String> {
+    let covered = checkpoint.covered_files();
+    covered.iter().try_for_each(|name| checkpoint.verify_file(name))?;
+    if checkpoint.covers_files() {
+        return Ok(format!("SHA-256 of {}", covered.join(", ")));
+    }
+    Ok("not covered: this checkpoint was written before atom.json, config.json and the tokenizer had hashes".to_owned())
 }
 
 /// Every tensor the plan asks for is there with its type and shape, and none besides.

@@ -1,22 +1,35 @@
-/*! Requests to the Hub, and what its refusals mean.
+/*! Requests to the Hub.
 
-The token goes to the Hub alone: redirects to the hosts that hold the bytes are followed without it. */
+Redirects are followed here and not by the HTTP client: the token, or the user and password that
+`HF_ENDPOINT` names, go to the scheme, host and port of the Hub and to no others. */
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::Deserialize;
-use ureq::config::RedirectAuthHeaders;
-use ureq::http::{HeaderMap, Response};
+use ureq::Agent;
+use ureq::http::HeaderMap;
+use ureq::http::request::Request;
+use ureq::http::response::Parts;
 use ureq::tls::{RootCerts, TlsConfig};
-use ureq::{Agent, Body};
 
-use super::settings::Settings;
-use crate::{Error, Kind, Result};
+use super::address::Address;
+use super::attempts::{Attempts, Waits, rate_limit_reset, retry_after};
+use super::content::{is_hash, is_hexadecimal};
+use super::exchange::{self, Answer, Incoming};
+use super::failure::{Failure, Nature};
+use super::refusal::refused;
+use super::settings::{Endpoint, Patience, Settings};
+use crate::pipeline::progress::Progress;
+use crate::{Error, Result};
 
-/// How long the Hub may take to answer, and a started body to go on.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a connection may take to be made.
 const CONNECT: Duration = Duration::from_secs(15);
+/// Redirects that are followed one after another.
+const REDIRECTS: usize = 10;
+/// Bytes of a listing that are read: a hundred thousand files take about ten million.
+const LISTING_BYTES: usize = 64 << 20;
+/// A listing may take so many times as long as the head of an answer.
+const LISTING_PATIENCE: u32 = 10;
 
 /// What a repository holds; the two live at different addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,14 +61,26 @@ pub(super) struct Metadata {
     pub(super) bytes: u64,
 }
 
+/// A file's bytes on their way.
+pub(super) struct Opened<'a> {
+    /// The byte of the file that the body begins at.
+    pub(super) from: u64,
+    pub(super) body: Incoming<'a>,
+}
+
 /// Asks the Hub.
 pub(super) struct Client {
-    endpoint: String,
-    token: Option<String>,
-    /// Follows redirects.
+    pub(super) endpoint: Endpoint,
+    pub(super) waits: Waits,
+    patience: Patience,
+    /// The `authorization` header for the Hub's origin.
+    authorization: Option<String>,
+    /// Whether that header holds a token, or a user and password.
+    pub(super) has_token: bool,
+    pub(super) has_password: bool,
+    wrong_proxy: Option<&'static str>,
+    /// Follows no redirect.
     agent: Agent,
-    /// Returns redirects, whose headers describe the file.
-    asking: Agent,
 }
 
 #[derive(Deserialize)]
@@ -70,65 +95,109 @@ struct Sibling {
     rfilename: String,
 }
 
+/// A question: the method, and from which byte on a file is asked for.
+#[derive(Clone, Copy)]
+struct Question {
+    method: &'static str,
+    from: u64,
+    patience: Duration,
+    /// Whether redirects are followed away from the Hub, to where the bytes of a file are.
+    away: bool,
+}
+
 impl Client {
     pub(super) fn new(settings: &Settings) -> Self {
-        let config = || {
-            Agent::config_builder()
-                .http_status_as_error(false)
-                .user_agent(concat!("atom/", env!("CARGO_PKG_VERSION")))
-                // The system's certificates: those of a company's proxy are there and nowhere else.
-                .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
-                .redirect_auth_headers(RedirectAuthHeaders::SameHost)
-                .timeout_connect(Some(CONNECT))
-                .timeout_recv_response(Some(PATIENCE))
-                .timeout_per_read(Some(PATIENCE))
-        };
+        let patience = settings.patience;
+        // The exchange has deadlines of its own; these end a thread that is not waited for.
+        let longest = patience.answer.max(patience.download) + Duration::from_secs(1);
+        let agent = Agent::config_builder()
+            .http_status_as_error(false)
+            .user_agent(concat!("atom/", env!("CARGO_PKG_VERSION")))
+            // The system's certificates: those of a company's proxy are there and nowhere else.
+            .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .timeout_connect(Some(CONNECT))
+            .timeout_recv_response(Some(longest))
+            .timeout_per_read(Some(longest))
+            .build()
+            .new_agent();
+        let basic = settings.endpoint.address().basic_authorization();
+        let token = settings.token.as_ref().filter(|_| basic.is_none());
         Self {
             endpoint: settings.endpoint.clone(),
-            token: settings.token.clone(),
-            agent: config().build().new_agent(),
-            asking: config().max_redirects(0).max_redirects_will_error(false).build().new_agent(),
+            waits: Waits::new(),
+            patience,
+            has_token: token.is_some(),
+            has_password: basic.is_some(),
+            authorization: token.map(|token| format!("Bearer {token}")).or(basic),
+            wrong_proxy: settings.wrong_proxy,
+            agent,
         }
     }
 
-    /// The commit and the files of a model's revision.
-    pub(super) fn list(&self, at: At<'_>) -> Result<Listing> {
+    /// The commit and the files of a repository's revision.
+    pub(super) fn list(&self, at: At<'_>, progress: &dyn Progress) -> Result<Listing, Failure> {
+        self.patiently(progress, || self.list_once(at, progress))
+    }
+
+    fn list_once(&self, at: At<'_>, progress: &dyn Progress) -> Result<Listing, Failure> {
         let kind = match at.kind {
             RepoKind::Model => "models",
             RepoKind::Dataset => "datasets",
         };
-        let url = format!(
-            "{}/api/{kind}/{}/revision/{}",
-            self.endpoint,
-            at.repo,
-            encoded(at.revision, false)
-        );
-        let mut response = self.follow(&url, |url| self.request(&self.asking, "GET", url))?;
-        if response.status().as_u16() != 200 {
-            return Err(self.refused(&response, at, None));
+        let revision = encoded(at.revision, false);
+        let address = self.address(&format!("/api/{kind}/{}/revision/{revision}", at.repo))?;
+        let question =
+            Question { method: "GET", from: 0, patience: self.patience.answer, away: false };
+        let (address, answer) = self.ask(address, question, progress)?;
+        if answer.head.status.as_u16() != 200 {
+            return Err(self.refused(&answer.head, &address, at, None));
         }
-        let text = response.body_mut().with_config().limit(64 << 20).read_to_string();
-        let text = text.map_err(|error| self.unreachable(&error))?;
-        let listed: Revision = serde_json::from_str(&text).map_err(|error| {
-            Error::machine(format!("{url} did not answer as the Hub does: {error}"))
-                .hint("look at HF_ENDPOINT and at the proxy, if there is one")
+        let deadline = self.patience.answer * LISTING_PATIENCE;
+        let Some(text) = answer.body.all(LISTING_BYTES, deadline)? else {
+            let what = format!(
+                "its list of files is longer than {LISTING_BYTES} bytes or takes longer than {} seconds",
+                deadline.as_secs()
+            );
+            return Err(Failure::odd_answer(&address, &what));
+        };
+        let listed: Revision = serde_json::from_slice(&text).map_err(|error| {
+            let what = format!("line {}, column {} of its JSON", error.line(), error.column());
+            Failure::odd_answer(&address, &what)
         })?;
         if !is_commit(&listed.sha) {
-            return Err(odd_answer(&url, "its commit is no hash"));
+            return Err(Failure::odd_answer(&address, "its commit is no hash"));
         }
         let files = listed.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
         Ok(Listing { commit: listed.sha, files })
     }
 
     /// What the Hub says of `file`.
-    pub(super) fn metadata(&self, at: At<'_>, file: &str) -> Result<Metadata> {
-        let url = self.file_url(at, file);
-        let response = self.follow(&url, |url| self.request(&self.asking, "HEAD", url))?;
-        let status = response.status();
-        if !(status.is_success() || status.is_redirection()) {
-            return Err(self.refused(&response, at, Some(file)));
+    pub(super) fn metadata(
+        &self,
+        at: At<'_>,
+        file: &str,
+        progress: &dyn Progress,
+    ) -> Result<Metadata, Failure> {
+        self.patiently(progress, || self.metadata_once(at, file, progress))
+    }
+
+    fn metadata_once(
+        &self,
+        at: At<'_>,
+        file: &str,
+        progress: &dyn Progress,
+    ) -> Result<Metadata, Failure> {
+        let question =
+            Question { method: "HEAD", from: 0, patience: self.patience.answer, away: false };
+        let address = self.address(&file_path(at, file))?;
+        let (address, answer) = self.ask(address, question, progress)?;
+        let head = &answer.head;
+        if !(head.status.is_success() || is_redirect(head)) {
+            return Err(self.refused(head, &address, at, Some(file)));
         }
-        let header = |name: &str| header(response.headers(), name);
+        let header = |name: &str| header(&head.headers, name);
         let etag = header("x-linked-etag").or_else(|| header("etag"));
         let etag = etag.map(|tag| tag.trim_start_matches("W/").trim_matches('"').to_owned());
         let bytes = header("x-linked-size").or_else(|| header("content-length"));
@@ -137,170 +206,144 @@ impl Client {
             (Some(commit), Some(etag), Some(bytes)) if is_hash(&etag) => {
                 Ok(Metadata { commit: commit.to_owned(), etag, bytes })
             }
-            _ => Err(odd_answer(&url, "it names no commit, content hash or length")),
+            _ if is_redirect(head) => Err(self.refused(head, &address, at, Some(file))),
+            _ => Err(Failure::odd_answer(&address, "it names no commit, content hash or length")),
         }
     }
 
-    /// Begins to fetch `file` from byte `from` on. `Ok(None)` if there is nothing from there on.
-    pub(super) fn open(&self, at: At<'_>, file: &str, from: u64) -> Result<Option<Opened>> {
-        let url = self.file_url(at, file);
-        let request = |url: &str| {
-            let mut request = ureq::http::Request::builder().method("GET").uri(url);
-            request = self.authorized(request).header("accept-encoding", "identity");
-            if from > 0 {
-                request = request.header("range", format!("bytes={from}-"));
+    /// Begins to fetch `file` from byte `from` on. `Ok(None)` if the Hub has nothing from there on.
+    /// One attempt: the caller knows what it has and when to try again.
+    pub(super) fn open<'a>(
+        &'a self,
+        at: At<'_>,
+        file: &str,
+        from: u64,
+        progress: &'a dyn Progress,
+    ) -> Result<Option<Opened<'a>>, Failure> {
+        let question =
+            Question { method: "GET", from, patience: self.patience.download, away: true };
+        let address = self.address(&file_path(at, file))?;
+        let (address, answer) = self.ask(address, question, progress)?;
+        let Answer { head, body } = answer;
+        match head.status.as_u16() {
+            200 => Ok(Some(Opened { from: 0, body })),
+            206 if header(&head.headers, "content-range").and_then(range_start) != Some(from) => {
+                Err(Failure::odd_answer(&address, "it sent another part of the file"))
             }
-            let request = request.body(()).map_err(ureq::Error::Http)?;
-            self.agent.run(request)
-        };
-        let response = request(&url).map_err(|error| self.unreachable(&error))?;
-        match response.status().as_u16() {
-            200 => Ok(Some(Opened { from: 0, body: response.into_body() })),
-            206 => {
-                let start = header(response.headers(), "content-range").and_then(range_start);
-                if start != Some(from) {
-                    return Err(odd_answer(&url, "it sent another part of the file"));
-                }
-                Ok(Some(Opened { from, body: response.into_body() }))
-            }
+            206 => Ok(Some(Opened { from, body })),
             416 => Ok(None),
-            _ => Err(self.refused(&response, at, Some(file))),
+            _ => Err(self.refused(&head, &address, at, Some(file))),
         }
     }
 
-    fn file_url(&self, At { kind, repo, revision }: At<'_>, file: &str) -> String {
-        let prefix = match kind {
-            RepoKind::Model => "",
-            RepoKind::Dataset => "datasets/",
-        };
-        let (revision, file) = (encoded(revision, false), encoded(file, true));
-        format!("{}/{prefix}{repo}/resolve/{revision}/{file}", self.endpoint)
-    }
-
-    fn request(
+    /// Asks until there is an answer, or asking again is no use.
+    fn patiently<T>(
         &self,
-        agent: &Agent,
-        method: &str,
-        url: &str,
-    ) -> Result<Response<Body>, ureq::Error> {
-        let request = ureq::http::Request::builder().method(method).uri(url);
-        let request = self.authorized(request).header("accept-encoding", "identity");
-        agent.run(request.body(()).map_err(ureq::Error::Http)?)
-    }
-
-    fn authorized(&self, request: ureq::http::request::Builder) -> ureq::http::request::Builder {
-        match &self.token {
-            Some(token) => request.header("authorization", format!("Bearer {token}")),
-            None => request,
-        }
-    }
-
-    /// Follows redirects within the Hub, which a renamed repository answers with, and no others:
-    /// the one to a file's bytes describes the file.
-    fn follow(
-        &self,
-        url: &str,
-        send: impl Fn(&str) -> Result<Response<Body>, ureq::Error>,
-    ) -> Result<Response<Body>> {
-        let mut url = url.to_owned();
-        for _ in 0..5 {
-            let response = send(&url).map_err(|error| self.unreachable(&error))?;
-            let within = header(response.headers(), "location")
-                .filter(|_| response.status().is_redirection())
-                .and_then(|to| match to.strip_prefix(&self.endpoint) {
-                    Some(path) if path.starts_with('/') => Some(path),
-                    _ => Some(to).filter(|to| to.starts_with('/') && !to.starts_with("//")),
-                });
-            match within {
-                Some(path) if header(response.headers(), "x-linked-etag").is_none() => {
-                    url = format!("{}{path}", self.endpoint);
-                }
-                _ => return Ok(response),
+        progress: &dyn Progress,
+        ask: impl Fn() -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let mut attempts = Attempts::at_question(self.patience.answer * 2);
+        loop {
+            match ask() {
+                Ok(found) => return Ok(found),
+                Err(failure) => attempts.pause(failure, &self.waits, progress)?,
             }
         }
-        Err(odd_answer(&url, "it redirects in a circle"))
     }
 
-    fn unreachable(&self, error: &ureq::Error) -> Error {
-        let cause = error.to_string();
-        let hint = if cause.contains("certificate") {
-            "install the system's certificates (`ca-certificates` on Debian), or set SSL_CERT_FILE"
-        } else {
-            "look at the network, the proxy and HF_ENDPOINT; what the Hub's cache holds works with --offline"
+    /// The address of a path on the Hub.
+    fn address(&self, path: &str) -> Result<Address, Failure> {
+        self.endpoint.at(path).map(|address| address.without_userinfo()).ok_or_else(|| {
+            Failure::odd_answer(&self.endpoint, "HF_ENDPOINT and the name make no address")
+        })
+    }
+
+    /// Asks one address, and those that it redirects to. Returns the last one and its answer, which may
+    /// be a redirect that is not followed: one away from the Hub, or one that describes a file.
+    fn ask<'a>(
+        &'a self,
+        mut address: Address,
+        question: Question,
+        progress: &'a dyn Progress,
+    ) -> Result<(Address, Answer<'a>), Failure> {
+        if let Some(variable) = self.wrong_proxy {
+            return Err(Error::usage(format!("{variable} is no address of a proxy"))
+                .hint("set it to an address such as http://proxy.example:3128, or unset it")
+                .into());
+        }
+        for _ in 0..=REDIRECTS {
+            let request = self.request(&address, question)?;
+            let patience = question.patience;
+            let answer = exchange::send(&self.agent, request, &self.endpoint, patience, progress)?;
+            if !is_redirect(&answer.head) {
+                return Ok((address, answer));
+            }
+            let location = header(&answer.head.headers, "location");
+            let Some(to) = location.and_then(|location| address.join(location)) else {
+                return Err(Failure::odd_answer(&address, "it redirects to no address of HTTP"));
+            };
+            let stays = self.is_own(&to) && !answer.head.headers.contains_key("x-linked-etag");
+            if !(question.away || stays) {
+                return Ok((address, answer));
+            }
+            address = to;
+        }
+        Err(Failure::odd_answer(&address, "it redirects in a circle"))
+    }
+
+    fn request(&self, address: &Address, question: Question) -> Result<Request<()>, Failure> {
+        let mut request = Request::builder()
+            .method(question.method)
+            .uri(address.uri().clone())
+            .header("accept-encoding", "identity");
+        if let Some(authorization) = self.authorization.as_ref().filter(|_| self.is_own(address)) {
+            request = request.header("authorization", authorization);
+        }
+        if question.from > 0 {
+            request = request.header("range", format!("bytes={}-", question.from));
+        }
+        let error = |error| Failure::of_request(&ureq::Error::Http(error), &self.endpoint);
+        request.body(()).map_err(error)
+    }
+
+    /// Whether an address is of the Hub's own origin.
+    fn is_own(&self, address: &Address) -> bool {
+        address.origin() == self.endpoint.address().origin()
+    }
+
+    /// What an answer other than success means.
+    fn refused(&self, head: &Parts, address: &Address, at: At<'_>, file: Option<&str>) -> Failure {
+        let status = head.status.as_u16();
+        if is_redirect(head) {
+            let to = header(&head.headers, "location").and_then(|to| address.join(to));
+            let to = to.map_or_else(String::new, |to| format!(" to {to}"));
+            return Failure::odd_answer(address, &format!("it redirects{to} ({status})"));
+        }
+        let nature = match status {
+            408 | 425 | 429 | 500..=599 => {
+                let asked = header(&head.headers, "retry-after")
+                    .and_then(|value| retry_after(value, SystemTime::now()));
+                let window = header(&head.headers, "ratelimit").and_then(rate_limit_reset);
+                Nature::Passing { wait: asked.or(window.filter(|_| status == 429)) }
+            }
+            _ => Nature::Final,
         };
-        Error::machine(cause).context(format!("cannot reach {}", self.endpoint)).hint(hint)
-    }
-
-    /// What a status other than success means.
-    fn refused(&self, response: &Response<Body>, at: At<'_>, file: Option<&str>) -> Error {
-        let (repo, revision) = (at.repo, at.revision);
-        let status = response.status().as_u16();
-        let code = header(response.headers(), "x-error-code").unwrap_or_default();
-        let page = match at.kind {
-            RepoKind::Model => format!("{}/{repo}", self.endpoint),
-            RepoKind::Dataset => format!("{}/datasets/{repo}", self.endpoint),
-        };
-        let tokens = format!("{}/settings/tokens", self.endpoint);
-        match (status, code, file) {
-            (_, "RevisionNotFound", _) => {
-                Error::input(format!("{repo} has no revision `{revision}` on the Hub"))
-                    .hint(format!("{page} lists its branches, tags and commits"))
-            }
-            (_, "EntryNotFound", Some(file)) | (404, "", Some(file)) => {
-                Error::input(format!("{repo} has no file {file} at revision `{revision}`"))
-                    .hint(format!("{page} lists its files"))
-            }
-            (401, "GatedRepo" | "", _) if self.token.is_some() => {
-                Error::machine(format!("the Hub refuses the token for {repo} (401)")).hint(format!(
-                    "make a new token at {tokens} and set HF_TOKEN to it, or run `hf auth login`"
-                ))
-            }
-            (401, "GatedRepo", _) => {
-                Error::machine(format!("{repo} is open only to those who accepted its licence"))
-                    .hint(format!(
-                        "accept it at {page}, make a token at {tokens}, and set HF_TOKEN to it"
-                    ))
-            }
-            // Who may not see a repository is told that there is none.
-            (401, _, _) if self.token.is_none() => {
-                Error::input(format!("there is no {repo} on the Hub, or it is not public (401)"))
-                    .hint(format!(
-                        "look at the name; for a private repository set HF_TOKEN to a token of {tokens}"
-                    ))
-            }
-            (401 | 404, _, _) if self.token.is_some() => {
-                Error::input(format!("there is no {repo} on the Hub that this token may see"))
-                    .hint(format!("look at the name and at whose token it is: {tokens}"))
-            }
-            (404, _, _) => Error::input(format!("there is no {repo} on the Hub"))
-                .hint("look at the name; for a private repository set HF_TOKEN"),
-            (403, _, _) => Error::machine(format!("the Hub denies access to {repo} (403)")).hint(
-                format!("accept the licence at {page} as the token's owner; a fine-grained token must allow gated repositories"),
-            ),
-            (429, _, _) => Error::machine("the Hub asks for fewer requests (429)")
-                .hint("wait a few minutes; a token in HF_TOKEN raises the limit"),
-            _ => Error::machine(format!("the Hub answered {status} for {repo}"))
-                .hint("try again later; what the Hub's cache holds works with --offline"),
-        }
+        let code = header(&head.headers, "x-error-code").unwrap_or_default();
+        Failure { error: refused(self, status, code, at, file), nature }
     }
 }
 
-/// A file's bytes on their way.
-pub(super) struct Opened {
-    /// The byte of the file that the body begins at.
-    pub(super) from: u64,
-    pub(super) body: Body,
+/// The path of a file on the Hub.
+fn file_path(At { kind, repo, revision }: At<'_>, file: &str) -> String {
+    let prefix = match kind {
+        RepoKind::Model => "",
+        RepoKind::Dataset => "datasets/",
+    };
+    format!("/{prefix}{repo}/resolve/{}/{}", encoded(revision, false), encoded(file, true))
 }
 
-/// Whether an error is the network's or the Hub's, so that trying again may help.
-pub(super) fn may_pass(error: &Error) -> bool {
-    let answered = error.message().starts_with("the Hub answered 5");
-    error.kind() == Kind::Machine && (answered || error.message().starts_with("cannot reach "))
-}
-
-fn odd_answer(url: &str, what: &str) -> Error {
-    Error::machine(format!("{url} did not answer as the Hub does: {what}"))
-        .hint("look at HF_ENDPOINT and at the proxy, if there is one")
+fn is_redirect(head: &Parts) -> bool {
+    matches!(head.status.as_u16(), 301 | 302 | 303 | 307 | 308)
 }
 
 fn header<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
@@ -315,15 +358,6 @@ fn range_start(range: &str) -> Option<u64> {
 /// Whether a name is a whole commit and so never means anything else.
 pub(super) fn is_commit(revision: &str) -> bool {
     revision.len() == 40 && is_hexadecimal(revision)
-}
-
-/// Whether an etag is a content's hash, as the Hub's are.
-fn is_hash(etag: &str) -> bool {
-    matches!(etag.len(), 40 | 64) && is_hexadecimal(etag)
-}
-
-fn is_hexadecimal(text: &str) -> bool {
-    text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
 }
 
 /// `text` as part of an address; a path keeps its slashes.
@@ -353,10 +387,9 @@ mod tests {
     }
 
     #[test]
-    fn hashes_are_told_from_other_etags() {
+    fn a_commit_is_told_from_other_revisions() {
         let commit = "0123456789abcdef0123456789abcdef01234567";
-        assert!(is_commit(commit) && is_hash(commit) && is_hash(&commit.repeat(2)[..64]));
+        assert!(is_commit(commit));
         assert!(!is_commit("main") && !is_commit(&commit.to_uppercase()));
-        assert!(!is_hash(&format!("{commit}-2")));
     }
 }

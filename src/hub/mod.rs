@@ -2,24 +2,33 @@
 
 A model's name is a directory, the bundled `tiny-llama`, or a repository of the Hugging Face Hub by its
 id or by one of our aliases ([`names`]). Files come from the Hub's cache, which `hf` and transformers
-share ([`cache`]), or over HTTP into it ([`client`] asks, [`download`] fetches and checks). The Hub is
-a handful of conventions over HTTP; they are written out here because no small crate resumes,
-checks what it fetched and obeys all of the Hub's variables (`docs/hub.md`). */
+share ([`cache`]), if their content is what it should be ([`content`]), or over HTTP into it ([`client`]
+asks, [`download`] fetches and checks). The Hub is a handful of conventions over HTTP; they are written
+out here because no small crate resumes, checks what it fetched and obeys all of the Hub's variables
+(`docs/hub.md`). */
 
+mod address;
+mod attempts;
 mod cache;
 mod client;
+mod content;
 mod dataset;
 mod download;
+mod exchange;
+mod failure;
 mod model;
 mod names;
+mod refusal;
 mod settings;
 
 use crate::pipeline::progress::Progress;
 use crate::{Error, Result};
 use cache::Repository;
-use client::{At, Client, may_pass};
+use client::{At, Client};
+use failure::Failure;
 use settings::Settings;
 
+pub(crate) use address::masked;
 pub use dataset::DataFile;
 pub use names::{ALIASES, Place, Resolved, TINY_LLAMA, resolve, source, tiny_llama};
 
@@ -40,7 +49,7 @@ pub struct Hub<'a> {
 
 impl<'a> Hub<'a> {
     /// The Hub by this process's environment (`HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`,
-    /// `HF_HUB_OFFLINE`); with `offline`, its cache only.
+    /// `HF_HUB_OFFLINE` and the others of `docs/hub.md`); with `offline`, its cache only.
     ///
     /// # Errors
     /// If one of the variables holds what cannot be meant.
@@ -75,14 +84,19 @@ impl<'a> Hub<'a> {
 
 impl Hub<'_> {
     /// What lies in the cache, loudly, where the Hub cannot be asked whether it is the newest.
-    fn cached_instead<T>(&self, cached: Option<T>, error: Error) -> Result<T> {
-        match cached {
-            Some(cached) if may_pass(&error) => {
-                self.progress.warn(&format!("{error}; going on with what the Hub's cache holds"));
-                Ok(cached)
-            }
-            _ => Err(error),
+    fn cached_instead<T>(
+        &self,
+        cached: impl FnOnce() -> Result<Option<T>>,
+        failure: Failure,
+    ) -> Result<T> {
+        if failure.is_the_networks()
+            && let Some(cached) = cached()?
+        {
+            let error = failure.error;
+            self.progress.warn(&format!("{error}; going on with what the Hub's cache holds"));
+            return Ok(cached);
         }
+        Err(failure.error)
     }
 }
 

@@ -1,10 +1,12 @@
 /*! Models: which files of a repository a checkpoint needs, and a commit's directory that holds them. */
 
 use std::collections::BTreeSet;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::cache::Repository;
+use super::cache::{Repository, check_names};
 use super::client::{At, RepoKind, is_commit};
+use super::content::Condition;
 use super::download::{self, Wanted};
 use super::{Hub, cache_of};
 use crate::checkpoint::is_side_file;
@@ -12,6 +14,8 @@ use crate::{Error, Result};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Bytes of an index that are read: a line a tensor, of which large models have tens of thousands.
+const INDEX_BYTES: u64 = 64 << 20;
 
 /// A model's commit on this machine.
 pub(super) struct Snapshot {
@@ -23,23 +27,23 @@ pub(super) struct Snapshot {
 pub(super) fn fetch(hub: &Hub<'_>, repo: &str, revision: &str) -> Result<Snapshot> {
     let at = At { kind: RepoKind::Model, repo, revision };
     let cache = cache_of(hub, at)?;
-    let cached = cache
-        .commit(revision)
-        .map(|commit| Snapshot { dir: cache.snapshot(&commit), commit })
-        .filter(|snapshot| is_whole(&snapshot.dir));
-    if is_commit(revision) && cached.is_some() || hub.settings.offline.is_some() {
-        return cached.ok_or_else(|| not_here(hub, repo, revision));
+    let cached = || cached(hub, &cache, revision);
+    if is_commit(revision) || hub.settings.offline.is_some() {
+        match (cached()?, hub.settings.offline) {
+            (Ok(snapshot), _) => return Ok(snapshot),
+            (Err(why), Some(_)) => return Err(not_here(hub, repo, revision, why)),
+            (Err(_), None) => {}
+        }
     }
-    let listing = match hub.client.list(at) {
+    let listing = match hub.client.list(at, hub.progress) {
         Ok(listing) => listing,
-        Err(error) => return hub.cached_instead(cached, error),
+        Err(failure) => return hub.cached_instead(|| Ok(cached()?.ok()), failure),
     };
     let commit = At { revision: &listing.commit, ..at };
     if needed(&listing.files, None).is_none() {
-        bring(hub, commit, &cache, [INDEX])?;
+        bring(hub, commit, &cache, &[INDEX])?;
     }
-    let index = cache.file(&listing.commit, INDEX);
-    let index = index.map(fs_err::read_to_string).transpose()?;
+    let index = cache.file(&listing.commit, INDEX).map(|path| read_index(&path)).transpose()?;
     let files = needed(&listing.files, index.as_deref()).unwrap_or_default();
     if !files.iter().any(|file| file.ends_with(".safetensors")) {
         return Err(Error::input(format!("{repo} holds no safetensors at revision `{revision}`"))
@@ -52,27 +56,99 @@ pub(super) fn fetch(hub: &Hub<'_>, repo: &str, revision: &str) -> Result<Snapsho
         return Err(Error::input(format!("{repo} lacks {absent}, which its {INDEX} names"))
             .hint("choose another --revision"));
     }
-    bring(hub, commit, &cache, files.iter().map(String::as_str))?;
-    cache.note(revision, &listing.commit)?;
+    let files: Vec<&str> = files.iter().map(String::as_str).collect();
+    bring(hub, commit, &cache, &files)?;
+    if let Err(error) = cache.note(revision, &listing.commit) {
+        // The files are there; only the next run without network would not know them by this name.
+        hub.progress.warn(&format!("`{revision}` of {repo} is not noted in the cache: {error}"));
+    }
     Ok(Snapshot { dir: cache.snapshot(&listing.commit), commit: listing.commit })
 }
 
-/// Asks for those files of a commit that are not in the cache, then fetches them.
-fn bring<'f>(
+/// What the cache holds of a revision: a snapshot that a checkpoint can be read from, or why there is none.
+fn cached(
     hub: &Hub<'_>,
-    at: At<'_>,
     cache: &Repository,
-    files: impl IntoIterator<Item = &'f str>,
-) -> Result<()> {
-    let mut wanted = Vec::new();
-    for file in files {
-        if cache.file(at.revision, file).is_none() {
-            hub.progress.check_stop()?;
-            let metadata = hub.client.metadata(at, file)?;
-            wanted.push(Wanted { file: file.to_owned(), metadata });
+    revision: &str,
+) -> Result<Result<Snapshot, Option<Error>>> {
+    let Some(commit) = cache.commit(revision) else { return Ok(Err(None)) };
+    let dir = cache.snapshot(&commit);
+    if !dir.is_dir() {
+        return Ok(Err(None));
+    }
+    // Small files first: what is absent is only known from an index that is sound.
+    for file in present(&dir)? {
+        match cache.condition(&commit, &file, false, hub.progress)? {
+            Condition::Sound => {}
+            Condition::Damaged(why) => {
+                let path = dir.join(&file);
+                let error = Error::machine(format!("{} is damaged: {why}", path.display()));
+                return Ok(Err(Some(error)));
+            }
+            Condition::Absent => {
+                let path = dir.join(&file);
+                let what = "is a link to a content that is not there";
+                return Ok(Err(Some(Error::machine(format!("{} {what}", path.display())))));
+            }
         }
     }
+    Ok(match absent(&dir) {
+        None => Ok(Snapshot { dir, commit }),
+        Some(file) => Err(Some(Error::machine(format!("{} lacks {file}", dir.display())))),
+    })
+}
+
+/// The files of a commit's directory that a checkpoint is read from, dangling links among them.
+fn present(dir: &Path) -> Result<Vec<String>> {
+    let entries = fs_err::read_dir(dir)?.flatten();
+    let names: Vec<String> =
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    let index = read_index(&dir.join(INDEX)).unwrap_or_default();
+    let mut files = needed(&names, Some(&index)).unwrap_or_default();
+    files.retain(|file| dir.join(file).symlink_metadata().is_ok());
+    Ok(files)
+}
+
+/// Asks for those files of a commit that are not in the cache, or damaged, then fetches them.
+fn bring(hub: &Hub<'_>, at: At<'_>, cache: &Repository, files: &[&str]) -> Result<()> {
+    check_names(files.iter().copied())?;
+    let mut wanted = Vec::new();
+    for file in files {
+        if cache.condition(at.revision, file, false, hub.progress)? == Condition::Sound {
+            continue;
+        }
+        let metadata = hub.client.metadata(at, file, hub.progress)?;
+        if *file == INDEX && metadata.bytes > INDEX_BYTES {
+            return Err(Error::input(format!(
+                "{INDEX} of {} has {} bytes, and {INDEX_BYTES} are read",
+                at.repo, metadata.bytes
+            ))
+            .hint("choose another --revision"));
+        }
+        wanted.push(Wanted { file: (*file).to_owned(), metadata, thorough: false });
+    }
     download::fetch(hub, at, cache, &wanted)
+}
+
+/// The text of an index.
+///
+/// # Errors
+/// Bad input if it is too long or no text.
+fn read_index(path: &Path) -> Result<String> {
+    let mut index = String::new();
+    if !path.is_file() {
+        return Err(Error::input(format!("{} is no file", path.display())));
+    }
+    let file = fs_err::File::open(path)?;
+    file.take(INDEX_BYTES + 1).read_to_string(&mut index).map_err(|error| {
+        Error::input(format!("{} cannot be read: {error}", path.display()))
+            .hint("choose another --revision")
+    })?;
+    if index.len() as u64 > INDEX_BYTES {
+        return Err(Error::input(format!("{} has over {INDEX_BYTES} bytes", path.display()))
+            .hint("choose another --revision"));
+    }
+    Ok(index)
 }
 
 /// Which files of a repository make a checkpoint; `None` if it is `index`, the content of the index of
@@ -111,35 +187,44 @@ fn shards(index: &str) -> BTreeSet<String> {
     shards.filter_map(|shard| shard.as_str().map(str::to_owned)).collect()
 }
 
-/// Whether a commit's directory holds all that a checkpoint cannot do without.
-fn is_whole(dir: &Path) -> bool {
-    let has = |name: &str| dir.join(name).is_file();
-    let weights = if has(SINGLE) {
-        true
-    } else if has(INDEX) {
-        let index = fs_err::read_to_string(dir.join(INDEX)).unwrap_or_default();
-        let shards = shards(&index);
-        !shards.is_empty() && shards.iter().all(|shard| has(shard))
-    } else {
-        let entries = fs_err::read_dir(dir).into_iter().flatten().flatten();
-        entries.map(|entry| entry.path()).any(|path| {
-            path.is_file() && path.extension().is_some_and(|extension| extension == "safetensors")
-        })
-    };
-    has("config.json") && has("tokenizer.json") && weights
+/// The first file that a commit's directory lacks and a checkpoint cannot do without.
+fn absent(dir: &Path) -> Option<String> {
+    let lacks = |name: &&str| !dir.join(name).is_file();
+    if let Some(name) = ["config.json", "tokenizer.json"].iter().find(|name| lacks(name)) {
+        return Some((*name).to_owned());
+    }
+    if !lacks(&SINGLE) {
+        return None;
+    }
+    if !lacks(&INDEX) {
+        let shards = read_index(&dir.join(INDEX)).map(|index| shards(&index)).unwrap_or_default();
+        if shards.is_empty() {
+            return Some(format!("the shards that {INDEX} should name"));
+        }
+        return shards.into_iter().find(|shard| lacks(&shard.as_str()));
+    }
+    let entries = fs_err::read_dir(dir).into_iter().flatten().flatten();
+    let mut paths = entries.map(|entry| entry.path());
+    let weights =
+        paths.any(|path| path.is_file() && path.extension() == Some("safetensors".as_ref()));
+    (!weights).then(|| SINGLE.to_owned())
 }
 
-fn not_here(hub: &Hub<'_>, repo: &str, revision: &str) -> Error {
+fn not_here(hub: &Hub<'_>, repo: &str, revision: &str, why: Option<Error>) -> Error {
     let download = format!("`hf download {repo} --revision {revision}`");
     let here = format!("{repo} at revision `{revision}` is not whole in the Hub's cache");
+    let because = |message: String| match why {
+        Some(why) => why.context(message),
+        None => Error::machine(message),
+    };
     match hub.settings.offline {
         Some(what) if !what.starts_with("atom ") => {
-            Error::machine(format!("{here}, and {what} keeps it from being fetched"))
+            because(format!("{here}, and {what} keeps it from being fetched"))
                 .hint(format!("run once without {what}, or {download} where there is a network"))
         }
         command => {
             let command = command.unwrap_or("this command");
-            Error::machine(format!("{here}, and {command} fetches nothing"))
+            because(format!("{here}, and {command} fetches nothing"))
                 .hint(format!("fetch it with {download}, or by quantizing it"))
         }
     }
@@ -197,13 +282,13 @@ mod tests {
             |name: &str, content: &str| fs_err::write(dir.path().join(name), content).unwrap();
         write("config.json", "{}");
         write("tokenizer.json", "{}");
-        assert!(!is_whole(dir.path()));
+        assert!(absent(dir.path()).is_some());
         write(INDEX, r#"{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}"#);
         write("a.safetensors", "");
-        assert!(!is_whole(dir.path()));
+        assert!(absent(dir.path()).is_some());
         write("b.safetensors", "");
-        assert!(is_whole(dir.path()));
+        assert_eq!(absent(dir.path()), None);
         fs_err::remove_file(dir.path().join("tokenizer.json")).unwrap();
-        assert!(!is_whole(dir.path()));
+        assert!(absent(dir.path()).is_some());
     }
 }

@@ -4,6 +4,10 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::config::Config;
+use super::families::Family;
+use super::rope::Rope;
+use super::{bounds, class, quantized};
 use crate::{Error, Result};
 
 /// A Llama-like decoder.
@@ -29,7 +33,7 @@ pub struct Architecture {
     pub norm_epsilon: f32,
     /// Whether the output head is the embedding.
     pub tied: bool,
-    /// Longest context the model was trained for.
+    /// Longest context the model was trained for, by `max_position_embeddings`.
     pub max_positions: usize,
     /// Rotary embedding.
     pub rope: Rope,
@@ -41,6 +45,8 @@ pub struct Architecture {
     pub head_norms: bool,
     /// The experts of a sparse network.
     pub experts: Option<Experts>,
+    /// What its user should know, as a warning: code of the repository's own that is not run.
+    pub remark: Option<String>,
 }
 
 /// Which linears have a bias.
@@ -65,7 +71,7 @@ pub struct Experts {
     pub intermediate: usize,
     /// Whether the chosen experts' shares add up to one.
     pub normalized: bool,
-    /// Blocks that have one MLP like any dense network's.
+    /// Blocks that have one MLP like any dense network's, ascending.
     pub dense_blocks: Vec<usize>,
     /// What they are called.
     pub names: ExpertNames,
@@ -80,89 +86,93 @@ pub struct ExpertNames {
     pub linears: [&'static str; 3],
 }
 
-const MIXTRAL_NAMES: ExpertNames =
-    ExpertNames { part: "block_sparse_moe", linears: ["w1", "w3", "w2"] };
-const QWEN_NAMES: ExpertNames =
-    ExpertNames { part: "mlp", linears: ["gate_proj", "up_proj", "down_proj"] };
-
-/// Values of `model_type` that can be run.
-const FAMILIES: [&str; 6] = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"];
-
-/// Rotary position embedding.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rope {
-    /// Base of the frequencies.
-    pub theta: f64,
-    /// Change of the frequencies for long contexts.
-    pub scaling: RopeScaling,
-}
-
-/// How RoPE's frequencies are changed.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// All divided by a factor.
-    Linear(f64),
-    /// Llama 3.1's: low frequencies divided, high ones kept, blended in between.
-    Llama3 { factor: f64, low: f64, high: f64, original: f64 },
-}
-
 impl Architecture {
-    /// Reads `config.json`.
+    /// Reads the content of `config.json`, or of a part of it that describes a language model.
     ///
     /// # Errors
-    /// An architecture this version cannot run, or a field that is missing or impossible.
+    /// As [`Architecture::read`]'s, with a name of the file that says nothing of where it is.
     pub fn from_config(config: &Value) -> Result<Self> {
-        let family = text(config, "model_type").unwrap_or("").to_owned();
-        if !FAMILIES.contains(&family.as_str()) {
-            let named = if family.is_empty() { "(none)" } else { &family };
-            return Err(Error::input(format!("unknown architecture: model_type is `{named}`"))
-                .hint(format!("this version runs models of the types {}", FAMILIES.join(", "))));
-        }
-        if text(config, "hidden_act").is_some_and(|act| act != "silu") {
-            return Err(Error::input("config.json sets hidden_act to something other than silu")
-                .hint("this version runs networks with SiLU-gated MLPs"));
-        }
-        let hidden = number(config, "hidden_size")?;
-        let heads = number(config, "num_attention_heads")?;
-        let architecture = Self {
-            blocks: number(config, "num_hidden_layers")?,
-            hidden,
-            intermediate: number(config, "intermediate_size")?,
-            heads,
-            kv_heads: optional(config, "num_key_value_heads").unwrap_or(heads),
-            head_dim: optional(config, "head_dim").unwrap_or(hidden / heads),
-            vocabulary: number(config, "vocab_size")?,
-            norm_epsilon: config.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-6) as f32,
-            tied: config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false),
-            max_positions: optional(config, "max_position_embeddings").unwrap_or(2048),
-            rope: Rope::from_config(config)?,
-            sliding_window: sliding_window(config, &family)?,
-            biases: Biases::from_config(config, &family),
-            head_norms: family.starts_with("qwen3"),
-            experts: Experts::from_config(config, &family)?,
-            family,
-        };
-        architecture.check()
+        Self::read(config, "config.json")
     }
 
-    fn check(self) -> Result<Self> {
+    /// Reads the content of `config.json`, which messages call `file`. Every field that the family's implementation in
+    /// transformers reads is read with its type and that family's default. Fields that change nothing at inference
+    /// (dropout, `pretraining_tp`, `use_cache`, router losses) and those that the family's implementation does not know
+    /// are not read.
+    ///
+    /// # Errors
+    /// A network that this version cannot run, or a field that is missing, of a wrong type or impossible: kind `Input`,
+    /// with the file, the field, what it holds and what would be right.
+    pub fn read(config: &Value, file: &str) -> Result<Self> {
+        let config = &Config::new(config, file)?;
+        let family = Family::of(config)?;
+        quantized::check(config)?;
+        let remark = class::check(config, family)?;
+        check_constants(config)?;
+        let blocks = config.required_count("num_hidden_layers", bounds::BLOCKS)?;
+        let hidden = config.required_count("hidden_size", bounds::CHANNELS)?;
+        let heads = config.required_count("num_attention_heads", bounds::HEADS)?;
+        let kv_heads = config.nullable_count("num_key_value_heads", bounds::HEADS)?;
+        let max_positions = config.count("max_position_embeddings", 1..=usize::MAX)?;
+        let max_positions = max_positions.unwrap_or(family.max_positions);
+        let architecture = Self {
+            family: family.name.to_owned(),
+            blocks,
+            hidden,
+            intermediate: config.required_count("intermediate_size", bounds::CHANNELS)?,
+            heads,
+            kv_heads: kv_heads.unwrap_or(family.kv_heads).unwrap_or(heads),
+            head_dim: head_dim(config, family, hidden, heads)?,
+            vocabulary: config.required_count("vocab_size", bounds::VOCABULARY)?,
+            norm_epsilon: norm_epsilon(config, family)?,
+            tied: config.flag("tie_word_embeddings")?,
+            max_positions,
+            rope: Rope::from_config(config, family.rope_theta, max_positions)?,
+            sliding_window: (family.sliding_window)(config, blocks)?,
+            biases: (family.biases)(config)?,
+            head_norms: family.head_norms,
+            experts: (family.experts)(config, blocks)?,
+            remark,
+        };
+        architecture.check(file)?;
+        Ok(architecture)
+    }
+
+    fn check(&self, file: &str) -> Result<()> {
+        let hint = "correct the numbers, or download the file again";
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(Error::input(format!(
-                "config.json: {} query heads cannot share {} key/value heads evenly",
+                "{file}: {} query heads cannot share {} key/value heads evenly (`num_attention_heads`, \
+                 `num_key_value_heads`)",
                 self.heads, self.kv_heads
-            )));
+            ))
+            .hint(hint));
         }
         if !self.head_dim.is_multiple_of(2) {
-            return Err(Error::input(format!("config.json: head_dim {} is odd", self.head_dim)));
+            let message =
+                format!("{file}: head_dim {} is odd: RoPE turns pairs of channels", self.head_dim);
+            return Err(Error::input(message).hint(hint));
         }
-        Ok(self)
+        if let Some(experts) = &self.experts
+            && experts.per_token > experts.count
+        {
+            return Err(Error::input(format!(
+                "{file}: a token cannot have {} of {} experts (`num_experts_per_tok`)",
+                experts.per_token, experts.count
+            ))
+            .hint(hint));
+        }
+        self.check_size(file)
     }
 
     /// The experts of block `block`, if it has any.
     pub fn experts_of(&self, block: usize) -> Option<&Experts> {
-        self.experts.as_ref().filter(|experts| !experts.dense_blocks.contains(&block))
+        self.experts.as_ref().filter(|experts| experts.dense_blocks.binary_search(&block).is_err())
+    }
+
+    /// Positions that the network was made for: `max_position_embeddings`, extended where RoPE's scaling extends it.
+    pub fn positions(&self) -> usize {
+        (self.max_positions as f64 * self.rope.scaling.extension()) as usize
     }
 
     /// Cosines and sines `[seq_len, head_dim / 2]` of positions 0..seq_len.
@@ -178,249 +188,63 @@ impl Architecture {
     }
 }
 
-impl Biases {
-    fn from_config(config: &Value, family: &str) -> Self {
-        let set = |key: &str| flag(config, key);
-        match family {
-            "qwen2" => Self { attn_in: true, attn_out: false, mlp: false },
-            "llama" | "qwen3" | "qwen3_moe" => Self {
-                attn_in: set("attention_bias"),
-                attn_out: set("attention_bias"),
-                mlp: family == "llama" && set("mlp_bias"),
-            },
-            _ => Self::default(),
-        }
-    }
-}
-
 impl Experts {
-    fn from_config(config: &Value, family: &str) -> Result<Option<Self>> {
-        let per_token = || number(config, "num_experts_per_tok");
-        let experts = match family {
-            "mixtral" => Self {
-                count: number(config, "num_local_experts")?,
-                per_token: per_token()?,
-                intermediate: number(config, "intermediate_size")?,
-                normalized: true,
-                dense_blocks: Vec::new(),
-                names: MIXTRAL_NAMES,
-            },
-            "qwen3_moe" => {
-                let blocks = number(config, "num_hidden_layers")?;
-                let step = optional(config, "decoder_sparse_step").unwrap_or(1);
-                let listed = |block: usize| {
-                    let list = config.get("mlp_only_layers").and_then(Value::as_array);
-                    list.is_some_and(|list| {
-                        list.iter().any(|own| own.as_u64() == Some(block as u64))
-                    })
-                };
-                let dense = |block: &usize| listed(*block) || !(block + 1).is_multiple_of(step);
-                Self {
-                    // transformers 5 writes the latter name.
-                    count: number(config, "num_experts")
-                        .or_else(|_| number(config, "num_local_experts"))?,
-                    per_token: per_token()?,
-                    intermediate: number(config, "moe_intermediate_size")?,
-                    normalized: flag(config, "norm_topk_prob"),
-                    dense_blocks: (0..blocks).filter(dense).collect(),
-                    names: QWEN_NAMES,
-                }
+    /// Experts in a block. `num_experts` and `num_local_experts` are one field under two names.
+    pub(super) fn count_field(config: &Config, default: usize) -> Result<usize> {
+        let [new, old] = ["num_local_experts", "num_experts"];
+        match (config.count(new, bounds::EXPERTS)?, config.count(old, bounds::EXPERTS)?) {
+            (Some(a), Some(b)) if a != b => {
+                Err(config.contradiction(new, &format!("`{old}` is {b}: both count the experts")))
             }
-            _ => return Ok(None),
-        };
-        if experts.per_token > experts.count {
-            return Err(Error::input(format!(
-                "config.json: a token cannot have {} of {} experts",
-                experts.per_token, experts.count
-            )));
+            (a, b) => Ok(a.or(b).unwrap_or(default)),
         }
-        Ok(Some(experts))
     }
 }
 
-/// Tokens that a token attends to, where not all.
-///
-/// # Errors
-/// Blocks that differ in it.
-fn sliding_window(config: &Value, family: &str) -> Result<Option<usize>> {
-    let window = optional(config, "sliding_window");
-    match family {
-        "mistral" | "mixtral" => Ok(window),
-        "qwen2" | "qwen3" | "qwen3_moe" if flag(config, "use_sliding_window") => {
-            let blocks = number(config, "num_hidden_layers")?;
-            let whole = config.get("max_window_layers").and_then(Value::as_u64);
-            match whole.unwrap_or(0) {
-                0 => Ok(window),
-                whole if whole >= blocks as u64 => Ok(None),
-                whole => Err(Error::input(format!(
-                    "config.json gives the blocks from {whole} on a sliding window and the others none"
-                ))
-                .hint("this version runs networks whose blocks attend alike")),
-            }
+/// Refuses what no family here has: another activation, attention to later tokens, settings for single blocks.
+fn check_constants(config: &Config) -> Result<()> {
+    if config.text("hidden_act")?.is_some_and(|act| !matches!(act, "silu" | "swish")) {
+        let known = "this version runs networks with SiLU-gated MLPs, `silu`";
+        return Err(config.unsupported("hidden_act", known));
+    }
+    if config.has("is_causal") && !config.flag("is_causal")? {
+        let known = "this version runs networks that predict the next token from those before it";
+        return Err(config.unsupported("is_causal", known));
+    }
+    if config.given("per_layer_config").is_some() {
+        let known = "this version runs networks whose blocks are alike";
+        return Err(config.unsupported("per_layer_config", known));
+    }
+    Ok(())
+}
+
+fn head_dim(config: &Config, family: &Family, hidden: usize, heads: usize) -> Result<usize> {
+    const KEY: &str = "head_dim";
+    let given = match family.head_dim {
+        Some(default) => Some(config.count(KEY, bounds::HEAD_DIM)?.unwrap_or(default)),
+        None => config.nullable_count(KEY, bounds::HEAD_DIM)?.flatten(),
+    };
+    match given {
+        Some(given) => Ok(given),
+        None if hidden.is_multiple_of(heads) => Ok(hidden / heads),
+        None => {
+            let what =
+                format!("`hidden_size` {hidden} is no multiple of it and `head_dim` is not given");
+            Err(config.contradiction("num_attention_heads", &what))
         }
-        _ => Ok(None),
     }
 }
 
-impl Rope {
-    fn from_config(config: &Value) -> Result<Self> {
-        // Newer files hold everything in `rope_parameters`, older ones in two fields.
-        let parameters = config.get("rope_parameters").filter(|value| value.is_object());
-        let scaling = parameters.or(config.get("rope_scaling")).filter(|value| value.is_object());
-        let theta = parameters
-            .and_then(|value| value.get("rope_theta"))
-            .or(config.get("rope_theta"))
-            .and_then(Value::as_f64)
-            .unwrap_or(10_000.0);
-        let Some(scaling) = scaling else {
-            return Ok(Self { theta, scaling: RopeScaling::None });
-        };
-        let kind = text(scaling, "rope_type").or(text(scaling, "type")).unwrap_or("default");
-        let field = |key: &str| {
-            scaling.get(key).and_then(Value::as_f64).filter(|x| *x > 0.0).ok_or_else(|| {
-                Error::input(format!("config.json: rope scaling `{kind}` lacks a positive `{key}`"))
-            })
-        };
-        let scaling = match kind {
-            "default" => RopeScaling::None,
-            "linear" => RopeScaling::Linear(field("factor")?),
-            "llama3" => RopeScaling::Llama3 {
-                factor: field("factor")?,
-                low: field("low_freq_factor")?,
-                high: field("high_freq_factor")?,
-                original: field("original_max_position_embeddings")?,
-            },
-            other => {
-                return Err(Error::input(format!("config.json: unknown rope scaling `{other}`"))
-                    .hint("this version knows `default`, `linear` and `llama3`"));
-            }
-        };
-        Ok(Self { theta, scaling })
+fn norm_epsilon(config: &Config, family: &Family) -> Result<f32> {
+    const KEY: &str = "rms_norm_eps";
+    const RIGHT: &str = "a number of zero or more";
+    let given = config.number(KEY).map_err(|_| config.wrong(KEY, RIGHT))?;
+    if given.is_some_and(|epsilon| epsilon < 0.0) {
+        return Err(config.wrong(KEY, RIGHT));
     }
-
-    /// Radians per position of each pair of channels.
-    fn frequencies(&self, head_dim: usize) -> Vec<f64> {
-        let half = head_dim / 2;
-        (0..half)
-            .map(|pair| {
-                // f32 steps as in the models' own code, so that angles agree with it.
-                let exponent = (2 * pair) as f32 / head_dim as f32;
-                let frequency = f64::from(1.0 / (self.theta as f32).powf(exponent));
-                match self.scaling {
-                    RopeScaling::None => frequency,
-                    RopeScaling::Linear(factor) => frequency / factor,
-                    RopeScaling::Llama3 { factor, low, high, original } => {
-                        let turns = original * frequency / std::f64::consts::TAU;
-                        let blend = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-                        frequency * (blend + (1.0 - blend) / factor)
-                    }
-                }
-            })
-            .collect()
-    }
-}
-
-fn text<'a>(value: &'a Value, key: &str) -> Option<&'a str> {
-    value.get(key).and_then(Value::as_str)
-}
-
-fn flag(config: &Value, key: &str) -> bool {
-    config.get(key).and_then(Value::as_bool).unwrap_or(false)
-}
-
-fn optional(config: &Value, key: &str) -> Option<usize> {
-    config.get(key).and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0)
-}
-
-fn number(config: &Value, key: &str) -> Result<usize> {
-    optional(config, key).ok_or_else(|| {
-        Error::input(format!("config.json: `{key}` is missing or not a positive number"))
-    })
+    Ok(given.unwrap_or(family.norm_epsilon) as f32)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn config() -> Value {
-        json!({"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
-               "num_attention_heads": 4, "vocab_size": 100})
-    }
-
-    #[test]
-    fn fields_fall_back_as_in_the_models_own_code() {
-        let architecture = Architecture::from_config(&config()).unwrap();
-        assert_eq!((architecture.kv_heads, architecture.head_dim), (4, 16));
-        assert_eq!(architecture.rope, Rope { theta: 10_000.0, scaling: RopeScaling::None });
-        assert!(!architecture.tied);
-    }
-
-    #[test]
-    fn unknown_networks_are_refused_by_name() {
-        for (key, value, part) in [
-            ("model_type", json!("gpt2"), "`gpt2`"),
-            ("num_attention_heads", json!(0), "num_attention_heads"),
-            ("hidden_act", json!("gelu"), "hidden_act"),
-            ("hidden_size", json!(null), "hidden_size"),
-            ("num_key_value_heads", json!(3), "evenly"),
-            ("rope_scaling", json!({"rope_type": "yarn", "factor": 4.0}), "`yarn`"),
-            ("rope_scaling", json!({"rope_type": "linear"}), "`factor`"),
-        ] {
-            let mut config = config();
-            config[key] = value;
-            let error = Architecture::from_config(&config).unwrap_err();
-            assert!(error.to_string().contains(part), "{key}: {error}");
-        }
-    }
-
-    #[test]
-    fn llama3_scaling_keeps_high_and_divides_low_frequencies() {
-        let mut config = config();
-        config["rope_theta"] = json!(500_000.0);
-        config["rope_scaling"] = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192});
-        let scaled = Architecture::from_config(&config).unwrap().rope.frequencies(128);
-        let plain = Rope { theta: 500_000.0, scaling: RopeScaling::None }.frequencies(128);
-        assert_eq!(scaled[0], plain[0]);
-        assert_eq!(scaled[63], plain[63] / 8.0);
-        assert!(scaled.windows(2).all(|pair| pair[0] > pair[1]));
-    }
-
-    #[test]
-    fn families_say_what_their_blocks_have() {
-        let with = |changes: Value| {
-            let mut config = config();
-            config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-            Architecture::from_config(&config)
-        };
-        let qwen2 = with(json!({"model_type": "qwen2", "sliding_window": 32})).unwrap();
-        assert_eq!(qwen2.biases, Biases { attn_in: true, attn_out: false, mlp: false });
-        assert_eq!((qwen2.sliding_window, qwen2.head_norms), (None, false));
-        let sliding = json!({"model_type": "qwen2", "use_sliding_window": true, "sliding_window": 32,
-            "max_window_layers": 1});
-        assert!(with(sliding.clone()).unwrap_err().to_string().contains("sliding window"));
-        for (whole, window) in [(0, Some(32)), (2, None)] {
-            let mut changed = sliding.clone();
-            changed["max_window_layers"] = json!(whole);
-            assert_eq!(with(changed).unwrap().sliding_window, window);
-        }
-        let mistral = with(json!({"model_type": "mistral", "sliding_window": 16})).unwrap();
-        assert_eq!((mistral.sliding_window, mistral.experts), (Some(16), None));
-        let biased = with(json!({"attention_bias": true, "mlp_bias": true})).unwrap();
-        assert_eq!(biased.biases, Biases { attn_in: true, attn_out: true, mlp: true });
-
-        let experts =
-            json!({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2});
-        let mixtral = with(experts).unwrap();
-        let experts = mixtral.experts_of(1).unwrap();
-        assert_eq!((experts.count, experts.intermediate, experts.normalized), (4, 128, true));
-        let mut sparse = json!({"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24, "norm_topk_prob": true, "decoder_sparse_step": 2});
-        let qwen = with(sparse.clone()).unwrap();
-        assert!(qwen.head_norms && qwen.experts_of(0).is_none());
-        assert_eq!(qwen.experts_of(1).unwrap().intermediate, 24);
-        sparse["num_experts_per_tok"] = json!(9);
-        assert!(with(sparse).unwrap_err().to_string().contains("9 of 8"));
-    }
-}
+#[path = "architecture_tests.rs"]
+mod tests;

@@ -2,7 +2,16 @@
 
 pub mod architecture;
 pub mod block;
+mod bounds;
+mod class;
+mod config;
 pub mod experts;
+mod families;
+mod quantized;
+#[cfg(test)]
+mod reference_tests;
+pub mod rope;
 pub mod sites;
+mod window;
 
 pub use architecture::Architecture;

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::mpsc::sync_channel;
 
+use super::run::no_thread;
 use crate::Result;
 
 /// Calls `load` for every index on a thread of its own and `consume` with what it gave, in order. At
@@ -15,7 +16,7 @@ pub fn one_ahead<T: Send>(
     std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel(0);
         let indices = range.clone();
-        scope.spawn(move || {
+        let ahead = move || {
             for index in indices {
                 let loaded = load(index);
                 let failed = loaded.is_err();
@@ -24,7 +25,8 @@ pub fn one_ahead<T: Send>(
                     return;
                 }
             }
-        });
+        };
+        std::thread::Builder::new().spawn_scoped(scope, ahead).map_err(no_thread)?;
         let mut receive = || receiver.recv().expect("the loader sends until its first error");
         let result = range.into_iter().try_for_each(|index| consume(index, &mut receive));
         drop(receiver);

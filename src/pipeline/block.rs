@@ -2,6 +2,7 @@
 rounding to nearest without a Hessian. */
 
 use super::calibrate::{Energies, Statistics};
+use super::fallbacks::{Fallback, Fallbacks};
 use super::load::{BlockWeights, QuantizedSite, hessian_block};
 use super::plan::SitePlan;
 use super::progress::Progress;
@@ -38,7 +39,9 @@ pub struct BlockQuantizer<'a, B: Backend> {
     pub correction: f32,
     /// Tokens that an expert needs for GPTQ.
     pub expert_tokens: usize,
-    /// Told of fallbacks, and asked whether to stop.
+    /// What costs accuracy and was not asked for.
+    pub(super) fallbacks: &'a Fallbacks,
+    /// Asked whether to stop.
     pub progress: &'a dyn Progress,
 }
 
@@ -128,11 +131,8 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         if spec.expert.is_none() || tokens >= self.expert_tokens {
             return Some(hessian);
         }
-        self.progress.warn(&format!(
-            "{}: {tokens} calibration tokens came to this expert, GPTQ is to have {} (`expert_tokens`): it is \
-             rounded to nearest; give more with --samples",
-            spec.name, self.expert_tokens
-        ));
+        let kind = Fallback::FewTokens { wanted: self.expert_tokens };
+        self.fallbacks.note(kind, &spec.name, &format!("{tokens} tokens"));
         None
     }
 
@@ -192,19 +192,21 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         Ok(linears.map(|linear| if linear.bits < 16 { quantized.next() } else { None }).collect())
     }
 
-    /// The Hessian's factor; none, with a warning, if it has none.
+    /// The Hessian's factor; none if it has none.
     fn factor(&self, hessian: &mut B::Hessian, site: &str) -> Result<Option<B::Factor>> {
         let factor = self.backend.factor(hessian, self.damping)?;
         match &factor {
-            None => self.progress.warn(&format!(
-                "{site}: the Hessian has no Cholesky factor at any damping; its linears are \
-                 rounded to nearest instead of GPTQ"
-            )),
-            Some((_, damping)) if damping.failures > 0 => self.progress.warn(&format!(
-                "{site}: damping raised to {} of the mean diagonal before the Hessian had a \
-                 Cholesky factor",
-                damping.share
-            )),
+            None => {
+                self.fallbacks.note(
+                    Fallback::NoFactor,
+                    site,
+                    "its Hessian is not positive definite",
+                );
+            }
+            Some((_, damping)) if damping.failures > 0 => {
+                let share = format!("{} of the mean diagonal", damping.share);
+                self.fallbacks.note(Fallback::Damping, site, &share);
+            }
             Some(_) => {}
         }
         Ok(factor.map(|(factor, _)| factor))

@@ -3,17 +3,19 @@ file that holds them. */
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 
 use safetensors::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 
+use super::accounting::check_counts;
 use super::load::{BlockWeights, key_mean_spec, source_block};
 use super::progress::Progress;
 use super::sensitivity::Sensitivity;
 use super::stream::Stream;
 use crate::backend::{AttentionSpec, Backend};
-use crate::checkpoint::sha256_hex;
+use crate::checkpoint::{FileKind, read_named, sha256_hex};
 use crate::model::Architecture;
 use crate::model::block::Seen;
 use crate::text::SetUsed;
@@ -130,8 +132,23 @@ struct Header {
     sensitivity: Option<Sensitivity>,
 }
 
+/// What [`CalibrationData`] is written as.
+pub const CALIBRATION_FILE: FileKind =
+    FileKind { name: "a calibration file", recognizes: is_calibration };
+
+/// Whether a file's header says that it holds calibration data.
+fn is_calibration(path: &Path) -> bool {
+    // The writer puts the metadata first.
+    let mut head = Vec::new();
+    let read = fs_err::File::open(path).and_then(|file| file.take(64).read_to_end(&mut head));
+    let begins = format!("{{\"__metadata__\":{{\"{KEY}\":");
+    read.is_ok() && head.get(8..).is_some_and(|header| header.starts_with(begins.as_bytes()))
+}
+
 /// Version of the file's format.
 const VERSION: u32 = 2;
+/// The longest file that is read, in bytes: those of the largest networks have some 300 MB.
+const MAX_BYTES: u64 = 1 << 30;
 const KEY: &str = "atom_calibration";
 const WINDOWS: &str = "windows";
 
@@ -188,8 +205,8 @@ impl CalibrationData {
 
     /// Reads the file; also returns the SHA-256 of its bytes.
     pub fn read(path: &Path) -> Result<(Self, Architecture, String)> {
-        let bytes = fs_err::read(path)
-            .map_err(|error| Error::from(error).hint("make one with `atom calibrate`"))?;
+        let bytes = read_named(path, MAX_BYTES)
+            .map_err(|error| error.hint("make one with `atom calibrate`"))?;
         let wrong = |what: &str| {
             Error::input(format!("{} is not a calibration file: {what}", path.display()))
                 .hint("make one with `atom calibrate`")
@@ -206,6 +223,10 @@ impl CalibrationData {
         if header.version != VERSION {
             return Err(wrong("it was written by another version"));
         }
+        let damaged = |what: &str| {
+            Error::input(format!("{} is damaged: {what}", path.display()))
+                .hint("make it again with `atom calibrate`")
+        };
         let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(&error.to_string()))?;
         let tensor = |name: &str, dtype: Dtype, shape: &[usize]| {
             let view = file.tensor(name).map_err(|error| wrong(&error.to_string()))?;
@@ -214,23 +235,44 @@ impl CalibrationData {
             }
             Ok(view.data())
         };
-        let architecture = Architecture::from_config(&header.config)?;
+        let config_file = format!("config.json in {}", path.display());
+        let architecture = Architecture::read(&header.config, &config_file)?;
+        check_counts(&architecture, file.len(), bytes.len() as u64)
+            .map_err(|what| damaged(&what))?;
         let Provenance { samples, seq_len, .. } = header.provenance;
+        if samples == 0 || seq_len < 2 {
+            return Err(damaged(&format!("it holds {samples} windows of {seq_len} tokens")));
+        }
         let windows = tensor(WINDOWS, Dtype::U32, &[samples, seq_len])?;
         let tokens = windows.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
-        let mut statistics = Vec::with_capacity(architecture.blocks);
+        let mut statistics = Vec::new();
         for index in 0..architecture.blocks {
             let mut block = Energies::new();
             for site in architecture.sites(index) {
                 let data = tensor(&energy_name(&site.name), Dtype::F64, &[site.channels])?;
-                let values = data.as_chunks().0.iter();
-                block.push(values.map(|bytes| f64::from_le_bytes(*bytes)).collect());
+                let values = data.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
+                let values: Vec<f64> = values.collect();
+                let energy = |value: &f64| value.is_finite() && *value >= 0.0;
+                if let Some(channel) = values.iter().position(|value| !energy(value)) {
+                    return Err(damaged(&format!(
+                        "channel {channel} of {} has the energy {}",
+                        site.name, values[channel]
+                    )));
+                }
+                block.push(values);
             }
             let spec = key_mean_spec(&architecture, index);
             let data = tensor(&spec.name, Dtype::F32, &spec.shape)?;
-            let key_mean =
+            let key_mean: Vec<f32> =
                 data.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            if let Some(channel) = key_mean.iter().position(|mean| !mean.is_finite()) {
+                let (name, mean) = (&spec.name, key_mean[channel]);
+                return Err(damaged(&format!("`{name}` holds {mean} at {channel}")));
+            }
             statistics.push(Statistics { energies: block, key_mean });
+        }
+        if let Some(sensitivity) = &header.sensitivity {
+            sensitivity.check(&architecture).map_err(|what| damaged(&what))?;
         }
         let Header { model, fingerprint, config, provenance, sensitivity, .. } = header;
         let data = Self { model, fingerprint, config, provenance, tokens, statistics, sensitivity };
@@ -241,3 +283,6 @@ impl CalibrationData {
 fn energy_name(site: &str) -> String {
     format!("{site}.energy")
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,6 +7,7 @@ that the quantized block's router gives it, on both streams, and what it compute
 
 use super::block::{BlockQuantizer, QuantizedBlock, SiteWork, formats};
 use super::calibrate::Statistics;
+use super::fallbacks::Fallback;
 use super::load::{BlockWeights, QuantizedSite, open_block, quantized_linears, source_block};
 use super::plan::SitePlan;
 use super::stream::Stream;
@@ -198,11 +199,8 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         let hessian = self.trusted(spec, tokens, hessian);
         // Least squares with more unknowns than tokens would learn the tokens by heart.
         if self.correction > 0.0 && tokens < width && hessian.is_some() {
-            self.progress.warn(&format!(
-                "{}: {tokens} calibration tokens are fewer than its {width} channels; the drift of its \
-                 inputs is not corrected: give more with --samples or --seq-len",
-                spec.name
-            ));
+            let found = format!("{tokens} tokens for {width} channels");
+            self.fallbacks.note(Fallback::Drift, &spec.name, &found);
         }
         Ok(Sums { hessian, drift: drift.filter(|_| tokens >= width) })
     }

@@ -141,7 +141,8 @@ pub fn expect<'a>(tensors: &'a dyn Tensors, name: &str, shape: &[usize]) -> Resu
         return Ok(tensor);
     }
     Err(Error::input(format!(
-        "tensor `{name}` has shape {:?}, config.json makes it {shape:?}",
+        "{} has shape {:?}, config.json makes it {shape:?}",
+        tensor.title(),
         tensor.shape
     ))
     .hint("config.json and the weights do not belong together: fetch the checkpoint again"))

@@ -5,12 +5,17 @@ channel energies (and sensitivities, where they are asked for) are measured, and
 quantized blocks, on which GPTQ's Hessians are. Memory is one block and the
 streams, never the model. */
 
+mod accounting;
 mod ahead;
 pub mod allocate;
 mod block;
 mod calibrate;
+mod cautions;
+mod fallbacks;
 mod in_turn;
 mod load;
+mod manifest;
+pub mod memory;
 pub mod outcome;
 pub mod plan;
 pub mod progress;
@@ -18,24 +23,25 @@ mod run;
 pub mod sensitivity;
 mod stream;
 mod timing;
+mod underflow;
 
-use std::fs::Permissions;
-use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+pub use accounting::{Network, check_counts, network};
 pub use ahead::one_ahead;
-pub use calibrate::{CalibrationData, Provenance, Statistics};
+pub use calibrate::{CALIBRATION_FILE, CalibrationData, Provenance, Statistics};
+pub(crate) use cautions::caution;
 pub use load::{
     BlockWeights, QuantizedSite, attention_spec, check_levels, expect, key_mean_spec,
     quantized_block, read_key_mean, read_sites, source_block, vector,
 };
+pub use manifest::{Manifest, SourceRecord};
 pub use stream::Stream;
 pub use timing::{cpu_seconds, peak_rss_bytes};
 
 use crate::backend::Backend;
-use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec, free_bytes, writable};
+use crate::checkpoint::{AtomCheckpoint, Destination, OutputFile, Source, TensorSpec, Writer};
 use crate::eval;
 use crate::model::Architecture;
 use crate::model::sites::EMBEDDING;
@@ -44,6 +50,7 @@ use crate::recipe::Recipe;
 use crate::text::{CalibrationWindows, TextSet, Tokenizer, check_tokens};
 use crate::{Error, Result};
 use allocate::{Allocating, allocate};
+use memory::Windows;
 use outcome::{DryRun, FileOutcome, Measured, PerplexityChange, QuantizeOutcome, StageSeconds};
 use plan::{CalibrationFile, PLAN_VERSION, PlanFile, bits_per_weight, check_plan, plan_network};
 use progress::Progress;
@@ -72,12 +79,25 @@ pub struct Measuring<'a> {
 
 /// Where the checkpoint goes and what may be there already.
 pub struct Output {
-    /// Its directory.
-    pub out: PathBuf,
-    /// Replace what is there.
-    pub overwrite: bool,
-    /// Go on with an interrupted run.
+    /// Its directory, and what may not be touched.
+    pub destination: Destination,
+    /// Never throw an unfinished run away.
     pub resume: bool,
+}
+
+impl Output {
+    /// The destination, with the source and more files among what may not be touched.
+    fn protecting<'p>(
+        &self,
+        source: &'p Source,
+        more: impl IntoIterator<Item = &'p Path>,
+    ) -> Destination {
+        let mut destination = self.destination.clone();
+        for path in source.dir().into_iter().chain(more) {
+            destination.inputs.add(path);
+        }
+        destination
+    }
 }
 
 /// Text on which perplexity is measured.
@@ -101,37 +121,38 @@ pub fn quantize<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<QuantizeOutcome> {
     let job = prepare(source, calibration, recipe)?;
-    check_evaluation(source, evaluation)?;
+    let evaluated = check_evaluation(source, &job.architecture, evaluation)?;
+    check_memory(backend, &job, evaluated, progress)?;
+    caution(source, &job.architecture, longest(&job, evaluation), progress);
     run::run(backend, &job, output, evaluation, progress, None)
 }
 
 /// Everything `quantize` would find out before its first product.
-pub fn dry_run(
+pub fn dry_run<B: Backend>(
+    backend: &B,
     source: &Source,
     calibration: &Calibration,
     recipe: &Recipe,
     output: &Output,
     evaluation: Option<&Evaluation>,
+    progress: &dyn Progress,
 ) -> Result<DryRun> {
     let job = prepare(source, calibration, recipe)?;
-    check_evaluation(source, evaluation)?;
+    let evaluated = check_evaluation(source, &job.architecture, evaluation)?;
+    let memory_bytes = check_memory(backend, &job, evaluated, progress)?;
+    caution(source, &job.architecture, longest(&job, evaluation), progress);
+    source.side_files()?.left_out.iter().for_each(|why| progress.warn(why));
+    check_levels(backend, &job.blocks)?;
     job.check_tensors()?;
     job.check_kept()?;
-    let out = writable(&output.out, output.overwrite)?;
-    let out_bytes: u64 = job.tensor_specs()?.iter().map(TensorSpec::bytes).sum();
-    // Directories that are not there yet will be made on the disk of the nearest one that is.
-    let place = out.ancestors().skip(1).find(|place| place.exists());
-    let free_disk_bytes = place.and_then(free_bytes).unwrap_or(u64::MAX);
-    if free_disk_bytes < out_bytes {
-        return Err(Error::machine(format!(
-            "the checkpoint needs {out_bytes} bytes of disk, {free_disk_bytes} are free"
-        ))
-        .hint("free some disk space, or choose another place with --out"));
-    }
+    let specs = job.tensor_specs()?;
+    let out_bytes: u64 = specs.iter().map(TensorSpec::bytes).sum();
+    let destination = output.protecting(source, []);
+    let found = Writer::preview(&destination, specs, &job.identity()?, job.options(output)?)?;
     let (blocks, sites) = (job.blocks.len(), job.blocks.iter().flatten());
     let linears = sites.flat_map(|site| &site.linears).filter(|linear| linear.bits < 16).count();
     Ok(DryRun {
-        out: output.out.clone(),
+        out: output.destination.out.clone(),
         model: source.name().to_owned(),
         recipe: recipe.clone(),
         blocks,
@@ -141,31 +162,15 @@ pub fn dry_run(
         source_bytes: source.total_bytes(),
         out_bytes,
         bits_per_weight: bits_per_weight(&job.blocks),
-        memory_bytes: memory_estimate(&job, calibration),
-        free_disk_bytes,
+        memory_bytes,
+        needed_disk_bytes: found.needed_bytes,
+        free_disk_bytes: found.free_bytes.unwrap_or(u64::MAX),
+        finished_blocks: run::finished_blocks(&found.done),
     })
 }
 
-/// One block in f32, its Hessians, the streams and what is kept beside them, and 300 MB.
-fn memory_estimate(job: &Job, calibration: &Calibration) -> u64 {
-    let Some(block) = job.blocks.first() else { return 0 };
-    let weights: usize = block
-        .iter()
-        .flat_map(|site| site.linears.iter().map(|linear| linear.rows * site.width()))
-        .sum();
-    let hessians: usize = block.iter().map(|site| site.width() * site.width()).sum();
-    let state = calibration.samples * calibration.seq_len * job.architecture.hidden;
-    let values = match (job.recipe.gptq, job.recipe.sequential) {
-        (false, _) => weights + state,
-        (true, false) => weights + hessians + 2 * state,
-        // At most: a site's Hessian and as large a drift, and attention's outputs of both streams.
-        (true, true) => weights + 2 * hessians + 4 * state,
-    };
-    4 * values as u64 + 300_000_000
-}
-
 fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -> Result<Job<'a>> {
-    let architecture = Architecture::from_config(source.config())?;
+    let Network { architecture, ignored, .. } = network(source)?;
     let blocks = plan_network(recipe, &architecture)?;
     let Calibration { text, samples, seq_len, seed } = calibration;
     let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, &source.tokenizer_path())?;
@@ -180,15 +185,21 @@ fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -
         seed: *seed,
         sets,
     };
-    Ok(Job { source, architecture, recipe: recipe.clone(), blocks, tokens, provenance })
+    Ok(Job { source, architecture, ignored, recipe: recipe.clone(), blocks, tokens, provenance })
 }
 
-/// Finds out that a text is too short, or is no text of this model, before the work and not after it.
-fn check_evaluation(source: &Source, evaluation: Option<&Evaluation>) -> Result<()> {
-    let Some(evaluation) = evaluation else { return Ok(()) };
+/// Finds out that a text is too short, or is no text of this model, before the work and not after it; the windows that
+/// will be measured.
+fn check_evaluation(
+    source: &Source,
+    architecture: &Architecture,
+    evaluation: Option<&Evaluation>,
+) -> Result<Option<Windows>> {
+    let Some(evaluation) = evaluation else { return Ok(None) };
     let path = source.tokenizer_path();
     let tokens = eval::windows(&source.tokenizer()?, &path, evaluation)?;
-    check_embedded(source, &Architecture::from_config(source.config())?, &tokens, &path)
+    check_embedded(source, architecture, &tokens, &path)?;
+    Ok(Some(Windows { tokens: tokens.len(), seq_len: evaluation.seq_len }))
 }
 
 /// Finds out that tokens have no embedding. An embedding of another shape than the configuration's is
@@ -202,6 +213,24 @@ fn check_embedded(
     let rows = architecture.vocabulary;
     let stored = source.tensor(EMBEDDING).ok().and_then(|tensor| tensor.shape.first().copied());
     if stored == Some(rows) { check_tokens(tokens, rows, tokenizer) } else { Ok(()) }
+}
+
+/// Finds out that memory will not do before the work; the estimate, in bytes.
+fn check_memory<B: Backend>(
+    backend: &B,
+    job: &Job,
+    evaluated: Option<Windows>,
+    progress: &dyn Progress,
+) -> Result<u64> {
+    let needed = memory::quantize_bytes(job, memory::Place::of(backend), evaluated, 0);
+    memory::check(needed, progress)?;
+    Ok(needed)
+}
+
+/// Tokens in the longest windows of a run.
+fn longest(job: &Job, evaluation: Option<&Evaluation>) -> usize {
+    let evaluated = evaluation.map_or(0, |evaluation| evaluation.seq_len);
+    job.provenance.seq_len.max(evaluated)
 }
 
 fn evaluate_change<B: Backend>(
@@ -229,21 +258,23 @@ pub fn calibrate<B: Backend>(
     source: &Source,
     calibration: &Calibration,
     measuring: Option<&Measuring<'_>>,
-    out: &Path,
-    overwrite: bool,
+    file: &OutputFile,
     progress: &dyn Progress,
 ) -> Result<FileOutcome> {
     let start = Instant::now();
-    refuse_existing(out, overwrite)?;
     // Any recipe will do where only the windows and the network are looked at.
-    let any = Recipe { group: crate::recipe::Group::Row, outliers: 0, ..Recipe::paper() };
+    let any = memory::any_recipe();
     let recipe = measuring.map_or(&any, |measuring| measuring.recipe);
     let job = prepare(source, calibration, recipe)?;
+    let place = memory::Place::of(backend);
+    memory::check(memory::calibration_bytes(&job, place, measuring.is_some(), 0), progress)?;
     job.check_tensors()?;
+    caution(source, &job.architecture, calibration.seq_len, progress);
     let data = measure(backend, &job, measuring, progress)?;
-    write_whole(out, &data.to_bytes(&job.architecture)?)?;
+    source.check_unchanged()?;
+    file.write(&data.to_bytes(&job.architecture)?)?;
     Ok(FileOutcome {
-        out: out.to_owned(),
+        out: file.shown().to_owned(),
         model: data.model,
         seconds: start.elapsed().as_secs_f64(),
         sites: job.blocks.iter().flatten().count(),
@@ -322,11 +353,9 @@ pub enum Planning<'a> {
 pub fn plan(
     calibration_file: &Path,
     planning: Planning<'_>,
-    out: &Path,
-    overwrite: bool,
+    file: &OutputFile,
 ) -> Result<FileOutcome> {
     let start = Instant::now();
-    refuse_existing(out, overwrite)?;
     let (data, architecture, sha256) = CalibrationData::read(calibration_file)?;
     let (recipe, blocks, allocation) = match planning {
         Planning::Uniform(recipe) => (recipe.clone(), plan_network(recipe, &architecture)?, None),
@@ -345,8 +374,8 @@ pub fn plan(
     };
     let bits = bits_per_weight(&blocks);
     // Relative where both files lie in one directory, so that the two can be moved together.
-    let calibration = std::path::absolute(calibration_file)?;
-    let same_directory = calibration.parent() == std::path::absolute(out)?.parent();
+    let calibration = fs_err::canonicalize(calibration_file)?;
+    let same_directory = calibration.parent() == file.path().parent();
     let path = match calibration.file_name().filter(|_| same_directory) {
         Some(name) => PathBuf::from(name),
         None => calibration,
@@ -360,9 +389,9 @@ pub fn plan(
         blocks,
     };
     let text = serde_json::to_string_pretty(&plan).expect("a plan has only JSON types");
-    write_whole(out, format!("{text}\n").as_bytes())?;
+    file.write(format!("{text}\n").as_bytes())?;
     Ok(FileOutcome {
-        out: out.to_owned(),
+        out: file.shown().to_owned(),
         model: data.model,
         seconds: start.elapsed().as_secs_f64(),
         sites,
@@ -385,10 +414,12 @@ pub fn quantize_to_target<B: Backend>(
 ) -> Result<QuantizeOutcome> {
     let start = Instant::now();
     let mut job = prepare(source, calibration, measuring.recipe)?;
-    check_evaluation(source, evaluation)?;
+    let evaluated = check_evaluation(source, &job.architecture, evaluation)?;
+    check_memory(backend, &job, evaluated, progress)?;
     job.check_tensors()?;
     job.check_kept()?;
-    writable(&output.out, output.overwrite || output.resume)?;
+    output.protecting(source, []).check()?;
+    caution(source, &job.architecture, longest(&job, evaluation), progress);
     let data = measure(backend, &job, Some(measuring), progress)?;
     backend.trim();
     let sensitivity = data.sensitivity.as_ref().expect("it was just measured");
@@ -431,41 +462,21 @@ pub fn pack<B: Backend>(
         ))
         .hint("calibrate this model with `atom calibrate`"));
     }
-    let architecture = Architecture::from_config(source.config())?;
+    let Network { architecture, ignored, .. } = network(source)?;
     check_plan(&architecture, &plan.blocks)?;
-    check_evaluation(source, evaluation)?;
+    let evaluated = check_evaluation(source, &architecture, evaluation)?;
     let CalibrationData { provenance, tokens, statistics, .. } = data;
     let PlanFile { recipe, blocks, .. } = plan;
-    let job = Job { source, architecture, recipe, blocks, tokens, provenance };
-    run::run(backend, &job, output, evaluation, progress, Some(&statistics))
+    let job = Job { source, architecture, ignored, recipe, blocks, tokens, provenance };
+    let read = [plan_file, calibration_file.as_path()];
+    let destination = output.protecting(source, read);
+    let output = Output { destination, resume: output.resume };
+    check_memory(backend, &job, evaluated, progress)?;
+    caution(source, &job.architecture, longest(&job, evaluation), progress);
+    run::run(backend, &job, &output, evaluation, progress, Some(&statistics))
 }
 
 fn count_linears(architecture: &Architecture) -> usize {
     let sites = (0..architecture.blocks).flat_map(|block| architecture.sites(block));
     sites.map(|site| site.linears.len()).sum()
-}
-
-fn refuse_existing(out: &Path, overwrite: bool) -> Result<()> {
-    if out.exists() && !overwrite {
-        return Err(Error::usage(format!("{} exists already", out.display()))
-            .hint("choose another file with --out, or replace it with --overwrite"));
-    }
-    Ok(())
-}
-
-/// Writes a file under a temporary name, syncs it and gives it its name.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let parent = parent.unwrap_or(Path::new("."));
-    let write = || -> std::io::Result<()> {
-        // A result and no secret: what the umask allows, and not the owner alone.
-        let mode = Permissions::from_mode(0o666);
-        let mut file =
-            tempfile::Builder::new().prefix(".atom-").permissions(mode).tempfile_in(parent)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        std::fs::File::open(parent)?.sync_all()
-    };
-    write().map_err(|error| Error::from(error).context(format!("cannot write {}", path.display())))
 }

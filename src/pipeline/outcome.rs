@@ -112,8 +112,12 @@ pub struct DryRun {
     pub bits_per_weight: f64,
     /// Memory the run would need at its peak, estimated.
     pub memory_bytes: u64,
+    /// Bytes of disk that the run would still reserve.
+    pub needed_disk_bytes: u64,
     /// Free bytes where the checkpoint would be written.
     pub free_disk_bytes: u64,
+    /// Blocks that an unfinished run of the same job has finished.
+    pub finished_blocks: usize,
 }
 
 /// The result of `atom calibrate` and `atom plan`.

@@ -3,10 +3,11 @@ checkpoint, which is loaded by it. */
 
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::TensorSpec;
 use crate::checkpoint::linear::{LinearShape, order_spec, specs};
+use crate::checkpoint::{FileKind, TensorSpec, read_named, utf8_text};
 use crate::model::Architecture;
 use crate::model::sites::{LinearSpec, SiteSpec};
 use crate::quant::kv::KvFormat;
@@ -114,6 +115,17 @@ pub struct PlanFile {
 
 /// Version of the plan file's format.
 pub const PLAN_VERSION: u32 = 1;
+
+/// What a [`PlanFile`] is written as.
+pub const PLAN_FILE: FileKind = FileKind { name: "a plan", recognizes: is_plan };
+
+/// Whether a file is JSON with the version of a plan.
+fn is_plan(path: &Path) -> bool {
+    let read = fs_err::File::open(path).map(std::io::BufReader::new);
+    let plan: Option<serde_json::Value> =
+        read.ok().and_then(|file| serde_json::from_reader(file).ok());
+    plan.is_some_and(|plan| plan["plan_version"].is_u64() && plan["blocks"].is_array())
+}
 
 /// The plan of a block by `recipe`.
 ///
@@ -382,15 +394,26 @@ pub fn plan_network(recipe: &Recipe, architecture: &Architecture) -> Result<Vec<
     (0..architecture.blocks).map(|block| plan_block(recipe, &architecture.sites(block))).collect()
 }
 
+/// The longest plan that is read, in bytes: that of the largest networks has some 50 MB.
+const MAX_BYTES: u64 = 512 << 20;
+
+/// Reads a plan, or the part of it that `T` describes.
+///
+/// # Errors
+/// Bad input that names the file and the place in it.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let make_one = |error: Error| error.hint("make one with `atom plan`");
+    let bytes = read_named(path, MAX_BYTES).map_err(make_one)?;
+    let text = utf8_text(&bytes, &path.display().to_string())?;
+    serde_json::from_slice(text).map_err(|error| {
+        make_one(Error::input(format!("{} is not a plan: {error}", path.display())))
+    })
+}
+
 impl PlanFile {
     /// Reads a plan and says where its calibration file lies.
     pub fn read(path: &Path) -> Result<(Self, PathBuf)> {
-        let text = fs_err::read_to_string(path)
-            .map_err(|error| Error::from(error).hint("make one with `atom plan`"))?;
-        let mut plan: Self = serde_json::from_str(&text).map_err(|error| {
-            Error::input(format!("{} is not a plan: {error}", path.display()))
-                .hint("make one with `atom plan`")
-        })?;
+        let mut plan: Self = read_json(path)?;
         if plan.plan_version != PLAN_VERSION {
             return Err(Error::input(format!(
                 "{} has plan version {}; this program reads version {PLAN_VERSION}",

@@ -3,6 +3,7 @@
 `quantize` measures channel energies on the way, `pack` reads them from a file; everything after
 that is the same code, so both give the same bytes. */
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
@@ -13,22 +14,23 @@ use serde_json::{Value, json};
 use super::ahead::one_ahead;
 use super::block::{BlockQuantizer, QuantizedBlock};
 use super::calibrate::{Provenance, Statistics, measure_block};
+use super::fallbacks::Fallbacks;
 use super::in_turn::beside_bytes;
 use super::load::{
     BlockWeights, attention_spec, check_levels, expect, key_mean_spec, quantized_block, read_sites,
     source_block,
 };
+use super::manifest::{Manifest, SourceRecord};
 use super::outcome::{LinearOutcome, QuantizeOutcome};
 use super::plan::{BlockPlan, LinearPlan, bits_per_weight};
 use super::progress::Progress;
 use super::stream::Stream;
 use super::timing::{Timing, peak_rss_bytes};
+use super::underflow::{check_activations, check_weights};
 use super::{Evaluation, Output, evaluate_change};
 use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::linear::{order_spec, order_tensor, specs, to_tensors};
-use crate::checkpoint::{
-    DEFAULT_SHARD_BYTES, DoneBlock, FORMAT_VERSION, Options, Source, TensorSpec, Writer,
-};
+use crate::checkpoint::{DoneBlock, FORMAT_VERSION, Options, SideFile, Source, TensorSpec, Writer};
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::quant::kv::KvFormat;
@@ -41,6 +43,8 @@ pub struct Job<'a> {
     pub source: &'a Source,
     /// Its network.
     pub architecture: Architecture,
+    /// Stored names of the tensors that have no part in it and are left out.
+    pub ignored: Vec<String>,
     /// The resolved recipe.
     pub recipe: Recipe,
     /// What becomes of every block.
@@ -102,7 +106,7 @@ impl Job<'_> {
     /// Bytes of what is in the output whatever the plan: the tensors beside the linears, and the files
     /// beside the shards.
     pub fn kept_bytes(&self) -> Result<u64> {
-        let mut bytes = self.source.side_files()?.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+        let mut bytes = self.source.side_files()?.copied.iter().map(SideFile::bytes).sum();
         for name in self.kept_names() {
             bytes += self.kept(&name)?.bytes();
         }
@@ -127,20 +131,45 @@ impl Job<'_> {
         Ok(TensorSpec::new(name, tensor.dtype, tensor.shape))
     }
 
+    /// How the output is written.
+    pub fn options(&self, output: &Output) -> Result<Options> {
+        let side_bytes = self.source.side_files()?.copied.iter().map(SideFile::bytes).sum();
+        Ok(Options { resume: output.resume, side_bytes, ..Options::default() })
+    }
+
+    /// Tells how far the run is that is continued, if one is.
+    fn announce_resumed(&self, done: &[DoneBlock], progress: &dyn Progress) {
+        if !done.is_empty() {
+            progress.info(&format!(
+                "continuing an unfinished run of the same job: {} of {} blocks are finished",
+                finished_blocks(done),
+                self.blocks.len()
+            ));
+        }
+    }
+
     /// What a resumed run must agree on.
-    fn identity(&self) -> Result<Value> {
-        Ok(json!({
+    pub fn identity(&self) -> Result<Value> {
+        let mut identity = json!({
             "tool_version": env!("CARGO_PKG_VERSION"),
             "source": self.source.fingerprint()?,
             "recipe": self.recipe,
             "calibration": self.provenance,
             "blocks": self.blocks,
-        }))
+        });
+        if !self.ignored.is_empty() {
+            identity["ignored_tensors"] = json!(self.ignored);
+        }
+        Ok(identity)
     }
 
     /// `config.json` of the output.
     fn config(&self) -> Value {
         let mut config = self.source.config().clone();
+        if !self.architecture.tied && config.get("tie_word_embeddings") == Some(&json!(true)) {
+            // The stored head is another than the embedding, whatever the source says.
+            config["tie_word_embeddings"] = json!(false);
+        }
         config["quantization_config"] = json!({
             "quant_method": "atom",
             "format_version": FORMAT_VERSION,
@@ -154,33 +183,30 @@ impl Job<'_> {
         config
     }
 
-    /// `atom.json` of the output, without the hashes that the writer adds.
-    fn atom(&self, errors: &[(String, f64)]) -> Result<Value> {
+    /// What `atom.json` of the output says. `errors` are those of the quantized linears.
+    fn manifest(&self, errors: &[(String, f64)]) -> Result<Manifest> {
+        let errors: HashMap<&str, f64> =
+            errors.iter().map(|(name, error)| (name.as_str(), *error)).collect();
         let mut blocks = self.blocks.clone();
-        let linears = blocks.iter_mut().flatten().flat_map(|site| &mut site.linears);
-        let quantized = linears.filter(|linear| linear.bits < 16);
-        for (linear, (name, error)) in quantized.zip(errors) {
-            debug_assert_eq!(linear.name, *name);
-            linear.error = Some(*error);
+        for linear in blocks.iter_mut().flatten().flat_map(|site| &mut site.linears) {
+            linear.error = errors.get(linear.name.as_str()).copied();
         }
-        let mut source = json!({
-            "name": self.source.name(),
-            "fingerprint": self.source.fingerprint()?,
-            "bytes": self.source.total_bytes(),
-        });
-        if let Some(place) = self.source.place() {
-            source["hub"] = json!(place);
-        }
-        Ok(json!({
-            "format_version": FORMAT_VERSION,
-            "tool_version": env!("CARGO_PKG_VERSION"),
-            "source": source,
-            "calibration": self.provenance,
-            "recipe": self.recipe,
-            "kv": self.recipe.kv(),
-            "bits_per_weight": bits_per_weight(&self.blocks),
-            "blocks": blocks,
-        }))
+        Ok(Manifest {
+            format_version: FORMAT_VERSION,
+            tool_version: env!("CARGO_PKG_VERSION").to_owned(),
+            source: SourceRecord {
+                name: self.source.name().to_owned(),
+                fingerprint: self.source.fingerprint()?,
+                bytes: self.source.total_bytes(),
+                hub: self.source.place().cloned(),
+                ignored_tensors: self.ignored.clone(),
+            },
+            calibration: self.provenance.clone(),
+            recipe: self.recipe.clone(),
+            kv: self.recipe.kv(),
+            bits_per_weight: bits_per_weight(&self.blocks),
+            blocks,
+        })
     }
 
     /// Tensors that stay as they are, with their bytes.
@@ -191,9 +217,7 @@ impl Job<'_> {
                 let tensor = self.source.tensor(&name)?;
                 // A NaN here would spoil the model as surely as one in a linear.
                 tensor.check_finite()?;
-                let bytes = tensor.bytes.to_vec();
-                tensor.release();
-                Ok((name, bytes))
+                Ok((name, tensor.copied()))
             })
             .collect()
     }
@@ -213,30 +237,32 @@ pub fn run<B: Backend>(
     check_levels(backend, &job.blocks)?;
     job.check_tensors()?;
     job.check_kept()?;
-    let options = Options {
-        overwrite: output.overwrite,
-        resume: output.resume,
-        max_shard_bytes: DEFAULT_SHARD_BYTES,
-    };
-    let mut writer = Writer::create(&output.out, job.tensor_specs()?, &job.identity()?, options)?;
+    let destination = output.protecting(job.source, []);
+    let options = job.options(output)?;
+    let mut writer = Writer::create(&destination, job.tensor_specs()?, &job.identity()?, options)?;
+    job.announce_resumed(writer.done(), progress);
     let written = write_tensors(backend, job, &mut writer, progress, &mut timing, known);
     let Written { errors, resumed_blocks } = match written {
         Ok(written) => written,
         Err(error) => {
-            let blocks = writer.done().iter().filter(|done| !KEPT.contains(&done.block.as_str()));
-            match blocks.count() {
+            match finished_blocks(writer.done()) {
                 0 => writer.discard(),
-                done if error.kind() != Kind::Interrupted => progress
-                    .info(&format!("{done} finished blocks are kept; --resume goes on after them")),
+                done if error.kind() != Kind::Interrupted => progress.info(&format!(
+                    "{done} finished blocks are kept; the same command, or --resume, continues after them"
+                )),
                 _ => {}
             }
             return Err(error);
         }
     };
+    // A weight that was written to meanwhile may be in the streams and not in the fingerprint.
+    job.source.check_unchanged()?;
     let out = writer.out().to_owned();
     let out_bytes = job.tensor_specs()?.iter().map(TensorSpec::bytes).sum();
+    let side_files = job.source.side_files()?;
+    side_files.left_out.iter().for_each(|why| progress.warn(why));
     timing.measure("write", || {
-        writer.finish(&job.config(), job.atom(&errors)?, &job.source.side_files()?)
+        writer.finish(&job.config(), job.manifest(&errors)?.content(), &side_files.copied)
     })?;
 
     let perplexity = match evaluation {
@@ -304,14 +330,25 @@ fn write_tensors<B: Backend>(
 ) -> Result<Written> {
     let done = writer.done().to_vec();
     let writer = Mutex::new(writer);
+    // In the host's memory, a copy of the embedding is not to stand beside a block's Hessians; beside the
+    // work of a GPU it costs nothing.
+    if !B::HALF {
+        timing.measure("write", || write_kept(job, &done, &writer))?;
+    }
     std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel(1);
-        let writing = scope.spawn(|| {
-            write_kept(job, &done, &writer)?;
+        let write = || {
+            if B::HALF {
+                write_kept(job, &done, &writer)?;
+            }
             write_behind(backend, job, &writer, receiver)
-        });
-        let run = Blocks { backend, job, done: &done, writer: &writer, progress };
+        };
+        let writing = std::thread::Builder::new().spawn_scoped(scope, write).map_err(no_thread)?;
+        let fallbacks = Fallbacks::default();
+        let run =
+            Blocks { backend, job, done: &done, writer: &writer, fallbacks: &fallbacks, progress };
         let computed = run.quantize(timing, known, sender);
+        fallbacks.warn(progress);
         let written = timing.measure("write", || writing.join());
         // What stopped the writing stopped the computing too, and says why.
         written.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
@@ -319,9 +356,20 @@ fn write_tensors<B: Backend>(
     })
 }
 
+/// What is said where no thread can be started.
+pub(super) fn no_thread(error: std::io::Error) -> Error {
+    Error::machine(format!("cannot start a thread: {error}"))
+        .hint("raise the limits on processes and memory (`ulimit -u`, `ulimit -v`)")
+}
+
 /// A writer that two threads reach; a panic of one is passed on by the other.
 fn locked<'a, 'w>(writer: &'a Mutex<&'w mut Writer>) -> std::sync::MutexGuard<'a, &'w mut Writer> {
     writer.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How many of the units that were written are blocks.
+pub fn finished_blocks(done: &[DoneBlock]) -> usize {
+    done.iter().filter(|done| !KEPT.contains(&done.block.as_str())).count()
 }
 
 /// What is written beside the blocks: the embedding, the last norm, and the head if it is another.
@@ -344,7 +392,7 @@ fn write_kept(job: &Job, done: &[DoneBlock], writer: &Mutex<&mut Writer>) -> Res
 struct Finished<B: Backend> {
     index: usize,
     block: QuantizedBlock<B>,
-    key_mean: Vec<f32>,
+    statistics: Statistics,
 }
 
 /// Packs and writes finished blocks as they come.
@@ -354,19 +402,25 @@ fn write_behind<B: Backend>(
     writer: &Mutex<&mut Writer>,
     blocks: Receiver<Finished<B>>,
 ) -> Result<()> {
-    for Finished { index, block: QuantizedBlock { sites, errors }, key_mean } in blocks {
+    for Finished { index, block: QuantizedBlock { sites, errors }, statistics } in blocks {
+        let Statistics { key_mean, energies } = statistics;
         let beside = job.architecture.beside_linears(index);
         let mut tensors = job.copies(beside.into_iter().map(|(name, _)| name))?;
         if job.recipe.kv().is_centered() {
             let bytes = key_mean.iter().flat_map(|value| value.to_le_bytes()).collect();
             tensors.push((job.architecture.key_mean_name(index), bytes));
         }
-        for (site, quantized) in job.blocks[index].iter().zip(sites) {
-            tensors.push(order_tensor(&site.name, &quantized.format.order));
+        let planned = job.blocks[index].iter().zip(&energies);
+        for ((site, energy), quantized) in planned.zip(sites) {
+            let order = &quantized.format.order;
+            tensors.push(order_tensor(&site.name, order));
             for (linear, weights) in site.linears.iter().zip(quantized.linears) {
                 match weights {
                     Some(weights) => {
-                        tensors.extend(to_tensors(&linear.name, &backend.fetch(weights)?));
+                        let weights = backend.fetch(weights)?;
+                        let source = job.source.tensor(&format!("{}.weight", linear.name))?;
+                        check_weights(&linear.name, &weights, &source, order, energy)?;
+                        tensors.extend(to_tensors(&linear.name, &weights));
                     }
                     None => tensors.extend(job.copies([format!("{}.weight", linear.name)])?),
                 }
@@ -385,6 +439,7 @@ struct Blocks<'a, 'w, B: Backend> {
     /// Finished by an earlier run.
     done: &'a [DoneBlock],
     writer: &'a Mutex<&'w mut Writer>,
+    fallbacks: &'a Fallbacks,
     progress: &'a dyn Progress,
 }
 
@@ -409,6 +464,7 @@ impl<B: Backend> Blocks<'_, '_, B> {
             damping: recipe.damping,
             correction: recipe.correction,
             expert_tokens: recipe.expert_tokens,
+            fallbacks: self.fallbacks,
             progress,
         };
         let in_turn = recipe.gptq && recipe.sequential;
@@ -448,6 +504,7 @@ impl<B: Backend> Blocks<'_, '_, B> {
                 }
             };
             let plan = &job.blocks[index];
+            check_activations(architecture, index, plan, &statistics.energies, tokens.len())?;
             let (resumed, block) = match (self.resumed(index)?, &mut source, &mut quantized) {
                 (Some(block), _, _) => (true, block),
                 (None, Some(source), Some(quantized)) if in_turn => {
@@ -490,7 +547,7 @@ impl<B: Backend> Blocks<'_, '_, B> {
             drop(weights);
             if !resumed {
                 // It fails if the writing has failed, which is then the error that counts.
-                let sent = Finished { index, block, key_mean: statistics.key_mean };
+                let sent = Finished { index, block, statistics };
                 let sent = timing.measure("write", || finished.send(sent));
                 sent.map_err(|_| Error::machine("the checkpoint could not be written"))?;
             }

@@ -46,7 +46,7 @@ pub const WIDTHS: [u8; 4] = [2, 3, 4, 8];
 const HESSIAN_TOKENS: usize = 32_768;
 /// Tokens on which effects and divergences are measured. Each token gives a positive number of
 /// its own, so that few are enough.
-const EFFECT_TOKENS: usize = 4_096;
+pub(super) const EFFECT_TOKENS: usize = 4_096;
 
 /// What `atom calibrate --sensitivity` found.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -93,7 +93,67 @@ pub struct SiteSensitivity {
     pub counts: Vec<CountSensitivity>,
 }
 
+/// More bytes than any network keeps in full precision.
+const MAX_KEPT_BYTES: u64 = 1 << 50;
+
+/// Greatest error, effect or carry that means anything: sums of products of three stay finite.
+const MAX_COST: f64 = 1e60;
+
+/// Whether a measured value is one that costs are made of.
+fn is_cost(value: &f64) -> bool {
+    (0.0..=MAX_COST).contains(value)
+}
+
 impl SiteSensitivity {
+    /// Checks it against its site: `outliers` is the recipe's count, `widths` how many were measured.
+    fn check(
+        &self,
+        spec: &SiteSpec,
+        outliers: usize,
+        widths: usize,
+    ) -> std::result::Result<(), String> {
+        let linears = spec.linears.len();
+        if self.effects.len() != linears || self.source_bytes.len() != linears {
+            let (effects, bytes) = (self.effects.len(), self.source_bytes.len());
+            return Err(format!("has {effects} effects and {bytes} sizes for {linears} linears"));
+        }
+        if !self.effects.iter().all(is_cost) {
+            return Err(format!("has the effects {:?}", self.effects));
+        }
+        let sizes = spec.linears.iter().zip(&self.source_bytes);
+        for (linear, bytes) in sizes {
+            let weights = (linear.rows * linear.columns) as u64;
+            if ![2 * weights, 4 * weights].contains(bytes) {
+                return Err(format!(
+                    "has {bytes} bytes for the {weights} weights of {}",
+                    linear.name
+                ));
+            }
+        }
+        if self.counts.first().is_none_or(|count| count.outliers != outliers) {
+            return Err(format!("does not begin with the recipe's outlier count, {outliers}"));
+        }
+        for (at, count) in self.counts.iter().enumerate() {
+            let outliers = count.outliers;
+            if outliers >= spec.channels
+                || self.counts[..at].iter().any(|own| own.outliers == outliers)
+            {
+                return Err(format!(
+                    "has an outlier count {outliers} twice or beyond its channels"
+                ));
+            }
+            let whole = count.errors.len() == linears
+                && count.errors.iter().all(|errors| errors.len() == widths);
+            let sound = count.errors.iter().flatten().chain([&count.activation]).all(is_cost);
+            if !whole || !sound {
+                return Err(format!(
+                    "has no sound error of each linear and width at {outliers} outliers"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// What was measured of outlier count `outliers`, if it was.
     pub fn count(&self, outliers: usize) -> Option<&CountSensitivity> {
         self.counts.iter().find(|count| count.outliers == outliers)
@@ -112,6 +172,51 @@ pub struct CountSensitivity {
 }
 
 impl Sensitivity {
+    /// Checks that it belongs to the network and that its numbers mean something; every other function
+    /// relies on it.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    pub fn check(&self, architecture: &Architecture) -> std::result::Result<(), String> {
+        let wrong = |what: String| Err(format!("its sensitivity {what}"));
+        self.recipe
+            .clone()
+            .check()
+            .map_err(|error| format!("its sensitivity's recipe: {error}"))?;
+        let known = |bits: &u8| WIDTHS.contains(bits);
+        let mut widths = self.widths.clone();
+        widths.sort_unstable();
+        widths.dedup();
+        if widths.len() != self.widths.len() || !widths.iter().all(known) {
+            return wrong(format!("has the widths {:?}", self.widths));
+        }
+        if self.recipe.bits != 16 && !self.widths.contains(&self.recipe.bits) {
+            return wrong(format!("lacks the width of its recipe, {}", self.recipe.bits));
+        }
+        if self.kept_bytes > MAX_KEPT_BYTES {
+            return wrong(format!("has {} bytes of kept tensors", self.kept_bytes));
+        }
+        if self.blocks.len() != architecture.blocks {
+            let (own, network) = (self.blocks.len(), architecture.blocks);
+            return wrong(format!("has {own} blocks, the network {network}"));
+        }
+        for (index, block) in self.blocks.iter().enumerate() {
+            let specs = architecture.sites(index);
+            if block.sites.len() != specs.len() {
+                let (own, network) = (block.sites.len(), specs.len());
+                return wrong(format!("has {own} sites in block {index}, the network {network}"));
+            }
+            if !is_cost(&block.carry) {
+                return wrong(format!("has the carry {} of block {index}", block.carry));
+            }
+            for (site, spec) in block.sites.iter().zip(&specs) {
+                let found = site.check(spec, self.recipe.outliers, self.widths.len());
+                found.or_else(|what| wrong(format!("of {} {what}", spec.name)))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Effect of linear `linear` at `bits` bits under `count`: 0 at 16.
     pub fn effect(
         &self,
@@ -123,10 +228,12 @@ impl Sensitivity {
         let at = |bits: u8| self.widths.iter().position(|width| *width == bits);
         let (Some(width), Some(measured)) = (at(bits), at(self.recipe.bits)) else { return 0.0 };
         let reference = site.counts[0].errors[linear][measured];
-        if reference == 0.0 {
+        if reference == 0.0 || site.effects[linear] == 0.0 {
             return 0.0;
         }
-        site.effects[linear] * (count.errors[linear][width] / reference).powi(2)
+        let ratio = (count.errors[linear][width] / reference).powi(2);
+        // An error of almost nothing must not make another's cost infinite.
+        (site.effects[linear] * ratio).min(MAX_COST)
     }
 }
 

@@ -14,7 +14,11 @@ pub struct Stream<B: Backend> {
 }
 
 /// Windows that go through a block together.
-fn windows_per_batch(batch_bytes: usize, architecture: &Architecture, seq_len: usize) -> usize {
+pub(super) fn windows_per_batch(
+    batch_bytes: usize,
+    architecture: &Architecture,
+    seq_len: usize,
+) -> usize {
     let heads = architecture.heads + architecture.kv_heads;
     let channels =
         4 * architecture.hidden + 2 * heads * architecture.head_dim + 2 * architecture.intermediate;

@@ -8,6 +8,8 @@ always contains 0, so that 0 is exact. Quotients are products with `1 / scale`, 
 use half::f16;
 use serde::{Deserialize, Serialize};
 
+use crate::{Error, Result};
+
 /// How keys and values are held in the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct KvFormat {
@@ -38,6 +40,26 @@ impl KvFormat {
     /// Whether mean keys are taken from the keys.
     pub fn is_centered(&self) -> bool {
         self.is_quantized() && self.center
+    }
+
+    /// Whether every setting means something.
+    ///
+    /// # Errors
+    /// The setting that does not, named.
+    pub fn check(&self) -> Result<()> {
+        if ![2, 3, 4, 8, 16].contains(&self.bits) {
+            return Err(Error::input(format!(
+                "bits is {}; it must be 2, 3, 4, 8 or 16",
+                self.bits
+            )));
+        }
+        if !(self.clip > 0.0 && self.clip <= 1.0) {
+            return Err(Error::input(format!("clip is {}; it must lie in (0, 1]", self.clip)));
+        }
+        if self.center && !self.after_rope {
+            return Err(Error::input("center needs after_rope"));
+        }
+        Ok(())
     }
 
     /// The largest code.

@@ -2,7 +2,7 @@
 
 use anstyle::{AnsiColor, Style};
 
-use super::Report;
+use super::{Report, printable};
 use crate::doctor::{DoctorOutcome, Status};
 
 const OK: Style = AnsiColor::Green.on_default();
@@ -24,10 +24,11 @@ impl Report for DoctorOutcome {
         for check in &self.checks {
             let (style, mark) = mark(check.status);
             let name = &check.name;
-            let detail = wrapped(&check.detail, WIDTH - margin).join(&format!("\n{indent}"));
+            let detail =
+                wrapped(&printable(&check.detail), WIDTH - margin).join(&format!("\n{indent}"));
             text.push_str(&format!("{style}{mark:5}{style:#}  {name:names$}  {detail}\n"));
             if let Some(hint) = &check.hint {
-                let lines = wrapped(&format!("hint: {hint}"), WIDTH - margin);
+                let lines = wrapped(&printable(&format!("hint: {hint}")), WIDTH - margin);
                 for line in lines {
                     let line = match line.strip_prefix("hint:") {
                         Some(rest) => format!("{HINT}hint:{HINT:#}{rest}"),

@@ -1,13 +1,13 @@
 /*! The report of `atom quantize --dry-run`. */
 
 use super::layout::Facts;
-use super::{Report, recipe, units};
+use super::{Report, printable, recipe, units};
 use crate::pipeline::outcome::DryRun;
 
 impl Report for DryRun {
     fn text(&self) -> String {
         let mut facts = Facts::default();
-        facts.add("model", &self.model).add("recipe", recipe::lines(&self.recipe));
+        facts.add("model", &self.model).add_lines("recipe", recipe::lines(&self.recipe));
         facts.add(
             "work",
             format!(
@@ -31,8 +31,22 @@ impl Report for DryRun {
         );
         facts.add("bits per weight", format!("{:.2}", self.bits_per_weight));
         facts.add("memory", format!("{} at the peak, estimated", units::bytes(self.memory_bytes)));
-        facts.add("free disk", units::bytes(self.free_disk_bytes));
-        format!("{}\nwould write {}\n", facts.text(), self.out.display())
+        facts.add(
+            "disk",
+            format!(
+                "{} needed, {} free",
+                units::bytes(self.needed_disk_bytes),
+                units::bytes(self.free_disk_bytes)
+            ),
+        );
+        if self.finished_blocks > 0 {
+            facts.add(
+                "continues",
+                format!("an unfinished run, after {} blocks", self.finished_blocks),
+            );
+        }
+        let out = self.out.display().to_string();
+        format!("{}\nwould write {}\n", facts.text(), printable(&out))
     }
 }
 
@@ -55,7 +69,9 @@ mod tests {
             out_bytes: 4_000_000,
             bits_per_weight: 4.5,
             memory_bytes: 310_000_000,
+            needed_disk_bytes: 12_000_000,
             free_disk_bytes: 52_000_000_000,
+            finished_blocks: 3,
         };
         assert_eq!(
             found.text(),
@@ -70,7 +86,8 @@ calibration      128 windows of 2048 tokens
 size             10.0 MB -> 4.0 MB (2.50 x smaller)
 bits per weight  4.50
 memory           310.0 MB at the peak, estimated
-free disk        52.0 GB
+disk             12.0 MB needed, 52.0 GB free
+continues        an unfinished run, after 3 blocks
 
 would write ./x
 "

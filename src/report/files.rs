@@ -1,7 +1,7 @@
 /*! The report of `atom calibrate` and `atom plan`. */
 
 use super::layout::Facts;
-use super::{Report, allocation, units};
+use super::{Report, allocation, printable, units};
 use crate::pipeline::outcome::FileOutcome;
 
 impl Report for FileOutcome {
@@ -21,7 +21,8 @@ impl Report for FileOutcome {
         }
         facts.add("time", units::seconds(self.seconds));
         let tables = self.allocation.as_ref().map(allocation::tables).unwrap_or_default();
-        let out = self.out.display();
+        let out = self.out.display().to_string();
+        let out = printable(&out);
         // Only a plan knows its bits; the other file is a calibration, which is planned next.
         let next = match self.bits_per_weight {
             Some(_) => format!("atom pack --model MODEL --plan {out}"),

@@ -18,7 +18,7 @@ impl Report for InspectOutcome {
             facts.add("bits per weight", format!("{bits:.2}"));
         }
         if let Some(recipe) = &self.recipe {
-            facts.add("recipe", recipe::lines(recipe));
+            facts.add_lines("recipe", recipe::lines(recipe));
         }
         for (label, value) in [
             ("source", &self.source),

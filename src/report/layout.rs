@@ -1,5 +1,7 @@
 /*! Aligned text: labelled facts, and tables of cells. */
 
+use super::printable;
+
 /// Facts, one a line, each behind its label; a fact of several lines keeps its column.
 #[derive(Default)]
 pub(crate) struct Facts {
@@ -7,9 +9,17 @@ pub(crate) struct Facts {
 }
 
 impl Facts {
-    /// Adds a fact.
-    pub(crate) fn add(&mut self, label: &str, value: impl Into<String>) -> &mut Self {
-        self.rows.push((label.to_owned(), value.into()));
+    /// Adds a fact of one line, which may come from a file.
+    pub(crate) fn add(&mut self, label: &str, value: impl AsRef<str>) -> &mut Self {
+        let (label, value) = (printable(label), printable(value.as_ref()));
+        self.rows.push((label.into_owned(), value.into_owned()));
+        self
+    }
+
+    /// Adds a fact of several lines, each made by this program.
+    pub(crate) fn add_lines(&mut self, label: &str, value: impl AsRef<str>) -> &mut Self {
+        let lines: Vec<_> = value.as_ref().lines().map(printable).collect();
+        self.rows.push((label.to_owned(), lines.join("\n")));
         self
     }
 
@@ -48,9 +58,9 @@ impl Table {
         Self { columns, rows: Vec::new() }
     }
 
-    /// Adds a row; missing cells at its end stay empty.
+    /// Adds a row, whose cells may come from a file; missing cells at its end stay empty.
     pub(crate) fn row(&mut self, cells: Vec<String>) {
-        self.rows.push(cells);
+        self.rows.push(cells.iter().map(|cell| printable(cell).into_owned()).collect());
     }
 
     /// The headings and rows as lines.
@@ -86,8 +96,18 @@ mod tests {
     #[test]
     fn facts_align_behind_their_labels() {
         let mut facts = Facts::default();
-        facts.add("model", "m").add("recipe", "one\ntwo");
+        facts.add("model", "m").add_lines("recipe", "one\ntwo");
         assert_eq!(facts.text(), "model   m\nrecipe  one\n        two\n");
+    }
+
+    #[test]
+    fn names_cannot_add_lines_or_move_the_cursor() {
+        let mut facts = Facts::default();
+        facts.add("model", "m\nblocks  9\u{1b}[2J");
+        assert_eq!(facts.text(), "model  m\\u{a}blocks  9\\u{1b}[2J\n");
+        let mut table = Table::new([("name", Side::Left), ("n", Side::Right)]);
+        table.row(vec!["a\u{9b}2J".into(), "1".into()]);
+        assert_eq!(table.text(), "name       n\na\\u{9b}2J  1\n");
     }
 
     #[test]

@@ -1,13 +1,13 @@
 /*! The report of `atom quantize` and `atom pack`. */
 
 use super::layout::Facts;
-use super::{Report, allocation, linears, recipe, units};
+use super::{Report, allocation, linears, printable, recipe, units};
 use crate::pipeline::outcome::QuantizeOutcome;
 
 impl Report for QuantizeOutcome {
     fn text(&self) -> String {
         let mut facts = Facts::default();
-        facts.add("model", &self.model).add("recipe", recipe::lines(&self.recipe));
+        facts.add("model", &self.model).add_lines("recipe", recipe::lines(&self.recipe));
         facts.add("device", &self.device);
         facts.add(
             "size",
@@ -36,7 +36,8 @@ impl Report for QuantizeOutcome {
             );
         }
         let tables = self.allocation.as_ref().map(allocation::tables).unwrap_or_default();
-        let out = self.out.display();
+        let out = self.out.display().to_string();
+        let out = printable(&out);
         format!(
             "{}\n{tables}{}\nwrote {out}\nnext: atom verify --model {out}\n",
             facts.text(),

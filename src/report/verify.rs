@@ -3,7 +3,7 @@
 use anstyle::{AnsiColor, Style};
 
 use super::layout::Facts;
-use super::{Report, units};
+use super::{Report, printable, units};
 use crate::eval::VerifyOutcome;
 
 const PASSED: Style = AnsiColor::Green.on_default();
@@ -16,7 +16,8 @@ impl Report for VerifyOutcome {
         for check in &self.checks {
             // The mark is padded before it is coloured: escapes have no width.
             let (style, mark) = if check.ok { (PASSED, "ok    ") } else { (FAILED, "FAILED") };
-            let line = format!("{style}{mark}{style:#}  {:width$}  {}", check.name, check.detail);
+            let (name, detail) = (printable(&check.name), printable(&check.detail));
+            let line = format!("{style}{mark}{style:#}  {name:width$}  {detail}");
             text.push_str(line.trim_end());
             text.push('\n');
         }

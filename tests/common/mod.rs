@@ -6,6 +6,7 @@
 mod model;
 pub mod snapshot;
 pub mod stand_in;
+mod stored;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -16,6 +17,8 @@ use tempfile::TempDir;
 
 #[allow(unused_imports)]
 pub use model::{Dtype, RandomModel, RandomTensor};
+#[allow(unused_imports)]
+pub use stored::{StoredModel, StoredTensor};
 
 /// Flags that quantize a [`RandomModel`] in a fraction of a second: groups and outliers that fit its
 /// widths, few and short windows.
@@ -117,6 +120,11 @@ impl Run {
     fn all(&self) -> String {
         let Self { line, code, stdout, stderr } = self;
         format!("`atom {line}` ended with {code:?}\n{stdout}\n{stderr}")
+    }
+
+    /// Whether either stream holds the words.
+    pub fn all_contains(&self, words: &str) -> bool {
+        self.stdout.contains(words) || self.stderr.contains(words)
     }
 
     /// The run, which must have succeeded.

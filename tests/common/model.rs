@@ -37,12 +37,17 @@ const VOCABULARY: usize = 4096;
 
 impl RandomModel {
     pub fn new(blocks: usize) -> Self {
+        Self::with_widths(blocks, HIDDEN, MLP)
+    }
+
+    /// With other widths of the residual stream and the MLP.
+    pub fn with_widths(blocks: usize, hidden: usize, mlp: usize) -> Self {
         let config = json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
-            "hidden_size": HIDDEN,
-            "intermediate_size": MLP,
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
             "num_hidden_layers": blocks,
             "num_attention_heads": HEADS,
             "num_key_value_heads": KV_HEADS,
@@ -51,24 +56,24 @@ impl RandomModel {
             "rope_theta": 10000.0,
             "tie_word_embeddings": true,
         });
-        let kv = HIDDEN / HEADS * KV_HEADS;
-        let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![VOCABULARY, HIDDEN])];
+        let kv = hidden / HEADS * KV_HEADS;
+        let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![VOCABULARY, hidden])];
         for block in 0..blocks {
             for (name, shape) in [
-                ("input_layernorm", vec![HIDDEN]),
-                ("self_attn.q_proj", vec![HIDDEN, HIDDEN]),
-                ("self_attn.k_proj", vec![kv, HIDDEN]),
-                ("self_attn.v_proj", vec![kv, HIDDEN]),
-                ("self_attn.o_proj", vec![HIDDEN, HIDDEN]),
-                ("post_attention_layernorm", vec![HIDDEN]),
-                ("mlp.gate_proj", vec![MLP, HIDDEN]),
-                ("mlp.up_proj", vec![MLP, HIDDEN]),
-                ("mlp.down_proj", vec![HIDDEN, MLP]),
+                ("input_layernorm", vec![hidden]),
+                ("self_attn.q_proj", vec![hidden, hidden]),
+                ("self_attn.k_proj", vec![kv, hidden]),
+                ("self_attn.v_proj", vec![kv, hidden]),
+                ("self_attn.o_proj", vec![hidden, hidden]),
+                ("post_attention_layernorm", vec![hidden]),
+                ("mlp.gate_proj", vec![mlp, hidden]),
+                ("mlp.up_proj", vec![mlp, hidden]),
+                ("mlp.down_proj", vec![hidden, mlp]),
             ] {
                 shapes.push((format!("model.layers.{block}.{name}.weight"), shape));
             }
         }
-        shapes.push(("model.norm.weight".to_owned(), vec![HIDDEN]));
+        shapes.push(("model.norm.weight".to_owned(), vec![hidden]));
         let tensors = shapes.into_iter().enumerate().map(|(seed, (name, shape))| {
             let values = random_values(seed as u64, &shape);
             RandomTensor { name, shape, values }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use serde_json::json;
 use sha1::Sha1;
@@ -21,8 +22,44 @@ pub struct Request {
     pub path: String,
     pub range: Option<String>,
     pub token: Option<String>,
+    /// The `authorization` header.
+    pub authorization: Option<String>,
     /// Bytes of content that went out.
     pub sent: usize,
+}
+
+/// What a server does instead of answering as the Hub does.
+#[derive(Clone)]
+pub enum Act {
+    /// Sends these bytes, head and body, and closes the connection.
+    Send(Vec<u8>),
+    /// Sends these bytes one by one, with a pause before each.
+    Drip(Vec<u8>, Duration),
+    /// Sends the head of these bytes at once and the body as [`Act::Drip`] does.
+    SlowBody(Vec<u8>, Duration),
+    /// Sends the first bytes, then the others again and again until the other side goes away.
+    Endless(Vec<u8>, Vec<u8>),
+    /// Says nothing until the other side goes away.
+    Silence,
+}
+
+impl Act {
+    /// An answer with a status, headers and a body, whose length is added.
+    pub fn answer(status: &str, headers: &[(&str, &str)], body: &[u8]) -> Self {
+        Self::Send(message(status, headers, body))
+    }
+}
+
+/// The bytes of an answer.
+pub fn message(status: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
+    let mut head = format!("HTTP/1.1 {status}\r\nConnection: close\r\n");
+    for (name, value) in headers {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    if !headers.iter().any(|(name, _)| *name == "Content-Length") {
+        head.push_str(&format!("Content-Length: {}\r\n", body.len()));
+    }
+    [format!("{head}\r\n").as_bytes(), body].concat()
 }
 
 /// What goes wrong, and what there is.
@@ -47,6 +84,13 @@ pub struct State {
     pub announced: Option<u64>,
     /// The new name of a repository that was renamed.
     pub renamed: Option<(&'static str, &'static str)>,
+    /// Ends each body of a large file after so many bytes.
+    pub cut_each: Option<usize>,
+    /// Where the content of large files is, if not on `localhost`.
+    pub elsewhere: Option<String>,
+    /// Acts for requests whose `METHOD PATH` holds a text, so many times each; the first that fits is
+    /// taken, and without an act the answer is the Hub's.
+    acts: Vec<(String, usize, Option<Act>)>,
 }
 
 /// The running stand-in; it stops with the test.
@@ -86,6 +130,30 @@ impl StandIn {
     pub fn add_dir(&self, repo: &str, dir: &std::path::Path) {
         for (name, content) in super::contents(dir) {
             self.add(&format!("{repo}/{name}"), &content);
+        }
+    }
+
+    /// Lets the next `times` requests whose `METHOD PATH` holds `text` meet with `act`.
+    pub fn act(&self, text: &str, times: usize, act: Act) {
+        self.state().acts.push((text.to_owned(), times, Some(act)));
+    }
+
+    /// Lets the next `times` of such requests have their answers before acts begin.
+    pub fn skip(&self, text: &str, times: usize) {
+        self.state().acts.push((text.to_owned(), times, None));
+    }
+
+    /// Forgets all acts.
+    pub fn behave(&self) {
+        self.state().acts.clear();
+    }
+
+    /// Waits until a request has come whose `METHOD PATH` holds `text`.
+    pub fn wait_for(&self, text: &str) {
+        let here =
+            |request: &Request| format!("{} {}", request.method, request.path).contains(text);
+        while !self.state().log.iter().any(here) {
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 
@@ -133,39 +201,42 @@ fn serve(mut stream: TcpStream, port: u16, state: &Mutex<State>) {
     }
     let mut words = line.split_whitespace();
     let (method, path) = (words.next().unwrap().to_owned(), words.next().unwrap().to_owned());
-    let (mut range, mut token) = (None, None);
+    let (mut range, mut authorization) = (None, None);
     loop {
         let mut header = String::new();
         reader.read_line(&mut header).unwrap();
         let Some((name, value)) = header.trim().split_once(": ") else { break };
         match name.to_ascii_lowercase().as_str() {
             "range" => range = Some(value.to_owned()),
-            "authorization" => token = value.strip_prefix("Bearer ").map(str::to_owned),
+            "authorization" => authorization = Some(value.to_owned()),
             _ => {}
         }
     }
     let mut state = state.lock().unwrap();
+    let bearer = authorization.as_deref();
     let request = Request {
         method: method.clone(),
         path: path.clone(),
         range: range.clone(),
-        token,
+        token: bearer.and_then(|value| value.strip_prefix("Bearer ")).map(str::to_owned),
+        authorization: authorization.clone(),
         sent: 0,
     };
     let permitted = state.token.is_some() && state.token == request.token.as_deref();
     state.log.push(request);
     let index = state.log.len() - 1;
+    let line = format!("{method} {path}");
+    let found = state.acts.iter_mut().find(|(text, times, _)| *times > 0 && line.contains(text));
+    if let Some((_, times, act)) = found {
+        *times -= 1;
+        if let Some(act) = act.clone() {
+            drop(state);
+            return play(stream, reader, act);
+        }
+    }
     let mut reply = |status: &str, headers: &[(&str, &str)], body: &[u8]| {
-        let mut head = format!("HTTP/1.1 {status}\r\nConnection: close\r\n");
-        for (name, value) in headers {
-            head.push_str(&format!("{name}: {value}\r\n"));
-        }
-        if !headers.iter().any(|(name, _)| *name == "Content-Length") {
-            head.push_str(&format!("Content-Length: {}\r\n", body.len()));
-        }
         let body = if method == "HEAD" { b"" } else { body };
-        let _ = stream.write_all(format!("{head}\r\n").as_bytes());
-        let _ = stream.write_all(body);
+        let _ = stream.write_all(&message(status, headers, body));
     };
     let path = path.replace("%2F", "/");
     let path = path.strip_prefix('/').unwrap();
@@ -219,7 +290,8 @@ fn serve(mut stream: TcpStream, port: u16, state: &Mutex<State>) {
     let etag = format!("\"{}\"", blob_name(&key, &content));
     let length = state.announced.unwrap_or(content.len() as u64).to_string();
     if file.is_none() && is_large(&key) {
-        let to = format!("http://localhost:{port}/cdn/{key}");
+        let host = state.elsewhere.clone().unwrap_or(format!("http://localhost:{port}"));
+        let to = format!("{host}/cdn/{key}");
         let headers = [
             ("Location", &*to),
             ("X-Repo-Commit", commit),
@@ -243,7 +315,7 @@ fn serve(mut stream: TcpStream, port: u16, state: &Mutex<State>) {
     }
     let whole = body.len().to_string();
     let large = file.is_some();
-    if large && let Some(after) = state.cuts.pop_front() {
+    if large && let Some(after) = state.cuts.pop_front().or(state.cut_each) {
         body.truncate(after);
     }
     let stall = state.stall.filter(|after| large && body.len() > *after);
@@ -260,6 +332,35 @@ fn serve(mut stream: TcpStream, port: u16, state: &Mutex<State>) {
     if stall.is_some() {
         // Until the other side goes away.
         let _ = std::io::copy(&mut reader, &mut std::io::sink());
+    }
+}
+
+/// Does what an act says.
+fn play(mut stream: TcpStream, mut reader: BufReader<TcpStream>, act: Act) {
+    match act {
+        Act::Send(bytes) => drop(stream.write_all(&bytes)),
+        Act::Drip(bytes, pause) => drip(&mut stream, &bytes, pause),
+        Act::SlowBody(bytes, pause) => {
+            let head = bytes.windows(4).position(|four| four == b"\r\n\r\n").unwrap() + 4;
+            let _ = stream.write_all(&bytes[..head]);
+            drip(&mut stream, &bytes[head..], pause);
+        }
+        Act::Endless(start, again) => {
+            let mut sent = stream.write_all(&start);
+            while sent.is_ok() {
+                sent = stream.write_all(&again);
+            }
+        }
+        Act::Silence => drop(std::io::copy(&mut reader, &mut std::io::sink())),
+    }
+}
+
+fn drip(stream: &mut TcpStream, bytes: &[u8], pause: Duration) {
+    for byte in bytes {
+        std::thread::sleep(pause);
+        if stream.write_all(&[*byte]).is_err() {
+            return;
+        }
     }
 }
 

@@ -1,9 +1,14 @@
 /*! Sums of `y^T x`, and the correction of weights by them. */
 
+use std::ops::Range;
+
 use super::gemm::par_gemm;
-use super::gemm_pack::{Panels, Rows};
+use super::gemm_pack::{PANEL, Panels, Rows};
 use super::isa::Isa;
 use crate::backend::{Drift, Matrix};
+
+/// Columns of a right-hand side that are packed at once.
+const COLUMNS: usize = 16 * PANEL;
 
 /// `C += y^T x` for `tokens` rows of both, in order: batches give the bits of all tokens at once.
 pub(super) fn add(isa: Isa, cross: &mut Matrix, y: &[f32], x: &[f32], tokens: usize) {
@@ -17,18 +22,29 @@ pub(super) fn add(isa: Isa, cross: &mut Matrix, y: &[f32], x: &[f32], tokens: us
 pub(super) fn correct(isa: Isa, weights: &mut Matrix, drift: &Drift<Matrix>, factor: &[f32]) {
     let Matrix { rows, columns: n, .. } = *weights;
     assert_eq!(drift.inputs.data.len(), n * n, "channels of the drift and of the weights");
-    let times = |left: &[f32], right: &Panels| {
+    // The right-hand sides are packed some columns at a time: a packed copy of all of them would be as
+    // large as the Hessian.
+    let times = |left: &[f32], pack: &dyn Fn(Range<usize>) -> Panels| {
         let mut product = vec![0.0; rows * n];
-        par_gemm(isa, Rows::new(left, rows, n), right, &mut product, n, false);
+        for first in (0..n).step_by(COLUMNS) {
+            let panels = pack(first..(first + COLUMNS).min(n));
+            par_gemm(isa, Rows::new(left, rows, n), &panels, &mut product[first..], n, false);
+        }
         product
     };
-    let mut wanted = times(&weights.data, &Panels::from_columns(&drift.inputs.data, n, n, n));
+    let columns_of = |matrix: &[f32], columns: Range<usize>| {
+        Panels::from_columns(&matrix[columns.start..], n, columns.len(), n)
+    };
+    let mut wanted = times(&weights.data, &|columns| columns_of(&drift.inputs.data, columns));
     if let Some(outputs) = &drift.outputs {
         assert_eq!(outputs.data.len(), rows * n, "outputs of the drift and of the weights");
         wanted.iter_mut().zip(&outputs.data).for_each(|(wanted, lost)| *wanted += lost);
     }
-    let half = times(&wanted, &Panels::from_rows(factor, n, n));
-    let change = times(&half, &Panels::from_columns(factor, n, n, n));
+    let half = times(&wanted, &|columns| {
+        Panels::from_rows(&factor[columns.start * n..columns.end * n], columns.len(), n)
+    });
+    drop(wanted);
+    let change = times(&half, &|columns| columns_of(factor, columns));
     for (weight, change) in weights.data.iter_mut().zip(change) {
         *weight = drift.share.mul_add(change, *weight);
     }
@@ -59,7 +75,7 @@ mod tests {
         for x in x.chunks(n) {
             (0..n * n).for_each(|at| h[at] += x[at / n] * x[at % n]);
         }
-        let (u, _) = factor(&h, n, 1e-6).unwrap();
+        let (u, _) = factor(&mut h, n, 1e-6).unwrap();
         let cross = |rows| Matrix { rows, columns: n, data: vec![0.0; rows * n] };
         for (share, isa) in Isa::available().into_iter().flat_map(|isa| [(1.0, isa), (0.5, isa)]) {
             let mut drift = Drift { inputs: cross(n), outputs: Some(cross(rows)), share };

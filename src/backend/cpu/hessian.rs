@@ -1,5 +1,7 @@
 /*! A running sum of `x^T x`, and quadratic forms with it. */
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::gemm::gemm;
@@ -13,43 +15,43 @@ pub struct Hessian {
 }
 
 impl Hessian {
-    /// The lower triangle with half the diagonal: `w H w^T = 2 w L w^T`, which reads H once and
-    /// needs no mirror image of it.
-    pub(super) fn half_panels(&self) -> Panels {
-        Panels::from_rows_with(self.n, self.n, |row, out| {
+    /// Some columns of the lower triangle with half the diagonal, the rows down to the last of them:
+    /// `w H w^T = 2 w L w^T`, which reads H once and needs no mirror image of it.
+    fn half_columns(&self, columns: Range<usize>) -> Panels {
+        Panels::from_rows_with(columns.len(), columns.end, |column, out| {
+            let row = columns.start + column;
             out.fill(0.0);
             out[..row].copy_from_slice(&self.lower[row * self.n..][..row]);
             out[row] = self.lower[row * self.n + row] / 2.0;
         })
     }
-}
 
-/// `tr(W H W^T)` for `weights` `[rows, n]`.
-pub(super) fn energy(isa: Isa, weights: &[f32], n: usize, half: &Panels) -> f64 {
-    const ROWS: usize = 240;
-    // Columns of W L are made in parts, each from the rows of L that are not zero there.
-    const COLUMNS: usize = 8 * PANEL;
-    let sums: Vec<f64> = weights
-        .par_chunks(ROWS * n)
-        .map_init(
-            || vec![0f32; ROWS * COLUMNS],
-            |products, weights| {
-                let rows = Rows::new(weights, weights.len() / n, n);
-                let mut sum = 0.0;
-                for first in (0..n).step_by(COLUMNS) {
-                    let end = (first + COLUMNS).min(n);
-                    let width = end - first;
-                    gemm(isa, rows, half.part(first..end, 0..end), products, width, false);
+    /// `tr(W H W^T)` for `weights` `[rows, n]`.
+    pub(super) fn energy(&self, isa: Isa, weights: &[f32]) -> f64 {
+        const ROWS: usize = 240;
+        // Columns of W L are made in parts, each from the rows of L that are not zero there: a packed
+        // copy of the entire L would be as large as H.
+        const COLUMNS: usize = 8 * PANEL;
+        let n = self.n;
+        let mut sums = vec![0f64; weights.len().div_ceil(ROWS * n)];
+        for first in (0..n).step_by(COLUMNS) {
+            let end = (first + COLUMNS).min(n);
+            let width = end - first;
+            let half = self.half_columns(first..end);
+            sums.par_iter_mut().zip(weights.par_chunks(ROWS * n)).for_each_init(
+                || vec![0f32; ROWS * width],
+                |products, (sum, weights)| {
+                    let rows = Rows::new(weights, weights.len() / n, n);
+                    gemm(isa, rows, &half, products, width, false);
                     for (product, weights) in products.chunks(width).zip(weights.chunks(n)) {
                         let pairs = product.iter().zip(&weights[first..end]);
-                        sum += pairs.map(|(p, w)| f64::from(*p) * f64::from(*w)).sum::<f64>();
+                        *sum += pairs.map(|(p, w)| f64::from(*p) * f64::from(*w)).sum::<f64>();
                     }
-                }
-                2.0 * sum
-            },
-        )
-        .collect();
-    sums.iter().sum()
+                },
+            );
+        }
+        sums.iter().map(|sum| 2.0 * sum).sum()
+    }
 }
 
 #[cfg(test)]
@@ -62,6 +64,6 @@ mod tests {
         let weights = [1.0, 2.0, -1.0, 0.5];
         let row = |a: f64, b: f64| 3.0 * a * a + 2.0 * a * b + 5.0 * b * b;
         let expected = row(1.0, 2.0) + row(-1.0, 0.5);
-        assert_eq!(energy(Isa::Plain, &weights, 2, &hessian.half_panels()), expected);
+        assert_eq!(hessian.energy(Isa::Plain, &weights), expected);
     }
 }

@@ -273,11 +273,7 @@ impl Backend for Cpu {
     }
 
     fn dense(&self, weight: &checkpoint::Tensor<'_>, site: Option<&SiteFormat>) -> Result<Panels> {
-        let Matrix { rows, columns, data } = match site {
-            Some(site) => arranged(weight, site)?,
-            None => weights::matrix(weight)?,
-        };
-        Ok(Panels::from_rows(&data, rows, columns))
+        weights::panels(weight, site)
     }
 
     fn dense_of(&self, weight: &QuantizedLinear) -> Result<Panels> {
@@ -548,7 +544,7 @@ impl Backend for Cpu {
     }
 
     fn factor(&self, hessian: &mut Hessian, damping: f32) -> Result<Option<(Vec<f32>, Damping)>> {
-        Ok(factor::factor(&hessian.lower, hessian.n, damping))
+        Ok(factor::factor(&mut hessian.lower, hessian.n, damping))
     }
 
     fn difference(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
@@ -578,17 +574,16 @@ impl Backend for Cpu {
         factor: &Vec<f32>,
         drift: Option<&Drift<Matrix>>,
     ) -> Result<Vec<(QuantizedLinear, f64)>> {
-        let half = hessian.half_panels();
         let sweep = |linear: &Unquantized<checkpoint::Tensor<'_>>| {
             let mut weights = arranged(linear.weight, site)?;
-            let total = hessian::energy(self.isa, &weights.data, weights.columns, &half);
+            let total = hessian.energy(self.isa, &weights.data);
             if let Some(drift) = drift {
                 self.correct(&mut weights, drift, factor);
             }
             let quantized = gptq::sweep(self.isa, weights.clone(), &linear.format, factor)
                 .map_err(|error| error.context(format!("weights of {}", linear.name)))?;
             let error = weights::difference(&quantized, &weights);
-            let lost = hessian::energy(self.isa, &error, weights.columns, &half);
+            let lost = hessian.energy(self.isa, &error);
             Ok((quantized, output_error(lost, total)?))
         };
         linears.iter().map(sweep).collect()
@@ -613,9 +608,8 @@ impl Backend for Cpu {
     ) -> Result<f64> {
         let original = arranged(weight, site)?;
         let error = weights::difference(quantized, &original);
-        let half = hessian.half_panels();
-        let [lost, total] = [&error, &original.data]
-            .map(|weights| hessian::energy(self.isa, weights, original.columns, &half));
+        let [lost, total] =
+            [&error, &original.data].map(|weights| hessian.energy(self.isa, weights));
         output_error(lost, total)
     }
 
@@ -639,5 +633,11 @@ impl Backend for Cpu {
 
     fn trim(&self) {
         self.pool.clear();
+        // The allocator would keep up to 256 MB of it beside Hessians, which have maps of their own.
+        #[cfg(target_env = "gnu")]
+        // SAFETY: it hands free pages back to the system and changes nothing else.
+        unsafe {
+            libc::malloc_trim(0);
+        }
     }
 }

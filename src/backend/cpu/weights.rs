@@ -1,7 +1,10 @@
 /*! Source weights on their way to panels and codes: converted, arranged, compared. */
 
+use std::sync::{Mutex, PoisonError};
+
 use rayon::prelude::*;
 
+use super::gemm_pack::Panels;
 use crate::backend::Matrix;
 use crate::checkpoint::Tensor;
 use crate::quant::hadamard;
@@ -10,11 +13,31 @@ use crate::quant::site::{SiteFormat, Transform};
 use crate::quant::weights::dequantize;
 use crate::{Error, Result};
 
-/// A weight `[out, in]` in f32; its pages are given back.
-pub(super) fn matrix(weight: &Tensor<'_>) -> Result<Matrix> {
-    let data = weight.to_f32()?;
+/// A weight `[out, in]`, with a site in its order and transformed, packed for products. Rows are
+/// converted as they are packed: no f32 copy of the entire weight is made. The weight's pages are
+/// given back.
+pub(super) fn panels(weight: &Tensor<'_>, site: Option<&SiteFormat>) -> Result<Panels> {
+    let (rows, columns) = (weight.shape[0], weight.shape[1]);
+    let width = site.map_or(columns, SiteFormat::width);
+    // Of several rows that cannot be read, the first is reported, whichever thread meets it.
+    let failed: Mutex<Option<(usize, Error)>> = Mutex::new(None);
+    let panels = Panels::from_rows_with(rows, width, |row, out| {
+        match (weight.rows_f32(row..row + 1), site) {
+            (Ok(values), None) => out.copy_from_slice(&values),
+            (Ok(values), Some(site)) => site.arrange(&values, out),
+            (Err(error), _) => {
+                let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                if failed.as_ref().is_none_or(|(first, _)| row < *first) {
+                    *failed = Some((row, error));
+                }
+            }
+        }
+    });
     weight.release();
-    Ok(Matrix { rows: weight.shape[0], columns: weight.shape[1], data })
+    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some((_, error)) => Err(error),
+        None => Ok(panels),
+    }
 }
 
 /// A weight with its columns in the order of the site that feeds it, transformed; its pages are

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{Dtype, TensorSpec};
+use super::{Destination, Dtype, Inputs, TensorSpec};
 use crate::Error;
 
 /// A safetensors file's bytes: `(name, dtype, shape, bytes)` for each tensor, in order.
@@ -39,6 +39,10 @@ fn error_of<T>(result: crate::Result<T>) -> Error {
 
 fn write(path: &Path, bytes: impl AsRef<[u8]>) {
     fs_err::write(path, bytes).unwrap();
+}
+
+fn to(out: &Path, overwrite: bool) -> Destination {
+    Destination { out: out.to_owned(), overwrite, inputs: Inputs::default() }
 }
 
 /// Two blocks of small tensors of several types.

@@ -170,17 +170,32 @@ fn an_index_that_does_not_fit_its_shards_is_refused() {
     let home = good();
     index(home.path(), &[("w", "one.safetensors"), ("v", "two.safetensors")]);
     write(&home.path().join("one.safetensors"), shard("w"));
+    // An error of what nobody needs is none; what is asked for says why it is not there.
+    let lost = |name: &str| {
+        let source = Source::open(home.path()).unwrap();
+        assert!(source.lacks(name) && !source.contains(name));
+        let error = source.tensor(name).unwrap_err();
+        assert_eq!(source.check_index().unwrap_err().message(), error.message());
+        assert!(error.hint_text().is_some());
+        error.message().replace(&home.path().display().to_string(), "DIR")
+    };
     assert_eq!(
-        refusal(home.path()),
+        lost("v"),
         "1 of the 2 shards that DIR/model.safetensors.index.json lists are missing, \
          the first is two.safetensors"
     );
     write(&home.path().join("two.safetensors"), shard("u"));
     assert_eq!(
-        refusal(home.path()),
+        lost("v"),
         "DIR/model.safetensors.index.json maps tensor `v` to two.safetensors, \
          which does not hold it"
     );
+    // transformers reads whatever a shard holds, whether the index names it or not.
+    let source = Source::open(home.path()).unwrap();
+    assert_eq!(source.names().collect::<Vec<_>>(), ["u", "w"]);
+    fs_err::remove_file(home.path().join("one.safetensors")).unwrap();
+    fs_err::remove_file(home.path().join("two.safetensors")).unwrap();
+    assert!(refusal(home.path()).starts_with("2 of the 2 shards"));
     let index = home.path().join("model.safetensors.index.json");
     write(&index, r#"{"weight_map": {"w": "../../etc/passwd"}}"#);
     assert!(refusal(home.path()).ends_with("which is no file name"));
@@ -212,7 +227,8 @@ fn only_floating_point_weights_are_a_source() {
     assert!(error.message().ends_with("is F8_E4M3, not F16, BF16 or F32"));
     assert!(error.hint_text().is_some());
     let error = source.tensor("e5m2").unwrap_err();
-    assert_eq!(error.message(), "tensor `e5m2` is F8_E5M2 [4], a type that atom does not read");
+    let shown = format!("tensor `e5m2` of {}", home.path().join("model.safetensors").display());
+    assert_eq!(error.message(), format!("{shown} is F8_E5M2 [4], a type that atom does not read"));
     assert!(error.hint_text().is_some());
 }
 
@@ -231,10 +247,15 @@ fn side_files_are_what_a_consumer_needs() {
     }
     fs_err::create_dir(home.path().join("tokenizer_files")).unwrap();
     let side_files = Source::open(home.path()).unwrap().side_files().unwrap();
-    let names: Vec<&str> = side_files.iter().map(|(name, _)| name.as_str()).collect();
+    let names: Vec<&str> = side_files.copied.iter().map(|file| file.name.as_str()).collect();
     let expected = ["LICENSE.txt", "generation_config.json", "tokenizer.json", "tokenizer.model"];
     assert_eq!(names, expected);
-    assert_eq!(side_files[0].1, b"LICENSE.txt");
+    assert!(side_files.left_out.is_empty(), "{:?}", side_files.left_out);
+    let copy = home.path().join("copy");
+    write(&copy, "an interrupted copy");
+    side_files.copied[0].copy_to(&copy).unwrap();
+    assert_eq!(fs_err::read(&copy).unwrap(), b"LICENSE.txt");
+    assert_eq!(side_files.copied[0].bytes(), 11);
 }
 
 #[test]
@@ -278,4 +299,98 @@ fn a_snapshot_in_the_hubs_cache_is_called_by_its_repository() {
     fs_err::create_dir_all(snapshot.parent().unwrap()).unwrap();
     fs_err::rename(good().keep(), &snapshot).unwrap();
     assert_eq!(Source::open(&snapshot).unwrap().name(), "Llama-2-7b-hf");
+}
+
+/// A header of one entry more, whatever it says.
+fn with_entry(name: &str, entry: &str) -> Vec<u8> {
+    let header = format!(
+        "{{\"w\":{{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[0,16]}},\"{name}\":{entry}}}"
+    );
+    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 16]].concat()
+}
+
+#[test]
+fn strange_shapes_are_read_or_refused_and_never_computed_with() {
+    let home = good();
+    let path = home.path().join("model.safetensors");
+    for shape in [
+        "[]",
+        "[0]",
+        "[0,18446744073709551615]",
+        "[18446744073709551615,0]",
+        "[4611686018427387904,4]",
+    ] {
+        let entry = format!(r#"{{"dtype":"F32","shape":{shape},"data_offsets":[16,16]}}"#);
+        write(&path, with_entry("v", &entry));
+        let Ok(source) = Source::open(home.path()) else {
+            refusal(home.path());
+            continue;
+        };
+        let tensor = source.tensor("v").unwrap();
+        assert!(tensor.is_empty() && tensor.to_f32().unwrap().is_empty(), "{shape}");
+        tensor.read_ahead();
+        tensor.release();
+        source.fingerprint().unwrap();
+    }
+    let scalar = safetensors(&[("w", "F32", &[], &1f32.to_le_bytes())]);
+    write(&path, scalar);
+    assert_eq!(Source::open(home.path()).unwrap().tensor("w").unwrap().to_f32().unwrap(), [1.0]);
+    for entry in ["[]", "3", "null", r#"{"dtype":"F32","shape":[1],"data_offsets":[16]}"#] {
+        write(&path, with_entry("v", entry));
+        refusal(home.path());
+    }
+}
+
+#[test]
+fn a_header_longer_than_any_models_is_not_parsed() {
+    let home = good();
+    let path = home.path().join("model.safetensors");
+    let file = fs_err::File::create(&path).unwrap();
+    file.set_len(80 << 20).unwrap();
+    drop(file);
+    let file = fs_err::OpenOptions::new().write(true).open(&path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(file.file(), &(70u64 << 20).to_le_bytes(), 0).unwrap();
+    let expected = "DIR/model.safetensors has a header of 73400320 bytes, more than 33554432";
+    assert_eq!(refusal(home.path()), expected);
+}
+
+#[test]
+fn weights_that_change_during_a_run_are_noticed() {
+    let home = good();
+    let path = home.path().join("model.safetensors");
+    let source = Source::open(home.path()).unwrap();
+    source.check_unchanged().unwrap();
+    let file = fs_err::OpenOptions::new().write(true).open(&path).unwrap();
+    let past = std::time::SystemTime::UNIX_EPOCH;
+    file.file().set_modified(past).unwrap();
+    let error = source.check_unchanged().unwrap_err();
+    assert_eq!(error.message(), format!("{} changed during the run", path.display()));
+    fs_err::remove_file(&path).unwrap();
+    assert_eq!(source.check_unchanged().unwrap_err().kind(), Kind::Input);
+    hub::tiny_llama().unwrap().check_unchanged().unwrap();
+}
+
+#[test]
+fn heads_are_compared_value_by_value() {
+    let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+    let halves: Vec<u8> =
+        [1.0, 2.0, -3.0, 0.5].iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect();
+    let equal = bytes(&[1.0, 2.0, -3.0, 0.5]);
+    let other = bytes(&[1.0, 2.0, -3.0, 0.25]);
+    for (dtype, shape, head, expected) in [
+        ("F32", &[2, 2][..], &equal, true),
+        ("F32", &[2, 2], &other, false),
+        ("F16", &[2, 2], &halves, true),
+        ("F32", &[4, 1], &equal, false),
+    ] {
+        let home = good();
+        let file = safetensors(&[
+            ("model.embed_tokens.weight", "F32", &[2, 2], &equal),
+            ("lm_head.weight", dtype, shape, head),
+        ]);
+        write(&home.path().join("model.safetensors"), file);
+        let source = Source::open(home.path()).unwrap();
+        assert_eq!(source.head_is_embedding().unwrap(), expected, "{dtype} {shape:?}");
+        assert_eq!(source.head_is_embedding().unwrap(), expected);
+    }
 }

@@ -1,11 +1,12 @@
 use super::*;
 use crate::Kind;
-use crate::checkpoint::{AtomCheckpoint, Options, Writer};
+use crate::checkpoint::{AtomCheckpoint, Options, SideFile, Writer};
 use serde_json::json;
 
-/// Writes a whole checkpoint; `order` says which block goes first.
-fn complete(out: &Path, options: Options, b_first: bool) -> u64 {
-    let mut writer = Writer::create(out, specs(), &json!({"bits": 4}), options).unwrap();
+/// Writes a whole checkpoint; `b_first` says which block goes first.
+fn complete(out: &Path, overwrite: bool, options: Options, b_first: bool) -> u64 {
+    let destination = to(out, overwrite);
+    let mut writer = Writer::create(&destination, specs(), &json!({"bits": 4}), options).unwrap();
     let mut blocks = vec![("a", block_a()), ("b", block_b())];
     if b_first {
         blocks.reverse();
@@ -13,8 +14,8 @@ fn complete(out: &Path, options: Options, b_first: bool) -> u64 {
     for (name, tensors) in blocks {
         writer.write_block(name, tensors, Value::Null).unwrap();
     }
-    assert!(!out.join("atom.json").exists() || options.overwrite);
-    let side_files = [("tokenizer.json".to_string(), b"{}".to_vec())];
+    assert!(!out.join("atom.json").exists() || overwrite);
+    let side_files = [SideFile::in_memory("tokenizer.json", "{}")];
     let config = json!({"model_type": "llama", "quantization_config": {"quant_method": "atom"}});
     writer.finish(&config, json!({"format_version": 1, "recipe": {}}), &side_files).unwrap()
 }
@@ -37,7 +38,7 @@ fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
 fn what_is_written_is_read_by_us_and_by_the_safetensors_crate() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("out");
-    let bytes = complete(&out, Options::default(), false);
+    let bytes = complete(&out, false, Options::default(), false);
     assert_eq!(names_in(home.path()), ["out"]);
     assert_eq!(names_in(&out), ["atom.json", "config.json", "model.safetensors", "tokenizer.json"]);
     let on_disk: usize = contents(&out).iter().map(|(_, content)| content.len()).sum();
@@ -66,8 +67,8 @@ fn bytes_do_not_depend_on_the_order_of_blocks() {
     for limit in [5, 1000] {
         let options = Options { max_shard_bytes: limit, ..Options::default() };
         let [one, two] = ["one", "two"].map(|name| home.path().join(format!("{name}-{limit}")));
-        complete(&one, options, false);
-        complete(&two, options, true);
+        complete(&one, false, options, false);
+        complete(&two, false, options, true);
         assert_eq!(contents(&one), contents(&two));
     }
 }
@@ -76,7 +77,7 @@ fn bytes_do_not_depend_on_the_order_of_blocks() {
 fn a_limit_of_five_bytes_gives_several_shards_and_an_index() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("out");
-    complete(&out, Options { max_shard_bytes: 5, ..Options::default() }, true);
+    complete(&out, false, Options { max_shard_bytes: 5, ..Options::default() }, true);
     let names = names_in(&out);
     assert!(names.contains(&"model-00003-of-00003.safetensors".to_string()));
     assert!(names.contains(&"model.safetensors.index.json".to_string()));
@@ -90,15 +91,29 @@ fn a_limit_of_five_bytes_gives_several_shards_and_an_index() {
 fn an_existing_output_is_replaced_only_when_asked() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("out");
-    complete(&out, Options::default(), false);
-    write(&out.join("leftover"), "of the old one");
-    let again = || Writer::create(&out, specs(), &json!({}), Options::default());
+    complete(&out, false, Options::default(), false);
+    let again = || Writer::create(&to(&out, false), specs(), &json!({}), Options::default());
     let error = error_of(again());
     assert_eq!(error.kind(), Kind::Usage);
     assert_eq!(error.message(), format!("output directory {} exists", out.display()));
     assert!(error.hint_text().unwrap().contains("--overwrite"));
-    complete(&out, Options { overwrite: true, ..Options::default() }, false);
-    assert!(!out.join("leftover").exists());
+    complete(&out, true, Options::default(), false);
+    assert_eq!(names_in(home.path()), ["out"]);
+
+    // What is laid beside the checkpoint while the run works is found at the end, and nothing is lost.
+    let mut writer =
+        Writer::create(&to(&out, true), specs(), &json!({}), Options::default()).unwrap();
+    writer.write_block("a", block_a(), Value::Null).unwrap();
+    writer.write_block("b", block_b(), Value::Null).unwrap();
+    write(&out.join("thesis.tex"), "mine");
+    let before = contents(&out);
+    let error = error_of(writer.finish(&json!({}), json!({"format_version": 1}), &[]));
+    assert!(error.message().contains("holds thesis.tex"), "{error}");
+    assert_eq!(contents(&out), before);
+    fs_err::remove_file(out.join("thesis.tex")).unwrap();
+    let writer = Writer::create(&to(&out, true), specs(), &json!({}), Options::default()).unwrap();
+    assert_eq!(writer.done().len(), 2);
+    writer.finish(&json!({}), json!({"format_version": 1}), &[]).unwrap();
     assert_eq!(names_in(home.path()), ["out"]);
 }
 
@@ -106,7 +121,8 @@ fn an_existing_output_is_replaced_only_when_asked() {
 fn wrong_blocks_are_refused_and_an_unfinished_output_does_not_appear() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("out");
-    let mut writer = Writer::create(&out, specs(), &json!({}), Options::default()).unwrap();
+    let mut writer =
+        Writer::create(&to(&out, false), specs(), &json!({}), Options::default()).unwrap();
     let mut write = |block: &str, name: &str, bytes: usize| {
         let tensors = vec![(name.to_string(), vec![0; bytes])];
         writer.write_block(block, tensors, Value::Null).map_err(|e| e.message().to_string())
@@ -129,7 +145,7 @@ fn a_model_larger_than_the_disk_is_refused_before_anything_is_written() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("out");
     let huge = vec![TensorSpec::new("w", Dtype::F16, [1 << 25, 1 << 35])];
-    let error = error_of(Writer::create(&out, huge, &json!({}), Options::default()));
+    let error = error_of(Writer::create(&to(&out, false), huge, &json!({}), Options::default()));
     assert_eq!(error.kind(), Kind::Machine);
     let needed = error.message().split("needs ").nth(1).unwrap().split(' ').next().unwrap();
     assert!(needed.parse::<u64>().unwrap() > 1 << 61);
@@ -141,22 +157,22 @@ fn a_model_larger_than_the_disk_is_refused_before_anything_is_written() {
 fn two_runs_cannot_write_the_same_output() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("out");
-    let first = Writer::create(&out, specs(), &json!({}), Options::default()).unwrap();
+    let first = Writer::create(&to(&out, false), specs(), &json!({}), Options::default()).unwrap();
     for resume in [false, true] {
         let options = Options { resume, ..Options::default() };
-        let error = error_of(Writer::create(&out, specs(), &json!({}), options));
+        let error = error_of(Writer::create(&to(&out, false), specs(), &json!({}), options));
         assert_eq!(error.kind(), Kind::Usage);
         assert!(error.message().starts_with("another atom run is writing"));
     }
     drop(first);
-    assert!(Writer::create(&out, specs(), &json!({}), Options::default()).is_ok());
+    assert!(Writer::create(&to(&out, false), specs(), &json!({}), Options::default()).is_ok());
 }
 
 #[test]
 fn a_damaged_or_foreign_checkpoint_is_refused() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("out");
-    complete(&out, Options::default(), false);
+    complete(&out, false, Options::default(), false);
     let shard = out.join("model.safetensors");
     let mut bytes = fs_err::read(&shard).unwrap();
     *bytes.last_mut().unwrap() ^= 1; // the shard's last tensor: the narrowest elements
@@ -166,6 +182,14 @@ fn a_damaged_or_foreign_checkpoint_is_refused() {
     let error = checkpoint.verify_tensor("a.weight_codes").unwrap_err();
     assert_eq!(error.kind(), Kind::Check);
     assert!(error.message().starts_with("tensor `a.weight_codes` has SHA-256 "));
+    assert_eq!(checkpoint.covered_files(), ["atom.json", "config.json", "tokenizer.json"]);
+    for name in checkpoint.covered_files() {
+        checkpoint.verify_file(name).unwrap();
+        let bytes = fs_err::read(out.join(name)).unwrap();
+        write(&out.join(name), [&bytes[..], b" "].concat());
+        assert_eq!(checkpoint.verify_file(name).unwrap_err().kind(), Kind::Check, "{name}");
+        write(&out.join(name), bytes);
+    }
 
     let path = out.join("atom.json");
     let atom: Value = serde_json::from_slice(&fs_err::read(&path).unwrap()).unwrap();
@@ -187,7 +211,7 @@ fn a_damaged_or_foreign_checkpoint_is_refused() {
         "ATOM has no valid `format_version`"
     );
     assert_eq!(
-        refusal(|atom| atom["tensors"]["x"] = json!({})),
+        refusal(|atom| atom["tensors"]["x"] = json!({"sha256": "0".repeat(64)})),
         "ATOM lists tensor `x`, which no shard holds"
     );
     assert_eq!(

@@ -1,0 +1,195 @@
+/*! What `atom.json` says of the files beside it: the format's version and hashes of every tensor, of every other file and of itself.
+
+The rest of `atom.json` is content that this room does not read. The hash of `atom.json` covers its bytes with
+the 64 digits of the hash replaced by zeros, so that any program can compare it. */
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::FORMAT_VERSION;
+use super::fingerprint::sha256_hex;
+use super::shards::{INDEX, SINGLE};
+use super::side_files::is_side_file;
+use crate::{Error, Result};
+
+/// The file that makes a directory an Atom checkpoint.
+pub(super) const ATOM: &str = "atom.json";
+
+const OWN_HASH: &str = "sha256";
+const NO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+
+/// A content's hash.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Hash {
+    /// SHA-256, lower-case hexadecimal.
+    pub(super) sha256: String,
+}
+
+/// The part of `atom.json` that this room reads.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub(super) struct Envelope {
+    /// Of every tensor, by name.
+    pub(super) tensors: BTreeMap<String, Hash>,
+    /// Of `config.json`, the tokenizer and every other file beside the shards and `atom.json`, by name.
+    /// Checkpoints written before there were such hashes have none.
+    #[serde(default)]
+    pub(super) files: BTreeMap<String, Hash>,
+    /// Of `atom.json` itself; likewise.
+    #[serde(default)]
+    pub(super) sha256: Option<String>,
+}
+
+impl Envelope {
+    /// Reads the content of the `atom.json` at `path`.
+    ///
+    /// # Errors
+    /// Another format version, or fields of other types.
+    pub(super) fn read(atom: &Value, path: &str) -> Result<Self> {
+        match atom["format_version"].as_u64() {
+            Some(FORMAT_VERSION) => {}
+            Some(version) if version > FORMAT_VERSION => {
+                let message = format!(
+                    "{path} has format version {version}, this program reads up to {FORMAT_VERSION}"
+                );
+                return Err(Error::input(message).hint("use a newer version of atom"));
+            }
+            _ => {
+                let message = format!("{path} has no valid `format_version`");
+                return Err(Error::input(message).hint("quantize the model again"));
+            }
+        }
+        let damaged = |what: String| {
+            Error::input(format!("{path} {what}"))
+                .hint("copy the checkpoint again, all of its files, or quantize the model again")
+        };
+        if !atom["tensors"].is_object() {
+            return Err(damaged("has no `tensors`".to_owned()));
+        }
+        let envelope =
+            Self::deserialize(atom).map_err(|error| damaged(format!("is damaged: {error}")))?;
+        let hashes = envelope.tensors.iter().chain(&envelope.files);
+        if let Some((name, _)) = hashes.clone().find(|(_, hash)| !is_sha256(&hash.sha256)) {
+            return Err(damaged(format!("has no valid SHA-256 of `{name}`")));
+        }
+        if envelope.sha256.as_deref().is_some_and(|hash| !is_sha256(hash)) {
+            return Err(damaged("has no valid SHA-256 of itself".to_owned()));
+        }
+        Ok(envelope)
+    }
+
+    /// Whether there are hashes of `atom.json` and of the files beside the shards.
+    pub(super) fn covers_files(&self) -> bool {
+        self.sha256.is_some() && !self.files.is_empty()
+    }
+}
+
+/// The text of an `atom.json` of this content, which gets its own hash as the last field.
+pub(super) fn with_own_hash(mut atom: Value) -> String {
+    atom[OWN_HASH] = NO_HASH.into();
+    let text = format!("{atom:#}\n");
+    let hash = sha256_hex(text.as_bytes());
+    let at = text.rfind(NO_HASH).expect("it was written as the last field");
+    format!("{}{hash}{}", &text[..at], &text[at + NO_HASH.len()..])
+}
+
+/// Whether the text of an `atom.json` has the hash `expected`, which stands in it.
+pub(super) fn has_own_hash(text: &[u8], expected: &str) -> bool {
+    let at = text.windows(expected.len()).rposition(|window| window == expected.as_bytes());
+    at.is_some_and(|at| {
+        let mut zeroed = text.to_vec();
+        zeroed[at..at + expected.len()].copy_from_slice(NO_HASH.as_bytes());
+        sha256_hex(&zeroed) == expected
+    })
+}
+
+fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+/// Whether a checkpoint may hold a file of this name.
+pub(super) fn is_checkpoint_file(name: &str) -> bool {
+    let shard = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
+    let shard = shard.and_then(|numbers| numbers.split_once("-of-"));
+    let number = |text: &str| text.len() >= 5 && text.bytes().all(|b| b.is_ascii_digit());
+    [ATOM, "config.json", SINGLE, INDEX].contains(&name)
+        || shard.is_some_and(|(one, all)| number(one) && number(all))
+        || is_side_file(name)
+}
+
+/// Which files of the checkpoint in `dir` are the checkpoint's own: `atom.json`, its shards, and the files that `atom.json`
+/// lists; where it was written before there was such a list, those of the names that a checkpoint's files have.
+///
+/// # Errors
+/// If there is no `atom.json` that this program has written.
+pub(super) fn own_files(dir: &Path) -> Result<impl Fn(&str) -> bool + use<>> {
+    let json = |name: &str| -> Result<Value> {
+        let path = dir.join(name);
+        serde_json::from_slice(&fs_err::read(&path)?)
+            .map_err(|error| Error::input(format!("{} is not valid JSON: {error}", path.display())))
+    };
+    let Envelope { files, .. } =
+        Envelope::read(&json(ATOM)?, &dir.join(ATOM).display().to_string())?;
+    let mut shards = BTreeSet::from([SINGLE.to_owned()]);
+    if dir.join(INDEX).is_file() {
+        let index = json(INDEX)?;
+        let map = index["weight_map"].as_object();
+        let named = map.into_iter().flat_map(|map| map.values()).filter_map(Value::as_str);
+        shards = named.map(str::to_owned).chain([INDEX.to_owned()]).collect();
+    }
+    Ok(move |name: &str| {
+        let listed = match files.is_empty() {
+            true => name == "config.json" || is_side_file(name),
+            false => files.contains_key(name),
+        };
+        name == ATOM || shards.contains(name) || listed
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn any_change_of_atom_json_changes_its_hash() {
+        let text = with_own_hash(json!({"format_version": 1, "note": NO_HASH, "tensors": {}}));
+        let read: Value = serde_json::from_str(&text).unwrap();
+        let hash = read["sha256"].as_str().unwrap();
+        assert!(has_own_hash(text.as_bytes(), hash));
+        assert_eq!(read["note"], NO_HASH);
+        for (from, to) in [("note", "nots"), ("\n}", " \n}"), ("1", "2"), ("000", "001")] {
+            let changed = text.replacen(from, to, 1);
+            assert!(!has_own_hash(changed.as_bytes(), hash), "{from} -> {to}");
+        }
+        assert!(!has_own_hash(b"", hash) && !has_own_hash(text.as_bytes(), NO_HASH));
+    }
+
+    #[test]
+    fn names_of_a_checkpoints_files_are_told_from_others() {
+        for name in [
+            "atom.json",
+            "config.json",
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "model-00001-of-00002.safetensors",
+            "tokenizer.json",
+            "LICENSE",
+        ] {
+            assert!(is_checkpoint_file(name), "{name}");
+        }
+        for name in [
+            "model-1-of-2.safetensors",
+            "model-00001-of-00002.safetensors.bak",
+            "thesis.tex",
+            ".git",
+            "plan.json",
+            "adapter.safetensors",
+            "",
+        ] {
+            assert!(!is_checkpoint_file(name), "{name}");
+        }
+    }
+}

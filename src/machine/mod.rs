@@ -1,0 +1,61 @@
+/*! What the machine has, and what is said when it fails: memory that this process may still take, an
+allocation that is refused, a mapped file that becomes shorter, signals that were ignored at the start. */
+
+mod allocator;
+mod cgroup;
+mod mapped;
+mod memory;
+mod signals;
+mod stdout;
+
+pub use allocator::Allocator;
+pub use mapped::{Watched, watch};
+pub use memory::{Bound, Memory, available};
+pub use signals::{guard, keep_ignored};
+pub use stdout::{note_closed_stdout, stdout_was_closed};
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Whether a reader of JSON still waits for its object on stdout.
+static OWES_JSON: AtomicBool = AtomicBool::new(false);
+
+/// Records whether an error that ends the process at once must be written to stdout as JSON too.
+pub fn owe_json(owed: bool) {
+    OWES_JSON.store(owed, Ordering::Relaxed);
+}
+
+/// Ends the process with an error whose text exists already: `text` on stderr, `json` on stdout if it is
+/// owed. It allocates nothing, takes no lock and unwinds nothing: it is called where memory has run out
+/// and from a signal handler. Of several threads that come here, the first one speaks.
+fn die(text: &[&[u8]], json: &[&[u8]], code: i32) -> ! {
+    static DYING: AtomicBool = AtomicBool::new(false);
+    if DYING.swap(true, Ordering::SeqCst) {
+        loop {
+            // SAFETY: it waits for a signal, and the other thread ends the process.
+            unsafe { libc::pause() };
+        }
+    }
+    // SAFETY: it only asks about a descriptor.
+    if unsafe { libc::isatty(2) } == 1 {
+        // A progress bar may stand in this line.
+        write_raw(2, b"\r\x1b[2K");
+    }
+    text.iter().for_each(|part| write_raw(2, part));
+    if OWES_JSON.load(Ordering::Relaxed) {
+        json.iter().for_each(|part| write_raw(1, part));
+    }
+    // SAFETY: it ends the process without running anything else of it.
+    unsafe { libc::_exit(code) }
+}
+
+/// Writes to a descriptor as much as it takes.
+fn write_raw(descriptor: i32, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        // SAFETY: the pointer and the length are the slice's.
+        let written = unsafe { libc::write(descriptor, bytes.as_ptr().cast(), bytes.len()) };
+        match usize::try_from(written) {
+            Ok(written) if written > 0 => bytes = &bytes[written..],
+            _ => return,
+        }
+    }
+}

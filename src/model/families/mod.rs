@@ -1,0 +1,78 @@
+/*! The families of networks that can be run, each as data: what differs from a plain Llama. Defaults are those of
+transformers 5 for a field that `config.json` does not have. */
+
+mod llama;
+mod mistral;
+mod mixtral;
+mod qwen2;
+mod qwen3;
+mod qwen3_moe;
+
+use super::architecture::{Biases, Experts};
+use super::config::{Config, shortened};
+use crate::{Error, Result};
+
+/// What differs between families.
+pub(super) struct Family {
+    /// `model_type` of config.json.
+    pub name: &'static str,
+    /// What the names of its classes in transformers begin with.
+    pub class: &'static str,
+    /// `num_key_value_heads`; none for as many as query heads, which is also what null means.
+    pub kv_heads: Option<usize>,
+    /// `head_dim`; none for `hidden_size / num_attention_heads`, which is then also what null means.
+    pub head_dim: Option<usize>,
+    /// `max_position_embeddings`.
+    pub max_positions: usize,
+    /// `rms_norm_eps`.
+    pub norm_epsilon: f64,
+    /// `rope_theta`.
+    pub rope_theta: f64,
+    /// Whether each query and key head goes through an RMSNorm.
+    pub head_norms: bool,
+    /// Which linears have a bias.
+    pub biases: fn(&Config) -> Result<Biases>,
+    /// Tokens that a token attends to, where not all; of a network of so many blocks.
+    pub sliding_window: fn(&Config, usize) -> Result<Option<usize>>,
+    /// The experts, if there are any, of a network of so many blocks.
+    pub experts: fn(&Config, usize) -> Result<Option<Experts>>,
+}
+
+/// Every family, by `model_type`.
+const FAMILIES: [&Family; 6] = [
+    &llama::LLAMA,
+    &mistral::MISTRAL,
+    &mixtral::MIXTRAL,
+    &qwen2::QWEN2,
+    &qwen3::QWEN3,
+    &qwen3_moe::QWEN3_MOE,
+];
+
+impl Family {
+    /// The family that `model_type` names.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub(super) fn of(config: &Config) -> Result<&'static Self> {
+        let named = match config.given("model_type") {
+            None => None,
+            Some(_) => config.text("model_type")?,
+        };
+        let known = FAMILIES.into_iter().find(|family| Some(family.name) == named);
+        known.ok_or_else(|| {
+            let named = shortened(named.unwrap_or("(none)"));
+            let message =
+                format!("{}: unknown architecture: model_type is `{named}`", config.file());
+            let names = FAMILIES.map(|family| family.name).join(", ");
+            Error::input(message).hint(format!("this version runs models of the types {names}"))
+        })
+    }
+}
+
+fn no_biases(_: &Config) -> Result<Biases> {
+    Ok(Biases::default())
+}
+
+fn no_experts(_: &Config, _: usize) -> Result<Option<Experts>> {
+    Ok(None)
+}

@@ -1,0 +1,56 @@
+//! Qwen3-MoE: Qwen3 with experts in some or all blocks, and one window for all of them.
+
+use std::collections::HashSet;
+
+use super::super::architecture::{ExpertNames, Experts};
+use super::super::config::Config;
+use super::super::{bounds, window};
+use super::Family;
+use super::qwen3::attention_biases;
+use crate::Result;
+
+const NAMES: ExpertNames =
+    ExpertNames { part: "mlp", linears: ["gate_proj", "up_proj", "down_proj"] };
+
+pub(super) const QWEN3_MOE: Family = Family {
+    name: "qwen3_moe",
+    class: "Qwen3Moe",
+    kv_heads: Some(4),
+    head_dim: None,
+    max_positions: 32_768,
+    norm_epsilon: 1e-6,
+    rope_theta: 10_000.0,
+    head_norms: true,
+    biases: attention_biases,
+    sliding_window: |config, blocks| {
+        let used = config.flag("use_sliding_window")?;
+        let window = window::field(config, Some(4096))?.filter(|_| used);
+        window::of_all(config, blocks, window)
+    },
+    experts,
+};
+
+fn experts(config: &Config, blocks: usize) -> Result<Option<Experts>> {
+    let per_token = config.count("num_experts_per_tok", bounds::EXPERTS)?;
+    let intermediate = config.count("moe_intermediate_size", bounds::CHANNELS)?;
+    Ok(Some(Experts {
+        count: Experts::count_field(config, 128)?,
+        per_token: per_token.unwrap_or(8),
+        intermediate: intermediate.unwrap_or(768),
+        normalized: config.flag("norm_topk_prob")?,
+        dense_blocks: dense_blocks(config, blocks)?,
+        names: NAMES,
+    }))
+}
+
+/// Blocks that `mlp_only_layers` names, and all but every `decoder_sparse_step`th.
+fn dense_blocks(config: &Config, blocks: usize) -> Result<Vec<usize>> {
+    const RIGHT: &str = "a list of numbers of blocks";
+    let step = config.count("decoder_sparse_step", 1..=usize::MAX)?.unwrap_or(1);
+    let listed = config.list("mlp_only_layers", RIGHT)?.unwrap_or_default();
+    let listed: Option<HashSet<i64>> = listed.iter().map(|block| block.as_i64()).collect();
+    let listed = listed.ok_or_else(|| config.wrong("mlp_only_layers", RIGHT))?;
+    let dense =
+        |block: &usize| listed.contains(&(*block as i64)) || !(block + 1).is_multiple_of(step);
+    Ok((0..blocks).filter(dense).collect())
+}

@@ -1,0 +1,114 @@
+//! What we read of a config.json compared with what transformers reads of it (tests/configs.py): every field, for every family,
+//! in right and wrong types.
+
+use serde_json::{Value, json};
+
+use super::architecture::Architecture;
+use super::rope::{Rope, RopeScaling};
+
+/// Files that transformers 5 refuses by a type alone and whose meaning is not in doubt: earlier versions read them so.
+fn is_lenient(family: &str, changes: &Value) -> bool {
+    let whole = changes["rms_norm_eps"].is_u64();
+    let null = |key: &str| changes.get(key).is_some_and(Value::is_null);
+    let flags = ["tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"];
+    let null_flag = flags.iter().chain(&["norm_topk_prob"]).any(|key| null(key));
+    let derived = null("num_key_value_heads") || null("head_dim") && family != "qwen3";
+    // Earlier versions read any width of heads.
+    let width = changes.get("hidden_size").is_some() && changes.get("head_dim").is_some();
+    // The last where no window is used.
+    whole || width || null_flag || derived || null("max_window_layers")
+}
+
+/// What we read, in the file's terms.
+fn read(config: &Value) -> Result<Value, String> {
+    let read = Architecture::read(config, "DIR/config.json").map_err(|error| error.to_string())?;
+    let Rope { theta, scaling } = &read.rope;
+    let mut rope = json!({"rope_type": "default", "rope_theta": theta});
+    match scaling {
+        RopeScaling::None => {}
+        RopeScaling::Linear(factor) => {
+            rope["rope_type"] = json!("linear");
+            rope["factor"] = json!(factor);
+        }
+        RopeScaling::Llama3 { factor, low, high, original } => {
+            rope = json!({"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": low,
+                "high_freq_factor": high, "original_max_position_embeddings": original});
+        }
+    }
+    let biases = read.biases;
+    let mut found = json!({
+        "layers": read.blocks, "hidden": read.hidden, "intermediate": read.intermediate, "heads": read.heads,
+        "kv_heads": read.kv_heads, "head_dim": read.head_dim, "vocabulary": read.vocabulary,
+        "epsilon": read.norm_epsilon, "tied": read.tied, "positions": read.max_positions, "rope": rope,
+        "windows": [read.sliding_window], "biases": [biases.attn_in, biases.attn_out, biases.mlp],
+    });
+    if let Some(experts) = read.experts {
+        found["experts"] = json!([
+            experts.count,
+            experts.per_token,
+            experts.intermediate,
+            experts.normalized,
+            experts.dense_blocks
+        ]);
+    }
+    Ok(found)
+}
+
+/// Whether both say the same; numbers as f32, which everything is computed in.
+fn same(a: &Value, b: &Value) -> bool {
+    match (a, b) {
+        (Value::Number(a), Value::Number(b)) => {
+            a.as_f64().unwrap() as f32 == b.as_f64().unwrap() as f32
+        }
+        (Value::Array(a), Value::Array(b)) => {
+            a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b))
+        }
+        (Value::Object(a), Value::Object(b)) => {
+            a.len() == b.len() && a.iter().all(|(key, a)| b.get(key).is_some_and(|b| same(a, b)))
+        }
+        (a, b) => a == b,
+    }
+}
+
+fn with(base: &Value, changes: &Value) -> Value {
+    let mut changed = base.clone();
+    changed.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    // A window that hides no token is none.
+    if changed["windows"][0].as_u64().is_some_and(|window| window >= 1 << 30) {
+        changed["windows"][0] = Value::Null;
+    }
+    changed
+}
+
+#[test]
+fn every_field_is_read_as_transformers_reads_it_or_refused() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/configs.json");
+    let file: Value = serde_json::from_slice(&fs_err::read(file).unwrap()).unwrap();
+    let mut wrong = Vec::new();
+    let (mut equal, mut refused) = (0, 0);
+    for family in ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"] {
+        let base = &file[family]["base"];
+        for case in file[family]["cases"].as_array().unwrap() {
+            let (must, changes, differs) = (case[0].as_bool().unwrap(), &case[1], &case[2]);
+            let mut config = with(&file["config"], changes);
+            config["model_type"] = json!(family);
+            match read(&config) {
+                Err(error) if must => wrong.push(format!("{family} {changes}: refused: {error}")),
+                Err(error) if !error.contains("DIR/config.json") => {
+                    wrong.push(format!("{family} {changes}: names no file: {error}"));
+                }
+                Err(_) => refused += 1,
+                Ok(found) if differs.is_null() && !is_lenient(family, changes) => {
+                    wrong.push(format!("{family} {changes}: transformers refuses it, we: {found}"));
+                }
+                Ok(found) if !differs.is_null() && !same(&found, &with(base, differs)) => {
+                    let expected = with(base, differs);
+                    wrong.push(format!("{family} {changes}:\n  {found}\n  {expected}"));
+                }
+                Ok(_) => equal += 1,
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} of them:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(equal > 1000 && refused > 1000, "{equal} equal, {refused} refused");
+}

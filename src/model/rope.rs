@@ -1,0 +1,183 @@
+/*! Rotary position embedding: which frequencies `config.json` asks for.
+
+Fields are resolved as transformers 5 does (`convert_rope_params_to_dict`, `standardize_rope_params`). */
+
+use super::config::Config;
+use crate::{Error, Result};
+
+/// Rotary position embedding.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Change of the frequencies for long contexts.
+    pub scaling: RopeScaling,
+}
+
+/// How RoPE's frequencies are changed.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// All divided by a factor.
+    Linear(f64),
+    /// Llama 3.1's: low frequencies divided, high ones kept, blended in between.
+    Llama3 {
+        /// What low frequencies are divided by.
+        factor: f64,
+        /// Turns in the original context below which a frequency is low.
+        low: f64,
+        /// Turns above which it is high; greater than `low`.
+        high: f64,
+        /// Tokens of the original context.
+        original: f64,
+    },
+}
+
+const THETA: &str = "rope_theta";
+
+/// What this version can do, for hints.
+const KNOWN: &str = "this version knows the RoPE types `default`, `linear` and `llama3`, the same for all blocks and \
+                     over all channels of a head";
+
+impl Rope {
+    /// Reads `rope_theta`, `rope_scaling` and `rope_parameters`. A non-empty `rope_scaling` replaces `rope_parameters`;
+    /// `rope_theta` in either comes before the file's own, which comes before the family's.
+    ///
+    /// # Errors
+    /// A field of a wrong type, or an embedding that this version does not compute.
+    pub fn from_config(config: &Config, family_theta: f64, max_positions: usize) -> Result<Self> {
+        whole_heads_turn(config)?;
+        let [scaling, parameters] =
+            ["rope_scaling", "rope_parameters"].map(|key| config.object(key));
+        let given = [scaling?, parameters?].into_iter().flatten();
+        let given = given.into_iter().find(|settings| settings.keys().next().is_some());
+        let inner = match &given {
+            Some(settings) => {
+                only_known_settings(settings)?;
+                settings.positive(THETA)?
+            }
+            None => None,
+        };
+        // Beside a value inside, null says nothing.
+        let outer = match config.given(THETA) {
+            None if inner.is_some() => None,
+            _ => config.positive(THETA)?,
+        };
+        let scaling = match &given {
+            Some(settings) => RopeScaling::from_config(config, settings, max_positions)?,
+            None => RopeScaling::None,
+        };
+        Ok(Self { theta: inner.or(outer).unwrap_or(family_theta), scaling })
+    }
+
+    /// Radians per position of each pair of channels.
+    pub(super) fn frequencies(&self, head_dim: usize) -> Vec<f64> {
+        let half = head_dim / 2;
+        (0..half)
+            .map(|pair| {
+                // f32 steps as in the models' own code, so that angles agree with it.
+                let exponent = (2 * pair) as f32 / head_dim as f32;
+                let frequency = f64::from(1.0 / (self.theta as f32).powf(exponent));
+                match self.scaling {
+                    RopeScaling::None => frequency,
+                    RopeScaling::Linear(factor) => frequency / factor,
+                    RopeScaling::Llama3 { factor, low, high, original } => {
+                        let turns = original * frequency / std::f64::consts::TAU;
+                        let blend = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                        frequency * (blend + (1.0 - blend) / factor)
+                    }
+                }
+            })
+            .collect()
+    }
+}
+
+impl RopeScaling {
+    fn from_config(config: &Config, settings: &Config, max_positions: usize) -> Result<Self> {
+        let required = |key| settings.positive(key)?.ok_or_else(|| lacks(settings, key));
+        match rope_type(settings)? {
+            "default" => Ok(Self::None),
+            "linear" => Ok(Self::Linear(required("factor")?)),
+            "llama3" => {
+                let (low, high) = (required("low_freq_factor")?, required("high_freq_factor")?);
+                if low >= high {
+                    let right = format!("greater than `low_freq_factor`, {low}");
+                    return Err(settings.wrong("high_freq_factor", &right));
+                }
+                let original = original_positions(config, settings)?;
+                let original = original.unwrap_or(max_positions as f64);
+                Ok(Self::Llama3 { factor: required("factor")?, low, high, original })
+            }
+            _ => {
+                let key = if settings.given("rope_type").is_some() { "rope_type" } else { "type" };
+                Err(settings.unsupported(key, KNOWN))
+            }
+        }
+    }
+
+    /// By how much the context is longer than `max_position_embeddings`: transformers asks that this is left as it was
+    /// where frequencies are scaled linearly, and that it is the extended length for `llama3`.
+    pub fn extension(&self) -> f64 {
+        match self {
+            Self::Linear(factor) => factor.max(1.0),
+            Self::None | Self::Llama3 { .. } => 1.0,
+        }
+    }
+}
+
+/// The kind of scaling: `rope_type`, or `type` in older files.
+fn rope_type<'a>(settings: &Config<'a>) -> Result<&'a str> {
+    let (new, old) = (settings.text("rope_type")?, settings.text("type")?);
+    match (new, old) {
+        (Some(new), Some(old)) if new != old => {
+            let what = format!("`type` is {old:?}; versions of transformers disagree which counts");
+            Err(settings.contradiction("rope_type", &what))
+        }
+        (new, old) => Ok(new.or(old).unwrap_or("default")),
+    }
+}
+
+/// `original_max_position_embeddings`, inside the settings or beside them.
+fn original_positions(config: &Config, settings: &Config) -> Result<Option<f64>> {
+    const KEY: &str = "original_max_position_embeddings";
+    let outer = config.given(KEY).map(|_| config.positive(KEY)).transpose()?.flatten();
+    match (settings.positive(KEY)?, outer) {
+        (Some(inner), Some(outer)) if inner != outer => {
+            Err(settings.contradiction(KEY, &format!("{KEY} of the file itself is {outer}")))
+        }
+        (inner, outer) => Ok(inner.or(outer)),
+    }
+}
+
+/// Refuses settings for each kind of layer and settings that change what this version computes.
+fn only_known_settings(settings: &Config) -> Result<()> {
+    let of_layers = |key: &&str| {
+        key.ends_with("_attention") || settings.given(key).is_some_and(|value| value.is_object())
+    };
+    if let Some(layers) = settings.keys().find(of_layers) {
+        return Err(settings.unsupported(layers, KNOWN));
+    }
+    for neutral in ["attention_factor", "mscale", "mscale_all_dim"] {
+        if settings.given(neutral).is_some() && settings.number(neutral)? != Some(1.0) {
+            return Err(settings.unsupported(neutral, KNOWN));
+        }
+    }
+    if settings.given("mrope_section").is_some() {
+        return Err(settings.unsupported("mrope_section", KNOWN));
+    }
+    whole_heads_turn(settings)
+}
+
+/// Refuses a `partial_rotary_factor` that leaves channels of a head as they are.
+fn whole_heads_turn(config: &Config) -> Result<()> {
+    const KEY: &str = "partial_rotary_factor";
+    if config.given(KEY).is_none() || config.number(KEY)? == Some(1.0) {
+        return Ok(());
+    }
+    Err(config.unsupported(KEY, KNOWN))
+}
+
+fn lacks(settings: &Config, key: &str) -> Error {
+    settings.wrong(key, "a number above zero for this type of RoPE")
+}

@@ -1,0 +1,89 @@
+/*! Sliding windows: how many tokens a token attends to, where that is not all before it. Blocks attend alike. */
+
+use super::config::Config;
+use crate::{Error, Result};
+
+/// Wider windows hide no token of any text.
+const WIDEST: usize = 1 << 30;
+
+const ALIKE: &str = "this version runs networks whose blocks attend alike";
+
+/// `sliding_window`: `default` where the field is absent, none where it is null.
+pub(super) fn field(config: &Config, default: Option<usize>) -> Result<Option<usize>> {
+    let window = config.nullable_count("sliding_window", 1..=usize::MAX)?;
+    Ok(window.unwrap_or(default).filter(|window| *window < WIDEST))
+}
+
+/// The window of a family whose reference implementation has one for all blocks and does not read `layer_types`.
+///
+/// # Errors
+/// `layer_types` that say something else.
+pub(super) fn of_all(
+    config: &Config,
+    blocks: usize,
+    window: Option<usize>,
+) -> Result<Option<usize>> {
+    match layer_types(config, blocks)? {
+        Some(slides) if slides.iter().any(|slides| *slides != window.is_some()) => {
+            let what = match window {
+                Some(window) => format!("a window of {window} tokens slides over all blocks"),
+                None => "every block attends to all tokens".to_owned(),
+            };
+            let model_type = config.given("model_type").and_then(|name| name.as_str());
+            let what = format!("in a {} {what}", model_type.unwrap_or("network"));
+            Err(config.contradiction("layer_types", &what).hint(ALIKE))
+        }
+        _ => Ok(window),
+    }
+}
+
+/// The window of Qwen2 and Qwen3: that of the blocks that `layer_types` names, or else of those from
+/// `max_window_layers` (28) on, where `use_sliding_window` is set.
+///
+/// # Errors
+/// Blocks that differ in it.
+pub(super) fn of_later_blocks(config: &Config, blocks: usize) -> Result<Option<usize>> {
+    let used = config.flag("use_sliding_window")?;
+    let window = config.nullable_count("sliding_window", 1..=usize::MAX)?.unwrap_or(Some(4096));
+    let window = window.filter(|_| used);
+    let first = config.nullable_count("max_window_layers", 0..=usize::MAX)?.unwrap_or(Some(28));
+    let sliding = match (layer_types(config, blocks)?, window, first) {
+        (Some(slides), ..) => slides.iter().filter(|slides| **slides).count(),
+        (None, None, _) => 0,
+        (None, Some(_), Some(first)) => blocks.saturating_sub(first),
+        (None, Some(_), None) => {
+            return Err(config.wrong("max_window_layers", "a whole number of 0 or more"));
+        }
+    };
+    match (sliding, window) {
+        (0, _) => Ok(None),
+        (_, None) => Err(config.contradiction(
+            "layer_types",
+            "`use_sliding_window` and `sliding_window` give no window",
+        )),
+        (sliding, window) if sliding == blocks => Ok(window.filter(|window| *window < WIDEST)),
+        (sliding, _) => Err(Error::input(format!(
+            "{} gives {sliding} of {blocks} blocks a sliding window and the others none",
+            config.file()
+        ))
+        .hint(ALIKE)),
+    }
+}
+
+/// Whether each block has a sliding window, where the file says so.
+fn layer_types(config: &Config, blocks: usize) -> Result<Option<Vec<bool>>> {
+    const RIGHT: &str = "a list of texts, one for each block";
+    let Some(types) = config.list("layer_types", RIGHT)? else { return Ok(None) };
+    if types.len() != blocks {
+        let what = format!("it has {} entries for {blocks} blocks", types.len());
+        return Err(config.contradiction("layer_types", &what));
+    }
+    let slides = types.iter().map(|kind| match kind.as_str() {
+        // The second name is an older one.
+        Some("full_attention" | "attention") => Ok(false),
+        Some("sliding_attention") => Ok(true),
+        Some(_) => Err(config.unsupported("layer_types", ALIKE)),
+        None => Err(config.wrong("layer_types", RIGHT)),
+    });
+    slides.collect::<Result<_>>().map(Some)
+}

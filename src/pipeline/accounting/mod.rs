@@ -1,0 +1,225 @@
+/*! Accounting of a source: every stored tensor is used by the network, known to change nothing, ignored at
+the user's wish, or the reason to stop before any work.
+
+A tensor that is silently left out makes another network of the same files: biases without their flag,
+norms of queries and keys, a fifth layer of four, an output head of its own. */
+
+mod kinds;
+
+use std::collections::{BTreeMap, HashSet};
+
+use super::load::expect;
+use crate::checkpoint::{Source, fits};
+use crate::model::Architecture;
+use crate::model::sites::{EMBEDDING, FINAL_NORM};
+use crate::{Error, Result};
+use kinds::{Group, Unused};
+
+const HEAD: &str = "lm_head.weight";
+
+/// The network of a source, of which every tensor is accounted for.
+#[derive(Clone, Debug)]
+pub struct Network {
+    /// The network; its head is the embedding only if the file has no other.
+    pub architecture: Architecture,
+    /// Stored names of the tensors that are left out: at the user's wish, or because they belong to
+    /// other parts of a larger model.
+    pub ignored: Vec<String>,
+    /// What the user should know, a sentence each.
+    pub warnings: Vec<String>,
+}
+
+/// Accounts for every tensor of `source`. Reads no weights but an output head that the configuration
+/// does not expect, the embedding that it is compared with, and unexpected biases.
+///
+/// # Errors
+/// Bad input for a tensor that is missing, has another shape or type, or has no part in the network;
+/// wrong usage for a pattern of ignored tensors that fits none which could be ignored.
+pub fn network(source: &Source) -> Result<Network> {
+    let mut architecture = Architecture::read(source.config(), &source.config_file())?;
+    let mut warnings = Vec::new();
+    if architecture.tied
+        && source.contains(HEAD)
+        && !source.ignores(&source.stored_name(HEAD))
+        && !source.head_is_embedding()?
+    {
+        architecture.tied = false;
+        warnings.push(format!(
+            "{} ties the output head to the embedding, but the stored `{}` differs from it: the stored head \
+             is used",
+            source.config_file(),
+            source.stored_name(HEAD)
+        ));
+    }
+    let used = used(source, &architecture)?;
+    let unused = unused(source, &architecture, &used);
+    let mut ignored = Vec::new();
+    let mut groups: BTreeMap<Unused, Vec<&str>> = BTreeMap::new();
+    let (mut zero_biases, mut other_parts) = (Vec::new(), Vec::new());
+    for (stored, kind) in unused {
+        if source.ignores(stored) {
+            ignored.push(stored.to_owned());
+        } else if kind == Unused::Bias && source.is_zero(stored) {
+            zero_biases.push(stored);
+        } else if source.is_part() && is_other_part(source, stored, kind) {
+            other_parts.push(stored);
+        } else {
+            groups.entry(kind).or_default().push(stored);
+        }
+    }
+    if !groups.is_empty() {
+        let groups = groups.into_iter().map(|(kind, names)| Group { kind, names });
+        return Err(kinds::refusal(source, &architecture, &groups.collect::<Vec<_>>()));
+    }
+    check_patterns(source, &ignored)?;
+    if let [first, ..] = zero_biases[..] {
+        warnings.push(format!(
+            "{} of {} are all zero and left out, the first is `{first}`",
+            counted(zero_biases.len(), "bias"),
+            source.title()
+        ));
+    }
+    if let [first, ..] = other_parts[..] {
+        warnings.push(format!(
+            "only the text network of {} is read: {} of other parts are left out, the first is `{first}`",
+            source.title(),
+            counted(other_parts.len(), "tensor")
+        ));
+        ignored.extend(other_parts.into_iter().map(str::to_owned));
+    }
+    Ok(Network { architecture, ignored, warnings })
+}
+
+/// Refuses counts that so many tensors of so many bytes cannot have, before anything is as long as they say.
+///
+/// # Errors
+/// What is wrong, in words.
+pub fn check_counts(
+    architecture: &Architecture,
+    tensors: usize,
+    bytes: u64,
+) -> std::result::Result<(), String> {
+    let experts = architecture.experts.as_ref();
+    for (what, count) in [
+        ("num_hidden_layers", architecture.blocks),
+        ("the number of experts", experts.map_or(0, |experts| experts.count)),
+    ] {
+        if count > tensors {
+            return Err(format!("{what} is {count}, but there are {}", counted(tensors, "tensor")));
+        }
+    }
+    for (what, channels) in [
+        ("hidden_size", architecture.hidden),
+        ("intermediate_size", architecture.intermediate),
+        ("moe_intermediate_size", experts.map_or(0, |experts| experts.intermediate)),
+        (
+            "head_dim times the number of heads",
+            architecture.heads.saturating_mul(architecture.head_dim),
+        ),
+    ] {
+        if channels as u64 > bytes {
+            return Err(format!("{what} is {channels}, but there are {bytes} bytes"));
+        }
+    }
+    Ok(())
+}
+
+/// The stored names of all tensors that the network uses. Each is there, in its shape and of a type
+/// that can be read.
+fn used(source: &Source, architecture: &Architecture) -> Result<HashSet<String>> {
+    let missing = |name: &str| kinds::missing(source, architecture, name);
+    check_counts(architecture, source.names().count(), source.total_bytes()).map_err(|what| {
+        Error::input(format!("{}: {what}", source.config_file()))
+            .hint("take the config.json that was published with the weights")
+    })?;
+    let mut used = HashSet::new();
+    let mut needs = |name: String, shape: &[usize]| {
+        if !source.contains(&name) {
+            return Err(missing(&name));
+        }
+        expect(source, &name, shape)?;
+        used.insert(source.stored_name(&name));
+        Ok(())
+    };
+    let table = [architecture.vocabulary, architecture.hidden];
+    needs(EMBEDDING.to_owned(), &table)?;
+    // Block by block, so that the first one that is missing ends it.
+    for block in 0..architecture.blocks {
+        for (name, shape) in architecture.beside_linears(block) {
+            needs(name, &shape)?;
+        }
+        for linear in architecture.sites(block).iter().flat_map(|site| &site.linears) {
+            needs(linear.weight(), &[linear.rows, linear.columns])?;
+        }
+    }
+    needs(FINAL_NORM.to_owned(), &[architecture.hidden])?;
+    if !architecture.tied {
+        needs(HEAD.to_owned(), &table)?;
+    }
+    Ok(used)
+}
+
+/// The stored names of all tensors that the network does not use, but for those that are known to
+/// change nothing, with what they are.
+fn unused<'a>(
+    source: &'a Source,
+    architecture: &Architecture,
+    used: &HashSet<String>,
+) -> Vec<(&'a str, Unused)> {
+    let head = source.stored_name(HEAD);
+    // A tied head that is still here is the embedding again.
+    let copy = |stored: &str| architecture.tied && stored == head && !source.ignores(stored);
+    source
+        .names()
+        .filter(|stored| !used.contains(*stored) && !kinds::is_buffer(stored) && !copy(stored))
+        .map(|stored| (stored, kinds::kind_of(source, architecture, used, stored)))
+        .collect()
+}
+
+/// Whether a tensor belongs to another part of a larger model than its text network.
+fn is_other_part(source: &Source, stored: &str, kind: Unused) -> bool {
+    let embedding = source.stored_name(EMBEDDING);
+    let body = embedding.strip_suffix("embed_tokens.weight").unwrap_or(&embedding);
+    let head = source.stored_name(HEAD);
+    let of_text = stored.starts_with(body) || stored.starts_with(head.trim_end_matches("weight"));
+    match kind {
+        Unused::Adapter | Unused::Classifier => false,
+        Unused::Modality => !of_text || body.is_empty(),
+        // A prefix of its own is what tells the text network from other parts.
+        _ => !of_text && body != "model.",
+    }
+}
+
+/// Refuses a pattern that ignores nothing: it was mistyped, or fits only what the network needs.
+fn check_patterns(source: &Source, ignored: &[String]) -> Result<()> {
+    for pattern in source.ignored_patterns() {
+        if ignored.iter().any(|stored| fits(pattern, stored)) {
+            continue;
+        }
+        let needed = source.names().find(|stored| fits(pattern, stored));
+        return Err(match needed {
+            Some(needed) => Error::usage(format!(
+                "--ignore-tensors {pattern} fits `{needed}`, which the network needs, and none that it does \
+                 not use"
+            )),
+            None => Error::usage(format!(
+                "--ignore-tensors {pattern} fits no tensor of {}",
+                source.title()
+            )),
+        }
+        .hint("leave it out, or write the stored names as the error without it shows them"));
+    }
+    Ok(())
+}
+
+/// `1 tensor`, `2 tensors`; `bias` becomes `biases`.
+fn counted(count: usize, what: &str) -> String {
+    match (count, what) {
+        (1, what) => format!("1 {what}"),
+        (count, "bias") => format!("{count} biases"),
+        (count, what) => format!("{count} {what}s"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

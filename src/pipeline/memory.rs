@@ -1,0 +1,411 @@
+/*! How much memory a run takes at its peak, and whether the machine has it.
+
+The estimate follows the arithmetic on the host: what lives at the same time in each step of a block, of which
+the largest counts. Page cache of the source's files is part of it only while a tensor is read from start to end,
+since its pages are given back afterwards. */
+
+use super::Job;
+use super::plan::{BlockPlan, SitePlan};
+use super::progress::Progress;
+use super::sensitivity::EFFECT_TOKENS;
+use super::stream::windows_per_batch;
+use crate::backend::Backend;
+use crate::checkpoint::{TensorSpec, Tensors};
+use crate::machine::{self, Bound, Memory};
+use crate::model::Architecture;
+use crate::model::sites::{ATTN_OUT, EMBEDDING, MLP_ACT, MLP_IN};
+use crate::recipe::{Group, Recipe};
+use crate::report::units;
+use crate::{Error, Result};
+
+/// The program, its tokenizer and freed memory that the allocator keeps.
+const BASE: u64 = 40 << 20;
+/// For each thread: its stack and packed operands.
+const PER_THREAD: u64 = 8 << 20;
+/// Host memory of a run on a GPU: the driver's and the libraries' own.
+const DEVICE_BASE: u64 = 1 << 30;
+/// Channels of a tile of a matrix as wide as a Hessian while it is packed, for each copy of a linear: the
+/// correction of a drift has three copies and packs twice as many as the loss.
+const PACKED_CHANNELS: u64 = 256;
+/// Address space that is reserved and never touched, which `ulimit -v` counts: stacks, arenas, buffers of
+/// libraries.
+const UNTOUCHED: u64 = 128 << 20;
+/// Queries that attention takes at once.
+const QUERIES: u64 = 48;
+
+/// Where the arithmetic runs, as far as memory is concerned.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Activations of a batch, in bytes.
+    pub batch_bytes: usize,
+    /// Hidden states of a part of an evaluation, in bytes.
+    pub stream_bytes: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Whether weights, Hessians and activations are on a device and not in the host's memory.
+    pub on_device: bool,
+}
+
+impl Place {
+    /// A backend's.
+    pub fn of<B: Backend>(backend: &B) -> Self {
+        Self {
+            batch_bytes: backend.batch_bytes(),
+            stream_bytes: backend.stream_bytes(),
+            threads: rayon::current_num_threads(),
+            on_device: B::HALF,
+        }
+    }
+
+    fn base(&self) -> u64 {
+        let base = if self.on_device { DEVICE_BASE } else { BASE };
+        base + PER_THREAD * self.threads as u64
+    }
+
+    /// Tokens that pass a block together, of `tokens` in windows of `seq_len`.
+    fn batch_tokens(&self, architecture: &Architecture, tokens: usize, seq_len: usize) -> u64 {
+        let windows = windows_per_batch(self.batch_bytes, architecture, seq_len);
+        windows.saturating_mul(seq_len).min(tokens) as u64
+    }
+}
+
+/// Windows of tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Windows {
+    /// Tokens of all windows.
+    pub tokens: usize,
+    /// Tokens of one.
+    pub seq_len: usize,
+}
+
+/// Bytes that a network's parts take in f32 on the host.
+struct Network<'a> {
+    architecture: &'a Architecture,
+    place: Place,
+}
+
+/// Bytes of a block.
+#[derive(Clone, Copy, Debug, Default)]
+struct BlockBytes {
+    /// All weights in f32, packed for products.
+    dense: u64,
+    /// All quantized weights, a code a byte.
+    codes: u64,
+    /// The same laid out for the integer product.
+    laid_out: u64,
+    /// The same as they are stored.
+    stored: u64,
+}
+
+impl Network<'_> {
+    fn width(&self, channels: usize) -> u64 {
+        channels as u64
+    }
+
+    /// Channels of queries, and of keys and values.
+    fn heads(&self) -> [u64; 2] {
+        let Architecture { heads, kv_heads, head_dim, .. } = *self.architecture;
+        [heads, kv_heads].map(|heads| (heads * head_dim) as u64)
+    }
+
+    /// Rows of the largest activation behind gate and up for `tokens`: all, or one expert's.
+    fn mlp_tokens(&self, tokens: u64) -> u64 {
+        match &self.architecture.experts {
+            None => tokens,
+            // Experts are not used evenly.
+            Some(experts) => (2 * tokens * experts.per_token as u64)
+                .div_ceil(experts.count.max(1) as u64)
+                .min(tokens),
+        }
+    }
+
+    fn mlp_channels(&self) -> u64 {
+        let sites = self.architecture.sites(0);
+        self.width(sites.get(MLP_ACT).map_or(0, |site| site.channels))
+    }
+
+    /// What a batch of `tokens` takes on its way through a block.
+    fn activations(&self, tokens: u64, seq_len: usize) -> u64 {
+        let [q, kv] = self.heads();
+        let hidden = self.architecture.hidden as u64;
+        let mlp = self.mlp_tokens(tokens) * 2 * self.mlp_channels();
+        4 * (tokens * (2 * hidden + 2 * q + 2 * kv) + mlp) + self.attention(seq_len)
+    }
+
+    /// Keys and values of the heads that threads work on, and scores of a tile of queries.
+    fn attention(&self, seq_len: usize) -> u64 {
+        let head = 4 * self.architecture.head_dim as u64 + QUERIES;
+        4 * self.place.threads as u64 * seq_len as u64 * head
+    }
+
+    fn states(&self, tokens: usize) -> u64 {
+        4 * (tokens as u64).saturating_mul(self.architecture.hidden as u64)
+    }
+
+    fn head(&self, tensors: &dyn Tensors) -> u64 {
+        let Ok(head) = tensors.tensor(self.architecture.head_name()) else { return 0 };
+        let values = (self.architecture.vocabulary as u64).next_multiple_of(64)
+            * self.architecture.hidden as u64;
+        4 * values + head.bytes.len() as u64
+    }
+}
+
+impl BlockBytes {
+    fn of(plan: &BlockPlan) -> Self {
+        let mut bytes = Self::default();
+        for site in plan {
+            let width = site.width() as u64;
+            for linear in &site.linears {
+                let rows = linear.rows as u64;
+                bytes.dense += 4 * rows.next_multiple_of(64) * width;
+                let specs = crate::checkpoint::linear::specs(&linear.name, &site.shape(linear));
+                let stored = match linear.bits {
+                    16 => 2 * rows * width,
+                    _ => specs.iter().map(TensorSpec::bytes).sum(),
+                };
+                bytes.stored += stored;
+                bytes.codes += rows * width + stored / 8;
+                bytes.laid_out += if linear.bits == 16 { 4 * rows * width } else { stored };
+            }
+        }
+        bytes
+    }
+}
+
+/// Bytes that `quantize` and `pack` take at the peak.
+pub(super) fn quantize_bytes(
+    job: &Job<'_>,
+    place: Place,
+    evaluation: Option<Windows>,
+    text_bytes: u64,
+) -> u64 {
+    let windows = Windows { tokens: job.tokens.len(), seq_len: job.provenance.seq_len };
+    let network = Network { architecture: &job.architecture, place };
+    let kept = kept_bytes(job.source, &job.architecture);
+    // The embedding and the head are copied to the output, one after the other, before the first block.
+    let start = kept.max(text_bytes);
+    let quantizing = job.blocks.iter().map(|plan| match place.on_device {
+        false => block_bytes(&network, &job.recipe, plan, windows),
+        true => {
+            // One block comes from the device, one waits and one is written.
+            let BlockBytes { codes, stored, .. } = BlockBytes::of(plan);
+            kept + 3 * codes + stored
+        }
+    });
+    let quantizing = quantizing.max().unwrap_or(0);
+    let evaluating = evaluation.map_or(0, |windows| {
+        let source = forward_bytes(&network, &job.blocks, windows, false);
+        let atom = forward_bytes(&network, &job.blocks, windows, true);
+        source.max(atom).max(last_bytes(&network, job.source, windows))
+    });
+    place.base() + start.max(quantizing).max(evaluating)
+}
+
+/// A recipe that fits every network, where only its shapes are looked at.
+pub fn any_recipe() -> Recipe {
+    Recipe { group: Group::Row, outliers: 0, ..Recipe::paper() }
+}
+
+/// Bytes that `calibrate` takes at the peak.
+pub(super) fn calibration_bytes(
+    job: &Job<'_>,
+    place: Place,
+    sensitivity: bool,
+    text_bytes: u64,
+) -> u64 {
+    let windows = Windows { tokens: job.tokens.len(), seq_len: job.provenance.seq_len };
+    let network = Network { architecture: &job.architecture, place };
+    // Nothing is quantized, unless sensitivity is measured: on some of the windows, at every choice.
+    let recipe = Recipe { gptq: sensitivity, ..job.recipe.clone() };
+    let blocks = job.blocks.iter().map(|plan| block_bytes(&network, &recipe, plan, windows));
+    let measuring = if place.on_device { 0 } else { blocks.max().unwrap_or(0) };
+    // For each block, the states of the windows that it alone changed.
+    let changed = if sensitivity {
+        let tokens = EFFECT_TOKENS.next_multiple_of(windows.seq_len).min(windows.tokens);
+        network.states(tokens) * (job.blocks.len() as u64 + 2)
+    } else {
+        0
+    };
+    place.base() + text_bytes.max(measuring + changed)
+}
+
+/// The largest tensor that is kept as it is.
+fn kept_bytes(tensors: &dyn Tensors, architecture: &Architecture) -> u64 {
+    let names = [EMBEDDING, architecture.head_name()];
+    let bytes =
+        names.map(|name| tensors.tensor(name).map_or(0, |tensor| tensor.bytes.len() as u64));
+    bytes.into_iter().max().unwrap_or(0)
+}
+
+/// The peak while a block is calibrated and quantized.
+fn block_bytes(network: &Network<'_>, recipe: &Recipe, plan: &BlockPlan, windows: Windows) -> u64 {
+    let Windows { tokens, seq_len } = windows;
+    let hidden = network.architecture.hidden as u64;
+    let batch = network.place.batch_tokens(network.architecture, tokens, seq_len);
+    let activations = network.activations(batch, seq_len);
+    let BlockBytes { dense, codes, stored, .. } = BlockBytes::of(plan);
+    let in_turn = recipe.gptq && recipe.sequential;
+    let streams = network.states(tokens) * if recipe.gptq { 2 } else { 1 };
+    let copy = if in_turn { 4 * batch * hidden } else { 0 };
+    let calibrating = dense + activations + copy;
+    let quantizing = match (recipe.gptq, in_turn) {
+        // The block before this one is on its way to the disk.
+        (false, _) => rounding(plan) + codes + stored,
+        (true, false) => {
+            let squares: u64 = plan.iter().map(square).sum();
+            let widest = network.mlp_tokens(batch) * 9 * network.mlp_channels();
+            let hessians = dense - last_dense(plan) + squares + activations + widest;
+            hessians.max(sites_bytes(plan, |at, site| {
+                let later: u64 = plan[at + 1..].iter().map(square).sum();
+                2 * square(site) + later + linear_bytes(site, 2)
+            }))
+        }
+        (true, true) => dense + in_turn_bytes(network, plan, windows, recipe.correction > 0.0),
+    };
+    streams + calibrating.max(quantizing)
+}
+
+/// Beside the block in f32 and the streams, where sites are quantized one after the other.
+fn in_turn_bytes(network: &Network<'_>, plan: &BlockPlan, windows: Windows, drift: bool) -> u64 {
+    let Windows { tokens, seq_len } = windows;
+    let [q, kv] = network.heads();
+    let hidden = network.architecture.hidden as u64;
+    let batch = network.place.batch_tokens(network.architecture, tokens, seq_len);
+    sites_bytes(plan, |at, site| {
+        let width = site.width() as u64;
+        let rows = if at >= MLP_ACT { network.mlp_tokens(batch) } else { batch };
+        let drifts = drift && tokens as u64 >= width;
+        let adds = drifts && (at == ATTN_OUT || at >= MLP_ACT);
+        let cross = if drifts { square(site) } else { 0 };
+        let outputs = if adds { 4 * hidden * width } else { 0 };
+        // What attn_out sees is kept of both streams until o is done.
+        let heads = if at == ATTN_OUT { 2 * 4 * tokens as u64 * q } else { 0 };
+        // Both streams' activations, and of the site's what is seen, wanted, their difference, and the packed
+        // operand: six in f32. Without a drift what is seen alone, its codes and the packed operand.
+        let before = match at {
+            0 => 4 * hidden,
+            ATTN_OUT => 2 * hidden + 2 * q + 4 * kv,
+            MLP_IN => 3 * hidden,
+            _ => 2 * hidden,
+        };
+        let seen = if drifts { 24 } else { 17 } * rows * width;
+        let measuring = 4 * batch * before + seen + network.attention(seq_len);
+        let quantizing = square(site) + linear_bytes(site, if drifts { 3 } else { 2 });
+        square(site) + cross + outputs + heads + measuring.max(quantizing)
+    })
+}
+
+/// The largest of the sites, each beside the linears of those before it and its own.
+fn sites_bytes(plan: &BlockPlan, of_site: impl Fn(usize, &SitePlan) -> u64) -> u64 {
+    let mut done = 0;
+    let mut most = 0;
+    for (at, site) in plan.iter().enumerate() {
+        let BlockBytes { codes, laid_out, .. } = BlockBytes::of(&vec![site.clone()]);
+        done += codes;
+        most = most.max(done + of_site(at, site));
+        done += laid_out;
+    }
+    most
+}
+
+/// A matrix of a site's width, in f32.
+fn square(site: &SitePlan) -> u64 {
+    4 * (site.width() as u64).saturating_mul(site.width() as u64)
+}
+
+/// The site's largest linear in f32, so many copies, beside the tile of a square that is packed.
+fn linear_bytes(site: &SitePlan, copies: u64) -> u64 {
+    let rows = site.linears.iter().map(|linear| linear.rows).max().unwrap_or(0) as u64;
+    4 * site.width() as u64 * (copies * rows + (copies * PACKED_CHANNELS).min(site.width() as u64))
+}
+
+/// Rounding to nearest: a linear in f32 and its error beside the codes.
+fn rounding(plan: &BlockPlan) -> u64 {
+    sites_bytes(plan, |_, site| linear_bytes(site, 2))
+}
+
+/// The dense weight of the last site's linear, which the Hessians do not need.
+fn last_dense(plan: &BlockPlan) -> u64 {
+    plan.get(MLP_ACT..).map_or(0, |sites| BlockBytes::of(&sites.to_vec()).dense)
+}
+
+/// The peak of a forward pass over a block, of the source or on the integer path.
+fn forward_bytes(
+    network: &Network<'_>,
+    blocks: &[BlockPlan],
+    Windows { tokens, seq_len }: Windows,
+    quantized: bool,
+) -> u64 {
+    let part = tokens.min(network.place.stream_bytes / (4 * network.architecture.hidden).max(1));
+    let part = part.max(seq_len);
+    let batch = network.place.batch_tokens(network.architecture, part, seq_len);
+    let weights = blocks.iter().map(BlockBytes::of).map(|bytes| match quantized {
+        false => bytes.dense,
+        // The next block is read and unpacked meanwhile.
+        true => 2 * bytes.codes + bytes.laid_out,
+    });
+    let weights = if network.place.on_device { 0 } else { weights.max().unwrap_or(0) };
+    let activations = network.activations(batch, seq_len);
+    let on_host = if network.place.on_device { 0 } else { activations + network.states(part) };
+    weights + on_host
+}
+
+/// The end of a forward pass: the output head.
+fn last_bytes(network: &Network<'_>, tensors: &dyn Tensors, windows: Windows) -> u64 {
+    if network.place.on_device {
+        return 0;
+    }
+    let Windows { tokens, seq_len } = windows;
+    let part = tokens.min(network.place.stream_bytes / (4 * network.architecture.hidden).max(1));
+    let batch = network.place.batch_tokens(network.architecture, part.max(seq_len), seq_len);
+    network.head(tensors) + network.states(part) + network.states(batch as usize)
+}
+
+/// Bytes that an evaluation of `blocks` takes at the peak; `quantized` on the integer path.
+pub fn evaluation_bytes(
+    architecture: &Architecture,
+    tensors: &dyn Tensors,
+    blocks: &[BlockPlan],
+    place: Place,
+    windows: Windows,
+    quantized: bool,
+) -> u64 {
+    let network = Network { architecture, place };
+    let forward = forward_bytes(&network, blocks, windows, quantized);
+    place.base() + forward.max(last_bytes(&network, tensors, windows))
+}
+
+/// Compares an estimate with what the machine has: a warning near it.
+///
+/// # Errors
+/// A machine error with both numbers if there is less.
+pub fn check(needed: u64, progress: &dyn Progress) -> Result<()> {
+    match machine::available() {
+        Some(memory) => judge(needed, memory, progress),
+        None => Ok(()),
+    }
+}
+
+fn judge(needed: u64, memory: Memory, progress: &dyn Progress) -> Result<()> {
+    const HINT: &str = "give fewer --samples, a shorter --seq-len or fewer --threads, or take a machine \
+                        with more memory";
+    let Memory { available, bound, .. } = memory;
+    let numbers = format!(
+        "about {} of memory, and {} are available ({})",
+        units::bytes(needed),
+        units::bytes(available),
+        bound.words()
+    );
+    let room = match bound {
+        Bound::AddressSpace => available.saturating_sub(UNTOUCHED),
+        _ => available,
+    };
+    if needed > room {
+        return Err(Error::machine(format!("this run needs {numbers}")).hint(HINT));
+    }
+    // Four fifths: the estimate holds within a tenth, and others use the machine too.
+    if needed / 4 > room / 5 {
+        progress.warn(&format!("this run may need {numbers}: {HINT}"));
+    }
+    Ok(())
+}
