@@ -45,9 +45,10 @@ pub(super) struct Allowance {
     pub(super) bytes: u64,
 }
 
-/// The result of `work`, or why there is none: its panic, or that it exceeded the allowance.
+/// The result of `work`, or why there is none: its panic, that it exceeded the allowance, or that it was to `stop`.
 pub(super) fn watched<T: Send + 'static>(
     allowance: Allowance,
+    stop: &dyn Fn() -> bool,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, String> {
     const LOOK: Duration = Duration::from_millis(50);
@@ -67,6 +68,9 @@ pub(super) fn watched<T: Send + 'static>(
             Ok(result) => return result,
             Err(RecvTimeoutError::Disconnected) => return Err("its thread ended".to_owned()),
             Err(RecvTimeoutError::Timeout) => waited += LOOK,
+        }
+        if stop() {
+            return Err("it was stopped".to_owned());
         }
         if waited > allowance.time {
             return Err(format!("it takes longer than {} s", allowance.time.as_secs()));
@@ -100,20 +104,22 @@ mod tests {
     fn a_panic_becomes_its_message() {
         assert_eq!(caught(|| 3), Ok(3));
         assert_eq!(caught(|| panic!("at {}", 7)), Err::<(), _>("at 7".to_owned()));
-        assert_eq!(watched(SHORT, || panic!("plain")), Err::<(), _>("plain".to_owned()));
+        assert_eq!(watched(SHORT, &|| false, || panic!("plain")), Err::<(), _>("plain".to_owned()));
         assert!(!CATCHING.get());
     }
 
     #[test]
     fn a_call_that_takes_too_long_or_too_much_is_given_up() {
-        assert_eq!(watched(SHORT, || 5), Ok(5));
-        let late = watched(SHORT, || std::thread::sleep(Duration::from_secs(2)));
+        assert_eq!(watched(SHORT, &|| false, || 5), Ok(5));
+        let sleep = || std::thread::sleep(Duration::from_secs(2));
+        let late = watched(SHORT, &|| false, sleep);
         assert_eq!(late, Err("it takes longer than 0 s".to_owned()));
+        assert_eq!(watched(SHORT, &|| true, sleep), Err("it was stopped".to_owned()));
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let long = Allowance { time: Duration::from_secs(60), ..SHORT };
         // Other tests give memory back meanwhile.
-        let large = watched(long, move || {
+        let large = watched(long, &|| false, move || {
             let mut held = Vec::new();
             while held.len() < 40 && !stopped.load(Relaxed) {
                 held.push(vec![1_u8; 50 << 20]);

@@ -70,7 +70,8 @@ impl TaskFile {
         };
         let mut questions = Vec::new();
         let mut bytes = 0;
-        each_row(&DataPath::open(&path)?, None, &mut |_, row| {
+        each_row(&DataPath::open(&path, hub.progress())?, None, &mut |_, row| {
+            hub.progress().check_stop()?;
             if questions.len() >= limit.unwrap_or(usize::MAX) {
                 return Ok(ControlFlow::Break(()));
             }
