@@ -532,6 +532,10 @@ fn or_own_file(error: Error, name: &str, file: &str) -> Error {
 }
 
 fn unknown(spec: &str, set: Option<&NamedSet>, path: &Path) -> Error {
+    if path.as_os_str().is_empty() {
+        return Error::input(format!("`{spec}` names no file"))
+            .hint("give a text set, such as `sample`, the path of a file, or NAME=FILE");
+    }
     if set.is_some() {
         return Error::input(format!("{} of `{spec}` does not exist", path.display()))
             .hint("after the name of a text set and `=` stands a file of it");

@@ -1,6 +1,6 @@
 use super::*;
-use crate::Kind;
 use crate::checkpoint::{AtomCheckpoint, Options, Writer};
+use crate::{Error, Kind};
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -52,6 +52,22 @@ fn an_interrupted_run_goes_on_at_the_next_block() {
     for file in ["model.safetensors", "atom.json", "config.json"] {
         assert_eq!(fs_err::read(out.join(file)).unwrap(), fs_err::read(whole.join(file)).unwrap());
     }
+}
+
+#[test]
+fn a_run_that_is_stopped_while_it_is_compared_is_kept() {
+    let home = tempfile::tempdir().unwrap();
+    let (out, work) = interrupted(home.path());
+    let before = fs_err::read_dir(&work).unwrap().count();
+    for overwrite in [false, true] {
+        let stop = || Err(Error::interrupted());
+        let options = Options::default();
+        let error = error_of(Writer::create(&to(&out, overwrite), specs(), &job(), options, &stop));
+        assert_eq!(error.kind(), Kind::Interrupted);
+        assert_eq!(fs_err::read_dir(&work).unwrap().count(), before);
+    }
+    let writer = Writer::create(&to(&out, false), specs(), &job(), RESUME, &|| Ok(())).unwrap();
+    assert_eq!(writer.done().len(), 1);
 }
 
 #[test]

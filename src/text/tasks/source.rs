@@ -30,6 +30,10 @@ impl FromStr for TaskFile {
 
     fn from_str(text: &str) -> Result<Self> {
         let (name, file) = match text.split_once('=') {
+            Some((_, "")) => {
+                return Err(Error::usage(format!("`{text}` names no file"))
+                    .hint("behind the task's name and `=` stands the path of its rows"));
+            }
             Some((name, file)) => (name, Some(PathBuf::from(file))),
             None => (text, None),
         };
