@@ -432,5 +432,5 @@ fn of_a_key_that_occurs_twice_the_last_counts() {
     home.run(&format!("{EVAL} model")).done();
     let config = config.trim_end().strip_suffix('}').unwrap();
     fs::write(home.path("model/config.json"), format!("{config}, \"hidden_size\": 1}}")).unwrap();
-    refused(&home, &["config.json makes it [4096, 1]"]);
+    refused(&home, &["`hidden_size` 1 is no multiple"]);
 }

@@ -131,17 +131,22 @@ fn numbers_beyond_any_memory() {
         let huge = "1000000000000000000";
         home.run(&format!("{flags} {huge} --model model")).fails(2, &[huge, "it must be at most"]);
     }
-    let huge = "4000000000";
+    let huge = "4294967295";
     let parts = [huge, "windows of 64", "tokens, more than", "hint: "];
     let calibrate = format!("calibrate --model model --seq-len 64 --samples {huge} --out c");
     home.run(&calibrate).fails(2, &parts);
     let small = "--group 32 --outliers 16 --dry-run";
     home.run(&format!("quantize --model model --seq-len 64 --samples {huge} {small}"))
         .fails(2, &parts);
-    let parts = ["the text has", "need at least 400000000", "hint: "];
+    let parts = ["the text has", "need at least 42949672", "hint: "];
     home.run(&format!("quantize --model model --seq-len {huge} {small}")).fails(3, &parts);
     home.run(&format!("eval-ppl --model model --seq-len {huge} --windows {huge}")).fails(3, &parts);
     home.run(&format!("eval-ppl --model model --seq-len 512 --windows {huge}")).done();
+    // Beyond 32 bits they are no numbers of windows at all.
+    for flag in ["--samples", "--seq-len", "--windows"] {
+        let line = format!("quantize --model model {flag} 1000000000000000000 {small}");
+        home.run(&line).fails(2, &[flag, "at most 4294967295"]);
+    }
     assert_eq!(home.names(), ["model"]);
 }
 

@@ -100,6 +100,11 @@ impl AtomCheckpoint {
         &self.name
     }
 
+    /// What messages call it: its directory.
+    pub fn title(&self) -> String {
+        self.files.place()
+    }
+
     /// The directory.
     pub fn dir(&self) -> Option<&Path> {
         self.files.dir()

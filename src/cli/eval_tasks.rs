@@ -9,7 +9,7 @@ use clap::Args;
 use super::args::{DeviceFlag, ModelFlag, OverwriteFlag, with_backend};
 use super::{Output, Ui, values};
 use crate::checkpoint::{FileKind, Inputs, OutputFile};
-use crate::eval::{self, Model, Sample};
+use crate::eval::{self, Sample};
 use crate::text::tasks::{Task, TaskFile, TaskRows};
 use crate::{Error, Result};
 
@@ -89,13 +89,14 @@ fn least(limits: &[LeastAccuracy], name: &str) -> Option<f64> {
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     check(arguments)?;
+    arguments.samples_file(None)?;
     let backend = arguments.device.open()?;
     let hub = arguments.model.hub(ui)?;
     let directory = arguments.tasks_dir.as_deref();
     let load = |task: &TaskFile| task.load(directory, arguments.limit, &hub);
     let rows: Vec<TaskRows> = arguments.tasks.iter().map(load).collect::<Result<_>>()?;
     let model = arguments.model.open(&hub, ui)?;
-    let samples = arguments.samples_file(&model)?;
+    let samples = arguments.samples_file(model.dir())?;
     let outcome = with_backend!(&backend, ui, backend => {
         eval::tasks(backend, &model, &rows, ui)
     })?;
@@ -138,10 +139,10 @@ fn is_samples(path: &Path) -> bool {
 }
 
 impl Arguments {
-    /// The file of samples, if there is to be one.
-    fn samples_file(&self, model: &Model) -> Result<Option<OutputFile>> {
+    /// The file of samples, if there is to be one; of a model on the Hub the directory is known late.
+    fn samples_file(&self, model: Option<&Path>) -> Result<Option<OutputFile>> {
         let Some(path) = &self.log_samples else { return Ok(None) };
-        let mut inputs = Inputs::default().with(model.dir()).with(self.tasks_dir.as_deref());
+        let mut inputs = Inputs::default().with(model).with(self.tasks_dir.as_deref());
         self.tasks.iter().filter_map(|task| task.file.as_deref()).for_each(|file| inputs.add(file));
         OutputFile::check(path, &SAMPLES, self.overwrite.overwrite, inputs).map(Some)
     }

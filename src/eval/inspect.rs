@@ -103,14 +103,14 @@ fn inspect_source(source: &Source) -> Result<InspectOutcome> {
     source.check_index()?;
     let file = source.config_file();
     let architecture = Architecture::read(source.config(), &file)?;
-    check_counts(&architecture, source.names().count(), source.total_bytes()).map_err(|what| {
-        Error::input(format!("{file}: {what}"))
-            .hint("take the config.json that was published with the weights")
-    })?;
     // Other parts of a larger model have blocks of their own.
     if !source.is_part() {
         architecture.check_blocks(source.names(), &file)?;
     }
+    check_counts(&architecture, source.names().count(), source.total_bytes()).map_err(|what| {
+        Error::input(format!("{file}: {what}"))
+            .hint("take the config.json that was published with the weights")
+    })?;
     Ok(InspectOutcome {
         kind: CheckpointKind::Source,
         name: source.name().to_owned(),

@@ -2,7 +2,6 @@
 made ready when their turn comes. */
 
 use super::{Model, check_files};
-use crate::Result;
 use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Source, Tensors};
 use crate::model::Architecture;
@@ -16,6 +15,7 @@ use crate::pipeline::{
 };
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
+use crate::{Error, Result};
 
 /// A model on a backend: a source in full precision, an Atom checkpoint on the integer path.
 pub(super) struct Runnable<'a, B: Backend> {
@@ -115,11 +115,16 @@ impl<'a, B: Backend> Runnable<'a, B> {
             return Ok(Loaded { weights, quantized: None });
         };
         let plan = &blocks[index];
-        let kept = |site: usize, linear: usize| plan[site].linears[linear].bits == 16;
-        let weights = BlockWeights::load(*backend, *tensors, architecture, index, kept)?;
-        let key_mean = read_key_mean(*checkpoint, architecture, index, &self.kv)?;
-        let sites = read_sites(*checkpoint, plan)?;
-        Ok(Loaded { weights, quantized: Some(Quantized { sites, key_mean }) })
+        let read = || {
+            let kept = |site: usize, linear: usize| plan[site].linears[linear].bits == 16;
+            let weights = BlockWeights::load(*backend, *tensors, architecture, index, kept)?;
+            let key_mean = read_key_mean(*checkpoint, architecture, index, &self.kv)?;
+            let sites = read_sites(*checkpoint, plan)?;
+            Ok(Loaded { weights, quantized: Some(Quantized { sites, key_mean }) })
+        };
+        read().map_err(|error: Error| {
+            error.context(format!("block {index} of {} cannot be read", checkpoint.title()))
+        })
     }
 
     /// Makes what was read ready to run.

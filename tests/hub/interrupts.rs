@@ -1,4 +1,4 @@
-/*! Ctrl-C while the Hub is silent: the run ends within a second, and what came stays. */
+/*! Ctrl-C while the Hub is silent: the run ends at the signal and not at a deadline, and what came stays. */
 
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -19,7 +19,8 @@ fn interrupt(mut child: Child) {
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     assert_eq!(status.code(), Some(130), "{said}");
-    assert!(took < Duration::from_secs(1), "{took:?}: {said}");
+    // Within a second where the machine is idle. Without the signal the shortest of these waits is 30 s.
+    assert!(took < Duration::from_secs(20), "{took:?}: {said}");
 }
 
 #[test]

@@ -110,7 +110,8 @@ fn a_sound_file_is_read_and_planned_with() {
 #[test]
 fn bits_are_allocated_to_the_linears_of_many_experts() {
     let (data, architecture) = calibration_of(json!({"model_type": "qwen3_moe",
-        "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "head_dim": 16,
+        "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48,
+        "num_attention_heads": 2, "head_dim": 16,
         "num_key_value_heads": 2, "vocab_size": 10, "num_experts": 128, "num_experts_per_tok": 2,
         "moe_intermediate_size": 32}));
     let sensitivity = data.sensitivity.as_ref().unwrap();
@@ -163,7 +164,7 @@ fn arrays_that_do_not_fit_the_network_are_named() {
         (
             "/__metadata__/atom_calibration/config/num_hidden_layers".into(),
             json!(1_000_000_000u64),
-            "num_hidden_layers is 1000000000",
+            "`num_hidden_layers` is 1000000000",
         ),
         ("/__metadata__/atom_calibration".into(), json!([1]), "is not a calibration file"),
         ("/windows/shape".into(), json!([4, 2]), "`windows` has another type or shape"),
