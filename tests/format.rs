@@ -58,7 +58,8 @@ fn shard(checkpoint: &AtomCheckpoint, out: &Path) {
     let options = Options { max_shard_bytes: 100_000, ..Options::default() };
     let inputs = Inputs::default();
     let destination = Destination { out: out.to_owned(), overwrite: false, inputs };
-    let mut writer = Writer::create(&destination, specs.collect(), &Value::Null, options).unwrap();
+    let mut writer =
+        Writer::create(&destination, specs.collect(), &Value::Null, options, &|| Ok(())).unwrap();
     let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.bytes.to_vec()));
     writer.write_block("all", tensors.collect(), Value::Null).unwrap();
     writer.finish(checkpoint.config(), checkpoint.content().clone(), &[]).unwrap();

@@ -96,11 +96,7 @@ fn an_allocation_that_is_refused_is_a_sentence() {
             format!("quantize --model model --calib long.txt {SMALL} --out out --threads 1{json}");
         let run = run(&line, limited(&mut home.command(&line), libc::RLIMIT_AS, 600_000_000));
         assert!(matches!(run.code, Some(3 | 4)), "{:?}: {}", run.code, run.stderr);
-        assert!(
-            run.stderr.contains("error: ") && run.stderr.contains("hint: "),
-            "{}",
-            run.stderr
-        );
+        assert!(run.stderr.contains("error: ") && run.stderr.contains("hint: "), "{}", run.stderr);
         if !json.is_empty() {
             assert_eq!(run.json()["error"]["exit_code"], run.code.unwrap());
         }

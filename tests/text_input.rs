@@ -127,6 +127,10 @@ fn a_pipe_is_read_once() {
 #[test]
 fn numbers_beyond_any_memory() {
     let home = Home::with_model();
+    for flags in ["quantize --samples", "quantize --seq-len", "eval-ppl --windows"] {
+        let huge = "1000000000000000000";
+        home.run(&format!("{flags} {huge} --model model")).fails(2, &[huge, "it must be at most"]);
+    }
     let huge = "4294967295";
     let parts = [huge, "windows of 64", "tokens, more than", "hint: "];
     let calibrate = format!("calibrate --model model --seq-len 64 --samples {huge} --out c");
@@ -261,8 +265,9 @@ fn what_is_recorded_of_a_text_is_the_hash_of_all_of_it() {
     assert_eq!(atom["calibration"]["sha256"], hash.as_str());
 }
 
-/// The peak of the resident memory of a run, in bytes.
-fn peak(home: &Home, line: &str) -> u64 {
+/// The peak of the resident memory of a run that ends with this exit code, in bytes.
+#[allow(clippy::zombie_processes, reason = "wait4 waits for the child")]
+fn peak(home: &Home, line: &str, code: i32) -> u64 {
     let mut command = home.command(line);
     let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let mut status = 0;
@@ -275,7 +280,7 @@ fn peak(home: &Home, line: &str) -> u64 {
         );
         usage
     };
-    assert_eq!(status, 0, "{line}");
+    assert_eq!(libc::WEXITSTATUS(status), code, "{line}");
     usage.ru_maxrss.unsigned_abs() * 1024
 }
 
@@ -288,8 +293,110 @@ fn a_long_text_takes_no_more_memory_than_a_short_one() {
     let evaluate = "eval-ppl --model model --seq-len 64 --windows 2 --dataset";
     let plan = "quantize --model model --samples 2 --seq-len 64 --no-eval --group 32 --outliers 16 --dry-run --calib";
     for line in [evaluate, plan] {
-        let long = peak(&home, &format!("{line} long.txt"));
+        let long = peak(&home, &format!("{line} long.txt"), 0);
         // Tokenized at once, these 24 MB took 3.5 GB.
         assert!(long < 400_000_000, "{line}: {long} bytes");
     }
+}
+
+/// Writes the file `tests/data/NAME.gz` into the home, out of its gzip.
+fn unpacked(home: &Home, name: &str) {
+    let packed = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/data/{name}.gz"));
+    let mut content = flate2::read::GzDecoder::new(fs::File::open(packed).unwrap());
+    std::io::copy(&mut content, &mut fs::File::create(home.path(name)).unwrap()).unwrap();
+}
+
+/// 58 KB and 31 KB of Parquet: a text of 1.9 GB in one page, and one of 1 GB in a dictionary.
+#[test]
+fn a_few_kilobytes_of_parquet_that_hold_gigabytes() {
+    let home = Home::with_model();
+    for name in ["page-bomb.parquet", "dictionary-bomb.parquet"] {
+        unpacked(&home, name);
+        let before = home.names();
+        let cause = [name, "cannot be read as Parquet", "of memory", "hint: "];
+        planned(&home, name, "").fails(3, &cause);
+        let peak = peak(&home, &format!("eval-ppl --model model --dataset {name}"), 3);
+        assert!(peak < 2_000_000_000, "{name}: {peak} bytes");
+        assert_eq!(home.names(), before);
+    }
+}
+
+/// Interrupts a command that has run for a while, and measures how long it takes to end.
+#[track_caller]
+fn interrupted(home: &Home, line: &str, after: Duration) {
+    let mut command = home.command(line);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(after);
+    let begin = Instant::now();
+    // SAFETY: the child is not waited for yet, so that its number is its own.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) }, 0);
+    let run = Run::new(line, child.wait_with_output().unwrap());
+    let took = begin.elapsed();
+    run.fails(130, &["interrupted"]);
+    assert!(took < Duration::from_secs(2), "{line}: {took:?}");
+}
+
+#[test]
+fn an_interruption_is_answered_while_a_text_is_tokenized() {
+    let home = Home::with_model();
+    home.run(&format!("quantize --model model {SMALL} --no-eval --out atom")).done();
+    fs::write(home.path("long.txt"), SENTENCE.repeat(30_000_000 / SENTENCE.len())).unwrap();
+    let before = home.names();
+    for line in [
+        "eval-ppl --model model --dataset long.txt".to_owned(),
+        "calibrate --model model --calib long.txt --out c.safetensors".to_owned(),
+        format!("quantize --model model {SMALL} --calib long.txt --out out"),
+        "verify --model atom --dataset long.txt --windows 400000 --seq-len 8".to_owned(),
+    ] {
+        interrupted(&home, &line, Duration::from_millis(700));
+        assert_eq!(home.names(), before, "{line}");
+    }
+    // A tokenizer whose reach is not known has the text whole.
+    let whole = with_tokenizer(|json| json["model"]["dropout"] = json!(0.1));
+    fs::write(whole.path("long.txt"), SENTENCE.repeat(30_000_000 / SENTENCE.len())).unwrap();
+    interrupted(&whole, "eval-ppl --model model --dataset long.txt", Duration::from_millis(700));
+}
+
+#[test]
+fn an_interruption_is_answered_while_a_pipe_gives_nothing() {
+    let home = Home::with_model();
+    let mut command = home.command("eval-ppl --model model --dataset /dev/stdin");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut pipe = child.stdin.take().unwrap();
+    pipe.write_all(SENTENCE.as_bytes()).unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    // SAFETY: the child is not waited for yet, so that its number is its own.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) }, 0);
+    let begin = Instant::now();
+    let run = Run::new("eval-ppl", child.wait_with_output().unwrap());
+    run.fails(130, &["interrupted"]);
+    assert!(begin.elapsed() < Duration::from_secs(2));
+    drop(pipe);
+}
+
+#[test]
+fn names_that_are_no_names_of_files() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    let home = Home::with_model();
+    let before = home.names();
+    let run = |line: &str, last: &[u8]| {
+        let output = home.command(line).arg(OsStr::from_bytes(last)).output().unwrap();
+        Run::new(line, output)
+    };
+    for flag in ["--model", "--dataset", "--calib"] {
+        let rest = if flag == "--model" { "" } else { "--model model" };
+        run(&format!("quantize {rest} {flag}"), b"a\xff").fails(2, &["invalid UTF-8"]);
+    }
+    run("eval-ppl --model model --dataset", b"").fails(3, &["`` names no file", "hint: "]);
+    let parts = ["`wikitext2=` names no file", "hint: "];
+    run("eval-ppl --model model --dataset", b"wikitext2=").fails(3, &parts);
+    run("quantize --model model --out out --calib", b"wikitext2=").fails(3, &parts);
+    run("quantize --model model --out out --calib", b"").fails(3, &["`` names no file"]);
+    run("eval-ppl --model", b"").fails(3, &["there is no model or directory named ``"]);
+    run("eval-tasks --model model --tasks", b"piqa=").fails(2, &["`piqa=` names no file"]);
+    run("quantize --model model --out", b"").fails(2, &["--out"]);
+    assert_eq!(home.names(), before);
 }

@@ -3,7 +3,13 @@
 mod common;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use atom::Kind;
+use atom::backend::cpu::Cpu;
+use atom::checkpoint::AtomCheckpoint;
+use atom::eval::{KernelCheck, Limits, verify};
+use atom::pipeline::progress::Progress;
 use common::{Dtype, Home, RandomModel, Run, SMALL};
 use fs_err as fs;
 use serde_json::{Value, json};
@@ -489,4 +495,40 @@ fn kernels_that_cannot_be_checked_are_a_note() {
         let names = outcome["checks"].as_array().unwrap().iter().map(|check| &check["name"]);
         assert!(names.into_iter().all(|name| name != "kernels"), "{outcome}");
     }
+}
+
+/// Asks to stop once it was asked so many times whether to.
+struct StopsAfter(AtomicUsize);
+
+impl Progress for StopsAfter {
+    fn begin(&self, _stage: &str, _steps: usize) {}
+    fn advance(&self, _detail: &str) {}
+    fn end(&self) {}
+    fn info(&self, _message: &str) {}
+    fn warn(&self, _message: &str) {}
+    fn stop_requested(&self) -> bool {
+        let left = |left: usize| Some(left.saturating_sub(1));
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left) == Ok(0)
+    }
+}
+
+#[test]
+fn a_request_to_stop_is_answered_at_every_tensor_and_is_no_failed_check() {
+    let home = home_with_atom("");
+    let checkpoint = AtomCheckpoint::open(&home.path("atom")).unwrap();
+    let backend = Cpu::new().unwrap();
+    let kernels = || KernelCheck::Off("not asked for".to_owned());
+    let tensors = checkpoint.names().count();
+    let mut asked = 0;
+    loop {
+        let progress = StopsAfter(AtomicUsize::new(asked));
+        let limits = Limits::default();
+        match verify(&backend, &checkpoint, &kernels(), None, None, limits, &progress) {
+            Ok(outcome) => break assert!(outcome.ok, "{:?}", outcome.checks),
+            Err(error) => assert_eq!(error.kind(), Kind::Interrupted, "{error}"),
+        }
+        asked += 1;
+    }
+    // Once at each tensor for its hash, and again for what is in it.
+    assert!(asked > 3 * tensors / 2, "{asked} times for {tensors} tensors");
 }

@@ -161,12 +161,11 @@ impl AtomCheckpoint {
     }
 
     /// Compares a tensor's bytes with the hash that `atom.json` has of them. A difference is a
-    /// failed check (exit code 1).
-    pub fn verify_tensor(&self, name: &str) -> Result<()> {
+    /// failed check (exit code 1). `check_stop` is asked between parts.
+    pub fn verify_tensor(&self, name: &str, check_stop: &dyn Fn() -> Result<()>) -> Result<()> {
         let tensor = self.tensor(name)?;
         let expected = self.envelope.tensors.get(name).map_or("no hash", |hash| &hash.sha256);
-        let found = sha256_hex(tensor.bytes);
-        tensor.release();
+        let found = tensor.sha256(check_stop)?;
         if found == expected {
             return Ok(());
         }

@@ -5,7 +5,6 @@ The fingerprint answers "is this the model that the other run saw?" in well unde
 differ in training differ at the ends of their tensors; it is no defence against forgery. */
 
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -27,17 +26,26 @@ pub fn sha256_hex(bytes: &[u8]) -> String {
 pub(super) fn sha256_of_file(path: &Path) -> Result<String> {
     let file = open_plain(path, File::options().read(true))?;
     let bytes = file.metadata().map_err(|error| failed("read", path, &error))?.len();
-    sha256_of(&file, 0, bytes).map_err(|error| failed("read", path, &error))
+    sha256_of(path, &file, 0, bytes, &|| Ok(()))
 }
 
-/// SHA-256 of `bytes` bytes of a file from `offset` on, in hexadecimal; a megabyte at a time.
-pub(super) fn sha256_of(file: &File, offset: u64, bytes: u64) -> io::Result<String> {
+/// SHA-256 of `bytes` bytes of the file at `path` from `offset` on, in hexadecimal; a megabyte at a time, before each
+/// of which `check_stop` is asked.
+pub(super) fn sha256_of(
+    path: &Path,
+    file: &File,
+    offset: u64,
+    bytes: u64,
+    check_stop: &dyn Fn() -> Result<()>,
+) -> Result<String> {
     let mut hash = Sha256::new();
     let mut part = vec![0; (1 << 20).min(usize::try_from(bytes).unwrap_or(usize::MAX))];
     let mut at = 0;
     while at < bytes {
         let length = part.len().min(usize::try_from(bytes - at).unwrap_or(usize::MAX));
-        file.read_exact_at(&mut part[..length], offset + at)?;
+        check_stop()?;
+        file.read_exact_at(&mut part[..length], offset + at)
+            .map_err(|error| failed("read", path, &error))?;
         hash.update(&part[..length]);
         at += length as u64;
     }

@@ -192,16 +192,16 @@ impl Source {
     }
 
     /// Whether the stored output head is the embedding again, value by value. It is read once, a part at
-    /// a time.
+    /// a time, and `check_stop` is asked between parts.
     ///
     /// # Errors
-    /// As [`Source::tensor`] of both, and a NaN or infinity where their types differ.
-    pub fn head_is_embedding(&self) -> Result<bool> {
+    /// As [`Source::tensor`] of both, a NaN or infinity where their types differ, and those of `check_stop`.
+    pub fn head_is_embedding(&self, check_stop: &dyn Fn() -> Result<()>) -> Result<bool> {
         if let Some(known) = self.head_is_embedding.get() {
             return Ok(*known);
         }
         let (head, embedding) = (self.tensor(HEAD)?, self.tensor(EMBEDDING)?);
-        let same = head.same_values(&embedding)?;
+        let same = head.same_values(&embedding, check_stop)?;
         head.release();
         embedding.release();
         Ok(*self.head_is_embedding.get_or_init(|| same))

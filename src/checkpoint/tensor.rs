@@ -6,8 +6,10 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use memmap2::{Mmap, UncheckedAdvice};
 use rayon::prelude::*;
+use sha2::{Digest, Sha256};
 
 use super::dtype::{Dtype, form};
+use super::fingerprint::hex;
 use crate::{Error, Result};
 
 /// Values converted by one task: 256 KiB of f32, which a core's L2 cache holds.
@@ -60,17 +62,30 @@ impl<'a> Tensor<'a> {
         self.values_f32(0..self.len())
     }
 
-    /// An error that says where, if a value is a NaN or infinity.
-    pub fn check_finite(&self) -> Result<()> {
+    /// An error that says where, if a value is a NaN or infinity. `check_stop` is asked between parts.
+    pub fn check_finite(&self, check_stop: &dyn Fn() -> Result<()>) -> Result<()> {
         const PART: usize = 1 << 22;
         let size = self.dtype.size_bytes();
         let mut parts = (0..self.len()).step_by(PART);
         parts.try_for_each(|at| {
+            check_stop()?;
             let end = (at + PART).min(self.len());
             self.values_f32(at..end)?;
             Tensor { bytes: &self.bytes[at * size..end * size], ..*self }.release();
             Ok(())
         })
+    }
+
+    /// SHA-256 of the bytes in hexadecimal. Pages are given back on the way, and `check_stop` is asked between parts.
+    pub fn sha256(&self, check_stop: &dyn Fn() -> Result<()>) -> Result<String> {
+        const PART: usize = 16 << 20;
+        let mut hash = Sha256::new();
+        for part in self.bytes.chunks(PART) {
+            check_stop()?;
+            hash.update(part);
+            self.release_part(part);
+        }
+        Ok(hex(hash.finalize().as_slice()))
     }
 
     /// A copy of the bytes. Pages are given back as they are copied.
@@ -98,25 +113,34 @@ impl<'a> Tensor<'a> {
     }
 
     /// Whether both hold the same values in the same shape. Equal types are compared byte by byte.
+    /// `check_stop` is asked between parts.
     ///
     /// # Errors
-    /// As [`Tensor::to_f32`], where the types differ.
-    pub fn same_values(&self, other: &Tensor<'_>) -> Result<bool> {
+    /// As [`Tensor::to_f32`], where the types differ; those of `check_stop`.
+    pub fn same_values(
+        &self,
+        other: &Tensor<'_>,
+        check_stop: &dyn Fn() -> Result<()>,
+    ) -> Result<bool> {
         const PART: usize = 1 << 22;
         if self.shape != other.shape {
             return Ok(false);
         }
         if self.dtype == other.dtype {
             // Pages are given back on the way, a part at a time.
-            let mut parts = self.bytes.chunks(PART).zip(other.bytes.chunks(PART));
-            return Ok(parts.all(|(own, other_part)| {
+            for (own, other_part) in self.bytes.chunks(PART).zip(other.bytes.chunks(PART)) {
+                check_stop()?;
                 let same = own == other_part;
                 self.release_part(own);
                 other.release_part(other_part);
-                same
-            }));
+                if !same {
+                    return Ok(false);
+                }
+            }
+            return Ok(true);
         }
         for at in (0..self.len()).step_by(PART) {
+            check_stop()?;
             let range = at..(at + PART).min(self.len());
             if self.values_f32(range.clone())? != other.values_f32(range)? {
                 return Ok(false);

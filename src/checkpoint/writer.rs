@@ -28,7 +28,10 @@ use super::shards::INDEX;
 use super::side_files::SideFile;
 use super::work::{DoneBlock, Restart, Work, is_locked, locked_by_another, unfinished};
 use super::{FORMAT_VERSION, Stored};
-use crate::{Error, Result};
+use crate::{Error, Kind, Result};
+
+/// An error once the user asked the run to stop.
+type CheckStop<'a> = &'a (dyn Fn() -> Result<()> + Sync);
 
 /// The largest shard unless told otherwise: 5 GB of tensors, as the Hub's tools write them.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
@@ -123,7 +126,7 @@ impl Writer {
 
     /// Prepares the output of the given tensors. `job` is everything else that decides
     /// their bytes: recipe, fingerprints of source and calibration. An unfinished run of the same job is
-    /// continued, after all of its tensors were compared with their hashes.
+    /// continued, after all of its tensors were compared with their hashes; `check_stop` is asked on the way.
     ///
     /// # Errors
     /// Usage: the destination cannot be written, or another process writes it. Machine: not enough disk. Input: an
@@ -133,6 +136,7 @@ impl Writer {
         tensors: Vec<TensorSpec>,
         job: &Value,
         options: Options,
+        check_stop: CheckStop<'_>,
     ) -> Result<Self> {
         let out = destination.check()?;
         let job = whole_job(&tensors, job, options);
@@ -151,9 +155,12 @@ impl Writer {
             hashes: BTreeMap::new(),
         };
         if let Some(done) = done {
-            match writer.go_on(done) {
+            match writer.go_on(done, check_stop) {
                 Ok(()) => return Ok(writer),
-                Err(error) if restart(destination, options) == Restart::Refuse => {
+                Err(error)
+                    if error.kind() == Kind::Interrupted
+                        || restart(destination, options) == Restart::Refuse =>
+                {
                     return Err(error);
                 }
                 // It is damaged, and may be thrown away.
@@ -191,7 +198,7 @@ impl Writer {
         Ok(())
     }
 
-    fn go_on(&mut self, done: Vec<DoneBlock>) -> Result<()> {
+    fn go_on(&mut self, done: Vec<DoneBlock>, check_stop: CheckStop<'_>) -> Result<()> {
         self.open_shards()?;
         for block in done {
             for (name, hash) in &block.sha256 {
@@ -201,13 +208,13 @@ impl Writer {
             self.done.push(block);
         }
         let directory = self.work.checkpoint();
-        match self.verify_written() {
+        match self.verify_written(check_stop) {
             // The run got as far as the last step, the exchange with the output to be replaced, and was killed
             // before that one was put aside: the two change places again.
             Err(error) if is_atom(&directory) && is_atom(&self.out) => {
                 exchange(&directory, &self.out).map_err(|_| error)?;
                 self.open_shards()
-                    .and_then(|()| self.verify_written())
+                    .and_then(|()| self.verify_written(check_stop))
                     .inspect_err(|_| drop(exchange(&directory, &self.out)))
             }
             verified => verified,
@@ -234,12 +241,11 @@ impl Writer {
     }
 
     /// Compares every tensor that was written with its hash.
-    fn verify_written(&self) -> Result<()> {
+    fn verify_written(&self, check_stop: CheckStop<'_>) -> Result<()> {
         self.hashes.par_iter().try_for_each(|(name, hash)| {
             let place = self.place(name)?;
             let (path, file) = &self.shards[place.shard];
-            let found = sha256_of(file, place.offset, place.spec.bytes())
-                .map_err(|error| failed("read", path, &error))?;
+            let found = sha256_of(path, file, place.offset, place.spec.bytes(), check_stop)?;
             if found == *hash { Ok(()) } else { Err(not_as_written(name, path)) }
         })
     }

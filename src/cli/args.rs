@@ -188,7 +188,7 @@ impl IgnoreFlag {
     /// Accounts for every tensor of a source, and warns of what is not as its configuration says.
     fn account(&self, source: Source, progress: &dyn Progress) -> Result<Source> {
         let source = source.ignoring(self.ignore_tensors.clone());
-        for warning in network(&source)?.warnings {
+        for warning in network(&source, progress)?.warnings {
             progress.warn(&warning);
         }
         Ok(source)
@@ -225,7 +225,7 @@ impl OfflineFlag {
 #[command(next_help_heading = "Calibration")]
 pub(crate) struct CalibrationFlags {
     /// Text to calibrate on: `sample` (bundled), `wikitext2`, `ptb` or `c4` (their training parts, from
-    /// the Hub), NAME=FILE (such a set's own file), or a file (text, .jsonl, .json.gz, .parquet).
+    /// the Hub), NAME=FILE (such a set's own file), or a file (text, .jsonl, .json.gz, .csv, .tsv, .parquet).
     /// Several, with commas, divide the samples evenly, the first ones taking what is left over
     #[arg(long, value_name = "TEXT", default_value = "sample")]
     calib: String,

@@ -24,7 +24,7 @@ pub(crate) struct Arguments {
     model: ModelFlag,
     /// Text to measure on: `sample` (bundled), `wikitext2` (its test part), `ptb` or `c4` (their
     /// validation parts) from the Hub, NAME=FILE (such a set's own file), or a file (text, .jsonl,
-    /// .json.gz, .parquet)
+    /// .json.gz, .csv, .tsv, .parquet)
     #[arg(long, value_name = "TEXT", default_value = "sample", help_heading = "Evaluation")]
     dataset: String,
     /// Measure on the first N windows of the text only [default: all; of c4 256, drawn as the reference does]

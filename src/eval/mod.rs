@@ -68,7 +68,7 @@ pub fn perplexity<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<PerplexityOutcome> {
     let (tensors, architecture): (&dyn Tensors, _) = match model {
-        Model::Source(source) => (source, network(source)?.architecture),
+        Model::Source(source) => (source, network(source, progress)?.architecture),
         Model::Atom(checkpoint) => {
             (checkpoint, Architecture::read(checkpoint.config(), &checkpoint.config_file())?)
         }

@@ -46,9 +46,15 @@ pub struct PerplexityOutcome {
 }
 
 /// The evaluation windows of a model, joined; `path` names its tokenizer's file in errors.
-pub fn windows(tokenizer: &[u8], path: &str, evaluation: &Evaluation) -> Result<Vec<u32>> {
+pub fn windows(
+    tokenizer: &[u8],
+    path: &str,
+    evaluation: &Evaluation,
+    progress: &dyn Progress,
+) -> Result<Vec<u32>> {
     let tokenizer = Tokenizer::from_bytes(tokenizer, path)?;
-    evaluation.text.evaluation_windows(&tokenizer, evaluation.seq_len, evaluation.windows)
+    let Evaluation { text, seq_len, windows } = evaluation;
+    text.evaluation_windows(&tokenizer, *seq_len, *windows, progress)
 }
 
 /// Perplexity of a source checkpoint in full precision.
@@ -58,8 +64,9 @@ pub fn source_perplexity<B: Backend>(
     evaluation: &Evaluation,
     progress: &dyn Progress,
 ) -> Result<PerplexityOutcome> {
-    let tokens = windows(&source.tokenizer()?, &source.tokenizer_path(), evaluation)?;
-    Run { model: Runnable::source(backend, source)?, evaluation, progress }.measure(&tokens)
+    let tokens = windows(&source.tokenizer()?, &source.tokenizer_path(), evaluation, progress)?;
+    Run { model: Runnable::source(backend, source, progress)?, evaluation, progress }
+        .measure(&tokens)
 }
 
 /// Perplexity of an Atom checkpoint on the integer path.
@@ -70,7 +77,8 @@ pub fn atom_perplexity<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<PerplexityOutcome> {
     let model = Runnable::atom(backend, checkpoint)?;
-    let tokens = windows(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), evaluation)?;
+    let tokens =
+        windows(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), evaluation, progress)?;
     Run { model, evaluation, progress }.measure(&tokens)
 }
 

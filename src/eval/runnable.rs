@@ -2,7 +2,6 @@
 made ready when their turn comes. */
 
 use super::{Model, check_files};
-use crate::{Error, Result};
 use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Source, Tensors};
 use crate::model::Architecture;
@@ -16,6 +15,7 @@ use crate::pipeline::{
 };
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
+use crate::{Error, Result};
 
 /// A model on a backend: a source in full precision, an Atom checkpoint on the integer path.
 pub(super) struct Runnable<'a, B: Backend> {
@@ -48,20 +48,24 @@ struct Quantized {
 
 impl<'a, B: Backend> Runnable<'a, B> {
     /// A model of either kind.
-    pub(super) fn new(backend: &'a B, model: &'a Model) -> Result<Self> {
+    pub(super) fn new(backend: &'a B, model: &'a Model, progress: &dyn Progress) -> Result<Self> {
         match model {
-            Model::Source(source) => Self::source(backend, source),
+            Model::Source(source) => Self::source(backend, source, progress),
             Model::Atom(checkpoint) => Self::atom(backend, checkpoint),
         }
     }
 
     /// A source in full precision.
-    pub(super) fn source(backend: &'a B, source: &'a Source) -> Result<Self> {
+    pub(super) fn source(
+        backend: &'a B,
+        source: &'a Source,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
         Ok(Self {
             backend,
             name: source.name(),
             tensors: source,
-            architecture: network(source)?.architecture,
+            architecture: network(source, progress)?.architecture,
             kv: KvFormat::FULL,
             kind: Kind::Source,
         })

@@ -15,7 +15,7 @@ use crate::pipeline::progress::Progress;
 use crate::pipeline::{caution, cpu_seconds};
 use crate::text::Tokenizer;
 use crate::text::tasks::{Measure, Question, ScoredText, TaskRows};
-use crate::{Error, Result};
+use crate::{Error, Kind, Result};
 
 /// The result of `atom eval-tasks`.
 #[derive(Clone, Debug, Serialize)]
@@ -96,7 +96,7 @@ pub fn tasks<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<TasksOutcome> {
     let (start, cpu_start) = (Instant::now(), cpu_seconds());
-    let runnable = Runnable::new(backend, model)?;
+    let runnable = Runnable::new(backend, model, progress)?;
     let positions = runnable.architecture.max_positions;
     let (tokenizer, path) = match model {
         Model::Source(source) => (source.tokenizer()?, source.tokenizer_path()),
@@ -111,9 +111,12 @@ pub fn tasks<B: Backend>(
             .enumerate()
             .map(|(row, question)| {
                 let choices = question.choices.iter();
-                let texts = choices.map(|choice| choice.encode(&tokenizer, positions));
+                let texts = choices.map(|choice| choice.encode(&tokenizer, positions, progress));
                 let texts: Result<_> = texts.collect();
-                texts.map_err(|error| error.context(format!("row {} of {}", row + 1, rows.file)))
+                texts.map_err(|error| match error.kind() {
+                    Kind::Interrupted => error,
+                    _ => error.context(format!("row {} of {}", row + 1, rows.file)),
+                })
             })
             .collect::<Result<_>>()?;
         texts.extend(encoded);

@@ -42,7 +42,7 @@ fn by_itself(model: &Runnable<'_, Cpu>, text: &ScoredText) -> f64 {
 fn texts(model: &Model, questions: &[Question]) -> Vec<Vec<ScoredText>> {
     let Model::Source(source) = model else { panic!("a source") };
     let tokenizer = Tokenizer::from_bytes(&source.tokenizer().unwrap(), "tiny-llama").unwrap();
-    let encode = |choice: &Choice| choice.encode(&tokenizer, 2048).unwrap();
+    let encode = |choice: &Choice| choice.encode(&tokenizer, 2048, &Silent).unwrap();
     questions.iter().map(|question| question.choices.iter().map(encode).collect()).collect()
 }
 
@@ -64,7 +64,7 @@ fn sharing_and_padding_change_no_bit() {
     };
     let questions = [3, 17, 5, 9].map(question);
     let texts = texts(&model, &questions);
-    let runnable = Runnable::new(&cpu, &model).unwrap();
+    let runnable = Runnable::new(&cpu, &model, &Silent).unwrap();
     let (found, computed) = likelihoods(&runnable, &texts, &Silent).unwrap();
     let all: usize = texts.iter().flatten().map(|text| text.tokens.len() - 1).sum();
     assert!(computed < all / 3, "{computed} of {all}");

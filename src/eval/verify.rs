@@ -101,7 +101,7 @@ pub fn verify<B: Backend>(
         let tokenizer = checkpoint.tokenizer()?;
         if whole {
             // A text that is too short is found before gigabytes are hashed.
-            windows(&tokenizer, &checkpoint.tokenizer_path(), text)?;
+            windows(&tokenizer, &checkpoint.tokenizer_path(), text, progress)?;
         }
     }
     let seq_len = evaluation.map_or(0, |evaluation| evaluation.seq_len);
@@ -116,12 +116,12 @@ pub fn verify<B: Backend>(
         progress.begin("verify", blocks.len());
         checks.push(check("shapes", shapes(checkpoint, &architecture, kv, blocks)));
         checks.push(check("checksums", checksums(checkpoint, progress)));
-        checks.push(check("orders", orders(checkpoint, blocks)));
+        checks.push(check("orders", orders(checkpoint, blocks, progress)));
         checks.push(check("codes", codes(checkpoint, blocks, progress)));
         if kv.is_centered() {
             checks.push(check("mean keys", mean_keys(checkpoint, &architecture, kv)));
         }
-        checks.push(check("kept tensors", kept(checkpoint, &architecture, blocks)));
+        checks.push(check("kept tensors", kept(checkpoint, &architecture, blocks, progress)));
         progress.end();
     }
     progress.check_stop()?;
@@ -188,7 +188,7 @@ fn kernel_checks<B: Backend>(
     let reference = &Cpu::new()?;
     let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
     let attention = attention_spec(&architecture, kv, text.seq_len);
-    let tokens = windows(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), text)?;
+    let tokens = windows(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), text, progress)?;
     let embedding = expect(checkpoint, EMBEDDING, &[architecture.vocabulary, architecture.hidden])?;
     let mut x = reference.embed(&reference.load(embedding)?, &tokens)?;
     let (mut all, mut checks) = (Findings::default(), Vec::new());
@@ -338,8 +338,7 @@ fn mean_keys(
 
 fn checksums(checkpoint: &AtomCheckpoint, progress: &dyn Progress) -> Result<String> {
     for name in checkpoint.names() {
-        progress.check_stop()?;
-        checkpoint.verify_tensor(name)?;
+        checkpoint.verify_tensor(name, &|| progress.check_stop())?;
     }
     Ok(format!(
         "SHA-256 of {} tensors, {} bytes",
@@ -348,10 +347,15 @@ fn checksums(checkpoint: &AtomCheckpoint, progress: &dyn Progress) -> Result<Str
     ))
 }
 
-fn orders(checkpoint: &AtomCheckpoint, blocks: &[BlockPlan]) -> Result<String> {
+fn orders(
+    checkpoint: &AtomCheckpoint,
+    blocks: &[BlockPlan],
+    progress: &dyn Progress,
+) -> Result<String> {
     let mut sites = 0;
     for site in blocks.iter().flatten() {
         let grouped = site.groups() * site.group_size;
+        progress.check_stop()?;
         read_order(checkpoint, &site.name, site.channels, grouped, site.outlier_channels)?;
         sites += 1;
     }
@@ -365,9 +369,9 @@ fn codes(
 ) -> Result<String> {
     let mut linears = 0;
     for block in blocks {
-        progress.check_stop()?;
         for site in block {
             for linear in quantized(site) {
+                progress.check_stop()?;
                 let codes = from_tensors(checkpoint, &linear.name, &site.shape(linear))?;
                 let may_be_signed = site.weights(linear).grid(true).is_signed();
                 let negative = codes.scales.iter().position(|scale| scale.to_f32() < 0.0);
@@ -390,11 +394,12 @@ fn kept(
     checkpoint: &AtomCheckpoint,
     architecture: &Architecture,
     blocks: &[BlockPlan],
+    progress: &dyn Progress,
 ) -> Result<String> {
     let kept = kept_tensors(architecture, blocks);
     for (name, _) in &kept {
         let tensor = checkpoint.tensor(name)?;
-        tensor.check_finite()?;
+        tensor.check_finite(&|| progress.check_stop())?;
         tensor.release();
     }
     Ok(format!("{} tensors in full precision are finite", kept.len()))

@@ -48,6 +48,11 @@ pub struct Hub<'a> {
 }
 
 impl<'a> Hub<'a> {
+    /// Who is told what the Hub is asked for, and who may ask it to stop.
+    pub(crate) fn progress(&self) -> &'a dyn Progress {
+        self.progress
+    }
+
     /// The Hub by this process's environment (`HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`,
     /// `HF_HUB_OFFLINE` and the others of `docs/hub.md`); with `offline`, its cache only.
     ///

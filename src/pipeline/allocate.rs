@@ -138,8 +138,8 @@ pub fn allocate(
     };
     let found = allocation::allocate(&choices, budget)
         .map_err(|least| too_small(allocating.target, least, weights, described))?;
-    let mut chosen =
-        found.chosen.iter().zip(options).map(|(at, mut site)| site.swap_remove(*at).plan);
+    let chosen = measured().zip(&options).zip(&found.chosen);
+    let mut chosen = chosen.map(|((site, planned), at)| site.treated(&planned[*at], recipe));
     let blocks: Vec<BlockPlan> = sensitivity
         .blocks
         .iter()
@@ -177,14 +177,20 @@ struct Options<'a> {
     plan: &'a SitePlan,
 }
 
+/// So many combinations of widths of a site's linears are tried one by one.
+const COMBINATIONS: usize = 1 << 14;
+
 /// One way to treat a site.
 struct Planned {
-    plan: SitePlan,
+    outliers: usize,
+    /// Of each of its linears.
+    widths: Vec<u8>,
     choice: Choice,
 }
 
 impl Options<'_> {
-    /// Every outlier count with every width of each linear.
+    /// Every outlier count with every width of each linear. Of the linears of many experts, whose combinations are
+    /// without number, only with those that are not both larger and worse than another.
     fn all(
         &self,
         widths: &[u8],
@@ -197,23 +203,68 @@ impl Options<'_> {
         for outliers in counts {
             let measured = self.site.count(*outliers).is_some();
             let plan = self.plan.with_outliers(*outliers, recipe.group).filter(|_| measured);
-            let Some(mut plan) = plan else { continue };
-            for combination in 0..widths.len().pow(linears as u32) {
-                let mut rest = combination;
-                plan.linears.clone_from(&self.plan.linears);
-                for linear in &mut plan.linears {
-                    linear.set_width(widths[rest % widths.len()]);
-                    rest /= widths.len();
+            let Some(plan) = plan else { continue };
+            let combinations = widths.len().checked_pow(linears as u32);
+            match combinations.filter(|count| *count <= COMBINATIONS) {
+                Some(count) => {
+                    all.extend(
+                        (0..count).map(|index| self.combination(&plan, widths, index, target)),
+                    );
                 }
-                let bits = match target {
-                    Target::Bits(_) => plan.bits_and_weights().0,
-                    Target::Bytes(_) => 8 * plan.stored_bytes(&self.site.source_bytes),
-                };
-                let choice = Choice { bits, cost: self.nats(&plan) };
-                all.push(Planned { plan: plan.clone(), choice });
+                None => all.extend(self.combined(&plan, widths, target)),
             }
         }
         all
+    }
+
+    /// The combination of widths of this number: its digits, the first linear's the least.
+    fn combination(&self, plan: &SitePlan, widths: &[u8], index: usize, target: Target) -> Planned {
+        let mut rest = index;
+        let digits = plan.linears.iter().map(|_| {
+            let width = widths[rest % widths.len()];
+            rest /= widths.len();
+            width
+        });
+        let (widths, outliers) = (digits.collect::<Vec<u8>>(), plan.outlier_channels);
+        let plan = with_widths(plan, &widths);
+        let bits = size(&plan, &self.site.source_bytes, target);
+        let choice = Choice { bits, cost: self.nats(&plan) };
+        Planned { outliers, widths, choice }
+    }
+
+    /// The combinations of widths of which none is both larger and worse than another: what is stored of a linear,
+    /// and what it costs, does not depend on the others.
+    fn combined(&self, plan: &SitePlan, widths: &[u8], target: Target) -> Vec<Planned> {
+        let outliers = plan.outlier_channels;
+        let count = self.site.count(outliers);
+        let count = count.expect("only measured outlier counts are planned");
+        let mut alone = SitePlan { linears: Vec::new(), ..plan.clone() };
+        let shared = size(&alone, &[], target);
+        let mut parts = Vec::new();
+        for (at, linear) in plan.linears.iter().enumerate() {
+            let choice = |width: &u8| {
+                alone.linears = vec![linear.clone()];
+                alone.linears[0].set_width(*width);
+                let bits = size(&alone, &self.site.source_bytes[at..=at], target) - shared;
+                Choice { bits, cost: self.sensitivity.effect(self.site, count, at, *width) }
+            };
+            parts.push(widths.iter().map(choice).collect());
+        }
+        let planned = |(sum, chosen): (Choice, Vec<usize>)| Planned {
+            outliers,
+            widths: chosen.iter().map(|at| widths[*at]).collect(),
+            choice: Choice {
+                bits: shared + sum.bits,
+                cost: self.block.carry * (count.activation + sum.cost),
+            },
+        };
+        allocation::combined(&parts).into_iter().map(planned).collect()
+    }
+
+    /// The site's plan treated so.
+    fn treated(&self, planned: &Planned, recipe: &Recipe) -> SitePlan {
+        let plan = self.plan.with_outliers(planned.outliers, recipe.group);
+        with_widths(&plan.expect("it was planned with so many"), &planned.widths)
     }
 
     /// What a plan of the site, of a measured outlier count, may be expected to cost.
@@ -231,6 +282,23 @@ impl Options<'_> {
     /// What one linear costs as the recipe has it.
     fn linear_nats(&self, linear: usize) -> f64 {
         self.block.carry * self.site.effects[linear]
+    }
+}
+
+/// The plan with these widths of its linears.
+fn with_widths(plan: &SitePlan, widths: &[u8]) -> SitePlan {
+    let mut plan = plan.clone();
+    for (linear, width) in plan.linears.iter_mut().zip(widths) {
+        linear.set_width(*width);
+    }
+    plan
+}
+
+/// What a plan takes of the target, in bits; `source_bytes` are those of its linears as they are.
+fn size(plan: &SitePlan, source_bytes: &[u64], target: Target) -> u64 {
+    match target {
+        Target::Bits(_) => plan.bits_and_weights().0,
+        Target::Bytes(_) => 8 * plan.stored_bytes(source_bytes),
     }
 }
 

@@ -120,8 +120,8 @@ pub fn quantize<B: Backend>(
     evaluation: Option<&Evaluation>,
     progress: &dyn Progress,
 ) -> Result<QuantizeOutcome> {
-    let job = prepare(source, calibration, recipe)?;
-    let evaluated = check_evaluation(source, &job.architecture, evaluation)?;
+    let job = prepare(source, calibration, recipe, progress)?;
+    let evaluated = check_evaluation(source, &job.architecture, evaluation, progress)?;
     check_memory(backend, &job, evaluated, progress)?;
     caution(source, &job.architecture, longest(&job, evaluation), progress);
     run::run(backend, &job, output, evaluation, progress, None)
@@ -137,14 +137,14 @@ pub fn dry_run<B: Backend>(
     evaluation: Option<&Evaluation>,
     progress: &dyn Progress,
 ) -> Result<DryRun> {
-    let job = prepare(source, calibration, recipe)?;
-    let evaluated = check_evaluation(source, &job.architecture, evaluation)?;
+    let job = prepare(source, calibration, recipe, progress)?;
+    let evaluated = check_evaluation(source, &job.architecture, evaluation, progress)?;
     let memory_bytes = check_memory(backend, &job, evaluated, progress)?;
     caution(source, &job.architecture, longest(&job, evaluation), progress);
     source.side_files()?.left_out.iter().for_each(|why| progress.warn(why));
     check_levels(backend, &job.blocks)?;
     job.check_tensors()?;
-    job.check_kept()?;
+    job.check_kept(progress)?;
     let specs = job.tensor_specs()?;
     let out_bytes: u64 = specs.iter().map(TensorSpec::bytes).sum();
     let destination = output.protecting(source, []);
@@ -169,12 +169,17 @@ pub fn dry_run<B: Backend>(
     })
 }
 
-fn prepare<'a>(source: &'a Source, calibration: &Calibration, recipe: &Recipe) -> Result<Job<'a>> {
-    let Network { architecture, ignored, .. } = network(source)?;
+fn prepare<'a>(
+    source: &'a Source,
+    calibration: &Calibration,
+    recipe: &Recipe,
+    progress: &dyn Progress,
+) -> Result<Job<'a>> {
+    let Network { architecture, ignored, .. } = network(source, progress)?;
     let blocks = plan_network(recipe, &architecture)?;
     let Calibration { text, samples, seq_len, seed } = calibration;
     let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, &source.tokenizer_path())?;
-    let drawn = text.calibration_windows(&tokenizer, *samples, *seq_len, *seed)?;
+    let drawn = text.calibration_windows(&tokenizer, *samples, *seq_len, *seed, progress)?;
     let CalibrationWindows { tokens, sha256, sets } = drawn;
     check_embedded(source, &architecture, &tokens, tokenizer.path())?;
     let provenance = Provenance {
@@ -194,10 +199,11 @@ fn check_evaluation(
     source: &Source,
     architecture: &Architecture,
     evaluation: Option<&Evaluation>,
+    progress: &dyn Progress,
 ) -> Result<Option<Windows>> {
     let Some(evaluation) = evaluation else { return Ok(None) };
     let path = source.tokenizer_path();
-    let tokens = eval::windows(&source.tokenizer()?, &path, evaluation)?;
+    let tokens = eval::windows(&source.tokenizer()?, &path, evaluation, progress)?;
     check_embedded(source, architecture, &tokens, &path)?;
     Ok(Some(Windows { tokens: tokens.len(), seq_len: evaluation.seq_len }))
 }
@@ -265,7 +271,7 @@ pub fn calibrate<B: Backend>(
     // Any recipe will do where only the windows and the network are looked at.
     let any = memory::any_recipe();
     let recipe = measuring.map_or(&any, |measuring| measuring.recipe);
-    let job = prepare(source, calibration, recipe)?;
+    let job = prepare(source, calibration, recipe, progress)?;
     let place = memory::Place::of(backend);
     memory::check(memory::calibration_bytes(&job, place, measuring.is_some(), 0), progress)?;
     job.check_tensors()?;
@@ -413,11 +419,11 @@ pub fn quantize_to_target<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<QuantizeOutcome> {
     let start = Instant::now();
-    let mut job = prepare(source, calibration, measuring.recipe)?;
-    let evaluated = check_evaluation(source, &job.architecture, evaluation)?;
+    let mut job = prepare(source, calibration, measuring.recipe, progress)?;
+    let evaluated = check_evaluation(source, &job.architecture, evaluation, progress)?;
     check_memory(backend, &job, evaluated, progress)?;
     job.check_tensors()?;
-    job.check_kept()?;
+    job.check_kept(progress)?;
     output.protecting(source, []).check()?;
     caution(source, &job.architecture, longest(&job, evaluation), progress);
     let data = measure(backend, &job, Some(measuring), progress)?;
@@ -462,9 +468,9 @@ pub fn pack<B: Backend>(
         ))
         .hint("calibrate this model with `atom calibrate`"));
     }
-    let Network { architecture, ignored, .. } = network(source)?;
+    let Network { architecture, ignored, .. } = network(source, progress)?;
     check_plan(&architecture, &plan.blocks)?;
-    let evaluated = check_evaluation(source, &architecture, evaluation)?;
+    let evaluated = check_evaluation(source, &architecture, evaluation, progress)?;
     let CalibrationData { provenance, tokens, statistics, .. } = data;
     let PlanFile { recipe, blocks, .. } = plan;
     let job = Job { source, architecture, ignored, recipe, blocks, tokens, provenance };

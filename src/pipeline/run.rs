@@ -66,10 +66,10 @@ impl Job<'_> {
 
     /// Refuses a NaN or infinity in a tensor that is kept: such tensors are few, and the output head
     /// would otherwise be looked at after all the work.
-    pub fn check_kept(&self) -> Result<()> {
+    pub fn check_kept(&self, progress: &dyn Progress) -> Result<()> {
         for name in self.kept_names() {
             let tensor = self.source.tensor(&name)?;
-            tensor.check_finite()?;
+            tensor.check_finite(&|| progress.check_stop())?;
             tensor.release();
         }
         Ok(())
@@ -210,13 +210,17 @@ impl Job<'_> {
     }
 
     /// Tensors that stay as they are, with their bytes.
-    fn copies(&self, names: impl IntoIterator<Item = String>) -> Result<Vec<(String, Vec<u8>)>> {
+    fn copies(
+        &self,
+        names: impl IntoIterator<Item = String>,
+        progress: &dyn Progress,
+    ) -> Result<Vec<(String, Vec<u8>)>> {
         names
             .into_iter()
             .map(|name| {
                 let tensor = self.source.tensor(&name)?;
                 // A NaN here would spoil the model as surely as one in a linear.
-                tensor.check_finite()?;
+                tensor.check_finite(&|| progress.check_stop())?;
                 Ok((name, tensor.copied()))
             })
             .collect()
@@ -236,10 +240,12 @@ pub fn run<B: Backend>(
     let mut timing = Timing::default();
     check_levels(backend, &job.blocks)?;
     job.check_tensors()?;
-    job.check_kept()?;
+    job.check_kept(progress)?;
     let destination = output.protecting(job.source, []);
     let options = job.options(output)?;
-    let mut writer = Writer::create(&destination, job.tensor_specs()?, &job.identity()?, options)?;
+    let (specs, identity) = (job.tensor_specs()?, job.identity()?);
+    let check_stop = || progress.check_stop();
+    let mut writer = Writer::create(&destination, specs, &identity, options, &check_stop)?;
     job.announce_resumed(writer.done(), progress);
     let written = write_tensors(backend, job, &mut writer, progress, &mut timing, known);
     let Written { errors, resumed_blocks } = match written {
@@ -333,15 +339,15 @@ fn write_tensors<B: Backend>(
     // In the host's memory, a copy of the embedding is not to stand beside a block's Hessians; beside the
     // work of a GPU it costs nothing.
     if !B::HALF {
-        timing.measure("write", || write_kept(job, &done, &writer))?;
+        timing.measure("write", || write_kept(job, &done, &writer, progress))?;
     }
     std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel(1);
         let write = || {
             if B::HALF {
-                write_kept(job, &done, &writer)?;
+                write_kept(job, &done, &writer, progress)?;
             }
-            write_behind(backend, job, &writer, receiver)
+            write_behind(backend, job, &writer, receiver, progress)
         };
         let writing = std::thread::Builder::new().spawn_scoped(scope, write).map_err(no_thread)?;
         let fallbacks = Fallbacks::default();
@@ -376,12 +382,17 @@ pub fn finished_blocks(done: &[DoneBlock]) -> usize {
 const KEPT: [&str; 3] = ["embedding", "norm", "head"];
 
 /// Writes the tensors beside the blocks, while the first block is computed.
-fn write_kept(job: &Job, done: &[DoneBlock], writer: &Mutex<&mut Writer>) -> Result<()> {
+fn write_kept(
+    job: &Job,
+    done: &[DoneBlock],
+    writer: &Mutex<&mut Writer>,
+    progress: &dyn Progress,
+) -> Result<()> {
     let head = job.architecture.head_name();
     for (unit, name) in KEPT.into_iter().zip([EMBEDDING, FINAL_NORM, head]) {
         let tied_head = unit == KEPT[2] && job.architecture.tied;
         if !tied_head && done.iter().all(|done| done.block != unit) {
-            let tensors = job.copies([name.to_owned()])?;
+            let tensors = job.copies([name.to_owned()], progress)?;
             locked(writer).write_block(unit, tensors, Value::Null)?;
         }
     }
@@ -401,11 +412,12 @@ fn write_behind<B: Backend>(
     job: &Job,
     writer: &Mutex<&mut Writer>,
     blocks: Receiver<Finished<B>>,
+    progress: &dyn Progress,
 ) -> Result<()> {
     for Finished { index, block: QuantizedBlock { sites, errors }, statistics } in blocks {
         let Statistics { key_mean, energies } = statistics;
         let beside = job.architecture.beside_linears(index);
-        let mut tensors = job.copies(beside.into_iter().map(|(name, _)| name))?;
+        let mut tensors = job.copies(beside.into_iter().map(|(name, _)| name), progress)?;
         if job.recipe.kv().is_centered() {
             let bytes = key_mean.iter().flat_map(|value| value.to_le_bytes()).collect();
             tensors.push((job.architecture.key_mean_name(index), bytes));
@@ -422,7 +434,10 @@ fn write_behind<B: Backend>(
                         check_weights(&linear.name, &weights, &source, order, energy)?;
                         tensors.extend(to_tensors(&linear.name, &weights));
                     }
-                    None => tensors.extend(job.copies([format!("{}.weight", linear.name)])?),
+                    None => {
+                        let name = format!("{}.weight", linear.name);
+                        tensors.extend(job.copies([name], progress)?);
+                    }
                 }
             }
         }

@@ -38,6 +38,34 @@ pub struct Allocation {
     pub bound: f64,
 }
 
+/// The ways to treat several parts together, one choice of each, without those that another makes pointless: by
+/// ascending bits and descending cost, with the number of each part's choice.
+pub fn combined(parts: &[Vec<Choice>]) -> Vec<(Choice, Vec<usize>)> {
+    let mut states = vec![Choice { bits: 0, cost: 0.0 }];
+    // Of every state after a part, the state before it and the part's choice.
+    let mut steps: Vec<Vec<(usize, usize)>> = Vec::new();
+    for choices in parts {
+        let pair = |at: usize| (at % states.len(), at / states.len());
+        let all: Vec<Choice> = (0..choices.len() * states.len())
+            .map(|at| {
+                let (one, other) = (states[pair(at).0], choices[pair(at).1]);
+                Choice { bits: one.bits + other.bits, cost: one.cost + other.cost }
+            })
+            .collect();
+        let kept = undominated(&all);
+        steps.push(kept.iter().map(|state| pair(state.index)).collect());
+        states = kept.iter().map(|state| all[state.index]).collect();
+    }
+    let chosen = |mut state: usize| {
+        let mut chosen = vec![0; parts.len()];
+        for (choice, step) in chosen.iter_mut().zip(&steps).rev() {
+            (state, *choice) = step[state];
+        }
+        chosen
+    };
+    states.iter().enumerate().map(|(at, state)| (*state, chosen(at))).collect()
+}
+
 /// States that are kept from site to site: few at first, since each pass narrows the gap for the next.
 const STATES: [usize; 3] = [64, 1024, 16384];
 
@@ -298,6 +326,48 @@ mod tests {
             .filter(|choice| choice.bits <= budget)
             .filter_map(|choice| Some(choice.cost + brute_force(rest, budget - choice.bits)?))
             .min_by(f64::total_cmp)
+    }
+
+    #[test]
+    fn parts_are_combined_as_by_trying_everything() {
+        let mut random = Random(11);
+        for _ in 0..300 {
+            let count = random.below(5) as usize;
+            let parts = random.sites(count, 5);
+            let found = combined(&parts);
+            for pair in found.windows(2) {
+                assert!(pair[0].0.bits < pair[1].0.bits && pair[0].0.cost > pair[1].0.cost);
+            }
+            for (sum, chosen) in &found {
+                let all = chosen.iter().zip(&parts).map(|(at, part)| part[*at]);
+                assert_eq!(all.clone().map(|choice| choice.bits).sum::<u64>(), sum.bits);
+                assert_eq!(all.fold(0.0, |sum, choice| sum + choice.cost), sum.cost);
+            }
+            for budget in 0..40 * count as u64 {
+                let best = found.iter().rfind(|(sum, _)| sum.bits <= budget);
+                let least = brute_force(&parts, budget);
+                match (best, least) {
+                    (Some((sum, _)), Some(least)) => assert!((sum.cost - least).abs() < 1e-9),
+                    (None, None) => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_linears_of_many_experts_are_combined_at_once() {
+        let mut random = Random(5);
+        let mut linear = || {
+            let cost = random.below(1000) as f64;
+            let widths = [(3, 60.0), (4, 20.0), (8, 1.0), (16, 0.0)];
+            widths.map(|(bits, share)| Choice { bits, cost: cost * share }).to_vec()
+        };
+        let parts: Vec<Vec<Choice>> = (0..256).map(|_| linear()).collect();
+        let found = combined(&parts);
+        assert!(found.len() <= 256 * 13 + 1, "{}", found.len());
+        assert_eq!(found[0].1, [0; 256]);
+        assert_eq!(found[found.len() - 1].0.cost, 0.0);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::windows::{check_asked, check_size};
 use super::{PythonRandom, Tokenizer};
+use crate::pipeline::progress::Progress;
 use crate::{Error, Result};
 
 /// More are no data set; where each ends takes 8 bytes of memory.
@@ -91,6 +92,7 @@ impl Documents {
         windows: usize,
         seq_len: usize,
         seed: u64,
+        progress: &dyn Progress,
     ) -> Result<Vec<u32>> {
         check_asked(windows, seq_len)?;
         let mut random = PythonRandom::new(seed);
@@ -110,7 +112,7 @@ impl Documents {
                 if too_short.contains(&index) {
                     continue;
                 }
-                let tokens = tokenizer.encode(self.text(index))?;
+                let tokens = tokenizer.encode(self.text(index), progress)?;
                 if tokens.len() > seq_len {
                     break tokens;
                 }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use flate2::read::MultiGzDecoder;
 
+use crate::pipeline::progress::Progress;
 use crate::{Error, Result};
 
 /// A line of a file must not be longer.
@@ -32,8 +33,9 @@ impl DataPath {
     /// Looks at a file. What a pipe holds is copied, because it can be read only once.
     ///
     /// # Errors
-    /// Bad input if there is no such file, or it is a directory, a device or a pipe that nobody writes to.
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    /// Bad input if there is no such file, or it is a directory, a device or a pipe that nobody writes to; an
+    /// interruption if the user asked the run to stop while a pipe is read.
+    pub(super) fn open(path: &Path, progress: &dyn Progress) -> Result<Self> {
         let kind = fs_err::metadata(path)?.file_type();
         let refused = |what: &str, hint: &str| {
             Err(Error::input(format!("{} is {what}", path.display())).hint(hint))
@@ -44,7 +46,7 @@ impl DataPath {
         if kind.is_char_device() || kind.is_block_device() || kind.is_socket() {
             return refused("a device, not a file", "give a file, or pipe it in with /dev/stdin");
         }
-        let copy = kind.is_fifo().then(|| copy_of_pipe(path)).transpose()?;
+        let copy = kind.is_fifo().then(|| copy_of_pipe(path, progress)).transpose()?;
         Ok(Self { path: path.to_owned(), copy })
     }
 
@@ -226,16 +228,19 @@ pub(super) fn unreadable(path: &Path, error: &std::io::Error) -> Error {
 }
 
 /// What a pipe holds, in a temporary file.
-fn copy_of_pipe(path: &Path) -> Result<File> {
+fn copy_of_pipe(path: &Path, progress: &dyn Progress) -> Result<File> {
     let fault = |error: std::io::Error| unreadable(path, &error);
-    // To open a pipe waits for somebody who writes to it, unless it is told not to.
+    // To open a pipe, or to read one, waits for somebody who writes to it, unless it is told not to.
     let pipe = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
     let mut pipe = pipe.map_err(fault)?;
     let mut copy = tempfile::tempfile().map_err(super::documents::no_room)?;
     let mut bytes = vec![0; 64 << 10];
     let begin = Instant::now();
-    let mut total = loop {
+    let (mut total, mut has_writer) = (0, false);
+    loop {
+        progress.check_stop()?;
         match pipe.read(&mut bytes) {
+            Ok(0) if has_writer => return Ok(copy),
             Ok(0) if begin.elapsed() > Duration::from_secs(5) => {
                 return Err(Error::input(format!(
                     "{} is a pipe that nobody writes to",
@@ -245,32 +250,31 @@ fn copy_of_pipe(path: &Path) -> Result<File> {
             }
             Ok(0) => std::thread::sleep(Duration::from_millis(20)),
             Ok(count) => {
+                has_writer = true;
+                total += count as u64;
+                if total > PIPE_BYTES {
+                    return Err(Error::input(format!(
+                        "{} gives more than {} GB",
+                        path.display(),
+                        PIPE_BYTES >> 30
+                    ))
+                    .hint("give less of it, for example through head -c 1G"));
+                }
                 copy.write_all(&bytes[..count]).map_err(super::documents::no_room)?;
-                break count as u64;
             }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => break 0,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                has_writer = true;
+                wait_for_bytes(&pipe);
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => return Err(fault(error)),
         }
-    };
-    // SAFETY: both calls get an open descriptor; the flags are those that it has, but one.
-    unsafe {
-        let flags = libc::fcntl(pipe.as_raw_fd(), libc::F_GETFL);
-        libc::fcntl(pipe.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK);
     }
-    loop {
-        let count = fill(&mut pipe, &mut bytes, path)?;
-        if count == 0 {
-            return Ok(copy);
-        }
-        total += count as u64;
-        if total > PIPE_BYTES {
-            return Err(Error::input(format!(
-                "{} gives more than {} GB",
-                path.display(),
-                PIPE_BYTES >> 30
-            ))
-            .hint("give less of it, for example through head -c 1G"));
-        }
-        copy.write_all(&bytes[..count]).map_err(super::documents::no_room)?;
-    }
+}
+
+/// Returns when there is something to read, or after a tenth of a second.
+fn wait_for_bytes(pipe: &File) {
+    let mut asked = libc::pollfd { fd: pipe.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: the call gets one open descriptor. Whatever it returns, the caller reads again.
+    unsafe { libc::poll(&raw mut asked, 1, 100) };
 }

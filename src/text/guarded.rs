@@ -7,7 +7,7 @@ the clock and the process's memory. A thread that is given up keeps running; the
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
 thread_local! {
@@ -45,35 +45,69 @@ pub(super) struct Allowance {
     pub(super) bytes: u64,
 }
 
-/// The result of `work`, or why there is none: its panic, or that it exceeded the allowance.
+/// The result of `work`, or why there is none: its panic, that it exceeded the allowance, or that it was to `stop`.
 pub(super) fn watched<T: Send + 'static>(
     allowance: Allowance,
+    stop: &dyn Fn() -> bool,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, String> {
-    const LOOK: Duration = Duration::from_millis(50);
-    let (sender, receiver) = channel();
-    let before = resident_bytes().unwrap_or(0);
-    // Looks are counted and not the clock read: a process that was stopped did not take the time.
-    let mut waited = Duration::ZERO;
-    std::thread::Builder::new()
-        .stack_size(8 << 20)
-        .spawn(move || {
-            // Nobody listens any more if the caller has given up.
-            let _ = sender.send(caught(work));
-        })
-        .map_err(|error| format!("no thread can be started: {error}"))?;
-    loop {
-        match receiver.recv_timeout(LOOK) {
-            Ok(result) => return result,
-            Err(RecvTimeoutError::Disconnected) => return Err("its thread ended".to_owned()),
-            Err(RecvTimeoutError::Timeout) => waited += LOOK,
-        }
-        if waited > allowance.time {
-            return Err(format!("it takes longer than {} s", allowance.time.as_secs()));
-        }
-        let grown = resident_bytes().unwrap_or(0).saturating_sub(before);
-        if grown > allowance.bytes {
-            return Err(format!("it takes more than {} MB of memory", allowance.bytes >> 20));
+    let watched = Watched::begin(allowance, |give| {
+        give(work());
+    })?;
+    watched.next(stop)?.ok_or_else(|| "its thread ended".to_owned())
+}
+
+/// Work on a thread of its own that gives results one after the other, at most two ahead of who takes them.
+pub(super) struct Watched<T> {
+    results: Receiver<Result<T, String>>,
+    allowance: Allowance,
+}
+
+impl<T: Send + 'static> Watched<T> {
+    /// Begins `work`, which gives its results to the function that it gets, until that returns false.
+    pub(super) fn begin(
+        allowance: Allowance,
+        work: impl FnOnce(&mut dyn FnMut(T) -> bool) + Send + 'static,
+    ) -> Result<Self, String> {
+        let (sender, results) = sync_channel(1);
+        let work = move || {
+            if let Err(panic) = caught(|| work(&mut |result| sender.send(Ok(result)).is_ok())) {
+                // Nobody listens any more if the caller has given up.
+                let _ = sender.send(Err(panic));
+            }
+        };
+        std::thread::Builder::new()
+            .stack_size(8 << 20)
+            .spawn(work)
+            .map_err(|error| format!("no thread can be started: {error}"))?;
+        Ok(Self { results, allowance })
+    }
+
+    /// The next result, none after the last, or why there is none: the work's panic, that it exceeded the allowance
+    /// while it was waited for, or that it was to `stop`.
+    pub(super) fn next(&self, stop: &dyn Fn() -> bool) -> Result<Option<T>, String> {
+        const LOOK: Duration = Duration::from_millis(50);
+        let Self { results, allowance } = self;
+        let before = resident_bytes().unwrap_or(0);
+        // Looks are counted and not the clock read: a process that was stopped did not take the time.
+        let mut waited = Duration::ZERO;
+        loop {
+            match results.recv_timeout(LOOK) {
+                Ok(result) => return result.map(Some),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => waited += LOOK,
+            }
+            if stop() {
+                return Err("it was stopped".to_owned());
+            }
+            if waited > allowance.time {
+                return Err(format!("it takes longer than {} s", allowance.time.as_secs()));
+            }
+            let grown = resident_bytes().unwrap_or(0).saturating_sub(before);
+            if grown > allowance.bytes {
+                let most = allowance.bytes >> 20;
+                return Err(format!("it takes more than {most} MB of memory"));
+            }
         }
     }
 }
@@ -100,20 +134,38 @@ mod tests {
     fn a_panic_becomes_its_message() {
         assert_eq!(caught(|| 3), Ok(3));
         assert_eq!(caught(|| panic!("at {}", 7)), Err::<(), _>("at 7".to_owned()));
-        assert_eq!(watched(SHORT, || panic!("plain")), Err::<(), _>("plain".to_owned()));
+        assert_eq!(watched(SHORT, &|| false, || panic!("plain")), Err::<(), _>("plain".to_owned()));
         assert!(!CATCHING.get());
     }
 
     #[test]
+    fn results_come_one_after_the_other_and_a_panic_after_them() {
+        let begin = |panics: bool| {
+            let work = move |give: &mut dyn FnMut(u32) -> bool| {
+                assert!((0..5).all(give) && !panics, "no sixth");
+            };
+            Watched::begin(SHORT, work).unwrap()
+        };
+        for panics in [false, true] {
+            let results = begin(panics);
+            let next = || results.next(&|| false);
+            (0..5).for_each(|index| assert_eq!(next(), Ok(Some(index))));
+            assert_eq!(next(), if panics { Err("no sixth".to_owned()) } else { Ok(None) });
+        }
+    }
+
+    #[test]
     fn a_call_that_takes_too_long_or_too_much_is_given_up() {
-        assert_eq!(watched(SHORT, || 5), Ok(5));
-        let late = watched(SHORT, || std::thread::sleep(Duration::from_secs(2)));
+        assert_eq!(watched(SHORT, &|| false, || 5), Ok(5));
+        let sleep = || std::thread::sleep(Duration::from_secs(2));
+        let late = watched(SHORT, &|| false, sleep);
         assert_eq!(late, Err("it takes longer than 0 s".to_owned()));
+        assert_eq!(watched(SHORT, &|| true, sleep), Err("it was stopped".to_owned()));
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let long = Allowance { time: Duration::from_secs(60), ..SHORT };
         // Other tests give memory back meanwhile.
-        let large = watched(long, move || {
+        let large = watched(long, &|| false, move || {
             let mut held = Vec::new();
             while held.len() < 40 && !stopped.load(Relaxed) {
                 held.push(vec![1_u8; 50 << 20]);

@@ -1,6 +1,8 @@
 /*! Rows of a Parquet file as JSON objects. */
 
+use std::fs::File;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
@@ -9,9 +11,16 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Number, Value};
 
 use super::file::DataPath;
-use super::guarded::caught;
+use super::guarded::{Allowance, Watched};
 use super::rows::Take;
 use crate::{Error, Result};
+
+/// What the library may take for its next rows. A few bytes of a damaged file, or of one made for it, can claim or hold
+/// gigabytes.
+const ALLOWANCE: Allowance = Allowance { time: Duration::from_secs(120), bytes: 1 << 30 };
+
+/// Rows that come from the library's thread together.
+const BATCH: usize = 16;
 
 /// Calls `take` with each row: of the columns named those that there are, or all of them.
 pub(super) fn each_parquet_row(
@@ -22,6 +31,8 @@ pub(super) fn each_parquet_row(
     let damaged = |cause: String| {
         let hint = if cause.contains("Disabled feature") {
             "write it with snappy, gzip or zstd compression, or as JSONL: others are not read"
+        } else if cause.contains("of memory") {
+            "a page of it holds more than is read at once: write it with pages of the usual size, or as JSONL"
         } else {
             "the file may be cut or damaged: fetch it again"
         };
@@ -29,29 +40,57 @@ pub(super) fn each_parquet_row(
         Error::input(cause).context(whence).hint(hint)
     };
     let file = data.file()?;
-    let open = || {
-        let reader = SerializedFileReader::new(file).map_err(|error| error.to_string())?;
-        let schema = reader.metadata().file_metadata().schema();
-        let chosen = columns.and_then(|columns| chosen(schema, columns));
-        let rows = RowIter::from_file_into(Box::new(reader));
-        rows.project(chosen).map_err(|error| error.to_string())
-    };
+    let columns = columns.map(|columns| columns.iter().map(|&name| name.to_owned()).collect());
     // Some damaged files make the library panic.
-    let mut rows = caught(open).and_then(|rows| rows).map_err(damaged)?;
-    for index in 1.. {
-        let next = || rows.next().map(|row| row.map(|row| object(&row))).transpose();
-        let row = caught(next).and_then(|row| row.map_err(|error| error.to_string()));
-        let Some(row) = row.map_err(damaged)? else { break };
-        if take(&format!("row {index}"), row)?.is_break() {
-            break;
+    let batches = Watched::begin(ALLOWANCE, move |give| read(file, columns, give));
+    let batches = batches.map_err(damaged)?;
+    let mut index = 0;
+    while let Some(batch) = batches.next(&|| false).map_err(damaged)? {
+        for row in batch {
+            index += 1;
+            if take(&format!("row {index}"), row.map_err(damaged)?)?.is_break() {
+                return Ok(());
+            }
         }
     }
     Ok(())
 }
 
+/// Rows, or what the library says of the first one that it cannot read.
+type Batch = Vec<std::result::Result<Value, String>>;
+
+/// Gives the rows of a file to `give` until it returns false.
+fn read(file: File, columns: Option<Vec<String>>, give: &mut dyn FnMut(Batch) -> bool) {
+    let open = || {
+        let reader = SerializedFileReader::new(file)?;
+        let schema = reader.metadata().file_metadata().schema();
+        let chosen = columns.and_then(|columns| chosen(schema, &columns));
+        RowIter::from_file_into(Box::new(reader)).project(chosen)
+    };
+    let mut rows = match open() {
+        Ok(rows) => rows,
+        Err(error) => {
+            give(vec![Err(error.to_string())]);
+            return;
+        }
+    };
+    let one = |row: parquet::errors::Result<Row>| match row {
+        Ok(row) => Ok(object(&row)),
+        Err(error) => Err(error.to_string()),
+    };
+    loop {
+        let batch: Batch = rows.by_ref().take(BATCH).map(one).collect();
+        let last = batch.len() < BATCH || batch.iter().any(|row| row.is_err());
+        if !give(batch) || last {
+            return;
+        }
+    }
+}
+
 /// The schema with these columns alone; without any of them the rows will say what they lack.
-fn chosen(schema: &Type, columns: &[&str]) -> Option<Type> {
-    let fields = schema.get_fields().iter().filter(|field| columns.contains(&field.name()));
+fn chosen(schema: &Type, columns: &[String]) -> Option<Type> {
+    let named = |field: &&Arc<Type>| columns.iter().any(|name| name == field.name());
+    let fields = schema.get_fields().iter().filter(named);
     let fields: Vec<Arc<Type>> = fields.cloned().collect();
     let group = Type::group_type_builder(schema.name()).with_fields(fields.clone()).build();
     group.ok().filter(|_| !fields.is_empty())

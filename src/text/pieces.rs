@@ -41,6 +41,7 @@ use std::ops::{ControlFlow, Range};
 
 use super::Tokenizer;
 use super::reach::Reach;
+use crate::pipeline::progress::Progress;
 use crate::{Error, Result};
 
 /// Bytes of a piece, as long as pieces can be joined.
@@ -73,6 +74,7 @@ pub(super) type Sink<'s> = &'s mut dyn FnMut(&[u32]) -> Result<ControlFlow<()>>;
 /// Tokenizes a text that comes in parts.
 pub(super) struct Pieces<'t> {
     tokenizer: &'t Tokenizer,
+    progress: &'t dyn Progress,
     sink: Sink<'t>,
     /// Bytes of a piece where nothing hinders.
     piece: usize,
@@ -95,10 +97,15 @@ struct Piece {
 
 impl<'t> Pieces<'t> {
     /// Begins a text; its ids go to `sink`.
-    pub(super) fn begin(tokenizer: &'t Tokenizer, piece: usize, sink: Sink<'t>) -> Result<Self> {
+    pub(super) fn begin(
+        tokenizer: &'t Tokenizer,
+        piece: usize,
+        progress: &'t dyn Progress,
+        sink: Sink<'t>,
+    ) -> Result<Self> {
         let flow = sink(tokenizer.before())?;
         let text = String::new();
-        Ok(Self { tokenizer, sink, piece, text, current: None, needed: piece, flow })
+        Ok(Self { tokenizer, progress, sink, piece, text, current: None, needed: piece, flow })
     }
 
     /// Goes on with the text. Breaks when no more of it is needed.
@@ -132,7 +139,7 @@ impl<'t> Pieces<'t> {
             }
             self.give(usize::MAX)?;
         } else {
-            let ids = self.tokenizer.ids(std::mem::take(&mut self.text))?;
+            let ids = self.tokenizer.ids(std::mem::take(&mut self.text), self.progress)?;
             self.flow = (self.sink)(&ids)?;
         }
         if self.flow.is_continue() {
@@ -145,7 +152,7 @@ impl<'t> Pieces<'t> {
     fn step(&mut self, reach: &Reach) -> Result<()> {
         if self.current.is_none() {
             let len = self.text.floor_char_boundary(self.piece);
-            let tokens = self.tokenizer.tokens(&self.text[..len])?;
+            let tokens = self.tokenizer.tokens(&self.text[..len], self.progress)?;
             self.current = Some(Piece { tokens, len, next: 0 });
         } else if !self.join(reach, self.piece)? {
             self.grow(self.text.len())?;
@@ -172,7 +179,7 @@ impl<'t> Pieces<'t> {
             let begin = self.text.floor_char_boundary(begin);
             let end = begin.saturating_add(len).max(current.len + self.piece / 2);
             let end = self.text.floor_char_boundary(end);
-            let tokens = self.tokenizer.tokens(&self.text[begin..end])?;
+            let tokens = self.tokenizer.tokens(&self.text[begin..end], self.progress)?;
             let Some((settled, next)) = joint(&self.text, reach, current, begin, &tokens) else {
                 continue;
             };
@@ -187,7 +194,7 @@ impl<'t> Pieces<'t> {
     /// Tokenizes the current piece again, with what follows up to `len`.
     fn grow(&mut self, len: usize) -> Result<()> {
         let current = self.current.take().expect("the caller has a piece");
-        let tokens = self.tokenizer.tokens(&self.text[..len])?;
+        let tokens = self.tokenizer.tokens(&self.text[..len], self.progress)?;
         let next = match current.tokens.get(current.next) {
             _ if current.next == 0 => Some(0),
             // The place where it was joined is far from both of its ends.

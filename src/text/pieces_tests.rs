@@ -3,6 +3,7 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::pipeline::progress::Silent;
 use crate::text::PythonRandom;
 
 const TINY_LLAMA: &[u8] = include_bytes!("../../models/tiny-llama/tokenizer.json");
@@ -309,7 +310,7 @@ fn by_pieces(tokenizer: &Tokenizer, text: &str, piece: usize) -> (Vec<u32>, usiz
         ids.extend_from_slice(some);
         Ok(ControlFlow::Continue(()))
     };
-    let mut pieces = Pieces::begin(tokenizer, piece, &mut sink).unwrap();
+    let mut pieces = Pieces::begin(tokenizer, piece, &Silent, &mut sink).unwrap();
     let mut rest = text;
     while !rest.is_empty() {
         let (part, next) = rest.split_at(rest.ceil_char_boundary(100.min(rest.len())));
@@ -371,13 +372,13 @@ fn odd_texts_are_cut_where_words_or_merges_allow_it() {
 #[test]
 fn a_text_is_read_no_further_than_its_ids_are_wanted() {
     let tokenizer = Tokenizer::from_bytes(TINY_LLAMA, "tokenizer.json").unwrap();
-    let all = tokenizer.encode(SAMPLE).unwrap();
+    let all = tokenizer.encode(SAMPLE, &Silent).unwrap();
     let mut ids = Vec::new();
     let mut sink = |some: &[u32]| {
         ids.extend_from_slice(some);
         Ok(if ids.len() < 500 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
     };
-    let mut pieces = Pieces::begin(&tokenizer, 2000, &mut sink).unwrap();
+    let mut pieces = Pieces::begin(&tokenizer, 2000, &Silent, &mut sink).unwrap();
     let mut read = 0;
     for part in SAMPLE.as_bytes().chunks(100) {
         read += part.len();
@@ -388,4 +389,89 @@ fn a_text_is_read_no_further_than_its_ids_are_wanted() {
     pieces.finish().unwrap();
     assert!(read < 8000, "{read} bytes were read");
     assert_eq!(ids, all[..ids.len()]);
+}
+
+/// Letters of eight scripts, emoji among them, in words of ten.
+fn many_scripts(characters: usize) -> String {
+    const SCRIPTS: [(u32, u32); 8] = [
+        (0xc0, 0x24f),
+        (0x391, 0x3a1),
+        (0x410, 0x44f),
+        (0x627, 0x63a),
+        (0x905, 0x939),
+        (0x3041, 0x3096),
+        (0x4e00, 0x9fa5),
+        (0x1f600, 0x1f64f),
+    ];
+    let mut random = PythonRandom::new(3);
+    let mut text = String::new();
+    for index in 0..characters {
+        let (first, last) = SCRIPTS[(index / 300) % SCRIPTS.len()];
+        let code = u32::try_from(random.randint(first.into(), last.into())).unwrap();
+        text.push(char::from_u32(code).unwrap());
+        if index % 10 == 9 {
+            text.push_str([" ", "\n", "。", "  ", ", "][index / 10 % 5]);
+        }
+    }
+    text
+}
+
+/// Every file of the program's source, one behind the other.
+fn source_code() -> String {
+    let mut files = Vec::new();
+    let mut directories = vec![std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
+    while let Some(directory) = directories.pop() {
+        for entry in fs_err::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { directories.push(path) } else { files.push(path) }
+        }
+    }
+    files.sort();
+    files.iter().map(|path| fs_err::read_to_string(path).unwrap()).collect()
+}
+
+/// At the length that pieces have, with tokenizers as they are published.
+#[test]
+fn long_texts_of_every_sort_have_the_ids_of_the_text_at_once() {
+    let mut models = vec![("tiny-llama", TINY_LLAMA.to_vec())];
+    match std::env::var_os("ATOM_SMOLLM2") {
+        Some(model) => {
+            let path = std::path::Path::new(&model).join("tokenizer.json");
+            models.push(("SmolLM2", fs_err::read(path).unwrap()));
+        }
+        None => eprintln!("skipped: set ATOM_SMOLLM2 to a directory made by tests/smollm2.py"),
+    }
+    let mut texts = vec![("code", source_code()), ("many scripts", many_scripts(400_000))];
+    match std::env::var_os("ATOM_DATA") {
+        Some(data) => {
+            let path = std::path::Path::new(&data).join("wikitext2/wiki.valid.raw");
+            texts.push(("WikiText-2", fs_err::read_to_string(path).unwrap()));
+        }
+        None => eprintln!("skipped: set ATOM_DATA to a directory that holds wikitext2"),
+    }
+    for (name, json) in models {
+        let tokenizer = Tokenizer::from_bytes(&json, name).unwrap();
+        let plain = tokenizers::Tokenizer::from_bytes(&json).unwrap();
+        let mut added: Vec<_> = plain.get_added_tokens_decoder().into_iter().collect();
+        added.sort_by_key(|(id, _)| *id);
+        let words = SAMPLE.split(' ').zip(added.iter().cycle()).enumerate();
+        let with_added: String = words
+            .map(|(at, (word, (_, token)))| {
+                let token = if at % 3 == 0 { &token.content[..] } else { " " };
+                format!("{word}{token}")
+            })
+            .collect();
+        let added = ("added tokens", with_added.repeat(1_000_000 / with_added.len()));
+        for (text_name, text) in texts.iter().chain([&added]) {
+            assert!(text.len() > 3 * super::PIECE_BYTES, "{text_name} is too short");
+            let (ids, longest) = by_pieces(&tokenizer, text, super::PIECE_BYTES);
+            let expected = plain.encode_fast(&text[..], true).unwrap();
+            let differs = ids.iter().zip(expected.get_ids()).position(|(a, b)| a != b);
+            assert!(ids == expected.get_ids(), "{name}, {text_name}: token {differs:?} differs");
+            assert!(
+                longest < 3 * super::PIECE_BYTES,
+                "{name}, {text_name}: {longest} bytes at a time"
+            );
+        }
+    }
 }

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::csv_rows::each_csv_row;
 use super::file::DataPath;
 use super::parquet_rows::each_parquet_row;
+use crate::pipeline::progress::Silent;
 use crate::{Error, Result};
 
 /// How a file holds its text.
@@ -47,7 +48,7 @@ pub(super) type Take<'t> = &'t mut dyn FnMut(&str, Value) -> Result<ControlFlow<
 /// If the file cannot be read, its name does not say that it holds rows, or a row is none.
 pub fn rows(path: &Path) -> Result<Vec<Value>> {
     let mut rows = Vec::new();
-    each_row(&DataPath::open(path)?, None, &mut |_, row| {
+    each_row(&DataPath::open(path, &Silent)?, None, &mut |_, row| {
         rows.push(row);
         Ok(ControlFlow::Continue(()))
     })?;

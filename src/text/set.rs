@@ -28,7 +28,8 @@ use super::windows::{calibration_starts, check_asked, check_size, evaluation_cou
 use super::{Split, Tokenizer};
 use crate::checkpoint::{hex, sha256_hex};
 use crate::hub::{DataFile, Hub};
-use crate::{Error, Result};
+use crate::pipeline::progress::Progress;
+use crate::{Error, Kind, Result};
 
 /// One text set, or for calibration a mix of several.
 pub struct TextSet {
@@ -163,19 +164,21 @@ impl TextSet {
     /// `random.seed(seed)`.
     ///
     /// # Errors
-    /// If a text cannot be read or there is too little of it, or there are fewer samples than sets.
+    /// If a text cannot be read or there is too little of it, there are fewer samples than sets, or the user asked the
+    /// run to stop.
     pub fn calibration_windows(
         &self,
         tokenizer: &Tokenizer,
         samples: usize,
         seq_len: usize,
         seed: u64,
+        progress: &dyn Progress,
     ) -> Result<CalibrationWindows> {
         check_asked(samples, seq_len)?;
         let mut tokens = Vec::new();
         let mut sets = Vec::new();
         for (part, samples) in self.parts.iter().zip(self.shares(samples)?) {
-            let (drawn, sha256) = part.draw(tokenizer, samples, seq_len, seed)?;
+            let (drawn, sha256) = part.draw(tokenizer, samples, seq_len, seed, progress)?;
             tokens.extend(drawn);
             let (name, file) = (part.name.clone(), part.file.clone());
             sets.push(SetUsed { name, sha256, samples, file });
@@ -197,12 +200,13 @@ impl TextSet {
     /// 256, drawn after `random.seed(0)`. At most `limit` of them, the first ones. Asked for again, they are the same.
     ///
     /// # Errors
-    /// If the text cannot be read, or there is too little of it.
+    /// If the text cannot be read, there is too little of it, or the user asked the run to stop.
     pub fn evaluation_windows(
         &self,
         tokenizer: &Tokenizer,
         seq_len: usize,
         limit: Option<usize>,
+        progress: &dyn Progress,
     ) -> Result<Vec<u32>> {
         check_asked(limit.unwrap_or(usize::MAX), seq_len)?;
         let wanted = Evaluated { tokenizer: tokenizer.sha256().to_owned(), seq_len, limit };
@@ -214,7 +218,7 @@ impl TextSet {
         }
         let mut windows = Vec::new();
         for part in &self.parts {
-            windows.extend(part.evaluate(tokenizer, seq_len, limit)?);
+            windows.extend(part.evaluate(tokenizer, seq_len, limit, progress)?);
         }
         *evaluated = Some((wanted, windows.clone()));
         Ok(windows)
@@ -242,14 +246,14 @@ impl Part {
             let file = set.file(split);
             let found = hub.dataset_file(&set.repo, &set.revision, file);
             let file = found.map_err(|error| or_own_file(error, spec, file))?;
-            return Self::open(spec, &file.path.clone(), Some(set), Some(file));
+            return Self::open(spec, &file.path.clone(), Some(set), Some(file), hub.progress());
         }
         if let Some((name, path)) = spec.split_once('=')
             && let Some(set) = named::set(name)
         {
-            return Self::open(spec, Path::new(path), Some(set), None);
+            return Self::open(spec, Path::new(path), Some(set), None, hub.progress());
         }
-        Self::open(spec, Path::new(spec), None, None)
+        Self::open(spec, Path::new(spec), None, None, hub.progress())
     }
 
     /// A file, to be read by the rules of a named set if it is one.
@@ -258,6 +262,7 @@ impl Part {
         path: &Path,
         set: Option<NamedSet>,
         file: Option<DataFile>,
+        progress: &dyn Progress,
     ) -> Result<Self> {
         if let Err(error) = fs_err::metadata(path) {
             let absent = error.kind() == ErrorKind::NotFound;
@@ -271,7 +276,11 @@ impl Part {
             ))
             .hint(format!("give `{name}` a file of rows: .parquet, .jsonl or .json.gz")));
         }
-        let content = Content::File(DataPath::open(path)?, set);
+        let data = DataPath::open(path, progress)?;
+        if data.bytes()? == 0 {
+            return Err(empty(path));
+        }
+        let content = Content::File(data, set);
         Ok(Self { name: name.to_owned(), content, file })
     }
 
@@ -286,15 +295,17 @@ impl Part {
         samples: usize,
         seq_len: usize,
         seed: u64,
+        progress: &dyn Progress,
     ) -> Result<(Vec<u32>, String)> {
-        let whence = |error: Error| error.context(format!("calibration text `{}`", self.name));
-        if let Some((documents, sha256)) = self.documents()? {
-            let drawn = documents.draw(tokenizer, samples, seq_len, seed).map_err(whence)?;
+        let whence = |error: Error| whence(error, "calibration", &self.name);
+        if let Some((documents, sha256)) = self.documents(progress)? {
+            let drawn = documents.draw(tokenizer, samples, seq_len, seed, progress);
+            let drawn = drawn.map_err(whence)?;
             return Ok((drawn, sha256));
         }
-        self.check_file()?;
+        self.check_file(progress)?;
         let mut ids = Ids::new();
-        let sha256 = self.tokenize(tokenizer, &mut |some| {
+        let sha256 = self.tokenize(tokenizer, progress, &mut |some| {
             ids.append(some)?;
             Ok(ControlFlow::Continue(()))
         })?;
@@ -312,18 +323,20 @@ impl Part {
         tokenizer: &Tokenizer,
         seq_len: usize,
         limit: Option<usize>,
+        progress: &dyn Progress,
     ) -> Result<Vec<u32>> {
-        let whence = |error: Error| error.context(format!("evaluation text `{}`", self.name));
-        if let Some((documents, _)) = self.documents()? {
+        let whence = |error: Error| whence(error, "evaluation", &self.name);
+        if let Some((documents, _)) = self.documents(progress)? {
             let count = limit.unwrap_or(DOCUMENT_WINDOWS).min(DOCUMENT_WINDOWS);
-            return documents.draw(tokenizer, count, seq_len, DOCUMENT_SEED).map_err(whence);
+            let drawn = documents.draw(tokenizer, count, seq_len, DOCUMENT_SEED, progress);
+            return drawn.map_err(whence);
         }
         if limit.is_none() {
-            self.check_file()?;
+            self.check_file(progress)?;
         }
         let wanted = limit.map_or(usize::MAX, |limit| limit.saturating_mul(seq_len));
         let mut ids = Vec::new();
-        self.tokenize(tokenizer, &mut |some| {
+        self.tokenize(tokenizer, progress, &mut |some| {
             ids.extend_from_slice(some);
             check_size(ids.len().min(wanted), 1)?;
             Ok(if ids.len() < wanted { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
@@ -337,13 +350,15 @@ impl Part {
     fn tokenize(
         &self,
         tokenizer: &Tokenizer,
+        progress: &dyn Progress,
         sink: &mut dyn FnMut(&[u32]) -> Result<ControlFlow<()>>,
     ) -> Result<String> {
-        let mut pieces = Pieces::begin(tokenizer, PIECE_BYTES, sink)?;
+        let mut pieces = Pieces::begin(tokenizer, PIECE_BYTES, progress, sink)?;
         let mut hash = Sha256::new();
         let (mut bytes, mut blank) = (0, true);
         let mut flow = ControlFlow::Continue(());
         self.each_part(&mut |text| {
+            progress.check_stop()?;
             bytes += text.len() as u64;
             self.check_length(bytes, TEXT_BYTES)?;
             blank &= text.trim().is_empty();
@@ -362,7 +377,7 @@ impl Part {
     }
 
     /// Refuses a text that has to be read to its end and is too long, before it is tokenized.
-    fn check_file(&self) -> Result<()> {
+    fn check_file(&self, progress: &dyn Progress) -> Result<()> {
         let Content::File(data, _) = &self.content else { return Ok(()) };
         if Form::of(data.path()) == Form::Plain && !data.is_gzip() {
             return self.check_length(data.bytes()?, TEXT_BYTES);
@@ -370,6 +385,7 @@ impl Part {
         // A small file may hold a long text.
         let mut bytes = 0;
         self.each_part(&mut |text| {
+            progress.check_stop()?;
             bytes += text.len() as u64;
             self.check_length(bytes, TEXT_BYTES)?;
             Ok(ControlFlow::Continue(()))
@@ -426,7 +442,7 @@ impl Part {
     }
 
     /// The documents of a set whose rows stay apart, and their SHA-256.
-    fn documents(&self) -> Result<Option<(Documents, String)>> {
+    fn documents(&self, progress: &dyn Progress) -> Result<Option<(Documents, String)>> {
         let Content::File(data, Some(set)) = &self.content else { return Ok(None) };
         if set.rows != Rows::Documents {
             return Ok(None);
@@ -434,6 +450,7 @@ impl Part {
         let mut gathering = Gathering::begin()?;
         let mut bytes = 0;
         each_text(data, Some(set), &mut |text| {
+            progress.check_stop()?;
             bytes += text.len() as u64;
             self.check_length(bytes, DOCUMENT_BYTES)?;
             gathering.add(text)?;
@@ -491,6 +508,14 @@ fn each_text(
     each_row(data, Some(&[field, "text"]), &mut of_row)
 }
 
+/// An error of a text, which is named unless the user asked the run to stop.
+fn whence(error: Error, what: &str, name: &str) -> Error {
+    match error.kind() {
+        Kind::Interrupted => error,
+        _ => error.context(format!("{what} text `{name}`")),
+    }
+}
+
 fn empty(path: &Path) -> Error {
     Error::input(format!("{} holds no text", path.display())).hint(FORMS)
 }
@@ -507,6 +532,10 @@ fn or_own_file(error: Error, name: &str, file: &str) -> Error {
 }
 
 fn unknown(spec: &str, set: Option<&NamedSet>, path: &Path) -> Error {
+    if path.as_os_str().is_empty() {
+        return Error::input(format!("`{spec}` names no file"))
+            .hint("give a text set, such as `sample`, the path of a file, or NAME=FILE");
+    }
     if set.is_some() {
         return Error::input(format!("{} of `{spec}` does not exist", path.display()))
             .hint("after the name of a text set and `=` stands a file of it");

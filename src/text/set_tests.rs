@@ -35,7 +35,7 @@ impl TextSet {
 
     /// The hash that calibration finds.
     fn sha256(&self) -> String {
-        self.calibration_windows(&tiny_llama(), 1, 1, 0).unwrap().sha256
+        self.calibration_windows(&tiny_llama(), 1, 1, 0, &Silent).unwrap().sha256
     }
 }
 
@@ -50,7 +50,7 @@ struct Loaded {
 fn load_as(prefix: &str, name: &str, content: &[u8]) -> Result<Loaded> {
     let (_directory, path) = file(name, content);
     let set = TextSet::load(&format!("{prefix}{path}"), Split::Calibration, &hub())?;
-    let sha256 = set.calibration_windows(&tiny_llama(), 1, 1, 0)?.sha256;
+    let sha256 = set.calibration_windows(&tiny_llama(), 1, 1, 0, &Silent)?.sha256;
     Ok(Loaded { name: set.name.clone(), text: set.text(), sha256 })
 }
 
@@ -218,24 +218,27 @@ fn documents_are_drawn_as_the_reference_draws_them() {
         (0, 160, &[(103, 19), (37, 19), (80, 19)]),
     ] {
         let expected = places.iter().flat_map(|(document, start)| {
-            tokenizer.encode(&paragraphs[*document]).unwrap()[*start..start + seq_len].to_vec()
+            tokenizer.encode(&paragraphs[*document], &Silent).unwrap()[*start..start + seq_len]
+                .to_vec()
         });
-        let drawn =
-            set.calibration_windows(&tokenizer, places.len(), seq_len, seed).unwrap().tokens;
+        let drawn = set
+            .calibration_windows(&tokenizer, places.len(), seq_len, seed, &Silent)
+            .unwrap()
+            .tokens;
         assert_eq!(drawn, expected.collect::<Vec<_>>());
         if seed == 0 {
             let limit = Some(places.len());
-            assert_eq!(set.evaluation_windows(&tokenizer, seq_len, limit).unwrap(), drawn);
+            assert_eq!(set.evaluation_windows(&tokenizer, seq_len, limit, &Silent).unwrap(), drawn);
         }
     }
-    assert_eq!(set.evaluation_windows(&tokenizer, 64, None).unwrap().len(), 256 * 64);
-    assert_eq!(set.evaluation_windows(&tokenizer, 64, Some(900)).unwrap().len(), 256 * 64);
+    assert_eq!(set.evaluation_windows(&tokenizer, 64, None, &Silent).unwrap().len(), 256 * 64);
+    assert_eq!(set.evaluation_windows(&tokenizer, 64, Some(900), &Silent).unwrap().len(), 256 * 64);
 }
 
 #[test]
 fn no_document_is_long_enough() {
     let (_directory, set, paragraphs) = documents();
-    let error = set.calibration_windows(&tiny_llama(), 1, 5000, 0).unwrap_err();
+    let error = set.calibration_windows(&tiny_llama(), 1, 5000, 0, &Silent).unwrap_err();
     assert_eq!(error.kind(), Kind::Input);
     assert_eq!(
         error.causes(),
@@ -252,8 +255,9 @@ fn a_mix_divides_the_samples_and_draws_each_set_as_if_alone() {
     let (sample, other) = (alone("sample"), alone(&text));
     let tokenizer = tiny_llama();
     for (samples, shares) in [(7, [4, 3]), (8, [4, 4]), (2, [1, 1])] {
-        let draw =
-            |set: &TextSet, samples| set.calibration_windows(&tokenizer, samples, 32, 5).unwrap();
+        let draw = |set: &TextSet, samples| {
+            set.calibration_windows(&tokenizer, samples, 32, 5, &Silent).unwrap()
+        };
         let expected = [draw(&sample, shares[0]).tokens, draw(&other, shares[1]).tokens].concat();
         let drawn = draw(&mix, samples);
         assert_eq!(drawn.tokens, expected, "{samples}");
@@ -263,9 +267,9 @@ fn a_mix_divides_the_samples_and_draws_each_set_as_if_alone() {
         assert_eq!(drawn.sha256, sha256_hex(hashes.as_bytes()));
     }
     assert_eq!(mix.name, format!("sample,{text}"));
-    let alone = sample.calibration_windows(&tokenizer, 7, 32, 5).unwrap();
+    let alone = sample.calibration_windows(&tokenizer, 7, 32, 5, &Silent).unwrap();
     assert!(alone.sets.is_empty(), "one file says all by its name and hash");
-    let error = mix.calibration_windows(&tokenizer, 1, 32, 5).unwrap_err();
+    let error = mix.calibration_windows(&tokenizer, 1, 32, 5, &Silent).unwrap_err();
     assert_eq!(error.kind(), Kind::Usage);
 
     for (spec, split) in [("sample,ptb", Split::Evaluation), ("sample,sample", Split::Calibration)]
@@ -304,17 +308,17 @@ fn the_sample_is_long_enough_and_its_parts_differ() {
     assert_ne!(calibration.sha256(), evaluation.sha256());
 
     let tokenizer = tiny_llama();
-    let ids = tokenizer.encode(&calibration.text()).unwrap();
-    let drawn = calibration.calibration_windows(&tokenizer, 128, 2048, 0).unwrap();
+    let ids = tokenizer.encode(&calibration.text(), &Silent).unwrap();
+    let drawn = calibration.calibration_windows(&tokenizer, 128, 2048, 0, &Silent).unwrap();
     assert_eq!(drawn.tokens.len(), 128 * 2048);
     // Broad vocabulary: most of the ids that the tokenizer has should occur.
     let distinct: std::collections::HashSet<_> = ids.iter().collect();
     assert!(distinct.len() > 2000, "{} distinct ids of {}", distinct.len(), ids.len());
 
     for (seq_len, limit, windows) in [(1024, None, 2..5), (2048, Some(1), 1..2)] {
-        let tokens = evaluation.evaluation_windows(&tokenizer, seq_len, limit).unwrap();
+        let tokens = evaluation.evaluation_windows(&tokenizer, seq_len, limit, &Silent).unwrap();
         assert!(windows.contains(&(tokens.len() / seq_len)), "{} tokens", tokens.len());
-        let ids = tokenizer.encode(&evaluation.text()).unwrap();
+        let ids = tokenizer.encode(&evaluation.text(), &Silent).unwrap();
         assert_eq!(tokens, ids[..tokens.len()]);
     }
 }
@@ -376,7 +380,7 @@ fn wikitext2_as_rows_and_as_a_plain_file() {
     let tokenizer = Tokenizer::from_bytes(&fs::read(&path).unwrap(), "tokenizer.json").unwrap();
     assert_eq!(tokenizer.vocab_size(), 49_152);
     for (text, tokens) in [(raw, 303_415), (rows, 304_978)] {
-        let ids = tokenizer.encode(&text).unwrap();
+        let ids = tokenizer.encode(&text, &Silent).unwrap();
         assert_eq!(ids.len(), tokens);
         assert_eq!(ids.len() / 2048, 148);
     }
@@ -429,12 +433,12 @@ fn evaluation_windows_stay_when_the_file_changes() {
     let (directory, path) = file("text.txt", "One word and another word . ".repeat(200).as_bytes());
     let set = TextSet::load(&path, Split::Evaluation, &hub()).unwrap();
     let tokenizer = tiny_llama();
-    let before = set.evaluation_windows(&tokenizer, 32, Some(3)).unwrap();
+    let before = set.evaluation_windows(&tokenizer, 32, Some(3), &Silent).unwrap();
     fs::write(&path, "Something else .").unwrap();
-    assert_eq!(set.evaluation_windows(&tokenizer, 32, Some(3)).unwrap(), before);
+    assert_eq!(set.evaluation_windows(&tokenizer, 32, Some(3), &Silent).unwrap(), before);
     drop(directory);
-    assert_eq!(set.evaluation_windows(&tokenizer, 32, Some(3)).unwrap(), before);
-    assert!(set.evaluation_windows(&tokenizer, 32, Some(2)).is_err());
+    assert_eq!(set.evaluation_windows(&tokenizer, 32, Some(3), &Silent).unwrap(), before);
+    assert!(set.evaluation_windows(&tokenizer, 32, Some(2), &Silent).is_err());
 }
 
 /// A text whose letters end late: its windows of white space are no evaluation.
@@ -443,8 +447,8 @@ fn white_space_is_no_text_however_long() {
     let blank = " \n".repeat(300_000);
     let (_directory, path) = file("blank.txt", blank.as_bytes());
     let set = TextSet::load(&path, Split::Evaluation, &hub()).unwrap();
-    let error = set.evaluation_windows(&tiny_llama(), 8, Some(1)).unwrap_err();
+    let error = set.evaluation_windows(&tiny_llama(), 8, Some(1), &Silent).unwrap_err();
     assert!(error.message().ends_with("blank.txt holds no text"), "{error}");
     fs::write(&path, blank + "word").unwrap();
-    assert_eq!(set.evaluation_windows(&tiny_llama(), 8, Some(1)).unwrap().len(), 8);
+    assert_eq!(set.evaluation_windows(&tiny_llama(), 8, Some(1), &Silent).unwrap().len(), 8);
 }

@@ -14,6 +14,7 @@ use super::guarded::{Allowance, caught, watched};
 use super::pieces::{PIECE_BYTES, Pieces, Token};
 use super::reach::Reach;
 use crate::checkpoint::sha256_hex;
+use crate::pipeline::progress::Progress;
 use crate::{Error, Result};
 
 /// Turns text into a model's ids.
@@ -62,19 +63,24 @@ impl Tokenizer {
     /// The ids of the text, special tokens of the tokenizer's post-processor included.
     ///
     /// # Errors
-    /// If the tokenizer has no id for some part of the text.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode_in_pieces(text, PIECE_BYTES)
+    /// If the tokenizer has no id for some part of the text, or the user asked the run to stop.
+    pub fn encode(&self, text: &str, progress: &dyn Progress) -> Result<Vec<u32>> {
+        self.encode_in_pieces(text, PIECE_BYTES, progress)
     }
 
     /// The same ids, by pieces of so many bytes.
-    pub(super) fn encode_in_pieces(&self, text: &str, piece: usize) -> Result<Vec<u32>> {
+    pub(super) fn encode_in_pieces(
+        &self,
+        text: &str,
+        piece: usize,
+        progress: &dyn Progress,
+    ) -> Result<Vec<u32>> {
         let mut ids = Vec::new();
         let mut sink = |some: &[u32]| {
             ids.extend_from_slice(some);
             Ok(ControlFlow::Continue(()))
         };
-        let mut pieces = Pieces::begin(self, piece, &mut sink)?;
+        let mut pieces = Pieces::begin(self, piece, progress, &mut sink)?;
         let _ = pieces.push(text)?;
         pieces.finish()?;
         Ok(ids)
@@ -111,20 +117,25 @@ impl Tokenizer {
     }
 
     /// The ids of a text by itself.
-    pub(super) fn ids(&self, text: String) -> Result<Vec<u32>> {
+    pub(super) fn ids(&self, text: String, progress: &dyn Progress) -> Result<Vec<u32>> {
         // The fast variant leaves out where tokens lie.
-        self.run(text, |tokenizer, text| Ok(tokenizer.encode_fast(text, false)?.get_ids().to_vec()))
+        self.run(text, progress, |tokenizer, text| {
+            Ok(tokenizer.encode_fast(text, false)?.get_ids().to_vec())
+        })
     }
 
     /// The tokens of a text by itself, and where they lie in it.
-    pub(super) fn tokens(&self, text: &str) -> Result<Vec<Token>> {
-        self.run(text.to_owned(), |tokenizer, text| Ok(tokens(&tokenizer.encode(text, false)?)))
+    pub(super) fn tokens(&self, text: &str, progress: &dyn Progress) -> Result<Vec<Token>> {
+        self.run(text.to_owned(), progress, |tokenizer, text| {
+            Ok(tokens(&tokenizer.encode(text, false)?))
+        })
     }
 
     /// Calls the tokenizer in a way that survives what damaged files make it do.
     fn run<T: Send + 'static>(
         &self,
         text: String,
+        progress: &dyn Progress,
         encode: impl FnOnce(&tokenizers::Tokenizer, &str) -> tokenizers::Result<T> + Send + 'static,
     ) -> Result<T> {
         let bytes = text.len() as u64;
@@ -135,8 +146,10 @@ impl Tokenizer {
         } else {
             // Usual are 2 MB a second and 150 bytes a byte.
             let time = Duration::from_secs(60 + bytes / 10_000);
-            watched(Allowance { time, bytes: (1 << 30) + 600 * bytes }, work)
+            let allowance = Allowance { time, bytes: (1 << 30) + 600 * bytes };
+            watched(allowance, &|| progress.stop_requested(), work)
         };
+        progress.check_stop()?;
         result.and_then(|encoded| encoded).map_err(|cause| {
             Error::input(cause)
                 .context(format!("{} cannot tokenize the text", self.path))
@@ -214,6 +227,7 @@ fn growth(tokenizer: &tokenizers::Tokenizer) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::progress::Silent;
 
     const TINY_LLAMA: &str =
         concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-llama/tokenizer.json");
@@ -225,11 +239,11 @@ mod tests {
     #[test]
     fn puts_one_beginning_of_sequence_before_the_whole_text() {
         let tokenizer = Tokenizer::from_bytes(&tiny_llama(), TINY_LLAMA).unwrap();
-        let ids = tokenizer.encode("The first line .\n\n The second line .\n").unwrap();
+        let ids = tokenizer.encode("The first line .\n\n The second line .\n", &Silent).unwrap();
         assert_eq!(ids[0], 0);
         assert!(!ids[1..].contains(&0));
         assert!(ids.len() > 8, "{ids:?}");
-        assert_eq!(tokenizer.encode("").unwrap(), [0]);
+        assert_eq!(tokenizer.encode("", &Silent).unwrap(), [0]);
         assert_eq!(tokenizer.vocab_size(), 4096);
     }
 
@@ -246,7 +260,7 @@ mod tests {
         });
         let cut = Tokenizer::from_bytes(json.to_string().as_bytes(), "cut.json").unwrap();
         let text = "Ten or so short words that make more than four ids .";
-        assert_eq!(cut.encode(text).unwrap(), plain.encode(text).unwrap());
+        assert_eq!(cut.encode(text, &Silent).unwrap(), plain.encode(text, &Silent).unwrap());
     }
 
     #[test]

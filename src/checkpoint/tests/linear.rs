@@ -110,7 +110,8 @@ fn a_linear_comes_back_from_the_work_and_from_the_finished_checkpoint() {
     let mut specs = linear_specs(PREFIX, &shape);
     specs.push(order_spec(SITE, order.len()));
     let mut writer =
-        Writer::create(&super::to(&out, false), specs, &json!({}), Options::default()).unwrap();
+        Writer::create(&super::to(&out, false), specs, &json!({}), Options::default(), &|| Ok(()))
+            .unwrap();
     let mut tensors = to_tensors(PREFIX, linear);
     tensors.push(order_tensor(SITE, &order));
     writer.write_block("0", tensors, Value::Null).unwrap();

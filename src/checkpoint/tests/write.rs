@@ -6,7 +6,8 @@ use serde_json::json;
 /// Writes a whole checkpoint; `b_first` says which block goes first.
 fn complete(out: &Path, overwrite: bool, options: Options, b_first: bool) -> u64 {
     let destination = to(out, overwrite);
-    let mut writer = Writer::create(&destination, specs(), &json!({"bits": 4}), options).unwrap();
+    let mut writer =
+        Writer::create(&destination, specs(), &json!({"bits": 4}), options, &|| Ok(())).unwrap();
     let mut blocks = vec![("a", block_a()), ("b", block_b())];
     if b_first {
         blocks.reverse();
@@ -54,7 +55,7 @@ fn what_is_written_is_read_by_us_and_by_the_safetensors_crate() {
         assert_eq!(tensor.bytes, expected);
         let spec = specs().into_iter().find(|spec| spec.name == name).unwrap();
         assert_eq!((tensor.dtype, tensor.shape), (spec.dtype, &spec.shape[..]));
-        checkpoint.verify_tensor(&name).unwrap();
+        checkpoint.verify_tensor(&name, &|| Ok(())).unwrap();
     }
     assert_eq!(checkpoint.config()["model_type"], "llama");
     assert_eq!(&*checkpoint.tokenizer().unwrap(), b"{}");
@@ -92,7 +93,8 @@ fn an_existing_output_is_replaced_only_when_asked() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("out");
     complete(&out, false, Options::default(), false);
-    let again = || Writer::create(&to(&out, false), specs(), &json!({}), Options::default());
+    let again =
+        || Writer::create(&to(&out, false), specs(), &json!({}), Options::default(), &|| Ok(()));
     let error = error_of(again());
     assert_eq!(error.kind(), Kind::Usage);
     assert_eq!(error.message(), format!("output directory {} exists", out.display()));
@@ -102,7 +104,8 @@ fn an_existing_output_is_replaced_only_when_asked() {
 
     // What is laid beside the checkpoint while the run works is found at the end, and nothing is lost.
     let mut writer =
-        Writer::create(&to(&out, true), specs(), &json!({}), Options::default()).unwrap();
+        Writer::create(&to(&out, true), specs(), &json!({}), Options::default(), &|| Ok(()))
+            .unwrap();
     writer.write_block("a", block_a(), Value::Null).unwrap();
     writer.write_block("b", block_b(), Value::Null).unwrap();
     write(&out.join("thesis.tex"), "mine");
@@ -111,7 +114,9 @@ fn an_existing_output_is_replaced_only_when_asked() {
     assert!(error.message().contains("holds thesis.tex"), "{error}");
     assert_eq!(contents(&out), before);
     fs_err::remove_file(out.join("thesis.tex")).unwrap();
-    let writer = Writer::create(&to(&out, true), specs(), &json!({}), Options::default()).unwrap();
+    let writer =
+        Writer::create(&to(&out, true), specs(), &json!({}), Options::default(), &|| Ok(()))
+            .unwrap();
     assert_eq!(writer.done().len(), 2);
     writer.finish(&json!({}), json!({"format_version": 1}), &[]).unwrap();
     assert_eq!(names_in(home.path()), ["out"]);
@@ -122,7 +127,8 @@ fn wrong_blocks_are_refused_and_an_unfinished_output_does_not_appear() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("out");
     let mut writer =
-        Writer::create(&to(&out, false), specs(), &json!({}), Options::default()).unwrap();
+        Writer::create(&to(&out, false), specs(), &json!({}), Options::default(), &|| Ok(()))
+            .unwrap();
     let mut write = |block: &str, name: &str, bytes: usize| {
         let tensors = vec![(name.to_string(), vec![0; bytes])];
         writer.write_block(block, tensors, Value::Null).map_err(|e| e.message().to_string())
@@ -145,7 +151,13 @@ fn a_model_larger_than_the_disk_is_refused_before_anything_is_written() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("out");
     let huge = vec![TensorSpec::new("w", Dtype::F16, [1 << 25, 1 << 35])];
-    let error = error_of(Writer::create(&to(&out, false), huge, &json!({}), Options::default()));
+    let error = error_of(Writer::create(
+        &to(&out, false),
+        huge,
+        &json!({}),
+        Options::default(),
+        &|| Ok(()),
+    ));
     assert_eq!(error.kind(), Kind::Machine);
     let needed = error.message().split("needs ").nth(1).unwrap().split(' ').next().unwrap();
     assert!(needed.parse::<u64>().unwrap() > 1 << 61);
@@ -157,15 +169,21 @@ fn a_model_larger_than_the_disk_is_refused_before_anything_is_written() {
 fn two_runs_cannot_write_the_same_output() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("out");
-    let first = Writer::create(&to(&out, false), specs(), &json!({}), Options::default()).unwrap();
+    let first =
+        Writer::create(&to(&out, false), specs(), &json!({}), Options::default(), &|| Ok(()))
+            .unwrap();
     for resume in [false, true] {
         let options = Options { resume, ..Options::default() };
-        let error = error_of(Writer::create(&to(&out, false), specs(), &json!({}), options));
+        let error =
+            error_of(Writer::create(&to(&out, false), specs(), &json!({}), options, &|| Ok(())));
         assert_eq!(error.kind(), Kind::Usage);
         assert!(error.message().starts_with("another atom run is writing"));
     }
     drop(first);
-    assert!(Writer::create(&to(&out, false), specs(), &json!({}), Options::default()).is_ok());
+    assert!(
+        Writer::create(&to(&out, false), specs(), &json!({}), Options::default(), &|| Ok(()))
+            .is_ok()
+    );
 }
 
 #[test]
@@ -178,8 +196,8 @@ fn a_damaged_or_foreign_checkpoint_is_refused() {
     *bytes.last_mut().unwrap() ^= 1; // the shard's last tensor: the narrowest elements
     write(&shard, &bytes);
     let checkpoint = AtomCheckpoint::open(&out).unwrap();
-    assert!(checkpoint.verify_tensor("b.order").is_ok());
-    let error = checkpoint.verify_tensor("a.weight_codes").unwrap_err();
+    assert!(checkpoint.verify_tensor("b.order", &|| Ok(())).is_ok());
+    let error = checkpoint.verify_tensor("a.weight_codes", &|| Ok(())).unwrap_err();
     assert_eq!(error.kind(), Kind::Check);
     assert!(error.message().starts_with("tensor `a.weight_codes` has SHA-256 "));
     assert_eq!(checkpoint.covered_files(), ["atom.json", "config.json", "tokenizer.json"]);

@@ -9,6 +9,7 @@ mod kinds;
 use std::collections::{BTreeMap, HashSet};
 
 use super::load::expect;
+use super::progress::Progress;
 use crate::checkpoint::{Source, fits};
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
@@ -34,14 +35,15 @@ pub struct Network {
 ///
 /// # Errors
 /// Bad input for a tensor that is missing, has another shape or type, or has no part in the network;
-/// wrong usage for a pattern of ignored tensors that fits none which could be ignored.
-pub fn network(source: &Source) -> Result<Network> {
+/// wrong usage for a pattern of ignored tensors that fits none which could be ignored; an interruption if the user
+/// asked the run to stop.
+pub fn network(source: &Source, progress: &dyn Progress) -> Result<Network> {
     let mut architecture = Architecture::read(source.config(), &source.config_file())?;
     let mut warnings = Vec::new();
     if architecture.tied
         && source.contains(HEAD)
         && !source.ignores(&source.stored_name(HEAD))
-        && !source.head_is_embedding()?
+        && !source.head_is_embedding(&|| progress.check_stop())?
     {
         architecture.tied = false;
         warnings.push(format!(

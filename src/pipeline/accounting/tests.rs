@@ -4,6 +4,7 @@ use super::kinds::{Unused, is_buffer, kind_of};
 use super::network;
 use crate::hub;
 use crate::model::Architecture;
+use crate::pipeline::progress::Silent;
 
 #[test]
 fn names_give_their_kinds_away() {
@@ -72,9 +73,9 @@ fn only_buffers_change_nothing() {
 #[test]
 fn the_bundled_model_is_accounted_for_without_a_word() {
     let source = hub::tiny_llama().unwrap();
-    let found = network(&source).unwrap();
+    let found = network(&source, &Silent).unwrap();
     assert!(found.warnings.is_empty() && found.ignored.is_empty(), "{found:?}");
     assert_eq!(found.architecture, Architecture::from_config(source.config()).unwrap());
-    let error = network(&source.ignoring(vec!["*.bias".to_owned()])).unwrap_err();
+    let error = network(&source.ignoring(vec!["*.bias".to_owned()]), &Silent).unwrap_err();
     assert_eq!(error.message(), "--ignore-tensors *.bias fits no tensor of the bundled tiny-llama");
 }

@@ -12,8 +12,11 @@ fn recipe() -> Recipe {
 
 /// A calibration of a network of one block, with a sensitivity.
 fn calibration() -> (CalibrationData, Architecture) {
-    let config = json!({"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32,
-        "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 10});
+    calibration_of(json!({"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32,
+        "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 10}))
+}
+
+fn calibration_of(config: Value) -> (CalibrationData, Architecture) {
     let architecture = Architecture::from_config(&config).unwrap();
     let sites = architecture.sites(0);
     let energies = sites.iter().map(|site| (0..site.channels).map(|c| c as f64).collect());
@@ -101,6 +104,29 @@ fn a_sound_file_is_read_and_planned_with() {
     plan(&bytes).unwrap();
     let (header, rest) = take_apart(&bytes);
     plan(&put_together(&header, &rest)).unwrap();
+}
+
+/// Widths of 256 linears behind one activation: 4^256 combinations.
+#[test]
+fn bits_are_allocated_to_the_linears_of_many_experts() {
+    let (data, architecture) = calibration_of(json!({"model_type": "qwen3_moe",
+        "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48,
+        "num_attention_heads": 2, "head_dim": 16,
+        "num_key_value_heads": 2, "vocab_size": 10, "num_experts": 128, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32}));
+    let sensitivity = data.sensitivity.as_ref().unwrap();
+    for target in [Target::Bits(7.0), Target::Bytes(800_000)] {
+        let allocating = Allocating { target, widths: vec![2, 4, 8, 16], outlier_counts: None };
+        let (blocks, allocated) =
+            allocate(sensitivity, &architecture, &sensitivity.recipe, &allocating).unwrap();
+        let mlp_in = blocks[0].iter().find(|site| site.linears.len() == 256).unwrap();
+        assert!(mlp_in.linears.iter().any(|linear| linear.bits != mlp_in.linears[0].bits));
+        assert!(allocated.planned.nats <= allocated.least_nats * 1.001, "{allocated:?}");
+        match target {
+            Target::Bits(bits) => assert!(allocated.planned.bits_per_weight <= bits),
+            Target::Bytes(bytes) => assert!(allocated.checkpoint_bytes <= bytes),
+        }
+    }
 }
 
 #[test]

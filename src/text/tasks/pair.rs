@@ -4,6 +4,7 @@ alone has. */
 
 use super::Choice;
 use super::python_text::is_space;
+use crate::pipeline::progress::Progress;
 use crate::text::Tokenizer;
 use crate::{Error, Result};
 
@@ -21,11 +22,18 @@ impl Choice {
     /// sees all but the last id, so one more than its positions may be kept.
     ///
     /// # Errors
-    /// If context or continuation have no ids, or the continuation alone is longer than the model's positions.
-    pub fn encode(&self, tokenizer: &Tokenizer, positions: usize) -> Result<ScoredText> {
+    /// If context or continuation have no ids, the continuation alone is longer than the model's positions, or the user
+    /// asked the run to stop.
+    pub fn encode(
+        &self,
+        tokenizer: &Tokenizer,
+        positions: usize,
+        progress: &dyn Progress,
+    ) -> Result<ScoredText> {
         let context = self.context.trim_end_matches(is_space);
-        let before = tokenizer.encode(context)?.len();
-        let mut tokens = tokenizer.encode(&format!("{}{}", self.context, self.continuation))?;
+        let before = tokenizer.encode(context, progress)?.len();
+        let whole = format!("{}{}", self.context, self.continuation);
+        let mut tokens = tokenizer.encode(&whole, progress)?;
         let scored = tokens.len().saturating_sub(before);
         if before == 0 || scored == 0 {
             let which = if before == 0 { "context" } else { "continuation" };
@@ -44,6 +52,7 @@ impl Choice {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::progress::Silent;
 
     fn tokenizer() -> Tokenizer {
         let file = include_bytes!("../../../models/tiny-llama/tokenizer.json");
@@ -58,30 +67,35 @@ mod tests {
     #[test]
     fn the_contexts_white_space_is_scored_with_the_continuation() {
         let tokenizer = tokenizer();
-        let plain = choice("The river", " runs north").encode(&tokenizer, 100).unwrap();
-        assert_eq!(choice("The river ", "runs north").encode(&tokenizer, 100).unwrap(), plain);
-        assert_eq!(plain.tokens, tokenizer.encode("The river runs north").unwrap());
-        let before = tokenizer.encode("The river").unwrap().len();
+        let plain = choice("The river", " runs north").encode(&tokenizer, 100, &Silent).unwrap();
+        assert_eq!(
+            choice("The river ", "runs north").encode(&tokenizer, 100, &Silent).unwrap(),
+            plain
+        );
+        assert_eq!(plain.tokens, tokenizer.encode("The river runs north", &Silent).unwrap());
+        let before = tokenizer.encode("The river", &Silent).unwrap().len();
         assert_eq!(plain.scored, plain.tokens.len() - before);
     }
 
     #[test]
     fn a_long_text_loses_its_beginning() {
         let tokenizer = tokenizer();
-        let whole =
-            choice("The river runs through the", " valley").encode(&tokenizer, 100).unwrap();
+        let whole = choice("The river runs through the", " valley")
+            .encode(&tokenizer, 100, &Silent)
+            .unwrap();
         let positions = whole.tokens.len() - 3;
-        let cut = choice("The river runs through the", " valley").encode(&tokenizer, positions);
+        let cut =
+            choice("The river runs through the", " valley").encode(&tokenizer, positions, &Silent);
         let cut = cut.unwrap();
         assert_eq!((&cut.tokens[..], cut.scored), (&whole.tokens[2..], whole.scored));
-        let error = choice("The", " river runs through the valley").encode(&tokenizer, 2);
+        let error = choice("The", " river runs through the valley").encode(&tokenizer, 2, &Silent);
         assert!(error.unwrap_err().message().ends_with("but the model has 2 positions"));
     }
 
     #[test]
     fn nothing_cannot_be_scored() {
         let tokenizer = tokenizer();
-        let error = choice("The river", "").encode(&tokenizer, 100).unwrap_err();
+        let error = choice("The river", "").encode(&tokenizer, 100, &Silent).unwrap_err();
         assert!(error.message().starts_with("a continuation has no tokens"), "{error}");
     }
 }

@@ -30,6 +30,10 @@ impl FromStr for TaskFile {
 
     fn from_str(text: &str) -> Result<Self> {
         let (name, file) = match text.split_once('=') {
+            Some((_, "")) => {
+                return Err(Error::usage(format!("`{text}` names no file"))
+                    .hint("behind the task's name and `=` stands the path of its rows"));
+            }
             Some((name, file)) => (name, Some(PathBuf::from(file))),
             None => (text, None),
         };
@@ -70,7 +74,8 @@ impl TaskFile {
         };
         let mut questions = Vec::new();
         let mut bytes = 0;
-        each_row(&DataPath::open(&path)?, None, &mut |_, row| {
+        each_row(&DataPath::open(&path, hub.progress())?, None, &mut |_, row| {
+            hub.progress().check_stop()?;
             if questions.len() >= limit.unwrap_or(usize::MAX) {
                 return Ok(ControlFlow::Break(()));
             }
