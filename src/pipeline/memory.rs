@@ -27,10 +27,12 @@ const BASE: u64 = 20 << 20;
 /// For each thread: its stack, its heap, and packed operands.
 const PER_THREAD: u64 = 3 << 20;
 /// Host memory of a run on a GPU: the driver's and the libraries' own.
-const DEVICE_BASE: u64 = 1 << 30;
+const DEVICE_BASE: u64 = 512 << 20;
 /// Channels of a matrix as wide as a Hessian that are packed at a time for the loss, and for the correction
 /// of a drift.
 const PACKED_CHANNELS: [u64; 2] = [512, 1024];
+/// Channels of such a matrix that its factorization keeps and works with beside it and its factor.
+const FACTOR_CHANNELS: u64 = 384;
 /// Larger pieces of memory go back to the system when they are freed; smaller ones leave holes, which the
 /// next ones may not fit into.
 const ON_HEAP: u64 = 32 << 20;
@@ -73,6 +75,13 @@ impl Place {
     fn batch_tokens(&self, architecture: &Architecture, tokens: usize, seq_len: usize) -> u64 {
         let windows = windows_per_batch(self.batch_bytes, architecture, seq_len);
         windows.saturating_mul(seq_len).min(tokens) as u64
+    }
+
+    /// Tokens whose buffers are kept: those of a batch, and of the last one if it is too small to use the others'.
+    fn pooled_tokens(&self, architecture: &Architecture, tokens: usize, seq_len: usize) -> u64 {
+        let batch = self.batch_tokens(architecture, tokens, seq_len);
+        let last = tokens as u64 % batch.max(1);
+        if 2 * last < batch { batch + last } else { batch }
     }
 }
 
@@ -281,7 +290,8 @@ fn block_bytes(
     let Windows { tokens, seq_len } = windows;
     let hidden = network.architecture.hidden as u64;
     let batch = network.place.batch_tokens(network.architecture, tokens, seq_len);
-    let activations = network.activations(batch, seq_len);
+    let pooled = network.place.pooled_tokens(network.architecture, tokens, seq_len);
+    let activations = network.activations(pooled, seq_len);
     let BlockBytes { dense, codes, laid_out, stored, hole } = BlockBytes::of(plan);
     let in_turn = recipe.gptq && recipe.sequential;
     let streams = network.states(tokens) * if recipe.gptq { 2 } else { 1 };
@@ -383,7 +393,9 @@ fn square(site: &SitePlan) -> u64 {
 /// The site's largest linear in f32, so many copies, beside so many channels of a square that are packed.
 fn linear_bytes(site: &SitePlan, copies: u64, packed: u64) -> u64 {
     let rows = site.linears.iter().map(|linear| linear.rows).max().unwrap_or(0) as u64;
-    4 * site.width() as u64 * (copies * rows + packed.min(site.width() as u64))
+    let width = site.width() as u64;
+    let factoring = if packed > 0 { FACTOR_CHANNELS.min(width) } else { 0 };
+    4 * width * (copies * rows + packed.min(width) + factoring)
 }
 
 /// Rounding to nearest: a linear in f32 and its error beside the codes.
@@ -405,7 +417,7 @@ fn forward_bytes(
 ) -> u64 {
     let part = tokens.min(network.place.stream_bytes / (4 * network.architecture.hidden).max(1));
     let part = part.max(seq_len);
-    let batch = network.place.batch_tokens(network.architecture, part, seq_len);
+    let batch = network.place.pooled_tokens(network.architecture, part, seq_len);
     let weights = blocks.iter().map(BlockBytes::of).map(|bytes| match quantized {
         false => bytes.dense + bytes.hole,
         // The next block is read and unpacked meanwhile.
