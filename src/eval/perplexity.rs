@@ -95,6 +95,8 @@ impl<B: Backend> Run<'_, B> {
         let Self { model, progress, .. } = self;
         let Runnable { backend, architecture, name, .. } = model;
         let seq_len = self.evaluation.seq_len;
+        // The text's memory is not to stand beside the blocks'.
+        backend.trim();
         model.check_memory(Windows { tokens: tokens.len(), seq_len }, *progress)?;
         let attention = attention_spec(architecture, model.kv, seq_len);
         let window_bytes = 4 * seq_len * architecture.hidden;

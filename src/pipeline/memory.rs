@@ -2,7 +2,11 @@
 
 The estimate follows the arithmetic on the host: what lives at the same time in each step of a block, of which
 the largest counts. Page cache of the source's files is part of it only while a tensor is read from start to end,
-since its pages are given back afterwards. */
+since its pages are given back afterwards.
+
+On a GPU it is what the host needs whatever the device holds: the libraries, the tensors that are copied, and one
+block on its way to the disk. Hidden states that the device has no room for are set aside in the host's memory and
+are not counted, since nobody knows here how many they are: a run that needs less than it has is never refused. */
 
 use super::Job;
 use super::plan::{BlockPlan, SitePlan};
@@ -18,15 +22,20 @@ use crate::recipe::{Group, Recipe};
 use crate::report::units;
 use crate::{Error, Result};
 
-/// The program, its tokenizer and freed memory that the allocator keeps.
-const BASE: u64 = 40 << 20;
-/// For each thread: its stack and packed operands.
-const PER_THREAD: u64 = 8 << 20;
+/// The program and its tokenizer.
+const BASE: u64 = 20 << 20;
+/// For each thread: its stack, its heap, and packed operands.
+const PER_THREAD: u64 = 3 << 20;
 /// Host memory of a run on a GPU: the driver's and the libraries' own.
-const DEVICE_BASE: u64 = 1 << 30;
-/// Channels of a tile of a matrix as wide as a Hessian while it is packed, for each copy of a linear: the
-/// correction of a drift has three copies and packs twice as many as the loss.
-const PACKED_CHANNELS: u64 = 256;
+const DEVICE_BASE: u64 = 512 << 20;
+/// Channels of a matrix as wide as a Hessian that are packed at a time for the loss, and for the correction
+/// of a drift.
+const PACKED_CHANNELS: [u64; 2] = [512, 1024];
+/// Channels of such a matrix that its factorization keeps and works with beside it and its factor.
+const FACTOR_CHANNELS: u64 = 384;
+/// Larger pieces of memory go back to the system when they are freed; smaller ones leave holes, which the
+/// next ones may not fit into.
+const ON_HEAP: u64 = 32 << 20;
 /// Address space that is reserved and never touched, which `ulimit -v` counts: stacks, arenas, buffers of
 /// libraries.
 const UNTOUCHED: u64 = 128 << 20;
@@ -67,6 +76,13 @@ impl Place {
         let windows = windows_per_batch(self.batch_bytes, architecture, seq_len);
         windows.saturating_mul(seq_len).min(tokens) as u64
     }
+
+    /// Tokens whose buffers are kept: those of a batch, and of the last one if it is too small to use the others'.
+    fn pooled_tokens(&self, architecture: &Architecture, tokens: usize, seq_len: usize) -> u64 {
+        let batch = self.batch_tokens(architecture, tokens, seq_len);
+        let last = tokens as u64 % batch.max(1);
+        if 2 * last < batch { batch + last } else { batch }
+    }
 }
 
 /// Windows of tokens.
@@ -95,6 +111,8 @@ struct BlockBytes {
     laid_out: u64,
     /// The same as they are stored.
     stored: u64,
+    /// A hole that the largest linear in f32 may leave in the heap when it is freed.
+    hole: u64,
 }
 
 impl Network<'_> {
@@ -108,28 +126,37 @@ impl Network<'_> {
         [heads, kv_heads].map(|heads| (heads * head_dim) as u64)
     }
 
-    /// Rows of the largest activation behind gate and up for `tokens`: all, or one expert's.
-    fn mlp_tokens(&self, tokens: u64) -> u64 {
-        match &self.architecture.experts {
-            None => tokens,
-            // Experts are not used evenly.
-            Some(experts) => (2 * tokens * experts.per_token as u64)
-                .div_ceil(experts.count.max(1) as u64)
-                .min(tokens),
-        }
-    }
-
     fn mlp_channels(&self) -> u64 {
         let sites = self.architecture.sites(0);
         self.width(sites.get(MLP_ACT).map_or(0, |site| site.channels))
     }
 
-    /// What a batch of `tokens` takes on its way through a block.
+    /// Rows of the largest activation behind gate and up for `tokens`: all, or one expert's, of which some
+    /// are used three times as much as others.
+    fn mlp_tokens(&self, tokens: u64) -> u64 {
+        match &self.architecture.experts {
+            None => tokens,
+            Some(experts) => (3 * tokens * experts.per_token as u64)
+                .div_ceil(experts.count.max(1) as u64)
+                .min(tokens),
+        }
+    }
+
+    /// What a batch of `tokens` takes on its way through a block: the buffers of attention, of which one is
+    /// used again behind it, and those of the MLP. Of experts' buffers of many sizes all are kept: as much as
+    /// if every token went to one of them.
     fn activations(&self, tokens: u64, seq_len: usize) -> u64 {
         let [q, kv] = self.heads();
         let hidden = self.architecture.hidden as u64;
-        let mlp = self.mlp_tokens(tokens) * 2 * self.mlp_channels();
-        4 * (tokens * (2 * hidden + 2 * q + 2 * kv) + mlp) + self.attention(seq_len)
+        let heads = if (q..=2 * q).contains(&hidden) { 0 } else { q };
+        let chosen = if self.architecture.experts.is_some() { 2 * hidden } else { 0 };
+        let mlp = 2 * self.mlp_channels() + chosen;
+        4 * tokens * (hidden + q + 2 * kv + heads + mlp) + self.attention(seq_len)
+    }
+
+    /// What quantized rows of mlp_act take beside the activations: codes, scales and sums.
+    fn rows(&self, tokens: u64) -> u64 {
+        tokens * self.mlp_channels() * 5 / 4
     }
 
     /// Keys and values of the heads that threads work on, and scores of a tile of queries.
@@ -166,6 +193,9 @@ impl BlockBytes {
                 bytes.stored += stored;
                 bytes.codes += rows * width + stored / 8;
                 bytes.laid_out += if linear.bits == 16 { 4 * rows * width } else { stored };
+                if 4 * rows * width < ON_HEAP {
+                    bytes.hole = bytes.hole.max(4 * rows * width);
+                }
             }
         }
         bytes
@@ -184,17 +214,19 @@ pub(super) fn quantize_bytes(
     let kept = kept_bytes(job.source, &job.architecture);
     // The embedding and the head are copied to the output, one after the other, before the first block.
     let start = kept.max(text_bytes);
+    let many = job.blocks.len() > 1;
     let quantizing = job.blocks.iter().map(|plan| match place.on_device {
-        false => block_bytes(&network, &job.recipe, plan, windows),
+        false => block_bytes(&network, &job.recipe, plan, windows, many),
         true => {
-            // One block comes from the device, one waits and one is written.
+            // Blocks wait on the device; one is fetched and written.
             let BlockBytes { codes, stored, .. } = BlockBytes::of(plan);
-            kept + 3 * codes + stored
+            kept + codes + stored
         }
     });
     let quantizing = quantizing.max().unwrap_or(0);
     let evaluating = evaluation.map_or(0, |windows| {
-        let source = forward_bytes(&network, &job.blocks, windows, false);
+        let source = forward_bytes(&network, &job.blocks, windows, false)
+            + widest_stored(job.source, &job.blocks);
         let atom = forward_bytes(&network, &job.blocks, windows, true);
         source.max(atom).max(last_bytes(&network, job.source, windows))
     });
@@ -217,10 +249,10 @@ pub(super) fn calibration_bytes(
     let network = Network { architecture: &job.architecture, place };
     // Nothing is quantized, unless sensitivity is measured: on some of the windows, at every choice.
     let recipe = Recipe { gptq: sensitivity, ..job.recipe.clone() };
-    let blocks = job.blocks.iter().map(|plan| block_bytes(&network, &recipe, plan, windows));
+    let blocks = job.blocks.iter().map(|plan| block_bytes(&network, &recipe, plan, windows, false));
     let measuring = if place.on_device { 0 } else { blocks.max().unwrap_or(0) };
     // For each block, the states of the windows that it alone changed.
-    let changed = if sensitivity {
+    let changed = if sensitivity && !place.on_device {
         let tokens = EFFECT_TOKENS.next_multiple_of(windows.seq_len).min(windows.tokens);
         network.states(tokens) * (job.blocks.len() as u64 + 2)
     } else {
@@ -237,32 +269,67 @@ fn kept_bytes(tensors: &dyn Tensors, architecture: &Architecture) -> u64 {
     bytes.into_iter().max().unwrap_or(0)
 }
 
-/// The peak while a block is calibrated and quantized.
-fn block_bytes(network: &Network<'_>, recipe: &Recipe, plan: &BlockPlan, windows: Windows) -> u64 {
+/// The largest linear as the source stores it: its pages while it is read.
+fn widest_stored(tensors: &dyn Tensors, blocks: &[BlockPlan]) -> u64 {
+    let linears = blocks.iter().take(1).flatten().flat_map(|site| &site.linears);
+    let stored = linears.map(|linear| {
+        let tensor = tensors.tensor(&format!("{}.weight", linear.name));
+        tensor.map_or(0, |tensor| tensor.bytes.len() as u64)
+    });
+    stored.max().unwrap_or(0)
+}
+
+/// The peak while a block is calibrated and quantized; `behind` others, one is on its way to the disk.
+fn block_bytes(
+    network: &Network<'_>,
+    recipe: &Recipe,
+    plan: &BlockPlan,
+    windows: Windows,
+    behind: bool,
+) -> u64 {
     let Windows { tokens, seq_len } = windows;
     let hidden = network.architecture.hidden as u64;
     let batch = network.place.batch_tokens(network.architecture, tokens, seq_len);
-    let activations = network.activations(batch, seq_len);
-    let BlockBytes { dense, codes, stored, .. } = BlockBytes::of(plan);
+    let pooled = network.place.pooled_tokens(network.architecture, tokens, seq_len);
+    let activations = network.activations(pooled, seq_len);
+    let BlockBytes { dense, codes, laid_out, stored, hole } = BlockBytes::of(plan);
     let in_turn = recipe.gptq && recipe.sequential;
     let streams = network.states(tokens) * if recipe.gptq { 2 } else { 1 };
     let copy = if in_turn { 4 * batch * hidden } else { 0 };
-    let calibrating = dense + activations + copy;
+    // Codes are packed linear by linear, and what they leave is not all used again.
+    let writing = if behind { codes + stored / 2 } else { 0 };
+    let calibrating = dense + activations + copy + writing;
     let quantizing = match (recipe.gptq, in_turn) {
-        // The block before this one is on its way to the disk.
-        (false, _) => rounding(plan) + codes + stored,
+        (false, _) => rounding(plan) + writing,
         (true, false) => {
             let squares: u64 = plan.iter().map(square).sum();
-            let widest = network.mlp_tokens(batch) * 9 * network.mlp_channels();
-            let hessians = dense - last_dense(plan) + squares + activations + widest;
-            hessians.max(sites_bytes(plan, |at, site| {
+            let seen = seen_bytes(network, plan, batch);
+            let copy = 4 * batch * hidden;
+            let hessians = dense - last_dense(plan) + squares + activations + copy + seen + writing;
+            let propagating = codes + laid_out + activations + network.rows(batch);
+            let sites = sites_bytes(plan, false, |at, site| {
                 let later: u64 = plan[at + 1..].iter().map(square).sum();
-                2 * square(site) + later + linear_bytes(site, 2)
-            }))
+                2 * square(site) + later + linear_bytes(site, 2, PACKED_CHANNELS[0])
+            });
+            hessians.max(propagating).max(sites + hole)
         }
-        (true, true) => dense + in_turn_bytes(network, plan, windows, recipe.correction > 0.0),
+        (true, true) => {
+            let drift = recipe.correction > 0.0;
+            // What calibration worked with is still there.
+            let first = activations + copy + 9 * batch * hidden + 4 * hidden * hidden * 2 + writing;
+            dense + first.max(in_turn_bytes(network, plan, windows, drift) + hole)
+        }
     };
     streams + calibrating.max(quantizing)
+}
+
+/// While Hessians are measured on what sites see: the widest in codes and packed, and again where groups are
+/// filled up, since it fits no buffer then.
+fn seen_bytes(network: &Network<'_>, plan: &BlockPlan, batch: u64) -> u64 {
+    let widest = plan.get(MLP_ACT..).into_iter().flatten();
+    let width = widest.map(|site| site.width() as u64).max().unwrap_or(0);
+    let own = if width > network.mlp_channels() { 4 } else { 0 };
+    batch * width * (5 + own)
 }
 
 /// Beside the block in f32 and the streams, where sites are quantized one after the other.
@@ -271,39 +338,49 @@ fn in_turn_bytes(network: &Network<'_>, plan: &BlockPlan, windows: Windows, drif
     let [q, kv] = network.heads();
     let hidden = network.architecture.hidden as u64;
     let batch = network.place.batch_tokens(network.architecture, tokens, seq_len);
-    sites_bytes(plan, |at, site| {
-        let width = site.width() as u64;
-        let rows = if at >= MLP_ACT { network.mlp_tokens(batch) } else { batch };
+    sites_bytes(plan, true, |at, site| {
+        let (width, channels) = (site.width() as u64, site.channels as u64);
         let drifts = drift && tokens as u64 >= width;
         let adds = drifts && (at == ATTN_OUT || at >= MLP_ACT);
         let cross = if drifts { square(site) } else { 0 };
         let outputs = if adds { 4 * hidden * width } else { 0 };
         // What attn_out sees is kept of both streams until o is done.
         let heads = if at == ATTN_OUT { 2 * 4 * tokens as u64 * q } else { 0 };
+        let chosen = if network.architecture.experts.is_some() { 2 * hidden } else { 0 };
         // Both streams' activations, and of the site's what is seen, wanted, their difference, and the packed
-        // operand: six in f32. Without a drift what is seen alone, its codes and the packed operand.
+        // operand. Where groups are filled up, what is seen fits no buffer of the activations.
         let before = match at {
-            0 => 4 * hidden,
-            ATTN_OUT => 2 * hidden + 2 * q + 4 * kv,
-            MLP_IN => 3 * hidden,
-            _ => 2 * hidden,
+            0 | MLP_IN => 2 * hidden,
+            ATTN_OUT => hidden + q + 2 * kv,
+            _ => 3 * hidden + chosen + 2 * channels + if width > channels { channels } else { 0 },
         };
-        let seen = if drifts { 24 } else { 17 } * rows * width;
-        let measuring = 4 * batch * before + seen + network.attention(seq_len);
-        let quantizing = square(site) + linear_bytes(site, if drifts { 3 } else { 2 });
+        let seen = match (at, drifts) {
+            (ATTN_OUT, true) => 4 * width - 2 * kv.min(width),
+            (_, true) => 4 * width,
+            (ATTN_OUT, false) => width,
+            (_, false) => 2 * width,
+        };
+        let rows = if at >= MLP_ACT { network.mlp_tokens(batch) } else { batch };
+        let measuring = 4 * rows * (before + seen) + network.attention(seq_len);
+        let quantizing = square(site)
+            + match drifts {
+                true => linear_bytes(site, 3, PACKED_CHANNELS[1]),
+                false => linear_bytes(site, 2, PACKED_CHANNELS[0]),
+            };
         square(site) + cross + outputs + heads + measuring.max(quantizing)
     })
 }
 
-/// The largest of the sites, each beside the linears of those before it and its own.
-fn sites_bytes(plan: &BlockPlan, of_site: impl Fn(usize, &SitePlan) -> u64) -> u64 {
+/// The largest of the sites, each beside the linears of those before it and its own: their codes, and
+/// `laid_out` for the integer product where that is done at once.
+fn sites_bytes(plan: &BlockPlan, laid_out: bool, of_site: impl Fn(usize, &SitePlan) -> u64) -> u64 {
     let mut done = 0;
     let mut most = 0;
     for (at, site) in plan.iter().enumerate() {
-        let BlockBytes { codes, laid_out, .. } = BlockBytes::of(&vec![site.clone()]);
-        done += codes;
+        let bytes = BlockBytes::of(&vec![site.clone()]);
+        done += bytes.codes;
         most = most.max(done + of_site(at, site));
-        done += laid_out;
+        done += if laid_out { bytes.laid_out } else { 0 };
     }
     most
 }
@@ -313,15 +390,17 @@ fn square(site: &SitePlan) -> u64 {
     4 * (site.width() as u64).saturating_mul(site.width() as u64)
 }
 
-/// The site's largest linear in f32, so many copies, beside the tile of a square that is packed.
-fn linear_bytes(site: &SitePlan, copies: u64) -> u64 {
+/// The site's largest linear in f32, so many copies, beside so many channels of a square that are packed.
+fn linear_bytes(site: &SitePlan, copies: u64, packed: u64) -> u64 {
     let rows = site.linears.iter().map(|linear| linear.rows).max().unwrap_or(0) as u64;
-    4 * site.width() as u64 * (copies * rows + (copies * PACKED_CHANNELS).min(site.width() as u64))
+    let width = site.width() as u64;
+    let factoring = if packed > 0 { FACTOR_CHANNELS.min(width) } else { 0 };
+    4 * width * (copies * rows + packed.min(width) + factoring)
 }
 
 /// Rounding to nearest: a linear in f32 and its error beside the codes.
 fn rounding(plan: &BlockPlan) -> u64 {
-    sites_bytes(plan, |_, site| linear_bytes(site, 2))
+    sites_bytes(plan, false, |_, site| linear_bytes(site, 2, 0))
 }
 
 /// The dense weight of the last site's linear, which the Hessians do not need.
@@ -338,11 +417,11 @@ fn forward_bytes(
 ) -> u64 {
     let part = tokens.min(network.place.stream_bytes / (4 * network.architecture.hidden).max(1));
     let part = part.max(seq_len);
-    let batch = network.place.batch_tokens(network.architecture, part, seq_len);
+    let batch = network.place.pooled_tokens(network.architecture, part, seq_len);
     let weights = blocks.iter().map(BlockBytes::of).map(|bytes| match quantized {
-        false => bytes.dense,
+        false => bytes.dense + bytes.hole,
         // The next block is read and unpacked meanwhile.
-        true => 2 * bytes.codes + bytes.laid_out,
+        true => 2 * bytes.codes + bytes.laid_out + network.rows(batch),
     });
     let weights = if network.place.on_device { 0 } else { weights.max().unwrap_or(0) };
     let activations = network.activations(batch, seq_len);
@@ -371,7 +450,10 @@ pub fn evaluation_bytes(
     quantized: bool,
 ) -> u64 {
     let network = Network { architecture, place };
-    let forward = forward_bytes(&network, blocks, windows, quantized);
+    let mut forward = forward_bytes(&network, blocks, windows, quantized);
+    if !quantized && !place.on_device {
+        forward += widest_stored(tensors, blocks);
+    }
     place.base() + forward.max(last_bytes(&network, tensors, windows))
 }
 

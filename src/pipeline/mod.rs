@@ -122,7 +122,8 @@ pub fn quantize<B: Backend>(
 ) -> Result<QuantizeOutcome> {
     let job = prepare(source, calibration, recipe, progress)?;
     let evaluated = check_evaluation(source, &job.architecture, evaluation, progress)?;
-    check_memory(backend, &job, evaluated, progress)?;
+    let texts_bytes = texts_bytes(source, Some(calibration), evaluation)?;
+    check_memory(backend, &job, evaluated, texts_bytes, progress)?;
     caution(source, &job.architecture, longest(&job, evaluation), progress);
     run::run(backend, &job, output, evaluation, progress, None)
 }
@@ -139,7 +140,8 @@ pub fn dry_run<B: Backend>(
 ) -> Result<DryRun> {
     let job = prepare(source, calibration, recipe, progress)?;
     let evaluated = check_evaluation(source, &job.architecture, evaluation, progress)?;
-    let memory_bytes = check_memory(backend, &job, evaluated, progress)?;
+    let texts_bytes = texts_bytes(source, Some(calibration), evaluation)?;
+    let memory_bytes = check_memory(backend, &job, evaluated, texts_bytes, progress)?;
     caution(source, &job.architecture, longest(&job, evaluation), progress);
     source.side_files()?.left_out.iter().for_each(|why| progress.warn(why));
     check_levels(backend, &job.blocks)?;
@@ -221,16 +223,31 @@ fn check_embedded(
     if stored == Some(rows) { check_tokens(tokens, rows, tokenizer) } else { Ok(()) }
 }
 
-/// Finds out that memory will not do before the work; the estimate, in bytes.
+/// Finds out that memory will not do before the work; the estimate, in bytes. Texts took `texts_bytes` before.
 fn check_memory<B: Backend>(
     backend: &B,
     job: &Job,
     evaluated: Option<Windows>,
+    texts_bytes: u64,
     progress: &dyn Progress,
 ) -> Result<u64> {
-    let needed = memory::quantize_bytes(job, memory::Place::of(backend), evaluated, 0);
+    // The texts' memory is not to stand beside the work's.
+    backend.trim();
+    let needed = memory::quantize_bytes(job, memory::Place::of(backend), evaluated, texts_bytes);
     memory::check(needed, progress)?;
     Ok(needed)
+}
+
+/// What the texts of a run take at the peak, one after the other, while they are tokenized.
+fn texts_bytes(
+    source: &Source,
+    calibration: Option<&Calibration>,
+    evaluation: Option<&Evaluation>,
+) -> Result<u64> {
+    let calibration = calibration.map(|calibration| calibration.text.tokenizing_bytes());
+    let evaluation = evaluation.map(|evaluation| evaluation.text.tokenizing_bytes());
+    let tokenizer = Tokenizer::memory_bytes(source.tokenizer()?.len());
+    Ok(tokenizer + calibration.max(evaluation).unwrap_or(0))
 }
 
 /// Tokens in the longest windows of a run.
@@ -272,8 +289,11 @@ pub fn calibrate<B: Backend>(
     let any = memory::any_recipe();
     let recipe = measuring.map_or(&any, |measuring| measuring.recipe);
     let job = prepare(source, calibration, recipe, progress)?;
+    backend.trim();
     let place = memory::Place::of(backend);
-    memory::check(memory::calibration_bytes(&job, place, measuring.is_some(), 0), progress)?;
+    let texts_bytes = texts_bytes(source, Some(calibration), None)?;
+    let needed = memory::calibration_bytes(&job, place, measuring.is_some(), texts_bytes);
+    memory::check(needed, progress)?;
     job.check_tensors()?;
     caution(source, &job.architecture, calibration.seq_len, progress);
     let data = measure(backend, &job, measuring, progress)?;
@@ -421,7 +441,10 @@ pub fn quantize_to_target<B: Backend>(
     let start = Instant::now();
     let mut job = prepare(source, calibration, measuring.recipe, progress)?;
     let evaluated = check_evaluation(source, &job.architecture, evaluation, progress)?;
-    check_memory(backend, &job, evaluated, progress)?;
+    let texts_bytes = texts_bytes(source, Some(calibration), evaluation)?;
+    check_memory(backend, &job, evaluated, texts_bytes, progress)?;
+    let place = memory::Place::of(backend);
+    memory::check(memory::calibration_bytes(&job, place, true, texts_bytes), progress)?;
     job.check_tensors()?;
     job.check_kept(progress)?;
     output.protecting(source, []).check()?;
@@ -477,7 +500,8 @@ pub fn pack<B: Backend>(
     let read = [plan_file, calibration_file.as_path()];
     let destination = output.protecting(source, read);
     let output = Output { destination, resume: output.resume };
-    check_memory(backend, &job, evaluated, progress)?;
+    let texts_bytes = texts_bytes(source, None, evaluation)?;
+    check_memory(backend, &job, evaluated, texts_bytes, progress)?;
     caution(source, &job.architecture, longest(&job, evaluation), progress);
     run::run(backend, &job, &output, evaluation, progress, Some(&statistics))
 }

@@ -26,7 +26,7 @@ mod windows;
 
 pub use python_random::PythonRandom;
 pub use rows::rows;
-pub use set::{CalibrationWindows, SetUsed, TOKENIZING_BYTES, TextSet};
+pub use set::{CalibrationWindows, SetUsed, TextSet};
 pub use tokenizer::{Tokenizer, check_tokens};
 
 /// What a text is wanted for: named sets have a different part for each.

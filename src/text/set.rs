@@ -103,8 +103,12 @@ const TEXT_BYTES: u64 = 4 << 30;
 const DOCUMENT_BYTES: u64 = 64 << 30;
 
 /// Memory that tokenizing takes at most, whatever the length of the text, as long as it has places where it can be
-/// cut (`pieces.rs`): two pieces with their tokens, and ids that wait for the disk.
-pub const TOKENIZING_BYTES: u64 = 250_000_000;
+/// cut (`pieces.rs`): two pieces with their tokens, and ids that wait for the disk. 90 MB for English, 165 MB where
+/// every byte is a token.
+const TOKENIZING_BYTES: u64 = 180_000_000;
+
+/// Memory that a byte of a text takes that is shorter than a piece.
+const TOKENIZING_PER_BYTE: u64 = 170;
 
 pub(super) const FORMS: &str = "pass plain text, or JSONL, CSV or Parquet with a `text` field";
 
@@ -157,6 +161,14 @@ impl TextSet {
 
     fn of(name: &str, parts: Vec<Part>) -> Self {
         Self { name: name.to_owned(), parts, evaluated: Mutex::default() }
+    }
+
+    /// Memory that tokenizing takes at the peak, by the length of the longest text, or at most where its length is not
+    /// that of its file.
+    pub fn tokenizing_bytes(&self) -> u64 {
+        let lengths = self.parts.iter().map(Part::length);
+        let longest = lengths.map(|length| length.unwrap_or(u64::MAX)).max().unwrap_or(0);
+        longest.saturating_mul(TOKENIZING_PER_BYTE).min(TOKENIZING_BYTES)
     }
 
     /// Draws calibration windows. Each set of a mix gives as many as the others, the first ones one more where the
@@ -286,6 +298,17 @@ impl Part {
 
     fn builtin(text: &'static str, times: usize) -> Self {
         Self { name: SAMPLE.to_owned(), content: Content::Builtin(text, times), file: None }
+    }
+
+    /// Bytes of its text at most, where they are known before it is read.
+    fn length(&self) -> Option<u64> {
+        match &self.content {
+            Content::Builtin(text, times) => Some((text.len() * times) as u64),
+            Content::File(data, _) if data.is_gzip() || Form::of(data.path()) == Form::Parquet => {
+                None
+            }
+            Content::File(data, _) => data.bytes().ok(),
+        }
     }
 
     /// Draws calibration windows, and hashes the text.

@@ -17,6 +17,9 @@ use crate::checkpoint::sha256_hex;
 use crate::pipeline::progress::Progress;
 use crate::{Error, Result};
 
+/// Memory that a tokenizer takes for a byte of its file: its vocabulary and merges, by id and by text.
+const MEMORY_PER_BYTE: u64 = 15;
+
 /// Turns text into a model's ids.
 pub struct Tokenizer {
     /// Without its post-processor, whose tokens are `before` and `after`.
@@ -58,6 +61,11 @@ impl Tokenizer {
         }
         let (inner, path) = (Arc::new(inner), path.to_owned());
         Ok(Self { inner, path, sha256: sha256_hex(tokenizer_json), before, after, reach })
+    }
+
+    /// Memory that the tokenizer of a file of `bytes` takes.
+    pub fn memory_bytes(bytes: usize) -> u64 {
+        (bytes as u64).saturating_mul(MEMORY_PER_BYTE)
     }
 
     /// The ids of the text, special tokens of the tokenizer's post-processor included.

@@ -116,6 +116,15 @@ impl Loss {
     }
 }
 
+/// Hands freed memory back to the system.
+fn hand_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it gives free pages back and changes nothing else.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Host memory and this machine's instruction set.
 pub struct Cpu {
     isa: Isa,
@@ -544,6 +553,8 @@ impl Backend for Cpu {
     }
 
     fn factor(&self, hessian: &mut Hessian, damping: f32) -> Result<Option<(Vec<f32>, Damping)>> {
+        // What the site before left is not to stand beside a second matrix of this size.
+        hand_back();
         Ok(factor::factor(&mut hessian.lower, hessian.n, damping))
     }
 
@@ -634,10 +645,6 @@ impl Backend for Cpu {
     fn trim(&self) {
         self.pool.clear();
         // The allocator would keep up to 256 MB of it beside Hessians, which have maps of their own.
-        #[cfg(target_env = "gnu")]
-        // SAFETY: it hands free pages back to the system and changes nothing else.
-        unsafe {
-            libc::malloc_trim(0);
-        }
+        hand_back();
     }
 }
