@@ -1,4 +1,4 @@
-/*! What `atom.json` says of the files beside it: the format's version and hashes of every tensor, of every other file and of itself.
+/*! What `atom.json` says of the files next to it: the format's version and hashes of every tensor, of every other file and of itself.
 
 The rest of `atom.json` is content that this room does not read. The hash of `atom.json` covers its bytes with
 the 64 digits of the hash replaced by zeros, so that any program can compare it. */
