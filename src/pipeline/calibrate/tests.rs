@@ -115,7 +115,7 @@ fn bits_are_allocated_to_the_linears_of_many_experts() {
         "num_key_value_heads": 2, "vocab_size": 10, "num_experts": 128, "num_experts_per_tok": 2,
         "moe_intermediate_size": 32}));
     let sensitivity = data.sensitivity.as_ref().unwrap();
-    for target in [Target::Bits(7.0), Target::Bytes(800_000)] {
+    for target in [Target::Bits(7.0), Target::Bytes(1_200_000)] {
         let allocating = Allocating { target, widths: vec![2, 4, 8, 16], outlier_counts: None };
         let (blocks, allocated) =
             allocate(sensitivity, &architecture, &sensitivity.recipe, &allocating).unwrap();
