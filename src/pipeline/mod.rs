@@ -120,6 +120,8 @@ pub fn quantize<B: Backend>(
     evaluation: Option<&Evaluation>,
     progress: &dyn Progress,
 ) -> Result<QuantizeOutcome> {
+    // Looked at again before anything is written; a long text is not tokenized for an output that cannot be.
+    output.protecting(source, []).check()?;
     let job = prepare(source, calibration, recipe, progress)?;
     let evaluated = check_evaluation(source, &job.architecture, evaluation, progress)?;
     let texts_bytes = texts_bytes(source, Some(calibration), evaluation)?;
@@ -138,6 +140,7 @@ pub fn dry_run<B: Backend>(
     evaluation: Option<&Evaluation>,
     progress: &dyn Progress,
 ) -> Result<DryRun> {
+    output.protecting(source, []).check()?;
     let job = prepare(source, calibration, recipe, progress)?;
     let evaluated = check_evaluation(source, &job.architecture, evaluation, progress)?;
     let texts_bytes = texts_bytes(source, Some(calibration), evaluation)?;
@@ -439,6 +442,7 @@ pub fn quantize_to_target<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<QuantizeOutcome> {
     let start = Instant::now();
+    output.protecting(source, []).check()?;
     let mut job = prepare(source, calibration, measuring.recipe, progress)?;
     let evaluated = check_evaluation(source, &job.architecture, evaluation, progress)?;
     let texts_bytes = texts_bytes(source, Some(calibration), evaluation)?;
@@ -447,7 +451,6 @@ pub fn quantize_to_target<B: Backend>(
     memory::check(memory::calibration_bytes(&job, place, true, texts_bytes), progress)?;
     job.check_tensors()?;
     job.check_kept(progress)?;
-    output.protecting(source, []).check()?;
     caution(source, &job.architecture, longest(&job, evaluation), progress);
     let data = measure(backend, &job, Some(measuring), progress)?;
     backend.trim();
@@ -474,6 +477,8 @@ pub fn pack<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<QuantizeOutcome> {
     let (plan, calibration_file) = PlanFile::read(plan_file)?;
+    let destination = output.protecting(source, [plan_file, calibration_file.as_path()]);
+    destination.check()?;
     let (data, _, sha256) = CalibrationData::read(&calibration_file)?;
     if sha256 != plan.calibration.sha256 {
         return Err(Error::input(format!(
@@ -497,8 +502,6 @@ pub fn pack<B: Backend>(
     let CalibrationData { provenance, tokens, statistics, .. } = data;
     let PlanFile { recipe, blocks, .. } = plan;
     let job = Job { source, architecture, ignored, recipe, blocks, tokens, provenance };
-    let read = [plan_file, calibration_file.as_path()];
-    let destination = output.protecting(source, read);
     let output = Output { destination, resume: output.resume };
     let texts_bytes = texts_bytes(source, None, evaluation)?;
     check_memory(backend, &job, evaluated, texts_bytes, progress)?;
