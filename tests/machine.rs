@@ -125,7 +125,7 @@ fn threads_that_cannot_be_started_are_a_sentence() {
     // The address space of their stacks is what a test can take away from any user.
     let line = "inspect tiny-llama --threads 200";
     let run = run(line, limited(&mut home.command(line), libc::RLIMIT_AS, 200_000_000));
-    run.fails(4, &["hint: "]);
+    run.fails(4, &["cannot start the worker threads", "`ulimit -v` leaves", "hint: "]);
 }
 
 #[test]

@@ -70,7 +70,8 @@ impl OutputFile {
                 return match parent.is_dir() {
                     true => Ok(()),
                     false => {
-                        Err(Error::input(format!("directory {} does not exist", parent.display()))
+                        let parent = self.shown.parent().unwrap_or(parent).display();
+                        Err(Error::input(format!("directory {parent} does not exist"))
                             .hint("make it, or name a file in a directory that exists"))
                     }
                 };

@@ -10,8 +10,10 @@ use crate::backend::cuda::Cuda;
 use crate::checkpoint::{Destination, Inputs, Source};
 use crate::eval::Model;
 use crate::hub::Hub;
+use crate::machine;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::{Calibration, Evaluation, Output, network};
+use crate::report::units;
 use crate::text::{Split, TextSet};
 use crate::{Error, Result, hub};
 
@@ -38,16 +40,31 @@ pub struct Running {
     pub quiet: bool,
 }
 
+/// Address space of a thread's stack, with its guard and the stack of its signal handlers.
+const THREAD_BYTES: u64 = 3 << 20;
+
 impl Running {
     /// Sizes the thread pool that all arithmetic shares.
     pub(crate) fn start_threads(&self) -> Result<()> {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(self.threads)
-            .build_global()
-            .map_err(|error| {
-                Error::machine(format!("cannot start the worker threads: {error}"))
-                    .hint("give fewer --threads, or raise the limits on processes and memory (`ulimit -u`, `ulimit -v`)")
-            })
+        let refused = |why: String| {
+            Error::machine(format!("cannot start the worker threads: {why}")).hint(
+                "give fewer --threads, or raise the limits on processes and memory (`ulimit -u`, `ulimit -v`)",
+            )
+        };
+        let threads = match self.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        };
+        // A thread whose stacks cannot be had ends the process before any of our code runs in it.
+        let needed = THREAD_BYTES * threads as u64;
+        if let Some(left) = machine::address_space_left().filter(|left| *left < needed) {
+            let [needed, left] = [needed, left].map(units::bytes);
+            return Err(refused(format!(
+                "the stacks of {threads} take {needed}, and `ulimit -v` leaves {left}"
+            )));
+        }
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads);
+        pool.build_global().map_err(|error| refused(error.to_string()))
     }
 }
 

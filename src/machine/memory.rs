@@ -47,6 +47,13 @@ pub fn available() -> Option<Memory> {
     within(&read, limit_of(libc::RLIMIT_AS), limit_of(libc::RLIMIT_DATA))
 }
 
+/// Address space that this process can still take under `ulimit -v`; none without such a limit.
+pub fn address_space_left() -> Option<u64> {
+    let limit = limit_of(libc::RLIMIT_AS)?;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    Some(limit.saturating_sub(kibibytes(&status, "VmSize").unwrap_or(0)))
+}
+
 /// As [`available`], of a system read by `read`, with the process's limits in bytes.
 fn within(read: Read, address_space: Option<u64>, data: Option<u64>) -> Option<Memory> {
     let mut memory = of_system(&read(Path::new("/proc/meminfo"))?)?;
