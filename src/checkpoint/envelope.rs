@@ -33,7 +33,7 @@ pub(super) struct Hash {
 pub(super) struct Envelope {
     /// Of every tensor, by name.
     pub(super) tensors: BTreeMap<String, Hash>,
-    /// Of `config.json`, the tokenizer and every other file beside the shards and `atom.json`, by name.
+    /// Of `config.json`, the tokenizer and every other file next to the shards and `atom.json`, by name.
     /// Checkpoints written before there were such hashes have none.
     #[serde(default)]
     pub(super) files: BTreeMap<String, Hash>,

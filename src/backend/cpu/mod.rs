@@ -553,7 +553,7 @@ impl Backend for Cpu {
     }
 
     fn factor(&self, hessian: &mut Hessian, damping: f32) -> Result<Option<(Vec<f32>, Damping)>> {
-        // What the site before left is not to stand beside a second matrix of this size.
+        // What the site before left must not take memory next to a second matrix of this size.
         hand_back();
         Ok(factor::factor(&mut hessian.lower, hessian.n, damping))
     }
@@ -644,7 +644,7 @@ impl Backend for Cpu {
 
     fn trim(&self) {
         self.pool.clear();
-        // The allocator would keep up to 256 MB of it beside Hessians, which have maps of their own.
+        // The allocator would keep up to 256 MB of it next to Hessians, which have maps of their own.
         hand_back();
     }
 }
