@@ -38,8 +38,8 @@ pub fn check_weights(
         OutlierBlock::None | OutlierBlock::F16(_) => &[],
     };
     let small = |scale: f32| scale.abs() < LEAST_SCALE;
-    let all = linear.scales.iter().chain(outliers);
-    if !all.clone().any(|scale| small(scale.to_f32())) {
+    let none_small = !linear.scales.iter().any(|scale| small(scale.to_f32()));
+    if none_small && outliers.iter().all(|scale| scale.to_f32() != 0.0) {
         return Ok(());
     }
     let grouped = linear.grouped_channels();
@@ -52,7 +52,8 @@ pub fn check_weights(
             all += output;
             let held = match slot < grouped {
                 true => !small(linear.scale(row, slot / linear.group_size)),
-                false => outliers.get(row).is_none_or(|scale| !small(scale.to_f32())),
+                // Of INT8 and FP8, whose codes are finer, a scale that is there will do.
+                false => outliers.get(row).is_none_or(|scale| scale.to_f32() != 0.0),
             };
             lost += if held { 0.0 } else { output };
         }
@@ -93,16 +94,19 @@ pub fn check_activations(
             channels.fold((0.0, 0), |(sum, count), channel| (sum + energy[channel], count + 1))
         };
         let (grouped, outliers) = order.split_at(site.groups() * site.group_size);
-        let groups = grouped.chunks(site.group_size).map(|group| (group, 8.0));
+        let groups =
+            grouped.chunks(site.group_size).map(|group| (group, 8.0, f64::from(LEAST_SCALE)));
+        // Their scales must not round to 0.
+        let least = f64::from(LEAST_SCALE) / 8.0;
         let outliers = match site.outlier_format {
-            OutlierFormat::Int8 => Some((outliers, 127.0)),
-            OutlierFormat::Fp8 => Some((outliers, 448.0)),
+            OutlierFormat::Int8 => Some((outliers, 127.0, least)),
+            OutlierFormat::Fp8 => Some((outliers, 448.0, least)),
             OutlierFormat::F16 => None,
         };
-        let lost = groups.chain(outliers).map(|(slots, greatest_code)| {
+        let lost = groups.chain(outliers).map(|(slots, greatest_code, least)| {
             let (energy, channels) = sum(slots);
             let mean_square = energy / (tokens.max(1) * channels.max(1)) as f64;
-            let held = mean_square.sqrt() / greatest_code >= f64::from(LEAST_SCALE);
+            let held = mean_square.sqrt() / greatest_code >= least;
             if held { 0.0 } else { energy }
         });
         let lost = lost.sum();
