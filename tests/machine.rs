@@ -289,7 +289,7 @@ fn estimate_to_peak(home: &Home, line: &str) -> f64 {
 /// Of a network whose MLP is wide, where GPTQ's squares are most of it, and of one with many tokens, whose
 /// last batch is small and whose groups are filled up.
 #[test]
-fn the_estimate_is_near_the_peak() {
+fn the_estimate_holds_within_a_tenth() {
     let wide = (1, 128, 5504, "--samples 4 --seq-len 256 --no-eval");
     let long = (2, 256, 1376, "--samples 32 --seq-len 256 --windows 4");
     for (blocks, hidden, mlp, windows) in [wide, long] {
@@ -304,8 +304,7 @@ fn the_estimate_is_near_the_peak() {
                 let ratio = estimate_to_peak(&home, &line);
                 // What a run without GPTQ takes is small, and the program's own share a part of it.
                 let most = if recipe == "--no-gptq" { 1.25 } else { 1.12 };
-                // Measured 0.93 to 1.08; what threads hold at the same moment moves it by a few hundredths.
-                assert!((0.86..=most).contains(&ratio), "{mlp} {line}: {ratio:.3}");
+                assert!((0.9..=most).contains(&ratio), "{mlp} {line}: {ratio:.3}");
             }
         }
     }

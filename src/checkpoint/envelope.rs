@@ -80,7 +80,7 @@ impl Envelope {
         Ok(envelope)
     }
 
-    /// Whether there are hashes of `atom.json` and of the files beside the shards.
+    /// Whether there are hashes of `atom.json` and of the files next to the shards.
     pub(super) fn covers_files(&self) -> bool {
         self.sha256.is_some() && !self.files.is_empty()
     }

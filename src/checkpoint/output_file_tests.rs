@@ -30,7 +30,7 @@ fn a_file_is_replaced_by_its_own_kind_only_and_only_when_asked() {
     fs_err::write(&path, "weights").unwrap();
     refused(&path, true, "is not a note and is not overwritten");
     fs_err::write(&path, "").unwrap();
-    assert!(check(&path, true).is_ok(), "an empty file is nobody's");
+    assert!(check(&path, true).is_ok(), "an empty file loses nothing");
     refused(home.path(), true, "is a directory");
     refused(&home.path().join("no/note"), false, "does not exist");
 }
