@@ -10,7 +10,9 @@ use toml::Table;
 
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
-use crate::quant::site::{OutlierFormat, Transform};
+use crate::quant::number::OutlierFormat;
+use crate::quant::ranges::{BITS, CLIP, CORRECTION, DAMPING, ROWS_PER_SCALE};
+use crate::quant::site::Transform;
 use crate::{Error, Result};
 
 /// How many channels share a scale.
@@ -248,45 +250,19 @@ impl Recipe {
 
     /// The recipe itself, if every setting is one that means something.
     pub fn check(self) -> Result<Self> {
-        let widths = [2, 3, 4, 8, 16];
-        for (key, bits) in
-            [("bits", self.bits), ("act_bits", self.act_bits), ("kv_bits", self.kv_bits)]
-        {
-            if !widths.contains(&bits) {
-                return Err(Error::input(format!("{key} is {bits}; it must be 2, 3, 4, 8 or 16")));
-            }
-        }
-        for (key, clip) in [
-            ("clip_act", self.clip_act),
-            ("clip_weight", self.clip_weight),
-            ("clip_kv", self.clip_kv),
-        ] {
-            if !(clip > 0.0 && clip <= 1.0) {
-                return Err(Error::input(format!("{key} is {clip}; it must lie in (0, 1]")));
-            }
-        }
-        if !(1..=2).contains(&self.rows_per_scale) {
-            return Err(Error::input(format!(
-                "rows_per_scale is {}; it must be 1 or 2",
-                self.rows_per_scale
-            )));
-        }
-        if !(self.damping > 0.0 && self.damping < 1.0) {
-            return Err(Error::input(format!(
-                "damping is {}; it must lie in (0, 1)",
-                self.damping
-            )));
-        }
+        BITS.check("bits", self.bits)?;
+        BITS.check("act_bits", self.act_bits)?;
+        BITS.check("kv_bits", self.kv_bits)?;
+        CLIP.check("clip_act", self.clip_act)?;
+        CLIP.check("clip_weight", self.clip_weight)?;
+        CLIP.check("clip_kv", self.clip_kv)?;
+        ROWS_PER_SCALE.check("rows_per_scale", self.rows_per_scale)?;
+        DAMPING.check("damping", self.damping)?;
+        CORRECTION.check("correction", self.correction)?;
         if self.center_keys && !self.kv_after_rope {
             return Err(Error::input("center_keys needs kv_after_rope").hint(
                 "a mean key leaves the scores as they are after the rotary embedding only: set center_keys = false, or kv_after_rope = true",
             ));
-        }
-        if !(0.0..=1.0).contains(&self.correction) {
-            return Err(Error::input(format!(
-                "correction is {}; it must lie in [0, 1]",
-                self.correction
-            )));
         }
         if self.correction > 0.0 && !self.sequential {
             return Err(Error::input("correction needs sequential")

@@ -77,7 +77,8 @@ fn dequantize(format: &SiteFormat, linear: &QuantizedLinear) -> Vec<f64> {
         let mut row = row.to_vec();
         if format.transform == Transform::Hadamard {
             // Its own inverse.
-            let groups = row[..format.grouped_channels()].chunks_mut(format.group_size);
+            let groups =
+                row[..format.row.grouped_channels()].chunks_mut(format.row.numbers.group_size);
             groups.for_each(hadamard::transform);
         }
         for (value, &channel) in row.iter().zip(&format.order) {

@@ -13,9 +13,9 @@ use crate::checkpoint;
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
 use crate::quant::linear::QuantizedLinear;
+use crate::quant::number::LinearFormat;
 use crate::quant::rows::QuantizedRows;
 use crate::quant::site::SiteFormat;
-use crate::quant::weights::WeightFormat;
 use crate::{Error, Result};
 
 /// A matrix on the host, row-major `[rows, columns]`.
@@ -79,7 +79,9 @@ pub struct Unquantized<'a, W> {
     /// Its weight `[out, in]`, as the source has it.
     pub weight: &'a W,
     /// How its weights will be held.
-    pub format: WeightFormat,
+    pub format: LinearFormat,
+    /// The factor on a group's absmax before its scale is taken.
+    pub clip: f32,
 }
 
 /// How far quantization has moved a site: what its linears' targets are corrected by.

@@ -15,9 +15,10 @@ use crate::backend::cpu::integer::{IntegerLinear, linear};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::quantize::quantize_rows;
 use crate::quant::levels::Levels;
+use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
-use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
-use crate::quant::weights::{WeightFormat, round_to_nearest};
+use crate::quant::site::{SiteFormat, Transform};
+use crate::quant::weights::round_to_nearest;
 use crate::{Error, Result};
 
 /// The sizes of a product `[m, k] x [n, k]^T`.
@@ -81,10 +82,10 @@ fn measure(isa: Isa, threads: usize, product: Product, kernel: Kernel) -> Row {
         }
         Kernel::W4A4 => {
             let site = identity_site(k, 64, if k > 64 { 64 } else { 0 });
-            let weights = WeightFormat::of(&site, 4, 1, 1.0);
+            let weights = site.row.weights(4, Levels::Int, 1);
             let arranged: Vec<f32> = w.chunks(k).flat_map(|row| arranged(&site, row)).collect();
-            let w = round_to_nearest(&arranged, n, &weights).expect("random weights are finite");
-            let w = IntegerLinear::new(&w);
+            let w = round_to_nearest(&arranged, n, &weights, 1.0);
+            let w = IntegerLinear::new(&w.expect("random weights are finite"));
             let x = quantize_rows(isa, &x, m, &site).expect("random activations are finite");
             Box::new(move || linear(isa, &x, &w, &mut y))
         }
@@ -120,19 +121,13 @@ pub(super) fn identity_site(
     outlier_channels: usize,
 ) -> SiteFormat {
     let order = channel_order(&vec![0.0; channels], false, outlier_channels, group_size);
-    SiteFormat {
-        channels,
+    let row = RowFormat {
+        numbers: NumberFormat { bits: 4, levels: Levels::Int, group_size, scale: ScaleFormat::F16 },
         groups: (channels - outlier_channels).div_ceil(group_size),
-        order,
-        group_size,
         outlier_channels,
         outlier_format: OutlierFormat::Int8,
-        bits: 4,
-        levels: Levels::Int,
-        clip: 1.0,
-        signed_scales: false,
-        transform: Transform::None,
-    }
+    };
+    SiteFormat { channels, order, row, clip: 1.0, transform: Transform::None }
 }
 
 fn arranged(site: &SiteFormat, row: &[f32]) -> Vec<f32> {

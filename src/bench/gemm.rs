@@ -20,8 +20,8 @@ use crate::backend::cuda::timing::rotation;
 use crate::backend::{Backend, Unquantized};
 use crate::pipeline::progress::Progress;
 use crate::quant::levels::Levels;
+use crate::quant::number::{LinearFormat, NumberFormat, RowFormat};
 use crate::quant::site::SiteFormat;
-use crate::quant::weights::WeightFormat;
 use crate::report::svg::{Chart, Series};
 use crate::{Error, Result};
 
@@ -65,7 +65,7 @@ impl GemmSettings {
     ///
     /// # Errors
     /// A usage error where there are no such formats.
-    fn formats(&self, channels: usize) -> Result<(SiteFormat, WeightFormat)> {
+    fn formats(&self, channels: usize) -> Result<(SiteFormat, LinearFormat)> {
         let usage =
             |what: String| Error::usage(what).hint("`atom bench gemm --help` shows the flags");
         for bits in [self.bits, self.act_bits] {
@@ -78,14 +78,11 @@ impl GemmSettings {
             let outliers = self.outliers;
             return Err(usage(format!("{outliers} outliers leave nothing of {channels} channels")));
         }
-        let site = SiteFormat {
-            bits: self.act_bits,
-            levels: self.levels_of(self.act_bits),
-            ..identity_site(channels, self.group_size, self.outliers)
-        };
+        let mut site = identity_site(channels, self.group_size, self.outliers);
+        let (bits, levels) = (self.act_bits, self.levels_of(self.act_bits));
+        site.row.numbers = NumberFormat { bits, levels, ..site.row.numbers };
         site.check().map_err(|error| usage(error.to_string()))?;
-        let levels = self.levels_of(self.bits);
-        let weights = WeightFormat { levels, ..WeightFormat::of(&site, self.bits, 1, 1.0) };
+        let weights = site.row.weights(self.bits, self.levels_of(self.bits), 1);
         Ok((site, weights))
     }
 
@@ -102,13 +99,14 @@ impl GemmSettings {
 }
 
 /// Bytes that a product in these formats reads and writes at least.
-fn least_bytes(site: &SiteFormat, weights: &WeightFormat, Product { m, n, .. }: Product) -> usize {
-    let row = |bits: u8| {
-        let outliers = site.outlier_channels;
-        let scales = site.groups + usize::from(outliers > 0);
-        site.grouped_channels() * usize::from(bits) / 8 + outliers + 2 * scales
+fn least_bytes(site: &SiteFormat, weights: &LinearFormat, Product { m, n, .. }: Product) -> usize {
+    let row = |format: &RowFormat| {
+        let outliers = format.outlier_channels;
+        let scales = format.groups + usize::from(outliers > 0);
+        let codes = format.grouped_channels() * usize::from(format.numbers.bits) / 8;
+        codes + outliers + 2 * scales
     };
-    n * row(weights.bits) + m * row(site.bits) + 2 * m * n
+    n * row(&weights.row) + m * row(&site.row) + 2 * m * n
 }
 
 /// One product, times in microseconds.
@@ -291,12 +289,13 @@ const BASELINES: [(Precision, Random); 3] = [
 fn packed(
     cuda: &Cuda,
     site: &Site,
-    format: WeightFormat,
+    format: LinearFormat,
     [rows, columns]: [usize; 2],
     seed: usize,
 ) -> Result<Packed> {
     let weight = &cuda.random_weight(rows, columns, seed)?;
-    let quantized = cuda.round(&Unquantized { name: "a random weight", weight, format }, site)?;
+    let linear = Unquantized { name: "a random weight", weight, format, clip: 1.0 };
+    let quantized = cuda.round(&linear, site)?;
     cuda.packed(&quantized, None)
 }
 
@@ -387,7 +386,10 @@ mod tests {
         }
         let fp4 = GemmSettings { levels: Levels::Fp4, act_bits: 8, ..settings() };
         let (site, weights) = fp4.formats(4096).unwrap();
-        assert_eq!((site.levels, weights.levels), (Levels::Int, Levels::Fp4));
+        assert_eq!(
+            (site.row.numbers.levels, weights.row.numbers.levels),
+            (Levels::Int, Levels::Fp4)
+        );
     }
 
     #[test]

@@ -22,8 +22,9 @@ use crate::model::sites::{LinearSpec, MLP_ACT, MLP_IN, SiteSpec};
 use crate::pipeline::attention_spec;
 use crate::pipeline::progress::Progress;
 use crate::quant::kv::KvFormat;
+use crate::quant::levels::Levels;
+use crate::quant::number::ScaleFormat;
 use crate::quant::site::{SiteFormat, Transform};
-use crate::quant::weights::WeightFormat;
 use crate::{Error, Result};
 
 /// Blocks with weights of their own.
@@ -72,11 +73,10 @@ impl PrefillSettings {
 
     /// A site of the default recipe's kind.
     fn format(&self, channels: usize) -> SiteFormat {
-        SiteFormat {
-            transform: Transform::Hadamard,
-            signed_scales: true,
-            ..identity_site(channels, self.group_size, self.outliers)
-        }
+        let mut site = identity_site(channels, self.group_size, self.outliers);
+        site.transform = Transform::Hadamard;
+        site.row.numbers.scale = ScaleFormat::SignedF16;
+        site
     }
 }
 
@@ -191,8 +191,8 @@ fn pair<B: Backend>(
             let weight =
                 backend.load(Tensor::in_memory(&linear.name, Dtype::F16, &shape, &bytes))?;
             let name = &linear.name;
-            let weights = WeightFormat::of(&format, 4, 1, 1.0);
-            let own = Unquantized { name, weight: &weight, format: weights };
+            let weights = format.row.weights(4, Levels::Int, 1);
+            let own = Unquantized { name, weight: &weight, format: weights, clip: 1.0 };
             let rounded = backend.round(&own, &order)?;
             packed.push(Linear::Packed(backend.packed(&rounded, feeds.as_ref())?));
             whole.push(Linear::Dense(backend.dense(&weight, None)?));

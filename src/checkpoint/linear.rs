@@ -10,112 +10,77 @@ use rayon::prelude::*;
 use super::packing::{pack, row_bytes, unpack};
 use super::{Dtype, Stored, TensorSpec};
 use crate::quant::float::e4m3_value;
-use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
-use crate::quant::site::OutlierFormat;
+use crate::quant::number::{LinearFormat, OutlierFormat};
 use crate::{Error, Result};
 
-/// What has to be known of a quantized linear to lay out or to read its tensors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LinearShape {
-    /// Output features.
-    pub rows: usize,
-    /// Bits of a code: 2, 3, 4 or 8.
-    pub bits: u8,
-    /// What codes stand for.
-    pub levels: Levels,
-    /// Channels in a group.
-    pub group_size: usize,
-    /// Groups in a row.
-    pub groups: usize,
-    /// Adjacent rows that share one scale: 1 or 2.
-    pub rows_per_scale: usize,
-    /// Outlier channels; 0 for none, whatever the format.
-    pub outlier_channels: usize,
-    /// How they are stored.
-    pub outlier_format: OutlierFormat,
+/// The tensors of one linear.
+struct Specs<'a> {
+    prefix: &'a str,
+    rows: usize,
+    format: &'a LinearFormat,
 }
 
-impl LinearShape {
-    /// The shape of an existing linear.
-    pub fn of(linear: &QuantizedLinear) -> Self {
-        let (outlier_channels, outlier_format) = match linear.outliers {
-            OutlierBlock::None => (0, OutlierFormat::Int8),
-            OutlierBlock::Int8 { .. } => (linear.outlier_channels, OutlierFormat::Int8),
-            OutlierBlock::Fp8 { .. } => (linear.outlier_channels, OutlierFormat::Fp8),
-            OutlierBlock::F16(_) => (linear.outlier_channels, OutlierFormat::F16),
-        };
-        Self {
-            rows: linear.rows,
-            bits: linear.bits,
-            levels: linear.levels,
-            group_size: linear.group_size,
-            groups: linear.groups,
-            rows_per_scale: linear.rows_per_scale,
-            outlier_channels,
-            outlier_format,
-        }
+impl Specs<'_> {
+    fn of(&self, part: &str, dtype: Dtype, shape: impl Into<Vec<usize>>) -> TensorSpec {
+        TensorSpec::new(format!("{}.{part}", self.prefix), dtype, shape)
     }
 
-    /// Channels before the outliers, padding included.
-    pub fn grouped_channels(&self) -> usize {
-        self.groups * self.group_size
+    fn codes(&self) -> TensorSpec {
+        let row = &self.format.row;
+        let bytes = row_bytes(row.grouped_channels(), row.numbers.bits);
+        self.of("weight_codes", Dtype::U8, [self.rows, bytes])
     }
 
-    fn codes(&self, prefix: &str) -> TensorSpec {
-        let bytes = row_bytes(self.grouped_channels(), self.bits);
-        TensorSpec::new(format!("{prefix}.weight_codes"), Dtype::U8, [self.rows, bytes])
+    fn scales(&self) -> TensorSpec {
+        let shape = [self.format.scale_rows(self.rows), self.format.row.groups];
+        self.of("weight_scales", Dtype::F16, shape)
     }
 
-    fn scales(&self, prefix: &str) -> TensorSpec {
-        let rows = self.rows.div_ceil(self.rows_per_scale.max(1));
-        TensorSpec::new(format!("{prefix}.weight_scales"), Dtype::F16, [rows, self.groups])
+    fn outlier_codes(&self, dtype: Dtype) -> TensorSpec {
+        self.of("outlier_codes", dtype, [self.rows, self.format.row.outlier_channels])
     }
 
-    fn outlier_codes(&self, prefix: &str) -> TensorSpec {
-        let shape = [self.rows, self.outlier_channels];
-        let fp8 = self.outlier_format == OutlierFormat::Fp8;
-        let dtype = if fp8 { Dtype::F8E4m3 } else { Dtype::I8 };
-        TensorSpec::new(format!("{prefix}.outlier_codes"), dtype, shape)
+    fn outlier_scales(&self) -> TensorSpec {
+        self.of("outlier_scales", Dtype::F16, [self.rows])
     }
 
-    fn outlier_scales(&self, prefix: &str) -> TensorSpec {
-        TensorSpec::new(format!("{prefix}.outlier_scales"), Dtype::F16, [self.rows])
-    }
-
-    fn outlier_weights(&self, prefix: &str) -> TensorSpec {
-        let shape = [self.rows, self.outlier_channels];
-        TensorSpec::new(format!("{prefix}.outlier_weights"), Dtype::F16, shape)
+    fn outlier_weights(&self) -> TensorSpec {
+        self.of("outlier_weights", Dtype::F16, [self.rows, self.format.row.outlier_channels])
     }
 }
 
-/// The tensors that a linear of this shape is stored as.
-pub fn specs(prefix: &str, shape: &LinearShape) -> Vec<TensorSpec> {
-    let mut specs = vec![shape.codes(prefix), shape.scales(prefix)];
-    match shape.outlier_format {
-        _ if shape.outlier_channels == 0 => {}
-        OutlierFormat::Int8 | OutlierFormat::Fp8 => {
-            specs.extend([shape.outlier_codes(prefix), shape.outlier_scales(prefix)]);
+/// The tensors that a linear of `rows` output rows is stored as.
+pub fn specs(prefix: &str, rows: usize, format: &LinearFormat) -> Vec<TensorSpec> {
+    let specs = Specs { prefix, rows, format };
+    let mut all = vec![specs.codes(), specs.scales()];
+    match format.row.outliers() {
+        None => {}
+        Some(OutlierFormat::Int8) => {
+            all.extend([specs.outlier_codes(Dtype::I8), specs.outlier_scales()]);
         }
-        OutlierFormat::F16 => specs.push(shape.outlier_weights(prefix)),
+        Some(OutlierFormat::Fp8) => {
+            all.extend([specs.outlier_codes(Dtype::F8E4m3), specs.outlier_scales()]);
+        }
+        Some(OutlierFormat::F16) => all.push(specs.outlier_weights()),
     }
-    specs
+    all
 }
 
 /// The tensors of a linear, `(name, bytes)`, in the order of [`specs`].
 pub fn to_tensors(prefix: &str, linear: &QuantizedLinear) -> Vec<(String, Vec<u8>)> {
     let name = |part: &str| format!("{prefix}.{part}");
-    let pack = |codes| pack(codes, linear.rows, linear.grouped_channels(), linear.bits);
-    let codes = if linear.levels.is_int() {
+    let (row, numbers) = (&linear.format.row, linear.format.row.numbers);
+    let pack = |codes| pack(codes, linear.rows, row.grouped_channels(), numbers.bits);
+    let codes = if numbers.levels.is_int() {
         pack(&linear.codes)
     } else {
-        let stored = linear.codes.par_iter().map(|&code| linear.levels.stored(code));
+        let stored = linear.codes.par_iter().map(|&code| numbers.levels.stored(code));
         pack(&stored.collect::<Vec<i8>>())
     };
     let mut tensors =
         vec![(name("weight_codes"), codes), (name("weight_scales"), f16_bytes(&linear.scales))];
     match &linear.outliers {
-        _ if linear.outlier_channels == 0 => {}
         OutlierBlock::None => {}
         OutlierBlock::Int8 { codes, scales } => tensors.extend([
             (name("outlier_codes"), bytemuck::cast_slice(codes).to_vec()),
@@ -135,51 +100,43 @@ pub fn to_tensors(prefix: &str, linear: &QuantizedLinear) -> Vec<(String, Vec<u8
 pub fn from_tensors(
     stored: &impl Stored,
     prefix: &str,
-    shape: &LinearShape,
+    rows: usize,
+    format: &LinearFormat,
 ) -> Result<QuantizedLinear> {
-    let spec = shape.codes(prefix);
+    let specs = Specs { prefix, rows, format };
+    let numbers = format.row.numbers;
+    let spec = specs.codes();
     let bytes = stored.fetch(&spec)?;
-    let mut codes = unpack(&bytes, shape.rows, shape.grouped_channels(), shape.bits)
+    let mut codes = unpack(&bytes, rows, format.row.grouped_channels(), numbers.bits)
         .map_err(|error| error.context(format!("tensor `{}` cannot be unpacked", spec.name)))?;
-    if !shape.levels.is_int() {
-        codes.par_iter_mut().for_each(|code| *code = shape.levels.restored(*code));
+    if !numbers.levels.is_int() {
+        codes.par_iter_mut().for_each(|code| *code = numbers.levels.restored(*code));
     }
-    let scales = read_f16(stored, &shape.scales(prefix))?;
-    let outliers = match shape.outlier_format {
-        _ if shape.outlier_channels == 0 => OutlierBlock::None,
-        OutlierFormat::Int8 => {
-            let spec = shape.outlier_codes(prefix);
+    let scales = read_f16(stored, &specs.scales())?;
+    let outliers = match format.row.outliers() {
+        None => OutlierBlock::None,
+        Some(OutlierFormat::Int8) => {
+            let spec = specs.outlier_codes(Dtype::I8);
             let codes: Vec<i8> = bytemuck::cast_slice(&stored.fetch(&spec)?).to_vec();
             // Integer kernels multiply absolute values, and -128 has none in 8 bits.
             if codes.contains(&i8::MIN) {
                 let message = format!("tensor `{}` holds -128, not a code", spec.name);
                 return Err(Error::input(message).hint("the file is damaged: copy it again"));
             }
-            OutlierBlock::Int8 { codes, scales: read_f16(stored, &shape.outlier_scales(prefix))? }
+            OutlierBlock::Int8 { codes, scales: read_f16(stored, &specs.outlier_scales())? }
         }
-        OutlierFormat::Fp8 => {
-            let spec = shape.outlier_codes(prefix);
+        Some(OutlierFormat::Fp8) => {
+            let spec = specs.outlier_codes(Dtype::F8E4m3);
             let codes = stored.fetch(&spec)?.to_vec();
             if codes.iter().any(|&code| e4m3_value(code).is_nan()) {
                 let message = format!("tensor `{}` holds a code that is no number", spec.name);
                 return Err(Error::input(message).hint("the file is damaged: copy it again"));
             }
-            OutlierBlock::Fp8 { codes, scales: read_f16(stored, &shape.outlier_scales(prefix))? }
+            OutlierBlock::Fp8 { codes, scales: read_f16(stored, &specs.outlier_scales())? }
         }
-        OutlierFormat::F16 => OutlierBlock::F16(read_f16(stored, &shape.outlier_weights(prefix))?),
+        Some(OutlierFormat::F16) => OutlierBlock::F16(read_f16(stored, &specs.outlier_weights())?),
     };
-    Ok(QuantizedLinear {
-        rows: shape.rows,
-        bits: shape.bits,
-        levels: shape.levels,
-        group_size: shape.group_size,
-        groups: shape.groups,
-        rows_per_scale: shape.rows_per_scale,
-        codes,
-        scales,
-        outlier_channels: shape.outlier_channels,
-        outliers,
-    })
+    Ok(QuantizedLinear { rows, format: *format, codes, scales, outliers })
 }
 
 /// The tensor of a site's channel order, of `length` entries: grouped channels with padding, then

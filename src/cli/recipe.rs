@@ -174,7 +174,7 @@ mod tests {
 
     use super::*;
     use crate::quant::levels::Levels;
-    use crate::quant::site;
+    use crate::quant::{number, site};
     use crate::recipe::{Group, Order};
 
     #[derive(Parser)]
@@ -204,7 +204,7 @@ mod tests {
             kv_bits: 16,
             group: Group::Row,
             outliers: 64,
-            outlier_format: site::OutlierFormat::F16,
+            outlier_format: number::OutlierFormat::F16,
             order: Order::None,
             clip_act: 0.7,
             clip_weight: 0.6,
@@ -229,7 +229,7 @@ mod tests {
             assert_eq!(levels.name(), name);
         }
         let fp8 = resolve("--outlier-format fp8").unwrap().outlier_format;
-        assert_eq!(fp8, site::OutlierFormat::Fp8);
+        assert_eq!(fp8, number::OutlierFormat::Fp8);
     }
 
     #[test]

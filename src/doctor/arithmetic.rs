@@ -16,11 +16,10 @@ use crate::backend::{Backend, Matrix};
 use crate::eval::{code_fault, product_error};
 use crate::quant::levels::Levels;
 use crate::quant::linear::QuantizedLinear;
+use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::rows::QuantizedRows;
-use crate::quant::site::{
-    OutlierFormat, SiteFormat, Transform, dequantize_rows_plain, quantize_rows_plain,
-};
-use crate::quant::weights::{WeightFormat, dequantize, round_to_nearest};
+use crate::quant::site::{SiteFormat, Transform, dequantize_rows_plain, quantize_rows_plain};
+use crate::quant::weights::{dequantize, round_to_nearest};
 
 /// The linear's size: no multiple of what kernels work on at once but for the channels.
 const TOKENS: usize = 25;
@@ -80,22 +79,26 @@ impl Example {
             channels: CHANNELS,
             // 5 has no divisor in common with their number, so that each occurs once.
             order: (0..CHANNELS).map(|place| (place * 5 % CHANNELS) as i32).collect(),
-            group_size,
-            groups: 2,
-            outlier_channels: CHANNELS - 2 * group_size,
-            outlier_format: OutlierFormat::Int8,
-            bits: 4,
-            levels: Levels::Int,
+            row: RowFormat {
+                numbers: NumberFormat {
+                    bits: 4,
+                    levels: Levels::Int,
+                    group_size,
+                    scale: ScaleFormat::SignedF16,
+                },
+                groups: 2,
+                outlier_channels: CHANNELS - 2 * group_size,
+                outlier_format: OutlierFormat::Int8,
+            },
             clip: 0.95,
-            signed_scales: true,
             transform: Transform::Hadamard,
         };
         format.check()?;
         let (x, weights) = (numbers(TOKENS, 1), numbers(ROWS, 2));
         let rows = quantize_rows_plain(&x, TOKENS, &format)?;
         let weights = format.arrange_rows_plain(&weights, ROWS);
-        let weight_format = WeightFormat::of(&format, 4, 1, 0.95);
-        let linear = round_to_nearest(&weights, ROWS, &weight_format)?;
+        let weight_format = format.row.weights(4, Levels::Int, 1);
+        let linear = round_to_nearest(&weights, ROWS, &weight_format, 0.95)?;
         let mut product = vec![0.0; TOKENS * ROWS];
         plain::linear(&rows, &linear, &mut product);
         let float_product = float_product(&dequantize_rows_plain(&rows), &dequantize(&linear));

@@ -143,7 +143,10 @@ fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
                 format: linear.levels,
                 group_size: site.group_size,
                 outliers: site.outlier_channels,
-                bytes: specs(&linear.name, &site.shape(linear)).iter().map(TensorSpec::bytes).sum(),
+                bytes: specs(&linear.name, linear.rows, &site.weights(linear))
+                    .iter()
+                    .map(TensorSpec::bytes)
+                    .sum(),
                 error: linear.error,
             });
         }

@@ -24,6 +24,7 @@ use crate::model::sites::{ATTN_IN, ATTN_OUT, MLP_ACT, MLP_IN};
 use crate::pipeline::QuantizedSite;
 use crate::quant::float::e4m3_value;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
+use crate::quant::number::RowFormat;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 
 /// What attention may differ by where scores are small, in units of the head's greatest value: eight times what
@@ -108,7 +109,7 @@ impl<'a, B: Backend> Beside<'a, B> {
         device: &B,
         site: &QuantizedSite<QuantizedLinear>,
     ) -> Result<Option<DeviceSite<B>>> {
-        if site.format.bits == 16 {
+        if site.format.row.numbers.bits == 16 {
             return Ok(None);
         }
         let packed =
@@ -382,17 +383,18 @@ pub(crate) fn product_error(
 
 /// How many products a result is the sum of, a group's sum of codes being one.
 fn terms(x: &QuantizedRows) -> usize {
-    x.groups
+    x.format.groups
         + match x.outliers {
             OutlierRows::None => 0,
             OutlierRows::Int8 { .. } => 1,
-            OutlierRows::Fp8(_) | OutlierRows::F16(_) => x.outlier_channels,
+            OutlierRows::Fp8(_) | OutlierRows::F16(_) => x.format.outlier_channels,
         }
 }
 
 /// The sum of these products' magnitudes, for one result.
 fn magnitude(x: &QuantizedRows, weight: &QuantizedLinear, token: usize, row: usize) -> f64 {
-    let QuantizedRows { groups, group_size, outlier_channels, .. } = *x;
+    let RowFormat { numbers, groups, outlier_channels, .. } = x.format;
+    let (group_size, own) = (numbers.group_size, weight.format.row.numbers);
     let dot = |x: &[i8], w: &[i8], x_value: &dyn Fn(i8) -> f32, w_value: &dyn Fn(i8) -> f32| {
         x.iter().zip(w).map(|(x, w)| f64::from(x_value(*x)) * f64::from(w_value(*w))).sum::<f64>()
     };
@@ -400,7 +402,7 @@ fn magnitude(x: &QuantizedRows, weight: &QuantizedLinear, token: usize, row: usi
     for group in 0..groups {
         let of_x = &x.codes[(token * groups + group) * group_size..][..group_size];
         let of_w = &weight.codes[(row * groups + group) * group_size..][..group_size];
-        let values = (|code| x.levels.value(code), |code| weight.levels.value(code));
+        let values = (|code| numbers.levels.value(code), |code| own.levels.value(code));
         let scales = x.scales[token * groups + group] * weight.scale(row, group);
         sum += (f64::from(scales) * dot(of_x, of_w, &values.0, &values.1)).abs();
     }

@@ -307,7 +307,7 @@ fn shapes(
     for site in blocks.iter().flatten() {
         expected.push(order_spec(&site.name, site.width()));
         for linear in quantized(site) {
-            expected.extend(specs(&linear.name, &site.shape(linear)));
+            expected.extend(specs(&linear.name, linear.rows, &site.weights(linear)));
         }
     }
     for spec in &expected {
@@ -372,8 +372,9 @@ fn codes(
         for site in block {
             for linear in quantized(site) {
                 progress.check_stop()?;
-                let codes = from_tensors(checkpoint, &linear.name, &site.shape(linear))?;
-                let may_be_signed = site.weights(linear).grid(true).is_signed();
+                let format = site.weights(linear);
+                let codes = from_tensors(checkpoint, &linear.name, linear.rows, &format)?;
+                let may_be_signed = format.row.numbers.has_signs();
                 let negative = codes.scales.iter().position(|scale| scale.to_f32() < 0.0);
                 if let Some(scale) = negative.filter(|_| !may_be_signed) {
                     return Err(crate::Error::check(format!(

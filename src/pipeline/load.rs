@@ -279,14 +279,20 @@ pub fn quantized_linears<B: Backend>(
             let weight = weights.weight(site, linear);
             Ok(Linear::Dense(backend.dense(weight, Some(order))?))
         }
-        Some(quantized) if format.bits == 16 => Ok(Linear::Dense(backend.dense_of(quantized)?)),
+        Some(quantized) if format.row.numbers.bits == 16 => {
+            Ok(Linear::Dense(backend.dense_of(quantized)?))
+        }
         Some(quantized) => Ok(Linear::Packed(backend.packed(quantized, feeds(linear))?)),
     });
     linears.collect()
 }
 
 fn treatment<B: Backend>(format: &SiteFormat, site: B::Site) -> Treatment<B> {
-    if format.bits == 16 { Treatment::Arranged(site) } else { Treatment::Quantized(site) }
+    if format.row.numbers.bits == 16 {
+        Treatment::Arranged(site)
+    } else {
+        Treatment::Quantized(site)
+    }
 }
 
 fn block<B: Backend>(
@@ -363,7 +369,8 @@ pub fn read_sites(
                 _ => crate::checkpoint::linear::from_tensors(
                     stored,
                     &linear.name,
-                    &site.shape(linear),
+                    linear.rows,
+                    &site.weights(linear),
                 )
                 .map(Some),
             });

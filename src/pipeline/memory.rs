@@ -185,7 +185,11 @@ impl BlockBytes {
             for linear in &site.linears {
                 let rows = linear.rows as u64;
                 bytes.dense += 4 * rows.next_multiple_of(64) * width;
-                let specs = crate::checkpoint::linear::specs(&linear.name, &site.shape(linear));
+                let specs = crate::checkpoint::linear::specs(
+                    &linear.name,
+                    linear.rows,
+                    &site.weights(linear),
+                );
                 let stored = match linear.bits {
                     16 => 2 * rows * width,
                     _ => specs.iter().map(TensorSpec::bytes).sum(),

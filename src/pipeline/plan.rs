@@ -6,15 +6,16 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::linear::{LinearShape, order_spec, specs};
+use crate::checkpoint::linear::{order_spec, specs};
 use crate::checkpoint::{FileKind, TensorSpec, read_named, utf8_text};
 use crate::model::Architecture;
 use crate::model::sites::{LinearSpec, SiteSpec};
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
+use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
-use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
-use crate::quant::weights::WeightFormat;
+use crate::quant::ranges::{BITS, CLIP, GROUP_SIZE, ROWS_PER_SCALE};
+use crate::quant::site::{SiteFormat, Transform};
 use crate::recipe::{Group, Order, Recipe};
 use crate::{Error, Result};
 
@@ -184,25 +185,20 @@ impl SitePlan {
             .hint(format!("choose --outliers below {channels}")));
         }
         // A row's group may be rounded up to a multiple of 16.
-        if *group_size > channels.next_multiple_of(16) || group_size % 16 != 0 || *group_size == 0 {
+        if *group_size > channels.next_multiple_of(16) || !GROUP_SIZE.holds(*group_size) {
             return Err(Error::input(format!(
                 "a group of {group_size} does not fit the {channels} channels of {name}"
             ))
             .hint(format!("choose --group as a multiple of 16 up to {channels}, or `row`")));
         }
-        let bits = |bits: u8| [2, 3, 4, 8, 16].contains(&bits);
-        if let Some(bad) = self.linears.iter().find(|linear| !bits(linear.bits)) {
-            return Err(Error::input(format!(
-                "{}: {} bits; it must be 2, 3, 4, 8 or 16",
-                bad.name, bad.bits
-            )));
+        for linear in &self.linears {
+            let LinearPlan { name, .. } = linear;
+            BITS.check(format_args!("{name}: bits"), linear.bits)?;
+            CLIP.check(format_args!("{name}: the clip ratio"), linear.clip)?;
+            ROWS_PER_SCALE.check(format_args!("{name}: rows_per_scale"), linear.rows_per_scale)?;
         }
-        if !bits(self.bits) {
-            return Err(Error::input(format!(
-                "{name}: {} bits; it must be 2, 3, 4, 8 or 16",
-                self.bits
-            )));
-        }
+        BITS.check(format_args!("{name}: bits"), self.bits)?;
+        CLIP.check(format_args!("{name}: the clip ratio"), self.clip)?;
         let formats = self.linears.iter().map(|linear| (&linear.name, linear.bits, linear.levels));
         let wrong =
             |(_, bits, levels): &(&String, u8, Levels)| *bits < 16 && !levels.has_bits(*bits);
@@ -225,13 +221,6 @@ impl SitePlan {
             ))
             .hint("activations of fp4-bnb need weights of fp4-bnb, which take any activations"));
         }
-        let ratios = self.linears.iter().map(|linear| linear.clip).chain([self.clip]);
-        if let Some(clip) = ratios.into_iter().find(|clip| !(*clip > 0.0 && *clip <= 1.0)) {
-            return Err(Error::input(format!("{name}: clip ratio {clip}; it must lie in (0, 1]")));
-        }
-        if self.linears.iter().any(|linear| !(1..=2).contains(&linear.rows_per_scale)) {
-            return Err(Error::input(format!("{name}: rows_per_scale must be 1 or 2")));
-        }
         Ok(())
     }
 
@@ -252,24 +241,21 @@ impl SitePlan {
 
     /// Channels with padding.
     pub fn width(&self) -> usize {
-        self.groups() * self.group_size + self.outlier_channels
+        self.row().width()
     }
 
     /// The site's format under the channel order `order`.
     pub fn format(&self, order: Vec<i32>) -> SiteFormat {
-        SiteFormat {
-            channels: self.channels,
-            order,
-            group_size: self.group_size,
-            groups: self.groups(),
-            outlier_channels: self.outlier_channels,
-            outlier_format: self.outlier_format,
-            bits: self.bits,
-            levels: self.levels,
-            clip: self.clip,
-            signed_scales: self.signed_scales,
-            transform: self.transform,
-        }
+        let &Self { channels, clip, transform, .. } = self;
+        SiteFormat { channels, order, row: self.row(), clip, transform }
+    }
+
+    /// How a row of the site's activation is held.
+    pub fn row(&self) -> RowFormat {
+        let &Self { bits, levels, group_size, outlier_channels, outlier_format, .. } = self;
+        let scale = if self.signed_scales { ScaleFormat::SignedF16 } else { ScaleFormat::F16 };
+        let numbers = NumberFormat { bits, levels, group_size, scale };
+        RowFormat { numbers, groups: self.groups(), outlier_channels, outlier_format }
     }
 
     /// The channel order for channels of the given calibrated energies.
@@ -277,42 +263,18 @@ impl SitePlan {
         channel_order(energy, self.order == Order::Energy, self.outlier_channels, self.group_size)
     }
 
-    /// The weight format of one of its linears.
-    pub fn weights(&self, linear: &LinearPlan) -> WeightFormat {
-        WeightFormat {
-            bits: linear.bits,
-            levels: linear.levels,
-            group_size: self.group_size,
-            groups: self.groups(),
-            rows_per_scale: linear.rows_per_scale,
-            clip: linear.clip,
-            signed_scales: self.signed_scales,
-            outlier_channels: self.outlier_channels,
-            outlier_format: self.outlier_format,
-        }
+    /// How the weights of one of its linears are held.
+    pub fn weights(&self, linear: &LinearPlan) -> LinearFormat {
+        self.row().weights(linear.bits, linear.levels, linear.rows_per_scale)
     }
 
     /// Bytes of the tensors it is stored as; `source_bytes` are those of each linear left alone.
     pub fn stored_bytes(&self, source_bytes: &[u64]) -> u64 {
         let linears = self.linears.iter().zip(source_bytes).map(|(linear, source)| {
-            let specs = || specs(&linear.name, &self.shape(linear));
+            let specs = || specs(&linear.name, linear.rows, &self.weights(linear));
             if linear.bits == 16 { *source } else { specs().iter().map(TensorSpec::bytes).sum() }
         });
         linears.sum::<u64>() + order_spec(&self.name, self.width()).bytes()
-    }
-
-    /// What is stored of one of its linears.
-    pub fn shape(&self, linear: &LinearPlan) -> LinearShape {
-        LinearShape {
-            rows: linear.rows,
-            bits: linear.bits,
-            levels: linear.levels,
-            group_size: self.group_size,
-            groups: self.groups(),
-            rows_per_scale: linear.rows_per_scale,
-            outlier_channels: self.outlier_channels,
-            outlier_format: self.outlier_format,
-        }
     }
 
     /// Bits all its linears take, scales and outliers included, and their weights' count. A linear
@@ -498,8 +460,9 @@ mod tests {
                 assert_eq!((site.width(), site.linears[0].levels), (width, format));
                 assert_eq!(site.levels, if act_bits == 4 { format } else { Levels::Int });
                 site.format(site.order(&[1.0; 172])).check().unwrap();
-                let shape = site.shape(&site.linears[0]);
-                let specs = crate::checkpoint::linear::specs("p", &shape);
+                let linear = &site.linears[0];
+                let specs =
+                    crate::checkpoint::linear::specs("p", linear.rows, &site.weights(linear));
                 let bytes: u64 = specs.iter().map(crate::checkpoint::TensorSpec::bytes).sum();
                 assert_eq!(site.bits_and_weights().0, 8 * bytes + 32 * width as u64);
             }

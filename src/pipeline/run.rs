@@ -91,7 +91,7 @@ impl Job<'_> {
                     if linear.bits == 16 {
                         all.push(self.kept(&format!("{}.weight", linear.name))?);
                     } else {
-                        all.extend(specs(&linear.name, &site.shape(linear)));
+                        all.extend(specs(&linear.name, linear.rows, &site.weights(linear)));
                     }
                 }
             }

@@ -459,7 +459,8 @@ impl<'a, B: Backend> Sensor<'a, B> {
                     let mut at_width = linear.clone();
                     at_width.set_width(*bits);
                     let weight = weight.as_ref().expect("every weight is loaded to be measured");
-                    Unquantized { name: &linear.name, weight, format: plan.weights(&at_width) }
+                    let (format, clip) = (plan.weights(&at_width), at_width.clip);
+                    Unquantized { name: &linear.name, weight, format, clip }
                 })
                 .collect();
             let quantized = match &factor {

@@ -11,7 +11,7 @@ use super::plan::SitePlan;
 use crate::checkpoint::Tensor;
 use crate::model::Architecture;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
-use crate::quant::site::OutlierFormat;
+use crate::quant::number::OutlierFormat;
 use crate::{Error, Result};
 
 /// The least scale that f16 holds to an eighth of itself: subnormal numbers are 2^-24 apart.
@@ -42,7 +42,8 @@ pub fn check_weights(
     if none_small && outliers.iter().all(|scale| scale.to_f32() != 0.0) {
         return Ok(());
     }
-    let grouped = linear.grouped_channels();
+    let row_format = &linear.format.row;
+    let (grouped, group_size) = (row_format.grouped_channels(), row_format.numbers.group_size);
     let lost_and_all = |row: usize| -> Result<(f64, f64)> {
         let weights = source.rows_f32(row..row + 1)?;
         let (mut lost, mut all) = (0.0, 0.0);
@@ -51,7 +52,7 @@ pub fn check_weights(
             let output = f64::from(weights[channel]).powi(2) * energy[channel];
             all += output;
             let held = match slot < grouped {
-                true => !small(linear.scale(row, slot / linear.group_size)),
+                true => !small(linear.scale(row, slot / group_size)),
                 // Of INT8 and FP8, whose codes are finer, a scale that is there will do.
                 false => outliers.get(row).is_none_or(|scale| scale.to_f32() != 0.0),
             };

@@ -5,20 +5,20 @@ use super::*;
 use crate::checkpoint::Dtype;
 use crate::pipeline::plan::plan_network;
 use crate::quant::levels::Levels;
+use crate::quant::number::{LinearFormat, NumberFormat, RowFormat, ScaleFormat};
 use crate::recipe::{Group, Recipe};
 
 /// Two rows of two groups of 16 channels and one INT8 outlier, with these scales of row 0.
 fn linear(scales: [f32; 2], outlier: f32) -> QuantizedLinear {
+    let numbers =
+        NumberFormat { bits: 4, levels: Levels::Int, group_size: 16, scale: ScaleFormat::F16 };
+    let row =
+        RowFormat { numbers, groups: 2, outlier_channels: 1, outlier_format: OutlierFormat::Int8 };
     QuantizedLinear {
         rows: 2,
-        bits: 4,
-        levels: Levels::Int,
-        group_size: 16,
-        groups: 2,
-        rows_per_scale: 1,
+        format: LinearFormat { row, rows_per_scale: 1 },
         codes: vec![0; 2 * 32],
         scales: [scales[0], scales[1], 1.0, 1.0].map(f16::from_f32).to_vec(),
-        outlier_channels: 1,
         outliers: OutlierBlock::Int8 {
             codes: vec![0; 2],
             scales: [outlier, 1.0].map(f16::from_f32).to_vec(),

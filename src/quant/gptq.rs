@@ -14,9 +14,10 @@ may block it for speed and still give the same bits. */
 
 use half::f16;
 
-use super::grid::inverse;
+use super::grid::{Grid, ScaleRule, inverse};
 use super::linear::QuantizedLinear;
-use super::weights::{WeightFormat, assemble, peak};
+use super::number::{LinearFormat, RowFormat};
+use super::weights::{assemble, peak};
 use crate::Result;
 
 /// Damping tried when the Hessian has no Cholesky factor, as multiples of the recipe's.
@@ -28,23 +29,25 @@ pub const DAMPING_LADDER: [f32; 5] = [1.0, 3.0, 10.0, 30.0, 100.0];
 pub fn sweep_plain(
     mut weights: Vec<f32>,
     rows: usize,
-    format: &WeightFormat,
+    format: &LinearFormat,
+    clip: f32,
     u: &[f32],
 ) -> Result<QuantizedLinear> {
-    let (width, grouped) = (format.width(), format.grouped_channels());
-    let grid = format.grid(true);
+    let RowFormat { numbers, groups, .. } = format.row;
+    let (width, grouped) = (format.row.width(), format.row.grouped_channels());
+    let grid = Grid::of(&numbers, clip, ScaleRule::Gptq);
     let mut codes = vec![0i8; rows * grouped];
-    let mut scales = vec![f16::ZERO; rows.div_ceil(format.rows_per_scale) * format.groups];
+    let mut scales = vec![f16::ZERO; format.scale_rows(rows) * groups];
     for (pair, (weights, codes)) in weights
         .chunks_mut(format.rows_per_scale * width)
         .zip(codes.chunks_mut(format.rows_per_scale * grouped))
         .enumerate()
     {
-        let scales = &mut scales[pair * format.groups..(pair + 1) * format.groups];
+        let scales = &mut scales[pair * groups..(pair + 1) * groups];
         for column in 0..grouped {
-            let group = column / format.group_size;
-            if column % format.group_size == 0 {
-                scales[group] = grid.scale(peak(weights, width, column, format.group_size))?;
+            let group = column / numbers.group_size;
+            if column % numbers.group_size == 0 {
+                scales[group] = grid.scale(peak(weights, width, column, numbers.group_size))?;
             }
             let scale = scales[group].to_f32();
             let update = &u[column * width..(column + 1) * width];

@@ -7,6 +7,7 @@ use half::f16;
 
 use super::float::E4M3;
 use super::levels::Levels;
+use super::number::NumberFormat;
 use crate::{Error, Result};
 
 /// The greatest magnitude of some values, and whether it is a negative value's (both signs: yes).
@@ -57,7 +58,26 @@ pub struct Grid {
     levels: Levels,
 }
 
+/// Which scale a group of weights gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleRule {
+    /// [`Grid::rounding`], where codes are rounded to nearest.
+    Rounding,
+    /// [`Grid::gptq`].
+    Gptq,
+}
+
 impl Grid {
+    /// The grid of weights in groups of `numbers`.
+    pub fn of(numbers: &NumberFormat, clip: f32, rule: ScaleRule) -> Self {
+        match (numbers.levels, rule) {
+            _ if numbers.has_signs() => Self::signed(numbers.bits, clip),
+            (Levels::Int, ScaleRule::Rounding) => Self::rounding(numbers.bits, clip),
+            (Levels::Int, ScaleRule::Gptq) => Self::gptq(numbers.bits, clip),
+            (levels, _) => Self::fp4(levels, clip),
+        }
+    }
+
     /// Codes of `bits` bits; the clipped absmax lies on the highest code (quant.py
     /// `quantize_tensor`: `absmax * clip / (2^(bits-1) - 1)`).
     pub fn rounding(bits: u8, clip: f32) -> Self {

@@ -8,6 +8,7 @@ always contains 0, so that 0 is exact. Quotients are products with `1 / scale`, 
 use half::f16;
 use serde::{Deserialize, Serialize};
 
+use super::ranges::{BITS, CLIP};
 use crate::{Error, Result};
 
 /// How keys and values are held in the cache.
@@ -47,15 +48,8 @@ impl KvFormat {
     /// # Errors
     /// The setting that does not, named.
     pub fn check(&self) -> Result<()> {
-        if ![2, 3, 4, 8, 16].contains(&self.bits) {
-            return Err(Error::input(format!(
-                "bits is {}; it must be 2, 3, 4, 8 or 16",
-                self.bits
-            )));
-        }
-        if !(self.clip > 0.0 && self.clip <= 1.0) {
-            return Err(Error::input(format!("clip is {}; it must lie in (0, 1]", self.clip)));
-        }
+        BITS.check("bits", self.bits)?;
+        CLIP.check("clip", self.clip)?;
         if self.center && !self.after_rope {
             return Err(Error::input("center needs after_rope"));
         }

@@ -4,7 +4,7 @@ The checkpoint packs it, a backend re-lays it for its kernels, GPTQ and rounding
 
 use half::f16;
 
-use super::levels::Levels;
+use super::number::LinearFormat;
 
 /// The outlier channels of a linear: the last columns of the site's channel order.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,35 +25,20 @@ pub enum OutlierBlock {
 pub struct QuantizedLinear {
     /// Output features.
     pub rows: usize,
-    /// Bits of a code: 2, 3, 4 or 8.
-    pub bits: u8,
-    /// What codes stand for.
-    pub levels: Levels,
-    /// Channels in a group.
-    pub group_size: usize,
-    /// Groups in a row; `groups * group_size` channels lie before the outliers (padding included).
-    pub groups: usize,
-    /// Adjacent rows that share one scale: 1, or 2 as in the reference's kernels.
-    pub rows_per_scale: usize,
+    /// How weights are held.
+    pub format: LinearFormat,
     /// Codes `[rows, groups * group_size]`, each in `-2^(bits-1)..2^(bits-1)`, or one of
-    /// FP4's (see [`Levels`]).
+    /// FP4's (see [`Levels`](super::levels::Levels)).
     pub codes: Vec<i8>,
     /// Scales `[rows.div_ceil(rows_per_scale), groups]`.
     pub scales: Vec<f16>,
-    /// How many channels the outlier block has.
-    pub outlier_channels: usize,
     /// The outlier block.
     pub outliers: OutlierBlock,
 }
 
 impl QuantizedLinear {
-    /// Channels before the outlier block, padding included.
-    pub fn grouped_channels(&self) -> usize {
-        self.groups * self.group_size
-    }
-
     /// The scale of `row`'s group `group`.
     pub fn scale(&self, row: usize, group: usize) -> f32 {
-        self.scales[row / self.rows_per_scale * self.groups + group].to_f32()
+        self.scales[row / self.format.rows_per_scale * self.format.row.groups + group].to_f32()
     }
 }

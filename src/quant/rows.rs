@@ -1,6 +1,6 @@
 /*! Quantized activations: what the integer kernels multiply a [`QuantizedLinear`] with. */
 
-use super::levels::Levels;
+use super::number::RowFormat;
 
 /// The outlier channels of each token.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,19 +21,13 @@ pub enum OutlierRows {
 pub struct QuantizedRows {
     /// Rows.
     pub tokens: usize,
-    /// Channels in a group.
-    pub group_size: usize,
-    /// Groups in a row.
-    pub groups: usize,
-    /// What codes stand for.
-    pub levels: Levels,
+    /// How a row is held.
+    pub format: RowFormat,
     /// Codes `[tokens, groups * group_size]`; 4 or 8 bits wide (2 and 3 as well), -128 never occurs
     /// at 8 bits.
     pub codes: Vec<i8>,
     /// Scales `[tokens, groups]`.
     pub scales: Vec<f32>,
-    /// How many channels the outlier block has.
-    pub outlier_channels: usize,
     /// The outlier block.
     pub outliers: OutlierRows,
 }

@@ -11,26 +11,13 @@ use super::float::E4M3;
 use super::grid::{self, Peak};
 use super::hadamard;
 use super::levels::Levels;
+use super::number::{NumberFormat, OutlierFormat, RowFormat};
+use super::ranges::{BITS, CLIP, GROUP_SIZE};
 use super::rows::{OutlierRows, QuantizedRows};
 use crate::{Error, Result};
 
 /// An entry of a channel order that stands for a channel of zeros.
 pub const PADDING: i32 = -1;
-
-/// What a group size must be a multiple of, so that no kernel sees a ragged edge.
-pub const GROUP_MULTIPLE: usize = 16;
-
-/// How the outlier channels are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum OutlierFormat {
-    /// INT8 codes, one scale a token (activations) or a row (weights).
-    Int8,
-    /// FP8 (E4M3) times one scale a token (activations) or a row (weights).
-    Fp8,
-    /// Values rounded to f16.
-    F16,
-}
 
 /// What is done to each group before it is quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,31 +37,20 @@ pub struct SiteFormat {
     /// The channel at each place, `[groups * group_size + outlier_channels]`: a permutation of
     /// `0..channels` with [`PADDING`] entries before the outliers, which are last.
     pub order: Vec<i32>,
-    /// Channels in a group, a multiple of [`GROUP_MULTIPLE`].
-    pub group_size: usize,
-    /// Groups in a row.
-    pub groups: usize,
-    /// How many channels are outliers.
-    pub outlier_channels: usize,
-    /// How the outlier channels are stored.
-    pub outlier_format: OutlierFormat,
-    /// Bits of a code: 2, 3, 4 or 8; 16 leaves the activation in floating point.
-    pub bits: u8,
-    /// What codes stand for.
-    pub levels: Levels,
+    /// How a row is held.
+    pub row: RowFormat,
     /// The factor on a group's absmax before its scale is taken; 1 clips nothing.
     pub clip: f32,
-    /// Whether scales of integer codes are signed, so that a group's peak becomes its least code; of 8
-    /// bits, whose codes are as many on both sides, they never are.
-    pub signed_scales: bool,
     /// What is done to each group before it is quantized.
     pub transform: Transform,
 }
 
 impl SiteFormat {
-    /// Channels before the outliers, padding included.
-    pub fn grouped_channels(&self) -> usize {
-        self.groups * self.group_size
+    /// The format with a change, for tests of many.
+    #[cfg(test)]
+    pub(crate) fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
     }
 
     /// Channels after reordering: padding and outliers included.
@@ -82,29 +58,11 @@ impl SiteFormat {
         self.order.len()
     }
 
-    /// The least and the greatest number of a group, [`Levels::limits`].
-    pub fn code_limits(&self) -> (f32, f32) {
-        self.levels.limits(self.bits)
-    }
-
-    /// Whether scales have a sign.
-    #[inline(always)]
-    pub fn has_signs(&self) -> bool {
-        self.signed_scales && self.levels.is_int() && self.bits < 8
-    }
-
-    /// The magnitude that a group's (clipped) absmax becomes, in units of the scale.
-    #[inline(always)]
-    pub fn top(&self) -> f32 {
-        let (least, greatest) = self.code_limits();
-        if self.has_signs() { -least } else { greatest }
-    }
-
     /// The scale of a group of that peak; not finite if f16 cannot hold it.
     #[inline(always)]
     pub fn scale(&self, peak: Peak) -> f32 {
-        let scale = scale_of(peak.magnitude(), self.clip, self.top());
-        if self.has_signs() { peak.signed(scale) } else { scale }
+        let scale = scale_of(peak.magnitude(), self.clip, self.row.numbers.top());
+        if self.row.numbers.has_signs() { peak.signed(scale) } else { scale }
     }
 
     /// Checks that the fields agree with each other; every other function relies on it.
@@ -113,41 +71,26 @@ impl SiteFormat {
     /// An input error that says which field is wrong.
     pub fn check(&self) -> Result<()> {
         let wrong = |what: String| Err(Error::input(what));
-        if !matches!(self.bits, 2 | 3 | 4 | 8 | 16) {
-            return wrong(format!("activations of {} bits are not supported", self.bits));
+        let NumberFormat { bits, levels, group_size, .. } = self.row.numbers;
+        BITS.check("bits", bits)?;
+        if bits < 16 && !levels.has_bits(bits) {
+            return wrong(format!("there are no {} codes of {bits} bits", levels.name()));
         }
-        if self.bits < 16 && !self.levels.has_bits(self.bits) {
-            return wrong(format!(
-                "there are no {} codes of {} bits",
-                self.levels.name(),
-                self.bits
-            ));
-        }
-        if !(self.clip.is_finite() && self.clip > 0.0) {
-            return wrong(format!("the clip ratio {} is not a positive number", self.clip));
-        }
-        if self.group_size == 0 || !self.group_size.is_multiple_of(GROUP_MULTIPLE) {
-            return wrong(format!(
-                "the group size {} is not a multiple of {GROUP_MULTIPLE}",
-                self.group_size
-            ));
-        }
-        let width = self
-            .groups
-            .checked_mul(self.group_size)
-            .and_then(|grouped| grouped.checked_add(self.outlier_channels));
+        CLIP.check("the clip ratio", self.clip)?;
+        GROUP_SIZE.check("the group size", group_size)?;
+        let RowFormat { groups, outlier_channels, .. } = self.row;
+        let width = groups
+            .checked_mul(group_size)
+            .and_then(|grouped| grouped.checked_add(outlier_channels));
         if width != Some(self.width()) {
             return wrong(format!(
-                "the channel order has {} entries, but {} groups of {} and {} outliers were declared",
-                self.width(),
-                self.groups,
-                self.group_size,
-                self.outlier_channels
+                "the channel order has {} entries, but {groups} groups of {group_size} and {outlier_channels} outliers were declared",
+                self.width()
             ));
         }
         let mut seen = vec![false; self.channels];
         for (place, &channel) in self.order.iter().enumerate() {
-            if channel == PADDING && place < self.grouped_channels() {
+            if channel == PADDING && place < self.row.grouped_channels() {
                 continue;
             }
             let entry = usize::try_from(channel).ok().and_then(|index| seen.get_mut(index));
@@ -178,8 +121,8 @@ impl SiteFormat {
             *value = if channel == PADDING { 0.0 } else { row[channel as usize] };
         }
         if self.transform == Transform::Hadamard {
-            let grouped = &mut out[..self.grouped_channels()];
-            grouped.chunks_exact_mut(self.group_size).for_each(hadamard::transform);
+            let grouped = &mut out[..self.row.grouped_channels()];
+            grouped.chunks_exact_mut(self.row.numbers.group_size).for_each(hadamard::transform);
         }
     }
 
@@ -224,9 +167,11 @@ pub const GREATEST_INT8: f32 = 127.0;
 /// An input error that names token and channel if a value is NaN or infinite, or token and group
 /// if a scale (or an f16 outlier) is beyond the range of f16.
 pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Result<QuantizedRows> {
-    let (grouped, outliers) = (format.grouped_channels(), format.outlier_channels);
+    let row_format = format.row;
+    let (grouped, outliers) = (row_format.grouped_channels(), row_format.outlier_channels);
+    let numbers = row_format.numbers;
     let mut codes = Vec::with_capacity(tokens * grouped);
-    let mut scales = Vec::with_capacity(tokens * format.groups);
+    let mut scales = Vec::with_capacity(tokens * row_format.groups);
     let mut outlier_codes = Vec::new();
     let mut outlier_scales = Vec::new();
     let mut outlier_values = Vec::new();
@@ -242,20 +187,20 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
         }
         format.arrange(row, &mut arranged);
         let (groups, tail) = arranged.split_at(grouped);
-        for (group, values) in groups.chunks_exact(format.group_size).enumerate() {
-            let limits = format.code_limits();
+        for (group, values) in groups.chunks_exact(numbers.group_size).enumerate() {
+            let limits = numbers.limits();
             let scale = format.scale(Peak::of(values));
             if !scale.is_finite() {
                 return Err(overflow(token, &format!("the scale of group {group}")));
             }
             let inverse = grid::inverse(scale);
-            let code = |&value: &f32| code_of(format.levels, value, inverse, limits);
+            let code = |&value: &f32| code_of(numbers.levels, value, inverse, limits);
             codes.extend(values.iter().map(code));
             scales.push(scale);
         }
-        match format.outlier_format {
-            _ if outliers == 0 => {}
-            OutlierFormat::Int8 => {
+        match row_format.outliers() {
+            None => {}
+            Some(OutlierFormat::Int8) => {
                 let scale = scale_of(absmax(tail), 1.0, GREATEST_INT8);
                 if !scale.is_finite() {
                     return Err(overflow(token, "the scale of the outlier channels"));
@@ -265,7 +210,7 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
                 outlier_codes.extend(tail.iter().map(code));
                 outlier_scales.push(scale);
             }
-            OutlierFormat::Fp8 => {
+            Some(OutlierFormat::Fp8) => {
                 let scale = scale_of(absmax(tail), 1.0, E4M3.highest);
                 if !scale.is_finite() {
                     return Err(overflow(token, "the scale of the outlier channels"));
@@ -273,7 +218,7 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
                 let inverse = grid::inverse(scale);
                 outlier_values.extend(tail.iter().map(|&value| fp8_of(value, inverse, scale)));
             }
-            OutlierFormat::F16 => {
+            Some(OutlierFormat::F16) => {
                 let rounded = tail.iter().map(|&value| f16::from_f32(value).to_f32());
                 outlier_values.extend(rounded);
                 if !outlier_values[token * outliers..].iter().all(|value| value.is_finite()) {
@@ -284,31 +229,30 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
     }
     Ok(QuantizedRows {
         tokens,
-        group_size: format.group_size,
-        groups: format.groups,
-        levels: format.levels,
+        format: row_format,
         codes,
         scales,
-        outlier_channels: outliers,
-        outliers: match format.outlier_format {
-            _ if outliers == 0 => OutlierRows::None,
-            OutlierFormat::Int8 => {
+        outliers: match row_format.outliers() {
+            None => OutlierRows::None,
+            Some(OutlierFormat::Int8) => {
                 OutlierRows::Int8 { codes: outlier_codes, scales: outlier_scales }
             }
-            OutlierFormat::Fp8 => OutlierRows::Fp8(outlier_values),
-            OutlierFormat::F16 => OutlierRows::F16(outlier_values),
+            Some(OutlierFormat::Fp8) => OutlierRows::Fp8(outlier_values),
+            Some(OutlierFormat::F16) => OutlierRows::F16(outlier_values),
         },
     })
 }
 
 /// What the codes mean: `value(code) * scale`, and FP8 and f16 outliers as they are, `[tokens, width]`.
 pub fn dequantize_rows_plain(rows: &QuantizedRows) -> Vec<f32> {
-    let (grouped, outliers) = (rows.groups * rows.group_size, rows.outlier_channels);
+    let RowFormat { numbers, groups, outlier_channels: outliers, .. } = rows.format;
+    let (grouped, group_size) = (rows.format.grouped_channels(), numbers.group_size);
     let mut values = Vec::with_capacity(rows.tokens * (grouped + outliers));
     for token in 0..rows.tokens {
-        for group in token * rows.groups..(token + 1) * rows.groups {
-            let codes = &rows.codes[group * rows.group_size..][..rows.group_size];
-            values.extend(codes.iter().map(|&code| rows.levels.value(code) * rows.scales[group]));
+        for group in token * groups..(token + 1) * groups {
+            let codes = &rows.codes[group * group_size..][..group_size];
+            values
+                .extend(codes.iter().map(|&code| numbers.levels.value(code) * rows.scales[group]));
         }
         let own = token * outliers..(token + 1) * outliers;
         match &rows.outliers {

@@ -6,73 +6,10 @@ All of it works on a weight matrix `[out, channels]` already arranged in its sit
 use half::f16;
 
 use super::float::{E4M3, e4m3_bits, e4m3_value};
-use super::grid::{Grid, Peak, inverse};
-use super::levels::Levels;
+use super::grid::{Grid, Peak, ScaleRule, inverse};
 use super::linear::{OutlierBlock, QuantizedLinear};
-use super::site::{OutlierFormat, SiteFormat};
+use super::number::{LinearFormat, OutlierFormat, RowFormat};
 use crate::{Error, Result};
-
-/// How a linear's weights are held.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct WeightFormat {
-    /// Bits of a code: 2, 3, 4 or 8.
-    pub bits: u8,
-    /// What codes stand for.
-    pub levels: Levels,
-    /// Channels in a group.
-    pub group_size: usize,
-    /// Groups in a row.
-    pub groups: usize,
-    /// Adjacent rows that share a scale.
-    pub rows_per_scale: usize,
-    /// Clip ratio of the groups.
-    pub clip: f32,
-    /// Whether scales of integer codes are signed, see [`Grid::signed`].
-    pub signed_scales: bool,
-    /// Channels in the outlier block.
-    pub outlier_channels: usize,
-    /// How they are held.
-    pub outlier_format: OutlierFormat,
-}
-
-impl WeightFormat {
-    /// The format of a linear of integer codes fed by `site`.
-    pub fn of(site: &SiteFormat, bits: u8, rows_per_scale: usize, clip: f32) -> Self {
-        Self {
-            bits,
-            levels: Levels::Int,
-            group_size: site.group_size,
-            groups: site.groups,
-            rows_per_scale,
-            clip,
-            signed_scales: site.signed_scales,
-            outlier_channels: site.outlier_channels,
-            outlier_format: site.outlier_format,
-        }
-    }
-
-    /// Where the weights of a group may lie, chosen by GPTQ or rounded.
-    pub fn grid(&self, gptq: bool) -> Grid {
-        match self.levels {
-            Levels::Int if self.signed_scales && self.bits < 8 => {
-                Grid::signed(self.bits, self.clip)
-            }
-            Levels::Int if gptq => Grid::gptq(self.bits, self.clip),
-            Levels::Int => Grid::rounding(self.bits, self.clip),
-            levels => Grid::fp4(levels, self.clip),
-        }
-    }
-
-    /// Channels before the outlier block.
-    pub fn grouped_channels(&self) -> usize {
-        self.groups * self.group_size
-    }
-
-    /// All channels, padding included.
-    pub fn width(&self) -> usize {
-        self.grouped_channels() + self.outlier_channels
-    }
-}
 
 /// Rounds each weight to the nearest code (quant.py `quantize_tensor` over `[rows_per_scale, group]`).
 ///
@@ -80,12 +17,15 @@ impl WeightFormat {
 pub fn round_to_nearest(
     weights: &[f32],
     rows: usize,
-    format: &WeightFormat,
+    format: &LinearFormat,
+    clip: f32,
 ) -> Result<QuantizedLinear> {
-    let (width, grouped, group) = (format.width(), format.grouped_channels(), format.group_size);
-    let grid = format.grid(false);
+    let RowFormat { numbers, groups, .. } = format.row;
+    let (width, grouped) = (format.row.width(), format.row.grouped_channels());
+    let group = numbers.group_size;
+    let grid = Grid::of(&numbers, clip, ScaleRule::Rounding);
     let mut codes = vec![0i8; rows * grouped];
-    let mut scales = Vec::with_capacity(rows.div_ceil(format.rows_per_scale) * format.groups);
+    let mut scales = Vec::with_capacity(format.scale_rows(rows) * groups);
     for (rows, codes) in weights
         .chunks(format.rows_per_scale * width)
         .zip(codes.chunks_mut(format.rows_per_scale * grouped))
@@ -117,22 +57,24 @@ pub(crate) fn peak(weights: &[f32], width: usize, start: usize, len: usize) -> P
 pub(crate) fn assemble(
     weights: &[f32],
     rows: usize,
-    format: &WeightFormat,
+    format: &LinearFormat,
     codes: Vec<i8>,
     scales: Vec<f16>,
 ) -> Result<QuantizedLinear> {
-    let columns = weights.chunks(format.width()).map(|row| &row[format.grouped_channels()..]);
-    let outliers = match format.outlier_format {
-        _ if format.outlier_channels == 0 => OutlierBlock::None,
-        OutlierFormat::F16 => {
+    let columns =
+        weights.chunks(format.row.width()).map(|row| &row[format.row.grouped_channels()..]);
+    let outlier_channels = format.row.outlier_channels;
+    let outliers = match format.row.outliers() {
+        None => OutlierBlock::None,
+        Some(OutlierFormat::F16) => {
             let values: Vec<f16> = columns.flatten().map(|&x| f16::from_f32(x)).collect();
             if values.iter().any(|value| !value.is_finite()) {
                 return Err(Error::input("an outlier's weight is greater than an f16 can be"));
             }
             OutlierBlock::F16(values)
         }
-        OutlierFormat::Fp8 => {
-            let mut codes = Vec::with_capacity(rows * format.outlier_channels);
+        Some(OutlierFormat::Fp8) => {
+            let mut codes = Vec::with_capacity(rows * outlier_channels);
             let mut scales = Vec::with_capacity(rows);
             for row in columns {
                 let scale = Grid::fp8().scale(Peak::of(row))?;
@@ -142,9 +84,9 @@ pub(crate) fn assemble(
             }
             OutlierBlock::Fp8 { codes, scales }
         }
-        OutlierFormat::Int8 => {
+        Some(OutlierFormat::Int8) => {
             let grid = Grid::rounding(8, 1.0);
-            let mut codes = Vec::with_capacity(rows * format.outlier_channels);
+            let mut codes = Vec::with_capacity(rows * outlier_channels);
             let mut scales = Vec::with_capacity(rows);
             for row in columns {
                 let scale = grid.scale(Peak::of(row))?;
@@ -155,36 +97,24 @@ pub(crate) fn assemble(
             OutlierBlock::Int8 { codes, scales }
         }
     };
-    Ok(QuantizedLinear {
-        rows,
-        bits: format.bits,
-        levels: format.levels,
-        group_size: format.group_size,
-        groups: format.groups,
-        rows_per_scale: format.rows_per_scale,
-        codes,
-        scales,
-        outlier_channels: format.outlier_channels,
-        outliers,
-    })
+    Ok(QuantizedLinear { rows, format: *format, codes, scales, outliers })
 }
 
 /// The weights a [`QuantizedLinear`] stands for, `[rows, width]` in the site's order.
 pub fn dequantize(linear: &QuantizedLinear) -> Vec<f32> {
-    let grouped = linear.grouped_channels();
-    let width = grouped + linear.outlier_channels;
+    let RowFormat { numbers, outlier_channels, .. } = linear.format.row;
+    let (grouped, width) = (linear.format.row.grouped_channels(), linear.format.row.width());
+    let group = numbers.group_size;
     let mut weights = vec![0.0; linear.rows * width];
     for (row, out) in weights.chunks_mut(width.max(1)).enumerate() {
         let codes = &linear.codes[row * grouped..(row + 1) * grouped];
-        for (group, (out, codes)) in
-            out.chunks_mut(linear.group_size).zip(codes.chunks(linear.group_size)).enumerate()
-        {
+        for (group, (out, codes)) in out.chunks_mut(group).zip(codes.chunks(group)).enumerate() {
             let scale = linear.scale(row, group);
             for (out, &code) in out.iter_mut().zip(codes) {
-                *out = linear.levels.value(code) * scale;
+                *out = numbers.levels.value(code) * scale;
             }
         }
-        let block = row * linear.outlier_channels..(row + 1) * linear.outlier_channels;
+        let block = row * outlier_channels..(row + 1) * outlier_channels;
         for (column, out) in block.zip(&mut out[grouped..]) {
             *out = match &linear.outliers {
                 OutlierBlock::None => 0.0,
@@ -204,25 +134,24 @@ pub fn dequantize(linear: &QuantizedLinear) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::levels::Levels;
+    use crate::quant::number::{NumberFormat, ScaleFormat};
 
     /// One group of 16 and two outliers, in two rows.
     fn rounded(levels: Levels, rows_per_scale: usize) -> QuantizedLinear {
-        let format = WeightFormat {
-            bits: 4,
-            levels,
-            group_size: 16,
+        let numbers = NumberFormat { bits: 4, levels, group_size: 16, scale: ScaleFormat::F16 };
+        let row = RowFormat {
+            numbers,
             groups: 1,
-            rows_per_scale,
-            clip: 1.0,
-            signed_scales: false,
             outlier_channels: 2,
             outlier_format: OutlierFormat::Fp8,
         };
+        let format = LinearFormat { row, rows_per_scale };
         let mut weights = [0.0; 36];
         weights[..8].copy_from_slice(&[-6.0, 5.0, 3.5, 2.5, 1.75, -1.25, 0.75, 0.25]);
         weights[16..18].copy_from_slice(&[448.0, -3.1]);
         weights[18..20].copy_from_slice(&[0.5, -12.0]);
-        round_to_nearest(&weights, 2, &format).unwrap()
+        round_to_nearest(&weights, 2, &format, 1.0).unwrap()
     }
 
     #[test]

@@ -1,7 +1,8 @@
 /*! A recipe in a few words. */
 
 use crate::quant::levels::Levels;
-use crate::quant::site::{OutlierFormat, Transform};
+use crate::quant::number::OutlierFormat;
+use crate::quant::site::Transform;
 use crate::recipe::{Group, Order, Recipe};
 
 /// Weights, channels, activations and KV cache, a line each.

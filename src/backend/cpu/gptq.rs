@@ -12,17 +12,18 @@ use super::gemm_pack::{Panels, Rows};
 use super::isa::Isa;
 use crate::Result;
 use crate::backend::Matrix;
-use crate::quant::grid::inverse;
+use crate::quant::grid::{Grid, ScaleRule, inverse};
 use crate::quant::linear::QuantizedLinear;
-use crate::quant::weights::{WeightFormat, assemble, peak};
+use crate::quant::number::LinearFormat;
+use crate::quant::weights::{assemble, peak};
 
 /// Columns swept before the rest is updated: their part of `U` (64 KB) stays in the caches.
 const BLOCK: usize = 128;
 
 /// Where the blocks of `format` begin and end. A group that starts in a block either ends in it or
 /// starts at its first column, so its scale always comes from weights that carry every update.
-fn blocks(format: &WeightFormat) -> Vec<(usize, usize)> {
-    let (group, grouped) = (format.group_size, format.grouped_channels());
+fn blocks(format: &LinearFormat) -> Vec<(usize, usize)> {
+    let (group, grouped) = (format.row.numbers.group_size, format.row.grouped_channels());
     let step = if group <= BLOCK { BLOCK / group * group } else { group };
     (0..grouped)
         .step_by(step)
@@ -37,20 +38,22 @@ fn blocks(format: &WeightFormat) -> Vec<(usize, usize)> {
 pub(super) fn sweep(
     isa: Isa,
     weights: Matrix,
-    format: &WeightFormat,
+    format: &LinearFormat,
+    clip: f32,
     u: &[f32],
 ) -> Result<QuantizedLinear> {
     let Matrix { rows, columns: width, data: mut weights } = weights;
-    let grouped = format.grouped_channels();
+    let (groups, grouped) = (format.row.groups, format.row.grouped_channels());
+    let grid = Grid::of(&format.row.numbers, clip, ScaleRule::Gptq);
     let mut codes = vec![0i8; rows * grouped];
-    let mut scales = vec![f16::ZERO; rows.div_ceil(format.rows_per_scale) * format.groups];
+    let mut scales = vec![f16::ZERO; format.scale_rows(rows) * groups];
     let mut errors = vec![0f32; rows * BLOCK];
     for (first, end) in blocks(format) {
-        let span = Span { first, end, width, format, u };
+        let span = Span { first, end, width, format, grid: &grid, u };
         weights
             .par_chunks_mut(format.rows_per_scale * width)
             .zip(codes.par_chunks_mut(format.rows_per_scale * grouped))
-            .zip(scales.par_chunks_mut(format.groups))
+            .zip(scales.par_chunks_mut(groups))
             .zip(errors.par_chunks_mut(format.rows_per_scale * BLOCK))
             .try_for_each(|(((weights, codes), scales), errors)| {
                 span.sweep(isa, weights, codes, scales, errors)
@@ -70,7 +73,8 @@ struct Span<'a> {
     first: usize,
     end: usize,
     width: usize,
-    format: &'a WeightFormat,
+    format: &'a LinearFormat,
+    grid: &'a Grid,
     u: &'a [f32],
 }
 
@@ -127,18 +131,18 @@ impl Span<'_> {
         scales: &mut [f16],
         errors: &mut [f32],
     ) -> Result<()> {
-        let Self { first, end, width, format, u } = *self;
-        let grid = format.grid(true);
+        let Self { first, end, width, format, grid, u } = *self;
+        let (group_size, grouped) = (format.row.numbers.group_size, format.row.grouped_channels());
         for column in first..end {
-            let group = column / format.group_size;
-            if column % format.group_size == 0 {
-                scales[group] = grid.scale(peak(weights, width, column, format.group_size))?;
+            let group = column / group_size;
+            if column % group_size == 0 {
+                scales[group] = grid.scale(peak(weights, width, column, group_size))?;
             }
             let scale = scales[group].to_f32();
             let update = &u[column * width + column..column * width + end];
             let rows = weights
                 .chunks_mut(width)
-                .zip(codes.chunks_mut(format.grouped_channels()))
+                .zip(codes.chunks_mut(grouped))
                 .zip(errors.chunks_mut(BLOCK));
             for ((row, codes), errors) in rows {
                 let row = &mut row[column..end];
@@ -160,7 +164,7 @@ mod tests {
     use super::*;
     use crate::quant::gptq::sweep_plain;
     use crate::quant::levels::Levels;
-    use crate::quant::site::OutlierFormat;
+    use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 
     #[test]
     fn the_blocked_sweep_gives_the_plain_sweeps_bits() {
@@ -183,18 +187,11 @@ mod tests {
             (2, 304, 2, 33, 1, 4, Fp4Bnb, Fp8),
             (3, 64, 3, 7, 2, 4, Fp4Bnb, F16),
         ] {
-            let format = WeightFormat {
-                bits,
-                levels,
-                group_size,
-                groups,
-                rows_per_scale,
-                clip: 0.85,
-                signed_scales: rows != 4,
-                outlier_channels: outliers,
-                outlier_format,
-            };
-            let width = format.width();
+            let scale = if rows == 4 { ScaleFormat::F16 } else { ScaleFormat::SignedF16 };
+            let numbers = NumberFormat { bits, levels, group_size, scale };
+            let row = RowFormat { numbers, groups, outlier_channels: outliers, outlier_format };
+            let format = LinearFormat { row, rows_per_scale };
+            let width = row.width();
             let weights: Vec<f32> = (0..rows * width).map(|_| random()).collect();
             let mut u = vec![0.0; width * width];
             for row in 0..width {
@@ -202,11 +199,11 @@ mod tests {
                     u[row * width + column] = if row == column { 1.5 } else { 0.2 * random() };
                 }
             }
-            let expected = sweep_plain(weights.clone(), rows, &format, &u).unwrap();
+            let expected = sweep_plain(weights.clone(), rows, &format, 0.85, &u).unwrap();
             for isa in Isa::available() {
                 let weights = Matrix { rows, columns: width, data: weights.clone() };
                 assert_eq!(
-                    sweep(isa, weights, &format, &u).unwrap(),
+                    sweep(isa, weights, &format, 0.85, &u).unwrap(),
                     expected,
                     "{format:?} {isa:?}"
                 );

@@ -286,8 +286,7 @@ impl Backend for Cpu {
     }
 
     fn dense_of(&self, weight: &QuantizedLinear) -> Result<Panels> {
-        let columns = weight.grouped_channels() + weight.outlier_channels;
-        Ok(Panels::from_rows(&dequantize(weight), weight.rows, columns))
+        Ok(Panels::from_rows(&dequantize(weight), weight.rows, weight.format.row.width()))
     }
 
     fn packed(
@@ -333,7 +332,7 @@ impl Backend for Cpu {
     }
 
     fn dequantize(&self, x: &QuantizedRows) -> Result<Tensor> {
-        let mut y = self.tensor(x.tokens, x.groups * x.group_size + x.outlier_channels);
+        let mut y = self.tensor(x.tokens, x.format.width());
         quantize::dequantize_rows(self.isa, x, &mut y.data);
         Ok(y)
     }
@@ -591,8 +590,9 @@ impl Backend for Cpu {
             if let Some(drift) = drift {
                 self.correct(&mut weights, drift, factor);
             }
-            let quantized = gptq::sweep(self.isa, weights.clone(), &linear.format, factor)
-                .map_err(|error| error.context(format!("weights of {}", linear.name)))?;
+            let quantized =
+                gptq::sweep(self.isa, weights.clone(), &linear.format, linear.clip, factor)
+                    .map_err(|error| error.context(format!("weights of {}", linear.name)))?;
             let error = weights::difference(&quantized, &weights);
             let lost = hessian.energy(self.isa, &error);
             Ok((quantized, output_error(lost, total)?))
@@ -606,7 +606,7 @@ impl Backend for Cpu {
         site: &SiteFormat,
     ) -> Result<QuantizedLinear> {
         let weights = arranged(linear.weight, site)?;
-        round_to_nearest(&weights.data, weights.rows, &linear.format)
+        round_to_nearest(&weights.data, weights.rows, &linear.format, linear.clip)
             .map_err(|error| error.context(format!("weights of {}", linear.name)))
     }
 

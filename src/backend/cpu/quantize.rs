@@ -17,10 +17,10 @@ use crate::quant::float::E4M3;
 use crate::quant::grid::{Peak, inverse};
 use crate::quant::hadamard;
 use crate::quant::levels::Levels;
+use crate::quant::number::{OutlierFormat, RowFormat};
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 use crate::quant::site::{
-    self, GREATEST_INT8, OutlierFormat, PADDING, SiteFormat, Transform, absmax, code_of, fp8_of,
-    scale_of,
+    self, GREATEST_INT8, PADDING, SiteFormat, Transform, absmax, code_of, fp8_of, scale_of,
 };
 
 /// Tokens that a thread takes at a time.
@@ -46,10 +46,10 @@ pub fn quantize_rows(
     if isa == Isa::Plain {
         return site::quantize_rows_plain(x, tokens, format);
     }
-    let (groups, outliers) = (format.groups, format.outlier_channels);
-    let int8 = outliers > 0 && format.outlier_format == OutlierFormat::Int8;
+    let RowFormat { groups, outlier_channels: outliers, .. } = format.row;
+    let int8 = format.row.outliers() == Some(OutlierFormat::Int8);
     let floats = outliers > 0 && !int8;
-    let mut codes = vec![0; tokens * format.grouped_channels()];
+    let mut codes = vec![0; tokens * format.row.grouped_channels()];
     let mut scales = vec![0.0; tokens * groups];
     let mut outlier_codes = vec![0; if int8 { tokens * outliers } else { 0 }];
     let mut outlier_scales = vec![0.0; if int8 { tokens } else { 0 }];
@@ -83,19 +83,16 @@ pub fn quantize_rows(
     }
     Ok(QuantizedRows {
         tokens,
-        group_size: format.group_size,
-        groups,
-        levels: format.levels,
+        format: format.row,
         codes,
         scales,
-        outlier_channels: outliers,
-        outliers: match format.outlier_format {
-            _ if outliers == 0 => OutlierRows::None,
-            OutlierFormat::Int8 => {
+        outliers: match format.row.outliers() {
+            None => OutlierRows::None,
+            Some(OutlierFormat::Int8) => {
                 OutlierRows::Int8 { codes: outlier_codes, scales: outlier_scales }
             }
-            OutlierFormat::Fp8 => OutlierRows::Fp8(outlier_values),
-            OutlierFormat::F16 => OutlierRows::F16(outlier_values),
+            Some(OutlierFormat::Fp8) => OutlierRows::Fp8(outlier_values),
+            Some(OutlierFormat::F16) => OutlierRows::F16(outlier_values),
         },
     })
 }
@@ -134,7 +131,7 @@ pub fn arrange_rows(isa: Isa, x: &[f32], tokens: usize, format: &SiteFormat, arr
 /// # Panics
 /// If `values` is not `[tokens, width]`.
 pub fn dequantize_rows(isa: Isa, rows: &QuantizedRows, values: &mut [f32]) {
-    let width = rows.groups * rows.group_size + rows.outlier_channels;
+    let width = rows.format.width();
     assert_eq!(values.len(), rows.tokens * width, "length of values");
     if isa == Isa::Plain || width == 0 {
         values.copy_from_slice(&site::dequantize_rows_plain(rows));
@@ -165,7 +162,7 @@ struct Places {
 impl Places {
     fn new(format: &SiteFormat) -> Self {
         let channels = format.channels;
-        assert_eq!(format.width(), format.grouped_channels() + format.outlier_channels);
+        assert_eq!(format.width(), format.row.width());
         assert!(channels > 0 || format.width() == 0, "a site without channels");
         let source = |&channel: &i32| {
             let source = if channel == PADDING { 0 } else { channel as u32 };
@@ -216,23 +213,23 @@ impl<'a> Tile<'a> {
 /// Quantizes a tile; false if a value or a scale is not finite.
 #[inline(always)]
 fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool {
-    let (grouped, groups) = (format.grouped_channels(), format.groups);
-    let outliers = format.outlier_channels;
-    let limits = format.code_limits();
+    let RowFormat { numbers, groups, outlier_channels: outliers, outlier_format } = format.row;
+    let grouped = format.row.grouped_channels();
+    let limits = numbers.limits();
     let mut arranged = vec![0.0; format.width()];
     let mut halves = vec![f16::ZERO; outliers];
     for (token, row) in tile.x.chunks_exact(format.channels.max(1)).enumerate() {
         arrange(row, format, places, &mut arranged);
         let (values, tail) = arranged.split_at(grouped);
-        let codes = tile.codes[token * grouped..][..grouped].chunks_exact_mut(format.group_size);
-        let values = values.chunks_exact(format.group_size);
+        let codes = tile.codes[token * grouped..][..grouped].chunks_exact_mut(numbers.group_size);
+        let values = values.chunks_exact(numbers.group_size);
         let scales = &mut tile.scales[token * groups..][..groups];
         for ((values, codes), scale) in values.zip(codes).zip(scales) {
             *scale = format.scale(Peak::of(values));
             if !scale.is_finite() {
                 return false;
             }
-            encode(format.levels, values, inverse(*scale), limits, codes);
+            encode(numbers.levels, values, inverse(*scale), limits, codes);
         }
         if let Some(scale) = tile.outlier_scales.get_mut(token) {
             *scale = scale_of(absmax(tail), 1.0, GREATEST_INT8);
@@ -243,7 +240,7 @@ fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool {
             encode(Levels::Int, tail, inverse(*scale), (-GREATEST_INT8, GREATEST_INT8), codes);
         } else if !tile.outlier_values.is_empty() {
             let values = &mut tile.outlier_values[token * outliers..][..outliers];
-            if format.outlier_format == OutlierFormat::Fp8 {
+            if outlier_format == OutlierFormat::Fp8 {
                 let scale = scale_of(absmax(tail), 1.0, E4M3.highest);
                 if !scale.is_finite() {
                     return false;
@@ -298,12 +295,14 @@ fn arrange(row: &[f32], format: &SiteFormat, places: &Places, out: &mut [f32]) {
         out[place] = 0.0;
     }
     if format.transform == Transform::Hadamard {
-        let grouped = &mut out[..format.grouped_channels()];
-        grouped.chunks_exact_mut(format.group_size).for_each(|group| match group.len() {
-            // With the length known, the compiler unrolls the usual groups.
-            64 => hadamard::transform(&mut group[..64]),
-            128 => hadamard::transform(&mut group[..128]),
-            _ => hadamard::transform(group),
+        let grouped = &mut out[..format.row.grouped_channels()];
+        grouped.chunks_exact_mut(format.row.numbers.group_size).for_each(|group| {
+            match group.len() {
+                // With the length known, the compiler unrolls the usual groups.
+                64 => hadamard::transform(&mut group[..64]),
+                128 => hadamard::transform(&mut group[..128]),
+                _ => hadamard::transform(group),
+            }
         });
     }
 }
@@ -323,11 +322,12 @@ fn gather(row: &[f32], places: &Places, out: &mut [f32]) {
 /// One token of [`dequantize_rows`].
 #[inline(always)]
 fn dequantize(rows: &QuantizedRows, token: usize, out: &mut [f32]) {
-    let (size, outliers) = (rows.group_size, rows.outlier_channels);
-    let (grouped, tail) = out.split_at_mut(rows.groups * size);
+    let RowFormat { numbers, groups, outlier_channels: outliers, .. } = rows.format;
+    let size = numbers.group_size;
+    let (grouped, tail) = out.split_at_mut(groups * size);
     for (group, out) in grouped.chunks_exact_mut(size).enumerate() {
-        let place = token * rows.groups + group;
-        decode(rows.levels, &rows.codes[place * size..][..size], rows.scales[place], out);
+        let place = token * groups + group;
+        decode(numbers.levels, &rows.codes[place * size..][..size], rows.scales[place], out);
     }
     let own = token * outliers..(token + 1) * outliers;
     match &rows.outliers {

@@ -84,7 +84,9 @@ pub(super) fn energy_error(
                 row.copy_from_slice(arranged);
                 if site.transform == Transform::Hadamard {
                     // The transform is its own inverse: back to single channels.
-                    for group in row[..site.grouped_channels()].chunks_mut(site.group_size) {
+                    for group in
+                        row[..site.row.grouped_channels()].chunks_mut(site.row.numbers.group_size)
+                    {
                         hadamard::transform(group);
                     }
                 }

@@ -8,7 +8,8 @@ use super::launch::{Geometry, arguments};
 use super::tensor::{Layout, Outliers, Rows, SCALE_MULTIPLE, Site, Tensor};
 use crate::Result;
 use crate::quant::levels::Levels;
-use crate::quant::site::{OutlierFormat, PADDING, SiteFormat, Transform};
+use crate::quant::number::{OutlierFormat, RowFormat};
+use crate::quant::site::{PADDING, SiteFormat, Transform};
 
 /// Shared memory of fused.cu before the order, and stages that it has barriers for.
 const HEAD_BYTES: usize = 896;
@@ -39,25 +40,24 @@ struct Source<'a> {
 }
 
 /// Whether the kernels make codes of such sites; `arrange` makes those of all others.
-pub(super) fn supports(format: &SiteFormat) -> bool {
-    let outliers = format.outlier_channels;
-    format.bits < 16
-        && matches!(format.levels, Levels::Int | Levels::Fp4)
-        && matches!(format.group_size, 32 | 64 | 128)
-        && (outliers == 0 || format.outlier_format == OutlierFormat::Int8)
-        && outliers <= MOST_OUTLIERS
+pub(super) fn supports(format: &RowFormat) -> bool {
+    format.numbers.bits < 16
+        && matches!(format.numbers.levels, Levels::Int | Levels::Fp4)
+        && matches!(format.numbers.group_size, 32 | 64 | 128)
+        && matches!(format.outliers(), None | Some(OutlierFormat::Int8))
+        && format.outlier_channels <= MOST_OUTLIERS
 }
 
 /// Panels of the groups and of the outliers.
-fn panels(format: &SiteFormat) -> [usize; 2] {
+fn panels(format: &RowFormat) -> [usize; 2] {
     [format.grouped_channels(), format.outlier_channels].map(|places| places.div_ceil(PANEL))
 }
 
 /// One value a place: `of` a channel, or `none`.
 fn by_places<T: Copy>(format: &SiteFormat, none: T, of: impl Fn(usize) -> T) -> Vec<T> {
-    let [grouped, outliers] = panels(format);
+    let [grouped, outliers] = panels(&format.row);
     let mut values = vec![none; (grouped + outliers) * PANEL];
-    let (groups, rest) = format.order.split_at(format.grouped_channels());
+    let (groups, rest) = format.order.split_at(format.row.grouped_channels());
     for (first, order) in [(0, groups), (grouped * PANEL, rest)] {
         for (value, &channel) in values[first..].iter_mut().zip(order) {
             if channel != PADDING {
@@ -94,7 +94,7 @@ impl Plan {
         rows: usize,
         room: Room,
     ) -> Option<Self> {
-        let [panels, outlier_panels] = panels(format);
+        let [panels, outlier_panels] = panels(&format.row);
         let blocks = room.multiprocessors;
         if columns == Columns::Places {
             // Each warp stages panels of its own.
@@ -155,7 +155,7 @@ impl Plan {
 impl Cuda {
     /// A site's order in whole panels; none where its codes are not made here.
     pub(super) fn places(&self, format: &SiteFormat) -> Result<Option<Buffer>> {
-        if !supports(format) {
+        if !supports(&format.row) {
             return Ok(None);
         }
         let places = by_places(format, PADDING, |channel| channel as i32);
@@ -238,20 +238,21 @@ impl Cuda {
         let ordered = columns == Columns::Channels;
         assert_eq!(x.columns, if ordered { format.channels } else { format.width() });
         let tiled = layout == Layout::Tiled;
-        let rows = self.rows_of(x.rows, format, layout)?;
+        let rows = self.rows_of(x.rows, &format.row, layout)?;
+        let numbers = format.row.numbers;
         let hadamard = format.transform == Transform::Hadamard;
         let magnitudes = tiled && rows.in_magnitudes();
         let defines = kernels::fused(
             kind,
-            format.group_size,
+            numbers.group_size,
             hadamard,
             ordered,
             plan.tokens,
             tiled,
             magnitudes,
         );
-        let defines = [defines, kernels::formats(format.levels == Levels::Fp4, false)].concat();
-        let (least, greatest) = format.code_limits();
+        let defines = [defines, kernels::formats(numbers.levels == Levels::Fp4, false)].concat();
+        let (least, greatest) = numbers.limits();
         self.kernels.launch(
             "fused",
             &defines,
@@ -263,15 +264,15 @@ impl Cuda {
                 ordered.then_some(places),
                 x.rows,
                 x.columns,
-                format.groups,
-                format.outlier_channels,
+                format.row.groups,
+                format.row.outlier_channels,
                 plan.slice_panels,
                 plan.stages,
                 epsilon,
                 format.clip,
-                format.top(),
-                1.0 / format.top(),
-                i32::from(format.has_signs()),
+                numbers.top(),
+                1.0 / numbers.top(),
+                i32::from(numbers.has_signs()),
                 least,
                 greatest,
                 &rows.codes,
@@ -287,14 +288,15 @@ impl Cuda {
     }
 
     /// Room for codes and scales.
-    fn rows_of(&self, tokens: usize, format: &SiteFormat, layout: Layout) -> Result<Rows> {
-        let SiteFormat { group_size, groups, .. } = *format;
+    fn rows_of(&self, tokens: usize, format: &RowFormat, layout: Layout) -> Result<Rows> {
+        let RowFormat { numbers, groups, .. } = *format;
         let [panels, outlier_panels] = panels(format);
         let (scale_stride, codes, scales, outliers);
         if layout == Layout::Tiled {
             scale_stride = padded_tokens(tokens);
             codes = panels * scale_stride * PANEL;
-            scales = self.gpu.alloc(tiled_scale_bytes(panels * (PANEL / group_size), tokens))?;
+            scales =
+                self.gpu.alloc(tiled_scale_bytes(panels * (PANEL / numbers.group_size), tokens))?;
             let there = format.outlier_channels > 0;
             let alloc = |bytes: usize| there.then(|| self.gpu.alloc(bytes)).transpose();
             outliers = Outliers {
@@ -307,15 +309,12 @@ impl Cuda {
             scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
             codes = tokens * format.grouped_channels();
             scales = self.gpu.alloc(4 * scale_stride * groups)?;
-            outliers = self.outliers(format.outlier_channels, format.outlier_format, tokens)?;
+            outliers = self.outliers(format, tokens)?;
         }
         Ok(Rows {
             layout,
-            bits: format.bits,
+            format: *format,
             tokens,
-            levels: format.levels,
-            group_size,
-            groups,
             codes: self.gpu.alloc(codes)?,
             scales,
             scale_stride,

@@ -7,8 +7,9 @@ use super::tensor::{Layout, Site, Tensor};
 use super::tests::{Random, device, site};
 use super::*;
 use crate::backend::cpu::Cpu;
+use crate::quant::number::{NumberFormat, OutlierFormat};
 use crate::quant::rows::QuantizedRows;
-use crate::quant::site::{OutlierFormat, PADDING, Transform};
+use crate::quant::site::{PADDING, Transform};
 
 const EPSILON: f32 = 1e-5;
 
@@ -34,7 +35,7 @@ fn sites(random: &mut Random) -> Vec<SiteFormat> {
         let outlier_format = OutlierFormat::Int8;
         let format = site(channels, group, outliers, bits, transform, outlier_format, random);
         let levels = if bits == 4 && at % 3 == 2 { Levels::Fp4 } else { Levels::Int };
-        SiteFormat { levels, ..format }
+        format.with(|format| format.row.numbers.levels = levels)
     })
     .collect()
 }
@@ -70,7 +71,9 @@ fn compare(
 }
 
 fn what(tokens: usize, format: &SiteFormat) -> String {
-    let SiteFormat { channels, group_size, outlier_channels, bits, levels, .. } = format;
+    let SiteFormat { channels, row, .. } = format;
+    let NumberFormat { group_size, bits, levels, .. } = row.numbers;
+    let outlier_channels = row.outlier_channels;
     format!("{tokens} of {channels} in {group_size}, {outlier_channels}, {bits} bits {levels:?}")
 }
 

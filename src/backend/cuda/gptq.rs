@@ -11,9 +11,9 @@ use super::quantize::Arranging;
 use super::tensor::{Codes, Cross, Factor, Quantized, Site, Weight};
 use super::{Cuda, THREADS};
 use crate::backend::{Backend, Drift, Unquantized};
-use crate::quant::grid::Grid;
+use crate::quant::grid::{Grid, ScaleRule};
 use crate::quant::levels::Levels;
-use crate::quant::weights::WeightFormat;
+use crate::quant::number::{LinearFormat, RowFormat};
 use crate::{Error, Result};
 
 /// Columns of a span, as in gptq.cu.
@@ -21,8 +21,8 @@ const SPAN: usize = 128;
 
 /// Where the spans of `format` begin and end. A group that starts in a span either ends in it or starts
 /// at its first column, so its scale always comes from weights that carry every update.
-fn spans(format: &WeightFormat) -> Vec<(usize, usize)> {
-    let (group, grouped) = (format.group_size, format.grouped_channels());
+fn spans(format: &RowFormat) -> Vec<(usize, usize)> {
+    let (group, grouped) = (format.numbers.group_size, format.grouped_channels());
     let step = if group <= SPAN { SPAN / group * group } else { group };
     (0..grouped)
         .step_by(step)
@@ -35,7 +35,8 @@ fn spans(format: &WeightFormat) -> Vec<(usize, usize)> {
 
 /// Weights that are swept together, arranged and corrected for the drift, row under row.
 struct Stack {
-    format: WeightFormat,
+    format: LinearFormat,
+    clip: f32,
     rows: usize,
     /// `[rows, width]`, f32.
     original: Buffer,
@@ -58,7 +59,8 @@ struct Step<'a> {
 
 impl Step<'_> {
     fn grid(&self) -> Grid {
-        self.stack.format.grid(self.factor.is_some())
+        let rule = if self.factor.is_some() { ScaleRule::Gptq } else { ScaleRule::Rounding };
+        Grid::of(&self.stack.format.row.numbers, self.stack.clip, rule)
     }
 }
 
@@ -72,7 +74,8 @@ impl Cuda {
     ) -> Result<Vec<Quantized>> {
         // Rows that share a scale must not lie in two linears.
         let together = |a: &Unquantized<Weight>, b: &Unquantized<Weight>| {
-            a.format == b.format && a.weight.rows.is_multiple_of(a.format.rows_per_scale)
+            (a.format, a.clip) == (b.format, b.clip)
+                && a.weight.rows.is_multiple_of(a.format.rows_per_scale)
         };
         let mut quantized = Vec::with_capacity(linears.len());
         for part in linears.chunk_by(together) {
@@ -102,13 +105,13 @@ impl Cuda {
         if let (Some(factor), Some(drift)) = (factor, drift) {
             self.correct(&stack.original, stack.rows, drift, factor)?;
         }
-        let Stack { format, rows, original } = &stack;
-        let (rows, width) = (*rows, format.width());
-        let scale_rows = rows.div_ceil(format.rows_per_scale);
+        let Stack { format, rows, original, .. } = &stack;
+        let (rows, row) = (*rows, format.row);
+        let width = row.width();
         let mut codes = Codes {
-            codes: self.gpu.alloc(rows * format.grouped_channels())?,
-            scales: self.gpu.alloc(4 * scale_rows * format.groups)?,
-            outliers: self.outliers(format.outlier_channels, format.outlier_format, rows)?,
+            codes: self.gpu.alloc(rows * row.grouped_channels())?,
+            scales: self.gpu.alloc(4 * format.scale_rows(rows) * row.groups)?,
+            outliers: self.outliers(&row, rows)?,
             ready: self.gpu.mark()?,
         };
         let bad = self.gpu.alloc(4)?;
@@ -140,8 +143,10 @@ impl Cuda {
             errors: errors.as_ref(),
             bad: &bad,
         };
-        for (first, end) in spans(format) {
-            if format.group_size > SPAN && first.is_multiple_of(format.group_size) {
+        for (first, end) in spans(&row) {
+            if format.row.numbers.group_size > SPAN
+                && first.is_multiple_of(format.row.numbers.group_size)
+            {
                 self.wide_scales(&step, first)?;
             }
             self.sweep_span(&step, weights, (first, end), None)?;
@@ -150,13 +155,13 @@ impl Cuda {
         if factor.is_some() {
             // Outliers are rounded together, so each must be at its best value before, given what the
             // groups lost: as a sweep would leave them that rounds nothing.
-            for first in (format.grouped_channels()..width).step_by(SPAN) {
+            for first in (format.row.grouped_channels()..width).step_by(SPAN) {
                 let span = (first, (first + SPAN).min(width));
                 self.sweep_span(&step, weights, span, Some(weights))?;
                 self.carry(&step, weights, span, width)?;
             }
         }
-        if format.outlier_channels > 0 {
+        if format.row.outlier_channels > 0 {
             self.launch(
                 "gptq",
                 "outlier_block",
@@ -165,9 +170,9 @@ impl Cuda {
                     weights,
                     rows,
                     width,
-                    format.outlier_channels,
+                    format.row.outlier_channels,
                     codes.outliers.padded(),
-                    Self::outlier_ratio(format.outlier_format),
+                    Self::outlier_ratio(format.row.outlier_format),
                     codes.outliers.codes.as_ref(),
                     codes.outliers.scales.as_ref(),
                     codes.outliers.values.as_ref(),
@@ -175,7 +180,9 @@ impl Cuda {
                 ],
             )?;
         }
-        if let (Some(factor), Some(errors), true) = (factor, &errors, format.outlier_channels > 0) {
+        if let (Some(factor), Some(errors), true) =
+            (factor, &errors, format.row.outlier_channels > 0)
+        {
             self.launch(
                 "gptq",
                 "outlier_errors",
@@ -187,7 +194,7 @@ impl Cuda {
                     &factor.pivots,
                     rows,
                     width,
-                    format.outlier_channels,
+                    format.row.outlier_channels,
                     codes.outliers.padded(),
                     codes.outliers.codes.as_ref(),
                     codes.outliers.scales.as_ref(),
@@ -230,9 +237,9 @@ impl Cuda {
     }
 
     fn stack(&self, linears: &[Unquantized<Weight>], site: &Site) -> Result<Stack> {
-        let format = linears[0].format;
-        self.check_levels(format.levels)?;
-        let width = format.width();
+        let Unquantized { format, clip, .. } = linears[0];
+        self.check_levels(format.row.numbers.levels)?;
+        let width = format.row.width();
         let rows = linears.iter().map(|linear| linear.weight.rows).sum();
         let original = self.gpu.alloc(4 * rows * width)?;
         let mut first = 0;
@@ -249,7 +256,7 @@ impl Cuda {
             )?;
             first += weight.rows;
         }
-        Ok(Stack { format, rows, original })
+        Ok(Stack { format, clip, rows, original })
     }
 
     /// Sweeps columns `first..end` of `weights`; with `relaxed` without rounding, into it.
@@ -260,15 +267,17 @@ impl Cuda {
         (first, end): (usize, usize),
         relaxed: Option<&Buffer>,
     ) -> Result<()> {
-        let Stack { format, rows, original } = step.stack;
-        let WeightFormat { group_size, groups, rows_per_scale, .. } = *format;
+        let Stack { format, rows, original, .. } = step.stack;
+        let LinearFormat { row, rows_per_scale } = *format;
+        let RowFormat { numbers, groups, .. } = row;
+        let group_size = numbers.group_size;
         let grid = step.grid();
         let (least, greatest) = grid.limits();
         let entry = if rows_per_scale == 1 { "sweep_rows" } else { "sweep_row_pairs" };
         let shared_bytes = if step.factor.is_some() { 4 * SPAN * (end - first) } else { 0 };
         self.kernels.launch(
             "gptq",
-            &kernels::formats(format.levels == Levels::Fp4, false),
+            &kernels::formats(numbers.levels == Levels::Fp4, false),
             entry,
             Geometry {
                 shared_bytes,
@@ -279,7 +288,7 @@ impl Cuda {
                 original,
                 step.factor.map(|factor| &factor.data),
                 *rows,
-                format.width(),
+                row.width(),
                 first,
                 end - first,
                 group_size,
@@ -312,7 +321,7 @@ impl Cuda {
         let (Some(factor), Some(difference)) = (step.factor, &step.difference) else {
             return Ok(());
         };
-        let width = step.stack.format.width();
+        let width = step.stack.format.row.width();
         let entry = |row: usize, column: usize| 4 * (row * width + column) as u64;
         let operand = |pointer, stride| Operand { pointer, stride, transposed: false };
         self.products.run(&Product {
@@ -331,8 +340,9 @@ impl Cuda {
     /// The scales of a group that is wider than a span and begins at `first`.
     fn wide_scales(&self, step: &Step<'_>, first: usize) -> Result<()> {
         let Stack { format, rows, .. } = step.stack;
-        let WeightFormat { group_size, groups, rows_per_scale, .. } = *format;
-        let (rows, width) = (*rows, format.width());
+        let LinearFormat { row, rows_per_scale } = *format;
+        let (group_size, groups) = (row.numbers.group_size, row.groups);
+        let (rows, width) = (*rows, row.width());
         // Nothing is lost before the first column, nor without feedback.
         let relaxed = if step.factor.is_some() && first > 0 {
             let relaxed = self.gpu.alloc(4 * rows * width)?;
@@ -389,8 +399,8 @@ impl Cuda {
                 &*weight.data,
                 &*site.order,
                 format.channels,
-                format.groups,
-                format.outlier_channels,
+                format.row.groups,
+                format.row.outlier_channels,
                 quantized.shared.outliers.padded(),
                 arranging.staged,
                 quantized.codes(),
@@ -413,19 +423,16 @@ impl Cuda {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::site::OutlierFormat;
+    use crate::quant::number::{NumberFormat, OutlierFormat, ScaleFormat};
 
     #[test]
     fn a_group_never_begins_inside_a_span_and_ends_outside_it() {
         for (group_size, groups) in [(16, 9), (48, 7), (128, 3), (192, 3), (304, 1), (96, 5)] {
-            let format = WeightFormat {
-                bits: 4,
-                levels: Levels::Int,
-                group_size,
+            let numbers =
+                NumberFormat { bits: 4, levels: Levels::Int, group_size, scale: ScaleFormat::F16 };
+            let format = RowFormat {
+                numbers,
                 groups,
-                rows_per_scale: 1,
-                clip: 1.0,
-                signed_scales: false,
                 outlier_channels: 5,
                 outlier_format: OutlierFormat::Int8,
             };

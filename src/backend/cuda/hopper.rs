@@ -11,8 +11,7 @@ use super::tensor::{Blocks, Layout, Outliers, Quantized, Rows, SCALE_MULTIPLE, S
 use super::{Cuda, THREADS};
 use crate::Result;
 use crate::quant::levels::Levels;
-use crate::quant::site::{OutlierFormat, SiteFormat};
-use crate::quant::weights::WeightFormat;
+use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat};
 
 /// Places of a panel.
 pub(super) const PANEL: usize = 128;
@@ -42,32 +41,23 @@ fn panels(places: usize) -> usize {
 }
 
 impl Cuda {
-    /// Whether products of such sites are computed here.
-    pub(super) fn takes_tiles(
-        &self,
-        group_size: usize,
-        outlier_channels: usize,
-        outlier_format: OutlierFormat,
-    ) -> bool {
+    /// Whether products of such rows are computed here.
+    pub(super) fn takes_tiles(&self, format: &RowFormat) -> bool {
         self.narrow == Narrow::Wgmma
-            && matches!(group_size, 32 | 64 | 128)
-            && (outlier_channels == 0 || outlier_format == OutlierFormat::Int8)
-    }
-
-    /// The same for a site whose activations have codes.
-    pub(super) fn takes_tiles_of(&self, format: &SiteFormat) -> bool {
-        format.bits < 16
-            && self.takes_tiles(format.group_size, format.outlier_channels, format.outlier_format)
+            && format.numbers.bits < 16
+            && matches!(format.numbers.group_size, 32 | 64 | 128)
+            && matches!(format.outliers(), None | Some(OutlierFormat::Int8))
     }
 
     /// Weights as the kernels read them; a row for each place of `feeds`, where their outputs are to lie in its order.
     pub(super) fn blocks(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Blocks> {
-        let WeightFormat { bits, levels, group_size, groups, rows_per_scale, .. } = weight.format;
+        let LinearFormat { row, rows_per_scale } = weight.format;
+        let RowFormat { numbers, groups, .. } = row;
+        let NumberFormat { bits, levels, group_size, .. } = numbers;
         let (wide, fp4) = (bits == 8, levels == Levels::Fp4);
         let order = feeds.map(|site| &*site.order);
         let rows = feeds.map_or(weight.rows, |site| site.format.width());
-        let (panels, row_blocks) =
-            (panels(weight.format.grouped_channels()), rows.div_ceil(BLOCK_ROWS));
+        let (panels, row_blocks) = (panels(row.grouped_channels()), rows.div_ceil(BLOCK_ROWS));
         let defines = kernels::blocks(group_size, wide, fp4);
         let launch = |entry: &str, columns: usize, arguments: &[_]| {
             let grid = (columns, row_blocks, 1);
@@ -89,7 +79,7 @@ impl Cuda {
                 &codes
             ],
         )?;
-        let parts = weight.format.outlier_channels.div_ceil(OUTLIER_PART);
+        let parts = row.outlier_channels.div_ceil(OUTLIER_PART);
         let outliers = if parts == 0 {
             None
         } else {
@@ -108,7 +98,8 @@ impl Cuda {
 
     /// Rows in tiles.
     pub(super) fn tiled(&self, x: &Rows) -> Result<Rows> {
-        let &Rows { tokens, group_size, groups, scale_stride, .. } = x;
+        let &Rows { tokens, format, scale_stride, .. } = x;
+        let groups = format.groups;
         let padded = padded_tokens(tokens);
         let tile = |codes: &Buffer, width: usize, magnitudes: bool| -> Result<Buffer> {
             let panels = panels(width);
@@ -120,7 +111,7 @@ impl Cuda {
             )?;
             Ok(to)
         };
-        let codes = tile(&x.codes, groups * group_size, x.in_magnitudes())?;
+        let codes = tile(&x.codes, format.grouped_channels(), x.in_magnitudes())?;
         let scales = self.gpu.alloc(tiled_scale_bytes(groups, tokens))?;
         self.layout(
             "tile_scales",
@@ -134,7 +125,8 @@ impl Cuda {
 
     /// Tiles as rows.
     pub(super) fn untiled(&self, x: &Rows) -> Result<Rows> {
-        let &Rows { tokens, group_size, groups, scale_stride: padded, .. } = x;
+        let &Rows { tokens, format, scale_stride: padded, .. } = x;
+        let groups = format.groups;
         let untile = |from: &Buffer, width: usize, magnitudes: bool| -> Result<Buffer> {
             let to = self.gpu.alloc(tokens * width)?;
             self.layout(
@@ -144,7 +136,7 @@ impl Cuda {
             )?;
             Ok(to)
         };
-        let codes = untile(&x.codes, groups * group_size, x.in_magnitudes())?;
+        let codes = untile(&x.codes, format.grouped_channels(), x.in_magnitudes())?;
         let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
         let scales = self.gpu.alloc(4 * scale_stride * groups)?;
         self.layout(
@@ -196,7 +188,7 @@ impl Cuda {
         output: Output,
     ) -> Result<()> {
         assert_eq!(x.layout, Layout::Tiled);
-        let Rows { tokens, group_size, groups, scale_stride, .. } = *x;
+        let Rows { tokens, format, scale_stride, .. } = *x;
         // Magnitudes meet weights of 8 bits in two's complement.
         let widened = (x.in_magnitudes() && blocks.wide).then(|| self.widened(x)).transpose()?;
         let codes = widened.as_ref().unwrap_or(&x.codes);
@@ -205,9 +197,9 @@ impl Cuda {
         let tiling = Tiling {
             fp4: blocks.fp4,
             output,
-            ..Tiling::of(tokens, rows, group_size, wide, multiprocessors)
+            ..Tiling::of(tokens, rows, format.numbers.group_size, wide, multiprocessors)
         };
-        let panels = panels(groups * group_size);
+        let panels = panels(format.grouped_channels());
         let parts = x.outliers.channels.div_ceil(OUTLIER_PART);
         let arguments = arguments![
             codes,

@@ -7,9 +7,9 @@ use super::tests::{Random, device, random_codes, site};
 use super::*;
 use crate::backend::cpu::Cpu;
 use crate::eval::product_error;
+use crate::quant::number::{LinearFormat, OutlierFormat};
 use crate::quant::rows::{OutlierRows, QuantizedRows};
-use crate::quant::site::{OutlierFormat, Transform};
-use crate::quant::weights::WeightFormat;
+use crate::quant::site::Transform;
 
 /// A device that has `wgmma`, with the switch on.
 fn hopper(test: &str) -> Option<Cuda> {
@@ -49,14 +49,14 @@ fn formats(
     (channels, group, outliers, act_bits, bits, fp4): Shape,
     rows_per_scale: usize,
     random: &mut Random,
-) -> (SiteFormat, WeightFormat) {
+) -> (SiteFormat, LinearFormat) {
     let transform = Transform::Hadamard;
     let outlier_format = OutlierFormat::Int8;
     let site = site(channels, group, outliers, act_bits, transform, outlier_format, random);
     let levels = |bits| if fp4 && bits == 4 { Levels::Fp4 } else { Levels::Int };
-    let site = SiteFormat { levels: levels(act_bits), ..site };
-    let weights = WeightFormat::of(&site, bits, rows_per_scale, 0.85);
-    (site, WeightFormat { levels: levels(bits), ..weights })
+    let site = site.with(|site| site.row.numbers.levels = levels(act_bits));
+    let weights = site.row.weights(bits, levels(bits), rows_per_scale);
+    (site, weights)
 }
 
 #[test]
@@ -235,7 +235,7 @@ fn every_count_of_tokens_gives_exact_sums() {
         scales.iter_mut().for_each(|scale| *scale = power(&mut random).to_f32());
     }
     // All codes of the first token are the greatest magnitude.
-    let width = all.groups * all.group_size;
+    let width = all.format.grouped_channels();
     all.codes[..width].fill(-8);
     for tokens in 1..=300 {
         let host = first_tokens(&all, tokens);
@@ -257,10 +257,10 @@ fn every_count_of_tokens_gives_exact_sums() {
 fn first_tokens(all: &QuantizedRows, tokens: usize) -> QuantizedRows {
     let mut rows = all.clone();
     rows.tokens = tokens;
-    rows.codes.truncate(tokens * all.groups * all.group_size);
-    rows.scales.truncate(tokens * all.groups);
+    rows.codes.truncate(tokens * all.format.grouped_channels());
+    rows.scales.truncate(tokens * all.format.groups);
     if let OutlierRows::Int8 { codes, scales } = &mut rows.outliers {
-        codes.truncate(tokens * all.outlier_channels);
+        codes.truncate(tokens * all.format.outlier_channels);
         scales.truncate(tokens);
     }
     rows

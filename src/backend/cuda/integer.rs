@@ -13,8 +13,7 @@ use super::tensor::{
 use super::{Cuda, THREADS};
 use crate::Result;
 use crate::quant::levels::Levels;
-use crate::quant::site::SiteFormat;
-use crate::quant::weights::WeightFormat;
+use crate::quant::number::{NumberFormat, RowFormat};
 
 /// The environment variable that says whether codes of 4 bits are multiplied as such: `1` on every device that can, `0`
 /// nowhere. Without it Hopper does; the INT4 tensor cores of older devices are only compiled for so far (docs/kernels.md).
@@ -53,8 +52,8 @@ impl Narrow {
 }
 
 /// Whether codes go two a byte to the INT4 tensor cores.
-fn takes_nibbles(bits: u8, levels: Levels, group_size: usize) -> bool {
-    bits <= 4 && levels == Levels::Int && group_size.is_multiple_of(32)
+fn takes_nibbles(numbers: &NumberFormat) -> bool {
+    numbers.bits <= 4 && numbers.levels == Levels::Int && numbers.group_size.is_multiple_of(32)
 }
 
 impl Cuda {
@@ -68,10 +67,10 @@ impl Cuda {
     }
 
     /// Rows as the products of their site read them.
-    pub(super) fn laid_out(&self, rows: Rows, format: &SiteFormat) -> Result<Rows> {
+    pub(super) fn laid_out(&self, rows: Rows, format: &RowFormat) -> Result<Rows> {
         match self.narrow {
-            Narrow::Wgmma if self.takes_tiles_of(format) => self.tiled(&rows),
-            Narrow::Nibbles if takes_nibbles(format.bits, format.levels, format.group_size) => {
+            Narrow::Wgmma if self.takes_tiles(format) => self.tiled(&rows),
+            Narrow::Nibbles if takes_nibbles(&format.numbers) => {
                 let codes = self.nibbles(rows.codes.pointer(), rows.codes.bytes())?;
                 Ok(Rows { layout: Layout::Nibbles, codes, ..rows })
             }
@@ -84,7 +83,7 @@ impl Cuda {
         if x.layout == Layout::Tiled {
             return self.untiled(x);
         }
-        let bytes = x.tokens * x.groups * x.group_size;
+        let bytes = x.tokens * x.format.grouped_channels();
         let codes = self.gpu.alloc(bytes)?;
         self.nibble_kernel(
             "unpack_nibbles",
@@ -139,9 +138,9 @@ impl Cuda {
     /// A weight as the product reads it. Where `feeds` takes outputs in its order, rows are in that.
     pub(super) fn pack(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Packed> {
         let Quantized { format, first_row, rows, .. } = *weight;
-        let WeightFormat { group_size, groups, rows_per_scale, .. } = format;
-        if self.takes_tiles(group_size, format.outlier_channels, format.outlier_format) {
-            let takes = |site: &&Site| self.takes_tiles_of(&site.format) && site.places.is_some();
+        let groups = format.row.groups;
+        if self.takes_tiles(&format.row) {
+            let takes = |site: &&Site| self.takes_tiles(&site.format.row) && site.places.is_some();
             let feeds = feeds.filter(takes);
             let form = Form::Blocks(self.blocks(weight, feeds)?);
             let places =
@@ -155,13 +154,12 @@ impl Cuda {
             "gptq",
             "spread_scales",
             Geometry::over(rows * groups, THREADS),
-            arguments![weight.scales(), rows, groups, rows_per_scale, stride, &scales],
+            arguments![weight.scales(), rows, groups, format.rows_per_scale, stride, &scales],
         )?;
         let shared = Arc::clone(&weight.shared);
         let weight = Quantized { format, first_row, rows, shared, lost: None };
-        let paired =
-            self.narrow == Narrow::Nibbles && takes_nibbles(format.bits, format.levels, group_size);
-        let bytes = rows * format.grouped_channels();
+        let paired = self.narrow == Narrow::Nibbles && takes_nibbles(&format.row.numbers);
+        let bytes = rows * format.row.grouped_channels();
         let nibbles = paired.then(|| self.nibbles(weight.codes(), bytes)).transpose()?;
         let form = Form::Rows { weight, scales, nibbles };
         Ok(Packed { format, rows, form, places: None })
@@ -197,10 +195,12 @@ impl Cuda {
         to: &Buffer,
         half: bool,
     ) -> Result<()> {
-        let (format, tokens, rows) = (&weight.format, x.tokens, weight.rows);
+        let (tokens, rows) = (x.tokens, weight.rows);
+        let RowFormat { numbers, groups, outlier_channels, .. } = x.format;
+        let own = &weight.format.row;
         assert_eq!(
-            (x.group_size, x.groups, x.outliers.channels),
-            (format.group_size, format.groups, format.outlier_channels)
+            (numbers.group_size, groups, outlier_channels),
+            (own.numbers.group_size, own.groups, own.outlier_channels)
         );
         assert!(!(half && x.has_float_outliers()), "sums that are to be added to are f32");
         let output = if half { Output::Half } else { Output::Float };
@@ -221,8 +221,8 @@ impl Cuda {
         };
         let [outlier_codes, outlier_scales, outlier_values] = own.outliers();
         let paired = x.layout == Layout::Nibbles;
-        let defines = kernels::integer(x.group_size, half, paired);
-        let unit = x.group_size / if paired { 2 } else { 1 };
+        let defines = kernels::integer(numbers.group_size, half, paired);
+        let unit = numbers.group_size / if paired { 2 } else { 1 };
         self.kernels.launch(
             "integer",
             &defines,
@@ -240,7 +240,7 @@ impl Cuda {
                 to,
                 tokens,
                 rows,
-                x.groups,
+                groups,
                 x.outliers.padded()
             ],
         )?;

@@ -371,7 +371,7 @@ impl Backend for Cuda {
 
     fn dense_of(&self, weight: &Quantized) -> Result<Dense> {
         let data = Arc::new(self.dequantized(weight, true)?);
-        Ok(Dense { rows: weight.rows, columns: weight.format.width(), data })
+        Ok(Dense { rows: weight.rows, columns: weight.format.row.width(), data })
     }
 
     fn packed(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Packed> {
@@ -387,8 +387,8 @@ impl Backend for Cuda {
     }
 
     fn site(&self, format: &SiteFormat) -> Result<Site> {
-        if format.bits < 16 {
-            self.check_levels(format.levels)?;
+        if format.row.numbers.bits < 16 {
+            self.check_levels(format.row.numbers.levels)?;
         }
         let places = self.places(format)?;
         let order = Arc::new(self.gpu.upload(&format.order)?);
@@ -425,7 +425,7 @@ impl Backend for Cuda {
         site: &Site,
         name: &str,
     ) -> Result<Option<Rows>> {
-        if !self.takes_tiles_of(&site.format) {
+        if !self.takes_tiles(&site.format.row) {
             return Ok(None);
         }
         self.norm_rows(x, weight, epsilon, site, Layout::Tiled, name)
@@ -438,7 +438,7 @@ impl Backend for Cuda {
         site: &Site,
         name: &str,
     ) -> Result<Option<Rows>> {
-        if !self.takes_tiles_of(&site.format) {
+        if !self.takes_tiles(&site.format.row) {
             return Ok(None);
         }
         let columns = if gate.places.is_some() { Columns::Places } else { Columns::Channels };

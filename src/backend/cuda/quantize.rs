@@ -20,9 +20,9 @@ use crate::quant::float::{e4m3_bits, e4m3_value};
 use crate::quant::grid::Grid;
 use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
+use crate::quant::number::{LinearFormat, OutlierFormat, RowFormat};
 use crate::quant::rows::{OutlierRows, QuantizedRows};
-use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
-use crate::quant::weights::WeightFormat;
+use crate::quant::site::{SiteFormat, Transform};
 
 /// Shared memory that a row may be staged in: eight blocks of threads fit an SM beside each other.
 const STAGED_BYTES: usize = 24 << 10;
@@ -33,8 +33,6 @@ const PAIRED: [usize; 4] = [32, 64, 128, 256];
 /// Shared memory that two rows may be staged in: three blocks of threads fit an SM of 228 KiB beside
 /// each other, one an SM of 100 KiB.
 const PAIR_BYTES: usize = 64 << 10;
-/// The greatest magnitude of a code of at most 4 bits, FP4's doubled.
-const MOST_NARROW: u8 = 12;
 /// Shared memory of a block where groups are worked on there.
 const GROUP_BYTES: usize = 96 << 10;
 
@@ -54,21 +52,21 @@ impl Arranging {
     pub(super) fn new(format: &SiteFormat, element: &str) -> Self {
         let hadamard = format.transform == Transform::Hadamard;
         let row_bytes = format.channels * if element == "float" { 4 } else { 2 };
-        let (threads, group_bytes) = if IN_REGISTERS.contains(&format.group_size) {
+        let group_size = format.row.numbers.group_size;
+        let (threads, group_bytes) = if IN_REGISTERS.contains(&group_size) {
             (THREADS, 0)
         } else {
             // As many warps as there is room for their groups.
-            let warps = (GROUP_BYTES / (4 * format.group_size)).clamp(1, THREADS / 32);
-            (32 * warps, 4 * format.group_size * warps)
+            let warps = (GROUP_BYTES / (4 * group_size)).clamp(1, THREADS / 32);
+            (32 * warps, 4 * group_size * warps)
         };
         let staged = row_bytes <= STAGED_BYTES;
         let row_bytes = if staged { row_bytes.next_multiple_of(16) } else { 0 };
         // A word a channel, and sixteen bytes before the first.
         let pair_bytes = 4 * (format.channels.next_multiple_of(4) + 4);
-        let paired =
-            element != "float" && PAIRED.contains(&format.group_size) && pair_bytes <= PAIR_BYTES;
+        let paired = element != "float" && PAIRED.contains(&group_size) && pair_bytes <= PAIR_BYTES;
         Self {
-            defines: kernels::arrange(format.group_size, hadamard, element, threads, paired),
+            defines: kernels::arrange(group_size, hadamard, element, threads, paired),
             threads,
             shared_bytes: row_bytes + group_bytes,
             staged: i32::from(staged),
@@ -115,8 +113,8 @@ impl Cuda {
                 x,
                 &*site.order,
                 format.channels,
-                format.groups,
-                format.outlier_channels,
+                format.row.groups,
+                format.row.outlier_channels,
                 arranging.staged,
                 to
             ],
@@ -145,41 +143,39 @@ impl Cuda {
     }
 
     pub(super) fn quantize_rows(&self, x: &Tensor, site: &Site, name: &str) -> Result<Rows> {
-        let tiles = self.takes_tiles_of(&site.format);
+        let tiles = self.takes_tiles(&site.format.row);
         let fused = match &x.data {
             Data::Half(_) if tiles => self.half_rows(x, site, Layout::Tiled, name)?,
             _ => None,
         };
         match fused {
             Some(rows) => Ok(rows),
-            None => self.laid_out(self.arranged_codes(x, site, name)?, &site.format),
+            None => self.laid_out(self.arranged_codes(x, site, name)?, &site.format.row),
         }
     }
 
     /// Codes by `arrange.cu`, in rows.
     fn arranged_codes(&self, x: &Tensor, site: &Site, name: &str) -> Result<Rows> {
         let format = &site.format;
+        let RowFormat { numbers, groups, .. } = format.row;
         let (values, element) = x.typed();
         let tokens = x.rows;
-        let outliers = self.outliers(format.outlier_channels, format.outlier_format, tokens)?;
+        let outliers = self.outliers(&format.row, tokens)?;
         let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
         let rows = Rows {
             layout: Layout::RowMajor,
-            bits: format.bits,
+            format: format.row,
             tokens,
-            levels: format.levels,
-            group_size: format.group_size,
-            groups: format.groups,
-            codes: self.gpu.alloc(tokens * format.grouped_channels())?,
-            scales: self.gpu.alloc(4 * scale_stride * format.groups)?,
+            codes: self.gpu.alloc(tokens * format.row.grouped_channels())?,
+            scales: self.gpu.alloc(4 * scale_stride * groups)?,
             scale_stride,
             outliers,
         };
-        let (least, greatest) = format.code_limits();
+        let (least, greatest) = numbers.limits();
         let arranging = Arranging::new(format, element);
         let (geometry, staged) = arranging.quantizing(tokens);
-        let fp8 = format.outlier_format == OutlierFormat::Fp8;
-        let formats = kernels::formats(format.levels == Levels::Fp4, fp8);
+        let fp8 = format.row.outlier_format == OutlierFormat::Fp8;
+        let formats = kernels::formats(numbers.levels == Levels::Fp4, fp8);
         self.kernels.launch(
             "arrange",
             &[arranging.defines, formats].concat(),
@@ -189,14 +185,14 @@ impl Cuda {
                 values,
                 &*site.order,
                 format.channels,
-                format.groups,
-                format.outlier_channels,
+                format.row.groups,
+                format.row.outlier_channels,
                 rows.outliers.padded(),
                 i32::from(rows.outliers.values.is_some()),
                 staged,
                 format.clip,
-                format.top(),
-                i32::from(format.has_signs()),
+                numbers.top(),
+                i32::from(numbers.has_signs()),
                 least,
                 greatest,
                 &rows.codes,
@@ -212,22 +208,18 @@ impl Cuda {
     }
 
     /// Room for the outliers of `rows` rows.
-    pub(super) fn outliers(
-        &self,
-        channels: usize,
-        format: OutlierFormat,
-        rows: usize,
-    ) -> Result<Outliers> {
+    pub(super) fn outliers(&self, format: &RowFormat, rows: usize) -> Result<Outliers> {
+        let channels = format.outlier_channels;
         let padded = channels.next_multiple_of(OUTLIER_MULTIPLE);
-        let (codes, scales, values) = match format {
-            _ if channels == 0 => (None, None, None),
-            OutlierFormat::Int8 => {
+        let (codes, scales, values) = match format.outliers() {
+            None => (None, None, None),
+            Some(OutlierFormat::Int8) => {
                 (Some(self.gpu.alloc(rows * padded)?), Some(self.gpu.alloc(4 * rows)?), None)
             }
-            OutlierFormat::Fp8 => {
+            Some(OutlierFormat::Fp8) => {
                 (None, Some(self.gpu.alloc(4 * rows)?), Some(self.gpu.alloc(4 * rows * channels)?))
             }
-            OutlierFormat::F16 => (None, None, Some(self.gpu.alloc(4 * rows * channels)?)),
+            Some(OutlierFormat::F16) => (None, None, Some(self.gpu.alloc(4 * rows * channels)?)),
         };
         Ok(Outliers { channels, codes, scales, values })
     }
@@ -237,8 +229,9 @@ impl Cuda {
         if rows.layout != Layout::RowMajor {
             return self.fetched_rows(&self.row_major(rows)?);
         }
-        let Rows { tokens, levels, group_size, groups, scale_stride, .. } = *rows;
-        let codes = rows.codes.download::<i8>(0..tokens * groups * group_size)?;
+        let Rows { tokens, format, scale_stride, .. } = *rows;
+        let groups = format.groups;
+        let codes = rows.codes.download::<i8>(0..tokens * format.grouped_channels())?;
         let scales = rows.scales.download::<f32>(0..4 * scale_stride * groups)?;
         let of_token = |at: usize| scales[at % groups * scale_stride + at / groups];
         let scales = (0..tokens * groups).map(of_token).collect();
@@ -258,22 +251,13 @@ impl Cuda {
             (_, _, Some(values)) => OutlierRows::F16(values.download(0..4 * tokens * channels)?),
             _ => OutlierRows::None,
         };
-        let outlier_channels = channels;
-        Ok(QuantizedRows {
-            tokens,
-            group_size,
-            groups,
-            levels,
-            codes,
-            scales,
-            outlier_channels,
-            outliers,
-        })
+        Ok(QuantizedRows { tokens, format, codes, scales, outliers })
     }
 
     /// Quantized activations from the host.
     pub(super) fn restored_rows(&self, rows: &QuantizedRows) -> Result<Rows> {
-        let QuantizedRows { tokens, levels, group_size, groups, outlier_channels, .. } = *rows;
+        let QuantizedRows { tokens, format, .. } = *rows;
+        let RowFormat { groups, outlier_channels, .. } = format;
         let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
         let mut scales = vec![0f32; scale_stride * groups];
         for (at, scale) in rows.scales.iter().enumerate() {
@@ -296,21 +280,8 @@ impl Cuda {
         }
         let codes = self.gpu.upload(&rows.codes)?;
         let scales = self.gpu.upload(&scales)?;
-        // The width of the codes says how tiles hold them.
-        let wide = rows.codes.iter().any(|code| code.unsigned_abs() > MOST_NARROW);
-        let (layout, bits) = (Layout::RowMajor, if wide { 8 } else { 4 });
-        Ok(Rows {
-            layout,
-            bits,
-            tokens,
-            levels,
-            group_size,
-            groups,
-            codes,
-            scales,
-            scale_stride,
-            outliers,
-        })
+        let layout = Layout::RowMajor;
+        Ok(Rows { layout, format, tokens, codes, scales, scale_stride, outliers })
     }
 
     /// INT8 outliers `[rows, channels]` with zeros behind each row.
@@ -327,15 +298,16 @@ impl Cuda {
         if x.layout != Layout::RowMajor {
             return self.dequantize_rows(&self.row_major(x)?);
         }
-        let y = self.half(x.tokens, x.groups * x.group_size + x.outliers.channels)?;
+        let RowFormat { numbers, groups, outlier_channels, .. } = x.format;
+        let y = self.half(x.tokens, x.format.width())?;
         let outliers = [&x.outliers.codes, &x.outliers.scales, &x.outliers.values]
             .map(|buffer| buffer.as_ref().map_or(0, Buffer::pointer));
         self.launch_dequantize(
-            x.group_size,
+            numbers.group_size,
             x.tokens,
             [x.codes.pointer(), x.scales.pointer()],
             outliers,
-            [x.groups, x.outliers.channels, x.outliers.padded(), 1, 1, x.scale_stride],
+            [groups, outlier_channels, x.outliers.padded(), 1, 1, x.scale_stride],
             y.half(),
             "half",
         )?;
@@ -344,12 +316,13 @@ impl Cuda {
 
     /// The weights that codes stand for `[rows, width]`, in f16 or in f32.
     pub(super) fn dequantized(&self, weight: &Quantized, half: bool) -> Result<Buffer> {
-        let WeightFormat { group_size, groups, rows_per_scale, .. } = weight.format;
+        let LinearFormat { row, rows_per_scale } = weight.format;
+        let RowFormat { numbers, groups, .. } = row;
         let (bytes, element) = if half { (2, "half") } else { (4, "float") };
-        let to = self.gpu.alloc(bytes * weight.rows * weight.format.width())?;
+        let to = self.gpu.alloc(bytes * weight.rows * row.width())?;
         let outliers = &weight.shared.outliers;
         self.launch_dequantize(
-            group_size,
+            numbers.group_size,
             weight.rows,
             [weight.codes(), weight.scales()],
             weight.outliers(),
@@ -399,11 +372,9 @@ impl Cuda {
 
     /// A quantized weight on the host. On the stream beside the kernels.
     pub(super) fn fetched(&self, weight: &Quantized) -> Result<QuantizedLinear> {
-        let WeightFormat {
-            bits, levels, group_size, groups, rows_per_scale, outlier_channels, ..
-        } = weight.format;
-        let rows = weight.rows;
-        let grouped = weight.format.grouped_channels();
+        let (rows, format) = (weight.rows, weight.format);
+        let RowFormat { groups, outlier_channels, .. } = format.row;
+        let grouped = format.row.grouped_channels();
         let mut staging = self.downloads.lock().unwrap_or_else(PoisonError::into_inner);
         let mut codes = vec![0i8; rows * grouped];
         let Codes { codes: all, scales: all_scales, outliers, ready } = &*weight.shared;
@@ -448,25 +419,13 @@ impl Cuda {
             }
             _ => OutlierBlock::None,
         };
-        Ok(QuantizedLinear {
-            rows,
-            bits,
-            levels,
-            group_size,
-            groups,
-            rows_per_scale,
-            codes,
-            scales,
-            outlier_channels,
-            outliers: outlier_block,
-        })
+        Ok(QuantizedLinear { rows, format, codes, scales, outliers: outlier_block })
     }
 
     pub(super) fn restored(&self, weight: &QuantizedLinear) -> Result<Quantized> {
-        let QuantizedLinear { rows, bits, levels, group_size, groups, rows_per_scale, .. } =
-            *weight;
-        self.check_levels(levels)?;
-        let channels = weight.outlier_channels;
+        let QuantizedLinear { rows, format, .. } = *weight;
+        self.check_levels(format.row.numbers.levels)?;
+        let channels = format.row.outlier_channels;
         let floats = |values: &[f16]| -> Result<Buffer> {
             self.gpu.upload(&values.iter().map(|value| value.to_f32()).collect::<Vec<_>>())
         };
@@ -490,23 +449,6 @@ impl Cuda {
             OutlierBlock::F16(values) => {
                 Outliers { channels, codes: None, scales: None, values: Some(floats(values)?) }
             }
-        };
-        let outlier_format = match weight.outliers {
-            OutlierBlock::Fp8 { .. } => OutlierFormat::Fp8,
-            OutlierBlock::F16(_) => OutlierFormat::F16,
-            _ => OutlierFormat::Int8,
-        };
-        let format = WeightFormat {
-            bits,
-            levels,
-            group_size,
-            groups,
-            rows_per_scale,
-            // Of no use once the codes are there.
-            clip: 1.0,
-            signed_scales: false,
-            outlier_channels: channels,
-            outlier_format,
         };
         let codes = self.gpu.upload(&weight.codes)?;
         let scales = floats(&weight.scales)?;

@@ -7,9 +7,8 @@ use super::fused::NormWeight;
 use super::gpu::{Buffer, Mark, Pinned};
 use super::kernels::FEW_TOKENS;
 use crate::checkpoint::Dtype;
-use crate::quant::levels::Levels;
+use crate::quant::number::{LinearFormat, RowFormat};
 use crate::quant::site::SiteFormat;
-use crate::quant::weights::WeightFormat;
 
 /// Activations `[rows, columns]`, row-major. Hidden states between blocks are f32, what an operation
 /// inside a block gives is f16.
@@ -189,12 +188,8 @@ pub(super) enum Layout {
 /// Quantized activations.
 pub struct Rows {
     pub(super) layout: Layout,
-    /// Of a code.
-    pub(super) bits: u8,
+    pub(super) format: RowFormat,
     pub(super) tokens: usize,
-    pub(super) levels: Levels,
-    pub(super) group_size: usize,
-    pub(super) groups: usize,
     pub(super) codes: Buffer,
     pub(super) scales: Buffer,
     pub(super) scale_stride: usize,
@@ -204,7 +199,7 @@ pub struct Rows {
 impl Rows {
     /// Whether codes in tiles are signs and magnitudes, as the FP8 instruction takes them, and not in two's complement.
     pub(super) fn in_magnitudes(&self) -> bool {
-        self.bits < 8 && self.tokens > FEW_TOKENS
+        self.format.numbers.bits < 8 && self.tokens > FEW_TOKENS
     }
 
     /// Whether outliers are held as floating-point values.
@@ -226,7 +221,7 @@ pub(super) struct Codes {
 
 /// A quantized linear: its part of some codes. The first row begins a scale of its own.
 pub struct Quantized {
-    pub(super) format: WeightFormat,
+    pub(super) format: LinearFormat,
     pub(super) first_row: usize,
     pub(super) rows: usize,
     pub(super) shared: Arc<Codes>,
@@ -242,17 +237,17 @@ impl Quantized {
 
     /// How many rows of scales it has.
     pub(super) fn scale_rows(&self) -> usize {
-        self.rows.div_ceil(self.format.rows_per_scale)
+        self.format.scale_rows(self.rows)
     }
 
     /// Where its codes begin.
     pub(super) fn codes(&self) -> u64 {
-        self.shared.codes.pointer() + (self.first_row * self.format.grouped_channels()) as u64
+        self.shared.codes.pointer() + (self.first_row * self.format.row.grouped_channels()) as u64
     }
 
     /// Where its scales begin.
     pub(super) fn scales(&self) -> u64 {
-        self.shared.scales.pointer() + (4 * self.first_scale() * self.format.groups) as u64
+        self.shared.scales.pointer() + (4 * self.first_scale() * self.format.row.groups) as u64
     }
 
     /// Where its outliers' codes, scales and values begin; 0 for what there is not.
@@ -267,7 +262,7 @@ impl Quantized {
 
 /// A quantized linear as an integer product reads it.
 pub struct Packed {
-    pub(super) format: WeightFormat,
+    pub(super) format: LinearFormat,
     pub(super) rows: usize,
     pub(super) form: Form,
     /// What its rows are, where they are not the source's.

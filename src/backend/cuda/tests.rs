@@ -9,10 +9,11 @@ use crate::backend::cpu::Cpu;
 use crate::checkpoint::Tensor as Stored;
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
+use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
 use crate::quant::rows::QuantizedRows;
-use crate::quant::site::{OutlierFormat, Transform};
-use crate::quant::weights::{WeightFormat, dequantize};
+use crate::quant::site::Transform;
+use crate::quant::weights::dequantize;
 
 /// The first device; none, loudly, where there is no driver. Whatever else is missing fails.
 pub(crate) fn device(test: &str) -> Option<Cuda> {
@@ -123,20 +124,17 @@ pub(super) fn site(
     random: &mut Random,
 ) -> SiteFormat {
     let energy: Vec<f64> = (0..channels).map(|_| f64::from(random.next())).collect();
-    let format = SiteFormat {
-        channels,
-        order: channel_order(&energy, true, outliers, group_size),
-        group_size,
+    // Signed and not, among sites of one shape or another.
+    let signed = channels.is_multiple_of(16) || outliers == 4;
+    let scale = if signed { ScaleFormat::SignedF16 } else { ScaleFormat::F16 };
+    let row = RowFormat {
+        numbers: NumberFormat { bits, levels: Levels::Int, group_size, scale },
         groups: (channels - outliers).div_ceil(group_size),
         outlier_channels: outliers,
         outlier_format,
-        bits,
-        levels: Levels::Int,
-        clip: 0.9,
-        // With and without, among sites of one shape or another.
-        signed_scales: channels.is_multiple_of(16) || outliers == 4,
-        transform,
     };
+    let order = channel_order(&energy, true, outliers, group_size);
+    let format = SiteFormat { channels, order, row, clip: 0.9, transform };
     format.check().unwrap();
     format
 }
@@ -185,9 +183,9 @@ fn fp4_sites(random: &mut Random) -> Vec<SiteFormat> {
         (2100, 1024, 1, None, Int8),
     ]
     .into_iter()
-    .map(|(channels, group, outliers, transform, format)| SiteFormat {
-        levels: Levels::Fp4,
-        ..site(channels, group, outliers, 4, transform, format, random)
+    .map(|(channels, group, outliers, transform, format)| {
+        site(channels, group, outliers, 4, transform, format, random)
+            .with(|format| format.row.numbers.levels = Levels::Fp4)
     })
     .collect()
 }
@@ -317,7 +315,8 @@ fn codes_and_scales_are_the_cpus_bits() {
     let mut random = Random(3);
     for format in sites(&mut random) {
         for tokens in [1, 6, 67] {
-            let what = format!("{tokens} of {} in {}", format.channels, format.group_size);
+            let what =
+                format!("{tokens} of {} in {}", format.channels, format.row.numbers.group_size);
             let mut x = random.activations(tokens, format.channels);
             // A group of zeros.
             x.data[..format.channels.min(16)].fill(0.0);
@@ -358,13 +357,12 @@ fn codes_and_scales_are_the_cpus_bits() {
 
 /// A weight of random codes behind a site.
 pub(super) fn random_codes(
-    format: &WeightFormat,
+    format: &LinearFormat,
     rows: usize,
     random: &mut Random,
 ) -> QuantizedLinear {
-    let width = format.width();
-    let weights = random.values(rows * width);
-    crate::quant::weights::round_to_nearest(&weights, rows, format).unwrap()
+    let weights = random.values(rows * format.row.width());
+    crate::quant::weights::round_to_nearest(&weights, rows, format, 0.85).unwrap()
 }
 
 #[test]
@@ -386,12 +384,12 @@ fn products_are_the_cpus_bits(cuda: &Cuda) {
             if format.channels > 4000 && tokens > 20 {
                 continue;
             }
-            let bits = if format.levels == Levels::Fp4 { 4 } else { [4, 3, 8, 2][at % 4] };
-            let mut weights = WeightFormat::of(&format, bits, 1 + at % 2, 0.85);
+            let numbers = format.row.numbers;
+            let bits = if numbers.levels == Levels::Fp4 { 4 } else { [4, 3, 8, 2][at % 4] };
             // FP4 weights behind FP4 activations and behind some of the integers.
-            if bits == 4 && (format.levels == Levels::Fp4 || at % 8 == 0) {
-                weights.levels = Levels::Fp4;
-            }
+            let fp4 = bits == 4 && (numbers.levels == Levels::Fp4 || at % 8 == 0);
+            let levels = if fp4 { Levels::Fp4 } else { Levels::Int };
+            let weights = format.row.weights(bits, levels, 1 + at % 2);
             let linear = random_codes(&weights, rows, &mut random);
             let x = random.activations(tokens, format.channels);
             let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format, "").unwrap();
@@ -400,8 +398,8 @@ fn products_are_the_cpus_bits(cuda: &Cuda) {
             let quantized = cuda.restore(linear.clone()).unwrap();
             let packed = cuda.packed(&quantized, None).unwrap();
             let what = format!("{tokens} x {rows}, {format:?}");
-            let narrow = format.bits <= 4 && format.levels == Levels::Int;
-            let paired = narrow && format.group_size % 32 == 0 && cuda.narrow == Narrow::Nibbles;
+            let narrow = numbers.bits <= 4 && numbers.levels == Levels::Int;
+            let paired = narrow && numbers.group_size % 32 == 0 && cuda.narrow == Narrow::Nibbles;
             assert_eq!(x.layout == Layout::Nibbles, paired, "{what}");
             let found = cuda.integer(&x, &packed, false).unwrap();
             let found = found.download::<f32>(0..4 * tokens * rows).unwrap();
@@ -777,14 +775,14 @@ fn gptq_makes_the_cpus_decisions() {
             .collect();
         let weights: Vec<Weight> = stored.iter().map(|s| cuda.load(*s).unwrap()).collect();
         let formats = [4, 4, 3].map(|bits| {
-            let levels = if bits == 4 { format.levels } else { Levels::Int };
-            WeightFormat { levels, ..WeightFormat::of(&format, bits, 1 + at % 2, 0.85) }
+            let levels = if bits == 4 { format.row.numbers.levels } else { Levels::Int };
+            format.row.weights(bits, levels, 1 + at % 2)
         });
         let mut host_linears = Vec::new();
         let mut linears = Vec::new();
         for ((stored, weight), format) in stored.iter().zip(&weights).zip(formats) {
-            host_linears.push(Unquantized { name: "w", weight: stored, format });
-            linears.push(Unquantized { name: "w", weight, format });
+            host_linears.push(Unquantized { name: "w", weight: stored, format, clip: 0.85 });
+            linears.push(Unquantized { name: "w", weight, format, clip: 0.85 });
         }
         let expected = cpu.gptq(&host_linears, &format, &host_hessian, &host_factor, None).unwrap();
         let sweep = || cuda.gptq(&linears, &site, &hessian, &factor, None).unwrap();
@@ -863,8 +861,9 @@ fn what_does_not_fit_is_set_aside_or_refused() {
 fn codes_without_kernels_are_refused() {
     let Some(cuda) = device("codes_without_kernels_are_refused") else { return };
     let mut random = Random(10);
-    let format = SiteFormat { levels: Levels::Fp4Bnb, ..sites(&mut random)[1].clone() };
-    let weights = WeightFormat { levels: Levels::Fp4Bnb, ..WeightFormat::of(&format, 4, 1, 1.0) };
+    let format = sites(&mut random)[1].clone();
+    let format = format.with(|format| format.row.numbers.levels = Levels::Fp4Bnb);
+    let weights = format.row.weights(4, Levels::Fp4Bnb, 1);
     let linear = random_codes(&weights, 3, &mut random);
     for error in [cuda.site(&format).err().unwrap(), cuda.restore(linear).err().unwrap()] {
         assert_eq!(error.kind(), crate::Kind::Machine);

@@ -1,11 +1,11 @@
 use super::*;
 use crate::checkpoint::linear::{
-    LinearShape, from_tensors, order_spec, order_tensor, read_order, specs as linear_specs,
-    to_tensors,
+    from_tensors, order_spec, order_tensor, read_order, specs as linear_specs, to_tensors,
 };
 use crate::checkpoint::{AtomCheckpoint, Options, Stored, Writer};
 use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
+use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use half::f16;
 use serde_json::json;
 
@@ -18,31 +18,27 @@ fn linears() -> Vec<QuantizedLinear> {
     let i8s = |n: usize| (0..n).map(|i| (i * 37 % 255) as u8 as i8).map(|c| c.max(-127)).collect();
     let (rows, group_size, groups) = (5usize, 16, 3);
     let outliers = [
-        (0, OutlierBlock::None),
-        (4, OutlierBlock::Int8 { codes: i8s(20), scales: f16s(5) }),
-        (4, OutlierBlock::F16(f16s(20))),
-        (4, OutlierBlock::Fp8 { codes: (0..20).map(|i| i * 13).collect(), scales: f16s(5) }),
+        (0, OutlierFormat::Int8, OutlierBlock::None),
+        (4, OutlierFormat::Int8, OutlierBlock::Int8 { codes: i8s(20), scales: f16s(5) }),
+        (4, OutlierFormat::F16, OutlierBlock::F16(f16s(20))),
+        (
+            4,
+            OutlierFormat::Fp8,
+            OutlierBlock::Fp8 { codes: (0..20).map(|i| i * 13).collect(), scales: f16s(5) },
+        ),
     ];
     let mut linears = Vec::new();
     use Levels::{Fp4, Fp4Bnb, Int};
     for (bits, levels) in [(2u8, Int), (3, Int), (4, Int), (8, Int), (4, Fp4), (4, Fp4Bnb)] {
         for rows_per_scale in [1, 2] {
-            for (outlier_channels, outliers) in outliers.clone() {
+            for (outlier_channels, outlier_format, outliers) in outliers.clone() {
                 let bits_of = |i: usize| (i * 101 % 251) as u8 as i8 >> (8 - bits);
                 let codes = (0..240).map(|i| levels.restored(bits_of(i))).collect();
                 let scales = f16s(rows.div_ceil(rows_per_scale) * groups);
-                linears.push(QuantizedLinear {
-                    rows,
-                    bits,
-                    levels,
-                    group_size,
-                    groups,
-                    rows_per_scale,
-                    codes,
-                    scales,
-                    outlier_channels,
-                    outliers,
-                });
+                let numbers = NumberFormat { bits, levels, group_size, scale: ScaleFormat::F16 };
+                let row = RowFormat { numbers, groups, outlier_channels, outlier_format };
+                let format = LinearFormat { row, rows_per_scale };
+                linears.push(QuantizedLinear { rows, format, codes, scales, outliers });
             }
         }
     }
@@ -64,8 +60,8 @@ impl Stored for Memory {
 #[test]
 fn a_linear_is_what_it_was_written_as() {
     for linear in linears() {
-        let shape = LinearShape::of(&linear);
-        let (specs, tensors) = (linear_specs(PREFIX, &shape), to_tensors(PREFIX, &linear));
+        let (rows, format) = (linear.rows, linear.format);
+        let (specs, tensors) = (linear_specs(PREFIX, rows, &format), to_tensors(PREFIX, &linear));
         assert_eq!(specs.len(), tensors.len());
         let memory = Memory(
             specs
@@ -77,15 +73,15 @@ fn a_linear_is_what_it_was_written_as() {
                 })
                 .collect(),
         );
-        assert_eq!(from_tensors(&memory, PREFIX, &shape).unwrap(), linear);
+        assert_eq!(from_tensors(&memory, PREFIX, rows, &format).unwrap(), linear);
     }
 }
 
 #[test]
 fn names_types_and_shapes_are_those_of_the_format() {
     let linear = &linears()[9]; // 3 bits, one scale a row, INT8 outliers
-    assert_eq!((linear.bits, linear.rows_per_scale), (3, 1));
-    let forms: Vec<String> = linear_specs("p", &LinearShape::of(linear))
+    assert_eq!((linear.format.row.numbers.bits, linear.format.rows_per_scale), (3, 1));
+    let forms: Vec<String> = linear_specs("p", linear.rows, &linear.format)
         .iter()
         .map(|spec| format!("{} {}", spec.name, spec.form()))
         .collect();
@@ -105,9 +101,9 @@ fn a_linear_comes_back_from_the_work_and_from_the_finished_checkpoint() {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("out");
     let linear = &linears()[17];
-    let shape = LinearShape::of(linear);
+    let (rows, format) = (linear.rows, linear.format);
     let order: Vec<i32> = (0..48).chain([-1, -1]).rev().chain([49, 48, 50, 51]).collect();
-    let mut specs = linear_specs(PREFIX, &shape);
+    let mut specs = linear_specs(PREFIX, rows, &format);
     specs.push(order_spec(SITE, order.len()));
     let mut writer =
         Writer::create(&super::to(&out, false), specs, &json!({}), Options::default(), &|| Ok(()))
@@ -115,18 +111,17 @@ fn a_linear_comes_back_from_the_work_and_from_the_finished_checkpoint() {
     let mut tensors = to_tensors(PREFIX, linear);
     tensors.push(order_tensor(SITE, &order));
     writer.write_block("0", tensors, Value::Null).unwrap();
-    assert_eq!(from_tensors(&writer, PREFIX, &shape).unwrap(), *linear);
-    let wrong = LinearShape { rows: 6, ..shape };
+    assert_eq!(from_tensors(&writer, PREFIX, rows, &format).unwrap(), *linear);
     let message = "tensor `model.layers.0.self_attn.q_proj.weight_codes` is U8 [5, 24], \
                    expected U8 [6, 24]";
-    assert_eq!(from_tensors(&writer, PREFIX, &wrong).unwrap_err().message(), message);
+    assert_eq!(from_tensors(&writer, PREFIX, 6, &format).unwrap_err().message(), message);
     writer.finish(&json!({}), json!({"format_version": 1}), &[]).unwrap();
 
     let checkpoint = AtomCheckpoint::open(&out).unwrap();
-    assert_eq!(from_tensors(&checkpoint, PREFIX, &shape).unwrap(), *linear);
+    assert_eq!(from_tensors(&checkpoint, PREFIX, rows, &format).unwrap(), *linear);
     assert_eq!(read_order(&checkpoint, SITE, 52, 50, 4).unwrap(), order);
-    let wrong = LinearShape { groups: 4, ..shape };
-    let error = from_tensors(&checkpoint, PREFIX, &wrong).unwrap_err();
+    let wrong = LinearFormat { row: RowFormat { groups: 4, ..format.row }, ..format };
+    let error = from_tensors(&checkpoint, PREFIX, rows, &wrong).unwrap_err();
     assert!(error.message().ends_with("is U8 [5, 24], expected U8 [5, 32]"));
     assert!(error.message().starts_with("tensor `model.layers.0.self_attn.q_proj.weight_codes`"));
 }
@@ -134,23 +129,26 @@ fn a_linear_comes_back_from_the_work_and_from_the_finished_checkpoint() {
 #[test]
 fn damaged_scales_and_codes_are_named() {
     let linear = &linears()[1];
-    let shape = LinearShape::of(linear);
+    let (rows, format) = (linear.rows, linear.format);
     let damage = |at: usize, bytes: &[u8]| {
         let tensors = to_tensors("p", linear);
-        let mut tensors: Vec<_> =
-            linear_specs("p", &shape).into_iter().zip(tensors.into_iter().map(|t| t.1)).collect();
+        let mut tensors: Vec<_> = linear_specs("p", rows, &format)
+            .into_iter()
+            .zip(tensors.into_iter().map(|t| t.1))
+            .collect();
         tensors[at].1[2..2 + bytes.len()].copy_from_slice(bytes);
-        from_tensors(&Memory(tensors), "p", &shape).unwrap_err().message().to_string()
+        from_tensors(&Memory(tensors), "p", rows, &format).unwrap_err().message().to_string()
     };
     assert_eq!(damage(1, &[0, 0x7c]), "tensor `p.weight_scales` holds inf at 1");
     assert_eq!(damage(3, &[1, 0x7e]), "tensor `p.outlier_scales` holds NaN at 1");
     assert_eq!(damage(2, &[0x80]), "tensor `p.outlier_codes` holds -128, not a code");
     let fp8 = &linears()[3];
-    let shape = LinearShape::of(fp8);
+    let (rows, format) = (fp8.rows, fp8.format);
     let mut tensors = to_tensors("p", fp8);
     tensors[2].1[7] = 0xff;
-    let tensors = linear_specs("p", &shape).into_iter().zip(tensors.into_iter().map(|t| t.1));
-    let error = from_tensors(&Memory(tensors.collect()), "p", &shape).unwrap_err();
+    let tensors =
+        linear_specs("p", rows, &format).into_iter().zip(tensors.into_iter().map(|t| t.1));
+    let error = from_tensors(&Memory(tensors.collect()), "p", rows, &format).unwrap_err();
     assert_eq!(error.message(), "tensor `p.outlier_codes` holds a code that is no number");
 }
 

@@ -5,9 +5,10 @@ use crate::backend::AttentionSpec;
 use crate::model::block::{Site, Treatment};
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
+use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
-use crate::quant::site::{OutlierFormat, SiteFormat, Transform};
-use crate::quant::weights::{WeightFormat, round_to_nearest};
+use crate::quant::site::{SiteFormat, Transform};
+use crate::quant::weights::round_to_nearest;
 
 const TOKENS: usize = 12;
 const HIDDEN: usize = 64;
@@ -30,24 +31,19 @@ fn site(
 ) -> QuantizedSite<QuantizedLinear> {
     let (group_size, outlier_channels) = (16, 20);
     let energy: Vec<f64> = random(channels, 3).into_iter().map(f64::from).collect();
-    let format = SiteFormat {
-        channels,
+    let row = RowFormat {
+        numbers: NumberFormat { bits: 4, levels, group_size, scale: ScaleFormat::SignedF16 },
         groups: (channels - outlier_channels).div_ceil(group_size),
-        order: channel_order(&energy, true, outlier_channels, group_size),
-        group_size,
         outlier_channels,
         outlier_format,
-        bits: 4,
-        levels,
-        clip: 0.95,
-        signed_scales: true,
-        transform: Transform::Hadamard,
     };
+    let order = channel_order(&energy, true, outlier_channels, group_size);
+    let format = SiteFormat { channels, order, row, clip: 0.95, transform: Transform::Hadamard };
     let linears = rows.iter().enumerate().map(|(at, &rows)| {
         let weights = random(rows * channels, at as u64);
         let arranged = format.arrange_rows_plain(&weights, rows);
-        let weights = WeightFormat { levels, ..WeightFormat::of(&format, 4, 1, 1.0) };
-        Some(round_to_nearest(&arranged, rows, &weights).unwrap())
+        let weights = row.weights(4, levels, 1);
+        Some(round_to_nearest(&arranged, rows, &weights, 1.0).unwrap())
     });
     let linears = linears.collect();
     QuantizedSite { format, linears }
@@ -189,27 +185,23 @@ fn a_planted_error_is_found_where_it_is() {
 fn three() -> (QuantizedRows, QuantizedLinear) {
     let mut codes = vec![0i8; 16];
     codes[0] = 3;
+    let numbers =
+        NumberFormat { bits: 4, levels: Levels::Int, group_size: 16, scale: ScaleFormat::F16 };
+    let format =
+        RowFormat { numbers, groups: 1, outlier_channels: 0, outlier_format: OutlierFormat::Int8 };
     let rows = QuantizedRows {
         tokens: 1,
-        group_size: 16,
-        groups: 1,
-        levels: Levels::Int,
+        format,
         codes: codes.clone(),
         scales: vec![0.5],
-        outlier_channels: 0,
         outliers: OutlierRows::None,
     };
     codes[0] = 2;
     let linear = QuantizedLinear {
         rows: 1,
-        bits: 4,
-        levels: Levels::Int,
-        group_size: 16,
-        groups: 1,
-        rows_per_scale: 1,
+        format: format.weights(4, Levels::Int, 1),
         codes,
         scales: vec![f16::ONE],
-        outlier_channels: 0,
         outliers: OutlierBlock::None,
     };
     (rows, linear)

@@ -1,21 +1,17 @@
 /*! The definition, checked against values worked out by hand. */
 
 use super::*;
+use crate::quant::number::ScaleFormat;
 
 fn format(order: Vec<i32>, group_size: usize, outlier_channels: usize) -> SiteFormat {
-    SiteFormat {
-        channels: order.iter().filter(|&&channel| channel >= 0).count(),
+    let row = RowFormat {
+        numbers: NumberFormat { bits: 4, levels: Levels::Int, group_size, scale: ScaleFormat::F16 },
         groups: (order.len() - outlier_channels) / group_size,
-        order,
-        group_size,
         outlier_channels,
         outlier_format: OutlierFormat::Int8,
-        bits: 4,
-        levels: Levels::Int,
-        clip: 1.0,
-        signed_scales: false,
-        transform: Transform::None,
-    }
+    };
+    let channels = order.iter().filter(|&&channel| channel >= 0).count();
+    SiteFormat { channels, order, row, clip: 1.0, transform: Transform::None }
 }
 
 /// 14 channels, two places of padding, two outliers.
@@ -34,12 +30,16 @@ fn a_sound_format_passes_and_each_slip_is_named() {
         change(&mut format);
         format.check().unwrap_err().to_string()
     };
-    assert!(broken(&|format| format.bits = 5).contains("5 bits"));
+    assert!(broken(&|format| format.row.numbers.bits = 5).contains("bits is 5"));
     assert!(broken(&|format| format.clip = f32::NAN).contains("clip ratio"));
     assert!(broken(&|format| format.clip = 0.0).contains("clip ratio"));
-    assert!(broken(&|format| format.group_size = 18).contains("multiple of 16"));
-    assert!(broken(&|format| format.group_size = 0).contains("multiple of 16"));
-    assert!(broken(&|format| format.groups = usize::MAX).contains("18 entries"));
+    assert!(
+        broken(&|format| format.row.numbers.group_size = 18).contains("must be a multiple of 16")
+    );
+    assert!(
+        broken(&|format| format.row.numbers.group_size = 0).contains("must be a multiple of 16")
+    );
+    assert!(broken(&|format| format.row.groups = usize::MAX).contains("18 entries"));
     assert!(broken(&|format| format.order[0] = 2).contains("channel 2 occurs twice"));
     assert!(broken(&|format| format.order[0] = 14).contains("entry 0"));
     assert!(broken(&|format| format.order[0] = -2).contains("is -2"));
@@ -82,20 +82,22 @@ fn fp4_and_fp8_are_rounded_to_their_own_numbers() {
     let mut row = [0.0; 14];
     row[2..8].copy_from_slice(&[6.0, 2.5, -3.5, 5.0, 1.25, -0.25]);
     row[..2].copy_from_slice(&[-448.0, 17.0]);
-    let outlier_format = OutlierFormat::Fp8;
-    let fp4 = SiteFormat { levels: Levels::Fp4, outlier_format, ..small() };
+    let fp4 = small().with(|format| {
+        format.row.numbers.levels = Levels::Fp4;
+        format.row.outlier_format = OutlierFormat::Fp8;
+    });
     let rows = quantize_rows_plain(&row, 1, &fp4).unwrap();
     // Scales are those of halves: 6 is 12 of them. Ties go to 2, -4, 4, 1 and 0.
     assert_eq!(rows.scales, [0.5]);
     assert_eq!(rows.codes[6..12], [0, 2, 8, -8, 4, 12]);
     assert_eq!(rows.outliers, OutlierRows::Fp8(vec![16.0, -448.0]));
     row[2..8].copy_from_slice(&[12.0, 2.5, -3.5, 5.1, 1.25, -0.04]);
-    let bnb = SiteFormat { levels: Levels::Fp4Bnb, ..fp4 };
+    let bnb = fp4.with(|format| format.row.numbers.levels = Levels::Fp4Bnb);
     let rows = quantize_rows_plain(&row, 1, &bnb).unwrap();
     assert_eq!(rows.scales, [1.0]);
     assert_eq!(rows.codes[6..12], [-1, 2, 6, -3, 2, 12]);
     assert_eq!(dequantize_rows_plain(&rows)[6..8], [-0.0625, 2.0]);
-    assert!(SiteFormat { bits: 8, ..bnb }.check().is_err());
+    assert!(bnb.with(|format| format.row.numbers.bits = 8).check().is_err());
 }
 
 #[test]
@@ -103,7 +105,9 @@ fn clipping_saturates_at_the_limits_of_the_format() {
     for (bits, least, greatest) in [(2, -2, 1), (3, -4, 3), (4, -8, 7), (8, -127, 127)] {
         let mut row = [0.0; 14];
         row[2..4].copy_from_slice(&[100.0, -100.0]);
-        let format = SiteFormat { bits, clip: 0.5, ..small() };
+        let format = small().with(|format| {
+            (format.row.numbers.bits, format.clip) = (bits, 0.5);
+        });
         let rows = quantize_rows_plain(&row, 1, &format).unwrap();
         assert_eq!(rows.codes[10..12], [least, greatest], "{bits} bits");
     }
@@ -122,7 +126,7 @@ fn zeros_have_scale_zero_and_nonfinite_values_are_named() {
     assert!(error.message().contains("scale of group 0 of token 1"));
     (x[14 + 5], x[28]) = (0.0, 1e5);
     assert!(quantize_rows_plain(&x, 3, &small()).is_ok());
-    let halves = SiteFormat { outlier_format: OutlierFormat::F16, ..small() };
+    let halves = small().with(|format| format.row.outlier_format = OutlierFormat::F16);
     assert!(quantize_rows_plain(&x, 3, &halves).is_err());
 }
 
@@ -130,7 +134,7 @@ fn zeros_have_scale_zero_and_nonfinite_values_are_named() {
 fn dequantizing_is_within_half_a_step() {
     let x: Vec<f32> = (0..28).map(|i| (i as f32 * 1.7).sin()).collect();
     for outlier_format in [OutlierFormat::Int8, OutlierFormat::Fp8, OutlierFormat::F16] {
-        let format = SiteFormat { outlier_format, ..small() };
+        let format = small().with(|format| format.row.outlier_format = outlier_format);
         let rows = quantize_rows_plain(&x, 2, &format).unwrap();
         let arranged = format.arrange_rows_plain(&x, 2);
         let restored = dequantize_rows_plain(&rows);
@@ -143,7 +147,8 @@ fn dequantizing_is_within_half_a_step() {
 
 #[test]
 fn a_signed_scale_brings_the_peak_to_the_least_code() {
-    let mut format = SiteFormat { signed_scales: true, ..format((0..16).collect(), 16, 0) };
+    let mut format = format((0..16).collect(), 16, 0);
+    format.row.numbers.scale = ScaleFormat::SignedF16;
     let mut row = vec![0.5; 16];
     row[3] = 4.0;
     row[5] = -2.0;
@@ -161,8 +166,9 @@ fn a_signed_scale_brings_the_peak_to_the_least_code() {
     assert_eq!((scale.to_bits(), codes), (0, vec![0; 16]));
     // INT8 and FP4 have as many codes on either side.
     row[5] = 0.0;
-    format.bits = 8;
+    format.row.numbers.bits = 8;
     assert!(quantized(&format, &row).0 > 0.0);
-    format = SiteFormat { bits: 4, levels: Levels::Fp4, ..format };
+    format.row.numbers.bits = 4;
+    format.row.numbers.levels = Levels::Fp4;
     assert!(quantized(&format, &row).0 > 0.0);
 }

@@ -17,6 +17,7 @@ use rayon::prelude::*;
 use crate::quant::float::e4m3_value;
 use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
+use crate::quant::number::{LinearFormat, RowFormat};
 
 /// Output rows in a panel.
 pub(super) const PANEL: usize = 32;
@@ -45,15 +46,13 @@ pub(super) const CHUNK_LINES: usize = PANEL * CHUNK / 64;
 /// The run-time form of a [`QuantizedLinear`].
 pub struct IntegerLinear {
     pub(super) rows: usize,
-    pub(super) group_size: usize,
-    pub(super) groups: usize,
+    pub(super) format: LinearFormat,
     /// Whether [`Self::codes`] holds packed nibbles.
     pub(super) nibbles: bool,
     /// Unsigned codes `[panels, chunks, 1 or 2 lines]`, the chunks of all groups in order.
     pub(super) codes: Vec<Line>,
     /// `[panels, groups, 32]`, zero for the rows that fill the last panel.
     pub(super) scales: Vec<f16>,
-    pub(super) outlier_channels: usize,
     pub(super) outliers: Outliers,
     /// The linear itself where the kernels cannot compute it: bitsandbytes' FP4, whose sixteenths do
     /// not fit bytes. The rest is then empty.
@@ -80,23 +79,23 @@ pub(super) enum Outliers {
 impl IntegerLinear {
     /// Re-lays a linear for the kernels.
     pub fn new(linear: &QuantizedLinear) -> Self {
-        if linear.levels == Levels::Fp4Bnb {
+        let format = linear.format;
+        let RowFormat { numbers, groups, outlier_channels, .. } = format.row;
+        if numbers.levels == Levels::Fp4Bnb {
             return Self {
                 rows: linear.rows,
-                group_size: linear.group_size,
-                groups: linear.groups,
+                format,
                 nibbles: false,
                 codes: Vec::new(),
                 scales: Vec::new(),
-                outlier_channels: linear.outlier_channels,
                 outliers: Outliers::None,
                 plain: Some(Box::new(linear.clone())),
             };
         }
         let panels = linear.rows.div_ceil(PANEL);
         // FP4's codes are up to 12.
-        let nibbles = linear.bits <= 4 && linear.levels.is_int();
-        let chunks = linear.grouped_channels() / CHUNK;
+        let nibbles = numbers.bits <= 4 && numbers.levels.is_int();
+        let chunks = format.row.grouped_channels() / CHUNK;
         let mut codes =
             vec![Line([0; 64]); panels * chunks * if nibbles { 1 } else { CHUNK_LINES }];
         if !codes.is_empty() {
@@ -125,13 +124,13 @@ impl IntegerLinear {
                 }
                 values
             };
-        let scales = in_panels(linear.groups, &|row, group| {
-            linear.scales[row / linear.rows_per_scale * linear.groups + group]
+        let scales = in_panels(groups, &|row, group| {
+            linear.scales[row / format.rows_per_scale * groups + group]
         });
         let outliers = match &linear.outliers {
             OutlierBlock::None => Outliers::None,
             OutlierBlock::Int8 { codes, scales } => {
-                let lines = linear.outlier_channels.next_multiple_of(STEP) / CHUNK * CHUNK_LINES;
+                let lines = outlier_channels.next_multiple_of(STEP) / CHUNK * CHUNK_LINES;
                 let mut unpacked = vec![Line([0; 64]); panels * lines];
                 for (panel, lines) in unpacked.chunks_mut(lines.max(1)).enumerate() {
                     fill(lines, codes, linear, panel, BYTE_OFFSET);
@@ -140,29 +139,19 @@ impl IntegerLinear {
             }
             OutlierBlock::Fp8 { codes, scales } => {
                 let number = |row: usize, channel: usize| {
-                    f16::from_f32(e4m3_value(codes[row * linear.outlier_channels + channel]))
+                    f16::from_f32(e4m3_value(codes[row * outlier_channels + channel]))
                 };
                 Outliers::Fp8 {
-                    numbers: in_panels(linear.outlier_channels, &number),
+                    numbers: in_panels(outlier_channels, &number),
                     scales: in_panels(1, &|row, _| scales[row]),
                 }
             }
             OutlierBlock::F16(values) => {
-                let value = |row, channel| values[row * linear.outlier_channels + channel];
-                Outliers::F16(in_panels(linear.outlier_channels, &value))
+                let value = |row, channel| values[row * outlier_channels + channel];
+                Outliers::F16(in_panels(outlier_channels, &value))
             }
         };
-        Self {
-            rows: linear.rows,
-            group_size: linear.group_size,
-            groups: linear.groups,
-            nibbles,
-            codes,
-            scales,
-            outlier_channels: linear.outlier_channels,
-            outliers,
-            plain: None,
-        }
+        Self { rows: linear.rows, format, nibbles, codes, scales, outliers, plain: None }
     }
 
     /// Output features.
@@ -188,8 +177,9 @@ impl IntegerLinear {
 
     /// The stored lines of some groups of a panel: unsigned bytes, or packed nibbles.
     pub(super) fn group_lines(&self, panel: usize, groups: std::ops::Range<usize>) -> &[Line] {
-        let lines = self.group_size / CHUNK * if self.nibbles { 1 } else { CHUNK_LINES };
-        &self.codes[(panel * self.groups + groups.start) * lines..][..groups.len() * lines]
+        let RowFormat { numbers, groups: all, .. } = self.format.row;
+        let lines = numbers.group_size / CHUNK * if self.nibbles { 1 } else { CHUNK_LINES };
+        &self.codes[(panel * all + groups.start) * lines..][..groups.len() * lines]
     }
 }
 

@@ -25,6 +25,7 @@ pub use layout::IntegerLinear;
 
 use super::isa::Isa;
 use crate::quant::levels::Levels;
+use crate::quant::number::RowFormat;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 use layout::{BYTE_OFFSET, CHUNK, CHUNK_LINES, Line, NIBBLE_OFFSET, Outliers, PANEL, STEP};
 
@@ -87,25 +88,29 @@ struct Prepared {
 /// # Panics
 /// If `x` and `w` have different groups, or outliers of different number or kind.
 pub fn linear(isa: Isa, x: &QuantizedRows, w: &IntegerLinear, y: &mut [f32]) {
-    assert_eq!((x.group_size, x.groups), (w.group_size, w.groups), "groups of x and w");
-    assert_eq!(x.outlier_channels, w.outlier_channels, "outliers of x and w");
+    let RowFormat { numbers, groups, outlier_channels, .. } = x.format;
+    let own = &w.format.row;
+    let sizes = (own.numbers.group_size, own.groups);
+    assert_eq!((numbers.group_size, groups), sizes, "groups of x and w");
+    assert_eq!(outlier_channels, own.outlier_channels, "outliers of x and w");
     assert_eq!(y.len(), x.tokens * w.rows, "length of y");
-    assert_eq!(x.codes.len(), x.tokens * x.groups * x.group_size, "length of the codes of x");
-    assert_eq!(x.scales.len(), x.tokens * x.groups, "length of the scales of x");
+    let grouped = x.format.grouped_channels();
+    assert_eq!(x.codes.len(), x.tokens * grouped, "length of the codes of x");
+    assert_eq!(x.scales.len(), x.tokens * groups, "length of the scales of x");
     assert!(Isa::available().contains(&isa), "this machine has no {}", isa.name());
     if let Some(w) = &w.plain {
         plain::linear(x, w, y);
         return;
     }
-    assert!(x.levels != Levels::Fp4Bnb, "weights of other numbers than the activations'");
+    assert!(numbers.levels != Levels::Fp4Bnb, "weights of other numbers than the activations'");
     let kinds_agree = match (&x.outliers, &w.outliers) {
         (OutlierRows::None, Outliers::None) => true,
         (OutlierRows::Int8 { codes, scales }, Outliers::Int8 { .. }) => {
-            codes.len() == x.tokens * x.outlier_channels && scales.len() == x.tokens
+            codes.len() == x.tokens * outlier_channels && scales.len() == x.tokens
         }
         (OutlierRows::Fp8(values), Outliers::Fp8 { .. })
         | (OutlierRows::F16(values), Outliers::F16(_)) => {
-            values.len() == x.tokens * x.outlier_channels
+            values.len() == x.tokens * outlier_channels
         }
         _ => false,
     };
@@ -194,25 +199,27 @@ fn run(
     panels: std::ops::Range<usize>,
     output: &Output,
 ) {
-    let run_groups = (RUN_CHANNELS / w.group_size).clamp(1, w.groups.max(1));
-    let unpacked_lines = run_groups * w.group_size / CHUNK * CHUNK_LINES;
+    let RowFormat { numbers, groups: all_groups, outlier_channels, .. } = w.format.row;
+    let group_size = numbers.group_size;
+    let run_groups = (RUN_CHANNELS / group_size).clamp(1, all_groups.max(1));
+    let unpacked_lines = run_groups * group_size / CHUNK * CHUNK_LINES;
     let mut unpacked = vec![Line([0; 64]); if w.nibbles { unpacked_lines } else { 0 }];
-    let mut scales = aligned_rows(run_groups.max(w.outlier_channels));
+    let mut scales = aligned_rows(run_groups.max(outlier_channels));
     let scales: &mut [[f32; PANEL]] = bytemuck::cast_slice_mut(&mut scales);
     let mut acc = aligned_rows(tokens.len());
     let acc: &mut [[f32; PANEL]] = bytemuck::cast_slice_mut(&mut acc);
-    let grouped = w.groups * w.group_size;
+    let grouped = w.format.row.grouped_channels();
     for panel in panels {
         acc.fill([0.0; PANEL]);
         // SAFETY: panel and tokens belong to this job alone.
         let out = unsafe { Destination::new(output, panel, &tokens) };
-        if w.groups == 0 && w.outlier_channels == 0 {
+        if all_groups == 0 && outlier_channels == 0 {
             out.store(0, acc);
         }
         let mut group = 0;
-        while group < w.groups {
-            let groups = group..(group + run_groups).min(w.groups);
-            let first = panel * w.groups + group;
+        while group < all_groups {
+            let groups = group..(group + run_groups).min(all_groups);
+            let first = panel * all_groups + group;
             let scales = &mut scales[..groups.len()];
             w.scales[first * PANEL..][..groups.len() * PANEL]
                 .convert_to_f32_slice(scales.as_flattened_mut());
@@ -222,19 +229,19 @@ fn run(
                 unpack(isa, codes, unpacked);
                 codes = unpacked;
             }
-            let place = tokens.start * w.groups + group;
+            let place = tokens.start * all_groups + group;
             let block = IntegerBlock {
                 nibbles: w.nibbles,
-                group_chunks: w.group_size / CHUNK,
+                group_chunks: group_size / CHUNK,
                 codes: bytemuck::cast_slice(codes),
                 scales,
-                x_codes: &x.codes[tokens.start * grouped + group * w.group_size..],
+                x_codes: &x.codes[tokens.start * grouped + group * group_size..],
                 codes_stride: grouped,
                 x_scales: &x.scales[place..],
                 starts: &prepared.starts[place..],
-                groups_stride: w.groups,
+                groups_stride: all_groups,
             };
-            let last = groups.end == w.groups && w.outlier_channels == 0;
+            let last = groups.end == all_groups && outlier_channels == 0;
             integer(isa, &block, acc, last.then_some(&out));
             group = groups.end;
         }
@@ -242,7 +249,7 @@ fn run(
             (
                 OutlierRows::Int8 { scales: x_scales, .. },
                 Outliers::Int8 { codes, scales: w_scales },
-            ) if w.outlier_channels > 0 => {
+            ) if outlier_channels > 0 => {
                 let chunks = prepared.outlier_stride / CHUNK;
                 let lines = &codes[panel * chunks * CHUNK_LINES..][..chunks * CHUNK_LINES];
                 let scales = &mut scales[..1];
@@ -261,9 +268,9 @@ fn run(
                 integer(isa, &block, acc, Some(&out));
             }
             (OutlierRows::Fp8(values), Outliers::Fp8 { numbers: weights, scales: w_scales })
-                if w.outlier_channels > 0 =>
+                if outlier_channels > 0 =>
             {
-                let channels = w.outlier_channels;
+                let channels = outlier_channels;
                 let unpacked = &mut scales[..channels];
                 weights[panel * channels * PANEL..][..channels * PANEL]
                     .convert_to_f32_slice(unpacked.as_flattened_mut());
@@ -277,8 +284,8 @@ fn run(
                 let x = &values[tokens.start * channels..tokens.end * channels];
                 float(isa, &FloatBlock { weights: unpacked, x }, acc, Some(&out));
             }
-            (OutlierRows::F16(values), Outliers::F16(weights)) if w.outlier_channels > 0 => {
-                let channels = w.outlier_channels;
+            (OutlierRows::F16(values), Outliers::F16(weights)) if outlier_channels > 0 => {
+                let channels = outlier_channels;
                 let unpacked = &mut scales[..channels];
                 weights[panel * channels * PANEL..][..channels * PANEL]
                     .convert_to_f32_slice(unpacked.as_flattened_mut());
@@ -298,20 +305,22 @@ fn aligned_rows(count: usize) -> Vec<Line> {
 /// Sums the codes of each group and pads the outliers.
 fn prepare(isa: Isa, x: &QuantizedRows, w: &IntegerLinear) -> Prepared {
     let offset = if w.nibbles { NIBBLE_OFFSET } else { BYTE_OFFSET };
+    let RowFormat { numbers, outlier_channels, .. } = x.format;
+    let group_size = numbers.group_size;
     let mut group_sums = vec![0; x.scales.len()];
     /// Groups that a thread sums at a time.
     const GROUPS: usize = 1024;
     group_sums
         .par_chunks_mut(GROUPS)
-        .zip(x.codes.par_chunks(GROUPS * x.group_size))
-        .for_each(|(sums, codes)| starts(isa, codes, x.group_size, offset, sums));
+        .zip(x.codes.par_chunks(GROUPS * group_size))
+        .for_each(|(sums, codes)| starts(isa, codes, group_size, offset, sums));
     let (mut outlier_codes, mut outlier_starts) = (Vec::new(), Vec::new());
-    let outlier_stride = x.outlier_channels.next_multiple_of(STEP);
+    let outlier_stride = outlier_channels.next_multiple_of(STEP);
     if let OutlierRows::Int8 { codes, .. } = &x.outliers
-        && x.outlier_channels > 0
+        && outlier_channels > 0
     {
         outlier_codes = vec![0; x.tokens * outlier_stride];
-        let rows = codes.chunks_exact(x.outlier_channels);
+        let rows = codes.chunks_exact(outlier_channels);
         for (padded, codes) in outlier_codes.chunks_exact_mut(outlier_stride).zip(rows) {
             padded[..codes.len()].copy_from_slice(codes);
         }

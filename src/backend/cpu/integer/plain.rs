@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use crate::quant::float::e4m3_value;
 use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
+use crate::quant::number::RowFormat;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 
 /// `y = x * w^T`, with `y` `[tokens, rows]`. For each output: the exact integer dot product of
@@ -23,11 +24,12 @@ use crate::quant::rows::{OutlierRows, QuantizedRows};
 /// # Panics
 /// If `x` and `w` have different groups, or outliers of different number or kind.
 pub fn linear(x: &QuantizedRows, w: &QuantizedLinear, y: &mut [f32]) {
-    assert_eq!((x.group_size, x.groups), (w.group_size, w.groups), "groups of x and w");
-    assert_eq!(x.outlier_channels, w.outlier_channels, "outliers of x and w");
+    let RowFormat { numbers, groups, outlier_channels: outliers, .. } = w.format.row;
+    let (size, levels, x_levels) = (numbers.group_size, numbers.levels, x.format.numbers.levels);
+    assert_eq!((x.format.numbers.group_size, x.format.groups), (size, groups), "groups of x and w");
+    assert_eq!(x.format.outlier_channels, outliers, "outliers of x and w");
     assert_eq!(y.len(), x.tokens * w.rows, "length of y");
-    let (groups, size, outliers) = (w.groups, w.group_size, w.outlier_channels);
-    let unit = x.levels.unit() * w.levels.unit();
+    let unit = x_levels.unit() * levels.unit();
     let tokens = y.par_chunks_mut(w.rows.max(1)).enumerate();
     tokens.for_each(|(token, y)| {
         for (row, y) in y.iter_mut().enumerate() {
@@ -35,8 +37,8 @@ pub fn linear(x: &QuantizedRows, w: &QuantizedLinear, y: &mut [f32]) {
             for group in 0..groups {
                 let (x_group, w_group) = (token * groups + group, row * groups + group);
                 let integer = dot(
-                    (x.levels, &x.codes[x_group * size..][..size]),
-                    (w.levels, &w.codes[w_group * size..][..size]),
+                    (x_levels, &x.codes[x_group * size..][..size]),
+                    (levels, &w.codes[w_group * size..][..size]),
                 );
                 let scale = x.scales[x_group] * w.scale(row, group) * unit;
                 acc = scale.mul_add(integer as f32, acc);

@@ -5,7 +5,7 @@ use half::f16;
 use super::*;
 use crate::quant::float::e4m3_value;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
-use crate::quant::site::OutlierFormat;
+use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 
 /// A small generator, so that cases repeat exactly.
 struct Random(u64);
@@ -92,14 +92,17 @@ fn operands(shape: Shape, fill: Option<(i8, i8)>) -> (QuantizedRows, QuantizedLi
     let w_outliers = codes(rows * outliers, 8, Levels::Int, None);
     let mut halves = |count: usize| -> Vec<f16> { (0..count).map(|_| random.scale()).collect() };
     let mut floats = |count| halves(count).into_iter().map(f16::to_f32).collect::<Vec<_>>();
+    let row = |bits: u8, levels: Levels| RowFormat {
+        numbers: NumberFormat { bits, levels, group_size, scale: ScaleFormat::F16 },
+        groups,
+        outlier_channels: outliers,
+        outlier_format: shape.outlier_format,
+    };
     let x = QuantizedRows {
         tokens,
-        group_size,
-        groups,
-        levels: x_levels,
+        format: row(shape.activation_bits, x_levels),
         codes: x_codes,
         scales: floats(tokens * groups),
-        outlier_channels: outliers,
         outliers: match shape.outlier_format {
             _ if outliers == 0 => OutlierRows::None,
             OutlierFormat::Int8 => OutlierRows::Int8 { codes: x_outliers, scales: floats(tokens) },
@@ -112,14 +115,12 @@ fn operands(shape: Shape, fill: Option<(i8, i8)>) -> (QuantizedRows, QuantizedLi
     };
     let w = QuantizedLinear {
         rows,
-        bits: shape.weight_bits,
-        levels: w_levels,
-        group_size,
-        groups,
-        rows_per_scale: shape.rows_per_scale,
+        format: LinearFormat {
+            row: row(shape.weight_bits, w_levels),
+            rows_per_scale: shape.rows_per_scale,
+        },
         codes: w_codes,
         scales: halves(rows.div_ceil(shape.rows_per_scale) * groups),
-        outlier_channels: outliers,
         outliers: match shape.outlier_format {
             _ if outliers == 0 => OutlierBlock::None,
             OutlierFormat::Int8 => OutlierBlock::Int8 { codes: w_outliers, scales: halves(rows) },
@@ -164,7 +165,7 @@ fn sum_of_products(shape: Shape) {
     let mut y = vec![f32::NAN; x.tokens * w.rows];
     plain::linear(&x, &w, &mut y);
     let values = crate::quant::site::dequantize_rows_plain(&x);
-    let width = w.grouped_channels() + w.outlier_channels;
+    let width = w.format.row.grouped_channels() + w.format.row.outlier_channels;
     let weights = crate::quant::weights::dequantize(&w);
     for (i, y) in y.iter().enumerate() {
         let (token, row) = (i / w.rows, i % w.rows);

@@ -3,6 +3,7 @@
 use proptest::prelude::ProptestConfig;
 
 use super::*;
+use crate::quant::number::{NumberFormat, ScaleFormat};
 use crate::quant::site::{dequantize_rows_plain, quantize_rows_plain};
 
 /// A format with a scrambled order whose padding lies among the groups.
@@ -17,19 +18,13 @@ fn format(channels: usize, group_size: usize, outliers: usize) -> SiteFormat {
         order.insert(order.len() / 2, PADDING);
     }
     order.extend(last);
-    SiteFormat {
-        channels,
-        order,
-        group_size,
+    let row = RowFormat {
+        numbers: NumberFormat { bits: 4, levels: Levels::Int, group_size, scale: ScaleFormat::F16 },
         groups,
         outlier_channels: outliers,
         outlier_format: OutlierFormat::Int8,
-        bits: 4,
-        levels: Levels::Int,
-        clip: 1.0,
-        signed_scales: false,
-        transform: Transform::Hadamard,
-    }
+    };
+    SiteFormat { channels, order, row, clip: 1.0, transform: Transform::Hadamard }
 }
 
 fn gcd(a: usize, b: usize) -> usize {
@@ -86,8 +81,11 @@ fn every_shape_gives_the_same_bits() {
     }
     for levels in [Levels::Fp4, Levels::Fp4Bnb] {
         for (channels, group_size, outliers) in [(172, 16, 0), (172, 48, 5), (172, 176, 0)] {
-            let format = SiteFormat { levels, ..format(channels, group_size, outliers) };
-            check(7, &SiteFormat { outlier_format: OutlierFormat::Fp8, ..format });
+            let format = format(channels, group_size, outliers).with(|format| {
+                format.row.numbers.levels = levels;
+                format.row.outlier_format = OutlierFormat::Fp8;
+            });
+            check(7, &format);
         }
     }
     for tokens in [0, 1, 16, 35] {
@@ -103,10 +101,14 @@ fn every_format_gives_the_same_bits() {
         for clip in [1.0, 0.85, 1e-9] {
             for outlier_format in [Int8, Fp8, F16] {
                 for transform in [Transform::None, Transform::Hadamard] {
-                    let signed_scales = outlier_format != Fp8;
-                    let format = SiteFormat { signed_scales, ..format(333, 64, 40) };
-                    let format = SiteFormat { bits, levels, clip, transform, ..format };
-                    check(14, &SiteFormat { outlier_format, ..format });
+                    let mut format = SiteFormat { clip, transform, ..format(333, 64, 40) };
+                    let scale = match outlier_format {
+                        Fp8 => ScaleFormat::F16,
+                        _ => ScaleFormat::SignedF16,
+                    };
+                    format.row.numbers = NumberFormat { bits, levels, group_size: 64, scale };
+                    format.row.outlier_format = outlier_format;
+                    check(14, &format);
                 }
             }
         }
@@ -118,7 +120,7 @@ fn errors_are_those_of_the_definition() {
     let format = format(100, 32, 10);
     for (place, value) in [(2 * 100, f32::NAN), (57, f32::NEG_INFINITY), (1999, 1e30)] {
         for outlier_format in [OutlierFormat::Int8, OutlierFormat::Fp8, OutlierFormat::F16] {
-            let format = SiteFormat { outlier_format, ..format.clone() };
+            let format = format.clone().with(|format| format.row.outlier_format = outlier_format);
             let mut x = activations(20, 100);
             x[place] = value;
             let expected = quantize_rows_plain(&x, 20, &format).unwrap_err();
@@ -138,7 +140,10 @@ proptest::proptest! {
         exponent in -50..1_i32,
     ) {
         let format = SiteFormat { transform: Transform::None, ..format(50, 16, 5) };
-        let fp = SiteFormat { outlier_format: OutlierFormat::Fp8, levels: Levels::Fp4, ..format.clone() };
+        let fp = format.clone().with(|format| {
+            format.row.outlier_format = OutlierFormat::Fp8;
+            format.row.numbers.levels = Levels::Fp4;
+        });
         let x: Vec<f32> = x.iter().map(|value| value * 2_f32.powi(exponent)).collect();
         for format in [format, fp] {
             let expected = quantize_rows_plain(&x, 3, &format).unwrap();
