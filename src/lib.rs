@@ -17,9 +17,12 @@ pub mod hub;
 pub mod machine;
 pub mod model;
 pub mod pipeline;
+pub mod printable;
+pub mod progress;
 pub mod quant;
 pub mod recipe;
 pub mod report;
 pub mod text;
+pub mod units;
 
 pub use error::{Error, Kind, Result};

@@ -9,7 +9,7 @@ use atom::Kind;
 use atom::backend::cpu::Cpu;
 use atom::checkpoint::AtomCheckpoint;
 use atom::eval::{KernelCheck, Limits, verify};
-use atom::pipeline::progress::Progress;
+use atom::progress::Progress;
 use common::{Dtype, Home, RandomModel, Run, SMALL};
 use fs_err as fs;
 use serde_json::{Value, json};

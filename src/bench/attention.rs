@@ -9,14 +9,14 @@ use serde_json::{Map, Value, json};
 
 use super::BenchOutcome;
 use super::device::Timer;
+use super::svg::{Chart, Series};
 use crate::backend::AttentionSpec;
 use crate::backend::Backend;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::cache::PagedCache;
 use crate::backend::cuda::timing::rotation;
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
-use crate::report::svg::{Chart, Series};
 use crate::{Error, Result};
 
 /// Bytes of the read and the copy that the device's rates are told by. A cache of so many drives itself out of L2.

@@ -10,6 +10,7 @@ use serde_json::{Map, json};
 
 use super::cpu::{Product, identity_site};
 use super::device::Timer;
+use super::svg::{Chart, Series};
 use super::{BenchOutcome, GemmModel};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::gpu::Buffer;
@@ -18,11 +19,10 @@ use crate::backend::cuda::product::Precision;
 use crate::backend::cuda::tensor::{Packed, Rows, Site};
 use crate::backend::cuda::timing::rotation;
 use crate::backend::{Backend, Unquantized};
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::quant::levels::Levels;
 use crate::quant::number::{LinearFormat, NumberFormat, RowFormat};
 use crate::quant::site::SiteFormat;
-use crate::report::svg::{Chart, Series};
 use crate::{Error, Result};
 
 /// Up to so many tokens a product is bound by memory, and its share of a read's rate is told.
@@ -427,7 +427,7 @@ mod tests {
                 outliers,
                 ..settings()
             };
-            let outcome = gemm(&cuda, &settings, &crate::pipeline::progress::Silent).unwrap();
+            let outcome = gemm(&cuda, &settings, &crate::progress::Silent).unwrap();
             assert_eq!(outcome.rows.len(), 2);
             for row in &outcome.rows {
                 assert!(

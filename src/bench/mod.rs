@@ -8,6 +8,7 @@ mod gemm_models;
 mod prefill;
 mod quantize;
 mod rate;
+mod svg;
 mod synthetic;
 
 use serde::Serialize;

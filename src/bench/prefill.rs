@@ -20,7 +20,7 @@ use crate::model::Architecture;
 use crate::model::block::{Block, Linear, Site, Treatment};
 use crate::model::sites::{LinearSpec, MLP_ACT, MLP_IN, SiteSpec};
 use crate::pipeline::attention_spec;
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
 use crate::quant::number::ScaleFormat;
@@ -243,7 +243,7 @@ fn block<B: Backend>(
 mod tests {
     use super::*;
     use crate::backend::cpu::Cpu;
-    use crate::pipeline::progress::Silent;
+    use crate::progress::Silent;
 
     #[test]
     fn both_paths_run_and_are_compared() {

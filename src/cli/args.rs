@@ -11,10 +11,10 @@ use crate::checkpoint::{Destination, Inputs, Source};
 use crate::eval::Model;
 use crate::hub::Hub;
 use crate::machine;
-use crate::pipeline::progress::Progress;
 use crate::pipeline::{Calibration, Evaluation, Output, network};
-use crate::report::units;
+use crate::progress::Progress;
 use crate::text::{Split, TextSet};
+use crate::units;
 use crate::{Error, Result, hub};
 
 /// How the program runs and prints, whatever it does. Orders of display keep the group as it is beside

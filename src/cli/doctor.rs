@@ -6,7 +6,7 @@ use super::args::DeviceFlag;
 use super::values::Device;
 use super::{Output, Ui};
 use crate::doctor::{self, DoctorOutcome, Gpus, Status};
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::{Error, Result};
 
 const EXAMPLES: &str = "\

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::Output;
 use super::output::write_help;
-use crate::report::{printable_lines, printable_styled};
+use crate::printable::{printable_lines, printable_styled};
 use crate::{Error, Kind};
 
 pub(crate) const ERROR: Style = AnsiColor::Red.on_default().bold();

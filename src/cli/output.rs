@@ -3,7 +3,8 @@
 use std::cell::Cell;
 use std::io::{ErrorKind, Write};
 
-use crate::report::{Report, printable_json, printable_styled};
+use crate::printable::{printable_json, printable_styled};
+use crate::report::Report;
 use crate::{Error, Result, machine};
 
 /// Writes the command's one result.

@@ -10,7 +10,9 @@ use super::recipe::RecipeFlags;
 use super::target::{OUTLIER_COUNTS, TargetFlags};
 use super::{Output, Ui, names};
 use crate::pipeline::outcome::QuantizeOutcome;
-use crate::pipeline::{self, Measuring, progress::Progress};
+use crate::pipeline::{self, Measuring};
+use crate::printable::printable;
+use crate::progress::Progress;
 use crate::{Result, report};
 
 const EXAMPLES: &str = "\
@@ -86,7 +88,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         ))?;
         return output.write(&found);
     }
-    let name = report::printable(source.name());
+    let name = printable(source.name());
     ui.info(&format!("quantizing {name}\n{}", report::recipe::lines(&recipe)));
     let evaluation = evaluation.as_ref();
     let outcome = match arguments.target.allocating(arguments.outlier_counts.clone()) {

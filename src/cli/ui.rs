@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::failure::{HINT, WARNING};
-use crate::pipeline::progress::Progress;
-use crate::report::{printable, printable_lines, printable_styled, units};
+use crate::printable::{printable, printable_lines, printable_styled};
+use crate::progress::Progress;
+use crate::units;
 use crate::{Kind, machine};
 
 /// What the user sees while a command runs.

@@ -6,7 +6,7 @@ use super::{Check, Gpus, Status, arithmetic, storage};
 use crate::Result;
 use crate::backend::cuda::libraries::{self, Device, Version};
 use crate::backend::cuda::{Cuda, compile};
-use crate::report::units;
+use crate::units;
 
 /// Everything about GPUs.
 pub(super) fn all(gpus: Gpus, memory_bytes: Option<u64>) -> Vec<Check> {

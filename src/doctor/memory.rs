@@ -3,7 +3,7 @@ with. */
 
 use super::Check;
 use crate::machine::{Bound, Memory, available};
-use crate::report::units;
+use crate::units;
 
 /// Below this even the bundled model may not fit: its quantization takes 1.2 GB.
 const LITTLE_BYTES: u64 = 2_000_000_000;

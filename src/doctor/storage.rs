@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::Check;
 use crate::checkpoint::free_bytes;
-use crate::report::units;
+use crate::units;
 use crate::{Error, Result, hub};
 
 /// Below this a checkpoint of a small model may not fit.

@@ -5,8 +5,8 @@ use super::runnable::Runnable;
 use crate::backend::{AttentionSpec, Backend};
 use crate::model::Architecture;
 use crate::model::sites::FINAL_NORM;
-use crate::pipeline::progress::Progress;
 use crate::pipeline::{Stream, attention_spec, expect, one_ahead, vector};
+use crate::progress::Progress;
 use crate::text::tasks::ScoredText;
 use crate::{Error, Result};
 

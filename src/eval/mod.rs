@@ -23,8 +23,8 @@ use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Source, Tensors, is_atom};
 use crate::hub::{self, Hub, Resolved};
 use crate::model::Architecture;
-use crate::pipeline::progress::Progress;
 use crate::pipeline::{Evaluation, caution, network};
+use crate::progress::Progress;
 use crate::{Error, Result};
 
 /// What can be evaluated.

@@ -10,8 +10,8 @@ use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Source};
 use crate::model::sites::FINAL_NORM;
 use crate::pipeline::memory::Windows;
-use crate::pipeline::progress::Progress;
 use crate::pipeline::{Evaluation, Stream, attention_spec, cpu_seconds, expect, one_ahead, vector};
+use crate::progress::Progress;
 use crate::text::Tokenizer;
 use crate::{Error, Result};
 

@@ -8,11 +8,11 @@ use crate::model::Architecture;
 use crate::model::block::Block;
 use crate::pipeline::memory::{self, Place, Windows};
 use crate::pipeline::plan::{BlockPlan, plan_network};
-use crate::pipeline::progress::Progress;
 use crate::pipeline::{
     BlockWeights, Manifest, QuantizedSite, check_levels, network, quantized_block, read_key_mean,
     read_sites, source_block,
 };
+use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
 use crate::{Error, Result};

@@ -5,8 +5,8 @@ use crate::backend::cpu::Cpu;
 use crate::backend::{Matrix, Prediction};
 use crate::hub;
 use crate::model::sites::FINAL_NORM;
-use crate::pipeline::progress::Silent;
 use crate::pipeline::{Stream, attention_spec, expect, vector};
+use crate::progress::Silent;
 use crate::text::tasks::{Choice, Task};
 
 const PROSE: &str =

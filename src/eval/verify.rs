@@ -14,11 +14,11 @@ use crate::checkpoint::{AtomCheckpoint, TensorSpec};
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::pipeline::plan::{BlockPlan, SitePlan};
-use crate::pipeline::progress::Progress;
 use crate::pipeline::{
     BlockWeights, Evaluation, Manifest, attention_spec, caution, check_levels, expect,
     key_mean_spec, quantized_block, read_key_mean, read_sites,
 };
+use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 
 /// One line of `atom verify`.

@@ -7,8 +7,8 @@ is that four in a row bring it no further. */
 use std::time::{Duration, Instant, SystemTime};
 
 use super::failure::{Failure, Nature};
-use crate::pipeline::progress::Progress;
-use crate::report::units;
+use crate::progress::Progress;
+use crate::units;
 use crate::{Error, Result};
 
 /// Requests without success.
@@ -150,7 +150,7 @@ pub(super) fn stopped(progress: &dyn Progress) -> Result<(), Failure> {
 mod tests {
     use super::*;
     use crate::Kind;
-    use crate::pipeline::progress::Silent;
+    use crate::progress::Silent;
 
     fn asked(wait: Option<u64>) -> Failure {
         let wait = wait.map(Duration::from_secs);

@@ -21,7 +21,7 @@ use fs_err::{File, OpenOptions};
 
 use super::client::{At, RepoKind, is_commit};
 use super::content::{self, Condition, Expected, is_hash};
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::{Error, Kind, Result};
 
 /// Bytes of a reference that are read; a commit has 40.

@@ -19,7 +19,7 @@ use super::exchange::{self, Answer, Incoming};
 use super::failure::{Failure, Nature};
 use super::refusal::refused;
 use super::settings::{Endpoint, Patience, Settings};
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::{Error, Result};
 
 /// How long a connection may take to be made.

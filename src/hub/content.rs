@@ -12,7 +12,7 @@ use safetensors::tensor::Metadata;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::{Error, Result};
 
 /// Contents up to so many bytes are hashed whenever they are used.

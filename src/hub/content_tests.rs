@@ -1,7 +1,7 @@
 /*! Tests of contents and their hashes. */
 
 use super::*;
-use crate::pipeline::progress::Silent;
+use crate::progress::Silent;
 
 fn hash(etag: &str, content: &[u8]) -> String {
     let mut hash = Hash::new(etag, content.len() as u64);

@@ -16,7 +16,7 @@ use super::client::{At, Metadata, Opened};
 use super::content::{self, Condition, Expected, Hash};
 use super::failure::Failure;
 use crate::checkpoint::free_bytes;
-use crate::report::units;
+use crate::units;
 use crate::{Error, Result};
 
 /// Bytes by which four requests in a row must bring a file further: a 256th of it, within these bounds.

@@ -15,7 +15,7 @@ use super::attempts::{POLL, stopped};
 use super::failure::Failure;
 use super::settings::Endpoint;
 use crate::Error;
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 
 /// Bytes a second below which a body counts as cut.
 const RATE: u64 = 1024;

@@ -21,7 +21,7 @@ mod names;
 mod refusal;
 mod settings;
 
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::{Error, Result};
 use cache::Repository;
 use client::{At, Client};

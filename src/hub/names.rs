@@ -149,7 +149,7 @@ fn is_repository_id(model: &str) -> bool {
 mod tests {
     use super::*;
     use crate::Kind;
-    use crate::pipeline::progress::Silent;
+    use crate::progress::Silent;
 
     fn repository(repo: &str, revision: Option<&str>) -> Named {
         Named::Repository { repo: repo.to_owned(), revision: revision.map(str::to_owned) }

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::die;
 use crate::Kind;
-use crate::report::printable;
+use crate::printable::printable;
 
 /// A map of a file. Nodes are never freed, so that a signal handler may walk them at any time; one whose
 /// map is gone is used again.

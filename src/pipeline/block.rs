@@ -5,7 +5,6 @@ use super::calibrate::{Energies, Statistics};
 use super::fallbacks::{Fallback, Fallbacks};
 use super::load::{BlockWeights, QuantizedSite, hessian_block};
 use super::plan::SitePlan;
-use super::progress::Progress;
 use super::stream::Stream;
 use super::timing::Timing;
 use crate::Result;
@@ -13,6 +12,7 @@ use crate::backend::{AttentionSpec, Backend, Drift, Unquantized};
 use crate::model::Architecture;
 use crate::model::block::Seen;
 use crate::model::sites::SiteSpec;
+use crate::progress::Progress;
 use crate::quant::site::SiteFormat;
 
 /// A block's quantized sites and the relative output error of each of its quantized linears.

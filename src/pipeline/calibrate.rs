@@ -11,13 +11,13 @@ use serde::{Deserialize, Serialize};
 
 use super::accounting::check_counts;
 use super::load::{BlockWeights, key_mean_spec, source_block};
-use super::progress::Progress;
 use super::sensitivity::Sensitivity;
 use super::stream::Stream;
 use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::{FileKind, read_named, sha256_hex};
 use crate::model::Architecture;
 use crate::model::block::Seen;
+use crate::progress::Progress;
 use crate::text::SetUsed;
 use crate::{Error, Result};
 

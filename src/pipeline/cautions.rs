@@ -1,9 +1,9 @@
 /*! Warnings before a run: what is sound by its form and says little all the same. */
 
-use super::progress::Progress;
 use crate::checkpoint::Tensors;
 use crate::model::Architecture;
 use crate::model::sites::FINAL_NORM;
+use crate::progress::Progress;
 
 /// Warns of windows of `seq_len` tokens that are longer than the model's positions, of norms that are all zero, and of
 /// a repository's own code that is not run; each once.

@@ -3,7 +3,7 @@ it happened and where first. */
 
 use std::sync::{Mutex, PoisonError};
 
-use super::progress::Progress;
+use crate::progress::Progress;
 
 /// A kind of fallback.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,7 +10,6 @@ are not counted, since nobody knows here how many they are: a run that needs les
 
 use super::Job;
 use super::plan::{BlockPlan, SitePlan};
-use super::progress::Progress;
 use super::sensitivity::EFFECT_TOKENS;
 use super::stream::windows_per_batch;
 use crate::backend::Backend;
@@ -18,8 +17,9 @@ use crate::checkpoint::{TensorSpec, Tensors};
 use crate::machine::{self, Bound, Memory};
 use crate::model::Architecture;
 use crate::model::sites::{ATTN_OUT, EMBEDDING, MLP_ACT, MLP_IN};
+use crate::progress::Progress;
 use crate::recipe::{Group, Recipe};
-use crate::report::units;
+use crate::units;
 use crate::{Error, Result};
 
 /// The program and its tokenizer.

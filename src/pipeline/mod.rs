@@ -18,7 +18,6 @@ mod manifest;
 pub mod memory;
 pub mod outcome;
 pub mod plan;
-pub mod progress;
 mod run;
 pub mod sensitivity;
 mod stream;
@@ -45,6 +44,7 @@ use crate::checkpoint::{AtomCheckpoint, Destination, OutputFile, Source, TensorS
 use crate::eval;
 use crate::model::Architecture;
 use crate::model::sites::EMBEDDING;
+use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
 use crate::text::{CalibrationWindows, TextSet, Tokenizer, check_tokens};
@@ -53,7 +53,6 @@ use allocate::{Allocating, allocate};
 use memory::Windows;
 use outcome::{DryRun, FileOutcome, Measured, PerplexityChange, QuantizeOutcome, StageSeconds};
 use plan::{CalibrationFile, PLAN_VERSION, PlanFile, bits_per_weight, check_plan, plan_network};
-use progress::Progress;
 use run::Job;
 use sensitivity::{Sensor, Subject};
 

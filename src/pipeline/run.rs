@@ -23,7 +23,6 @@ use super::load::{
 use super::manifest::{Manifest, SourceRecord};
 use super::outcome::{LinearOutcome, QuantizeOutcome};
 use super::plan::{BlockPlan, LinearPlan, bits_per_weight};
-use super::progress::Progress;
 use super::stream::Stream;
 use super::timing::{Timing, peak_rss_bytes};
 use super::underflow::{check_activations, check_weights};
@@ -33,6 +32,7 @@ use crate::checkpoint::linear::{order_spec, order_tensor, specs, to_tensors};
 use crate::checkpoint::{DoneBlock, FORMAT_VERSION, Options, SideFile, Source, TensorSpec, Writer};
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
+use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
 use crate::{Error, Kind, Result};

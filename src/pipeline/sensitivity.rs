@@ -28,7 +28,6 @@ use super::load::{
     source_block, vector,
 };
 use super::plan::{BlockPlan, SitePlan, plan_block};
-use super::progress::Progress;
 use super::stream::Stream;
 use crate::Result;
 use crate::backend::{AttentionSpec, Backend, Unquantized};
@@ -36,6 +35,7 @@ use crate::checkpoint::Tensors;
 use crate::model::Architecture;
 use crate::model::block::{Block, Seen, Site};
 use crate::model::sites::{FINAL_NORM, SiteSpec};
+use crate::progress::Progress;
 use crate::quant::site::SiteFormat;
 use crate::recipe::Recipe;
 

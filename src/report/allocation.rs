@@ -2,9 +2,9 @@
 calibrations, plans and runs. */
 
 use super::layout::{Facts, Side, Table};
-use super::units;
 use crate::pipeline::allocate::Allocated;
 use crate::pipeline::outcome::Measured;
+use crate::units;
 
 /// What a calibration measured, in a few lines.
 pub(crate) fn measured(measured: &Measured, facts: &mut Facts) {

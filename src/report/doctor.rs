@@ -2,8 +2,9 @@
 
 use anstyle::{AnsiColor, Style};
 
-use super::{Report, printable};
+use super::Report;
 use crate::doctor::{DoctorOutcome, Status};
+use crate::printable::printable;
 
 const OK: Style = AnsiColor::Green.on_default();
 const NOTE: Style = AnsiColor::Yellow.on_default();

@@ -1,8 +1,10 @@
 /*! The report of `atom quantize --dry-run`. */
 
 use super::layout::Facts;
-use super::{Report, printable, recipe, units};
+use super::{Report, recipe};
 use crate::pipeline::outcome::DryRun;
+use crate::printable::printable;
+use crate::units;
 
 impl Report for DryRun {
     fn text(&self) -> String {

@@ -1,8 +1,10 @@
 /*! The report of `atom calibrate` and `atom plan`. */
 
 use super::layout::Facts;
-use super::{Report, allocation, printable, units};
+use super::{Report, allocation};
 use crate::pipeline::outcome::FileOutcome;
+use crate::printable::printable;
+use crate::units;
 
 impl Report for FileOutcome {
     fn text(&self) -> String {

@@ -1,8 +1,9 @@
 /*! The report of `atom inspect`. */
 
 use super::layout::{Facts, Side, Table};
-use super::{Report, recipe, units};
+use super::{Report, recipe};
 use crate::eval::InspectOutcome;
+use crate::units;
 
 impl Report for InspectOutcome {
     fn text(&self) -> String {

@@ -1,6 +1,6 @@
 /*! Aligned text: labelled facts, and tables of cells. */
 
-use super::printable;
+use crate::printable::printable;
 
 /// Facts, one a line, each behind its label; a fact of several lines keeps its column.
 #[derive(Default)]

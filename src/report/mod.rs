@@ -14,13 +14,8 @@ mod linears;
 mod perplexity;
 mod quantize;
 pub mod recipe;
-pub mod svg;
 mod tasks;
-mod text;
-pub mod units;
 mod verify;
-
-pub use text::{printable, printable_json, printable_lines, printable_styled};
 
 use serde::Serialize;
 

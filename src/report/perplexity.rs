@@ -1,8 +1,9 @@
 /*! The report of `atom eval-ppl`. */
 
+use super::Report;
 use super::layout::Facts;
-use super::{Report, units};
 use crate::eval::PerplexityOutcome;
+use crate::units;
 
 impl Report for PerplexityOutcome {
     fn text(&self) -> String {

@@ -1,8 +1,10 @@
 /*! The report of `atom quantize` and `atom pack`. */
 
 use super::layout::Facts;
-use super::{Report, allocation, linears, printable, recipe, units};
+use super::{Report, allocation, linears, recipe};
 use crate::pipeline::outcome::QuantizeOutcome;
+use crate::printable::printable;
+use crate::units;
 
 impl Report for QuantizeOutcome {
     fn text(&self) -> String {

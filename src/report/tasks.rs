@@ -1,8 +1,9 @@
 /*! The report of `atom eval-tasks`. */
 
+use super::Report;
 use super::layout::{Facts, Side, Table};
-use super::{Report, units};
 use crate::eval::TasksOutcome;
+use crate::units;
 
 impl Report for TasksOutcome {
     fn text(&self) -> String {

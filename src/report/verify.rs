@@ -2,9 +2,11 @@
 
 use anstyle::{AnsiColor, Style};
 
+use super::Report;
 use super::layout::Facts;
-use super::{Report, printable, units};
 use crate::eval::VerifyOutcome;
+use crate::printable::printable;
+use crate::units;
 
 const PASSED: Style = AnsiColor::Green.on_default();
 const FAILED: Style = AnsiColor::Red.on_default().bold();

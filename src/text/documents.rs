@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::windows::{check_asked, check_size};
 use super::{PythonRandom, Tokenizer};
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::{Error, Result};
 
 /// More are no data set; where each ends takes 8 bytes of memory.

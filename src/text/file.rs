@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use flate2::read::MultiGzDecoder;
 
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::{Error, Result};
 
 /// A line of a file must not be longer.

@@ -41,7 +41,7 @@ use std::ops::{ControlFlow, Range};
 
 use super::Tokenizer;
 use super::reach::Reach;
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::{Error, Result};
 
 /// Bytes of a piece, as long as pieces can be joined.

@@ -3,7 +3,7 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::pipeline::progress::Silent;
+use crate::progress::Silent;
 use crate::text::PythonRandom;
 
 const TINY_LLAMA: &[u8] = include_bytes!("../../models/tiny-llama/tokenizer.json");

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::csv_rows::each_csv_row;
 use super::file::DataPath;
 use super::parquet_rows::each_parquet_row;
-use crate::pipeline::progress::Silent;
+use crate::progress::Silent;
 use crate::{Error, Result};
 
 /// How a file holds its text.

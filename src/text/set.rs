@@ -28,7 +28,7 @@ use super::windows::{calibration_starts, check_asked, check_size, evaluation_cou
 use super::{Split, Tokenizer};
 use crate::checkpoint::{hex, sha256_hex};
 use crate::hub::{DataFile, Hub};
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::{Error, Kind, Result};
 
 /// One text set, or for calibration a mix of several.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::*;
 use crate::Kind;
 use crate::hub::Hub;
-use crate::pipeline::progress::Silent;
+use crate::progress::Silent;
 use crate::text::Tokenizer;
 
 /// A file in a directory of its own, and the path as a flag would hold it.

@@ -14,7 +14,7 @@ use super::guarded::{Allowance, caught, watched};
 use super::pieces::{PIECE_BYTES, Pieces, Token};
 use super::reach::Reach;
 use crate::checkpoint::sha256_hex;
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::{Error, Result};
 
 /// Memory that a tokenizer takes for a byte of its file: its vocabulary and merges, by id and by text.
@@ -235,7 +235,7 @@ fn growth(tokenizer: &tokenizers::Tokenizer) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::progress::Silent;
+    use crate::progress::Silent;
 
     const TINY_LLAMA: &str =
         concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-llama/tokenizer.json");

@@ -9,10 +9,10 @@ mod kinds;
 use std::collections::{BTreeMap, HashSet};
 
 use super::load::expect;
-use super::progress::Progress;
 use crate::checkpoint::{Source, fits};
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
+use crate::progress::Progress;
 use crate::{Error, Result};
 use kinds::{Group, Unused};
 

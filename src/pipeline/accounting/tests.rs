@@ -4,7 +4,7 @@ use super::kinds::{Unused, is_buffer, kind_of};
 use super::network;
 use crate::hub;
 use crate::model::Architecture;
-use crate::pipeline::progress::Silent;
+use crate::progress::Silent;
 
 #[test]
 fn names_give_their_kinds_away() {

@@ -4,7 +4,7 @@ alone has. */
 
 use super::Choice;
 use super::python_text::is_space;
-use crate::pipeline::progress::Progress;
+use crate::progress::Progress;
 use crate::text::Tokenizer;
 use crate::{Error, Result};
 
@@ -52,7 +52,7 @@ impl Choice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::progress::Silent;
+    use crate::progress::Silent;
 
     fn tokenizer() -> Tokenizer {
         let file = include_bytes!("../../../models/tiny-llama/tokenizer.json");

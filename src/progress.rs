@@ -1,8 +1,8 @@
-/*! What the pipeline tells whoever watches it, and how it is asked to stop. */
+/*! What long work reports to its caller, and how it is asked to stop. */
 
 use crate::{Error, Result};
 
-/// Receives the pipeline's events. The pipeline formats nothing and prints nothing.
+/// Receives the events of long work, which formats nothing and prints nothing itself.
 pub trait Progress: Sync {
     /// A stage of `steps` equal steps begins, e.g. `quantize` with one step a block.
     fn begin(&self, stage: &str, steps: usize);
