@@ -16,11 +16,11 @@ use super::files::Files;
 use super::fingerprint::fingerprint;
 use super::foreign;
 use super::naming::{EMBEDDING, HEAD, Naming};
+use super::origin::HubOrigin;
 use super::pattern::fits;
 use super::shards::Shards;
 use super::side_files::{self, SideFiles};
 use super::tensor::Tensor;
-use crate::hub::Place;
 use crate::{Error, Result};
 
 /// An opened source checkpoint. Weights stay in their files until a tensor is converted.
@@ -33,7 +33,7 @@ pub struct Source {
     shards: Shards,
     naming: Naming,
     ignored: Vec<String>,
-    place: Option<Place>,
+    place: Option<HubOrigin>,
     /// Whether the head is a copy of the embedding, once they were compared.
     head_is_embedding: OnceLock<bool>,
 }
@@ -83,7 +83,7 @@ impl Source {
     }
 
     /// The same checkpoint, known to come from this place on the Hub.
-    pub fn from_hub(self, place: Place) -> Self {
+    pub fn from_hub(self, place: HubOrigin) -> Self {
         Self { place: Some(place), ..self }
     }
 
@@ -104,7 +104,7 @@ impl Source {
     }
 
     /// Where on the Hub it came from, if it was named so.
-    pub fn place(&self) -> Option<&Place> {
+    pub fn place(&self) -> Option<&HubOrigin> {
         self.place.as_ref()
     }
 

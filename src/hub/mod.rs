@@ -30,7 +30,7 @@ use settings::Settings;
 
 pub(crate) use address::masked;
 pub use dataset::DataFile;
-pub use names::{ALIASES, Place, Resolved, TINY_LLAMA, resolve, source, tiny_llama};
+pub use names::{ALIASES, Resolved, TINY_LLAMA, resolve, source, tiny_llama};
 
 /// The cache that the Hub's tools share; none where there is not even a home directory.
 ///

@@ -2,10 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-
 use super::{Hub, model};
-use crate::checkpoint::Source;
+use crate::checkpoint::{HubOrigin, Source};
 use crate::{Error, Result};
 
 /// The name of the bundled model.
@@ -38,18 +36,7 @@ pub enum Resolved {
     /// A directory that exists: a source checkpoint, or an Atom one.
     Directory(PathBuf),
     /// A repository whose files are in the Hub's cache by now.
-    Repository(PathBuf, Place),
-}
-
-/// Where on the Hub a model came from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Place {
-    /// The repository.
-    pub repo: String,
-    /// The revision that was asked for.
-    pub revision: String,
-    /// The commit that it meant.
-    pub commit: String,
+    Repository(PathBuf, HubOrigin),
 }
 
 /// What a name means before anything is fetched.
@@ -84,7 +71,7 @@ pub fn resolve(hub: &Hub<'_>, model: &str, revision: Option<&str>) -> Result<Res
         (Named::Repository { repo, revision: own }, flag) => {
             let revision = own.as_deref().or(flag).unwrap_or("main").to_owned();
             let model::Snapshot { dir, commit } = model::fetch(hub, &repo, &revision)?;
-            Ok(Resolved::Repository(dir, Place { repo, revision, commit }))
+            Ok(Resolved::Repository(dir, HubOrigin { repo, revision, commit }))
         }
     }
 }

@@ -5,8 +5,7 @@ use serde_json::Value;
 
 use super::calibrate::Provenance;
 use super::plan::{BlockPlan, check_plan};
-use crate::checkpoint::{AtomCheckpoint, FORMAT_VERSION};
-use crate::hub::Place;
+use crate::checkpoint::{AtomCheckpoint, FORMAT_VERSION, HubOrigin};
 use crate::model::Architecture;
 use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
@@ -44,7 +43,7 @@ pub struct SourceRecord {
     pub bytes: u64,
     /// Where on the Hub it came from, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub hub: Option<Place>,
+    pub hub: Option<HubOrigin>,
     /// Stored tensors that were left out, at the user's wish or as another part's of a larger model.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ignored_tensors: Vec<String>,
