@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::median;
-use crate::backend::Backend;
+use crate::backend::Memory;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::measure::{Random, SPREADS};
 use crate::backend::cuda::timing::{REPLAYS, TRIAL_REPLAYS, rotation};

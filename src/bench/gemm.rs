@@ -18,7 +18,7 @@ use crate::backend::cuda::measure::Random;
 use crate::backend::cuda::product::Precision;
 use crate::backend::cuda::tensor::{Packed, Rows, Site};
 use crate::backend::cuda::timing::rotation;
-use crate::backend::{Backend, Unquantized};
+use crate::backend::{Memory, Quantization, Unquantized};
 use crate::progress::Progress;
 use crate::quant::levels::Levels;
 use crate::quant::number::{LinearFormat, NumberFormat, RowFormat};
@@ -296,7 +296,7 @@ fn packed(
     let weight = &cuda.random_weight(rows, columns, seed)?;
     let linear = Unquantized { name: "a random weight", weight, format, clip: 1.0 };
     let quantized = cuda.round(&linear, site)?;
-    cuda.packed(&quantized, None)
+    cuda.pack(&quantized, None)
 }
 
 /// As many as are used in turn, but no more than there are weights.

@@ -22,7 +22,7 @@ pub use cpu::{LLAMA_2_7B, Product, SMOLLM2_135M, products};
 pub use gemm::{GemmOutcome, GemmRow, GemmSettings, gemm};
 pub use gemm_models::{GEMM_MODELS, GemmModel, gemm_models};
 pub use prefill::{PrefillSettings, prefill};
-pub use quantize::quantize;
+pub use quantize::{KernelTimes, quantize};
 pub use synthetic::{SHAPES, SyntheticModel};
 
 use crate::Result;

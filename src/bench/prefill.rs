@@ -17,7 +17,7 @@ use super::{BenchOutcome, median};
 use crate::backend::{AttentionSpec, Backend, Matrix, Unquantized};
 use crate::checkpoint::{Dtype, Tensor};
 use crate::model::Architecture;
-use crate::model::block::{Block, Linear, Site, Treatment};
+use crate::model::block::{Block, Linear, Observer, Site, Treatment};
 use crate::model::sites::{LinearSpec, MLP_ACT, MLP_IN, SiteSpec};
 use crate::pipeline::attention_spec;
 use crate::progress::Progress;
@@ -156,14 +156,14 @@ fn run<B: Backend>(
     attention: &AttentionSpec,
     path: &[Block<B>],
     blocks: usize,
-    x: &B::Tensor,
+    x: &B::Hidden,
 ) -> Result<f64> {
     let mut x = backend.duplicate(x)?;
     backend.wait()?;
     std::thread::sleep(SETTLE);
     let start = Instant::now();
     for block in path.iter().cycle().take(blocks) {
-        block.forward(backend, attention, &mut x, &mut |_, _| Ok(()))?;
+        block.forward(backend, attention, &mut x, &mut Observer::none())?;
     }
     backend.wait()?;
     Ok(start.elapsed().as_secs_f64())
@@ -194,7 +194,7 @@ fn pair<B: Backend>(
             let weights = format.row.weights(4, Levels::Int, 1);
             let own = Unquantized { name, weight: &weight, format: weights, clip: 1.0 };
             let rounded = backend.round(&own, &order)?;
-            packed.push(Linear::Packed(backend.packed(&rounded, feeds.as_ref())?));
+            packed.push(Linear::Packed(backend.pack(&rounded, feeds.as_ref())?));
             whole.push(Linear::Dense(backend.dense(&weight, None)?));
         }
         dense.push(site((at, spec), Treatment::Source, whole));

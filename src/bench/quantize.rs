@@ -9,6 +9,8 @@ use super::rate::{
 };
 use super::{BenchOutcome, SyntheticModel};
 use crate::backend::Backend;
+use crate::backend::cpu::Cpu;
+use crate::backend::cuda::Cuda;
 use crate::checkpoint::{Destination, Inputs, Source};
 use crate::eval::source_perplexity;
 use crate::model::Architecture;
@@ -23,6 +25,24 @@ use crate::{Error, Result};
 /// Tokens on which the products' own rate is measured.
 const RATE_TOKENS: usize = 16_384;
 
+/// Times of a device's own kernels.
+pub trait KernelTimes {
+    /// Seconds of each kernel so far, where they are timed.
+    fn kernel_seconds(&self) -> Vec<(String, f64)>;
+}
+
+impl KernelTimes for Cpu {
+    fn kernel_seconds(&self) -> Vec<(String, f64)> {
+        Vec::new()
+    }
+}
+
+impl KernelTimes for Cuda {
+    fn kernel_seconds(&self) -> Vec<(String, f64)> {
+        self.kernel_seconds()
+    }
+}
+
 /// One figure.
 #[derive(Serialize)]
 struct Figure {
@@ -33,7 +53,7 @@ struct Figure {
 }
 
 /// Writes the model, quantizes it by `recipe` and returns seconds by stage, memory and sizes.
-pub fn quantize<B: Backend>(
+pub fn quantize<B: Backend + KernelTimes>(
     backend: &B,
     model: &SyntheticModel,
     recipe: &Recipe,

@@ -12,7 +12,8 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cpu::integer::plain;
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cuda::Cuda;
-use crate::backend::{Backend, Matrix};
+use crate::backend::{Backend, Matrix, Tensor};
+use crate::checkpoint::Dtype;
 use crate::eval::{code_fault, product_error};
 use crate::quant::levels::Levels;
 use crate::quant::linear::QuantizedLinear;
@@ -108,6 +109,7 @@ impl Example {
 
     /// What a backend gets wrong.
     fn fault<B: Backend>(&self, device: &B) -> Result<Option<String>> {
+        let half = B::Activation::DTYPE == Dtype::F16;
         let site = device.site(&self.format)?;
         let rows =
             device.quantize(&device.upload_activation(self.x.clone())?, &site, "the check")?;
@@ -115,12 +117,12 @@ impl Example {
             return Ok(Some(format!("codes of activations: {fault}")));
         }
         let weight = device.restore(self.linear.clone())?;
-        let product = device.integer_product(&rows, &device.packed(&weight, None)?)?;
-        if let Some(fault) = self.product_fault(&device.download(&product)?.data, B::HALF) {
+        let product = device.integer_product(&rows, &device.pack(&weight, None)?)?;
+        if let Some(fault) = self.product_fault(&device.download_activation(&product)?.data, half) {
             return Ok(Some(format!("the integer product: {fault}")));
         }
         let product = device.product(&device.dequantize(&rows)?, &device.dense_of(&weight)?)?;
-        let fault = self.float_fault(&device.download(&product)?.data, B::HALF);
+        let fault = self.float_fault(&device.download_activation(&product)?.data, half);
         Ok(fault.map(|fault| format!("the product in floating point: {fault}")))
     }
 

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
+use crate::backend::{Forward, Memory, Quantization};
 use crate::checkpoint::Source;
 use crate::model::Architecture;
 use crate::model::sites::FINAL_NORM;
@@ -56,7 +56,7 @@ fn logits(directory: &Path, tokens: &[u32], seq_len: usize) -> Vec<f32> {
     let head = cpu.dense(&head, None).unwrap();
     let of_batch = |batch| {
         let normed = cpu.rms_norm(batch, &norm, architecture.norm_epsilon).unwrap();
-        cpu.download(&cpu.product(&normed, &head).unwrap()).unwrap().data
+        cpu.download_activation(&cpu.product(&normed, &head).unwrap()).unwrap().data
     };
     stream.batches.iter().flat_map(of_batch).collect()
 }

@@ -18,8 +18,9 @@ use half::f16;
 
 use crate::Result;
 use crate::backend::cpu::Cpu;
-use crate::backend::{AttentionSpec, Backend, Matrix};
-use crate::model::block::{Block, Linear, Seen};
+use crate::backend::{AttentionSpec, Backend, Forward, Matrix, Memory, Producer, Qkv, Tensor};
+use crate::checkpoint::Dtype;
+use crate::model::block::{Block, Linear, Observer, Seen};
 use crate::model::sites::{ATTN_IN, ATTN_OUT, MLP_ACT, MLP_IN};
 use crate::pipeline::QuantizedSite;
 use crate::quant::float::e4m3_value;
@@ -83,7 +84,7 @@ pub(super) struct Beside<'a, B: Backend> {
     /// Names of each site's linears.
     pub(super) names: Vec<Vec<String>>,
     device_sites: Vec<Option<DeviceSite<B>>>,
-    device_mean: Option<B::Tensor>,
+    device_mean: Option<B::Hidden>,
 }
 
 impl<'a, B: Backend> Beside<'a, B> {
@@ -112,8 +113,7 @@ impl<'a, B: Backend> Beside<'a, B> {
         if site.format.row.numbers.bits == 16 {
             return Ok(None);
         }
-        let packed =
-            |linear: &QuantizedLinear| device.packed(&device.restore(linear.clone())?, None);
+        let packed = |linear: &QuantizedLinear| device.pack(&device.restore(linear.clone())?, None);
         let linears = site.linears.iter().map(|linear| linear.as_ref().map(packed).transpose());
         let linears = linears.collect::<Result<_>>()?;
         Ok(Some(DeviceSite { order: device.site(&site.format)?, linears }))
@@ -123,19 +123,19 @@ impl<'a, B: Backend> Beside<'a, B> {
     pub(super) fn run(
         &self,
         attention: &AttentionSpec,
-        x: &mut <Cpu as Backend>::Tensor,
+        x: &mut <Cpu as Memory>::Hidden,
     ) -> Result<Findings> {
         let mut findings = Findings::default();
         let mut operands: Vec<Matrix> = Vec::new();
         let (reference, block) = (self.reference, self.block);
         self.behind_norm(ATTN_IN, &reference.download(x)?, &block.attn_norm, &mut findings)?;
-        let mut observer = |seen, x: &<Cpu as Backend>::Tensor| {
+        let mut see = |seen, x: &<Cpu as Memory>::Activation| {
             match seen {
                 Seen::Entering(at) => {
-                    self.site(at, rounded(self.reference.download(x)?), &mut findings)?;
+                    self.site(at, rounded(self.reference.download_activation(x)?), &mut findings)?;
                 }
                 Seen::Queries | Seen::Keys | Seen::Values => {
-                    operands.push(rounded(self.reference.download(x)?));
+                    operands.push(rounded(self.reference.download_activation(x)?));
                 }
                 Seen::Site(_) => {}
             }
@@ -146,18 +146,19 @@ impl<'a, B: Backend> Beside<'a, B> {
             }
             Ok(())
         };
-        let heads = block.heads(reference, attention, x, &mut observer)?;
-        block.sites[ATTN_OUT].apply_onto(reference, heads, x, &mut observer)?;
+        let observer = &mut Observer::new(&mut see);
+        let heads = block.heads(reference, attention, x, observer)?;
+        block.sites[ATTN_OUT].apply_onto(reference, heads, x, observer)?;
         let hidden = reference.download(x)?;
         if block.router.is_some() {
             // Experts take rows of the norm, which is therefore made before their codes are.
-            block.mlp(reference, x, &mut observer)?;
+            block.mlp(reference, x, observer)?;
             return Ok(findings);
         }
-        let [gate, up] = block.gate_and_up(reference, x, &mut observer)?;
-        let [own_gate, own_up] = [&gate, &up].map(|x| reference.download(x));
+        let [gate, up] = block.gate_and_up(reference, x, observer)?;
+        let [own_gate, own_up] = [&gate, &up].map(|x| reference.download_activation(x));
         let z = reference.silu_mul(gate, &up)?;
-        block.sites[MLP_ACT].apply_onto(reference, z, x, &mut observer)?;
+        block.sites[MLP_ACT].apply_onto(reference, z, x, observer)?;
         self.behind_norm(MLP_IN, &hidden, &block.mlp_norm, &mut findings)?;
         self.behind_silu(rounded(own_gate?), rounded(own_up?), &mut findings)?;
         Ok(findings)
@@ -168,17 +169,18 @@ impl<'a, B: Backend> Beside<'a, B> {
         &self,
         at: usize,
         hidden: &Matrix,
-        norm: &<Cpu as Backend>::Tensor,
+        norm: &<Cpu as Memory>::Hidden,
         findings: &mut Findings,
     ) -> Result<()> {
         let Some(on_device) = &self.device_sites[at] else { return Ok(()) };
         let (reference, device, epsilon) = (self.reference, self.device, self.block.epsilon);
+        if !device.fuses(Producer::Norm, &on_device.order, hidden.rows) {
+            return Ok(());
+        }
         let (x, weight) =
             (device.upload(hidden.clone())?, device.upload(reference.download(norm)?)?);
         let name = &self.block.sites[at].name;
-        let Some(rows) = device.norm_quantize(&x, &weight, epsilon, &on_device.order, name)? else {
-            return Ok(());
-        };
+        let rows = device.norm_quantize(&x, &weight, epsilon, &on_device.order, name)?;
         let normed = reference.rms_norm(&reference.upload(hidden.clone())?, norm, epsilon)?;
         self.one_step(at, &rows, &normed, findings)
     }
@@ -187,12 +189,14 @@ impl<'a, B: Backend> Beside<'a, B> {
     fn behind_silu(&self, gate: Matrix, up: Matrix, findings: &mut Findings) -> Result<()> {
         let Some(on_device) = &self.device_sites[MLP_ACT] else { return Ok(()) };
         let (reference, device) = (self.reference, self.device);
+        if !device.fuses(Producer::Silu, &on_device.order, gate.rows) {
+            return Ok(());
+        }
         let on = |x: &Matrix| device.upload_activation(x.clone());
         let (order, name) = (&on_device.order, &self.block.sites[MLP_ACT].name);
-        let Some(rows) = device.silu_quantize(&on(&gate)?, &on(&up)?, order, name)? else {
-            return Ok(());
-        };
-        let product = reference.silu_mul(reference.upload(gate)?, &reference.upload(up)?)?;
+        let rows = device.silu_quantize(on(&gate)?, &on(&up)?, order, name)?;
+        let [gate, up] = [gate, up].map(|x| reference.upload_activation(x));
+        let product = reference.silu_mul(gate?, &up?)?;
         self.one_step(MLP_ACT, &rows, &product, findings)
     }
 
@@ -200,7 +204,7 @@ impl<'a, B: Backend> Beside<'a, B> {
         &self,
         at: usize,
         rows: &B::Rows,
-        x: &<Cpu as Backend>::Tensor,
+        x: &<Cpu as Memory>::Activation,
         findings: &mut Findings,
     ) -> Result<()> {
         let site = &self.block.sites[at];
@@ -217,8 +221,11 @@ impl<'a, B: Backend> Beside<'a, B> {
         let Some(on_device) = &self.device_sites[at] else { return Ok(()) };
         let (reference, device) = (self.reference, self.device);
         let site = &self.block.sites[at];
-        let expected =
-            reference.quantize(&reference.upload(x.clone())?, site.order(), &site.name)?;
+        let expected = reference.quantize(
+            &reference.upload_activation(x.clone())?,
+            site.order(),
+            &site.name,
+        )?;
         let rows = device.quantize(&device.upload_activation(x)?, &on_device.order, &site.name)?;
         let found = device.fetch_rows(&rows)?;
         findings.sites += 1;
@@ -236,10 +243,12 @@ impl<'a, B: Backend> Beside<'a, B> {
             else {
                 continue;
             };
-            let right = reference.download(&reference.integer_product(&expected, own)?)?;
-            let product = device.download(&device.integer_product(&rows, packed)?)?;
+            let right =
+                reference.download_activation(&reference.integer_product(&expected, own)?)?;
+            let product = device.download_activation(&device.integer_product(&rows, packed)?)?;
             let operands = (&expected, quantized);
-            let (error, fault) = product_error(operands, &product.data, &right.data, B::HALF);
+            let half = B::Activation::DTYPE == Dtype::F16;
+            let (error, fault) = product_error(operands, &product.data, &right.data, half);
             findings.linears += 1;
             if error > findings.product {
                 (findings.product, findings.worst) = (error, name.clone());
@@ -258,24 +267,19 @@ impl<'a, B: Backend> Beside<'a, B> {
         findings: &mut Findings,
     ) -> Result<()> {
         let (reference, device) = (self.reference, self.device);
-        let mut own = Vec::new();
-        let mut theirs = Vec::new();
-        for operand in &operands {
-            own.push(reference.upload(operand.clone())?);
-            theirs.push(device.upload_activation(operand.clone())?);
-        }
         let mean = self.block.key_mean.as_ref();
-        let expected = reference.attention(spec, &own[0], &own[1], &own[2], mean)?;
-        let device_mean = self.device_mean.as_ref();
-        let found = device.attention(spec, &theirs[0], &theirs[1], &theirs[2], device_mean)?;
-        let [found, expected] =
-            [device.download(&found)?.data, reference.download(&expected)?.data];
+        let own = on_backend(reference, &operands)?;
+        let expected = reference.attention(spec, None, own, mean)?;
+        let theirs = on_backend(device, &operands)?;
+        let found = device.attention(spec, None, theirs, self.device_mean.as_ref())?;
+        let (found, expected) =
+            (device.download_activation(&found)?, reference.download_activation(&expected)?);
         let mean = mean.map(|mean| mean.values());
         let error = attention_error(
             spec,
             operands.each_ref().map(|x| &x.data[..]),
             mean,
-            (&found, &expected),
+            (&found.data, &expected.data),
         );
         findings.attention = findings.attention.max(error);
         if error > 1.0 {
@@ -285,6 +289,11 @@ impl<'a, B: Backend> Beside<'a, B> {
         }
         Ok(())
     }
+}
+
+fn on_backend<B: Backend>(backend: &B, [q, k, v]: &[Matrix; 3]) -> Result<Qkv<B::Activation>> {
+    let on = |x: &Matrix| backend.upload_activation(x.clone());
+    Ok(Qkv { q: on(q)?, k: on(k)?, v: on(v)? })
 }
 
 /// Values as f16 has them.

@@ -91,10 +91,10 @@ fn score<B: Backend>(
         let block = model.block(next()?)?;
         for ((x, batch), attention) in stream.batches.iter_mut().zip(part).zip(&attention) {
             progress.check_stop()?;
-            backend.recall(x)?;
+            backend.reload(x)?;
             let wanted = (index + 1 == architecture.blocks).then_some(&batch.from[..]);
             block.forward_placed(*backend, attention, &batch.placement, wanted, x)?;
-            backend.set_aside(x)?;
+            backend.offload(x)?;
         }
         progress.advance("");
         Ok(())
@@ -105,13 +105,13 @@ fn score<B: Backend>(
     let head = backend.dense(&backend.load(head)?, None)?;
     for (mut x, batch) in stream.batches.into_iter().zip(part) {
         progress.check_stop()?;
-        backend.recall(&mut x)?;
+        backend.reload(&mut x)?;
         let normed = backend.rms_norm(&x, &norm, architecture.norm_epsilon)?;
-        let predictions = backend.predict_each(&normed, &head, &batch.targets)?;
+        let predictions = backend.predict(&normed, &head, &batch.targets)?;
         for (text, own) in &batch.texts {
             let own = &predictions[own.clone()];
             let nats: f64 = own.iter().map(|prediction| prediction.nats).sum();
-            let greedy = own.iter().all(|prediction| prediction.greedy);
+            let greedy = own.iter().all(|prediction| prediction.argmax);
             found[*text] = Likelihood { log: -nats, greedy };
         }
     }

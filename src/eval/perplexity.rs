@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Tensor};
 use crate::checkpoint::{AtomCheckpoint, Source};
 use crate::model::sites::FINAL_NORM;
 use crate::pipeline::memory::Windows;
@@ -172,10 +172,10 @@ impl<B: Backend> Run<'_, B> {
         let mut first = 0;
         for mut batch in stream.batches {
             self.progress.check_stop()?;
-            backend.recall(&mut batch)?;
+            backend.reload(&mut batch)?;
             let normed = backend.rms_norm(&batch, &norm, architecture.norm_epsilon)?;
             drop(batch);
-            let end = first + backend.rows(&normed);
+            let end = first + normed.rows();
             let losses = backend.cross_entropy(&normed, &head, &tokens[first..end], seq_len)?;
             means.extend(
                 losses

@@ -2,7 +2,7 @@ use serde_json::json;
 
 use super::*;
 use crate::backend::cpu::Cpu;
-use crate::backend::{Matrix, Prediction};
+use crate::backend::{Forward, Matrix, Measurement, Memory, Prediction, Quantization};
 use crate::hub;
 use crate::model::sites::FINAL_NORM;
 use crate::pipeline::{Stream, attention_spec, expect, vector};
@@ -34,7 +34,8 @@ fn by_itself(model: &Runnable<'_, Cpu>, text: &ScoredText) -> f64 {
     let shape = [architecture.vocabulary, architecture.hidden];
     let head = expect(*tensors, architecture.head_name(), &shape).unwrap();
     let head = backend.dense(&backend.load(head).unwrap(), None).unwrap();
-    let predictions = backend.predict(&normed, &head, &text.tokens[1..]).unwrap();
+    let targets: Vec<(u32, u32)> = (0..).zip(text.tokens[1..].iter().copied()).collect();
+    let predictions = backend.predict(&normed, &head, &targets).unwrap();
     let scored = &predictions[predictions.len() - text.scored..];
     -scored.iter().map(|prediction| prediction.nats).sum::<f64>()
 }
@@ -135,11 +136,12 @@ fn the_likeliest_token_is_the_first_of_the_greatest() {
     let data = vec![1.0, 0.0, 0.0, 1.0];
     let x = cpu.upload(Matrix { rows: 2, columns: 2, data }).unwrap();
     let x = cpu.select_rows(&x, &[0, 0, 1, 1]).unwrap();
-    let each = cpu.predict_each(&x, &head, &[(2, 0), (0, 1500), (3, 7), (0, 2500)]).unwrap();
-    let found = cpu.predict(&x, &head, &[1500, 2500, 0, 7]).unwrap();
+    let each = cpu.predict(&x, &head, &[(2, 0), (0, 1500), (3, 7), (0, 2500)]).unwrap();
+    let in_order = [(0, 1500), (1, 2500), (2, 0), (3, 7)];
+    let found = cpu.predict(&x, &head, &in_order).unwrap();
     assert_eq!(each, [2, 0, 3, 1].map(|row| found[row]));
-    let greedy: Vec<bool> = found.iter().map(|Prediction { greedy, .. }| *greedy).collect();
-    assert_eq!(greedy, [true, false, true, false]);
+    let argmax: Vec<bool> = found.iter().map(|Prediction { argmax, .. }| *argmax).collect();
+    assert_eq!(argmax, [true, false, true, false]);
     let sum = 2998.0 + 2.0 * 2f64.exp();
     assert!((found[0].nats - (sum.ln() - 2.0)).abs() < 1e-6);
     assert!((found[3].nats - ((2999.0 + (-1f64).exp()).ln() + 1.0)).abs() < 1e-6);

@@ -6,10 +6,10 @@ code; only what a site does with its activation and how a linear is held differ.
 use super::experts::{Router, Share};
 use super::sites::{ATTN_IN, ATTN_OUT, MLP_ACT, MLP_IN};
 use crate::Result;
-use crate::backend::{AttentionSpec, Backend, Placement};
+use crate::backend::{AttentionSpec, Forward, Memory, Placement, Qkv};
 
 /// A linear on a backend.
-pub enum Linear<B: Backend> {
+pub enum Linear<B: Forward> {
     /// Full precision, `[out, in]`; behind a site with a format, in that site's order.
     Dense(B::Dense),
     /// Quantized, on the integer path.
@@ -17,7 +17,7 @@ pub enum Linear<B: Backend> {
 }
 
 /// What becomes of a site's activation before its linears see it.
-pub enum Treatment<B: Backend> {
+pub enum Treatment<B: Forward> {
     /// Nothing: full precision, in the source's channel order.
     Source,
     /// Arranged in the site's order and left in floating point.
@@ -27,7 +27,7 @@ pub enum Treatment<B: Backend> {
 }
 
 /// A site of a block with the linears it feeds.
-pub struct Site<B: Backend> {
+pub struct Site<B: Forward> {
     /// Its number in the block.
     pub at: usize,
     /// Its full name, for errors.
@@ -37,21 +37,21 @@ pub struct Site<B: Backend> {
     /// q, k, v; or o; or gate, up, of every expert; or down.
     pub linears: Vec<Linear<B>>,
     /// What is added to the output of each, if anything is, `[1, rows]`.
-    pub biases: Vec<Option<B::Tensor>>,
+    pub biases: Vec<Option<B::Hidden>>,
 }
 
 /// A decoder block, ready to run.
-pub struct Block<B: Backend> {
+pub struct Block<B: Forward> {
     /// RMSNorm before attention.
-    pub attn_norm: B::Tensor,
+    pub attn_norm: B::Hidden,
     /// RMSNorm before the MLP.
-    pub mlp_norm: B::Tensor,
+    pub mlp_norm: B::Hidden,
     /// RMSNorm's epsilon.
     pub epsilon: f32,
     /// What is taken from the embedded keys before they are quantized, `[1, kv_heads * head_dim]`.
-    pub key_mean: Option<B::Tensor>,
+    pub key_mean: Option<B::Hidden>,
     /// RMSNorm of each query and key head before the rotary embedding, `[1, head_dim]`.
-    pub head_norms: Option<[B::Tensor; 2]>,
+    pub head_norms: Option<[B::Hidden; 2]>,
     /// Chooses experts, where there are any.
     pub router: Option<Router<B>>,
     /// attn_in, attn_out, mlp_in, and an mlp_act for each expert, or the one there is.
@@ -61,8 +61,7 @@ pub struct Block<B: Backend> {
 /// What an observer is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
-    /// What enters a site, before it is arranged. Not shown where the backend makes codes in one step with what comes
-    /// before.
+    /// What enters a site, before it is permuted.
     Entering(usize),
     /// A site's activation as its dense linears see it. Sites whose linears are all packed are not shown. Where there are
     /// experts, mlp_in is shown once for each, with the tokens that go there.
@@ -75,18 +74,36 @@ pub enum Seen {
     Values,
 }
 
-/// Sees activations on their way.
-pub type Observer<'a, T> = &'a mut dyn FnMut(Seen, &T) -> Result<()>;
+/// Sees activations on their way, if anybody does. What nobody observes may be fused away.
+pub struct Observer<'a, B: Forward>(Option<See<'a, B>>);
 
-impl<B: Backend> Block<B> {
+type See<'a, B> = &'a mut dyn FnMut(Seen, &<B as Memory>::Activation) -> Result<()>;
+
+impl<'a, B: Forward> Observer<'a, B> {
+    /// Nobody.
+    pub fn none() -> Self {
+        Self(None)
+    }
+
+    /// Calls `see` with each activation.
+    pub fn new(see: See<'a, B>) -> Self {
+        Self(Some(see))
+    }
+
+    fn see(&mut self, seen: Seen, x: &B::Activation) -> Result<()> {
+        self.0.as_mut().map_or(Ok(()), |see| see(seen, x))
+    }
+}
+
+impl<B: Forward> Block<B> {
     /// Runs the block over `x` `[tokens, hidden]`, whole windows of `attention.seq_len` rows, in
     /// place.
     pub fn forward(
         &self,
         backend: &B,
         attention: &AttentionSpec,
-        x: &mut B::Tensor,
-        observer: Observer<B::Tensor>,
+        x: &mut B::Hidden,
+        observer: &mut Observer<B>,
     ) -> Result<()> {
         let heads = self.heads(backend, attention, x, observer)?;
         self.sites[ATTN_OUT].apply_onto(backend, heads, x, observer)?;
@@ -101,22 +118,22 @@ impl<B: Backend> Block<B> {
         attention: &AttentionSpec,
         placement: &Placement,
         wanted: Option<&[u32]>,
-        x: &mut B::Tensor,
+        x: &mut B::Hidden,
     ) -> Result<()> {
-        let unobserved: Observer<B::Tensor> = &mut |_, _| Ok(());
-        let [q, k, v] = self.queries_keys_values(backend, x, unobserved)?;
+        let unobserved = &mut Observer::none();
+        let qkv = self.queries_keys_values(backend, x, unobserved)?;
         let key_mean = self.key_mean.as_ref();
-        let mut heads = backend.placed_attention(attention, placement, q, k, v, key_mean)?;
+        let mut heads = backend.attention(attention, Some(placement), qkv, key_mean)?;
         if let Some(wanted) = wanted {
             heads = backend.select_rows(&heads, wanted)?;
-            *x = backend.select_rows(x, wanted)?;
+            *x = backend.select_hidden(x, wanted)?;
         }
         self.sites[ATTN_OUT].apply_onto(backend, heads, x, unobserved)?;
         self.mlp(backend, x, unobserved)
     }
 
     /// Adds the MLP's output, or that of each token's experts, to the hidden states `x` behind attention.
-    pub fn mlp(&self, backend: &B, x: &mut B::Tensor, observer: Observer<B::Tensor>) -> Result<()> {
+    pub fn mlp(&self, backend: &B, x: &mut B::Hidden, observer: &mut Observer<B>) -> Result<()> {
         if let Some(router) = &self.router {
             let normed = backend.rms_norm(x, &self.mlp_norm, self.epsilon)?;
             let shares = router.shares(backend, &normed)?;
@@ -139,14 +156,12 @@ impl<B: Backend> Block<B> {
         &self,
         backend: &B,
         at: usize,
-        [gate, up]: [B::Tensor; 2],
-        observer: Observer<B::Tensor>,
+        [gate, up]: [B::Activation; 2],
+        observer: &mut Observer<B>,
     ) -> Result<Input<B>> {
         let site = &self.sites[at];
-        if let Some(order) = site.packed_order()
-            && let Some(rows) = backend.silu_quantize(&gate, &up, order, &site.name)?
-        {
-            return Ok(Input::Rows(rows));
+        if let Some(order) = site.fusible_order(observer) {
+            return Ok(Input::Rows(backend.silu_quantize(gate, &up, order, &site.name)?));
         }
         site.input(backend, backend.silu_mul(gate, &up)?, observer)
     }
@@ -157,8 +172,8 @@ impl<B: Backend> Block<B> {
         &self,
         backend: &B,
         attention: &AttentionSpec,
-        mut x: B::Tensor,
-        observer: Observer<B::Tensor>,
+        mut x: B::Hidden,
+        observer: &mut Observer<B>,
     ) -> Result<()> {
         let heads = self.heads(backend, attention, &x, observer)?;
         self.sites[ATTN_OUT].apply_onto(backend, heads, &mut x, observer)?;
@@ -183,35 +198,29 @@ impl<B: Backend> Block<B> {
         &self,
         backend: &B,
         attention: &AttentionSpec,
-        x: &B::Tensor,
-        observer: Observer<B::Tensor>,
-    ) -> Result<B::Tensor> {
-        let [q, k, v] = self.queries_keys_values(backend, x, observer)?;
-        observer(Seen::Queries, &q)?;
-        observer(Seen::Keys, &k)?;
-        observer(Seen::Values, &v)?;
-        backend.attention(attention, &q, &k, &v, self.key_mean.as_ref())
+        x: &B::Hidden,
+        observer: &mut Observer<B>,
+    ) -> Result<B::Activation> {
+        let qkv = self.queries_keys_values(backend, x, observer)?;
+        observer.see(Seen::Queries, &qkv.q)?;
+        observer.see(Seen::Keys, &qkv.k)?;
+        observer.see(Seen::Values, &qkv.v)?;
+        backend.attention(attention, None, qkv, self.key_mean.as_ref())
     }
 
     /// The outputs of q, k and v for the hidden states `x`, queries and keys normed where heads are.
     fn queries_keys_values(
         &self,
         backend: &B,
-        x: &B::Tensor,
-        observer: Observer<B::Tensor>,
-    ) -> Result<[B::Tensor; 3]> {
-        let [mut q, mut k, v] = match self.behind_norm(backend, ATTN_IN, x, &self.attn_norm)? {
-            Some(outputs) => outputs,
-            None => {
-                let normed = backend.rms_norm(x, &self.attn_norm, self.epsilon)?;
-                self.sites[ATTN_IN].apply(backend, normed, observer)?
-            }
-        };
+        x: &B::Hidden,
+        observer: &mut Observer<B>,
+    ) -> Result<Qkv<B::Activation>> {
+        let [mut q, mut k, v] = self.after_norm(backend, ATTN_IN, x, &self.attn_norm, observer)?;
         if let Some([of_q, of_k]) = &self.head_norms {
-            backend.head_norm(&mut q, of_q, self.epsilon)?;
-            backend.head_norm(&mut k, of_k, self.epsilon)?;
+            backend.qk_norm(&mut q, of_q, self.epsilon)?;
+            backend.qk_norm(&mut k, of_k, self.epsilon)?;
         }
-        Ok([q, k, v])
+        Ok(Qkv { q, k, v })
     }
 
     /// `silu(gate) * up` of one expert for its share of the normed hidden states: what its mlp_act sees.
@@ -219,10 +228,10 @@ impl<B: Backend> Block<B> {
         &self,
         backend: &B,
         expert: usize,
-        normed: &B::Tensor,
+        normed: &B::Activation,
         share: &Share,
-        observer: Observer<B::Tensor>,
-    ) -> Result<B::Tensor> {
+        observer: &mut Observer<B>,
+    ) -> Result<B::Activation> {
         let [gate, up] = self.gate_and_up_of(backend, expert, normed, share, observer)?;
         backend.silu_mul(gate, &up)
     }
@@ -232,10 +241,10 @@ impl<B: Backend> Block<B> {
         &self,
         backend: &B,
         expert: usize,
-        normed: &B::Tensor,
+        normed: &B::Activation,
         share: &Share,
-        observer: Observer<B::Tensor>,
-    ) -> Result<[B::Tensor; 2]> {
+        observer: &mut Observer<B>,
+    ) -> Result<[B::Activation; 2]> {
         let site = &self.sites[MLP_IN];
         let input = site.input(backend, backend.select_rows(normed, &share.tokens)?, observer)?;
         let output = |linear| site.output(backend, &input, linear);
@@ -246,9 +255,9 @@ impl<B: Backend> Block<B> {
     pub fn gated(
         &self,
         backend: &B,
-        x: &B::Tensor,
-        observer: Observer<B::Tensor>,
-    ) -> Result<B::Tensor> {
+        x: &B::Hidden,
+        observer: &mut Observer<B>,
+    ) -> Result<B::Activation> {
         let [gate, up] = self.gate_and_up(backend, x, observer)?;
         backend.silu_mul(gate, &up)
     }
@@ -257,60 +266,49 @@ impl<B: Backend> Block<B> {
     pub fn gate_and_up(
         &self,
         backend: &B,
-        x: &B::Tensor,
-        observer: Observer<B::Tensor>,
-    ) -> Result<[B::Tensor; 2]> {
-        if let Some(outputs) = self.behind_norm(backend, MLP_IN, x, &self.mlp_norm)? {
-            return Ok(outputs);
-        }
-        let normed = backend.rms_norm(x, &self.mlp_norm, self.epsilon)?;
-        self.sites[MLP_IN].apply(backend, normed, observer)
+        x: &B::Hidden,
+        observer: &mut Observer<B>,
+    ) -> Result<[B::Activation; 2]> {
+        self.after_norm(backend, MLP_IN, x, &self.mlp_norm, observer)
     }
 
-    /// The outputs of a site behind a norm, where its codes are made in one step with the norm.
-    fn behind_norm<const N: usize>(
+    /// The outputs of the linears of a site after a norm.
+    fn after_norm<const N: usize>(
         &self,
         backend: &B,
         site: usize,
-        x: &B::Tensor,
-        norm: &B::Tensor,
-    ) -> Result<Option<[B::Tensor; N]>> {
-        let site = &self.sites[site];
-        let Some(order) = site.packed_order() else { return Ok(None) };
-        let rows = backend.norm_quantize(x, norm, self.epsilon, order, &site.name)?;
-        rows.map(|rows| site.outputs(backend, &Input::Rows(rows))).transpose()
+        x: &B::Hidden,
+        norm: &B::Hidden,
+        observer: &mut Observer<B>,
+    ) -> Result<[B::Activation; N]> {
+        let (site, epsilon) = (&self.sites[site], self.epsilon);
+        let input = match site.fusible_order(observer) {
+            Some(order) => Input::Rows(backend.norm_quantize(x, norm, epsilon, order, &site.name)?),
+            None => site.input(backend, backend.rms_norm(x, norm, epsilon)?, observer)?,
+        };
+        site.outputs(backend, &input)
     }
 }
 
 /// An activation as the linears of its site see it.
-enum Input<B: Backend> {
+enum Input<B: Forward> {
     /// In floating point.
-    Float(B::Tensor),
+    Float(B::Activation),
     /// Quantized.
     Rows(B::Rows),
 }
 
-impl<B: Backend> Site<B> {
-    /// The outputs of the site's linears for the activation `x` `[tokens, channels]`.
-    fn apply<const N: usize>(
-        &self,
-        backend: &B,
-        x: B::Tensor,
-        observer: Observer<B::Tensor>,
-    ) -> Result<[B::Tensor; N]> {
-        let input = self.input(backend, x, observer)?;
-        self.outputs(backend, &input)
-    }
-
-    fn outputs<const N: usize>(&self, backend: &B, input: &Input<B>) -> Result<[B::Tensor; N]> {
+impl<B: Forward> Site<B> {
+    /// The outputs of the site's linears.
+    fn outputs<const N: usize>(&self, backend: &B, input: &Input<B>) -> Result<[B::Activation; N]> {
         let linears = 0..self.linears.len();
         let outputs = linears.map(|linear| self.output(backend, input, linear));
-        let outputs: Vec<B::Tensor> = outputs.collect::<Result<_>>()?;
+        let outputs: Vec<B::Activation> = outputs.collect::<Result<_>>()?;
         Ok(outputs.try_into().ok().expect("a site is built with the linears of its kind"))
     }
 
     /// The output of one of its linears.
-    fn output(&self, backend: &B, input: &Input<B>, linear: usize) -> Result<B::Tensor> {
+    fn output(&self, backend: &B, input: &Input<B>, linear: usize) -> Result<B::Activation> {
         let mut y = match (&self.linears[linear], input) {
             (Linear::Dense(weight), Input::Float(x)) => backend.product(x, weight),
             (Linear::Packed(weight), Input::Rows(x)) => backend.integer_product(x, weight),
@@ -331,16 +329,16 @@ impl<B: Backend> Site<B> {
     pub fn apply_onto(
         &self,
         backend: &B,
-        x: B::Tensor,
-        stream: &mut B::Tensor,
-        observer: Observer<B::Tensor>,
+        x: B::Activation,
+        stream: &mut B::Hidden,
+        observer: &mut Observer<B>,
     ) -> Result<()> {
         let input = self.input(backend, x, observer)?;
         self.add_onto(backend, &input, stream)
     }
 
     /// Adds the output of the site's one linear to the residual stream.
-    fn add_onto(&self, backend: &B, input: &Input<B>, stream: &mut B::Tensor) -> Result<()> {
+    fn add_onto(&self, backend: &B, input: &Input<B>, stream: &mut B::Hidden) -> Result<()> {
         match (&self.linears[..], &self.biases[..], input) {
             ([Linear::Dense(weight)], [None], Input::Float(x)) => {
                 backend.add_product(stream, x, weight)
@@ -367,30 +365,31 @@ impl<B: Backend> Site<B> {
     }
 
     /// The activation `x` as dense linears behind a site with a format see it, whatever its linears are.
-    pub fn seen(&self, backend: &B, x: &B::Tensor) -> Result<B::Tensor> {
+    pub fn seen(&self, backend: &B, x: &B::Activation) -> Result<B::Activation> {
         match &self.treatment {
             Treatment::Source => unreachable!("only sites with a format are quantized"),
-            Treatment::Arranged(site) => backend.arrange(x, site),
+            Treatment::Arranged(site) => backend.permute(x, site),
             Treatment::Quantized(site) => {
                 backend.dequantize(&backend.quantize(x, site, &self.name)?)
             }
         }
     }
 
-    /// Its order, where its activation is quantized and all its linears are packed.
-    fn packed_order(&self) -> Option<&B::Site> {
+    /// Its order, where its activation is quantized, all its linears are packed and nobody looks at what enters: a backend
+    /// may then make codes in one step with what comes before.
+    fn fusible_order(&self, observer: &Observer<B>) -> Option<&B::Site> {
         let packed = self.linears.iter().all(|linear| matches!(linear, Linear::Packed(_)));
         match &self.treatment {
-            Treatment::Quantized(site) if packed => Some(site),
+            Treatment::Quantized(site) if packed && observer.0.is_none() => Some(site),
             _ => None,
         }
     }
 
-    fn input(&self, backend: &B, x: B::Tensor, observer: Observer<B::Tensor>) -> Result<Input<B>> {
-        observer(Seen::Entering(self.at), &x)?;
+    fn input(&self, backend: &B, x: B::Activation, observer: &mut Observer<B>) -> Result<Input<B>> {
+        observer.see(Seen::Entering(self.at), &x)?;
         let float = match &self.treatment {
             Treatment::Source => x,
-            Treatment::Arranged(site) => backend.arrange(&x, site)?,
+            Treatment::Arranged(site) => backend.permute(&x, site)?,
             Treatment::Quantized(site) => {
                 let rows = backend.quantize(&x, site, &self.name)?;
                 drop(x);
@@ -400,7 +399,7 @@ impl<B: Backend> Site<B> {
                 backend.dequantize(&rows)?
             }
         };
-        observer(Seen::Site(self.at), &float)?;
+        observer.see(Seen::Site(self.at), &float)?;
         Ok(Input::Float(float))
     }
 }

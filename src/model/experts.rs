@@ -1,10 +1,10 @@
 /*! Which experts a token goes to. */
 
 use crate::Result;
-use crate::backend::{Backend, Matrix};
+use crate::backend::{Forward, Matrix};
 
 /// Chooses the experts of each token. It stays in full precision and sees the normed hidden states as they are.
-pub struct Router<B: Backend> {
+pub struct Router<B: Forward> {
     /// `[experts, hidden]`.
     pub weight: B::Dense,
     /// Experts of a token.
@@ -29,10 +29,10 @@ impl Share {
     }
 }
 
-impl<B: Backend> Router<B> {
+impl<B: Forward> Router<B> {
     /// The tokens of every expert, for normed hidden states `[tokens, hidden]`.
-    pub fn shares(&self, backend: &B, normed: &B::Tensor) -> Result<Vec<Share>> {
-        let logits = backend.download(&backend.product(normed, &self.weight)?)?;
+    pub fn shares(&self, backend: &B, normed: &B::Activation) -> Result<Vec<Share>> {
+        let logits = backend.download_activation(&backend.product(normed, &self.weight)?)?;
         Ok(shares(&logits, self.per_token, self.normalized))
     }
 }

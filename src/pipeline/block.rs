@@ -8,9 +8,9 @@ use super::plan::SitePlan;
 use super::stream::Stream;
 use super::timing::Timing;
 use crate::Result;
-use crate::backend::{AttentionSpec, Backend, Drift, Unquantized};
+use crate::backend::{AccumulatedError, AttentionSpec, Backend, Tensor, Unquantized};
 use crate::model::Architecture;
-use crate::model::block::Seen;
+use crate::model::block::{Observer, Seen};
 use crate::model::sites::SiteSpec;
 use crate::progress::Progress;
 use crate::quant::site::SiteFormat;
@@ -99,22 +99,23 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         formats: &[SiteFormat],
         key_mean: Option<&[f32]>,
         stream: &Stream<B>,
-    ) -> Result<Vec<Option<B::Hessian>>> {
+    ) -> Result<Vec<Option<B::Gram>>> {
         let backend = self.backend;
         let block = hessian_block(backend, self.architecture, weights, formats, key_mean)?;
         let mut hessians = formats
             .iter()
-            .map(|format| backend.hessian(format.width()))
+            .map(|format| backend.gram(format.width()))
             .collect::<Result<Vec<_>>>()?;
         let mut tokens = vec![0; hessians.len()];
         for batch in &stream.batches {
             self.progress.check_stop()?;
             let batch = backend.duplicate(batch)?;
-            block.observe(backend, self.attention, batch, &mut |seen, x| {
+            let mut see = |seen: Seen, x: &B::Activation| {
                 let Seen::Site(site) = seen else { return Ok(()) };
-                tokens[site] += backend.rows(x);
-                backend.add_to_hessian(&mut hessians[site], x)
-            })?;
+                tokens[site] += x.rows();
+                backend.add_gram(&mut hessians[site], x)
+            };
+            block.observe(backend, self.attention, batch, &mut Observer::new(&mut see))?;
         }
         let specs = self.architecture.sites(weights.index);
         let sites = specs.iter().zip(tokens).zip(hessians);
@@ -126,8 +127,8 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         &self,
         spec: &SiteSpec,
         tokens: usize,
-        hessian: B::Hessian,
-    ) -> Option<B::Hessian> {
+        hessian: B::Gram,
+    ) -> Option<B::Gram> {
         if spec.expert.is_none() || tokens >= self.expert_tokens {
             return Some(hessian);
         }
@@ -147,8 +148,8 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         &self,
         work: &SiteWork<B>,
         format: &SiteFormat,
-        mut hessian: Option<B::Hessian>,
-        drift: Option<&Drift<B::Cross>>,
+        mut hessian: Option<B::Gram>,
+        drift: Option<&AccumulatedError<B::CrossCovariance>>,
         errors: &mut Vec<(String, f64)>,
     ) -> Result<Vec<Option<B::Quantized>>> {
         let backend = self.backend;
@@ -194,8 +195,8 @@ impl<B: Backend> BlockQuantizer<'_, B> {
     }
 
     /// The Hessian's factor; none if it has none.
-    fn factor(&self, hessian: &mut B::Hessian, site: &str) -> Result<Option<B::Factor>> {
-        let factor = self.backend.factor(hessian, self.damping)?;
+    fn factor(&self, hessian: &mut B::Gram, site: &str) -> Result<Option<B::Factor>> {
+        let factor = self.backend.cholesky(hessian, self.damping)?;
         match &factor {
             None => {
                 self.fallbacks.note(
@@ -219,7 +220,7 @@ pub(super) fn round_all<B: Backend>(
     backend: &B,
     linears: &[Unquantized<B::Weight<'_>>],
     site: &B::Site,
-    hessian: &B::Hessian,
+    hessian: &B::Gram,
 ) -> Result<Vec<(B::Quantized, f64)>> {
     let round = |linear: &Unquantized<B::Weight<'_>>| {
         let quantized = backend.round(linear, site)?;

@@ -13,10 +13,10 @@ use super::accounting::check_counts;
 use super::load::{BlockWeights, key_mean_spec, source_block};
 use super::sensitivity::Sensitivity;
 use super::stream::Stream;
-use crate::backend::{AttentionSpec, Backend};
+use crate::backend::{AttentionSpec, Backend, Tensor};
 use crate::checkpoint::{FileKind, read_named, sha256_hex};
 use crate::model::Architecture;
-use crate::model::block::Seen;
+use crate::model::block::{Observer, Seen};
 use crate::progress::Progress;
 use crate::text::SetUsed;
 use crate::{Error, Result};
@@ -71,19 +71,19 @@ pub fn measure_block<B: Backend>(
     let mut tokens = 0;
     for batch in &mut stream.batches {
         progress.check_stop()?;
-        tokens += backend.rows(batch);
-        let mut observer = |seen: Seen, x: &B::Tensor| match seen {
+        tokens += batch.rows();
+        let mut see = |seen: Seen, x: &B::Activation| match seen {
             Seen::Site(site) => backend.add_energy(x, &mut energies[site]),
-            Seen::Keys => backend.add_keys(attention, x, &mut sums),
+            Seen::Keys => backend.add_key_sums(attention, x, &mut sums),
             _ => Ok(()),
         };
         if advance {
-            backend.recall(batch)?;
-            block.forward(backend, attention, batch, &mut observer)?;
-            backend.set_aside(batch)?;
+            backend.reload(batch)?;
+            block.forward(backend, attention, batch, &mut Observer::new(&mut see))?;
+            backend.offload(batch)?;
         } else {
             let copy = backend.duplicate(batch)?;
-            block.observe(backend, attention, copy, &mut observer)?;
+            block.observe(backend, attention, copy, &mut Observer::new(&mut see))?;
         }
     }
     for (energy, site) in energies.iter().zip(sites) {

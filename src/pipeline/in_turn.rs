@@ -13,7 +13,7 @@ use super::plan::SitePlan;
 use super::stream::Stream;
 use super::timing::Timing;
 use crate::Result;
-use crate::backend::{Backend, Drift};
+use crate::backend::{AccumulatedError, Backend, Memory, Tensor};
 use crate::model::Architecture;
 use crate::model::block::{Block, Observer, Site};
 use crate::model::experts::Share;
@@ -32,7 +32,7 @@ pub fn beside_bytes(architecture: &Architecture, tokens: usize) -> u64 {
 }
 
 /// What attn_out sees of a batch: of the source, and of the quantized block.
-type Heads<B> = [<B as Backend>::Tensor; 2];
+type Heads<B> = [<B as Memory>::Activation; 2];
 
 /// What is kept of every batch between its sites.
 struct Kept<B: Backend> {
@@ -44,8 +44,8 @@ struct Kept<B: Backend> {
 
 /// What a site's linears are quantized by.
 struct Sums<B: Backend> {
-    hessian: Option<B::Hessian>,
-    drift: Option<Drift<B::Cross>>,
+    hessian: Option<B::Gram>,
+    drift: Option<AccumulatedError<B::CrossCovariance>>,
 }
 
 impl<B: Backend> BlockQuantizer<'_, B> {
@@ -120,13 +120,14 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         last: bool,
     ) -> Result<Sums<B>> {
         let Self { backend, architecture, attention, full_attention, .. } = *self;
-        let mut hessian = backend.hessian(width)?;
-        let all: usize = streams[0].batches.iter().map(|batch| backend.rows(batch)).sum();
+        let mut hessian = backend.gram(width)?;
+        let all: usize = streams[0].batches.iter().map(|batch| batch.rows()).sum();
         let mut drift = if self.correction > 0.0 && all >= width {
             let adds = matches!(spec.kind, SiteKind::AttnOut | SiteKind::MlpAct);
-            let outputs = adds.then(|| backend.cross(architecture.hidden, width)).transpose()?;
-            let inputs = backend.cross(width, width)?;
-            Some(Drift { inputs, outputs, share: self.correction })
+            let outputs =
+                adds.then(|| backend.cross_covariance(architecture.hidden, width)).transpose()?;
+            let inputs = backend.cross_covariance(width, width)?;
+            Some(AccumulatedError { inputs, outputs, share: self.correction })
         } else {
             None
         };
@@ -136,8 +137,8 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             if share.is_some_and(Share::is_empty) {
                 return Ok(());
             }
-            let nobody: Observer<B::Tensor> = &mut |_, _| Ok(());
-            let norm = |x: &B::Tensor, weight| backend.rms_norm(x, weight, source.epsilon);
+            let nobody = &mut Observer::none();
+            let norm = |x: &B::Hidden, weight| backend.rms_norm(x, weight, source.epsilon);
             let [x0, x] = match spec.kind {
                 SiteKind::AttnIn => {
                     [norm(before, &source.attn_norm)?, norm(after, &block.attn_norm)?]
@@ -162,29 +163,33 @@ impl<B: Backend> BlockQuantizer<'_, B> {
                     }
                 },
             };
-            tokens += backend.rows(&x);
+            tokens += x.rows();
             let site = &block.sites[at];
             // What an expert gives counts by the token's share of it, so that its errors do.
             let mut seen = site.seen(backend, &x)?;
             if let Some(Share { weights, .. }) = share {
                 backend.scale_rows(&mut seen, weights)?;
             }
-            backend.add_to_hessian(&mut hessian, &seen)?;
-            if let Some(Drift { inputs, outputs, .. }) = &mut drift {
-                let mut wanted = backend.arrange(&x0, site.order())?;
+            backend.add_gram(&mut hessian, &seen)?;
+            if let Some(AccumulatedError { inputs, outputs, .. }) = &mut drift {
+                let mut wanted = backend.permute(&x0, site.order())?;
                 if let Some(Share { weights, .. }) = share {
                     backend.scale_rows(&mut wanted, weights)?;
                 }
-                backend.add_to_cross(inputs, &backend.difference(&wanted, &seen)?, &seen)?;
+                backend.add_cross_covariance(
+                    inputs,
+                    &backend.difference(&wanted, &seen)?,
+                    &seen,
+                )?;
                 if let Some(outputs) = outputs {
-                    let mut lost = backend.difference(before, after)?;
+                    let mut lost = backend.hidden_difference(before, after)?;
                     if let (Some(share), Some(router)) = (share, &block.router) {
                         // Each of a token's experts makes up for its part.
                         let part = vec![1.0 / router.per_token as f32; share.tokens.len()];
                         lost = backend.select_rows(&lost, &share.tokens)?;
                         backend.scale_rows(&mut lost, &part)?;
                     }
-                    backend.add_to_cross(outputs, &lost, &seen)?;
+                    backend.add_cross_covariance(outputs, &lost, &seen)?;
                 }
             }
             match spec.kind {
@@ -216,8 +221,8 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         let mut heads = std::mem::take(heads).into_iter();
         self.for_batches(streams, |_, before, after| {
             let [x0, x] = heads.next().expect("as many as batches");
-            source.sites[ATTN_OUT].apply_onto(backend, x0, before, &mut |_, _| Ok(()))?;
-            block.sites[ATTN_OUT].apply_onto(backend, x, after, &mut |_, _| Ok(()))?;
+            source.sites[ATTN_OUT].apply_onto(backend, x0, before, &mut Observer::none())?;
+            block.sites[ATTN_OUT].apply_onto(backend, x, after, &mut Observer::none())?;
             if let Some(router) = &block.router {
                 let normed = backend.rms_norm(after, &block.mlp_norm, block.epsilon)?;
                 shares.push(router.shares(backend, &normed)?);
@@ -230,7 +235,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
     fn add_mlp(&self, [source, block]: [&Block<B>; 2], streams: &mut Streams<'_, B>) -> Result<()> {
         let backend = self.backend;
         self.for_batches(streams, |_, before, after| {
-            let nobody: Observer<B::Tensor> = &mut |_, _| Ok(());
+            let nobody = &mut Observer::none();
             if source.router.is_some() {
                 source.mlp(backend, before, nobody)?;
             }
@@ -242,18 +247,18 @@ impl<B: Backend> BlockQuantizer<'_, B> {
     fn for_batches(
         &self,
         streams: &mut Streams<'_, B>,
-        mut work: impl FnMut(usize, &mut B::Tensor, &mut B::Tensor) -> Result<()>,
+        mut work: impl FnMut(usize, &mut B::Hidden, &mut B::Hidden) -> Result<()>,
     ) -> Result<()> {
         let backend = self.backend;
         let [source, quantized] = streams;
         let batches = source.batches.iter_mut().zip(&mut quantized.batches);
         for (batch, (before, after)) in batches.enumerate() {
             self.progress.check_stop()?;
-            backend.recall(before)?;
-            backend.recall(after)?;
+            backend.reload(before)?;
+            backend.reload(after)?;
             work(batch, before, after)?;
-            backend.set_aside(before)?;
-            backend.set_aside(after)?;
+            backend.offload(before)?;
+            backend.offload(after)?;
         }
         Ok(())
     }

@@ -74,7 +74,7 @@ impl<'a, B: Backend> BlockWeights<'a, B> {
     }
 
     /// The biases of a site's linears on the backend.
-    fn biases(&self, backend: &B, site: usize) -> Result<Vec<Option<B::Tensor>>> {
+    fn biases(&self, backend: &B, site: usize) -> Result<Vec<Option<B::Hidden>>> {
         let biases = self.biases[site].iter();
         biases.map(|bias| bias.clone().map(|bias| backend.upload(bias)).transpose()).collect()
     }
@@ -154,7 +154,7 @@ pub fn vector<B: Backend>(
     tensors: &dyn Tensors,
     name: &str,
     len: usize,
-) -> Result<B::Tensor> {
+) -> Result<B::Hidden> {
     let data = expect(tensors, name, &[len])?.to_f32()?;
     backend.upload(Matrix { rows: 1, columns: len, data })
 }
@@ -282,7 +282,7 @@ pub fn quantized_linears<B: Backend>(
         Some(quantized) if format.row.numbers.bits == 16 => {
             Ok(Linear::Dense(backend.dense_of(quantized)?))
         }
-        Some(quantized) => Ok(Linear::Packed(backend.packed(quantized, feeds(linear))?)),
+        Some(quantized) => Ok(Linear::Packed(backend.pack(quantized, feeds(linear))?)),
     });
     linears.collect()
 }

@@ -62,7 +62,7 @@ impl Place {
             batch_bytes: backend.batch_bytes(),
             stream_bytes: backend.stream_bytes(),
             threads: rayon::current_num_threads(),
-            on_device: B::HALF,
+            on_device: !B::ON_HOST,
         }
     }
 

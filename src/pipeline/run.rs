@@ -338,13 +338,13 @@ fn write_tensors<B: Backend>(
     let writer = Mutex::new(writer);
     // In the host's memory, a copy of the embedding is not to stand beside a block's Hessians; beside the
     // work of a GPU it costs nothing.
-    if !B::HALF {
+    if B::ON_HOST {
         timing.measure("write", || write_kept(job, &done, &writer, progress))?;
     }
     std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel(1);
         let write = || {
-            if B::HALF {
+            if !B::ON_HOST {
                 write_kept(job, &done, &writer, progress)?;
             }
             write_behind(backend, job, &writer, receiver, progress)

@@ -33,7 +33,7 @@ use crate::Result;
 use crate::backend::{AttentionSpec, Backend, Unquantized};
 use crate::checkpoint::Tensors;
 use crate::model::Architecture;
-use crate::model::block::{Block, Seen, Site};
+use crate::model::block::{Block, Observer, Seen, Site};
 use crate::model::sites::{FINAL_NORM, SiteSpec};
 use crate::progress::Progress;
 use crate::quant::site::SiteFormat;
@@ -267,7 +267,7 @@ pub struct Sensor<'a, B: Backend> {
     /// Outlier counts, the recipe's first.
     counts: Vec<usize>,
     /// Original states of the windows that effects are measured on, ready for use.
-    originals: Vec<B::Tensor>,
+    originals: Vec<B::Hidden>,
     /// Those of the windows that serve Hessians only.
     others: Stream<B>,
     /// For each block so far, the states of the first that this block alone changed.
@@ -296,7 +296,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
             |tokens: &[u32]| Stream::embed(backend, tensors, architecture, tokens, seq_len, 0);
         let mut originals = embed(effect)?.batches;
         for batch in &mut originals {
-            backend.recall(batch)?;
+            backend.reload(batch)?;
         }
         let mut all = vec![recipe.outliers];
         for count in counts {
@@ -379,12 +379,12 @@ impl<'a, B: Backend> Sensor<'a, B> {
     }
 
     /// The states behind `block`.
-    fn outputs(&self, block: &Block<B>) -> Result<Vec<B::Tensor>> {
+    fn outputs(&self, block: &Block<B>) -> Result<Vec<B::Hidden>> {
         let Subject { backend, attention, progress, .. } = self.subject;
         let outputs = self.originals.iter().map(|batch| {
             progress.check_stop()?;
             let mut batch = backend.duplicate(batch)?;
-            block.forward(backend, attention, &mut batch, &mut |_, _| Ok(()))?;
+            block.forward(backend, attention, &mut batch, &mut Observer::none())?;
             Ok(batch)
         });
         outputs.collect()
@@ -396,14 +396,14 @@ impl<'a, B: Backend> Sensor<'a, B> {
         block: &mut Block<B>,
         at: usize,
         site: Site<B>,
-        after: &[B::Tensor],
+        after: &[B::Hidden],
     ) -> Result<f64> {
         let original = std::mem::replace(&mut block.sites[at], site);
         let changed = self.outputs(block);
         block.sites[at] = original;
         let mut changes = Vec::new();
         for (changed, original) in changed?.iter().zip(after) {
-            changes.extend(self.subject.backend.row_changes(changed, original)?);
+            changes.extend(self.subject.backend.relative_squared_error(changed, original)?);
         }
         Ok(mean(&changes))
     }
@@ -414,24 +414,25 @@ impl<'a, B: Backend> Sensor<'a, B> {
         weights: &BlockWeights<B>,
         formats: &[SiteFormat],
         wanted: &[bool],
-    ) -> Result<Vec<Option<B::Hessian>>> {
+    ) -> Result<Vec<Option<B::Gram>>> {
         let Subject { backend, architecture, attention, progress, .. } = self.subject;
         let block = hessian_block(backend, architecture, weights, formats, None)?;
         let mut hessians = formats
             .iter()
             .zip(wanted)
-            .map(|(format, wanted)| wanted.then(|| backend.hessian(format.width())).transpose())
+            .map(|(format, wanted)| wanted.then(|| backend.gram(format.width())).transpose())
             .collect::<Result<Vec<_>>>()?;
         for batch in self.originals.iter().chain(&self.others.batches) {
             progress.check_stop()?;
             let batch = backend.duplicate(batch)?;
-            block.observe(backend, attention, batch, &mut |seen, x| {
+            let mut see = |seen: Seen, x: &B::Activation| {
                 let Seen::Site(site) = seen else { return Ok(()) };
                 match &mut hessians[site] {
-                    Some(hessian) => backend.add_to_hessian(hessian, x),
+                    Some(hessian) => backend.add_gram(hessian, x),
                     None => Ok(()),
                 }
-            })?;
+            };
+            block.observe(backend, attention, batch, &mut Observer::new(&mut see))?;
         }
         Ok(hessians)
     }
@@ -443,11 +444,11 @@ impl<'a, B: Backend> Sensor<'a, B> {
         at: usize,
         plan: &SitePlan,
         format: &SiteFormat,
-        mut hessian: B::Hessian,
+        mut hessian: B::Gram,
     ) -> Result<Measured<B::Quantized>> {
         let Subject { backend, recipe, .. } = self.subject;
         let site = backend.site(format)?;
-        let factor = backend.factor(&mut hessian, recipe.damping)?.filter(|_| recipe.gptq);
+        let factor = backend.cholesky(&mut hessian, recipe.damping)?.filter(|_| recipe.gptq);
         let mut errors = vec![Vec::with_capacity(WIDTHS.len()); plan.linears.len()];
         let mut reference = Vec::new();
         for bits in &WIDTHS {
@@ -491,7 +492,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
         let block = quantized_block(backend, architecture, weights, sites, None)?;
         let mut batches = self.outputs(&block)?;
         for batch in &mut batches {
-            backend.set_aside(batch)?;
+            backend.offload(batch)?;
         }
         self.changed.push(Stream { batches });
         Ok(())
@@ -504,14 +505,14 @@ impl<'a, B: Backend> Sensor<'a, B> {
         let shape = [architecture.vocabulary, architecture.hidden];
         let head = expect(tensors, architecture.head_name(), &shape)?;
         let head = backend.dense(&backend.load(head)?, None)?;
-        let normed = |x: &B::Tensor| backend.rms_norm(x, &norm, architecture.norm_epsilon);
+        let normed = |x: &B::Hidden| backend.rms_norm(x, &norm, architecture.norm_epsilon);
         let originals = self.originals.iter().map(normed).collect::<Result<Vec<_>>>()?;
         for (block, stream) in self.blocks.iter_mut().zip(std::mem::take(&mut self.changed)) {
             let mut divergences = Vec::new();
             for (mut batch, original) in stream.batches.into_iter().zip(&originals) {
                 progress.check_stop()?;
-                backend.recall(&mut batch)?;
-                divergences.extend(backend.divergence(&normed(&batch)?, original, &head)?);
+                backend.reload(&mut batch)?;
+                divergences.extend(backend.kl_divergence(&normed(&batch)?, original, &head)?);
             }
             let effects = block.effects();
             // A rounding error below zero would make a cost negative.

@@ -3,6 +3,7 @@
 use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::Tensors;
 use crate::model::Architecture;
+use crate::model::block::{Block, Observer};
 use crate::model::sites::{EMBEDDING, SiteSpec};
 use crate::pipeline::load::expect;
 use crate::{Error, Result};
@@ -10,7 +11,7 @@ use crate::{Error, Result};
 /// Hidden states of windows `[windows * seq_len, hidden]`, cut into batches.
 pub struct Stream<B: Backend> {
     /// Whole windows, in order.
-    pub batches: Vec<B::Tensor>,
+    pub batches: Vec<B::Hidden>,
 }
 
 /// Windows that go through a block together.
@@ -78,7 +79,7 @@ impl<B: Backend> Stream<B> {
         let table = backend.load(embedding)?;
         let batches = batches.map(|tokens| {
             let mut batch = backend.embed(&table, tokens)?;
-            backend.set_aside(&mut batch)?;
+            backend.offload(&mut batch)?;
             Ok(batch)
         });
         Ok(Self { batches: batches.collect::<Result<_>>()? })
@@ -89,14 +90,14 @@ impl<B: Backend> Stream<B> {
         &mut self,
         backend: &B,
         attention: &AttentionSpec,
-        block: &crate::model::block::Block<B>,
+        block: &Block<B>,
         mut checkpoint: impl FnMut() -> Result<()>,
     ) -> Result<()> {
         for batch in &mut self.batches {
             checkpoint()?;
-            backend.recall(batch)?;
-            block.forward(backend, attention, batch, &mut |_, _| Ok(()))?;
-            backend.set_aside(batch)?;
+            backend.reload(batch)?;
+            block.forward(backend, attention, batch, &mut Observer::none())?;
+            backend.offload(batch)?;
         }
         Ok(())
     }

@@ -62,6 +62,16 @@ pub(super) struct Window<'a> {
     first: usize,
 }
 
+/// Windows of `seq_len` rows each, one after the other.
+///
+/// # Panics
+/// If the last is shorter.
+pub(super) fn whole_windows(rows: &[u32], seq_len: usize) -> Vec<Window<'_>> {
+    let seq_len = seq_len.max(1);
+    assert!(rows.len().is_multiple_of(seq_len), "rows that are not whole windows");
+    rows.chunks(seq_len).map(|rows| Window { rows, first: 0 }).collect()
+}
+
 /// The windows of a placement, without what fills them up behind their last own place.
 ///
 /// # Panics
@@ -104,9 +114,7 @@ pub fn attention(
     out: &mut [f32],
 ) {
     let rows: Vec<u32> = (0..(q.len() / (shape.heads * shape.head_dim).max(1)) as u32).collect();
-    let windows = rows.chunks(shape.seq_len.max(1)).map(|rows| Window { rows, first: 0 });
-    let windows: Vec<Window> = windows.collect();
-    assert!(rows.len().is_multiple_of(shape.seq_len.max(1)));
+    let windows = whole_windows(&rows, shape.seq_len);
     attention_of(isa, shape, &windows, format, cos, sin, q, k, v, key_mean, out);
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::gemm::par_gemm;
 use super::gemm_pack::{PANEL, Panels, Rows};
 use super::isa::Isa;
-use crate::backend::{Drift, Matrix};
+use crate::backend::{AccumulatedError, Matrix};
 
 /// Columns of a right-hand side that are packed at once.
 const COLUMNS: usize = 16 * PANEL;
@@ -19,7 +19,12 @@ pub(super) fn add(isa: Isa, cross: &mut Matrix, y: &[f32], x: &[f32], tokens: us
 
 /// `W += share (W C_in + C_out) H^-1` for `weights` `[out, channels]`, arranged. `factor` is `U`,
 /// `U^T U = H^-1`, the damped Hessian's.
-pub(super) fn correct(isa: Isa, weights: &mut Matrix, drift: &Drift<Matrix>, factor: &[f32]) {
+pub(super) fn correct(
+    isa: Isa,
+    weights: &mut Matrix,
+    drift: &AccumulatedError<Matrix>,
+    factor: &[f32],
+) {
     let Matrix { rows, columns: n, .. } = *weights;
     assert_eq!(drift.inputs.data.len(), n * n, "channels of the drift and of the weights");
     // The right-hand sides are packed some columns at a time: a packed copy of all of them would be as
@@ -78,7 +83,8 @@ mod tests {
         let (u, _) = factor(&mut h, n, 1e-6).unwrap();
         let cross = |rows| Matrix { rows, columns: n, data: vec![0.0; rows * n] };
         for (share, isa) in Isa::available().into_iter().flat_map(|isa| [(1.0, isa), (0.5, isa)]) {
-            let mut drift = Drift { inputs: cross(n), outputs: Some(cross(rows)), share };
+            let mut drift =
+                AccumulatedError { inputs: cross(n), outputs: Some(cross(rows)), share };
             // In two batches.
             let cut = tokens / 3;
             for part in [0..cut, cut..tokens] {

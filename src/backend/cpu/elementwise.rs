@@ -105,13 +105,13 @@ fn log_sum_exp_body(logits: &[f32]) -> f64 {
 
 /// Kullback-Leibler divergence in nats of the distribution with logits `changed` from the one with
 /// `logits`: `sum p (logit - changed) - ln sum e^logit + ln sum e^changed`, p the latter's.
-pub fn divergence(isa: Isa, changed: &[f32], logits: &[f32]) -> f64 {
+pub fn kl_divergence(isa: Isa, changed: &[f32], logits: &[f32]) -> f64 {
     assert!(changed.len() == logits.len(), "lengths of logits differ");
-    dispatch!(isa, divergence_body(changed: &[f32], logits: &[f32]) -> f64)
+    dispatch!(isa, kl_divergence_body(changed: &[f32], logits: &[f32]) -> f64)
 }
 
 #[inline(always)]
-fn divergence_body(changed: &[f32], logits: &[f32]) -> f64 {
+fn kl_divergence_body(changed: &[f32], logits: &[f32]) -> f64 {
     let max = max_by_lanes(logits);
     let mut weights = [0.0f64; LANES];
     let mut weighted = [0.0f64; LANES];
@@ -281,12 +281,12 @@ mod tests {
                 powers.into_iter().map(move |power| power / sum)
             };
             let exact: f64 = softmax(&y).zip(softmax(&x)).map(|(p, q)| p * (p / q).ln()).sum();
-            let found = divergence(Isa::detect().unwrap(), &x, &y);
+            let found = kl_divergence(Isa::detect().unwrap(), &x, &y);
             assert!((found - exact).abs() < 1e-6, "{n}: {found} {exact}");
-            assert!(divergence(Isa::detect().unwrap(), &y, &y).abs() < 1e-12);
+            assert!(kl_divergence(Isa::detect().unwrap(), &y, &y).abs() < 1e-12);
             let mut spoiled = x.clone();
             spoiled[n / 2] = f32::NAN;
-            assert!(divergence(Isa::detect().unwrap(), &spoiled, &y).is_nan());
+            assert!(kl_divergence(Isa::detect().unwrap(), &spoiled, &y).is_nan());
         }
     }
 
@@ -304,7 +304,7 @@ mod tests {
                 rope(isa, &mut rotated, &y[..half], &y[half..2 * half]);
                 softmax.push(sum);
                 let floats = [norm, silu, softmax, rotated].map(|values| bits(&values));
-                (floats, [log_sum_exp(isa, &x), divergence(isa, &x, &y)].map(f64::to_bits))
+                (floats, [log_sum_exp(isa, &x), kl_divergence(isa, &x, &y)].map(f64::to_bits))
             };
             let expected = run(Isa::Plain);
             for isa in Isa::available() {

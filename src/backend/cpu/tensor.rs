@@ -6,7 +6,8 @@ its backend's pool. */
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::backend::Matrix;
+use crate::backend::{Matrix, Tensor as Rows};
+use crate::checkpoint::Dtype;
 
 /// Buffers of dropped tensors.
 #[derive(Default)]
@@ -62,6 +63,14 @@ impl Tensor {
     /// The values, row-major.
     pub fn values(&self) -> &[f32] {
         &self.data
+    }
+}
+
+impl Rows for Tensor {
+    const DTYPE: Dtype = Dtype::F32;
+
+    fn rows(&self) -> usize {
+        self.rows
     }
 }
 

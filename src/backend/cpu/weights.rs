@@ -42,7 +42,7 @@ pub(super) fn panels(weight: &Tensor<'_>, site: Option<&SiteFormat>) -> Result<P
 
 /// A weight with its columns in the order of the site that feeds it, transformed; its pages are
 /// given back.
-pub(super) fn arranged(weight: &Tensor<'_>, site: &SiteFormat) -> Result<Matrix> {
+pub(super) fn permuted(weight: &Tensor<'_>, site: &SiteFormat) -> Result<Matrix> {
     const ROWS: usize = 32;
     let (rows, columns, width) = (weight.shape[0], weight.shape[1], site.width());
     let mut data = vec![0.0; rows * width];

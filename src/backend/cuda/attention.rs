@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::gpu::Buffer;
 use super::launch::{Geometry, arguments};
-use super::tensor::Tensor;
+use super::tensor::{Activation, Hidden};
 use super::{Cuda, THREADS, kernels};
-use crate::backend::AttentionSpec;
+use crate::backend::{AttentionSpec, Qkv};
 use crate::quant::kv::KvFormat;
 use crate::{Error, Result};
 
@@ -23,14 +23,13 @@ pub(super) struct RopeTables {
 }
 
 impl Cuda {
-    pub(super) fn attend(
+    /// Attention of windows that follow one another.
+    pub(super) fn attention_of_windows(
         &self,
         spec: &AttentionSpec,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        key_mean: Option<&Tensor>,
-    ) -> Result<Tensor> {
+        Qkv { q, k, v }: &Qkv<Activation>,
+        key_mean: Option<&Hidden>,
+    ) -> Result<Activation> {
         let AttentionSpec { heads, kv_heads, head_dim, seq_len, ref kv, .. } = *spec;
         let windows = q.rows / seq_len;
         let width = head_dim.next_multiple_of(16);
@@ -73,9 +72,9 @@ impl Cuda {
         &self,
         entry: &str,
         spec: &AttentionSpec,
-        x: &Tensor,
+        x: &Activation,
         heads: usize,
-        mean: Option<&Tensor>,
+        mean: Option<&Hidden>,
     ) -> Result<Buffer> {
         let AttentionSpec { head_dim, seq_len, ref kv, .. } = *spec;
         if head_dim > WIDEST_HEAD {
@@ -123,17 +122,17 @@ impl Cuda {
                 heads,
                 seq_len,
                 kv.clip,
-                mean.map(Tensor::float)
+                mean.map(Hidden::float)
             ],
         )?;
         Ok(to)
     }
 
     /// Adds each channel's sum over the tokens of the embedded keys to `sums`.
-    pub(super) fn sum_keys(
+    pub(super) fn add_key_sums(
         &self,
         spec: &AttentionSpec,
-        k: &Tensor,
+        k: &Activation,
         sums: &mut [f64],
     ) -> Result<()> {
         let spec = AttentionSpec { kv: KvFormat::FULL, ..spec.clone() };

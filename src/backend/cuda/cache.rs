@@ -9,7 +9,7 @@ use super::Cuda;
 use super::gpu::Buffer;
 use super::kernels::{self, Defines};
 use super::launch::{Geometry, arguments};
-use super::tensor::Tensor;
+use super::tensor::{Activation, Hidden};
 use crate::backend::AttentionSpec;
 use crate::{Error, Result};
 
@@ -28,7 +28,7 @@ const MOST_STAGES: usize = 8;
 pub struct PagedCache {
     spec: AttentionSpec,
     /// What is taken from the embedded keys, `[1, kv_heads * head_dim]`.
-    key_mean: Option<Tensor>,
+    key_mean: Option<Hidden>,
     cos: Buffer,
     sin: Buffer,
     /// `[pages, kv_heads, page_bytes]`.
@@ -135,7 +135,7 @@ impl Cuda {
         spec: &AttentionSpec,
         sequences: usize,
         pages: usize,
-        key_mean: Option<Tensor>,
+        key_mean: Option<Hidden>,
     ) -> Result<PagedCache> {
         let AttentionSpec { heads, kv_heads, head_dim, seq_len, kv, .. } = *spec;
         let refused = |what: String| Error::machine(what).hint("run with --device cpu");
@@ -215,8 +215,8 @@ impl Cuda {
     pub fn append(
         &self,
         cache: &mut PagedCache,
-        k: &Tensor,
-        v: &Tensor,
+        k: &Activation,
+        v: &Activation,
         added: &[usize],
     ) -> Result<()> {
         let AttentionSpec { kv_heads, head_dim, seq_len, ref kv, .. } = cache.spec;
@@ -278,7 +278,7 @@ impl Cuda {
                 k.columns as i64,
                 &cache.cos,
                 &cache.sin,
-                cache.key_mean.as_ref().map(Tensor::float),
+                cache.key_mean.as_ref().map(Hidden::float),
                 &cache.pool,
                 &cache.device_table,
                 cache.pages_each,
@@ -305,14 +305,14 @@ impl Cuda {
 
     /// Attention of each sequence's last token over all of its tokens. `q`: its query heads before the rotary embedding,
     /// `[sequences, heads * head_dim]`. An empty sequence gets zeros.
-    pub fn decode(&self, cache: &PagedCache, q: &Tensor) -> Result<Tensor> {
+    pub fn decode(&self, cache: &PagedCache, q: &Activation) -> Result<Activation> {
         let out = self.half(q.rows, q.columns)?;
         self.decode_into(cache, q, &out)?;
         Ok(out)
     }
 
     /// The same into a tensor that is there.
-    pub fn decode_into(&self, cache: &PagedCache, q: &Tensor, out: &Tensor) -> Result<()> {
+    pub fn decode_into(&self, cache: &PagedCache, q: &Activation, out: &Activation) -> Result<()> {
         let AttentionSpec { heads, kv_heads, head_dim, .. } = cache.spec;
         let sequences = cache.lengths.len();
         assert!(q.rows == sequences && q.columns == heads * head_dim);

@@ -4,12 +4,12 @@
 use half::f16;
 
 use super::cache::PAGE_TOKENS;
-use super::tensor::Tensor;
+use super::tensor::Activation;
 use super::tests::{Random, close, device};
-use super::*;
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::attention::keys_of_cache;
 use crate::backend::cpu::isa::Isa;
+use crate::backend::{AttentionSpec, Forward, Matrix, Memory, Qkv};
 use crate::quant::hadamard;
 use crate::quant::kv::{self, KvFormat};
 
@@ -168,14 +168,14 @@ fn codes_are_those_of_the_cpu_and_decoding_is_its_attention() {
             let last: Vec<(usize, usize)> =
                 lengths.iter().map(|length| (length - 1, *length)).collect();
             let queries = cuda.half_tensor(&rows(&q, &last));
-            let out: Tensor = cuda.decode(&cache, &queries).unwrap();
+            let out: Activation = cuda.decode(&cache, &queries).unwrap();
             let found = cuda.values(&out);
             assert_eq!(found, cuda.values(&cuda.decode(&cache, &queries).unwrap()), "{what}");
             for (sequence, seq_len) in lengths.into_iter().enumerate() {
                 let own = AttentionSpec { seq_len, ..spec.clone() };
                 let [q, k, v] = [&q, &k, &v].map(|x| cpu.upload(x[sequence].clone()).unwrap());
                 let mean = mean.clone().map(|mean| cpu.upload(mean).unwrap());
-                let expected = cpu.attention(&own, &q, &k, &v, mean.as_ref()).unwrap();
+                let expected = cpu.attention(&own, None, Qkv { q, k, v }, mean.as_ref()).unwrap();
                 let width = heads * head_dim;
                 let expected = &expected.values()[(seq_len - 1) * width..];
                 close(&found[sequence * width..][..width], expected, 3e-3, &what);

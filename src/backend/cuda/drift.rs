@@ -3,14 +3,19 @@
 use super::gpu::Buffer;
 use super::launch::{Geometry, arguments};
 use super::product::{Operand, Precision, Product};
-use super::tensor::{Cross, Factor, Tensor};
+use super::tensor::{Activation, Cross, Factor};
 use super::{Cuda, THREADS};
 use crate::Result;
-use crate::backend::Drift;
+use crate::backend::AccumulatedError;
 
 impl Cuda {
     /// `C += y^T x`. In column-major order it is `X Y^T` with `X` `[columns, tokens]`.
-    pub(super) fn accumulate_cross(&self, cross: &Cross, y: &Tensor, x: &Tensor) -> Result<()> {
+    pub(super) fn add_cross_covariance(
+        &self,
+        cross: &Cross,
+        y: &Activation,
+        x: &Activation,
+    ) -> Result<()> {
         let Cross { rows, columns, ref data } = *cross;
         assert!(y.columns == rows && x.columns == columns && x.rows == y.rows, "shapes of a sum");
         let operand = |pointer, stride, transposed| Operand { pointer, stride, transposed };
@@ -31,11 +36,11 @@ impl Cuda {
         &self,
         weights: &Buffer,
         rows: usize,
-        drift: &Drift<Cross>,
+        drift: &AccumulatedError<Cross>,
         factor: &Factor,
     ) -> Result<()> {
         let n = factor.n;
-        let Drift { inputs, outputs, share } = drift;
+        let AccumulatedError { inputs, outputs, share } = drift;
         assert!(inputs.rows == n && inputs.columns == n, "channels of the drift and the factor");
         let wanted = match outputs {
             None => self.gpu.zeros(4 * rows * n)?,

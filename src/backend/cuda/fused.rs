@@ -5,8 +5,9 @@ use super::gpu::Buffer;
 use super::hopper::{PANEL, padded_tokens, tiled_scale_bytes};
 use super::kernels;
 use super::launch::{Geometry, arguments};
-use super::tensor::{Layout, Outliers, Rows, SCALE_MULTIPLE, Site, Tensor};
+use super::tensor::{Activation, Hidden, Layout, Outliers, Rows, SCALE_MULTIPLE, Site};
 use crate::Result;
+use crate::backend::Producer;
 use crate::quant::levels::Levels;
 use crate::quant::number::{OutlierFormat, RowFormat};
 use crate::quant::site::{PADDING, SiteFormat, Transform};
@@ -31,7 +32,8 @@ pub(super) enum Columns {
 /// What a row becomes codes from.
 struct Source<'a> {
     kind: &'static str,
-    x: &'a Tensor,
+    rows: usize,
+    width: usize,
     values: &'a Buffer,
     /// The norm's weight, or up.
     other: Option<&'a Buffer>,
@@ -163,7 +165,7 @@ impl Cuda {
     }
 
     /// A norm's weight `[1, channels]` for a site behind it.
-    fn norm_weight(&self, weight: &Tensor, site: &Site) -> Result<NormWeight> {
+    fn norm_weight(&self, weight: &Hidden, site: &Site) -> Result<NormWeight> {
         let channels = weight.float().download::<f32>(0..4 * weight.count())?;
         let places = by_places(&site.format, 0.0, |channel| channels[channel]);
         self.gpu.upload(&places).map(NormWeight)
@@ -173,8 +175,8 @@ impl Cuda {
     /// one of its own.
     pub(super) fn norm_rows(
         &self,
-        x: &Tensor,
-        weight: &Tensor,
+        x: &Hidden,
+        weight: &Hidden,
         epsilon: f32,
         site: &Site,
         layout: Layout,
@@ -186,28 +188,31 @@ impl Cuda {
         }
         let (values, other) = (x.float(), site.norm.get().map(|norm| &norm.0));
         let columns = Columns::Channels;
-        let source = Source { kind: "NORM", x, values, other, epsilon, columns };
+        let (rows, width) = (x.rows, x.columns);
+        let source = Source { kind: "NORM", rows, width, values, other, epsilon, columns };
         self.fused_quantize(&source, site, layout, name)
     }
 
     /// The codes of f16 rows; none as above.
     pub(super) fn half_rows(
         &self,
-        x: &Tensor,
+        x: &Activation,
         site: &Site,
         layout: Layout,
         name: &str,
     ) -> Result<Option<Rows>> {
         let (values, columns) = (x.half(), Columns::Channels);
-        let source = Source { kind: "HALF", x, values, other: None, epsilon: 0.0, columns };
+        let (rows, width) = (x.rows, x.columns);
+        let source =
+            Source { kind: "HALF", rows, width, values, other: None, epsilon: 0.0, columns };
         self.fused_quantize(&source, site, layout, name)
     }
 
     /// The codes of `silu(gate) * up`; none as above.
     pub(super) fn silu_rows(
         &self,
-        gate: &Tensor,
-        up: &Tensor,
+        gate: &Activation,
+        up: &Activation,
         columns: Columns,
         site: &Site,
         layout: Layout,
@@ -215,8 +220,9 @@ impl Cuda {
     ) -> Result<Option<Rows>> {
         assert_eq!((gate.rows, gate.columns), (up.rows, up.columns));
         assert_eq!(gate.places.is_some(), up.places.is_some());
-        let (values, other) = (gate.half_in_places(), Some(up.half_in_places()));
-        let source = Source { kind: "SILU", x: gate, values, other, epsilon: 0.0, columns };
+        let (values, other) = (&gate.data, Some(&up.data));
+        let (rows, width) = (gate.rows, gate.columns);
+        let source = Source { kind: "SILU", rows, width, values, other, epsilon: 0.0, columns };
         self.fused_quantize(&source, site, layout, name)
     }
 
@@ -228,17 +234,13 @@ impl Cuda {
         name: &str,
     ) -> Result<Option<Rows>> {
         let format = &site.format;
-        let &Source { kind, x, values, other, epsilon, columns } = source;
-        let room = Room {
-            multiprocessors: self.gpu.multiprocessors,
-            shared_bytes: self.gpu.block_shared_bytes,
-        };
-        let plan = Plan::new(format, kind, columns, x.rows, room);
+        let &Source { kind, rows: count, width, values, other, epsilon, columns } = source;
+        let plan = self.fused_plan(format, kind, columns, count);
         let (Some(places), Some(plan)) = (&site.places, plan) else { return Ok(None) };
         let ordered = columns == Columns::Channels;
-        assert_eq!(x.columns, if ordered { format.channels } else { format.width() });
+        assert_eq!(width, if ordered { format.channels } else { format.width() });
         let tiled = layout == Layout::Tiled;
-        let rows = self.rows_of(x.rows, &format.row, layout)?;
+        let rows = self.rows_of(count, &format.row, layout)?;
         let numbers = format.row.numbers;
         let hadamard = format.transform == Transform::Hadamard;
         let magnitudes = tiled && rows.in_magnitudes();
@@ -262,8 +264,8 @@ impl Cuda {
                 values,
                 other,
                 ordered.then_some(places),
-                x.rows,
-                x.columns,
+                count,
+                width,
                 format.row.groups,
                 format.row.outlier_channels,
                 plan.slice_panels,
@@ -285,6 +287,31 @@ impl Cuda {
             ],
         )?;
         Ok(Some(rows))
+    }
+
+    fn fused_plan(
+        &self,
+        format: &SiteFormat,
+        kind: &str,
+        columns: Columns,
+        rows: usize,
+    ) -> Option<Plan> {
+        let room = Room {
+            multiprocessors: self.gpu.multiprocessors,
+            shared_bytes: self.gpu.block_shared_bytes,
+        };
+        Plan::new(format, kind, columns, rows, room)
+    }
+
+    /// Whether `rows` rows become a site's codes in one step with the norm or SiLU before it.
+    pub(super) fn fuses(&self, producer: Producer, site: &Site, rows: usize) -> bool {
+        let kind = match producer {
+            Producer::Norm => "NORM",
+            Producer::Silu => "SILU",
+        };
+        self.takes_tiles(&site.format.row)
+            && site.places.is_some()
+            && self.fused_plan(&site.format, kind, Columns::Channels, rows).is_some()
     }
 
     /// Room for codes and scales.

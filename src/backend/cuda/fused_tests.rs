@@ -3,13 +3,15 @@
 use half::f16;
 
 use super::fused::Columns;
-use super::tensor::{Layout, Site, Tensor};
+use super::tensor::{Activation, Layout, Rows, Site};
 use super::tests::{Random, device, site};
 use super::*;
 use crate::backend::cpu::Cpu;
+use crate::backend::{Forward, Matrix, Memory, Quantization};
+use crate::quant::levels::Levels;
 use crate::quant::number::{NumberFormat, OutlierFormat};
 use crate::quant::rows::QuantizedRows;
-use crate::quant::site::{PADDING, Transform};
+use crate::quant::site::{PADDING, SiteFormat, Transform};
 
 const EPSILON: f32 = 1e-5;
 
@@ -225,7 +227,7 @@ fn what_the_kernels_do_not_take_is_left_to_others() {
     {
         let format = site(1000, group, outliers, 4, Transform::None, outlier_format, &mut random);
         let site = cuda.site(&format).unwrap();
-        let x: Tensor = cuda.half_tensor(&random.activations(3, 1000));
+        let x: Activation = cuda.half_tensor(&random.activations(3, 1000));
         assert!(cuda.half_rows(&x, &site, Layout::Tiled, "").unwrap().is_none());
     }
 }

@@ -10,7 +10,7 @@ use super::product::{Operand, Precision, Product};
 use super::quantize::Arranging;
 use super::tensor::{Codes, Cross, Factor, Quantized, Site, Weight};
 use super::{Cuda, THREADS};
-use crate::backend::{Backend, Drift, Unquantized};
+use crate::backend::{AccumulatedError, Quantization, Unquantized};
 use crate::quant::grid::{Grid, ScaleRule};
 use crate::quant::levels::Levels;
 use crate::quant::number::{LinearFormat, RowFormat};
@@ -70,7 +70,7 @@ impl Cuda {
         linears: &[Unquantized<Weight>],
         site: &Site,
         factor: &Factor,
-        drift: Option<&Drift<Cross>>,
+        drift: Option<&AccumulatedError<Cross>>,
     ) -> Result<Vec<Quantized>> {
         // Rows that share a scale must not lie in two linears.
         let together = |a: &Unquantized<Weight>, b: &Unquantized<Weight>| {
@@ -84,11 +84,8 @@ impl Cuda {
         Ok(quantized)
     }
 
-    pub(super) fn round_to_nearest(
-        &self,
-        linear: &Unquantized<Weight>,
-        site: &Site,
-    ) -> Result<Quantized> {
+    /// Rounding to nearest.
+    pub fn round(&self, linear: &Unquantized<Weight>, site: &Site) -> Result<Quantized> {
         let mut quantized = self.sweep(std::slice::from_ref(linear), site, None, None)?;
         Ok(quantized.remove(0))
     }
@@ -99,7 +96,7 @@ impl Cuda {
         linears: &[Unquantized<Weight>],
         site: &Site,
         factor: Option<&Factor>,
-        drift: Option<&Drift<Cross>>,
+        drift: Option<&AccumulatedError<Cross>>,
     ) -> Result<Vec<Quantized>> {
         let stack = self.stack(linears, site)?;
         if let (Some(factor), Some(drift)) = (factor, drift) {
@@ -378,7 +375,7 @@ impl Cuda {
     }
 
     /// The relative output error of uncorrelated channels, from energies.
-    pub(super) fn relative_energy_error(
+    pub(super) fn energy_error(
         &self,
         energy: &[f64],
         site: &Site,

@@ -3,10 +3,10 @@
 use super::gpu::Buffer;
 use super::launch::{Geometry, arguments};
 use super::product::{Operand, Precision, Product};
-use super::tensor::{Factor, Hessian, Quantized, Site, Tensor, Weight};
+use super::tensor::{Activation, Factor, Hessian, Quantized, Site, Weight};
 use super::{Cuda, THREADS};
 use crate::Result;
-use crate::backend::{Damping, output_error};
+use crate::backend::{self, Damping};
 use crate::quant::gptq::DAMPING_LADDER;
 
 /// Columns that are accumulated by one product, down to the matrix's last row: half of the work above
@@ -20,7 +20,7 @@ const PARTS: usize = 512;
 impl Cuda {
     /// `H += x^T x`. In column-major order `x` is `X` `[channels, tokens]`, and a strip of columns of
     /// `X X^T` from its diagonal down is the upper triangle's rows in ours.
-    pub(super) fn accumulate(&self, hessian: &Hessian, x: &Tensor) -> Result<()> {
+    pub(super) fn add_gram(&self, hessian: &Hessian, x: &Activation) -> Result<()> {
         let n = hessian.n;
         assert_eq!(x.columns, n, "channels of x and of H");
         for first in (0..n).step_by(STRIP) {
@@ -45,7 +45,7 @@ impl Cuda {
         Ok(())
     }
 
-    pub(super) fn factorize(
+    pub(super) fn cholesky(
         &self,
         hessian: &Hessian,
         damping: f32,
@@ -87,7 +87,7 @@ impl Cuda {
 
     /// `sqrt(tr(E H E^T) / tr(W H W^T))`. A sweep has found the first; the second is a number to be
     /// read, for which the tensor cores are precise enough.
-    pub(super) fn relative_error(
+    pub(super) fn output_error(
         &self,
         hessian: &Hessian,
         site: &Site,
@@ -110,7 +110,7 @@ impl Cuda {
                 self.energy_of(&error, weight.rows, hessian, Precision::Float)?
             }
         };
-        output_error(lost, total)
+        backend::output_error(lost, total)
     }
 
     /// `tr(W H W^T)` for `weights` `[rows, n]` in f32; the Hessian is mirrored.

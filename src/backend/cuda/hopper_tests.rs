@@ -2,14 +2,17 @@
 
 use half::f16;
 
-use super::tensor::{Form, Layout};
+use super::fused::Columns;
+use super::tensor::{Activation, Form, Layout};
 use super::tests::{Random, device, random_codes, site};
 use super::*;
 use crate::backend::cpu::Cpu;
+use crate::backend::{Forward, Matrix, Memory, Quantization};
 use crate::eval::product_error;
+use crate::quant::levels::Levels;
 use crate::quant::number::{LinearFormat, OutlierFormat};
 use crate::quant::rows::{OutlierRows, QuantizedRows};
-use crate::quant::site::Transform;
+use crate::quant::site::{SiteFormat, Transform};
 
 /// A device that has `wgmma`, with the switch on.
 fn hopper(test: &str) -> Option<Cuda> {
@@ -109,14 +112,14 @@ fn compare(
         let linear = random_codes(&weights, rows, random);
         let x = random.activations(tokens, format.channels);
         let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format, "").unwrap();
-        let expected = cpu.integer_product(&host, &cpu.packed(&linear, None).unwrap()).unwrap();
+        let expected = cpu.integer_product(&host, &cpu.pack(&linear, None).unwrap()).unwrap();
         let expected = expected.values();
         let what = format!("{tokens} x {rows}, {shape:?}");
 
         let rows_on_device = cuda.quantize(&cuda.half_tensor(&x), &site, "").unwrap();
         assert_eq!(rows_on_device.layout, Layout::Tiled, "{what}");
         assert!(cuda.rows_on_host(&rows_on_device) == host, "codes of {what}");
-        let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap(), None).unwrap();
+        let packed = cuda.pack(&cuda.restore(linear.clone()).unwrap(), None).unwrap();
         assert!(matches!(packed.form, Form::Blocks(_)), "{what}");
 
         let float = |rows| {
@@ -175,16 +178,27 @@ fn rows_in_the_order_of_the_next_site_change_no_code() {
             let [in_places, in_channels] = [Some(&next), None].map(|feeds| {
                 linears.each_ref().map(|linear| {
                     let quantized = cuda.restore(linear.clone()).unwrap();
-                    cuda.integer_product(&x, &cuda.packed(&quantized, feeds).unwrap()).unwrap()
+                    cuda.integer_product(&x, &cuda.pack(&quantized, feeds).unwrap()).unwrap()
                 })
             });
             assert!(in_places[0].places.is_some() && in_channels[0].places.is_none());
-            let codes = |[gate, up]: &[Tensor; 2]| {
-                let rows = cuda.silu_quantize(gate, up, &next, "").unwrap().unwrap();
-                cuda.rows_on_host(&rows)
+            let codes = |[gate, up]: &[Activation; 2]| {
+                let columns =
+                    if gate.places.is_some() { Columns::Places } else { Columns::Channels };
+                let rows = cuda.silu_rows(gate, up, columns, &next, Layout::Tiled, "");
+                cuda.rows_on_host(&rows.unwrap().unwrap())
             };
-            assert!(codes(&in_places) == codes(&in_channels), "{tokens} of {shape:?}: codes");
-            let values = |[gate, up]: [Tensor; 2]| cuda.values(&cuda.silu_mul(gate, &up).unwrap());
+            let expected = codes(&in_channels);
+            assert!(codes(&in_places) == expected, "{tokens} of {shape:?}: codes");
+            let values =
+                |[gate, up]: [Activation; 2]| cuda.values(&cuda.silu_mul(gate, &up).unwrap());
+            let all = linears.each_ref().map(|linear| {
+                let quantized = cuda.restore(linear.clone()).unwrap();
+                cuda.integer_product(&x, &cuda.pack(&quantized, Some(&next)).unwrap()).unwrap()
+            });
+            let [gate, up] = all;
+            let fused = cuda.silu_quantize(gate, &up, &next, "").unwrap();
+            assert!(cuda.rows_on_host(&fused) == expected, "{tokens} of {shape:?}: chosen");
             assert!(values(in_places) == values(in_channels), "{tokens} of {shape:?}: values");
         }
     }
@@ -206,8 +220,8 @@ fn scales_far_apart_are_multiplied_exactly() {
     let x = random.activations(100, format.channels);
     let mut host = cpu.quantize(&cpu.upload(x).unwrap(), &format, "").unwrap();
     host.scales.iter_mut().for_each(|scale| *scale = far(&mut random).to_f32());
-    let expected = cpu.integer_product(&host, &cpu.packed(&linear, None).unwrap()).unwrap();
-    let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap(), None).unwrap();
+    let expected = cpu.integer_product(&host, &cpu.pack(&linear, None).unwrap()).unwrap();
+    let packed = cuda.pack(&cuda.restore(linear.clone()).unwrap(), None).unwrap();
     let rows = cuda.restore_rows(&host).unwrap();
     let found = cuda.integer(&rows, &packed, false).unwrap();
     assert!(found.download::<f32>(0..4 * 100 * 70).unwrap() == expected.values());
@@ -226,8 +240,8 @@ fn every_count_of_tokens_gives_exact_sums() {
     if let crate::quant::linear::OutlierBlock::Int8 { scales, .. } = &mut linear.outliers {
         scales.iter_mut().for_each(|scale| *scale = power(&mut random));
     }
-    let packed = cuda.packed(&cuda.restore(linear.clone()).unwrap(), None).unwrap();
-    let packed_host = cpu.packed(&linear, None).unwrap();
+    let packed = cuda.pack(&cuda.restore(linear.clone()).unwrap(), None).unwrap();
+    let packed_host = cpu.pack(&linear, None).unwrap();
     let x = random.activations(300, format.channels);
     let mut all = cpu.quantize(&cpu.upload(x).unwrap(), &format, "").unwrap();
     all.scales.iter_mut().for_each(|scale| *scale = power(&mut random).to_f32());

@@ -136,7 +136,7 @@ impl Cuda {
     }
 
     /// A weight as the product reads it. Where `feeds` takes outputs in its order, rows are in that.
-    pub(super) fn pack(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Packed> {
+    pub fn pack(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Packed> {
         let Quantized { format, first_row, rows, .. } = *weight;
         let groups = format.row.groups;
         if self.takes_tiles(&format.row) {
@@ -186,7 +186,7 @@ impl Cuda {
     }
 
     /// The same into memory that is there. Outliers in f16 and FP8 are added to f32 sums, so that `half` is not for
-    /// them. Nothing is allocated if `x` lies as [`quantize_rows`](Self::quantize_rows) gives it and no codes of 8 bits meet
+    /// them. Nothing is allocated if `x` lies as [`quantize`](Self::quantize) gives it and no codes of 8 bits meet
     /// others.
     pub(super) fn integer_into(
         &self,

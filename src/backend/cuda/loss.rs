@@ -3,7 +3,7 @@
 use super::gpu::Buffer;
 use super::launch::{Geometry, arguments};
 use super::product::Precision;
-use super::tensor::{Dense, Tensor};
+use super::tensor::{Activation, Dense, Hidden};
 use super::{Cuda, Part, THREADS};
 use crate::Result;
 use crate::backend::Prediction;
@@ -16,7 +16,7 @@ const ENERGY_TOKENS: usize = 512;
 const ENERGY_CHANNELS: usize = 64;
 
 impl Cuda {
-    pub(super) fn energy(&self, x: &Tensor, energy: &mut [f64]) -> Result<()> {
+    pub(super) fn add_energy(&self, x: &Activation, energy: &mut [f64]) -> Result<()> {
         let (tokens, channels) = (x.rows, x.columns);
         assert_eq!(energy.len(), channels, "channels of x and of the energies");
         let count = tokens.div_ceil(ENERGY_TOKENS);
@@ -49,9 +49,9 @@ impl Cuda {
         Ok(())
     }
 
-    pub(super) fn losses(
+    pub(super) fn cross_entropy(
         &self,
-        x: &Tensor,
+        x: &Activation,
         head: &Dense,
         tokens: &[u32],
         seq_len: usize,
@@ -65,10 +65,10 @@ impl Cuda {
         Ok(windows.copied().collect())
     }
 
-    /// What each row predicts of the token beside it.
+    /// What each row predicts of its token.
     pub(super) fn predictions(
         &self,
-        x: &Tensor,
+        x: &Activation,
         head: &Dense,
         tokens: &[u32],
     ) -> Result<Vec<Prediction>> {
@@ -84,14 +84,14 @@ impl Cuda {
         let likeliest = likeliest.download::<u32>(0..4 * x.rows)?;
         let rows = nats.into_iter().zip(likeliest).zip(tokens);
         let prediction =
-            |((nats, most), token): ((f64, u32), &u32)| Prediction { nats, greedy: most == *token };
+            |((nats, most), token): ((f64, u32), &u32)| Prediction { nats, argmax: most == *token };
         Ok(rows.map(prediction).collect())
     }
 
     /// Negative log likelihood of each row's target. `look` is shown the logits of the rows, some at a time.
     fn nats(
         &self,
-        x: &Tensor,
+        x: &Activation,
         head: &Dense,
         targets: &[u32],
         look: impl Fn(&Buffer, Part) -> Result<()>,
@@ -123,7 +123,7 @@ impl Cuda {
     }
 
     /// `|x - y|^2 / |y|^2` of each row of two tensors of hidden states.
-    pub(super) fn changes(&self, x: &Tensor, original: &Tensor) -> Result<Vec<f64>> {
+    pub(super) fn relative_squared_error(&self, x: &Hidden, original: &Hidden) -> Result<Vec<f64>> {
         let changes = self.gpu.alloc(8 * x.rows)?;
         self.launch(
             "reduce",
@@ -135,10 +135,10 @@ impl Cuda {
     }
 
     /// Each row's divergence from `original`'s.
-    pub(super) fn divergences(
+    pub(super) fn kl_divergence(
         &self,
-        x: &Tensor,
-        original: &Tensor,
+        x: &Activation,
+        original: &Activation,
         head: &Dense,
     ) -> Result<Vec<f64>> {
         let (rows, vocabulary) = (x.rows, head.rows);

@@ -5,7 +5,7 @@ use super::Cuda;
 use super::gpu::Buffer;
 use super::launch::{Geometry, arguments};
 use super::product::{Operand, Planned, Precision, Product};
-use super::tensor::{Data, Packed, Rows, Tensor, Weight};
+use super::tensor::{Activation, Packed, Rows, Weight};
 use crate::Result;
 use crate::checkpoint::Dtype;
 
@@ -69,9 +69,14 @@ impl Cuda {
     }
 
     /// Random activations in f16.
-    pub fn random_activations(&self, rows: usize, columns: usize, seed: usize) -> Result<Tensor> {
+    pub fn random_activations(
+        &self,
+        rows: usize,
+        columns: usize,
+        seed: usize,
+    ) -> Result<Activation> {
         let data = self.random(Random::Half, 2 * rows * columns, seed)?;
-        Ok(Tensor::new(rows, columns, Data::Half(data)))
+        Ok(Activation::new(rows, columns, data))
     }
 
     /// A random weight in f16.

@@ -10,12 +10,12 @@ use super::kernels::{self, Defines};
 use super::launch::{Argument, Geometry, arguments};
 use super::product::Precision;
 use super::tensor::{
-    Codes, Data, Layout, OUTLIER_MULTIPLE, Outliers, Quantized, Rows, SCALE_MULTIPLE, Site, Tensor,
+    Activation, Codes, Layout, OUTLIER_MULTIPLE, Outliers, Quantized, Rows, SCALE_MULTIPLE, Site,
     Weight,
 };
 use super::{Cuda, THREADS};
 use crate::Result;
-use crate::backend::Backend;
+use crate::backend::Quantization;
 use crate::quant::float::{e4m3_bits, e4m3_value};
 use crate::quant::grid::Grid;
 use crate::quant::levels::Levels;
@@ -142,23 +142,20 @@ impl Cuda {
         Ok(to)
     }
 
-    pub(super) fn quantize_rows(&self, x: &Tensor, site: &Site, name: &str) -> Result<Rows> {
-        let tiles = self.takes_tiles(&site.format.row);
-        let fused = match &x.data {
-            Data::Half(_) if tiles => self.half_rows(x, site, Layout::Tiled, name)?,
-            _ => None,
-        };
-        match fused {
-            Some(rows) => Ok(rows),
-            None => self.laid_out(self.arranged_codes(x, site, name)?, &site.format.row),
+    /// Codes of rows in the layout that the products of their site read.
+    pub fn quantize(&self, x: &Activation, site: &Site, name: &str) -> Result<Rows> {
+        if self.takes_tiles(&site.format.row)
+            && let Some(rows) = self.half_rows(x, site, Layout::Tiled, name)?
+        {
+            return Ok(rows);
         }
+        self.laid_out(self.arranged_codes(x, site, name)?, &site.format.row)
     }
 
     /// Codes by `arrange.cu`, in rows.
-    fn arranged_codes(&self, x: &Tensor, site: &Site, name: &str) -> Result<Rows> {
+    fn arranged_codes(&self, x: &Activation, site: &Site, name: &str) -> Result<Rows> {
         let format = &site.format;
         let RowFormat { numbers, groups, .. } = format.row;
-        let (values, element) = x.typed();
         let tokens = x.rows;
         let outliers = self.outliers(&format.row, tokens)?;
         let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
@@ -172,7 +169,7 @@ impl Cuda {
             outliers,
         };
         let (least, greatest) = numbers.limits();
-        let arranging = Arranging::new(format, element);
+        let arranging = Arranging::new(format, "half");
         let (geometry, staged) = arranging.quantizing(tokens);
         let fp8 = format.row.outlier_format == OutlierFormat::Fp8;
         let formats = kernels::formats(numbers.levels == Levels::Fp4, fp8);
@@ -182,7 +179,7 @@ impl Cuda {
             "quantize",
             geometry,
             arguments![
-                values,
+                x.half(),
                 &*site.order,
                 format.channels,
                 format.row.groups,
@@ -225,9 +222,9 @@ impl Cuda {
     }
 
     /// Quantized activations on the host.
-    pub(super) fn fetched_rows(&self, rows: &Rows) -> Result<QuantizedRows> {
+    pub(super) fn fetch_rows(&self, rows: &Rows) -> Result<QuantizedRows> {
         if rows.layout != Layout::RowMajor {
-            return self.fetched_rows(&self.row_major(rows)?);
+            return self.fetch_rows(&self.row_major(rows)?);
         }
         let Rows { tokens, format, scale_stride, .. } = *rows;
         let groups = format.groups;
@@ -255,7 +252,7 @@ impl Cuda {
     }
 
     /// Quantized activations from the host.
-    pub(super) fn restored_rows(&self, rows: &QuantizedRows) -> Result<Rows> {
+    pub(super) fn restore_rows(&self, rows: &QuantizedRows) -> Result<Rows> {
         let QuantizedRows { tokens, format, .. } = *rows;
         let RowFormat { groups, outlier_channels, .. } = format;
         let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
@@ -294,9 +291,9 @@ impl Cuda {
         self.gpu.upload(&wide)
     }
 
-    pub(super) fn dequantize_rows(&self, x: &Rows) -> Result<Tensor> {
+    pub(super) fn dequantize(&self, x: &Rows) -> Result<Activation> {
         if x.layout != Layout::RowMajor {
-            return self.dequantize_rows(&self.row_major(x)?);
+            return self.dequantize(&self.row_major(x)?);
         }
         let RowFormat { numbers, groups, outlier_channels, .. } = x.format;
         let y = self.half(x.tokens, x.format.width())?;
@@ -371,7 +368,7 @@ impl Cuda {
     }
 
     /// A quantized weight on the host. On the stream beside the kernels.
-    pub(super) fn fetched(&self, weight: &Quantized) -> Result<QuantizedLinear> {
+    pub(super) fn fetch(&self, weight: Quantized) -> Result<QuantizedLinear> {
         let (rows, format) = (weight.rows, weight.format);
         let RowFormat { groups, outlier_channels, .. } = format.row;
         let grouped = format.row.grouped_channels();
@@ -422,8 +419,8 @@ impl Cuda {
         Ok(QuantizedLinear { rows, format, codes, scales, outliers: outlier_block })
     }
 
-    pub(super) fn restored(&self, weight: &QuantizedLinear) -> Result<Quantized> {
-        let QuantizedLinear { rows, format, .. } = *weight;
+    pub(super) fn restore(&self, weight: QuantizedLinear) -> Result<Quantized> {
+        let QuantizedLinear { rows, format, .. } = weight;
         self.check_levels(format.row.numbers.levels)?;
         let channels = format.row.outlier_channels;
         let floats = |values: &[f16]| -> Result<Buffer> {

@@ -6,17 +6,31 @@ use std::sync::{Arc, OnceLock};
 use super::fused::NormWeight;
 use super::gpu::{Buffer, Mark, Pinned};
 use super::kernels::FEW_TOKENS;
+use crate::backend::Tensor;
 use crate::checkpoint::Dtype;
 use crate::quant::number::{LinearFormat, RowFormat};
 use crate::quant::site::SiteFormat;
 
-/// Activations `[rows, columns]`, row-major. Hidden states between blocks are f32, what an operation
-/// inside a block gives is f16.
-pub struct Tensor {
+/// Hidden states `[rows, columns]` in f32, row-major.
+pub struct Hidden {
     pub(super) rows: usize,
     pub(super) columns: usize,
-    pub(super) data: Data,
+    pub(super) values: Values,
     pub(super) home: Home,
+}
+
+/// Where hidden states are.
+pub(super) enum Values {
+    Resident(Buffer),
+    /// In pinned host memory.
+    Offloaded(Pinned),
+}
+
+/// What an operation inside a block produces, `[rows, columns]` in f16, row-major.
+pub struct Activation {
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) data: Buffer,
     /// The order of its columns, where it is not the source's: only of gate and up.
     pub(super) places: Option<Places>,
 }
@@ -30,7 +44,7 @@ pub(super) struct Places {
     pub(super) channels: usize,
 }
 
-/// Where a tensor is while it is set aside.
+/// Where hidden states are while they are offloaded.
 pub(super) enum Home {
     /// It never was.
     Undecided,
@@ -40,7 +54,7 @@ pub(super) enum Home {
     Host,
 }
 
-/// A share of the device memory that tensors set aside take together.
+/// A share of the device memory that offloaded hidden states take together.
 pub(super) struct Resident {
     bytes: u64,
     all: Arc<AtomicU64>,
@@ -63,52 +77,56 @@ impl Drop for Resident {
     }
 }
 
-/// Where a tensor's values are.
-pub(super) enum Data {
-    Float(Buffer),
-    Half(Buffer),
-    /// f32 in page-locked host memory, set aside.
-    Aside(Pinned),
-}
-
-impl Tensor {
-    pub(super) fn new(rows: usize, columns: usize, data: Data) -> Self {
-        Self { rows, columns, data, home: Home::Undecided, places: None }
+impl Hidden {
+    pub(super) fn new(rows: usize, columns: usize, buffer: Buffer) -> Self {
+        Self { rows, columns, values: Values::Resident(buffer), home: Home::Undecided }
     }
 
     pub(super) fn count(&self) -> usize {
         self.rows * self.columns
     }
 
-    /// The values, where they are f32.
+    /// The values.
+    ///
+    /// # Panics
+    /// If they are offloaded.
     pub(super) fn float(&self) -> &Buffer {
-        match &self.data {
-            Data::Float(buffer) => buffer,
-            _ => unreachable!("hidden states are f32 and on the device while they are used"),
+        match &self.values {
+            Values::Resident(buffer) => buffer,
+            Values::Offloaded(_) => panic!("hidden states are reloaded before they are used"),
         }
     }
+}
 
-    /// The values, where they are f16 and in the source's order.
+impl Tensor for Hidden {
+    const DTYPE: Dtype = Dtype::F32;
+
+    fn rows(&self) -> usize {
+        self.rows
+    }
+}
+
+impl Activation {
+    pub(super) fn new(rows: usize, columns: usize, data: Buffer) -> Self {
+        Self { rows, columns, data, places: None }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.rows * self.columns
+    }
+
+    /// The values, where they are in the source's order.
     pub(super) fn half(&self) -> &Buffer {
         assert!(self.places.is_none(), "only SiLU takes what lies in a site's order");
-        self.half_in_places()
+        &self.data
     }
+}
 
-    /// The values, where they are f16, in whatever order.
-    pub(super) fn half_in_places(&self) -> &Buffer {
-        match &self.data {
-            Data::Half(buffer) => buffer,
-            _ => unreachable!("what a block's operations give is f16"),
-        }
-    }
+impl Tensor for Activation {
+    const DTYPE: Dtype = Dtype::F16;
 
-    /// The values and the name that kernels have for their type.
-    pub(super) fn typed(&self) -> (&Buffer, &'static str) {
-        match &self.data {
-            Data::Float(buffer) => (buffer, "float"),
-            Data::Half(buffer) => (buffer, "half"),
-            Data::Aside(_) => unreachable!("a tensor is recalled before it is used"),
-        }
+    fn rows(&self) -> usize {
+        self.rows
     }
 }
 

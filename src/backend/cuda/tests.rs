@@ -3,16 +3,21 @@
 
 use half::f16;
 
-use super::tensor::{Data, Layout, Tensor};
+use super::tensor::{Activation, Hessian, Hidden, Layout, Quantized, Rows, Values};
 use super::*;
 use crate::backend::cpu::Cpu;
-use crate::checkpoint::Tensor as Stored;
+use crate::backend::{
+    AccumulatedError, AttentionSpec, Calibration, Damping, Forward, Matrix, Measurement, Memory,
+    Qkv, Quantization, Unquantized,
+};
+use crate::checkpoint::{Dtype, Tensor as Stored};
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
+use crate::quant::linear::QuantizedLinear;
 use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
 use crate::quant::rows::QuantizedRows;
-use crate::quant::site::Transform;
+use crate::quant::site::{SiteFormat, Transform};
 use crate::quant::weights::dequantize;
 
 /// The first device; none, loudly, where there is no driver. Whatever else is missing fails.
@@ -73,13 +78,35 @@ impl Random {
     }
 }
 
+/// What a test looks at.
+pub(super) trait OnHost {
+    fn on_host(&self, cuda: &Cuda) -> Matrix;
+}
+
+impl OnHost for Hidden {
+    fn on_host(&self, cuda: &Cuda) -> Matrix {
+        cuda.download(self).unwrap()
+    }
+}
+
+impl OnHost for Activation {
+    fn on_host(&self, cuda: &Cuda) -> Matrix {
+        cuda.download_activation(self).unwrap()
+    }
+}
+
+/// A target for each row.
+fn targets(tokens: &[u32]) -> Vec<(u32, u32)> {
+    (0..).zip(tokens.iter().copied()).collect()
+}
+
 impl Cuda {
-    pub(super) fn half_tensor(&self, matrix: &Matrix) -> Tensor {
+    pub(super) fn half_tensor(&self, matrix: &Matrix) -> Activation {
         self.upload_activation(matrix.clone()).unwrap()
     }
 
-    pub(super) fn values(&self, tensor: &Tensor) -> Vec<f32> {
-        self.download(tensor).unwrap().data
+    pub(super) fn values(&self, tensor: &impl OnHost) -> Vec<f32> {
+        tensor.on_host(self).data
     }
 
     /// Codes and scales, after a look at what lies behind the outliers.
@@ -240,8 +267,8 @@ fn norms_activations_and_sums_agree_with_the_cpu() {
         for head_dim in [columns, columns / 2].into_iter().filter(|n| *n > 0 && columns % n == 0) {
             let row = matrix_row(&mut random, head_dim);
             let (mut host, mut device) = (cpu.upload(y.clone()).unwrap(), cuda.half_tensor(&y));
-            cpu.head_norm(&mut host, &cpu.upload(row.clone()).unwrap(), 1e-6).unwrap();
-            cuda.head_norm(&mut device, &cuda.upload(row).unwrap(), 1e-6).unwrap();
+            cpu.qk_norm(&mut host, &cpu.upload(row.clone()).unwrap(), 1e-6).unwrap();
+            cuda.qk_norm(&mut device, &cuda.upload(row).unwrap(), 1e-6).unwrap();
             close(&cuda.values(&device), host.values(), 1e-3, &format!("heads {what}"));
         }
 
@@ -323,16 +350,15 @@ fn codes_and_scales_are_the_cpus_bits() {
             let site = cuda.site(&format).unwrap();
             let host = cpu.upload(x.clone()).unwrap();
             let expected = cpu.quantize(&host, &format, "").unwrap();
-            for tensor in [cuda.upload(x.clone()).unwrap(), cuda.half_tensor(&x)] {
-                let rows = cuda.quantize(&tensor, &site, "").unwrap();
-                assert_eq!(cuda.rows_on_host(&rows), expected, "{what}");
-                let values = cuda.dequantize(&rows).unwrap();
-                let expected = cpu.dequantize(&expected).unwrap();
-                close(&cuda.values(&values), expected.values(), 5e-4, &what);
-                let arranged = cuda.arrange(&tensor, &site).unwrap();
-                let expected = cpu.arrange(&host, &format).unwrap();
-                close(&cuda.values(&arranged), expected.values(), 5e-4, &what);
-            }
+            let tensor = cuda.half_tensor(&x);
+            let rows = cuda.quantize(&tensor, &site, "").unwrap();
+            assert_eq!(cuda.rows_on_host(&rows), expected, "{what}");
+            let values = cuda.dequantize(&rows).unwrap();
+            let expected = cpu.dequantize(&expected).unwrap();
+            close(&cuda.values(&values), expected.values(), 5e-4, &what);
+            let permuted = cuda.permute(&tensor, &site).unwrap();
+            let expected = cpu.permute(&host, &format).unwrap();
+            close(&cuda.values(&permuted), expected.values(), 5e-4, &what);
         }
     }
     let format = &sites(&mut random)[1];
@@ -393,10 +419,10 @@ fn products_are_the_cpus_bits(cuda: &Cuda) {
             let linear = random_codes(&weights, rows, &mut random);
             let x = random.activations(tokens, format.channels);
             let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format, "").unwrap();
-            let expected = cpu.integer_product(&host, &cpu.packed(&linear, None).unwrap()).unwrap();
+            let expected = cpu.integer_product(&host, &cpu.pack(&linear, None).unwrap()).unwrap();
             let x = cuda.quantize(&cuda.half_tensor(&x), &site, "").unwrap();
             let quantized = cuda.restore(linear.clone()).unwrap();
-            let packed = cuda.packed(&quantized, None).unwrap();
+            let packed = cuda.pack(&quantized, None).unwrap();
             let what = format!("{tokens} x {rows}, {format:?}");
             let narrow = numbers.bits <= 4 && numbers.levels == Levels::Int;
             let paired = narrow && numbers.group_size % 32 == 0 && cuda.narrow == Narrow::Nibbles;
@@ -475,15 +501,15 @@ fn attention_agrees_with_the_cpu() {
             let host_mean = cpu.upload(mean.clone()).unwrap();
             let own_mean = cuda.upload(mean).unwrap();
             let host_mean = centered.then_some(&host_mean);
-            let expected = cpu.attention(&spec, &q, &k, &v, host_mean).unwrap();
             let mut host_sums = vec![1.0; kv_heads * head_dim];
-            cpu.add_keys(&spec, &k, &mut host_sums).unwrap();
+            cpu.add_key_sums(&spec, &k, &mut host_sums).unwrap();
+            let expected = cpu.attention(&spec, None, Qkv { q, k, v }, host_mean).unwrap();
             let [q, k, v] = operands.each_ref().map(|m| cuda.half_tensor(m));
             let own_mean = centered.then_some(&own_mean);
-            let found = cuda.values(&cuda.attention(&spec, &q, &k, &v, own_mean).unwrap());
-            close(&found, expected.values(), 3e-3, &what);
             let mut sums = vec![1.0; kv_heads * head_dim];
-            cuda.add_keys(&spec, &k, &mut sums).unwrap();
+            cuda.add_key_sums(&spec, &k, &mut sums).unwrap();
+            let found = cuda.attention(&spec, None, Qkv { q, k, v }, own_mean).unwrap();
+            close(&cuda.values(&found), expected.values(), 3e-3, &what);
             let floats = |sums: &[f64]| sums.iter().map(|sum| *sum as f32).collect::<Vec<f32>>();
             close(&floats(&sums), &floats(&host_sums), 3e-3, &format!("keys of {what}"));
         }
@@ -532,29 +558,29 @@ fn predictions_of_selected_rows_agree_with_the_cpu() {
         let selected: Vec<u32> = (0..3 * rows).map(|i| (i * 7 % rows) as u32).collect();
         let head = cpu.dense(&cpu.load(stored).unwrap(), None).unwrap();
         let host = cpu.select_rows(&cpu.upload(x.clone()).unwrap(), &selected).unwrap();
-        let floats = cuda.select_rows(&cuda.upload(x.clone()).unwrap(), &selected).unwrap();
+        let floats = cuda.select_hidden(&cuda.upload(x.clone()).unwrap(), &selected).unwrap();
         assert_eq!(cuda.values(&floats), host.values());
         let halves = cuda.select_rows(&cuda.half_tensor(&x), &selected).unwrap();
         // A row's likeliest token, some other, and the likeliest of the row before.
         let every: Vec<u32> = (0..vocabulary as u32).collect();
         let likeliest = |row: usize| {
             let row = cpu.select_rows(&host, &vec![row as u32; vocabulary]).unwrap();
-            let found = cpu.predict(&row, &head, &every).unwrap();
-            found.iter().position(|prediction| prediction.greedy).unwrap() as u32
+            let found = cpu.predict(&row, &head, &targets(&every)).unwrap();
+            found.iter().position(|prediction| prediction.argmax).unwrap() as u32
         };
         let tokens: Vec<u32> = (0..3 * rows)
             .map(|row| if row % 2 == 0 { likeliest(row) } else { (row * 7919 % vocabulary) as u32 })
             .collect();
-        let expected = cpu.predict(&host, &head, &tokens).unwrap();
+        let expected = cpu.predict(&host, &head, &targets(&tokens)).unwrap();
         let head = cuda.dense(&cuda.load(stored).unwrap(), None).unwrap();
-        let found = cuda.predict(&halves, &head, &tokens).unwrap();
+        let found = cuda.predict(&halves, &head, &targets(&tokens)).unwrap();
         assert_eq!(found.len(), expected.len());
         for (found, expected) in found.iter().zip(&expected) {
             let (found_nats, nats) = (found.nats, expected.nats);
             assert!((found_nats - nats).abs() < 1e-3 * nats.abs().max(1.0), "{found_nats} {nats}");
-            assert_eq!(found.greedy, expected.greedy);
+            assert_eq!(found.argmax, expected.argmax);
         }
-        assert!(expected.iter().step_by(2).all(|prediction| prediction.greedy));
+        assert!(expected.iter().step_by(2).all(|prediction| prediction.argmax));
     }
     // Of equal logits the first counts, wherever in the row they stand.
     let vocabulary = 3000;
@@ -566,9 +592,9 @@ fn predictions_of_selected_rows_agree_with_the_cpu() {
     let head = cuda.load(Stored::in_memory("head", Dtype::F16, &shape, &bytes)).unwrap();
     let head = cuda.dense(&head, None).unwrap();
     let x = cuda.half_tensor(&Matrix { rows: 3, columns: 1, data: vec![1.0, 1.0, -1.0] });
-    let found = cuda.predict(&x, &head, &[700, 2900, 0]).unwrap();
-    let greedy: Vec<bool> = found.iter().map(|prediction| prediction.greedy).collect();
-    assert_eq!(greedy, [true, false, true]);
+    let found = cuda.predict(&x, &head, &targets(&[700, 2900, 0])).unwrap();
+    let argmax: Vec<bool> = found.iter().map(|prediction| prediction.argmax).collect();
+    assert_eq!(argmax, [true, false, true]);
 }
 
 #[test]
@@ -587,8 +613,8 @@ fn changes_and_divergences_agree_with_the_cpu() {
         changed.data[..hidden].copy_from_slice(&original.data[..hidden]);
         let on_cpu = |matrix: &Matrix| cpu.upload(matrix.clone()).unwrap();
         let on_gpu = |matrix: &Matrix| cuda.upload(matrix.clone()).unwrap();
-        let expected = cpu.row_changes(&on_cpu(&changed), &on_cpu(&original)).unwrap();
-        let found = cuda.row_changes(&on_gpu(&changed), &on_gpu(&original)).unwrap();
+        let expected = cpu.relative_squared_error(&on_cpu(&changed), &on_cpu(&original)).unwrap();
+        let found = cuda.relative_squared_error(&on_gpu(&changed), &on_gpu(&original)).unwrap();
         assert_eq!(found.len(), rows);
         assert_eq!((found[0], expected[0]), (0.0, 0.0));
         for (found, expected) in found.iter().zip(&expected) {
@@ -601,10 +627,10 @@ fn changes_and_divergences_agree_with_the_cpu() {
             .collect();
         let stored = Stored::in_memory("head", Dtype::F16, &shape, &bytes);
         let head = cpu.dense(&cpu.load(stored).unwrap(), None).unwrap();
-        let expected = cpu.divergence(&on_cpu(&changed), &on_cpu(&original), &head).unwrap();
+        let expected = cpu.kl_divergence(&on_cpu(&changed), &on_cpu(&original), &head).unwrap();
         let head = cuda.dense(&cuda.load(stored).unwrap(), None).unwrap();
         let (changed, original) = (cuda.half_tensor(&changed), cuda.half_tensor(&original));
-        let found = cuda.divergence(&changed, &original, &head).unwrap();
+        let found = cuda.kl_divergence(&changed, &original, &head).unwrap();
         assert_eq!(found.len(), rows);
         for (found, expected) in found.iter().zip(&expected) {
             assert!((found - expected).abs() <= 2e-6 + 1e-3 * expected, "{found} {expected}");
@@ -617,11 +643,11 @@ fn hessians_and_their_factors_are_what_they_are_called() {
     let Some(cuda) = device("hessians_and_their_factors_are_what_they_are_called") else { return };
     let mut random = Random(7);
     for (n, tokens) in [(1, 5), (33, 200), (172, 300), (576, 900)] {
-        let mut hessian = cuda.hessian(n).unwrap();
+        let mut hessian = cuda.gram(n).unwrap();
         let mut sum = vec![0f64; n * n];
         for _ in 0..2 {
             let x = Matrix { rows: tokens, columns: n, data: random.values(tokens * n) };
-            cuda.add_to_hessian(&mut hessian, &cuda.half_tensor(&x)).unwrap();
+            cuda.add_gram(&mut hessian, &cuda.half_tensor(&x)).unwrap();
             for row in x.data.chunks(n) {
                 for (i, a) in row.iter().enumerate() {
                     for (j, b) in row.iter().enumerate() {
@@ -630,7 +656,7 @@ fn hessians_and_their_factors_are_what_they_are_called() {
                 }
             }
         }
-        let (factor, damping) = cuda.factor(&mut hessian, 0.01).unwrap().unwrap();
+        let (factor, damping) = cuda.cholesky(&mut hessian, 0.01).unwrap().unwrap();
         assert_eq!(damping, Damping { share: 0.01, failures: 0 });
         let found = hessian.data.download::<f32>(0..4 * n * n).unwrap();
         let expected: Vec<f32> = sum.iter().map(|v| *v as f32).collect();
@@ -659,10 +685,10 @@ fn hessians_and_their_factors_are_what_they_are_called() {
 
     // Eigenvalues 3 and -1: damping must exceed 1. A channel that no token used does not matter.
     let matrix = |values: [f32; 4]| Hessian { n: 2, data: cuda.gpu.upload(&values).unwrap() };
-    let (_, damping) = cuda.factor(&mut matrix([1.0, 2.0, 0.0, 1.0]), 0.05).unwrap().unwrap();
+    let (_, damping) = cuda.cholesky(&mut matrix([1.0, 2.0, 0.0, 1.0]), 0.05).unwrap().unwrap();
     assert_eq!(damping, Damping { share: 0.05 * 30.0, failures: 3 });
-    assert!(cuda.factor(&mut matrix([1.0, 2.0, 0.0, 1.0]), 0.001).unwrap().is_none());
-    assert!(cuda.factor(&mut matrix([4.0, 0.0, 0.0, 0.0]), 0.01).unwrap().is_some());
+    assert!(cuda.cholesky(&mut matrix([1.0, 2.0, 0.0, 1.0]), 0.001).unwrap().is_none());
+    assert!(cuda.cholesky(&mut matrix([4.0, 0.0, 0.0, 0.0]), 0.01).unwrap().is_some());
 }
 
 fn matrix_row(random: &mut Random, columns: usize) -> Matrix {
@@ -689,37 +715,37 @@ fn drift_is_corrected_as_on_the_cpu() {
         let (before, after) = (state(), state());
 
         let host = |m: &Matrix| cpu.upload(m.clone()).unwrap();
-        let host_seen = cpu.arrange(&host(&x), &format).unwrap();
-        let wanted = cpu.arrange(&host(&x0), &format).unwrap();
-        let mut host_hessian = cpu.hessian(width).unwrap();
-        cpu.add_to_hessian(&mut host_hessian, &host_seen).unwrap();
-        let (host_factor, _) = cpu.factor(&mut host_hessian, 0.01).unwrap().unwrap();
-        let mut host_drift = Drift {
-            inputs: cpu.cross(width, width).unwrap(),
-            outputs: Some(cpu.cross(rows, width).unwrap()),
+        let host_seen = cpu.permute(&host(&x), &format).unwrap();
+        let wanted = cpu.permute(&host(&x0), &format).unwrap();
+        let mut host_hessian = cpu.gram(width).unwrap();
+        cpu.add_gram(&mut host_hessian, &host_seen).unwrap();
+        let (host_factor, _) = cpu.cholesky(&mut host_hessian, 0.01).unwrap().unwrap();
+        let mut host_drift = AccumulatedError {
+            inputs: cpu.cross_covariance(width, width).unwrap(),
+            outputs: Some(cpu.cross_covariance(rows, width).unwrap()),
             share: 0.5,
         };
         let difference = cpu.difference(&wanted, &host_seen).unwrap();
-        cpu.add_to_cross(&mut host_drift.inputs, &difference, &host_seen).unwrap();
-        let lost = cpu.difference(&host(&before), &host(&after)).unwrap();
-        cpu.add_to_cross(host_drift.outputs.as_mut().unwrap(), &lost, &host_seen).unwrap();
+        cpu.add_cross_covariance(&mut host_drift.inputs, &difference, &host_seen).unwrap();
+        let lost = cpu.hidden_difference(&host(&before), &host(&after)).unwrap();
+        cpu.add_cross_covariance(host_drift.outputs.as_mut().unwrap(), &lost, &host_seen).unwrap();
 
         let site = cuda.site(&format).unwrap();
-        let seen = cuda.arrange(&cuda.half_tensor(&x), &site).unwrap();
-        let wanted = cuda.arrange(&cuda.half_tensor(&x0), &site).unwrap();
-        let mut hessian = cuda.hessian(width).unwrap();
-        cuda.add_to_hessian(&mut hessian, &seen).unwrap();
-        let (factor, _) = cuda.factor(&mut hessian, 0.01).unwrap().unwrap();
-        let mut drift = Drift {
-            inputs: cuda.cross(width, width).unwrap(),
-            outputs: Some(cuda.cross(rows, width).unwrap()),
+        let seen = cuda.permute(&cuda.half_tensor(&x), &site).unwrap();
+        let wanted = cuda.permute(&cuda.half_tensor(&x0), &site).unwrap();
+        let mut hessian = cuda.gram(width).unwrap();
+        cuda.add_gram(&mut hessian, &seen).unwrap();
+        let (factor, _) = cuda.cholesky(&mut hessian, 0.01).unwrap().unwrap();
+        let mut drift = AccumulatedError {
+            inputs: cuda.cross_covariance(width, width).unwrap(),
+            outputs: Some(cuda.cross_covariance(rows, width).unwrap()),
             share: 0.5,
         };
         let difference = cuda.difference(&wanted, &seen).unwrap();
-        cuda.add_to_cross(&mut drift.inputs, &difference, &seen).unwrap();
+        cuda.add_cross_covariance(&mut drift.inputs, &difference, &seen).unwrap();
         let states = [before, after].map(|m| cuda.upload(m).unwrap());
-        let lost = cuda.difference(&states[0], &states[1]).unwrap();
-        cuda.add_to_cross(drift.outputs.as_mut().unwrap(), &lost, &seen).unwrap();
+        let lost = cuda.hidden_difference(&states[0], &states[1]).unwrap();
+        cuda.add_cross_covariance(drift.outputs.as_mut().unwrap(), &lost, &seen).unwrap();
 
         let weights = random.values(rows * width);
         let mut expected = Matrix { rows, columns: width, data: weights.clone() };
@@ -754,15 +780,15 @@ fn gptq_makes_the_cpus_decisions() {
         let (width, channels) = (format.width(), format.channels);
         let tokens = 2 * width + 3;
         let x = random.correlated(tokens, channels);
-        let host = cpu.arrange(&cpu.upload(x.clone()).unwrap(), &format).unwrap();
-        let mut host_hessian = cpu.hessian(width).unwrap();
-        cpu.add_to_hessian(&mut host_hessian, &host).unwrap();
+        let host = cpu.permute(&cpu.upload(x.clone()).unwrap(), &format).unwrap();
+        let mut host_hessian = cpu.gram(width).unwrap();
+        cpu.add_gram(&mut host_hessian, &host).unwrap();
         let site = cuda.site(&format).unwrap();
-        let arranged = cuda.arrange(&cuda.half_tensor(&x), &site).unwrap();
-        let mut hessian = cuda.hessian(width).unwrap();
-        cuda.add_to_hessian(&mut hessian, &arranged).unwrap();
-        let (host_factor, _) = cpu.factor(&mut host_hessian, 0.01).unwrap().unwrap();
-        let (factor, _) = cuda.factor(&mut hessian, 0.01).unwrap().unwrap();
+        let arranged = cuda.permute(&cuda.half_tensor(&x), &site).unwrap();
+        let mut hessian = cuda.gram(width).unwrap();
+        cuda.add_gram(&mut hessian, &arranged).unwrap();
+        let (host_factor, _) = cpu.cholesky(&mut host_hessian, 0.01).unwrap().unwrap();
+        let (factor, _) = cuda.cholesky(&mut hessian, 0.01).unwrap().unwrap();
 
         // Two linears of one format, and one of another.
         let shapes = [[64, channels], [135, channels], [77, channels]];
@@ -823,26 +849,26 @@ fn gptq_makes_the_cpus_decisions() {
 }
 
 #[test]
-fn what_does_not_fit_is_set_aside_or_refused() {
-    let test = "what_does_not_fit_is_set_aside_or_refused";
+fn what_does_not_fit_is_offloaded_or_refused() {
+    let test = "what_does_not_fit_is_offloaded_or_refused";
     let Some(cuda) = device(test) else { return };
     let mut random = Random(9);
     let matrix = Matrix { rows: 50, columns: 100, data: random.values(5000) };
     cuda.reserve(cuda.gpu.limit_bytes() - 30_000).unwrap();
-    let mut tensors: Vec<Tensor> = (0..2).map(|_| cuda.upload(matrix.clone()).unwrap()).collect();
+    let mut tensors: Vec<Hidden> = (0..2).map(|_| cuda.upload(matrix.clone()).unwrap()).collect();
     for _ in 0..2 {
-        tensors.iter_mut().for_each(|tensor| cuda.set_aside(tensor).unwrap());
-        assert!(matches!(tensors[0].data, Data::Float(_)), "20 of 30 KB");
-        assert!(matches!(tensors[1].data, Data::Aside(_)), "40 of 30 KB");
+        tensors.iter_mut().for_each(|tensor| cuda.offload(tensor).unwrap());
+        assert!(matches!(tensors[0].values, Values::Resident(_)), "20 of 30 KB");
+        assert!(matches!(tensors[1].values, Values::Offloaded(_)), "40 of 30 KB");
         let copy = cuda.duplicate(&tensors[1]).unwrap();
         assert_eq!(cuda.values(&copy), matrix.data);
         for tensor in &mut tensors {
-            cuda.recall(tensor).unwrap();
+            cuda.reload(tensor).unwrap();
             assert_eq!(cuda.values(tensor), matrix.data);
         }
     }
     drop(tensors);
-    assert_eq!(cuda.aside_bytes.load(Ordering::Relaxed), 0);
+    assert_eq!(cuda.aside_bytes.load(std::sync::atomic::Ordering::Relaxed), 0);
 
     let error = cuda.reserve(1 << 60).unwrap_err();
     assert_eq!(error.kind(), crate::Kind::Machine);

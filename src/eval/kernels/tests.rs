@@ -1,7 +1,7 @@
 //! Planted errors, and how far two sides may be apart.
 
 use super::*;
-use crate::backend::AttentionSpec;
+use crate::backend::{AttentionSpec, Memory, Quantization};
 use crate::model::block::{Site, Treatment};
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
@@ -68,7 +68,7 @@ fn block(cpu: &Cpu, sites: &[QuantizedSite<QuantizedLinear>]) -> Block<Cpu> {
     let ones = || cpu.upload(Matrix { rows: 1, columns: HIDDEN, data: vec![1.0; HIDDEN] }).unwrap();
     let site = |at: usize| {
         let packed =
-            sites[at].linears.iter().flatten().map(|linear| cpu.packed(linear, None).unwrap());
+            sites[at].linears.iter().flatten().map(|linear| cpu.pack(linear, None).unwrap());
         Site {
             at,
             name: format!("site {at}"),

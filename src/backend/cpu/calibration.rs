@@ -1,0 +1,69 @@
+//! Sums over calibration tokens, each element's in the tokens' order.
+
+use rayon::prelude::*;
+
+use super::gram::gram_add;
+use super::{CHUNK, Cpu, Hessian, ROWS, Tensor, attention, drift};
+use crate::Result;
+use crate::backend::{AttentionSpec, Calibration, Matrix, Memory};
+
+impl Calibration for Cpu {
+    type Gram = Hessian;
+    type CrossCovariance = Matrix;
+
+    fn add_energy(&self, x: &Tensor, energy: &mut [f64]) -> Result<()> {
+        // Columns in parallel and tokens in order, so that no sum depends on threads or batches.
+        energy.par_chunks_mut(ROWS).enumerate().for_each(|(chunk, energy)| {
+            for row in x.data.chunks(x.columns) {
+                for (energy, &x) in energy.iter_mut().zip(&row[chunk * ROWS..]) {
+                    *energy += f64::from(x) * f64::from(x);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn add_key_sums(&self, spec: &AttentionSpec, k: &Tensor, sums: &mut [f64]) -> Result<()> {
+        attention::add_keys(self.isa, spec, &k.data, sums);
+        Ok(())
+    }
+
+    fn gram(&self, channels: usize) -> Result<Hessian> {
+        Ok(Hessian { n: channels, lower: vec![0.0; channels * channels] })
+    }
+
+    fn add_gram(&self, gram: &mut Hessian, x: &Tensor) -> Result<()> {
+        gram_add(self.isa, &x.data, x.rows, x.columns, &mut gram.lower);
+        Ok(())
+    }
+
+    fn cross_covariance(&self, rows: usize, columns: usize) -> Result<Matrix> {
+        Ok(Matrix { rows, columns, data: vec![0.0; rows * columns] })
+    }
+
+    fn add_cross_covariance(&self, cross: &mut Matrix, y: &Tensor, x: &Tensor) -> Result<()> {
+        drift::add(self.isa, cross, &y.data, &x.data, x.rows);
+        Ok(())
+    }
+
+    fn difference(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        let mut difference = self.duplicate(x)?;
+        difference.data.par_chunks_mut(CHUNK).zip(y.data.par_chunks(CHUNK)).for_each(|(x, y)| {
+            for (x, y) in x.iter_mut().zip(y) {
+                *x -= y;
+            }
+        });
+        Ok(difference)
+    }
+
+    fn hidden_difference(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        self.difference(x, y)
+    }
+
+    fn scale_rows(&self, x: &mut Tensor, weights: &[f32]) -> Result<()> {
+        x.data.par_chunks_mut(x.columns).zip(weights).for_each(|(row, weight)| {
+            row.iter_mut().for_each(|value| *value *= weight);
+        });
+        Ok(())
+    }
+}

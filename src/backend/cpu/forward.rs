@@ -1,0 +1,206 @@
+//! A block's operations, rows in parallel.
+
+use rayon::prelude::*;
+
+use super::attention::{self, AttentionShape, placed_windows, whole_windows};
+use super::gemm::par_gemm;
+use super::gemm_pack::{Panels, Rows};
+use super::integer::{self, IntegerLinear};
+use super::{CHUNK, Cpu, ROWS, Tensor, elementwise, quantize};
+use crate::backend::{AttentionSpec, Forward, Matrix, Placement, Qkv};
+use crate::checkpoint;
+use crate::quant::rows::QuantizedRows;
+use crate::quant::site::SiteFormat;
+use crate::{Error, Result};
+
+impl Forward for Cpu {
+    type Rows = QuantizedRows;
+    type Dense = Panels;
+    type Packed = IntegerLinear;
+    type Site = SiteFormat;
+
+    fn embed(&self, table: &checkpoint::Tensor<'_>, tokens: &[u32]) -> Result<Tensor> {
+        let columns = table.shape[1];
+        let mut data = vec![0.0; tokens.len() * columns];
+        data.par_chunks_mut(columns).zip(tokens).try_for_each(|(row, &token)| {
+            let token = token as usize;
+            row.copy_from_slice(&table.rows_f32(token..token + 1)?);
+            Ok::<(), Error>(())
+        })?;
+        table.release();
+        Ok(Tensor::from_matrix(Matrix { rows: tokens.len(), columns, data }))
+    }
+
+    fn select_hidden(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        self.select_rows(x, rows)
+    }
+
+    fn select_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        let n = x.columns;
+        let mut y = self.tensor(rows.len(), n);
+        y.data.par_chunks_mut(n * ROWS).zip(rows.par_chunks(ROWS)).for_each(|(y, rows)| {
+            for (y, &row) in y.chunks_mut(n).zip(rows) {
+                y.copy_from_slice(&x.data[row as usize * n..][..n]);
+            }
+        });
+        Ok(y)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<Tensor> {
+        let mut y = self.tensor(x.rows, x.columns);
+        let n = x.columns;
+        y.data.par_chunks_mut(n * ROWS).zip(x.data.par_chunks(n * ROWS)).for_each(|(y, x)| {
+            for (y, x) in y.chunks_mut(n).zip(x.chunks(n)) {
+                elementwise::rms_norm(self.isa, x, &weight.data, epsilon, y);
+            }
+        });
+        Ok(y)
+    }
+
+    fn qk_norm(&self, x: &mut Tensor, weight: &Tensor, epsilon: f32) -> Result<()> {
+        x.data.par_chunks_mut(x.columns).for_each(|row| {
+            let mut normed = vec![0.0; weight.columns];
+            for head in row.chunks_mut(weight.columns) {
+                elementwise::rms_norm(self.isa, head, &weight.data, epsilon, &mut normed);
+                head.copy_from_slice(&normed);
+            }
+        });
+        Ok(())
+    }
+
+    fn silu_mul(&self, mut gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        gate.data
+            .par_chunks_mut(CHUNK)
+            .zip(up.data.par_chunks(CHUNK))
+            .for_each(|(gate, up)| elementwise::silu_mul(self.isa, gate, up));
+        Ok(gate)
+    }
+
+    fn attention(
+        &self,
+        spec: &AttentionSpec,
+        placement: Option<&Placement>,
+        qkv: Qkv<Tensor>,
+        key_mean: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let Qkv { q, k, v } = &qkv;
+        let mut out = self.tensor(q.rows, q.columns);
+        let rows: Vec<u32>;
+        let windows = match placement {
+            Some(placement) => placed_windows(placement, spec.seq_len),
+            None => {
+                rows = (0..q.rows as u32).collect();
+                whole_windows(&rows, spec.seq_len)
+            }
+        };
+        attention::attention_of(
+            self.isa,
+            AttentionShape::of(spec),
+            &windows,
+            &spec.kv,
+            &spec.cos,
+            &spec.sin,
+            &q.data,
+            &k.data,
+            &v.data,
+            key_mean.map(|mean| &mean.data[..]),
+            &mut out.data,
+        );
+        Ok(out)
+    }
+
+    fn permute(&self, x: &Tensor, site: &SiteFormat) -> Result<Tensor> {
+        let mut y = self.tensor(x.rows, site.width());
+        quantize::arrange_rows(self.isa, &x.data, x.rows, site, &mut y.data);
+        Ok(y)
+    }
+
+    fn quantize(&self, x: &Tensor, site: &SiteFormat, name: &str) -> Result<QuantizedRows> {
+        quantize::quantize_rows(self.isa, &x.data, x.rows, site)
+            .map_err(|error| error.context(format!("activations of {name}")))
+    }
+
+    fn norm_quantize(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        epsilon: f32,
+        site: &SiteFormat,
+        name: &str,
+    ) -> Result<QuantizedRows> {
+        self.quantize(&self.rms_norm(x, weight, epsilon)?, site, name)
+    }
+
+    fn silu_quantize(
+        &self,
+        gate: Tensor,
+        up: &Tensor,
+        site: &SiteFormat,
+        name: &str,
+    ) -> Result<QuantizedRows> {
+        self.quantize(&self.silu_mul(gate, up)?, site, name)
+    }
+
+    fn dequantize(&self, x: &QuantizedRows) -> Result<Tensor> {
+        let mut y = self.tensor(
+            x.tokens,
+            x.format.groups * x.format.numbers.group_size + x.format.outlier_channels,
+        );
+        quantize::dequantize_rows(self.isa, x, &mut y.data);
+        Ok(y)
+    }
+
+    fn product(&self, x: &Tensor, weight: &Panels) -> Result<Tensor> {
+        let mut y = self.tensor(x.rows, weight.n());
+        let rows = Rows::new(&x.data, x.rows, x.columns);
+        par_gemm(self.isa, rows, weight, &mut y.data, weight.n(), false);
+        Ok(y)
+    }
+
+    fn add_product(&self, x: &mut Tensor, y: &Tensor, weight: &Panels) -> Result<()> {
+        self.add(x, &self.product(y, weight)?)
+    }
+
+    fn integer_product(&self, x: &QuantizedRows, weight: &IntegerLinear) -> Result<Tensor> {
+        let mut y = self.tensor(x.tokens, weight.rows());
+        integer::linear(self.isa, x, weight, &mut y.data);
+        Ok(y)
+    }
+
+    fn add_integer_product(
+        &self,
+        x: &mut Tensor,
+        y: &QuantizedRows,
+        weight: &IntegerLinear,
+    ) -> Result<()> {
+        self.add(x, &self.integer_product(y, weight)?)
+    }
+
+    fn add_bias(&self, y: &mut Tensor, bias: &Tensor) -> Result<()> {
+        y.data.par_chunks_mut(bias.columns).for_each(|row| {
+            for (y, bias) in row.iter_mut().zip(bias.data.iter()) {
+                *y += bias;
+            }
+        });
+        Ok(())
+    }
+
+    fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+        x.data.par_chunks_mut(CHUNK).zip(y.data.par_chunks(CHUNK)).for_each(|(x, y)| {
+            for (x, y) in x.iter_mut().zip(y) {
+                *x += y;
+            }
+        });
+        Ok(())
+    }
+
+    fn add_rows(&self, x: &mut Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Result<()> {
+        let n = x.columns;
+        for ((row, weight), y) in rows.iter().zip(weights).zip(y.data.chunks(n)) {
+            for (x, y) in x.data[*row as usize * n..][..n].iter_mut().zip(y) {
+                *x += weight * y;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,60 @@
+//! Activations in host memory.
+
+use super::{Cpu, Tensor, hand_back};
+use crate::Result;
+use crate::backend::{Matrix, Memory};
+use crate::checkpoint;
+
+impl Memory for Cpu {
+    type Hidden = Tensor;
+    type Activation = Tensor;
+    type Weight<'a> = checkpoint::Tensor<'a>;
+
+    const ON_HOST: bool = true;
+
+    fn device(&self) -> String {
+        let threads = rayon::current_num_threads();
+        let plural = if threads == 1 { "" } else { "s" };
+        format!("cpu ({}, {threads} thread{plural})", self.isa.name())
+    }
+
+    fn batch_bytes(&self) -> usize {
+        (64 << 20) + rayon::current_num_threads() * (24 << 20)
+    }
+
+    fn stream_bytes(&self) -> usize {
+        1 << 30
+    }
+
+    fn upload(&self, matrix: Matrix) -> Result<Tensor> {
+        Ok(Tensor::from_matrix(matrix))
+    }
+
+    fn upload_activation(&self, matrix: Matrix) -> Result<Tensor> {
+        self.upload(matrix)
+    }
+
+    fn download(&self, x: &Tensor) -> Result<Matrix> {
+        Ok(Matrix { rows: x.rows, columns: x.columns, data: x.values().to_vec() })
+    }
+
+    fn download_activation(&self, x: &Tensor) -> Result<Matrix> {
+        self.download(x)
+    }
+
+    fn duplicate(&self, x: &Tensor) -> Result<Tensor> {
+        let mut copy = self.tensor(x.rows, x.columns);
+        copy.data.copy_from_slice(&x.data);
+        Ok(copy)
+    }
+
+    fn load<'a>(&self, tensor: checkpoint::Tensor<'a>) -> Result<checkpoint::Tensor<'a>> {
+        Ok(tensor)
+    }
+
+    fn trim(&self) {
+        self.pool.clear();
+        // The allocator would keep up to 256 MB of it next to Hessians, which have maps of their own.
+        hand_back();
+    }
+}

@@ -1,0 +1,229 @@
+//! A block's operations. The larger ones stand in files of their own, under the same names.
+
+use super::fused::Columns;
+use super::gpu::Buffer;
+use super::launch::{Geometry, arguments};
+use super::product::Precision;
+use super::tensor::{Activation, Dense, Form, Hidden, Layout, Packed, Places, Rows, Site, Weight};
+use super::{Cuda, THREADS, kernels};
+use crate::Result;
+use crate::backend::{AttentionSpec, Forward, Placement, Qkv};
+
+impl Forward for Cuda {
+    type Rows = Rows;
+    type Dense = Dense;
+    type Packed = Packed;
+    type Site = Site;
+
+    fn embed(&self, table: &Weight, tokens: &[u32]) -> Result<Hidden> {
+        let (rows, columns) = (tokens.len(), table.columns);
+        let y = self.gpu.alloc(4 * rows * columns)?;
+        let tokens = self.gpu.upload(tokens)?;
+        self.launch(
+            "elementwise",
+            &format!("embed_{}", table.kind()),
+            Geometry::line(rows, THREADS),
+            arguments![&*table.data, &tokens, columns, &y],
+        )?;
+        Ok(Hidden::new(rows, columns, y))
+    }
+
+    fn select_hidden(&self, x: &Hidden, rows: &[u32]) -> Result<Hidden> {
+        let to = self.gpu.alloc(4 * rows.len() * x.columns)?;
+        self.select("select_float", x.float(), x.columns, rows, &to)?;
+        Ok(Hidden::new(rows.len(), x.columns, to))
+    }
+
+    fn select_rows(&self, x: &Activation, rows: &[u32]) -> Result<Activation> {
+        let to = self.half(rows.len(), x.columns)?;
+        self.select("select_half", x.half(), x.columns, rows, to.half())?;
+        Ok(to)
+    }
+
+    fn rms_norm(&self, x: &Hidden, weight: &Hidden, epsilon: f32) -> Result<Activation> {
+        let y = self.half(x.rows, x.columns)?;
+        self.launch(
+            "elementwise",
+            "rms_norm",
+            Geometry::line(x.rows, THREADS),
+            arguments![x.float(), weight.float(), x.columns, epsilon, y.half()],
+        )?;
+        Ok(y)
+    }
+
+    fn qk_norm(&self, x: &mut Activation, weight: &Hidden, epsilon: f32) -> Result<()> {
+        let heads = x.count() / weight.columns;
+        self.launch(
+            "elementwise",
+            "head_norm",
+            Geometry::line(heads.div_ceil(THREADS / 32), THREADS),
+            arguments![x.half(), weight.float(), heads, weight.columns, epsilon],
+        )
+    }
+
+    fn silu_mul(&self, gate: Activation, up: &Activation) -> Result<Activation> {
+        if let Some(Places { order, channels }) = &gate.places {
+            assert!(up.places.is_some() && gate.columns == up.columns);
+            let y = self.half(gate.rows, *channels)?;
+            self.launch(
+                "elementwise",
+                "silu_mul_places",
+                Geometry::line(gate.rows, THREADS),
+                arguments![&gate.data, &up.data, &**order, gate.columns, *channels, y.half()],
+            )?;
+            return Ok(y);
+        }
+        let count = gate.count();
+        self.launch(
+            "elementwise",
+            "silu_mul_half",
+            Geometry::over(count.div_ceil(8), THREADS),
+            arguments![gate.half(), up.half(), count as i64],
+        )?;
+        Ok(gate)
+    }
+
+    fn attention(
+        &self,
+        spec: &AttentionSpec,
+        placement: Option<&Placement>,
+        qkv: Qkv<Activation>,
+        key_mean: Option<&Hidden>,
+    ) -> Result<Activation> {
+        let Some(Placement { windows, rows }) = placement else {
+            return self.attention_of_windows(spec, &qkv, key_mean);
+        };
+        // Each is freed before the next is copied.
+        let placed = |x: Activation| self.select_rows(&x, windows);
+        let qkv = Qkv { q: placed(qkv.q)?, k: placed(qkv.k)?, v: placed(qkv.v)? };
+        self.select_rows(&self.attention_of_windows(spec, &qkv, key_mean)?, rows)
+    }
+
+    fn permute(&self, x: &Activation, site: &Site) -> Result<Activation> {
+        let y = self.half(x.rows, site.format.width())?;
+        self.arrange_rows(x.half().pointer(), "half", x.rows, site, y.half().pointer(), "half")?;
+        Ok(y)
+    }
+
+    fn quantize(&self, x: &Activation, site: &Site, name: &str) -> Result<Rows> {
+        self.quantize(x, site, name)
+    }
+
+    fn norm_quantize(
+        &self,
+        x: &Hidden,
+        weight: &Hidden,
+        epsilon: f32,
+        site: &Site,
+        name: &str,
+    ) -> Result<Rows> {
+        if self.takes_tiles(&site.format.row)
+            && let Some(rows) = self.norm_rows(x, weight, epsilon, site, Layout::Tiled, name)?
+        {
+            return Ok(rows);
+        }
+        self.quantize(&self.rms_norm(x, weight, epsilon)?, site, name)
+    }
+
+    fn silu_quantize(
+        &self,
+        gate: Activation,
+        up: &Activation,
+        site: &Site,
+        name: &str,
+    ) -> Result<Rows> {
+        let columns = if gate.places.is_some() { Columns::Places } else { Columns::Channels };
+        if self.takes_tiles(&site.format.row)
+            && let Some(rows) = self.silu_rows(&gate, up, columns, site, Layout::Tiled, name)?
+        {
+            return Ok(rows);
+        }
+        self.quantize(&self.silu_mul(gate, up)?, site, name)
+    }
+
+    fn dequantize(&self, x: &Rows) -> Result<Activation> {
+        self.dequantize(x)
+    }
+
+    fn product(&self, x: &Activation, weight: &Dense) -> Result<Activation> {
+        let y = self.half(x.rows, weight.rows)?;
+        self.multiply(x, weight, y.half(), Precision::HalfToHalf, false)?;
+        Ok(y)
+    }
+
+    fn add_product(&self, x: &mut Hidden, y: &Activation, weight: &Dense) -> Result<()> {
+        self.multiply(y, weight, x.float(), Precision::HalfToFloat, true)
+    }
+
+    fn integer_product(&self, x: &Rows, weight: &Packed) -> Result<Activation> {
+        let data = self.integer(x, weight, true)?;
+        let places = weight.places.clone();
+        Ok(Activation { places, ..Activation::new(x.tokens, weight.rows, data) })
+    }
+
+    fn add_integer_product(&self, x: &mut Hidden, y: &Rows, weight: &Packed) -> Result<()> {
+        // The other product's kernel has no such sum.
+        if let (Form::Blocks(blocks), Layout::Tiled) = (&weight.form, y.layout)
+            && kernels::is_for_many(y.tokens)
+        {
+            return self.tiled_product(y, blocks, weight.rows, x.float(), kernels::Output::Added);
+        }
+        let product = self.integer_product(y, weight)?;
+        self.add(x, &product)
+    }
+
+    fn add_bias(&self, y: &mut Activation, bias: &Hidden) -> Result<()> {
+        self.launch(
+            "elementwise",
+            "add_bias_half",
+            Geometry::line(y.rows, THREADS),
+            arguments![y.half(), bias.float(), y.columns],
+        )
+    }
+
+    fn add(&self, x: &mut Hidden, y: &Activation) -> Result<()> {
+        let count = x.count();
+        self.launch(
+            "elementwise",
+            "add_half",
+            Geometry::over(count.div_ceil(4), THREADS),
+            arguments![x.float(), y.half(), count as i64],
+        )
+    }
+
+    fn add_rows(
+        &self,
+        x: &mut Hidden,
+        y: &Activation,
+        rows: &[u32],
+        weights: &[f32],
+    ) -> Result<()> {
+        let (of, shares) = (self.gpu.upload(rows)?, self.gpu.upload(weights)?);
+        self.launch(
+            "elementwise",
+            "add_rows_half",
+            Geometry::line(rows.len(), THREADS),
+            arguments![x.float(), y.half(), &of, &shares, x.columns],
+        )
+    }
+}
+
+impl Cuda {
+    /// The rows of `from` that `rows` names.
+    fn select(
+        &self,
+        entry: &str,
+        from: &Buffer,
+        columns: usize,
+        rows: &[u32],
+        to: &Buffer,
+    ) -> Result<()> {
+        let named = self.gpu.upload(rows)?;
+        self.launch(
+            "elementwise",
+            entry,
+            Geometry::line(rows.len(), THREADS),
+            arguments![from, &named, columns, to],
+        )
+    }
+}

@@ -1,0 +1,143 @@
+//! Hidden states, activations and weights on their way to the device, within it and back.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use half::f16;
+
+use super::Cuda;
+use super::gpu::Stream;
+use super::tensor::{Activation, Hidden, Home, Resident, Values, Weight};
+use crate::backend::{Matrix, Memory};
+use crate::checkpoint;
+use crate::{Error, Result};
+
+/// A batch's activations inside a block, counted as f32: 16384 tokens of Llama-2-7B's widths, whose
+/// products fill the largest devices.
+const BATCH_BYTES: usize = 3_600_000_000;
+
+impl Memory for Cuda {
+    type Hidden = Hidden;
+    type Activation = Activation;
+    type Weight<'a> = Weight;
+
+    const ON_HOST: bool = false;
+
+    fn device(&self) -> String {
+        format!("cuda:{} ({})", self.gpu.device.ordinal, self.gpu.device.name)
+    }
+
+    fn batch_bytes(&self) -> usize {
+        BATCH_BYTES
+    }
+
+    fn stream_bytes(&self) -> usize {
+        usize::try_from(self.gpu.limit_bytes() / 2).unwrap_or(usize::MAX).min(16 << 30)
+    }
+
+    fn upload(&self, matrix: Matrix) -> Result<Hidden> {
+        let Matrix { rows, columns, data } = matrix;
+        Ok(Hidden::new(rows, columns, self.gpu.upload(&data)?))
+    }
+
+    fn upload_activation(&self, matrix: Matrix) -> Result<Activation> {
+        let Matrix { rows, columns, data } = matrix;
+        let halves: Vec<u16> = data.into_iter().map(|x| f16::from_f32(x).to_bits()).collect();
+        Ok(Activation::new(rows, columns, self.gpu.upload(&halves)?))
+    }
+
+    fn download(&self, x: &Hidden) -> Result<Matrix> {
+        let Hidden { rows, columns, .. } = *x;
+        let bytes = 4 * x.count();
+        let data = match &x.values {
+            Values::Resident(buffer) => buffer.download(0..bytes)?,
+            Values::Offloaded(host) => bytemuck::cast_slice(&host.as_slice()[..bytes]).to_vec(),
+        };
+        Ok(Matrix { rows, columns, data })
+    }
+
+    fn download_activation(&self, x: &Activation) -> Result<Matrix> {
+        let Activation { rows, columns, .. } = *x;
+        let halves = x.half().download::<u16>(0..2 * x.count())?;
+        let data = halves.into_iter().map(|bits| f16::from_bits(bits).to_f32()).collect();
+        Ok(Matrix { rows, columns, data })
+    }
+
+    fn duplicate(&self, x: &Hidden) -> Result<Hidden> {
+        let bytes = 4 * x.count();
+        let copy = self.gpu.alloc(bytes)?;
+        match &x.values {
+            Values::Resident(buffer) => copy.copy_from(buffer, bytes)?,
+            Values::Offloaded(host) => copy.copy_up(0, host, bytes, Stream::Main)?,
+        }
+        Ok(Hidden::new(x.rows, x.columns, copy))
+    }
+
+    fn load<'a>(&self, tensor: checkpoint::Tensor<'a>) -> Result<Weight> {
+        tensor.read_ahead();
+        let (rows, columns) = (tensor.shape[0], tensor.shape[1..].iter().product());
+        let data = Arc::new(self.gpu.alloc_on(Stream::Up, tensor.bytes.len())?);
+        self.uploads
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .upload(tensor.bytes, &data)?;
+        tensor.release();
+        let weight = Weight { rows, columns, dtype: tensor.dtype, data };
+        match self.convert(&weight, None, Stream::Up)? {
+            None => Ok(weight),
+            // It says which value is wrong, and where.
+            Some(_) => Err(tensor.check_finite(&|| Ok(())).err().unwrap_or_else(|| {
+                Error::machine(format!("tensor `{}` changed on its way to the GPU", tensor.name))
+            })),
+        }
+    }
+
+    fn reserve(&self, bytes: u64) -> Result<()> {
+        let limit = self.gpu.limit_bytes();
+        if bytes > limit {
+            return Err(Error::machine(format!(
+                "{} has too little memory: a block's work takes about {bytes} bytes, {limit} may be used",
+                self.gpu.device.name
+            ))
+            .hint("end what else uses the GPU, raise --gpu-memory, or run with --device cpu"));
+        }
+        self.aside_limit_bytes.store(limit - bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn offload(&self, x: &mut Hidden) -> Result<()> {
+        let bytes = 4 * x.count();
+        if matches!(x.home, Home::Undecided) {
+            let limit = self.aside_limit_bytes.load(Ordering::Relaxed);
+            let resident = Resident::take(bytes as u64, &self.aside_bytes, limit);
+            x.home = resident.map_or(Home::Host, |resident| Home::Device { _resident: resident });
+        }
+        if matches!(x.home, Home::Host) {
+            let mut host = self.gpu.pinned(bytes)?;
+            x.float().copy_down(0, &mut host, bytes, Stream::Main)?;
+            self.gpu.wait(Stream::Main)?;
+            x.values = Values::Offloaded(host);
+        }
+        Ok(())
+    }
+
+    fn reload(&self, x: &mut Hidden) -> Result<()> {
+        if let Values::Offloaded(host) = &x.values {
+            let bytes = 4 * x.count();
+            let buffer = self.gpu.alloc(bytes)?;
+            buffer.copy_up(0, host, bytes, Stream::Main)?;
+            // The host's copy must stay until it is read.
+            self.gpu.wait(Stream::Main)?;
+            x.values = Values::Resident(buffer);
+        }
+        Ok(())
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.gpu.wait(Stream::Main)
+    }
+
+    fn peak_bytes(&self) -> Option<u64> {
+        Some(self.gpu.peak_bytes())
+    }
+}
