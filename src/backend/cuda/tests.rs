@@ -647,7 +647,7 @@ fn hessians_and_their_factors_are_what_they_are_called() {
         let mut sum = vec![0f64; n * n];
         for _ in 0..2 {
             let x = Matrix { rows: tokens, columns: n, data: random.values(tokens * n) };
-            cuda.add_gram(&mut hessian, &cuda.half_tensor(&x)).unwrap();
+            cuda.add_gram(&hessian, &cuda.half_tensor(&x)).unwrap();
             for row in x.data.chunks(n) {
                 for (i, a) in row.iter().enumerate() {
                     for (j, b) in row.iter().enumerate() {
@@ -656,7 +656,7 @@ fn hessians_and_their_factors_are_what_they_are_called() {
                 }
             }
         }
-        let (factor, damping) = cuda.cholesky(&mut hessian, 0.01).unwrap().unwrap();
+        let (factor, damping) = cuda.cholesky(&hessian, 0.01).unwrap().unwrap();
         assert_eq!(damping, Damping { share: 0.01, failures: 0 });
         let found = hessian.data.download::<f32>(0..4 * n * n).unwrap();
         let expected: Vec<f32> = sum.iter().map(|v| *v as f32).collect();
@@ -685,10 +685,10 @@ fn hessians_and_their_factors_are_what_they_are_called() {
 
     // Eigenvalues 3 and -1: damping must exceed 1. A channel that no token used does not matter.
     let matrix = |values: [f32; 4]| Hessian { n: 2, data: cuda.gpu.upload(&values).unwrap() };
-    let (_, damping) = cuda.cholesky(&mut matrix([1.0, 2.0, 0.0, 1.0]), 0.05).unwrap().unwrap();
+    let (_, damping) = cuda.cholesky(&matrix([1.0, 2.0, 0.0, 1.0]), 0.05).unwrap().unwrap();
     assert_eq!(damping, Damping { share: 0.05 * 30.0, failures: 3 });
-    assert!(cuda.cholesky(&mut matrix([1.0, 2.0, 0.0, 1.0]), 0.001).unwrap().is_none());
-    assert!(cuda.cholesky(&mut matrix([4.0, 0.0, 0.0, 0.0]), 0.01).unwrap().is_some());
+    assert!(cuda.cholesky(&matrix([1.0, 2.0, 0.0, 1.0]), 0.001).unwrap().is_none());
+    assert!(cuda.cholesky(&matrix([4.0, 0.0, 0.0, 0.0]), 0.01).unwrap().is_some());
 }
 
 fn matrix_row(random: &mut Random, columns: usize) -> Matrix {
@@ -734,15 +734,15 @@ fn drift_is_corrected_as_on_the_cpu() {
         let seen = cuda.permute(&cuda.half_tensor(&x), &site).unwrap();
         let wanted = cuda.permute(&cuda.half_tensor(&x0), &site).unwrap();
         let mut hessian = cuda.gram(width).unwrap();
-        cuda.add_gram(&mut hessian, &seen).unwrap();
-        let (factor, _) = cuda.cholesky(&mut hessian, 0.01).unwrap().unwrap();
+        cuda.add_gram(&hessian, &seen).unwrap();
+        let (factor, _) = cuda.cholesky(&hessian, 0.01).unwrap().unwrap();
         let mut drift = AccumulatedError {
             inputs: cuda.cross_covariance(width, width).unwrap(),
             outputs: Some(cuda.cross_covariance(rows, width).unwrap()),
             share: 0.5,
         };
         let difference = cuda.difference(&wanted, &seen).unwrap();
-        cuda.add_cross_covariance(&mut drift.inputs, &difference, &seen).unwrap();
+        cuda.add_cross_covariance(&drift.inputs, &difference, &seen).unwrap();
         let states = [before, after].map(|m| cuda.upload(m).unwrap());
         let lost = cuda.hidden_difference(&states[0], &states[1]).unwrap();
         cuda.add_cross_covariance(drift.outputs.as_mut().unwrap(), &lost, &seen).unwrap();
@@ -786,9 +786,9 @@ fn gptq_makes_the_cpus_decisions() {
         let site = cuda.site(&format).unwrap();
         let arranged = cuda.permute(&cuda.half_tensor(&x), &site).unwrap();
         let mut hessian = cuda.gram(width).unwrap();
-        cuda.add_gram(&mut hessian, &arranged).unwrap();
+        cuda.add_gram(&hessian, &arranged).unwrap();
         let (host_factor, _) = cpu.cholesky(&mut host_hessian, 0.01).unwrap().unwrap();
-        let (factor, _) = cuda.cholesky(&mut hessian, 0.01).unwrap().unwrap();
+        let (factor, _) = cuda.cholesky(&hessian, 0.01).unwrap().unwrap();
 
         // Two linears of one format, and one of another.
         let shapes = [[64, channels], [135, channels], [77, channels]];
