@@ -136,9 +136,11 @@ pub(super) fn attention_of(
 ) {
     let AttentionShape { heads, kv_heads, head_dim, seq_len, reach } = shape;
     assert!(head_dim.is_multiple_of(2) && heads.is_multiple_of(kv_heads.max(1)));
-    let tokens = q.len() / (heads * head_dim).max(1);
-    assert!(q.len() == tokens * heads * head_dim && q.len() == out.len());
-    assert!(k.len() == tokens * kv_heads * head_dim && k.len() == v.len());
+    let width = heads.checked_mul(head_dim).expect("channels of all heads can be counted");
+    let tokens = q.len() / width.max(1);
+    assert!(q.len() == tokens * width && q.len() == out.len());
+    // No wider than the queries', so it can be counted too.
+    assert!(kv_heads <= heads && k.len() == tokens * kv_heads * head_dim && k.len() == v.len());
     let mut own = vec![false; tokens];
     for window in windows {
         assert!(window.rows.len() <= seq_len);
@@ -149,7 +151,8 @@ pub(super) fn attention_of(
             );
         }
     }
-    assert!(cos.len() >= seq_len * head_dim / 2 && sin.len() >= seq_len * head_dim / 2);
+    let tables = seq_len.checked_mul(head_dim).expect("values of a window can be counted") / 2;
+    assert!(cos.len() >= tables && sin.len() >= tables);
     if q.is_empty() {
         return;
     }

@@ -23,12 +23,12 @@ macro_rules! dispatch {
             $body($($argument),*)
         }
         match $isa {
-            // SAFETY: an `Isa` is a set that this machine has.
+            // SAFETY: the token is proof that the processor has the set.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512($($argument),*) },
+            Isa::Avx512(_) => unsafe { avx512($($argument),*) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { avx2($($argument),*) },
+            Isa::Avx2(_) => unsafe { avx2($($argument),*) },
             _ => $body($($argument),*),
         }
     }};

@@ -15,6 +15,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::gemm_kernels::{Kernels, TALLEST, kernels, prefetch};
+use super::gemm_pack::span;
 pub use super::gemm_pack::{PANEL, Panels, Part, Rows};
 use super::isa::Isa;
 
@@ -136,12 +137,8 @@ pub(super) fn range(index: usize, size: usize, end: usize) -> Range<usize> {
 
 fn check(a: &Rows<'_>, b: &Part<'_>, c: &[f32], c_stride: usize) {
     assert!(a.has_columns(b.k()), "A has fewer than {} columns", b.k());
-    assert!(
-        a.rows == 0 || b.n() == 0 || (a.rows - 1) * c_stride + b.n() <= c.len(),
-        "C is smaller than {} x {}",
-        a.rows,
-        b.n()
-    );
+    let end = span(a.rows, b.n(), c_stride);
+    assert!(end.is_some_and(|end| end <= c.len()), "C is smaller than {} x {}", a.rows, b.n());
     assert!(a.rows < 2 || c_stride >= b.n(), "rows of C overlap");
 }
 
@@ -344,6 +341,56 @@ pub(crate) mod tests {
                 }
             }
         }
+    }
+
+    /// The panic's sentence.
+    pub(crate) fn refusal(work: impl FnOnce() + std::panic::UnwindSafe) -> String {
+        let panic = std::panic::catch_unwind(work).expect_err("it is refused");
+        let sentence = panic.downcast_ref::<String>().cloned();
+        sentence.unwrap_or_else(|| (*panic.downcast_ref::<&str>().unwrap()).to_owned())
+    }
+
+    #[test]
+    fn sizes_that_wrap_are_refused() {
+        const HUGE: usize = 1 << 63;
+        let values = [1.0f32; 64];
+        for isa in Isa::available() {
+            let product = |a: Rows<'static>, c_stride: usize, parallel: bool| {
+                refusal(move || {
+                    let panels = Panels::from_rows(&[1.0; 8], 4, 2);
+                    let mut c = [0.0; 64];
+                    if parallel {
+                        par_gemm(isa, a, &panels, &mut c, c_stride, false);
+                    } else {
+                        gemm(isa, a, &panels, &mut c, c_stride, false);
+                    }
+                })
+            };
+            static DATA: [f32; 64] = [1.0; 64];
+            let rows = |rows, row_stride, column_stride| Rows {
+                data: &DATA,
+                rows,
+                row_stride,
+                column_stride,
+            };
+            for parallel in [false, true] {
+                // Twice the stride is 0, and so would be where the last row begins.
+                let last_row = product(rows(3, 1, 1), HUGE, parallel);
+                assert!(last_row.contains("C is smaller than 3 x 4"), "{last_row}");
+                let many = product(rows(HUGE + 1, 0, 1), 4, parallel);
+                assert!(many.contains("C is smaller than"), "{many}");
+                let stride = product(rows(3, HUGE, 1), 4, parallel);
+                assert!(stride.contains("A has fewer than 2 columns"), "{stride}");
+                let column = product(rows(2, 1, usize::MAX), 4, parallel);
+                assert!(column.contains("A has fewer than 2 columns"), "{column}");
+            }
+        }
+        let weight = refusal(move || drop(Panels::from_rows(&values, HUGE, 2)));
+        assert!(weight.contains("has only 64 values"), "{weight}");
+        let columns = refusal(move || drop(Panels::from_columns(&values, 3, 4, HUGE)));
+        assert!(columns.contains("has only 64 values"), "{columns}");
+        let panels = refusal(|| drop(Panels::from_rows_with(PANEL, 1 << 58, |_, _| {})));
+        assert!(panels.contains("fit no memory"), "{panels}");
     }
 
     #[test]

@@ -22,13 +22,13 @@ pub(super) struct Kernels {
 /// The tallest tile of any set.
 pub(super) const TALLEST: usize = 6;
 
-/// The kernels for `isa`, which this machine must have.
+/// The kernels for `isa`.
 pub(super) fn kernels(isa: Isa) -> &'static Kernels {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => &x86::AVX512,
+        Isa::Avx512(_) => &x86::AVX512,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => &x86::AVX2,
+        Isa::Avx2(_) => &x86::AVX2,
         _ => &PORTABLE,
     }
 }

@@ -19,6 +19,14 @@ const STRIP: usize = 16;
 #[repr(C, align(64))]
 struct Line([f32; STRIP]);
 
+/// Where a matrix `[rows, columns]` ends, with `stride` values from row to row; none beyond what can be counted.
+pub(super) fn span(rows: usize, columns: usize, stride: usize) -> Option<usize> {
+    match rows.checked_sub(1) {
+        Some(last) if columns > 0 => last.checked_mul(stride)?.checked_add(columns),
+        _ => Some(0),
+    }
+}
+
 /// A matrix B `[k, n]`, packed for products from the right: panels of [`PANEL`] columns, each
 /// `[k, 64]`, columns after the last hold zeros.
 #[derive(Clone, Default)]
@@ -53,7 +61,8 @@ impl Panels {
 
     /// As [`Panels::from_rows`], into the memory of `self`.
     pub fn refill_rows(&mut self, w: &[f32], n: usize, k: usize) {
-        assert!(w.len() >= n * k, "a weight of {n} x {k} has only {} values", w.len());
+        let enough = span(n, k, k).is_some_and(|end| end <= w.len());
+        assert!(enough, "a weight of {n} x {k} has only {} values", w.len());
         self.refill_rows_with(n, k, |row, out| out.copy_from_slice(&w[row * k..][..k]));
     }
 
@@ -82,7 +91,8 @@ impl Panels {
 
     /// As [`Panels::from_columns`], into the memory of `self`.
     pub fn refill_columns(&mut self, b: &[f32], k: usize, n: usize, row_stride: usize) {
-        assert!(k == 0 || b.len() >= (k - 1) * row_stride + n, "B has too few values");
+        let enough = span(k, n, row_stride).is_some_and(|end| end <= b.len());
+        assert!(enough, "B of {k} x {n} has only {} values", b.len());
         self.resize(n, k);
         self.for_each_panel(
             || (),
@@ -117,8 +127,13 @@ impl Panels {
     }
 
     fn resize(&mut self, n: usize, k: usize) {
+        let lines = n.div_ceil(PANEL).checked_mul(k);
+        let lines = lines.and_then(|lines| lines.checked_mul(PANEL / STRIP));
+        // Values are counted by `panel`, and each of them must have an index.
+        let lines = lines.filter(|lines| lines.checked_mul(STRIP).is_some());
+        let lines = lines.unwrap_or_else(|| panic!("panels of {n} x {k} fit no memory"));
         (self.n, self.k) = (n, k);
-        self.lines.resize(n.div_ceil(PANEL) * k * (PANEL / STRIP), Line::zeroed());
+        self.lines.resize(lines, Line::zeroed());
     }
 
     /// Calls `fill(state, panel, lines)` for each panel, in parallel.
@@ -210,15 +225,20 @@ impl<'a> Rows<'a> {
     /// Rows `range` of this matrix.
     pub fn slice(&self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.rows);
-        let first = (range.start * self.row_stride).min(self.data.len());
+        let first = range.start.saturating_mul(self.row_stride).min(self.data.len());
         Self { data: &self.data[first..], rows: range.len(), ..*self }
     }
 
     /// Whether `k` columns of every row lie inside the data.
     pub(super) fn has_columns(&self, k: usize) -> bool {
-        self.rows == 0
-            || k == 0
-            || (self.rows - 1) * self.row_stride + (k - 1) * self.column_stride < self.data.len()
+        let (Some(last_row), Some(last_column)) = (self.rows.checked_sub(1), k.checked_sub(1))
+        else {
+            return true;
+        };
+        let row = last_row.checked_mul(self.row_stride);
+        let column = last_column.checked_mul(self.column_stride);
+        let last = row.zip(column).and_then(|(row, column)| row.checked_add(column));
+        last.is_some_and(|last| last < self.data.len())
     }
 
     /// Copies `height` rows from `first` on, columns `depth`, to `tile` `[depth, height]`.
@@ -257,8 +277,8 @@ fn transpose(
     if rows == 0 || depth == 0 {
         return;
     }
-    assert!((rows - 1) * from_stride + depth <= from.len() && rows <= to_stride);
-    assert!((depth - 1) * to_stride + rows <= to.len());
+    assert!(span(rows, depth, from_stride).is_some_and(|end| end <= from.len()));
+    assert!(span(depth, rows, to_stride).is_some_and(|end| end <= to.len()) && rows <= to_stride);
     if rows < 4 || depth < 4 {
         for (r, d) in (0..rows).flat_map(|r| (0..depth).map(move |d| (r, d))) {
             to[d * to_stride + r] = from[r * from_stride + d];

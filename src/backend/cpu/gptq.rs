@@ -90,11 +90,11 @@ impl Span<'_> {
     ) -> Result<()> {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: an Isa value exists only for instruction sets this processor has.
-            Isa::Avx512 => unsafe { self.sweep_avx512(weights, codes, scales, errors) },
+            // SAFETY: the token is proof that the processor has the set.
+            Isa::Avx512(_) => unsafe { self.sweep_avx512(weights, codes, scales, errors) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx2 => unsafe { self.sweep_avx2(weights, codes, scales, errors) },
+            Isa::Avx2(_) => unsafe { self.sweep_avx2(weights, codes, scales, errors) },
             _ => self.sweep_body(weights, codes, scales, errors),
         }
     }

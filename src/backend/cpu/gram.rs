@@ -18,7 +18,8 @@ use super::isa::Isa;
 /// # Panics
 /// If X or H is smaller than its shape.
 pub fn gram_add(isa: Isa, x: &[f32], tokens: usize, n: usize, h: &mut [f32]) {
-    assert!(x.len() >= tokens * n && h.len() >= n * n, "X or H is smaller than its shape");
+    let fits = |rows: usize, len: usize| rows.checked_mul(n).is_some_and(|count| count <= len);
+    assert!(fits(tokens, x.len()) && fits(n, h.len()), "X or H is smaller than its shape");
     let panels = Panels::from_columns(x, tokens, n, n);
     let gram = Gram { kernels: kernels(isa), x: Part::from(&panels), n, h: Shared(h.as_mut_ptr()) };
     // Square blocks of H; small ones where large ones would leave threads without work.
@@ -106,7 +107,7 @@ impl Gram<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::gemm::tests::{on_threads, random};
+    use super::super::gemm::tests::{on_threads, random, refusal};
     use super::super::gemm::{Rows, plain_gemm};
     use super::*;
 
@@ -133,6 +134,16 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_width_whose_square_wraps_is_refused() {
+        for isa in Isa::available() {
+            let sentence = refusal(move || gram_add(isa, &[1.0; 8], 0, 1 << 32, &mut [0.0; 8]));
+            assert!(sentence.contains("smaller than its shape"), "{sentence}");
+            let sentence = refusal(move || gram_add(isa, &[1.0; 8], 1 << 63, 2, &mut [0.0; 8]));
+            assert!(sentence.contains("smaller than its shape"), "{sentence}");
         }
     }
 }

@@ -9,8 +9,20 @@ use crate::{Error, Result};
 /// The environment variable that overrides the choice.
 pub const VARIABLE: &str = "ATOM_ISA";
 
-/// An instruction set that kernels are compiled for, from the plainest to the widest. Kernels take
-/// a value as proof that the machine has the set, so values come from [`Isa::detect`] or
+/// The names that it takes.
+const NAMES: [&str; 4] = ["plain", "portable", "avx2", "avx512"];
+
+/// Proof that this processor has AVX2, FMA and F16C: only detection makes one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Avx2(());
+
+/// Proof that this processor has AVX-512 F, BW, VL, DQ and VNNI, and everything of [`Avx2`]: only detection
+/// makes one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Avx512(());
+
+/// An instruction set that kernels are compiled for, from the plainest to the widest. A value is proof
+/// that the machine has the set, since the sets that not every machine has hold a token of
 /// [`Isa::available`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Isa {
@@ -19,9 +31,9 @@ pub enum Isa {
     /// Blocked kernels without intrinsics, for any processor.
     Portable,
     /// x86-64 with AVX2, FMA and F16C.
-    Avx2,
+    Avx2(Avx2),
     /// x86-64 with AVX-512 F, BW, VL, DQ and VNNI, and everything of [`Isa::Avx2`].
-    Avx512,
+    Avx512(Avx512),
 }
 
 impl Isa {
@@ -50,10 +62,10 @@ impl Isa {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vnni");
             if avx2 {
-                sets.push(Self::Avx2);
+                sets.push(Self::Avx2(Avx2(())));
             }
             if avx2 && avx512 {
-                sets.push(Self::Avx512);
+                sets.push(Self::Avx512(Avx512(())));
             }
         }
         sets
@@ -64,8 +76,8 @@ impl Isa {
         match self {
             Self::Plain => "plain",
             Self::Portable => "portable",
-            Self::Avx2 => "avx2",
-            Self::Avx512 => "avx512",
+            Self::Avx2(_) => "avx2",
+            Self::Avx512(_) => "avx512",
         }
     }
 
@@ -74,24 +86,17 @@ impl Isa {
         let Some(wanted) = wanted.filter(|name| !name.is_empty()) else {
             return Ok(available.last().copied().unwrap_or(Self::Plain));
         };
-        let all = [Self::Plain, Self::Portable, Self::Avx2, Self::Avx512];
-        let Some(isa) = all.into_iter().find(|isa| isa.name() == wanted) else {
-            return Err(Error::usage(format!(
-                "{VARIABLE} is `{wanted}`, which is no instruction set"
-            ))
-            .hint(format!("use one of {}, or leave {VARIABLE} unset", names(&all))));
-        };
-        if !available.contains(&isa) {
-            return Err(Error::machine(format!("this processor has no {wanted} instructions"))
-                .hint(format!("set {VARIABLE} to one of {}, or unset it", names(available))));
+        if let Some(isa) = available.iter().find(|isa| isa.name() == wanted) {
+            return Ok(*isa);
         }
-        Ok(isa)
+        if NAMES.contains(&wanted) {
+            let names: Vec<_> = available.iter().map(|isa| isa.name()).collect();
+            return Err(Error::machine(format!("this processor has no {wanted} instructions"))
+                .hint(format!("set {VARIABLE} to one of {}, or unset it", names.join(", "))));
+        }
+        Err(Error::usage(format!("{VARIABLE} is `{wanted}`, which is no instruction set"))
+            .hint(format!("use one of {}, or leave {VARIABLE} unset", NAMES.join(", "))))
     }
-}
-
-/// The sets' names, separated by commas.
-fn names(sets: &[Isa]) -> String {
-    sets.iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -101,9 +106,9 @@ mod tests {
 
     #[test]
     fn the_widest_set_is_chosen_unless_another_is_named() {
-        let available = [Isa::Plain, Isa::Portable, Isa::Avx2];
-        assert_eq!(Isa::choose(None, &available).unwrap(), Isa::Avx2);
-        assert_eq!(Isa::choose(Some(""), &available).unwrap(), Isa::Avx2);
+        let available = [Isa::Plain, Isa::Portable, Isa::Avx2(Avx2(()))];
+        assert_eq!(Isa::choose(None, &available).unwrap(), available[2]);
+        assert_eq!(Isa::choose(Some(""), &available).unwrap(), available[2]);
         assert_eq!(Isa::choose(Some("portable"), &available).unwrap(), Isa::Portable);
     }
 

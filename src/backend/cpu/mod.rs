@@ -57,7 +57,7 @@ impl Cpu {
         Ok(Self::with_isa(Isa::detect()?))
     }
 
-    /// A given instruction set, which must be available.
+    /// A given instruction set.
     pub fn with_isa(isa: Isa) -> Self {
         Self { isa, pool: Arc::default() }
     }

@@ -69,12 +69,12 @@ pub fn quantize_rows(
     }
     let places = Places::new(format);
     let sound = tiles.into_par_iter().all(|tile| match isa {
-        // SAFETY: `isa` is available on this processor.
+        // SAFETY: the token is proof that the processor has the set.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { quantize_tile_avx512(tile, format, &places) },
+        Isa::Avx512(_) => unsafe { quantize_tile_avx512(tile, format, &places) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { quantize_tile_avx2(tile, format, &places) },
+        Isa::Avx2(_) => unsafe { quantize_tile_avx2(tile, format, &places) },
         _ => quantize_tile(tile, format, &places),
     });
     if !sound {
@@ -114,12 +114,12 @@ pub fn arrange_rows(isa: Isa, x: &[f32], tokens: usize, format: &SiteFormat, arr
     if format.channels > 0 {
         let rows = x.par_chunks_exact(format.channels).with_min_len(TILE_TOKENS);
         rows.zip(arranged.par_chunks_exact_mut(format.width())).for_each(|(row, out)| match isa {
-            // SAFETY: `isa` is available on this processor.
+            // SAFETY: the token is proof that the processor has the set.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { arrange_avx512(row, format, &places, out) },
+            Isa::Avx512(_) => unsafe { arrange_avx512(row, format, &places, out) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { arrange_avx2(row, format, &places, out) },
+            Isa::Avx2(_) => unsafe { arrange_avx2(row, format, &places, out) },
             _ => arrange(row, format, &places, out),
         });
     }
@@ -139,12 +139,12 @@ pub fn dequantize_rows(isa: Isa, rows: &QuantizedRows, values: &mut [f32]) {
     }
     let outputs = values.par_chunks_exact_mut(width).with_min_len(TILE_TOKENS);
     outputs.enumerate().for_each(|(token, out)| match isa {
-        // SAFETY: `isa` is available on this processor.
+        // SAFETY: the token is proof that the processor has the set.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { dequantize_avx512(rows, token, out) },
+        Isa::Avx512(_) => unsafe { dequantize_avx512(rows, token, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { dequantize_avx2(rows, token, out) },
+        Isa::Avx2(_) => unsafe { dequantize_avx2(rows, token, out) },
         _ => dequantize(rows, token, out),
     });
 }

@@ -93,11 +93,11 @@ pub fn linear(isa: Isa, x: &QuantizedRows, w: &IntegerLinear, y: &mut [f32]) {
     let sizes = (own.numbers.group_size, own.groups);
     assert_eq!((numbers.group_size, groups), sizes, "groups of x and w");
     assert_eq!(outlier_channels, own.outlier_channels, "outliers of x and w");
-    assert_eq!(y.len(), x.tokens * w.rows, "length of y");
     let grouped = x.format.grouped_channels();
-    assert_eq!(x.codes.len(), x.tokens * grouped, "length of the codes of x");
-    assert_eq!(x.scales.len(), x.tokens * groups, "length of the scales of x");
-    assert!(Isa::available().contains(&isa), "this machine has no {}", isa.name());
+    let of_tokens = |width| x.tokens.checked_mul(width);
+    assert_eq!(Some(y.len()), of_tokens(w.rows), "length of y");
+    assert_eq!(Some(x.codes.len()), of_tokens(grouped), "length of the codes of x");
+    assert_eq!(Some(x.scales.len()), of_tokens(groups), "length of the scales of x");
     if let Some(w) = &w.plain {
         plain::linear(x, w, y);
         return;
@@ -106,11 +106,11 @@ pub fn linear(isa: Isa, x: &QuantizedRows, w: &IntegerLinear, y: &mut [f32]) {
     let kinds_agree = match (&x.outliers, &w.outliers) {
         (OutlierRows::None, Outliers::None) => true,
         (OutlierRows::Int8 { codes, scales }, Outliers::Int8 { .. }) => {
-            codes.len() == x.tokens * outlier_channels && scales.len() == x.tokens
+            Some(codes.len()) == of_tokens(outlier_channels) && scales.len() == x.tokens
         }
         (OutlierRows::Fp8(values), Outliers::Fp8 { .. })
         | (OutlierRows::F16(values), Outliers::F16(_)) => {
-            values.len() == x.tokens * outlier_channels
+            Some(values.len()) == of_tokens(outlier_channels)
         }
         _ => false,
     };
@@ -354,13 +354,12 @@ fn integer(
     assert!(block.x_scales.len() >= last * block.groups_stride + groups);
     assert!(block.starts.len() >= last * block.groups_stride + groups);
     match isa {
-        // SAFETY: `linear` checked that the processor has the instructions; the lengths are
-        // checked above.
+        // SAFETY: the token is proof that the processor has the set; the lengths are checked above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::integer(block, acc, out) },
+        Isa::Avx512(_) => unsafe { avx512::integer(block, acc, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::integer(block, acc, out) },
+        Isa::Avx2(_) => unsafe { avx2::integer(block, acc, out) },
         _ => portable::integer(block, acc, out),
     }
 }
@@ -371,10 +370,10 @@ fn float(isa: Isa, block: &FloatBlock<'_>, acc: &mut [[f32; PANEL]], out: Option
     match isa {
         // SAFETY: as in `integer`.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::float(block, acc, out) },
+        Isa::Avx512(_) => unsafe { avx512::float(block, acc, out) },
         // SAFETY: as in `integer`.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::float(block, acc, out) },
+        Isa::Avx2(_) => unsafe { avx2::float(block, acc, out) },
         _ => portable::float(block, acc, out),
     }
 }
@@ -382,12 +381,12 @@ fn float(isa: Isa, block: &FloatBlock<'_>, acc: &mut [[f32; PANEL]], out: Option
 /// Calls [`layout::unpack`] compiled for `isa`.
 fn unpack(isa: Isa, packed: &[Line], unpacked: &mut [Line]) {
     match isa {
-        // SAFETY: `linear` checked that the processor has the instructions.
+        // SAFETY: the token is proof that the processor has the set.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::unpack_lines(packed, unpacked) },
+        Isa::Avx512(_) => unsafe { avx512::unpack_lines(packed, unpacked) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::unpack_lines(packed, unpacked) },
+        Isa::Avx2(_) => unsafe { avx2::unpack_lines(packed, unpacked) },
         _ => portable::unpack_lines(packed, unpacked),
     }
 }
@@ -395,12 +394,12 @@ fn unpack(isa: Isa, packed: &[Line], unpacked: &mut [Line]) {
 /// Calls [`group_starts`] compiled for `isa`.
 fn starts(isa: Isa, codes: &[i8], size: usize, offset: i32, starts: &mut [i32]) {
     match isa {
-        // SAFETY: `linear` checked that the processor has the instructions.
+        // SAFETY: the token is proof that the processor has the set.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::starts(codes, size, offset, starts) },
+        Isa::Avx512(_) => unsafe { avx512::starts(codes, size, offset, starts) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::starts(codes, size, offset, starts) },
+        Isa::Avx2(_) => unsafe { avx2::starts(codes, size, offset, starts) },
         _ => portable::starts(codes, size, offset, starts),
     }
 }
