@@ -196,13 +196,6 @@ static __device__ __forceinline__ u32 group_code(float value, float inverse, flo
 /// Values of a span: 256 places of the order, of two rows.
 #define SPAN 256
 
-/// A load past the first-level cache, which is left to the order: every row reads it.
-static __device__ __forceinline__ uint2 load_once(const uint2* from) {
-    uint2 value;
-    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from));
-    return value;
-}
-
 /// Stages two rows, the values of a channel beside each other in one word: one access to shared memory
 /// then gathers for both rows, and the order is read once for both. Word -1, which is what an order's
 /// -1 picks, is zero.
@@ -218,8 +211,8 @@ static __device__ __forceinline__ const u32* stage_pair(const IN* first, const I
             for (int i = 0; i < FLIGHT; i++) {
                 int at = start + i * THREADS;
                 if (at < channels / 4) {
-                    a[i] = load_once(left + at);
-                    b[i] = load_once(right + at);
+                    a[i] = load_uncached(left + at);
+                    b[i] = load_uncached(right + at);
                 }
             }
 #pragma unroll

@@ -34,12 +34,6 @@ static constexpr int OUT_TILES = DP / 8;
 /// Whether a warp's queries stay in registers; for wide heads the outputs take their place.
 static constexpr bool HOLDS_QUERIES = DP <= 64;
 
-static __device__ __forceinline__ float power_of_two(float x) {
-    float value;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
-    return value;
-}
-
 /// Where 16-byte piece `piece` of row `row` lies, in bytes.
 static __device__ __forceinline__ u32 place(u32 row, u32 piece) {
     return row * PITCH + (DP % 64 == 0 ? piece ^ (row & 7) : piece) * 16;
@@ -128,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     const u32 queries = shared_address(memory), keys = queries + QUERY_ROWS * PITCH, values = keys + 2 * TILE_BYTES;
     const int last_query = min(first_query + QUERY_ROWS, seq_len) - 1;
     const int tiles = last_query / KEY_ROWS + 1;
-    await_kernels_before();
+    pdl_wait();
     copy_rows<QUERY_ROWS>(queries, q, threadIdx.x, first_query, seq_len);
     copy_rows<KEY_ROWS>(keys, k + kv_start, threadIdx.x, 0, seq_len);
     copy_rows<KEY_ROWS>(values, v + kv_start, threadIdx.x, 0, seq_len);

@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(APPEND_THREADS)
 #else
     __shared__ float exchange[APPEND_THREADS / 32][HEAD_DIM];
 #endif
-    await_kernels_before();
+    pdl_wait();
     const int sequence = blockIdx.z, head = blockIdx.y;
     const int before = held[sequence], first_row = rows[sequence], added = rows[sequence + 1] - first_row;
     const int page = before / PAGE_TOKENS + int(blockIdx.x);

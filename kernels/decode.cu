@@ -56,54 +56,9 @@
 
 static constexpr float LOWEST = -1e30f;
 
-static __device__ __forceinline__ float power_of_two(float x) {
-    float value;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
-    return value;
-}
-
-/// An 8 x 8 matrix of 16-bit values, a row of which four lanes hold, transposed.
-static __device__ __forceinline__ u32 transposed(u32 x) {
-    u32 value;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(value) : "r"(x));
-    return value;
-}
-
 /// 1 where a token of a pair is below `count`, as a mask of f16.
 static __device__ __forceinline__ u32 pair_mask(int token, int count) {
     return (token < count ? 0xffffu : 0) | (token + 1 < count ? 0xffff0000u : 0);
-}
-
-#if BULK
-static __device__ __forceinline__ void barrier_init(u32 barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-static __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-static __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
-    asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(barrier),
-                 "r"(phase)
-                 : "memory");
-}
-static __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-#endif
-
-/// Loads where it is written, so that what follows need not wait for what comes before.
-static __device__ __forceinline__ int load_now(const int* from) {
-    int x;
-    asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(x) : "l"(from));
-    return x;
-}
-
-/// A value that another block wrote.
-static __device__ __forceinline__ float4 load_shared_result(const float4* from) {
-    float4 x;
-    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(from));
-    return x;
 }
 
 /// A lane's words of all tiles of keys or values: four tiles a load, the rest two or one.
@@ -204,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
     const u32 own_address = shared_address(own_stages);
 
     // Table and lengths come from the host: what follows, from kernels.
-    await_kernels_before();
+    pdl_wait();
     // The query's loads go first: behind those of the pages they would wait for all of them.
     constexpr int SLOTS = DECODE_THREADS / HEAD_LANES;
     float x[HELD];
@@ -215,8 +170,8 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
     __shared__ u64 arrivals[WARPS * MOST_STAGES];
     const u32 arrived = shared_address(arrivals + warp * MOST_STAGES);
     if (lane < stages) {
-        barrier_init(arrived + 8 * lane);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barrier_init(arrived + 8 * lane, 1);
+        barrier_init_fence();
     }
     __syncwarp();
 #endif
@@ -504,7 +459,7 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
         __syncthreads();
         // Releases what the block has written, and acquires what the others have.
         if (threadIdx.x == 0) {
-            asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(finished + unit) : "memory");
+            before = count_in(finished + unit);
             if (before == u32(splits - 1)) finished[unit] = 0;
         }
         __syncthreads();
@@ -524,8 +479,8 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
                     ends[i] = make_float4(LOWEST, 0.0f, 0.0f, 0.0f), values[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                     if (first_part + i * joined >= splits) continue;
                     const float4* row = reinterpret_cast<const float4*>(from + (first_part + i * joined) * (TILE_HEADS * PART_PITCH));
-                    ends[i] = load_shared_result(row + HEAD_DIM / 4);
-                    values[i] = load_shared_result(row + min(lane, HEAD_DIM / 4 - 1));
+                    ends[i] = load_coherent(row + HEAD_DIM / 4);
+                    values[i] = load_coherent(row + min(lane, HEAD_DIM / 4 - 1));
                 }
                 float now = most;
 #pragma unroll

@@ -105,13 +105,6 @@ static __device__ __forceinline__ float exp_of_minus(float x, float& shifted) {
 /// Gates further from 0 need silu_mul_any.
 #define USUAL_GATE 80.0f
 
-/// A reciprocal to within an ulp.
-static __device__ __forceinline__ float near_reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /// silu(gate) * up, of gates that are not usual if need be. The quotient is the rounded one: a single correction makes it
 /// so for every gate that f16 has (tests of src/backend/cuda/fused.rs).
 template <bool USUAL> static __device__ __forceinline__ float silu_mul(float gate, float up) {
@@ -132,18 +125,6 @@ template <bool USUAL> static __device__ __forceinline__ float silu_mul(float gat
         quotient = gate >= -88.72284f ? quotient : gate * 0.0f;
     }
     return quotient * up;
-}
-
-/// The greater, NaN if one is.
-static __device__ __forceinline__ float max_or_nan(float a, float b) {
-    float most;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
-    return most;
-}
-static __device__ __forceinline__ u32 abs_max_or_nan2(u32 a, u32 b) {
-    u32 most;
-    asm("{.reg .b32 t; abs.f16x2 t, %2; max.NaN.f16x2 %0, %1, t;}" : "=r"(most) : "r"(a), "r"(b));
-    return most;
 }
 
 /// A thread's place in its warp.
@@ -342,15 +323,6 @@ static __device__ __forceinline__ uint4 plain_codes(const float* v, float invers
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-/// Two numbers as E4M3.
-static __device__ __forceinline__ u32 pack_e4m3(float low, float high) {
-    unsigned short packed = 0;
-#if __CUDA_ARCH__ >= 890
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
-#endif
-    return packed;
-}
-
 /// Sixteen codes as sign and magnitude.
 static __device__ __forceinline__ uint4 signed_codes(const float* v, float inverse, float least, float greatest) {
 #if __CUDA_ARCH__ >= 890
@@ -479,20 +451,6 @@ template <class Load> static __device__ __forceinline__ void outlier_codes(int p
 /// Whether rows are staged by the copy engine: one instruction a row instead of one for 16 bytes.
 #define BULK (__CUDA_ARCH__ >= 900)
 
-static __device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-static __device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
-}
-static __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
-#if BULK
-    asm volatile("{.reg .pred done; again%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra again%=;}" ::"r"(barrier), "r"(parity) : "memory");
-#else
-    asm volatile("{.reg .pred done; again%=: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done bra again%=;}" ::"r"(barrier), "r"(parity) : "memory");
-#endif
-}
-
 /// The stages in shared memory, in turn: barriers of rows that arrived, of rows that are done with, and of sums;
 /// then the norms' factors, the order, the norm's weights, and the rows.
 #define MOST_STAGES 16
@@ -525,8 +483,7 @@ static __device__ __forceinline__ int stage_rows(const In* x, const Shape& shape
 #if BULK
         if (lane < TOKENS && row + lane < shape.tokens) {
             bytes = count * sizeof(In);
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                         ::"r"(shared_address(to + lane * stride)), "l"(x + (long long)(row + lane) * shape.columns), "r"(bytes), "r"(arrived) : "memory");
+            copy_bulk(shared_address(to + lane * stride), x + (long long)(row + lane) * shape.columns, bytes, arrived);
         }
 #else
         for (int i = 0; i < TOKENS && row + i < shape.tokens; i++) {
@@ -547,16 +504,16 @@ static __device__ __forceinline__ int stage_rows(const In* x, const Shape& shape
 static __device__ __forceinline__ void stage_units(const In* x, const void* other, const Shape& shape, Ring ring) {
     int stride = row_stride(shape.columns);
     bool first = true;
-    await_kernels_before();
+    pdl_wait();
     for (int row = blockIdx.x * TOKENS; row < shape.tokens; row += gridDim.x * TOKENS) {
         if (!first) barrier_wait(ring.done(), ring.parity ^ 1);
         int bytes = stage_rows(x, shape, row, stride, ring.rows(), ring.arrived());
         if (FROM == SILU) bytes += stage_rows(reinterpret_cast<const In*>(other), shape, row, stride, ring.rows() + TOKENS * stride, ring.arrived());
 #if BULK
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(ring.arrived()), "r"(bytes) : "memory");
+        barrier_expect(ring.arrived(), bytes);
 #else
         bool copied = shape.columns % (16 / (int)sizeof(In)) == 0;
-        if (copied) asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(ring.arrived()) : "memory");
+        if (copied) barrier_arrive_after_copies(ring.arrived());
         else barrier_arrive(ring.arrived());
 #endif
         ring.advance();
@@ -754,7 +711,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
         barrier_init(barrier + 8 * MOST_STAGES, MAKERS + SUMMERS);
         barrier_init(barrier + 16 * MOST_STAGES, 1);
 #if BULK
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barrier_init_fence();
 #endif
     }
     for (int i = threadIdx.x; i < stages * rows; i += THREADS)
@@ -769,7 +726,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
     if (warp == WARPS - 1) return;
     copy_commit();
     copy_wait<0>();
-    asm volatile("bar.sync 1, %0;" ::"n"(32 * (WARPS - 1)) : "memory");
+    fixed_barrier<1, 32 * (WARPS - 1)>();
 #if FROM == NORM
     if (warp >= MAKERS) {
         sum_units(shape, epsilon, warp - MAKERS, ring);
@@ -778,7 +735,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
 #endif
     make(order, weights, shape, slice_panels, target, warp, ring);
 #else
-    await_kernels_before();
+    pdl_wait();
     make(x, reinterpret_cast<const half*>(other), shape, target, warp);
 #endif
 }

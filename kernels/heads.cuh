@@ -23,9 +23,7 @@ static __device__ __forceinline__ float nearest(float x) { return (x + 12582912.
 
 /// Clamps to 0..=top; a NaN stays one. What is clamped is never -0.
 static __device__ __forceinline__ float clamp(float x, float top) {
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(0.0f));
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(top));
-    return x;
+    return min_or_nan(max_or_nan(x, 0.0f), top);
 }
 
 /// The grid that a head's codes lie on: an f16 step and a zero point (src/quant/kv.rs).

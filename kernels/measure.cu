@@ -4,14 +4,6 @@
 /// Loads of 16 bytes that a thread has under way at once.
 #define AHEAD 8
 
-static __device__ __forceinline__ uint4 load_once(const uint4* from) {
-    uint4 value;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(from));
-    return value;
-}
-
 /// Reads `count` times 16 bytes; `sums` gets a word a block, so that nothing can be left out.
 extern "C" __global__ void read(const uint4* from, long long count, u32* sums) {
     __shared__ u32 sum;
@@ -23,7 +15,7 @@ extern "C" __global__ void read(const uint4* from, long long count, u32* sums) {
         uint4 values[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            values[i] = first + i * stride < count ? load_once(from + first + i * stride) : uint4{0, 0, 0, 0};
+            values[i] = first + i * stride < count ? load_uncached(from + first + i * stride) : uint4{0, 0, 0, 0};
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) own += values[i].x ^ values[i].y ^ values[i].z ^ values[i].w;
@@ -42,7 +34,7 @@ extern "C" __global__ void copy(const uint4* from, long long count, uint4* to) {
         uint4 values[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            if (first + i * stride < count) values[i] = load_once(from + first + i * stride);
+            if (first + i * stride < count) values[i] = load_uncached(from + first + i * stride);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {

@@ -145,7 +145,7 @@ static __device__ __forceinline__ void prepare(const half* x, long long row_stri
 extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
     prepare_queries(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
                     int seq_len, float clip, const float* mean) {
-    await_kernels_before();
+    pdl_wait();
     prepare<Role::Query>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip, mean);
 }
 
@@ -154,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
 extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
     prepare_keys(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
                  int seq_len, float clip, const float* mean) {
-    await_kernels_before();
+    pdl_wait();
     prepare<Role::Key>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip, mean);
 }
 
@@ -162,6 +162,6 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
 extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
     prepare_values(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
                    int seq_len, float clip, const float* mean) {
-    await_kernels_before();
+    pdl_wait();
     prepare<Role::Value>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip, mean);
 }

@@ -29,17 +29,6 @@ static_assert(EARLY <= STAGES, "only free stages are asked for early");
 static_assert(STAGES % SPLIT == 0, "a warpgroup sees every round of its places in the ring, and no other's");
 static_assert(SPLIT * TOKENS * TOTALS * 4 <= STAGES * STAGE_BYTES, "totals take the stages' memory");
 
-static __device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-/// Four floats of another block's shared memory, at this block's address.
-static __device__ __forceinline__ float4 load_remote(u32 address, int rank) {
-    float4 v;
-    asm volatile("{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
-    return v;
-}
-
 /// A stage's panels, of all there are.
 static __device__ __forceinline__ int panels_of(const Operands& of, int stage) { return min(PANELS, of.panels - stage * PANELS); }
 
@@ -52,13 +41,13 @@ template <int SHARES> static __device__ __forceinline__ void ask_for_weights(con
     const int count = outliers ? 1 : panels_of(of, stage), bytes = outliers ? OUTLIER_BYTES : count * BLOCK_BYTES;
     barrier_wait(ring.empty(), ring.phase ^ 1);
     // Copies may be done before they are announced: the phase ends when they were.
-    if (part == 0) barrier_expect(ring.full, BLOCKS * bytes + of.padded * (count * 128 + (outliers ? 4 : 16)));
+    if (part == 0) barrier_expect_elected(ring.full, BLOCKS * bytes + of.padded * (count * 128 + (outliers ? 4 : 16)));
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
         if ((i + 1) % SHARES != part) continue;
         const long long block = min(tile * BLOCKS + i, last_block);
         const i8* from = outliers ? of.wo + (block * of.halves + half) * OUTLIER_BYTES : of.w + (block * of.panels + stage * PANELS) * BLOCK_BYTES;
-        copy_bulk(ring.here + WEIGHTS + i * PANELS * BLOCK_BYTES, from, bytes, ring.full);
+        copy_bulk_elected(ring.here + WEIGHTS + i * PANELS * BLOCK_BYTES, from, bytes, ring.full);
     }
 }
 
@@ -66,11 +55,11 @@ template <int SHARES> static __device__ __forceinline__ void ask_for_weights(con
 static __device__ __forceinline__ void ask_for_tokens(const Operands& of, const Ring<1>& ring, int units, int stage) {
     const int half = stage - units, panel_bytes = of.padded * 128;
     if (half < 0) {
-        copy_bulk(ring.here + TOKEN_CODES, of.x + (long long)stage * PANELS * panel_bytes, panels_of(of, stage) * panel_bytes, ring.full);
-        copy_bulk(ring.here, of.sx + (long long)(stage * PANELS * GROUPS_A_STAGE / 8) * of.padded * 8, of.padded * 16, ring.full);
+        copy_bulk_elected(ring.here + TOKEN_CODES, of.x + (long long)stage * PANELS * panel_bytes, panels_of(of, stage) * panel_bytes, ring.full);
+        copy_bulk_elected(ring.here, of.sx + (long long)(stage * PANELS * GROUPS_A_STAGE / 8) * of.padded * 8, of.padded * 16, ring.full);
     } else {
-        copy_bulk(ring.here + TOKEN_CODES, of.xo + (long long)(half / 2) * panel_bytes, panel_bytes, ring.full);
-        copy_bulk(ring.here, of.sxo, of.padded * 4, ring.full);
+        copy_bulk_elected(ring.here + TOKEN_CODES, of.xo + (long long)(half / 2) * panel_bytes, panel_bytes, ring.full);
+        copy_bulk_elected(ring.here, of.sxo, of.padded * 4, ring.full);
     }
 }
 
@@ -80,7 +69,7 @@ template <int SHARES> static __device__ __forceinline__ void copy_stages(const O
     Ring<1> ahead = ring;
 #pragma unroll 1
     for (int stage = begin; stage < early; stage++, ahead.next()) ask_for_weights<SHARES>(of, ahead, tile, units, stage, part);
-    if (part == 0) await_kernels_before();
+    if (part == 0) pdl_wait();
 #pragma unroll 1
     for (int stage = begin; stage < end; stage++, ring.next()) {
         if (stage >= early) ask_for_weights<SHARES>(of, ring, tile, units, stage, part);
@@ -89,10 +78,6 @@ template <int SHARES> static __device__ __forceinline__ void copy_stages(const O
 }
 
 #if BY_WARPS
-/// Two 8x8 matrices of 16-bit values, as `load_matrices` has four.
-static __device__ __forceinline__ void load_two_matrices(u32 (&to)[2], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(address) : "memory");
-}
 /// d += a b, as `mma_codes_32`.
 static __device__ __forceinline__ void mma_codes(u32* d, const u32* a, u32 b0, u32 b1) {
     int(&sums)[4] = reinterpret_cast<int(&)[4]>(*d);
@@ -140,7 +125,7 @@ struct TokenScales {
         const u32 own = token_scales + threadIdx.x % 4 * 32 + index % 8 / 2 * 4;
 #pragma unroll
         for (int i = 0; i < TOKENS / 4; i++) {
-            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pairs[i]) : "r"(own + (i / 2 * 8 + i % 2) * 16) : "memory");
+            pairs[i] = load_shared_32(own + (i / 2 * 8 + i % 2) * 16);
             if (AT_ONCE == 1) pairs[i] >>= index % 2 * 16;
         }
     }
@@ -237,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     if (warp >= THREADS / 32) {
 #if GIVES_REGISTERS
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        release_registers<56>();
 #endif
         const Ring<1> ring(stages, shared_address(barriers), 0);
         copy_stages<COPIERS / 32>(of, ring, blockIdx.x, units, begin, end, warp - THREADS / 32);
@@ -248,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
         return;
     }
 #if GIVES_REGISTERS
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+    take_registers<152>();
 #endif
     const int thread = threadIdx.x % 128, group = threadIdx.x / 128, own = group % BLOCKS, turn = group / BLOCKS;
     Ring<SPLIT> ring(stages, shared_address(barriers), turn);
@@ -285,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         const int token = i / 4 * 8 + thread % 4 * 2 + i % 2, row = own * 64 + thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(stages + ((turn * TOKENS + token) * TOTALS + row) * 4), "f"(total[i]) : "memory");
+        store_shared(stages + ((turn * TOKENS + token) * TOTALS + row) * 4, total[i]);
     }
     if (splits > 1)
         cluster_barrier();

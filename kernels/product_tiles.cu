@@ -39,14 +39,14 @@ static __device__ __forceinline__ void copy_tile(const Operands& of, const Tile&
     const half* scales = of.sx + (long long)tile.first_token * 8;
     for (int stage = 0; stage < of.panels; stage++) {
         barrier_wait(ring.empty(), ring.phase ^ 1);
-        barrier_expect(ring.full, count * 144 + tile.blocks * BLOCK_BYTES);
+        barrier_expect_elected(ring.full, count * 144 + tile.blocks * BLOCK_BYTES);
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
-            if (i < tile.blocks) copy_bulk(ring.here + WEIGHTS + i * BLOCK_BYTES, weights[i], BLOCK_BYTES, ring.full);
+            if (i < tile.blocks) copy_bulk_elected(ring.here + WEIGHTS + i * BLOCK_BYTES, weights[i], BLOCK_BYTES, ring.full);
             weights[i] += BLOCK_BYTES;
         }
-        copy_bulk(ring.here + TOKEN_CODES, codes, count * 128, ring.full);
-        copy_bulk(ring.here, scales, count * 16, ring.full);
+        copy_bulk_elected(ring.here + TOKEN_CODES, codes, count * 128, ring.full);
+        copy_bulk_elected(ring.here, scales, count * 16, ring.full);
         codes += (long long)of.padded * 128;
         // The scales of eight groups lie together.
         if ((stage + 1) * GROUPS_A_STAGE % 8 == 0) scales += (long long)of.padded * 8;
@@ -57,15 +57,15 @@ static __device__ __forceinline__ void copy_tile(const Operands& of, const Tile&
         // A panel of the tokens' outliers comes with the first of its two parts.
         const bool first = part % 2 == 0;
         barrier_wait(ring.empty(), ring.phase ^ 1);
-        barrier_expect(ring.full, (first ? count * 132 : 0) + tile.blocks * OUTLIER_BYTES);
+        barrier_expect_elected(ring.full, (first ? count * 132 : 0) + tile.blocks * OUTLIER_BYTES);
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
-            if (i < tile.blocks) copy_bulk(ring.here + WEIGHTS + i * BLOCK_BYTES, outliers[i], OUTLIER_BYTES, ring.full);
+            if (i < tile.blocks) copy_bulk_elected(ring.here + WEIGHTS + i * BLOCK_BYTES, outliers[i], OUTLIER_BYTES, ring.full);
             outliers[i] += OUTLIER_BYTES;
         }
         if (first) {
-            copy_bulk(ring.here + TOKEN_CODES, codes, count * 128, ring.full);
-            copy_bulk(ring.here, of.sxo + tile.first_token, count * 4, ring.full);
+            copy_bulk_elected(ring.here + TOKEN_CODES, codes, count * 128, ring.full);
+            copy_bulk_elected(ring.here, of.sxo + tile.first_token, count * 4, ring.full);
             codes += (long long)of.padded * 128;
         }
         ring.next();
@@ -95,16 +95,14 @@ static __device__ __forceinline__ void write(const float (&total)[HELD], Output*
         for (int j = 0; j < TOKENS / 8; j++) {
             const u32 low = pack_half2(total[4 * j], total[4 * j + 1]), high = pack_half2(total[4 * j + 2], total[4 * j + 3]);
             const u32 token = 8 * j + lane % 8, piece = warp * 2 + lane / 8 % 2;
-            asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(turn + token * 128 + (piece ^ (token & 7)) * 16),
-                         "r"(low), "r"(high)
-                         : "memory");
+            store_matrices_transposed(turn + token * 128 + (piece ^ (token & 7)) * 16, low, high);
         }
         group_barrier(OWN + group, 128);
 #pragma unroll
         for (int i = 0; i < TOKENS / 16; i++) {
             const int token = i * 16 + thread / 8, piece = thread % 8, row = first_row + piece * 8;
             if (first_token + token < tokens && row < rows)
-                *reinterpret_cast<uint4*>(y + (long long)(first_token + token) * rows + row) = load_shared(turn + token * 128 + (piece ^ (token & 7)) * 16);
+                *reinterpret_cast<uint4*>(y + (long long)(first_token + token) * rows + row) = load_shared_128(turn + token * 128 + (piece ^ (token & 7)) * 16);
         }
         group_barrier(OWN + group, 128);
         return;
@@ -120,19 +118,17 @@ static __device__ __forceinline__ void write(const float (&total)[HELD], Output*
             for (int j = 0; j < TOKENS / 16; j++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    asm volatile("st.shared.f32 [%0], %1;" ::"r"(turn + (8 * j + lane % 4 * 2 + e % 2) * STRIDE + (((warp * 16 + lane / 4 + e / 2 * 8) * 4) ^ (lane % 4 * 32))),
-                                 "f"(total[part * (HELD / 2) + 4 * j + e])
-                                 : "memory");
+                    store_shared(turn + (8 * j + lane % 4 * 2 + e % 2) * STRIDE + (((warp * 16 + lane / 4 + e / 2 * 8) * 4) ^ (lane % 4 * 32)),
+                                 total[part * (HELD / 2) + 4 * j + e]);
             }
             group_barrier(OWN + group, 128);
 #pragma unroll
             for (int i = 0; i < TOKENS / 16; i++) {
                 const int own = i * 8 + thread / 16, token = first_token + part * (TOKENS / 2) + own, row = first_row + thread % 16 * 4;
                 if (token < tokens && row < rows) {
-                    const uint4 v = load_shared(turn + own * STRIDE + (thread % 16 * 16 ^ own / 2 % 4 * 32));
-                    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(y + (long long)token * rows + row), "f"(__uint_as_float(v.x)),
-                                 "f"(__uint_as_float(v.y)), "f"(__uint_as_float(v.z)), "f"(__uint_as_float(v.w))
-                                 : "memory");
+                    const uint4 v = load_shared_128(turn + own * STRIDE + (thread % 16 * 16 ^ own / 2 % 4 * 32));
+                    add_four(y + (long long)token * rows + row,
+                             make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)));
                 }
             }
         }
@@ -180,13 +176,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     // The shuffle tells the compiler that a warp goes one way: what it waits for stays in uniform registers.
     const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
     if (group == BLOCKS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        release_registers<24>();
         if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 4 * BLOCKS) {
-            await_kernels_before();
+            pdl_wait();
             for (int index = blockIdx.x; index < parts; index += gridDim.x) copy_tile(of, tile_of(index, whole, token_tiles, row_tiles), ring);
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        take_registers<240>();
         const u32 turn = ring.here + STAGES * STAGE_BYTES + group * TURN_BYTES;
 #pragma unroll 1
         for (int index = blockIdx.x; index < parts; index += gridDim.x) {

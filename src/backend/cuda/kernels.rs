@@ -7,14 +7,14 @@ pub type Defines = Vec<(&'static str, String)>;
 pub struct Family {
     /// The file's name without `.cu`.
     pub name: &'static str,
-    /// What NVRTC compiles: `common.cuh`, then the file.
+    /// What NVRTC compiles: `ptx.cuh`, `common.cuh`, then the file.
     pub source: &'static str,
     /// The one architecture it is for; none for any.
     pub only: Option<&'static str>,
     /// The tensor-core instruction that the machine code must contain, such as `HMMA`; of products for few tokens another.
     pub tensor_core: Option<&'static str>,
-    /// Whether its kernels may begin while one of such a family ends, on Hopper and later ones: each calls `await_kernels_before`
-    /// (common.cuh) before it touches what others write, and none writes what another reads before that: weights, orders.
+    /// Whether its kernels may begin while one of such a family ends, on Hopper and later ones: each calls `pdl_wait`
+    /// (ptx.cuh) before it touches what others write, and none writes what another reads before that: weights, orders.
     pub overlaps: bool,
     /// Macro sets that stand for all others: each is compiled for every architecture in the tests.
     pub variants: fn() -> Vec<Defines>,
@@ -333,7 +333,9 @@ pub fn decode(head_dim: usize, quantized: bool, rotated: bool, single: bool) -> 
 macro_rules! source {
     ($name:literal $(, $common:literal)*) => {
         concat!(
-            "#line 1 \"common.cuh\"\n",
+            "#line 1 \"ptx.cuh\"\n",
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/ptx.cuh")),
+            "\n#line 1 \"common.cuh\"\n",
             include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/common.cuh")),
             $(
                 "\n#line 1 \"",
