@@ -73,8 +73,6 @@ template <int LENGTH> static __device__ constexpr float hadamard_scale() {
 }
 
 #ifdef HEAD_DIM
-/// Values of a head in memory: a multiple of the depth of one matrix instruction.
-#define DP ((HEAD_DIM + 15) / 16 * 16)
 /// The length of the blocks that a Hadamard transform of a head works on, 2 to 256.
 static constexpr int BLOCK = HEAD_DIM & -HEAD_DIM;
 static constexpr float BLOCK_SCALE = hadamard_scale<BLOCK>();

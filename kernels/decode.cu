@@ -4,9 +4,17 @@
 // KV_BITS   less than 16: pages of codes; 16: of f16
 // ROTATED   1: keys and values come in the basis of a Hadamard transform: queries enter it, outputs leave it
 // SINGLE    1: a key and value head serves one query head
+// TILE_HEADS  query heads of a tile: 1 or 8
+// WARPS     warps of a block
+// GROUP     pages that a warp works on at once
+// RESIDENT  blocks that a multiprocessor has room for
+// BULK      1: pages are copied by one instruction each
+// MOST_STAGES  groups of pages that a warp has in flight at most
+// PART_PITCH  floats from row to row of outputs: after a head's come its maximum and its sum. Lanes that write 8 channels of 8 heads meet
+//           32 banks
 //
-// decode_attention: DECODE_THREADS threads, grid (splits, kv_heads * head tiles, sequences); dynamic shared memory for
-// `stages` times STAGE_BYTES, 1 to MOST_STAGES (without BULK, 2), and at least PART_BYTES. A head tile is up to
+// decode_attention: THREADS threads, grid (splits, kv_heads * head tiles, sequences); dynamic shared memory for
+// `stages` times STAGE_BYTES of each warp, 1 to MOST_STAGES (without BULK, 2), and at least for a part of each warp. A head tile is up to
 // TILE_HEADS query heads of a key and value head.
 //
 //     a sequence's pages  | split 0                 | split 1                 | ...          a block each
@@ -29,30 +37,15 @@
 //
 // Warps' parts are added in order, then splits' parts by the block that is last to finish, in order again.
 
-/// Chips with 227 KiB of shared memory a block; the others have 99 or more.
-#define LARGE (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-#define WARPS (QUANTIZED || LARGE ? 8 : 4)
-#define DECODE_THREADS (WARPS * 32)
-/// Pages that a warp works on at once.
-#define GROUP (QUANTIZED ? 2 : 1)
-/// Blocks that a multiprocessor has room for.
-#define RESIDENT (QUANTIZED && LARGE ? 2 : 1)
-#define TILE_HEADS (SINGLE ? 1 : 8)
+#if !defined(SINGLE) || !defined(TILE_HEADS) || !defined(WARPS) || !defined(GROUP) || !defined(RESIDENT) || !defined(BULK) || \
+    !defined(MOST_STAGES) || !defined(PART_PITCH)
+#error "a constant is missing: src/backend/cuda/kernels/decode.rs declares them"
+#endif
+
+#define THREADS (WARPS * 32)
 #define STAGE_BYTES (GROUP * PAGE_BYTES)
-/// Floats from row to row of outputs: behind a head's come its maximum and its sum. Lanes that write 8 channels of 8
-/// heads meet 32 banks.
-#define PART_PITCH (HEAD_DIM + 4)
-#define PART_BYTES (WARPS * TILE_HEADS * PART_PITCH * 4)
 /// Values from row to row of queries: lanes that read pairs of 8 rows meet 32 banks.
 #define QUERY_PITCH (HEAD_DIM + 8)
-
-
-/// Whether pages are copied whole, by one instruction each.
-#ifndef BULK
-#define BULK (__CUDA_ARCH__ >= 900)
-#endif
-/// Groups of pages that a warp has on their way at most.
-#define MOST_STAGES 8
 
 static constexpr float LOWEST = -1e30f;
 
@@ -129,7 +122,7 @@ static __device__ __forceinline__ void keep(const float (&x)[HELD], float maximu
 /// `split_pages` pages. parts: [sequences, gridDim.y, splits, TILE_HEADS, PART_PITCH], finished: [sequences, gridDim.y],
 /// zero before and after, neither of them used where there is one split. Scores are multiplied by `scale`, which is
 /// positive.
-extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     decode_attention(const half* q, long long query_stride, const float* cos, const float* sin, const unsigned char* pool, const int* table,
                      int table_stride, const int* lengths, half* out, float* parts, u32* finished, int heads, int kv_heads,
                      int split_pages, int stages, float scale) {
@@ -161,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
     // Table and lengths come from the host: what follows, from kernels.
     pdl_wait();
     // The query's loads go first: behind those of the pages they would wait for all of them.
-    constexpr int SLOTS = DECODE_THREADS / HEAD_LANES;
+    constexpr int SLOTS = THREADS / HEAD_LANES;
     float x[HELD];
     load_head(x, q + sequence * query_stride + (first_head + int(threadIdx.x) / HEAD_LANES) * HEAD_DIM, int(threadIdx.x) / HEAD_LANES < head_count);
     const long long position = (long long)max(length - 1, 0) * (HEAD_DIM / 2);
@@ -205,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
     for (int i = 0; i < stages && i < own_groups; i++) start_copy(i, i);
 
     // Queries, while the first pages are on their way. Columns without a head are zeros.
-    for (int i = threadIdx.x; i < 8 * QUERY_PITCH / 2; i += DECODE_THREADS) reinterpret_cast<u32*>(queries)[i] = 0;
+    for (int i = threadIdx.x; i < 8 * QUERY_PITCH / 2; i += THREADS) reinterpret_cast<u32*>(queries)[i] = 0;
     __syncthreads();
     {
 #if QUADS

@@ -32,32 +32,43 @@
 // TOKENS     rows of a unit: 1, 2, 4 or 8; 8 where rows are in the site's order
 // TILED      1: codes as the product for Hopper reads them; 0: rows of codes
 // MAGNITUDES 1: codes as signs and magnitudes, with TILED; 0: in two's complement
-// FP4        1: FP4 codes, doubled numbers of E2M1; 0 or absent: integers
+// FP4        1: FP4 codes, doubled numbers of E2M1; 0: integers
+//
+// WARPS      warps of a block, one to an SM
+// MOST_STAGES, HEAD_BYTES, BEFORE, ROW_MULTIPLE (ORDERED): stages that there are barriers for; shared memory before the order; bytes before
+//            a row, of which the last are zeros, what an order's -1 picks; a staged row's length is a multiple of this
+// STAGE_STRIDE, STAGE_BYTES (not ORDERED): from row to row of a staged panel; a warp's stage
 //
 // With TILED codes are bytes [panels][tokens_padded][128], the sixteenths of a row's 128 bytes exchanged (the
 // chunk c of row t is at c ^ t % 8), tokens padded to a multiple of 8. Sign and magnitude are E4M3 for the code
 // times 2^-9. Scales are f16, [ceil(groups / 8)][tokens_padded][8].
 
-#ifndef FP4
-#define FP4 0
+#if !defined(FROM) || !defined(GROUP) || !defined(TRANSFORM) || !defined(ORDERED) || !defined(TOKENS) || !defined(TILED) || \
+    !defined(MAGNITUDES) || !defined(FP4) || !defined(WARPS) || !defined(PANEL) || !defined(SCALE_GROUPS)
+#error "a constant is missing: src/backend/cuda/kernels/fused.rs declares them"
 #endif
+#if ORDERED
+#if !defined(MOST_STAGES) || !defined(HEAD_BYTES) || !defined(BEFORE) || !defined(ROW_MULTIPLE)
+#error "a constant is missing: src/backend/cuda/kernels/fused.rs declares them"
+#endif
+#else
+#if !defined(STAGE_STRIDE) || !defined(STAGE_BYTES)
+#error "a constant is missing: src/backend/cuda/kernels/fused.rs declares them"
+#endif
+#endif
+static_assert(PANEL == 128 && SCALE_GROUPS == 8, "what the product for Hopper reads");
 
 #define NORM 0
 #define HALF 1
 #define SILU 2
 
-/// Warps of a block, one to an SM: a quarter of its registers is enough for 80 of each thread of 6 warps, or 96 of 5.
-/// Where rows are gathered from, one of them stages rows and SUMMERS add up squares.
-#ifndef WARPS
-#define WARPS (FROM == SILU && ORDERED ? 20 : 24)
-#endif
+/// Where rows are gathered from, one of a block's warps stages rows and SUMMERS add up squares.
 #define SUMMERS (FROM == NORM ? 2 : 0)
 #define MAKERS (WARPS - SUMMERS - 1)
 #define THREADS (32 * WARPS)
 #if !ORDERED
 static_assert(FROM == 2 && TOKENS == 8, "panels are staged by whole warps");
 #endif
-#define PANEL 128
 /// Panels that a warp makes at a time.
 #define SETS (8 / TOKENS)
 
@@ -71,13 +82,12 @@ static constexpr float BLOCK_SCALE = hadamard_scale<GROUP>();
 
 extern __shared__ __align__(16) unsigned char shared_bytes[];
 
-/// Bytes before a row: the last of them are zeros, and what an order's -1 picks.
-#define BEFORE 16
-
+#if ORDERED
 /// From one staged row of `columns` values to the next.
 static __device__ __forceinline__ int row_stride(int columns) {
-    return (columns * (int)sizeof(In) + 127) / 128 * 128 + 128 / TOKENS;
+    return (columns * (int)sizeof(In) + ROW_MULTIPLE - 1) / ROW_MULTIPLE * ROW_MULTIPLE + ROW_MULTIPLE / TOKENS;
 }
+#endif
 
 /// What lies where in a row of values or of codes.
 struct Shape {
@@ -453,8 +463,7 @@ template <class Load> static __device__ __forceinline__ void outlier_codes(int p
 
 /// The stages in shared memory, in turn: barriers of rows that arrived, of rows that are done with, and of sums;
 /// then the norms' factors, the order, the norm's weights, and the rows.
-#define MOST_STAGES 16
-#define HEAD (3 * 8 * MOST_STAGES + 4 * 8 * MOST_STAGES)
+static_assert(HEAD_BYTES == 3 * 8 * MOST_STAGES + 4 * 8 * MOST_STAGES, "barriers and factors");
 
 struct Ring {
     int stages, stage_bytes;
@@ -597,9 +606,7 @@ static __device__ __forceinline__ void sum_units(const Shape& shape, float epsil
 #endif
 
 #else
-/// Bytes of a warp's stage: TOKENS rows of a panel of gates, then of up.
-#define STAGE_STRIDE (PANEL * 2 + 128 / TOKENS)
-#define STAGE_BYTES (2 * TOKENS * STAGE_STRIDE)
+static_assert(STAGE_BYTES == 2 * TOKENS * STAGE_STRIDE, "a warp's stage: TOKENS rows of a panel of gates, then of up");
 
 /// Stages a panel of TOKENS rows. What no row fills holds anything.
 static __device__ __forceinline__ void stage_panel(const half* gate, const half* up, const Shape& shape, int row, int panel, unsigned char* to) {
@@ -702,9 +709,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
     int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 #if ORDERED
     int rows = TOKENS * (FROM == SILU ? 2 : 1), stride = row_stride(columns), all_places = (shape.panels() + shape.outlier_panels()) * PANEL;
-    int* order = reinterpret_cast<int*>(shared_bytes + HEAD);
+    int* order = reinterpret_cast<int*>(shared_bytes + HEAD_BYTES);
     float* weights = reinterpret_cast<float*>(order + all_places);
-    Ring ring(stages, BEFORE + rows * stride, HEAD + all_places * (FROM == NORM ? 8 : 4));
+    Ring ring(stages, BEFORE + rows * stride, HEAD_BYTES + all_places * (FROM == NORM ? 8 : 4));
     if (threadIdx.x < stages) {
         u32 barrier = shared_address(shared_bytes) + 8 * threadIdx.x;
         barrier_init(barrier, 32);

@@ -8,7 +8,7 @@
 // codes of few tokens, by `mma.sync` (BY_WARPS).
 //
 // The weights are the left operand: 64 rows of them times TOKENS tokens. They come packed, in the order in
-// which threads hold them (blocks.cu makes it), are unpacked in registers, and never exist as bytes in memory.
+// which threads hold them (hopper_layout.cu makes it), are unpacked in registers, and never exist as bytes in memory.
 // Tokens are the right operand and go from device memory to shared memory to the tensor cores as they are.
 //
 // Macros:
@@ -21,6 +21,8 @@
 //     W_BITS    4 or 8: bits in which weights are packed
 //     W_FP4     1: weights are FP4, doubled
 //     BY_WARPS  1: few tokens, not multiplied by wgmma (product_stream.cu)
+//     THREADS   consumers: threads that multiply, a warpgroup for 64 rows
+//     PRODUCERS threads whose warps copy
 //     OUT       0: y is f32; 1: y is f16; 2, in product_tiles.cu: y is f32, and results are added to it
 //
 // Operands: tokens in panels of 128 places, a row's sixteenths exchanged (the chunk c of token t is at c ^ t % 8),
@@ -35,22 +37,23 @@
 /// Results of 64 rows and TOKENS tokens that a thread of a warpgroup holds: those of tokens 8 j + 2 (t % 4) and the next,
 /// in rows t % 32 / 4 and eight on of its warp's 16, are 4 j to 4 j + 3.
 #define HELD (TOKENS / 2)
-#define GROUPS_A_STAGE (128 / GROUP)
+#define GROUPS_A_STAGE (PANEL / GROUP)
 #define STEPS_A_GROUP (GROUP / 32)
 /// Whether codes go through the FP8 units.
 #define BY_FLOAT (X_BITS <= 4 && W_BITS <= 4)
 
-#define CODE_BYTES (64 * 128 * W_BITS / 8)
-#define BLOCK_BYTES (CODE_BYTES + GROUPS_A_STAGE * 64 * 2)
-#define OUTLIER_BYTES (4096 + 64 * 2)
-#define X_BYTES (TOKENS * 128)
-/// Scales of eight groups, of which those of the stage are used; of outliers, one float a token.
-#define SX_BYTES (TOKENS * 16)
-/// A stage: scales of the tokens, their codes, weights of each block of rows. The scales come first, because by compute-sanitizer's
-/// count wgmma reads 128 bytes a token of what is not swizzled, though it uses 16: behind the last stage there may be no memory.
-#define TOKEN_CODES ((SX_BYTES + 1023) / 1024 * 1024)
-#define WEIGHTS (TOKEN_CODES + PANELS * X_BYTES)
-#define STAGE_BYTES ((WEIGHTS + PANELS * BLOCKS * BLOCK_BYTES + 1023) / 1024 * 1024)
+#if !defined(GROUP) || !defined(W_BITS) || !defined(W_FP4) || !defined(PANEL) || !defined(BLOCK_ROWS) || \
+    !defined(SCALE_GROUPS) || !defined(OUTLIER_PART) || !defined(CODE_BYTES) || !defined(BLOCK_BYTES) || \
+    !defined(OUTLIER_CODE_BYTES) || !defined(OUTLIER_BYTES) || !defined(TOKENS) || !defined(BLOCKS) || !defined(PANELS) || \
+    !defined(STAGES) || !defined(BY_WARPS) || !defined(X_BITS) || !defined(OUT) || !defined(THREADS) || !defined(PRODUCERS) || \
+    !defined(TOKEN_CODES) || !defined(WEIGHTS) || !defined(STAGE_BYTES)
+#error "a constant is missing: src/backend/cuda/kernels/product.rs declares them"
+#endif
+static_assert(PANEL == 128 && BLOCK_ROWS == 64 && SCALE_GROUPS == 8 && OUTLIER_PART == 64, "what wgmma and bulk copies take");
+
+// A stage: scales of the tokens, their codes from TOKEN_CODES on, from WEIGHTS on the weights of each block of rows. The scales come first,
+// because by compute-sanitizer's count wgmma reads 128 bytes a token of what is not swizzled, though it uses 16: after the last stage there
+// may be no memory.
 
 /// An address in shared memory as descriptions have it, without the block's rank in its cluster.
 static __device__ __forceinline__ u32 place_of(u32 address) { return (address & 0x3ffff) >> 4; }
@@ -309,7 +312,7 @@ template <int STEPS> static __device__ __forceinline__ void multiply_outliers(u3
 
 /// Adds the outliers' sums to the totals, with the scales of any outlier stage.
 static __device__ __forceinline__ void promote_outliers(float (&total)[HELD], const u32 (&sums)[HELD], u32 here, u32 block) {
-    const RowScales row_scales = load_row_scales(block + 4096);
+    const RowScales row_scales = load_row_scales(block + OUTLIER_CODE_BYTES);
     const float low = to_float(half{row_scales.low}), high = to_float(half{row_scales.high});
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++) {

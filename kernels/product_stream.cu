@@ -10,14 +10,16 @@
 //     EARLY    stages whose weights are asked for before the kernel before this one has ended
 //     BY_WARPS 1: warps multiply by themselves, by `mma.sync`, codes in two's complement. Its operands and sums lie in the
 //              registers as those of `wgmma`, but nobody waits for it, and fewer registers are held
-//     COPIERS  threads whose warps copy: of a whole warpgroup's, registers are given to the others
 //
 // A copy costs the warp that asks for it some 140 cycles, whatever its size, which is why a stage holds several panels: their
 // weights, and the tokens' codes, lie one after the other in device memory.
 
-/// Threads that multiply.
-#define THREADS (128 * BLOCKS * SPLIT)
-#define GIVES_REGISTERS (COPIERS == 128)
+#if !defined(SPLIT) || !defined(PER_SM) || !defined(EARLY)
+#error "a constant is missing: src/backend/cuda/kernels/product.rs declares them"
+#endif
+static_assert(THREADS == 128 * BLOCKS * SPLIT, "a warpgroup for each block of rows of each part");
+
+#define GIVES_REGISTERS (PRODUCERS == 128)
 
 /// Groups of a stage that are added together.
 #define AT_ONCE (BY_WARPS && PANELS * GROUPS_A_STAGE % 2 == 0 ? 2 : 1)
@@ -206,9 +208,9 @@ static __device__ __forceinline__ void give_four(Output* y, int token, int row, 
     if (row + 3 < rows) store(to + 3, v.w);
 }
 
-/// Grid (ceil(rows / (64 * BLOCKS)), splits) in clusters of (1, splits, 1); THREADS + COPIERS threads, and
+/// Grid (ceil(rows / (64 * BLOCKS)), splits) in clusters of (1, splits, 1); THREADS + PRODUCERS threads, and
 /// STAGES * STAGE_BYTES + 1024 bytes of dynamic shared memory. At most TOKENS tokens.
-extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
+extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, PER_SM)
     integer_stream(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int tokens,
                    int padded, int rows, int panels, int halves) {
     extern __shared__ unsigned char memory[];
@@ -225,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
         release_registers<56>();
 #endif
         const Ring<1> ring(stages, shared_address(barriers), 0);
-        copy_stages<COPIERS / 32>(of, ring, blockIdx.x, units, begin, end, warp - THREADS / 32);
+        copy_stages<PRODUCERS / 32>(of, ring, blockIdx.x, units, begin, end, warp - THREADS / 32);
         if (splits > 1) {
             cluster_barrier();
             cluster_barrier();

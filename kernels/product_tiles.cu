@@ -4,8 +4,11 @@
 // A warpgroup unpacks weights and starts their products, part by part, loads meanwhile what it needs of the next stage, waits
 // and adds the sums to its totals. While it does that, the tensor cores work for the others.
 
-/// Room in which results are turned around, a warpgroup's tokens by 64 rows in f16, or half of the tokens in f32.
-#define TURN_BYTES (TOKENS * 128)
+// EPILOGUE_BYTES: room in which results are transposed, a warpgroup's tokens by 64 rows in f16, or half of the tokens in f32.
+#if !defined(EPILOGUE_BYTES)
+#error "a constant is missing: src/backend/cuda/kernels/product.rs declares them"
+#endif
+static_assert(THREADS == 128 * BLOCKS && PRODUCERS == 128, "a warpgroup for each block of rows, and one that copies");
 
 /// The barriers of a warpgroup's own threads.
 #define OWN 1
@@ -158,11 +161,9 @@ static __device__ __forceinline__ void load(Words<4>& words, RowScales (&scales)
     for (int g = 0; g < GROUPS_A_STAGE; g++) scales[g] = load_row_scales(block + CODE_BYTES + g * 128);
 }
 
-#define THREADS (128 * BLOCKS + 128)
-
-/// Takes ceil(tokens / TOKENS) * ceil(rows / (64 * BLOCKS)) tiles; those of a last round in parts, if the grid has a block for each. THREADS
-/// threads, and STAGES * STAGE_BYTES + BLOCKS * TURN_BYTES + 1024 bytes of dynamic shared memory.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+/// Takes ceil(tokens / TOKENS) * ceil(rows / (64 * BLOCKS)) tiles; those of a last round in parts, if the grid has a block for each. THREADS + PRODUCERS
+/// threads, and STAGES * STAGE_BYTES + BLOCKS * EPILOGUE_BYTES + 1024 bytes of dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, 1)
     integer_tiles(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int tokens,
                   int padded, int rows, int panels, int halves) {
     extern __shared__ unsigned char memory[];
@@ -183,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
     } else {
         take_registers<240>();
-        const u32 turn = ring.here + STAGES * STAGE_BYTES + group * TURN_BYTES;
+        const u32 turn = ring.here + STAGES * STAGE_BYTES + group * EPILOGUE_BYTES;
 #pragma unroll 1
         for (int index = blockIdx.x; index < parts; index += gridDim.x) {
             const Tile tile = tile_of(index, whole, token_tiles, row_tiles);

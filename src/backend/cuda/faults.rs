@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use cudarc::driver::result;
 
 use super::gpu::failed;
+use super::slice::Out;
 use crate::{Error, Result};
 
 /// Kernels that may be on their way.
@@ -54,11 +55,12 @@ impl Faults {
 
     /// Where a kernel that quantizes a site's activations writes, by its address on the device, which is the host's; none if
     /// too many are on their way.
-    pub(super) fn cell(&self, site: &str) -> Option<u64> {
+    pub(super) fn cell(&self, site: &str) -> Option<Out<'_, u32>> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let cell = state.free.pop()?;
         state.pending.push(Pending { cell, site: site.to_owned() });
-        Some(self.cells.wrapping_add(cell) as u64)
+        // SAFETY: the cell holds one number as long as this lives.
+        Some(unsafe { Out::one(self.cells.wrapping_add(cell) as u64) })
     }
 
     /// The kernels on their way.

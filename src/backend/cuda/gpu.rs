@@ -20,6 +20,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 
 use super::faults::Faults;
 use super::libraries::Device;
+use super::slice::Out;
 use crate::{Error, Result};
 
 /// A GPU that was opened.
@@ -168,7 +169,7 @@ impl Gpu {
 
     /// Where a kernel of the main stream that quantizes a site's activations says which row is not finite; who waits is
     /// told.
-    pub(super) fn fault_cell(&self, site: &str) -> Result<u64> {
+    pub(super) fn fault_cell(&self, site: &str) -> Result<Out<'_, u32>> {
         loop {
             if let Some(cell) = self.faults.cell(site) {
                 return Ok(cell);

@@ -17,16 +17,17 @@ use cudarc::cublaslt::sys::{
 use cudarc::cusolver::sys as solver;
 
 use super::gpu::{Buffer, Gpu, Stream};
+use super::slice::In;
 use crate::{Error, Result};
 
 /// Room that cuBLASLt may use; 32 MB is what NVIDIA recommends for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
 
-/// A matrix in device memory, column-major: entry (i, j) is `i + j * stride` elements after `pointer`.
+/// A matrix in device memory, column-major: entry (i, j) is element `i + j * stride` of its memory.
 #[derive(Clone, Copy, Debug)]
-pub struct Operand {
-    /// Its first entry.
-    pub pointer: u64,
+pub struct Operand<'a> {
+    /// Its bytes, from its first entry on. Those of the result are written.
+    pub memory: In<'a, u8>,
     /// Elements from column to column.
     pub stride: usize,
     /// Whether the product takes its transpose.
@@ -52,7 +53,7 @@ pub enum Precision {
 
 /// `c = a b`, or `c += a b`: `[m, n]` from `[m, k]` and `[k, n]`, column-major.
 #[derive(Clone, Copy, Debug)]
-pub struct Product {
+pub struct Product<'a> {
     /// Rows of the result.
     pub m: usize,
     /// Columns of the result.
@@ -60,11 +61,11 @@ pub struct Product {
     /// Depth of the sums.
     pub k: usize,
     /// The left operand.
-    pub a: Operand,
+    pub a: Operand<'a>,
     /// The right operand.
-    pub b: Operand,
+    pub b: Operand<'a>,
     /// Where the result goes.
-    pub c: Operand,
+    pub c: Operand<'a>,
     /// Whether it is added to what is there.
     pub add: bool,
     /// How it is computed.
@@ -77,11 +78,25 @@ type Form = (usize, bool, u32);
 /// What decides the kernel that cuBLASLt takes.
 type Key = (usize, usize, usize, [Form; 3], bool, Precision);
 
-impl Product {
+impl Product<'_> {
+    /// Checks that the operands are as large as the product reads and writes.
+    fn check(&self) {
+        let Self { m, n, k, a, b, c, precision, .. } = *self;
+        let (input, output) = precision.bytes();
+        for (operand, rows, columns, bytes) in
+            [(a, m, k, input), (b, k, n, input), (c, m, n, output)]
+        {
+            let (rows, columns) =
+                if operand.transposed { (columns, rows) } else { (rows, columns) };
+            let last = (columns - 1) * operand.stride + rows;
+            assert!(operand.memory.holds(last * bytes), "an operand is too small: {self:?}");
+        }
+    }
+
     fn forms(&self) -> [Form; 3] {
-        let form = |operand: Operand, bytes: usize| {
+        let form = |operand: Operand<'_>, bytes: usize| {
             // The address decides which instructions can load it, and so does the distance of columns.
-            let alignment = operand.pointer | (operand.stride * bytes) as u64 | 256;
+            let alignment = operand.memory.pointer() | (operand.stride * bytes) as u64 | 256;
             (operand.stride, operand.transposed, 1 << alignment.trailing_zeros())
         };
         let (in_bytes, out_bytes) = self.precision.bytes();
@@ -150,14 +165,14 @@ impl Products {
     }
 
     /// Computes a product on the main stream.
-    pub fn run(&self, product: &Product) -> Result<()> {
+    pub fn run(&self, product: &Product<'_>) -> Result<()> {
         let Product { m, n, k, add, precision, .. } = *product;
         let name =
             || format!("product {m} x {n} x {k} {precision:?}{}", if add { " added" } else { "" });
         self.gpu.traced(name, || self.multiply(product))
     }
 
-    fn multiply(&self, product: &Product) -> Result<()> {
+    fn multiply(&self, product: &Product<'_>) -> Result<()> {
         let Product { m, n, k, add, precision, .. } = *product;
         if m == 0 || n == 0 || k == 0 {
             return Ok(());
@@ -183,8 +198,9 @@ impl Products {
     ///
     /// # Errors
     /// A machine error, also where the kernel turns out not to know the shape.
-    pub fn run_choice(&self, product: &Product, plan: &Planned, choice: usize) -> Result<()> {
+    pub fn run_choice(&self, product: &Product<'_>, plan: &Planned, choice: usize) -> Result<()> {
         self.gpu.bind()?;
+        product.check();
         let Product { a, b, c, add, precision, .. } = *product;
         let floats = [1f32, f32::from(u8::from(add))];
         let integers = [1i32, i32::from(add)];
@@ -199,13 +215,13 @@ impl Products {
                 plan.description,
                 scalar(0),
                 scalar(1),
-                a.pointer as *const c_void,
+                a.memory.pointer() as *const c_void,
                 plan.layouts[0],
-                b.pointer as *const c_void,
+                b.memory.pointer() as *const c_void,
                 plan.layouts[1],
-                c.pointer as *const c_void,
+                c.memory.pointer() as *const c_void,
                 plan.layouts[2],
-                c.pointer as *mut c_void,
+                c.memory.pointer() as *mut c_void,
                 plan.layouts[2],
                 &raw const plan.algorithms[choice],
                 self.workspace.pointer() as *mut c_void,
@@ -217,7 +233,7 @@ impl Products {
     }
 
     /// Asks cuBLASLt for up to `most` kernels; none where it knows none for the shape.
-    pub fn plan(&self, product: &Product, most: usize) -> Result<Planned> {
+    pub fn plan(&self, product: &Product<'_>, most: usize) -> Result<Planned> {
         self.gpu.bind()?;
         let Product { m, n, k, a, b, precision, .. } = *product;
         let forms = product.forms();

@@ -5,7 +5,9 @@ use std::sync::{Arc, OnceLock};
 
 use super::fused::NormWeight;
 use super::gpu::{Buffer, Mark, Pinned};
-use super::kernels::FEW_TOKENS;
+use super::kernels::Float;
+use super::kernels::product::FEW_TOKENS;
+use super::slice::In;
 use crate::backend::Tensor;
 use crate::checkpoint::Dtype;
 use crate::quant::number::{LinearFormat, RowFormat};
@@ -139,12 +141,12 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// The name that kernels have for the type.
-    pub(super) fn kind(&self) -> &'static str {
+    /// The type as kernels know it.
+    pub(super) fn element(&self) -> Float {
         match self.dtype {
-            Dtype::F16 => "half",
-            Dtype::BF16 => "bf16",
-            _ => "float",
+            Dtype::F16 => Float::Half,
+            Dtype::BF16 => Float::Bf16,
+            _ => Float::Single,
         }
     }
 }
@@ -184,7 +186,25 @@ pub(super) struct Outliers {
     pub(super) values: Option<Buffer>,
 }
 
+/// What kernels read of outliers.
+#[derive(Clone, Copy)]
+pub(super) struct OutlierSlices<'a> {
+    pub(super) codes: Option<In<'a, i8>>,
+    pub(super) scales: Option<In<'a, f32>>,
+    pub(super) values: Option<In<'a, f32>>,
+}
+
 impl Outliers {
+    /// Those of the rows from `first` on.
+    pub(super) fn from(&self, first: usize) -> OutlierSlices<'_> {
+        let Self { channels, codes, scales, values } = self;
+        OutlierSlices {
+            codes: codes.as_ref().map(|codes| In::from(codes).skip(first * self.padded())),
+            scales: scales.as_ref().map(|scales| In::from(scales).skip(first)),
+            values: values.as_ref().map(|values| In::from(values).skip(first * channels)),
+        }
+    }
+
     /// Columns of the codes.
     pub(super) fn padded(&self) -> usize {
         if self.codes.is_some() { self.channels.next_multiple_of(OUTLIER_MULTIPLE) } else { 0 }
@@ -258,23 +278,19 @@ impl Quantized {
         self.format.scale_rows(self.rows)
     }
 
-    /// Where its codes begin.
-    pub(super) fn codes(&self) -> u64 {
-        self.shared.codes.pointer() + (self.first_row * self.format.row.grouped_channels()) as u64
+    /// Its codes.
+    pub(super) fn codes(&self) -> In<'_, i8> {
+        In::from(&self.shared.codes).skip(self.first_row * self.format.row.grouped_channels())
     }
 
-    /// Where its scales begin.
-    pub(super) fn scales(&self) -> u64 {
-        self.shared.scales.pointer() + (4 * self.first_scale() * self.format.row.groups) as u64
+    /// Its scales.
+    pub(super) fn scales(&self) -> In<'_, f32> {
+        In::from(&self.shared.scales).skip(self.first_scale() * self.format.row.groups)
     }
 
-    /// Where its outliers' codes, scales and values begin; 0 for what there is not.
-    pub(super) fn outliers(&self) -> [u64; 3] {
-        let Outliers { channels, codes, scales, values } = &self.shared.outliers;
-        let at = |buffer: &Option<Buffer>, bytes: usize| {
-            buffer.as_ref().map_or(0, |buffer| buffer.pointer() + (self.first_row * bytes) as u64)
-        };
-        [at(codes, self.shared.outliers.padded()), at(scales, 4), at(values, 4 * channels)]
+    /// Its outliers.
+    pub(super) fn outliers(&self) -> OutlierSlices<'_> {
+        self.shared.outliers.from(self.first_row)
     }
 }
 

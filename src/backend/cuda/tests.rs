@@ -643,7 +643,7 @@ fn hessians_and_their_factors_are_what_they_are_called() {
     let Some(cuda) = device("hessians_and_their_factors_are_what_they_are_called") else { return };
     let mut random = Random(7);
     for (n, tokens) in [(1, 5), (33, 200), (172, 300), (576, 900)] {
-        let mut hessian = cuda.gram(n).unwrap();
+        let hessian = cuda.gram(n).unwrap();
         let mut sum = vec![0f64; n * n];
         for _ in 0..2 {
             let x = Matrix { rows: tokens, columns: n, data: random.values(tokens * n) };
@@ -733,7 +733,7 @@ fn drift_is_corrected_as_on_the_cpu() {
         let site = cuda.site(&format).unwrap();
         let seen = cuda.permute(&cuda.half_tensor(&x), &site).unwrap();
         let wanted = cuda.permute(&cuda.half_tensor(&x0), &site).unwrap();
-        let mut hessian = cuda.gram(width).unwrap();
+        let hessian = cuda.gram(width).unwrap();
         cuda.add_gram(&hessian, &seen).unwrap();
         let (factor, _) = cuda.cholesky(&hessian, 0.01).unwrap().unwrap();
         let mut drift = AccumulatedError {
@@ -785,7 +785,7 @@ fn gptq_makes_the_cpus_decisions() {
         cpu.add_gram(&mut host_hessian, &host).unwrap();
         let site = cuda.site(&format).unwrap();
         let arranged = cuda.permute(&cuda.half_tensor(&x), &site).unwrap();
-        let mut hessian = cuda.gram(width).unwrap();
+        let hessian = cuda.gram(width).unwrap();
         cuda.add_gram(&hessian, &arranged).unwrap();
         let (host_factor, _) = cpu.cholesky(&mut host_hessian, 0.01).unwrap().unwrap();
         let (factor, _) = cuda.cholesky(&hessian, 0.01).unwrap().unwrap();
