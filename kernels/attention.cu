@@ -105,7 +105,7 @@ static __device__ __forceinline__ void transform_outputs(float (&o)[OUT_TILES][4
 /// heads * HEAD_DIM]. Scores are multiplied by `scale`, which is positive.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     flash_attention(const half* q, const half* k, const half* v, half* out, int seq_len, int heads, int kv_heads, float scale, int reach) {
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(128) u8 memory[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // Tiles late in the window, which see most keys, begin first, or one would be left at the end.
     const int first_query = int(gridDim.x - 1 - blockIdx.x) * QUERY_ROWS;

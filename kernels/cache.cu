@@ -16,10 +16,10 @@
 #endif
 
 template <bool Q> struct Held {
-    typedef unsigned char Code;
+    typedef u8 Code;
 };
 template <> struct Held<false> {
-    typedef unsigned short Code;
+    typedef u16 Code;
 };
 /// A code, or the bits of an f16.
 typedef Held<QUANTIZED>::Code Code;
@@ -34,7 +34,7 @@ typedef Held<QUANTIZED>::Code Code;
 /// kv_heads, PAGE_BYTES]; table: [sequences, table_stride], the pages of each sequence.
 extern "C" __global__ void __launch_bounds__(THREADS)
     append(const half* k, const half* v, long long row_stride, const float* cos, const float* sin, const float* mean,
-           unsigned char* pool, const int* table, int table_stride, const int* rows, const int* held, int kv_heads, float clip) {
+           u8* pool, const int* table, int table_stride, const int* rows, const int* held, int kv_heads, float clip) {
     __shared__ Code codes[2][PAGE_TOKENS][CODE_PITCH];
 #if QUADS
     float(*exchange)[HEAD_DIM] = nullptr;
@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     // The page's tokens that are new.
     const int from = max(before - page * PAGE_TOKENS, 0), to = min(before + added - page * PAGE_TOKENS, PAGE_TOKENS);
     if (from >= to) return;
-    unsigned char* blob = pool + ((long long)table[(long long)sequence * table_stride + page] * kv_heads + head) * PAGE_BYTES;
+    u8* blob = pool + ((long long)table[(long long)sequence * table_stride + page] * kv_heads + head) * PAGE_BYTES;
     half* numbers = reinterpret_cast<half*>(blob + 2 * SIDE_BYTES);
 
     // Keys, then values: all lanes do the same.

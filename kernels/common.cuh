@@ -7,8 +7,8 @@ static __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_floa
 static __device__ __forceinline__ void store(float* to, float value) { *to = value; }
 static __device__ __forceinline__ void store(half* to, float value) { *to = to_half(value); }
 
-static __device__ __forceinline__ float low_half(u32 packed) { return to_float(half{(unsigned short)packed}); }
-static __device__ __forceinline__ float high_half(u32 packed) { return to_float(half{(unsigned short)(packed >> 16)}); }
+static __device__ __forceinline__ float low_half(u32 packed) { return to_float(half{(u16)packed}); }
+static __device__ __forceinline__ float high_half(u32 packed) { return to_float(half{(u16)(packed >> 16)}); }
 
 static __device__ __forceinline__ bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 

@@ -55,7 +55,7 @@ static __device__ __forceinline__ u32 pair_mask(int token, int count) {
 }
 
 /// A lane's words of all tiles of keys or values: four tiles a load, the rest two or one.
-static __device__ __forceinline__ void load_words(u32 (&words)[TILES], const unsigned char* side, int lane) {
+static __device__ __forceinline__ void load_words(u32 (&words)[TILES], const u8* side, int lane) {
     const u32* from = reinterpret_cast<const u32*>(side);
 #pragma unroll
     for (int first = 0; first < TILES; first += 4) {
@@ -123,10 +123,10 @@ static __device__ __forceinline__ void keep(const float (&x)[HELD], float maximu
 /// zero before and after, neither of them used where there is one split. Scores are multiplied by `scale`, which is
 /// positive.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-    decode_attention(const half* q, long long query_stride, const float* cos, const float* sin, const unsigned char* pool, const int* table,
+    decode_attention(const half* q, long long query_stride, const float* cos, const float* sin, const u8* pool, const int* table,
                      int table_stride, const int* lengths, half* out, float* parts, u32* finished, int heads, int kv_heads,
                      int split_pages, int stages, float scale) {
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(128) u8 memory[];
     __shared__ __align__(16) half queries[8 * QUERY_PITCH];
     // A warp's number from a lane of it, so that the compiler knows it for all.
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), g = lane / 4, t = lane % 4;
@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     // A split that the sequence does not reach has nothing to say, but for an empty sequence's first.
     if (own_pages == 0 && split > 0) return;
     const int groups = (own_pages + GROUP - 1) / GROUP, own_groups = (groups - warp + WARPS - 1) / WARPS;
-    unsigned char* own_stages = memory + warp * stages * STAGE_BYTES;
+    u8* own_stages = memory + warp * stages * STAGE_BYTES;
     const u32 own_address = shared_address(own_stages);
 
     // Table and lengths come from the host: what follows, from kernels.
@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         for (int page = 0; page < GROUP; page++) {
             const int number = __shfl_sync(0xffffffffu, numbers, (i * GROUP + page) % 32);
             if (page >= count) break;
-            const unsigned char* from = pool + ((long long)number * kv_heads + kv_head) * PAGE_BYTES;
+            const u8* from = pool + ((long long)number * kv_heads + kv_head) * PAGE_BYTES;
 #if BULK
             if (lane == 0) copy_bulk(to + page * PAGE_BYTES, from, PAGE_BYTES, arrived + 8 * stage);
 #else
@@ -262,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         else copy_wait<0>();
         __syncwarp();
 #endif
-        const unsigned char* group_at = own_stages + stage * STAGE_BYTES;
+        const u8* group_at = own_stages + stage * STAGE_BYTES;
         const int group_page = (i * WARPS + warp) * GROUP;
         // Tokens from the group's first to the end of the sequence or the split.
         const int tokens = min(length - (first_page + group_page) * PAGE_TOKENS, (own_pages - group_page) * PAGE_TOKENS);
@@ -275,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
             value_scale[page][0] = value_scale[page][1] = 0.0f;
             const int valid = tokens - page * PAGE_TOKENS;
             if (valid <= 0) continue;
-            const unsigned char* blob = group_at + page * PAGE_BYTES;
+            const u8* blob = group_at + page * PAGE_BYTES;
             // Two chains of sums, since each product waits for the one before it.
             float even[4] = {}, odd[4] = {};
             if (QUANTIZED) {
@@ -363,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         for (int page = 0; page < GROUP; page++) {
             const int valid = tokens - page * PAGE_TOKENS;
             if (valid <= 0) continue;
-            const unsigned char* blob = group_at + page * PAGE_BYTES;
+            const u8* blob = group_at + page * PAGE_BYTES;
             float p[4] = {};
 #pragma unroll
             for (int e = 0; e < COLUMNS; e++) {

@@ -80,7 +80,7 @@ typedef half In;
 
 static constexpr float BLOCK_SCALE = hadamard_scale<GROUP>();
 
-extern __shared__ __align__(16) unsigned char shared_bytes[];
+extern __shared__ __align__(16) u8 shared_bytes[];
 
 #if ORDERED
 /// From one staged row of `columns` values to the next.
@@ -164,7 +164,7 @@ template <bool USUAL> static __device__ __forceinline__ void silu_mul8(float* v,
 #if ORDERED
 /// A row in shared memory, and the order.
 struct Source {
-    const unsigned char *row, *other;   // `other` of up
+    const u8 *row, *other;   // `other` of up
     const int* places;                  // the channel of each place of each panel, -1 for none
     const float* weights;               // the norm's, of each place of each panel
     float inverse;                      // the norm's
@@ -481,11 +481,11 @@ struct Ring {
     __device__ __forceinline__ u32 done() const { return arrived() + 8 * MOST_STAGES; }
     __device__ __forceinline__ u32 summed() const { return arrived() + 16 * MOST_STAGES; }
     __device__ __forceinline__ float* factors() const { return reinterpret_cast<float*>(shared_bytes + 24 * MOST_STAGES) + 8 * stage; }
-    __device__ __forceinline__ unsigned char* rows() const { return shared_bytes + rows_at + stage * stage_bytes + BEFORE; }
+    __device__ __forceinline__ u8* rows() const { return shared_bytes + rows_at + stage * stage_bytes + BEFORE; }
 };
 
 /// Stages a unit's rows, by a warp. What no row fills holds anything: nothing of it is stored.
-static __device__ __forceinline__ int stage_rows(const In* x, const Shape& shape, int row, int stride, unsigned char* to, u32 arrived) {
+static __device__ __forceinline__ int stage_rows(const In* x, const Shape& shape, int row, int stride, u8* to, u32 arrived) {
     constexpr int WIDTH = 16 / sizeof(In);
     int lane = threadIdx.x % 32, count = shape.columns, bytes = 0;
     if (shape.columns % WIDTH == 0) {
@@ -609,7 +609,7 @@ static __device__ __forceinline__ void sum_units(const Shape& shape, float epsil
 static_assert(STAGE_BYTES == 2 * TOKENS * STAGE_STRIDE, "a warp's stage: TOKENS rows of a panel of gates, then of up");
 
 /// Stages a panel of TOKENS rows. What no row fills holds anything.
-static __device__ __forceinline__ void stage_panel(const half* gate, const half* up, const Shape& shape, int row, int panel, unsigned char* to) {
+static __device__ __forceinline__ void stage_panel(const half* gate, const half* up, const Shape& shape, int row, int panel, u8* to) {
     int lane = threadIdx.x % 32, column = panel * PANEL + lane % 16 * 8;
     if (column < shape.grouped()) {
 #pragma unroll
@@ -629,7 +629,7 @@ static __device__ __forceinline__ void make(const half* gate, const half* up, co
     Lane lane;
     int part = lane.part, slots = shape.panels() + (shape.outliers > 0);
     bool vectors = shape.columns % 8 == 0;
-    unsigned char* stages = shared_bytes + 2 * warp * STAGE_BYTES;
+    u8* stages = shared_bytes + 2 * warp * STAGE_BYTES;
     // Item i is the slot i % slots of unit i / slots; the slot behind the panels is the outliers.
     int step = gridDim.x * (blockDim.x / 32), units_a_step = step / slots, slots_a_step = step % slots;
     int item = warp * gridDim.x + blockIdx.x, row = item / slots * TOKENS, slot = item % slots;
@@ -662,7 +662,7 @@ static __device__ __forceinline__ void make(const half* gate, const half* up, co
                 copy_wait<1>();
                 __syncwarp();
                 const uint4* gates = reinterpret_cast<const uint4*>(stages + stage * STAGE_BYTES + lane.row * STAGE_STRIDE + part * 64);
-                const uint4* ups = reinterpret_cast<const uint4*>(reinterpret_cast<const unsigned char*>(gates) + TOKENS * STAGE_STRIDE);
+                const uint4* ups = reinterpret_cast<const uint4*>(reinterpret_cast<const u8*>(gates) + TOKENS * STAGE_STRIDE);
                 u32 most = 0;
 #pragma unroll
                 for (int i = 0; i < 4; i++) {

@@ -68,11 +68,11 @@ static __device__ __forceinline__ u32 word_of(const Rows& from, int row, long lo
 /// f32, [ceil(rows / rows_per_scale), groups]. A block of 128 threads for each, panels in x, row tiles in y. With `order`, row i
 /// becomes row order[i] of the codes, or zeros for -1, and `rows` counts the order.
 extern "C" __global__ void __launch_bounds__(PACK_THREADS)
-    pack_weights(const i8* codes, const float* scales, const int* order, int rows, int groups, int rows_per_scale, unsigned char* blocks) {
+    pack_weights(const i8* codes, const float* scales, const int* order, int rows, int groups, int rows_per_scale, u8* blocks) {
     const Rows from{codes, order, rows, (long long)groups * GROUP};
     const int thread = threadIdx.x, panel = blockIdx.x, first_row = blockIdx.y * 64;
     const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
-    unsigned char* block = blocks + ((long long)blockIdx.y * gridDim.x + panel) * BLOCK_BYTES;
+    u8* block = blocks + ((long long)blockIdx.y * gridDim.x + panel) * BLOCK_BYTES;
     for (int step = 0; step < 4; step++) {
         const long long place = panel * 128ll + step * 32 + thread % 4 * 4;
 #if W_BITS == 4
@@ -94,10 +94,10 @@ extern "C" __global__ void __launch_bounds__(PACK_THREADS)
 
 /// Blocks [row tiles][halves][OUTLIER_BYTES] of outlier codes [rows, width] and their scales [rows]. As pack_weights, with 64
 /// channels a block.
-extern "C" __global__ void __launch_bounds__(PACK_THREADS) pack_outliers(const i8* codes, const float* scales, const int* order, int rows, int width, unsigned char* blocks) {
+extern "C" __global__ void __launch_bounds__(PACK_THREADS) pack_outliers(const i8* codes, const float* scales, const int* order, int rows, int width, u8* blocks) {
     const Rows from{codes, order, rows, width};
     const int thread = threadIdx.x, row = blockIdx.y * 64 + thread / 32 * 16 + thread % 32 / 4;
-    unsigned char* block = blocks + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * OUTLIER_BYTES;
+    u8* block = blocks + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * OUTLIER_BYTES;
     for (int step = 0; step < 2; step++) {
         const long long place = blockIdx.x * 64ll + step * 32 + thread % 4 * 4;
         *reinterpret_cast<uint4*>(block + step * 2048 + thread * 16) =
@@ -117,7 +117,7 @@ static __device__ __forceinline__ long long chunk_at(int panel, int padded, int 
 /// Panels [panels][padded][128] of rows of codes [tokens, width]; with `magnitudes` as signs and magnitudes. A thread for each
 /// 16 places: panels * padded * 8.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    tile_codes(const i8* codes, int tokens, int width, int padded, int panels, int magnitudes, unsigned char* to) {
+    tile_codes(const i8* codes, int tokens, int width, int padded, int panels, int magnitudes, u8* to) {
     const long long own = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (own >= (long long)panels * padded * 8) return;
     const int chunk = int(own % 8), token = int(own / 8 % padded), panel = int(own / 8 / padded);
@@ -133,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 /// The way back, to rows of `width` codes; a byte a thread.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    untile_codes(const unsigned char* from, int tokens, int width, int padded, int magnitudes, i8* codes) {
+    untile_codes(const u8* from, int tokens, int width, int padded, int magnitudes, i8* codes) {
     const long long own = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (own >= (long long)tokens * width) return;
     const int token = int(own / width), place = int(own % width);

@@ -156,7 +156,7 @@ static __device__ __forceinline__ void store_pair(float* to, float first, float 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     integer_product(const i8* x, const float* sx, const i8* xo, const float* sxo, const i8* w, const float* sw, const i8* wo,
                     const float* swo, Output* y, int tokens, int rows, int groups, int op) {
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(128) u8 memory[];
     // Eight tiles of tokens go through all rows together: blocks that run at the same time then read
     // few different tiles of both operands, which L2 holds.
     const int token_tiles = (tokens + TILE - 1) / TILE, row_tiles = (rows + TILE - 1) / TILE;

@@ -146,11 +146,11 @@ struct Group {
 #endif
 
 /// Shared memory: the staged row, rounded up to 16 bytes, then the groups that are not in registers.
-static __device__ __forceinline__ float* groups_of(unsigned char* shared, int channels, bool staged) {
+static __device__ __forceinline__ float* groups_of(u8* shared, int channels, bool staged) {
     return reinterpret_cast<float*>(shared + (staged ? (channels * sizeof(IN) + ROW_MULTIPLE - 1) / ROW_MULTIPLE * ROW_MULTIPLE : 0));
 }
 
-extern __shared__ __align__(16) unsigned char shared_bytes[];
+extern __shared__ __align__(16) u8 shared_bytes[];
 
 template <class Out> static __device__ __forceinline__ void permute(
     const IN* x, const int* order, int channels, int groups, int outliers, int staged, Out* y
@@ -272,10 +272,10 @@ struct Span {
             u32 own = __byte_perm(eight[2 * i], eight[2 * i + 1], own_halves);
             u32 other = __shfl_xor_sync(all, __byte_perm(eight[2 * i], eight[2 * i + 1], other_halves), 2);
             u32 left = upper ? other : own, right = upper ? own : other;
-            v[2 * i] = to_float(IN{(unsigned short)left});
-            v[2 * i + 1] = to_float(IN{(unsigned short)(left >> 16)});
-            v[8 + 2 * i] = to_float(IN{(unsigned short)right});
-            v[8 + 2 * i + 1] = to_float(IN{(unsigned short)(right >> 16)});
+            v[2 * i] = to_float(IN{(u16)left});
+            v[2 * i + 1] = to_float(IN{(u16)(left >> 16)});
+            v[8 + 2 * i] = to_float(IN{(u16)right});
+            v[8 + 2 * i + 1] = to_float(IN{(u16)(right >> 16)});
         }
         if (TRANSFORM) transform();
     }
@@ -324,7 +324,7 @@ struct Span {
 
 /// What rows[row] of the pair holds at a place of the order.
 static __device__ __forceinline__ float at(const u32* words, int channel, int row) {
-    return to_float(IN{(unsigned short)(words[channel] >> (16 * row))});
+    return to_float(IN{(u16)(words[channel] >> (16 * row))});
 }
 #endif
 

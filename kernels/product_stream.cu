@@ -213,7 +213,7 @@ static __device__ __forceinline__ void give_four(Output* y, int token, int row, 
 extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, PER_SM)
     integer_stream(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int tokens,
                    int padded, int rows, int panels, int halves) {
-    extern __shared__ unsigned char memory[];
+    extern __shared__ u8 memory[];
     __shared__ u64 barriers[2 * STAGES];
     const Operands of{x, sx, xo, sxo, w, wo, tokens, padded, rows, panels, halves};
     const u32 stages = (shared_address(memory) + 1023) / 1024 * 1024;

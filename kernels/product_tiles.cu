@@ -166,7 +166,7 @@ static __device__ __forceinline__ void load(Words<4>& words, RowScales (&scales)
 extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, 1)
     integer_tiles(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int tokens,
                   int padded, int rows, int panels, int halves) {
-    extern __shared__ unsigned char memory[];
+    extern __shared__ u8 memory[];
     __shared__ u64 barriers[2 * STAGES];
     const Operands of{x, sx, xo, sxo, w, wo, tokens, padded, rows, panels, halves};
     Ring<1> ring((shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers), 0);

@@ -251,12 +251,9 @@ fn inline_assembly_stands_in_one_header() {
 fn parameters_of(source: &str) -> BTreeMap<String, Vec<(String, String)>> {
     let kernels = source.split("extern \"C\" __global__").skip(1);
     let kernel = |text: &str| {
-        let text = match text.split_once("__launch_bounds__(") {
-            Some((_, rest)) if text.find("__launch_bounds__(") < text.find('{') => {
-                rest.split_once(") ").or(rest.split_once(")\n")).unwrap().1
-            }
-            _ => text.trim_start().strip_prefix("void").unwrap(),
-        };
+        let text = text.trim_start().strip_prefix("void").unwrap().trim_start();
+        let bounds = text.strip_prefix("__launch_bounds__(");
+        let text = bounds.map_or(text, |rest| rest.split_once(')').unwrap().1);
         let (name, rest) = text.split_once('(').unwrap();
         let parameters = rest.split_once(')').unwrap().0.split(',').map(|parameter| {
             let words: Vec<&str> = parameter.split_whitespace().collect();
