@@ -4,7 +4,7 @@ the tensor cores' instructions. */
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -234,6 +234,28 @@ fn every_kernel_file_is_in_the_list() {
     let mut listed: Vec<&str> = FAMILIES.iter().map(|family| family.name).collect();
     listed.sort_unstable();
     assert_eq!(listed, files);
+}
+
+/// The symbols of CUDA's libraries that a program calls: cudarc keeps the address of each in a static of the function of its name, of
+/// which the linker has kept those that are used.
+fn called_symbols(program: &[u8]) -> BTreeSet<String> {
+    let text = program.split(|byte| !byte.is_ascii_alphanumeric() && *byte != b'_');
+    let names = text.filter_map(|word| std::str::from_utf8(word).ok());
+    let symbol = |name: &str| {
+        let (_, rest) = name.strip_prefix("_ZN6cudarc")?.split_once("3sys")?;
+        let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let (length, rest) = rest.split_at(digits);
+        let (name, rest) = rest.split_at_checked(length.parse().ok()?)?;
+        rest.starts_with("2_S").then(|| name.to_owned())
+    };
+    names.filter_map(symbol).collect()
+}
+
+#[test]
+fn required_symbols_are_those_that_the_program_calls() {
+    let called = called_symbols(&fs::read(env!("CARGO_BIN_EXE_atom")).unwrap());
+    let required = libraries::required_symbols().into_iter().map(str::to_owned).collect();
+    assert_eq!(called, required);
 }
 
 #[test]
