@@ -179,7 +179,7 @@ impl Cuda {
             outlier_codes: codes.as_ref().map(Into::into),
             outlier_scales: scales.as_ref().map(Into::into),
             padded_outliers: rows.outliers.padded(),
-            bad: self.gpu.fault_cell(name)?,
+            bad: self.gpu.error_flag(name)?,
             program: Program {
                 kind,
                 group: numbers.group_size,

@@ -11,7 +11,8 @@ use cudarc::driver::sys::{
 };
 
 use super::compile::Compiler;
-use super::gpu::{Gpu, Stream, failed};
+use super::driver_error::failed;
+use super::gpu::{Gpu, Stream};
 use super::kernels::{Defines, Family};
 use super::slice::{Element, In, Out};
 use crate::Result;

@@ -12,8 +12,9 @@ pub mod cache;
 mod cache_tests;
 mod calibration;
 pub mod compile;
+mod deferred_errors;
 mod drift;
-mod faults;
+mod driver_error;
 mod forward;
 mod fused;
 #[cfg(test)]

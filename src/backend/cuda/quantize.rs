@@ -107,7 +107,7 @@ impl Cuda {
             outlier_codes: codes.as_ref().map(Into::into),
             outlier_scales: scales.as_ref().map(Into::into),
             outlier_values: values.as_ref().map(Into::into),
-            bad: self.gpu.fault_cell(name)?,
+            bad: self.gpu.error_flag(name)?,
             permutation,
             rows: tokens,
         })?;
