@@ -4,10 +4,9 @@ Everything here is row-major for its callers. The libraries are column-major, wh
 is its own transpose: `y = x w^T` is asked for as `y^T = w x^T`. */
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::ptr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::cublaslt::result as lt;
 use cudarc::cublaslt::sys::{
@@ -118,6 +117,11 @@ impl Planned {
     }
 }
 
+// SAFETY: nothing of it changes, and its parts may be used from any thread.
+unsafe impl Send for Planned {}
+// SAFETY: as above.
+unsafe impl Sync for Planned {}
+
 impl Drop for Planned {
     fn drop(&mut self) {
         // SAFETY: all was made for this product and is used no more. Nothing can be done about a failure.
@@ -133,19 +137,27 @@ impl Drop for Planned {
 /// The two libraries, opened for a device.
 pub struct Products {
     gpu: Arc<Gpu>,
-    handle: lts::cublasLtHandle_t,
-    solver: solver::cusolverDnHandle_t,
+    handle: LtHandle,
+    solver: Mutex<SolverHandle>,
     workspace: Buffer,
     /// The scale of FP8 operands: 1, in f32.
     one: Buffer,
-    planned: Mutex<HashMap<Key, Planned>>,
+    planned: Mutex<HashMap<Key, Arc<Planned>>>,
 }
 
-// SAFETY: the handles may be used from any thread; plans are behind a mutex, and cuSOLVER's handle is
-// used by the thread that computes alone.
-unsafe impl Send for Products {}
+/// cuBLASLt's handle, which several threads may use at the same time.
+struct LtHandle(lts::cublasLtHandle_t);
+
+// SAFETY: the library says so.
+unsafe impl Send for LtHandle {}
 // SAFETY: as above.
-unsafe impl Sync for Products {}
+unsafe impl Sync for LtHandle {}
+
+/// cuSOLVER's handle, which one thread may use at a time.
+struct SolverHandle(solver::cusolverDnHandle_t);
+
+// SAFETY: any thread may be that one.
+unsafe impl Send for SolverHandle {}
 
 impl Products {
     /// Opens both libraries, which must be there.
@@ -161,6 +173,7 @@ impl Products {
         solved("cusolverDnSetStream", set)?;
         let workspace = gpu.alloc(WORKSPACE_BYTES)?;
         let one = gpu.upload(&[1f32])?;
+        let (handle, solver) = (LtHandle(handle), Mutex::new(SolverHandle(solver)));
         Ok(Self { gpu, handle, solver, workspace, one, planned: Mutex::default() })
     }
 
@@ -179,19 +192,28 @@ impl Products {
         }
         let forms = product.forms();
         let key = (m, n, k, forms, add, precision);
-        let mut planned = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
-        let plan = match planned.entry(key) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => {
+        let known = self.planned().get(&key).cloned();
+        let plan = match known {
+            Some(plan) => plan,
+            None => {
+                // No lock is held: two threads may plan the same product, and either plan does.
                 let plan = self.plan(product, 1)?;
                 if plan.choices() == 0 {
                     let none = lts::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED;
                     return Err(failed("choosing a kernel of cuBLASLt", lt::CublasError(none)));
                 }
-                entry.insert(plan)
+                Arc::clone(self.planned().entry(key).or_insert_with(|| Arc::new(plan)))
             }
         };
-        self.run_choice(product, plan, 0)
+        self.run_choice(product, &plan, 0)
+    }
+
+    fn planned(&self) -> MutexGuard<'_, HashMap<Key, Arc<Planned>>> {
+        self.planned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn solver(&self) -> MutexGuard<'_, SolverHandle> {
+        self.solver.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Computes a product on the main stream by one of the kernels that were planned for its shape.
@@ -211,7 +233,7 @@ impl Products {
         // SAFETY: the plan was made for these shapes; the operands are device memory of these sizes.
         unsafe {
             lt::matmul(
-                self.handle,
+                self.handle.0,
                 plan.description,
                 scalar(0),
                 scalar(1),
@@ -301,7 +323,7 @@ impl Products {
         // SAFETY: all descriptions are alive, and there is room for as many results as are asked for.
         let status = unsafe {
             let status = lts::cublasLtMatmulAlgoGetHeuristic(
-                self.handle,
+                self.handle.0,
                 description,
                 layouts[0],
                 layouts[1],
@@ -335,11 +357,13 @@ impl Products {
         let upper = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
         let size = i32::try_from(n)
             .map_err(|_| Error::machine(format!("a Hessian of {n} channels is too large")))?;
+        assert!(In::<f32>::from(matrix).holds(n * n), "a matrix of {n} x {n}");
         let pointer = matrix.pointer() as *mut f32;
+        let solver = self.solver();
         let mut work = 0;
         // SAFETY: the matrix holds n * n values; the call writes one integer.
         let asked = unsafe {
-            solver::cusolverDnSpotrf_bufferSize(self.solver, upper, size, pointer, size, &mut work)
+            solver::cusolverDnSpotrf_bufferSize(solver.0, upper, size, pointer, size, &mut work)
         };
         solved("cusolverDnSpotrf_bufferSize", asked)?;
         let workspace = self.gpu.alloc(4 * work.max(1) as usize)?;
@@ -347,7 +371,7 @@ impl Products {
         // SAFETY: workspace and info are as large as was asked for.
         let factorize = || unsafe {
             solver::cusolverDnSpotrf(
-                self.solver,
+                solver.0,
                 upper,
                 size,
                 pointer,
@@ -366,6 +390,9 @@ impl Products {
     /// `factor` `[n, n]` as [`cholesky`](Self::cholesky) leaves it.
     pub fn solve(&self, factor: &Buffer, n: usize, right: &Buffer, rows: usize) -> Result<()> {
         self.gpu.bind()?;
+        assert!(In::<f32>::from(factor).holds(n * n), "a factor of {n} x {n}");
+        assert!(In::<f32>::from(right).holds(rows * n), "{rows} rows of {n}");
+        let solver = self.solver();
         let upper = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
         let size = |n: usize| {
             i32::try_from(n).map_err(|_| Error::machine(format!("{n} channels are too many")))
@@ -375,7 +402,7 @@ impl Products {
         // SAFETY: the buffers hold n * n and rows * n values; the call writes one integer.
         let solve = || unsafe {
             solver::cusolverDnSpotrs(
-                self.solver,
+                solver.0,
                 upper,
                 n,
                 rows,
@@ -396,11 +423,12 @@ impl Drop for Products {
         if self.gpu.wait(Stream::Main).is_err() {
             return;
         }
-        self.planned.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        self.planned().clear();
+        let solver = self.solver().0;
         // SAFETY: both were made here and are used no more.
         unsafe {
-            let _ = lt::destroy_handle(self.handle);
-            let _ = solver::cusolverDnDestroy(self.solver);
+            let _ = lt::destroy_handle(self.handle.0);
+            let _ = solver::cusolverDnDestroy(solver);
         }
     }
 }
