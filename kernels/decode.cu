@@ -197,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll 1
     for (int i = 0; i < stages && i < own_groups; i++) start_copy(i, i);
 
-    // Queries, while the first pages are on their way. Columns without a head are zeros.
+    // Queries, while the first pages are in flight. Columns without a head are zeros.
     for (int i = threadIdx.x; i < 8 * QUERY_PITCH / 2; i += THREADS) reinterpret_cast<u32*>(queries)[i] = 0;
     __syncthreads();
     {

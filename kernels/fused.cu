@@ -2,13 +2,13 @@
 // nothing; then order, transform, codes (docs/format.md). Every value is f32 from its input to its code and
 // is computed as the CPU computes it (src/backend/cpu/elementwise.rs), so codes and scales are its bits.
 //
-// A place is where the order puts a channel; a panel is 128 of them, one or more groups, the last panel filled up
-// with zeros; INT8 outliers are one or two panels behind the others, without a transform. A block of threads stays on
+// A slot is where the order puts a channel; a panel is 128 of them, one or more groups, the last panel filled up
+// with zeros; INT8 outliers are one or two panels behind the others, without a transform. A thread block stays on
 // its SM and takes units of TOKENS rows. Where an order picks from all over a row, one warp stages whole units in a ring in
 // shared memory, which the others leave behind them; rows in the site's order need no unit, and each warp stages its own next
 // panel. A warp makes 8 rows' panels at a time:
 //
-//     lane   0 .. 7    places  0 ..  31     of TOKENS rows, and of 8 / TOKENS panels
+//     lane   0 .. 7    slots  0 ..  31     of TOKENS rows, and of 8 / TOKENS panels
 //            8 .. 15          32 ..  63     of the same
 //           16 .. 23          64 ..  95
 //           24 .. 31          96 .. 127
@@ -23,7 +23,7 @@
 //     half handed over, then 32       r0 r1 r2 r3 r4 [0 1 2 3 5]     A B [4 6]
 //     half handed over, then 64       r0 r1 r2 r3 r4 [0 1 2 3 6]     A B [4 5]
 //
-// In the end a thread has two times 16 neighbouring places: codes leave 16 bytes at a time.
+// In the end a thread has two times 16 neighbouring slots: codes leave 16 bytes at a time.
 //
 // FROM       NORM: RMSNorm of f32 rows; HALF: f16 rows as they are; SILU: f16 rows of gate and up
 // GROUP      channels of a group: 32, 64 or 128
@@ -165,11 +165,11 @@ template <bool USUAL> static __device__ __forceinline__ void silu_mul8(float* v,
 /// A row in shared memory, and the order.
 struct Source {
     const u8 *row, *other;   // `other` of up
-    const int* places;                  // the channel of each place of each panel, -1 for none
-    const float* weights;               // the norm's, of each place of each panel
+    const int* slots;                  // the channel of each slot of each panel, -1 for none
+    const float* weights;               // the norm's, of each slot of each panel
     float inverse;                      // the norm's
 
-    /// 32 places.
+    /// 32 slots.
     __device__ __forceinline__ void load(float (&v)[32], int first) const {
         const In* values = reinterpret_cast<const In*>(row);
 #if FROM == SILU
@@ -177,7 +177,7 @@ struct Source {
         u32 most = 0;
 #pragma unroll
         for (int i = 0; i < 32; i += 4) {
-            int4 at = *reinterpret_cast<const int4*>(places + first + i);
+            int4 at = *reinterpret_cast<const int4*>(slots + first + i);
             most = abs_max_or_nan2(most, values[at.x].bits | (u32)values[at.y].bits << 16);
             most = abs_max_or_nan2(most, values[at.z].bits | (u32)values[at.w].bits << 16);
         }
@@ -187,7 +187,7 @@ struct Source {
 #else
 #pragma unroll
         for (int i = 0; i < 32; i += 4) {
-            int4 at = *reinterpret_cast<const int4*>(places + first + i);
+            int4 at = *reinterpret_cast<const int4*>(slots + first + i);
             v[i] = to_float(values[at.x]);
             v[i + 1] = to_float(values[at.y]);
             v[i + 2] = to_float(values[at.z]);
@@ -209,7 +209,7 @@ struct Source {
     template <bool USUAL> __device__ __forceinline__ void products(float (&v)[32], const half* gates, const half* ups, int first) const {
 #pragma unroll
         for (int i = 0; i < 32; i += 4) {
-            int4 at = *reinterpret_cast<const int4*>(places + first + i);
+            int4 at = *reinterpret_cast<const int4*>(slots + first + i);
             v[i] = silu_mul<USUAL>(to_float(gates[at.x]), to_float(ups[at.x]));
             v[i + 1] = silu_mul<USUAL>(to_float(gates[at.y]), to_float(ups[at.y]));
             v[i + 2] = silu_mul<USUAL>(to_float(gates[at.z]), to_float(ups[at.z]));
@@ -532,14 +532,14 @@ static __device__ __forceinline__ void stage_units(const In* x, const void* othe
 }
 
 /// What a warp does that makes codes: of each unit every MAKERS-th task, which is SETS panels or the outliers.
-static __device__ __forceinline__ void make(const int* places, const float* weights, const Shape& shape, int slice_panels, const Target& target, int warp, Ring ring) {
+static __device__ __forceinline__ void make(const int* slots, const float* weights, const Shape& shape, int slice_panels, const Target& target, int warp, Ring ring) {
     Lane lane;
     int stride = row_stride(shape.columns), place = lane.part * 32;
     int first = blockIdx.y * slice_panels, last = min(first + slice_panels, shape.panels());
     int panel_tasks = (last - first + SETS - 1) / SETS;
     int tasks = panel_tasks + (shape.outliers > 0 && blockIdx.y == gridDim.y - 1);
     Source source;
-    source.places = places;
+    source.slots = slots;
     source.weights = weights;
     int task = warp;
     for (int row = blockIdx.x * TOKENS; row < shape.tokens; row += gridDim.x * TOKENS, ring.advance(), task -= tasks) {
@@ -694,12 +694,12 @@ static __device__ __forceinline__ void make(const half* gate, const half* up, co
 }
 #endif
 
-/// Codes of `[tokens, columns]`: `x`, of SILU the gates, and `other`, the weights of NORM in the order of `places` or SILU's rows
-/// of up. `places` holds the channel of each place, -1 for none, in whole panels: those of the groups, then the outliers'. `bad`
+/// Codes of `[tokens, columns]`: `x`, of SILU the gates, and `other`, the weights of NORM in the order of `slots` or SILU's rows
+/// of up. `slots` holds the channel of each slot, -1 for none, in whole panels: those of the groups, then the outliers'. `bad`
 /// becomes the least row with a scale that is not finite. Ordered, block (b, s) takes every gridDim.x-th unit of TOKENS rows and
-/// of it the panels s * slice_panels and on, with `stages` units on their way.
+/// of it the panels s * slice_panels and on, with `stages` units in flight.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
-    const In* x, const void* other, const int* places, int tokens, int columns, int groups, int outliers, int slice_panels, int stages, float epsilon,
+    const In* x, const void* other, const int* slots, int tokens, int columns, int groups, int outliers, int slice_panels, int stages, float epsilon,
     float clip, float top, float inverse_top, int signed_scales, float least, float greatest, i8* codes, float* scales, int scale_stride,
     i8* outlier_codes, float* outlier_scales, int padded_outliers, u32* bad
 ) {
@@ -708,10 +708,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
     // The shuffle tells the compiler that a warp's lanes go one way.
     int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 #if ORDERED
-    int rows = TOKENS * (FROM == SILU ? 2 : 1), stride = row_stride(columns), all_places = (shape.panels() + shape.outlier_panels()) * PANEL;
+    int rows = TOKENS * (FROM == SILU ? 2 : 1), stride = row_stride(columns), all_slots = (shape.panels() + shape.outlier_panels()) * PANEL;
     int* order = reinterpret_cast<int*>(shared_bytes + HEAD_BYTES);
-    float* weights = reinterpret_cast<float*>(order + all_places);
-    Ring ring(stages, BEFORE + rows * stride, HEAD_BYTES + all_places * (FROM == NORM ? 8 : 4));
+    float* weights = reinterpret_cast<float*>(order + all_slots);
+    Ring ring(stages, BEFORE + rows * stride, HEAD_BYTES + all_slots * (FROM == NORM ? 8 : 4));
     if (threadIdx.x < stages) {
         u32 barrier = shared_address(shared_bytes) + 8 * threadIdx.x;
         barrier_init(barrier, 32);
@@ -724,10 +724,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
     for (int i = threadIdx.x; i < stages * rows; i += THREADS)
         *reinterpret_cast<uint4*>(shared_bytes + ring.rows_at + i / rows * ring.stage_bytes + i % rows * stride) = make_uint4(0, 0, 0, 0);
     __syncthreads();
-    // Rows are on their way while the order comes.
+    // Rows are in flight while the order comes.
     if (warp == WARPS - 1) stage_units(x, other, shape, ring);
-    else for (int i = threadIdx.x; i < all_places / 4; i += 32 * (WARPS - 1)) {
-        copy16(shared_address(order + 4 * i), places + 4 * i, true);
+    else for (int i = threadIdx.x; i < all_slots / 4; i += 32 * (WARPS - 1)) {
+        copy16(shared_address(order + 4 * i), slots + 4 * i, true);
         if (FROM == NORM) copy16(shared_address(weights + 4 * i), reinterpret_cast<const float*>(other) + 4 * i, true);
     }
     if (warp == WARPS - 1) return;

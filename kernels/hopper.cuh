@@ -167,7 +167,7 @@ struct RowColumns {
     }
 };
 
-/// total = fma(s_x s_w, sum, total). Sums of FP8 products are by 2^18 too small: the totals are set right in the end.
+/// total = fma(s_x s_w, sum, total). Sums of FP8 products are by 2^18 too small: the totals are rescaled in the end.
 static __device__ __forceinline__ void promote(float (&total)[HELD], const u32 (&sums)[HELD], const u32 (&scales)[HELD]) {
 #pragma unroll
     for (int i = 0; i < HELD; i++)
@@ -219,13 +219,13 @@ template <int STRIDE> struct Ring {
     __device__ __forceinline__ void wait() const { barrier_wait(full, phase); }
 };
 
-/// Gives back the stage of an `empty` barrier; called by whole warps.
+/// Gives back the stage of an `empty` barrier; called by entire warps.
 static __device__ __forceinline__ void release(u32 empty) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(empty);
 }
 
-/// Sets up the barriers; the whole block of threads calls it. A stage is given back by `warps` warps.
+/// Sets up the barriers; the entire thread block calls it. A stage is given back by `warps` warps.
 static __device__ __forceinline__ void make_ring(u32 barriers, int warps) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
@@ -327,8 +327,8 @@ static __device__ __forceinline__ void promote_outliers(float (&total)[HELD], co
     }
 }
 
-/// Sets right the totals of products of FP8 numbers. A power of two changes no rounding.
-static __device__ __forceinline__ void set_right(float (&total)[HELD]) {
+/// Rescales the totals of products of FP8 numbers. A power of two changes no rounding.
+static __device__ __forceinline__ void rescale(float (&total)[HELD]) {
 #if BY_FLOAT
 #pragma unroll
     for (int i = 0; i < HELD; i++) total[i] *= 262144.0f;

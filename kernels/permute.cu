@@ -1,7 +1,7 @@
 // A site's channel order, its transform and its quantization (docs/format.md; src/quant/site.rs is the
 // definition, and these kernels give its bits). Also the way back from codes to values.
 //
-// One block of threads a row: the row is staged in shared memory, since the order picks from all over
+// One thread block a row: the row is staged in shared memory, since the order picks from all over
 // it, and each warp makes whole groups. Lane l holds the group's values l * LANE_VALUES and on, so
 // that codes leave in whole words, and the transform's butterflies are registers for small distances
 // and shuffles for the others.

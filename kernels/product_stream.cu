@@ -1,17 +1,17 @@
-// Few tokens: the weights are read once, and everything is about having enough of them on their way.
+// Few tokens: the weights are read once, and everything is about having enough of them in flight.
 //
-// A tile is 64 * BLOCKS rows and all tokens. A cluster of gridDim.y blocks of threads shares its stages, in equal
+// A tile is 64 * BLOCKS rows and all tokens. A cluster of gridDim.y thread blocks shares its stages, in equal
 // runs, and in a block SPLIT warpgroups take the run's stages in turn. In the end each block of the cluster takes some of the
 // tokens and adds up their totals from the shared memory of all, in the order of blocks and warpgroups. Macros and operands:
 // hopper.cuh, and
 //
 //     SPLIT    warpgroups that take a run's stages in turn
-//     PER_SM   blocks of threads that an SM should hold
-//     EARLY    stages whose weights are asked for before the kernel before this one has ended
+//     PER_SM   thread blocks that an SM should hold
+//     EARLY    stages whose weights are prefetched before the PDL wait
 //     BY_WARPS 1: warps multiply by themselves, by `mma.sync`, codes in two's complement. Its operands and sums lie in the
-//              registers as those of `wgmma`, but nobody waits for it, and fewer registers are held
+//              registers as those of `wgmma`, but it is synchronous, and fewer registers are held
 //
-// A copy costs the warp that asks for it some 140 cycles, whatever its size, which is why a stage holds several panels: their
+// A copy costs the warp that issues it some 140 cycles, whatever its size, which is why a stage holds several panels: their
 // weights, and the tokens' codes, lie one after the other in device memory.
 
 #if !defined(SPLIT) || !defined(PER_SM) || !defined(EARLY)
@@ -27,16 +27,16 @@ static_assert(!BY_WARPS || X_BITS == 8, "few tokens' codes are in two's compleme
 
 /// A token's totals of a tile's rows, as a warpgroup leaves them; four more, so that lanes meet different banks.
 #define TOTALS (64 * BLOCKS + 4)
-static_assert(EARLY <= STAGES, "only free stages are asked for early");
+static_assert(EARLY <= STAGES, "only free stages are prefetched");
 static_assert(STAGES % SPLIT == 0, "a warpgroup sees every round of its places in the ring, and no other's");
 static_assert(SPLIT * TOKENS * TOTALS * 4 <= STAGES * STAGE_BYTES, "totals take the stages' memory");
 
 /// A stage's panels, of all there are.
 static __device__ __forceinline__ int panels_of(const Operands& of, int stage) { return min(PANELS, of.panels - stage * PANELS); }
 
-/// Asks for `part` of SHARES of the copies of a stage's weights, when it is free, and announces all that it will hold. `units`
+/// Issues `part` of SHARES of the copies of a stage's weights, when it is free, and announces all that it will hold. `units`
 /// stages hold the groups, the others 64 outlier channels each.
-template <int SHARES> static __device__ __forceinline__ void ask_for_weights(const Operands& of, const Ring<1>& ring, int tile, int units, int stage, int part) {
+template <int SHARES> static __device__ __forceinline__ void issue_weights(const Operands& of, const Ring<1>& ring, int tile, int units, int stage, int part) {
     // A tile at the end may have fewer blocks of rows: the last one is copied again, and its results are not written.
     const int last_block = (of.rows + 63) / 64 - 1, half = stage - units;
     const bool outliers = half >= 0;
@@ -53,8 +53,8 @@ template <int SHARES> static __device__ __forceinline__ void ask_for_weights(con
     }
 }
 
-/// Asks for the tokens' codes and scales of a stage.
-static __device__ __forceinline__ void ask_for_tokens(const Operands& of, const Ring<1>& ring, int units, int stage) {
+/// Issues the copies of the tokens' codes and scales of a stage.
+static __device__ __forceinline__ void issue_tokens(const Operands& of, const Ring<1>& ring, int units, int stage) {
     const int half = stage - units, panel_bytes = of.padded * 128;
     if (half < 0) {
         copy_bulk_elected(ring.here + TOKEN_CODES, of.x + (long long)stage * PANELS * panel_bytes, panels_of(of, stage) * panel_bytes, ring.full);
@@ -65,17 +65,17 @@ static __device__ __forceinline__ void ask_for_tokens(const Operands& of, const 
     }
 }
 
-/// What the copying warps ask for: the first EARLY stages' weights while the kernels before may still be at work, then everything.
+/// What the producer warps issue: the first EARLY stages' weights while the kernels before may still be at work, then everything.
 template <int SHARES> static __device__ __forceinline__ void copy_stages(const Operands& of, Ring<1> ring, int tile, int units, int begin, int end, int part) {
     const int early = min(begin + EARLY, end);
     Ring<1> ahead = ring;
 #pragma unroll 1
-    for (int stage = begin; stage < early; stage++, ahead.next()) ask_for_weights<SHARES>(of, ahead, tile, units, stage, part);
+    for (int stage = begin; stage < early; stage++, ahead.next()) issue_weights<SHARES>(of, ahead, tile, units, stage, part);
     if (part == 0) pdl_wait();
 #pragma unroll 1
     for (int stage = begin; stage < end; stage++, ring.next()) {
-        if (stage >= early) ask_for_weights<SHARES>(of, ring, tile, units, stage, part);
-        if (part == 0) ask_for_tokens(of, ring, units, stage);
+        if (stage >= early) issue_weights<SHARES>(of, ring, tile, units, stage, part);
+        if (part == 0) issue_tokens(of, ring, units, stage);
     }
 }
 
@@ -194,7 +194,7 @@ static __device__ __forceinline__ void add_groups(float (&total)[HELD], u32 bloc
 }
 
 /// Writes results of rows `row` and the three on; `row` is a multiple of 4.
-static __device__ __forceinline__ void give_four(Output* y, int token, int row, int rows, const float4& v) {
+static __device__ __forceinline__ void store_four(Output* y, int token, int row, int rows, const float4& v) {
     Output* to = y + (long long)token * rows + row;
 #if OUT == 1
     if (rows % 4 == 0) {
@@ -256,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, PER_SM)
         release(ring.empty());
         ring.next();
     }
-    set_right(total);
+    rescale(total);
     u32 sums[HELD];
 #pragma unroll 1
     for (bool add = false; stage < end; stage += SPLIT, add = true) {
@@ -290,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, PER_SM)
             sum.z += v.z;
             sum.w += v.w;
         }
-        give_four(y, token, blockIdx.x * BLOCKS * 64 + row, rows, sum);
+        store_four(y, token, blockIdx.x * BLOCKS * 64 + row, rows, sum);
     }
     // Nobody leaves while others read.
     if (splits > 1) cluster_barrier();

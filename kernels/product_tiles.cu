@@ -1,4 +1,4 @@
-// Many tokens: one block of threads an SM, which takes tile after tile of 64 * BLOCKS rows by TOKENS tokens. Each of BLOCKS
+// Many tokens: one thread block an SM, which takes tile after tile of 64 * BLOCKS rows by TOKENS tokens. Each of BLOCKS
 // warpgroups has 64 rows, a warp of one more copies. Macros and operands: hopper.cuh.
 //
 // A warpgroup unpacks weights and starts their products, part by part, loads meanwhile what it needs of the next stage, waits
@@ -26,7 +26,7 @@ static __device__ __forceinline__ Tile tile_of(int index, int whole, int token_t
     return Tile{(band * 8 + within % height) * TOKENS, within / height * BLOCKS + part, index < whole ? BLOCKS : 1};
 }
 
-/// Asks for all stages of a tile, one after the other, as they are free; by a warp.
+/// Issues the copies of all stages of a tile, one after the other, as they are free; by a warp.
 static __device__ __forceinline__ void copy_tile(const Operands& of, const Tile& tile, Ring<1>& ring) {
     const u32 count = min(TOKENS, of.padded - tile.first_token);
     // A tile at the end may have fewer blocks of rows: the last one is copied again, and its results are not written.
@@ -76,7 +76,7 @@ static __device__ __forceinline__ void copy_tile(const Operands& of, const Tile&
 }
 
 /// Writes a result. A value is added to by one thread only, so that its order does not matter: an atomic sum is not waited for.
-static __device__ __forceinline__ void give(Output* to, float value) {
+static __device__ __forceinline__ void store_result(Output* to, float value) {
 #if OUT == 2
     atomicAdd(to, value);
 #else
@@ -143,7 +143,7 @@ static __device__ __forceinline__ void write(const float (&total)[HELD], Output*
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int token = first_token + 8 * j + lane % 4 * 2 + e % 2, row = first_row + warp * 16 + lane / 4 + e / 2 * 8;
-            if (token < tokens && row < rows) give(y + (long long)token * rows + row, total[4 * j + e]);
+            if (token < tokens && row < rows) store_result(y + (long long)token * rows + row, total[4 * j + e]);
         }
     }
 }
@@ -221,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, 1)
                 }
                 release(empty);
             }
-            set_right(total);
+            rescale(total);
 #pragma unroll 1
             for (int part = 0; part < halves; part += 2) {
                 const bool both = part + 1 < halves;

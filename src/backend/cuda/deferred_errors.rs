@@ -10,7 +10,7 @@ use super::driver_error::failed;
 use super::slice::Out;
 use crate::{Error, Result};
 
-/// Kernels that may be on their way.
+/// Kernels that may be in flight.
 const FLAGS: usize = 1024;
 /// What a flag holds of a kernel that has found nothing.
 const NOTHING: u32 = u32::MAX;
@@ -57,7 +57,7 @@ impl DeferredErrors {
     }
 
     /// Where a kernel that quantizes a site's activations writes, by its address on the device, which is the host's; none if
-    /// too many are on their way.
+    /// too many are in flight.
     pub(super) fn flag(&self, site: &str) -> Option<Out<'_, u32>> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let flag = state.free.pop()?;
@@ -66,7 +66,7 @@ impl DeferredErrors {
         Some(unsafe { Out::one(self.flags.0.wrapping_add(flag) as u64) })
     }
 
-    /// The kernels on their way.
+    /// The kernels in flight.
     pub(super) fn take(&self) -> Vec<Pending> {
         std::mem::take(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner).pending)
     }

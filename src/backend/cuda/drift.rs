@@ -31,7 +31,7 @@ impl Cuda {
         })
     }
 
-    /// `W += share (W C_in + C_out) H^-1` for `weights` `[rows, n]`, arranged.
+    /// `W += share (W C_in + C_out) H^-1` for `weights` `[rows, n]`, permuted.
     pub(super) fn correct(
         &self,
         weights: &Buffer,

@@ -8,7 +8,7 @@ use super::kernels::elementwise::{
 };
 use super::kernels::{Float, product};
 use super::product::Precision;
-use super::tensor::{Activation, Dense, Form, Hidden, Layout, Packed, Places, Rows, Site, Weight};
+use super::tensor::{Activation, Dense, Form, Hidden, Layout, Packed, Rows, Site, Slots, Weight};
 use crate::Result;
 use crate::backend::{AttentionSpec, Forward, Placement, Qkv};
 
@@ -71,8 +71,8 @@ impl Forward for Cuda {
     }
 
     fn silu_mul(&self, gate: Activation, up: &Activation) -> Result<Activation> {
-        if let Some(Places { order, channels }) = &gate.places {
-            assert!(up.places.is_some() && gate.columns == up.columns);
+        if let Some(Slots { order, channels }) = &gate.slots {
+            assert!(up.slots.is_some() && gate.columns == up.columns);
             let y = self.half(gate.rows, *channels)?;
             self.kernels.launch(&SiluMulPermuted {
                 gate: (&gate.data).into(),
@@ -144,7 +144,7 @@ impl Forward for Cuda {
         site: &Site,
         name: &str,
     ) -> Result<Rows> {
-        let columns = if gate.places.is_some() { Columns::Places } else { Columns::Channels };
+        let columns = if gate.slots.is_some() { Columns::Slots } else { Columns::Channels };
         if self.takes_tiles(&site.format.row)
             && let Some(rows) = self.silu_rows(&gate, up, columns, site, Layout::Tiled, name)?
         {
@@ -169,8 +169,8 @@ impl Forward for Cuda {
 
     fn integer_product(&self, x: &Rows, weight: &Packed) -> Result<Activation> {
         let data = self.integer(x, weight, true)?;
-        let places = weight.places.clone();
-        Ok(Activation { places, ..Activation::new(x.tokens, weight.rows, data) })
+        let slots = weight.slots.clone();
+        Ok(Activation { slots, ..Activation::new(x.tokens, weight.rows, data) })
     }
 
     fn add_integer_product(&self, x: &mut Hidden, y: &Rows, weight: &Packed) -> Result<()> {

@@ -21,8 +21,8 @@ pub struct NormWeight(Buffer);
 pub(super) enum Columns {
     /// The source's channels.
     Channels,
-    /// Places of the site's order, padding and outliers included: the weights' rows were arranged.
-    Places,
+    /// Slots of the site's order, padding and outliers included: the weights' rows were permuted.
+    Slots,
 }
 
 /// What a row becomes codes from.
@@ -37,7 +37,7 @@ struct Source<'a> {
     columns: Columns,
 }
 
-/// Whether the kernels make codes of such sites; `arrange` makes those of all others.
+/// Whether the kernels make codes of such sites; `permute.cu` makes those of all others.
 pub(super) fn supports(format: &RowFormat) -> bool {
     format.numbers.bits < 16
         && matches!(format.numbers.levels, Levels::Int | Levels::Fp4)
@@ -48,11 +48,11 @@ pub(super) fn supports(format: &RowFormat) -> bool {
 
 /// Panels of the groups and of the outliers.
 fn panels(format: &RowFormat) -> [usize; 2] {
-    [format.grouped_channels(), format.outlier_channels].map(|places| places.div_ceil(PANEL))
+    [format.grouped_channels(), format.outlier_channels].map(|slots| slots.div_ceil(PANEL))
 }
 
 /// One value a place: `of` a channel, or `none`.
-fn by_places<T: Copy>(format: &SiteFormat, none: T, of: impl Fn(usize) -> T) -> Vec<T> {
+fn by_slots<T: Copy>(format: &SiteFormat, none: T, of: impl Fn(usize) -> T) -> Vec<T> {
     let [grouped, outliers] = panels(&format.row);
     let mut values = vec![none; (grouped + outliers) * PANEL];
     let (groups, rest) = format.order.split_at(format.row.grouped_channels());
@@ -68,19 +68,19 @@ fn by_places<T: Copy>(format: &SiteFormat, none: T, of: impl Fn(usize) -> T) -> 
 
 impl Cuda {
     /// A site's order in whole panels; none where its codes are not made here.
-    pub(super) fn places(&self, format: &SiteFormat) -> Result<Option<Buffer>> {
+    pub(super) fn slots(&self, format: &SiteFormat) -> Result<Option<Buffer>> {
         if !supports(&format.row) {
             return Ok(None);
         }
-        let places = by_places(format, PADDING, |channel| channel as i32);
-        self.gpu.upload(&places).map(Some)
+        let slots = by_slots(format, PADDING, |channel| channel as i32);
+        self.gpu.upload(&slots).map(Some)
     }
 
     /// A norm's weight `[1, channels]` for a site behind it.
     fn norm_weight(&self, weight: &Hidden, site: &Site) -> Result<NormWeight> {
         let channels = weight.float().download::<f32>(0..4 * weight.count())?;
-        let places = by_places(&site.format, 0.0, |channel| channels[channel]);
-        self.gpu.upload(&places).map(NormWeight)
+        let slots = by_slots(&site.format, 0.0, |channel| channels[channel]);
+        self.gpu.upload(&slots).map(NormWeight)
     }
 
     /// The codes of `rms_norm(x)`; none where the kernel has no room for a row, or the site is not
@@ -131,7 +131,7 @@ impl Cuda {
         name: &str,
     ) -> Result<Option<Rows>> {
         assert_eq!((gate.rows, gate.columns), (up.rows, up.columns));
-        assert_eq!(gate.places.is_some(), up.places.is_some());
+        assert_eq!(gate.slots.is_some(), up.slots.is_some());
         let (values, other) = (&gate.data, Some(&up.data));
         let (rows, width) = (gate.rows, gate.columns);
         let source = Source { kind: Kind::Silu, rows, width, values, other, epsilon: 0.0, columns };
@@ -148,7 +148,7 @@ impl Cuda {
         let format = &site.format;
         let &Source { kind, rows: count, width, values, other, epsilon, columns } = source;
         let plan = self.fused_plan(format, kind, columns, count);
-        let (Some(places), Some(plan)) = (&site.places, plan) else { return Ok(None) };
+        let (Some(slots), Some(plan)) = (&site.slots, plan) else { return Ok(None) };
         let ordered = columns == Columns::Channels;
         assert_eq!(width, if ordered { format.channels } else { format.width() });
         let tiled = layout == Layout::Tiled;
@@ -159,7 +159,7 @@ impl Cuda {
         self.kernels.launch(&FusedQuantize {
             x: values.into(),
             other: other.map(Into::into),
-            places: ordered.then(|| places.into()),
+            slots: ordered.then(|| slots.into()),
             tokens: count,
             columns: width,
             groups: format.row.groups,
@@ -209,7 +209,7 @@ impl Cuda {
         let shape = Shape { kind, rows, channels: format.channels, panels: panels(&format.row) };
         match columns {
             Columns::Channels => Plan::gathering(shape, room),
-            Columns::Places => Some(Plan::permuted(shape, room)),
+            Columns::Slots => Some(Plan::permuted(shape, room)),
         }
     }
 
@@ -220,7 +220,7 @@ impl Cuda {
             Producer::Silu => Kind::Silu,
         };
         self.takes_tiles(&site.format.row)
-            && site.places.is_some()
+            && site.slots.is_some()
             && self.fused_plan(&site.format, kind, Columns::Channels, rows).is_some()
     }
 

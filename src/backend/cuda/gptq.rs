@@ -31,7 +31,7 @@ fn spans(format: &RowFormat) -> Vec<(usize, usize)> {
         .collect()
 }
 
-/// Weights that are swept together, arranged and corrected for the drift, row under row.
+/// Weights that are swept together, permuted and corrected for the accumulated error, row under row.
 struct Stack {
     format: LinearFormat,
     clip: f32,

@@ -1,6 +1,6 @@
 /*! One GPU: its context, its streams, its memory.
 
-Work goes to one stream, `main`, in the order it is asked for; memory comes from the driver's pool in
+Work goes to one stream, `main`, in the order it is given; memory comes from the driver's pool in
 that order too, so a buffer that is dropped can be reused by what comes after without waiting. Two
 more streams copy: `up` for weights that are read ahead, `down` for results that are written behind. */
 
@@ -32,7 +32,7 @@ pub struct Gpu {
     deferred: DeferredErrors,
     /// Its multiprocessors.
     pub multiprocessors: usize,
-    /// Bytes of shared memory that a block of threads may take.
+    /// Bytes of shared memory that a thread block may take.
     pub block_shared_bytes: usize,
     context: Arc<CudaContext>,
     main: Arc<CudaStream>,
@@ -43,7 +43,7 @@ pub struct Gpu {
     limit_bytes: u64,
     used_bytes: AtomicU64,
     peak_bytes: AtomicU64,
-    /// Seconds of each kernel, where they were asked for.
+    /// Seconds of each kernel, where they are timed.
     trace: Option<Mutex<BTreeMap<String, f64>>>,
 }
 

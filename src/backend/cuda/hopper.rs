@@ -19,9 +19,9 @@ use crate::Result;
 use crate::quant::levels::Levels;
 use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat};
 
-/// Panels of so many places.
-fn panels(places: usize) -> usize {
-    places.div_ceil(PANEL)
+/// Panels of so many slots.
+fn panels(slots: usize) -> usize {
+    slots.div_ceil(PANEL)
 }
 
 impl Cuda {
@@ -33,7 +33,7 @@ impl Cuda {
             && matches!(format.outliers(), None | Some(OutlierFormat::Int8))
     }
 
-    /// Weights as the kernels read them; a row for each place of `feeds`, where their outputs are to lie in its order.
+    /// Weights as the kernels read them; a row for each slot of `feeds`, where their outputs are to lie in its order.
     pub(super) fn blocks(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Blocks> {
         let LinearFormat { row, rows_per_scale } = weight.format;
         let RowFormat { numbers, groups, .. } = row;

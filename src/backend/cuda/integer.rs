@@ -14,9 +14,7 @@ use super::kernels::integer::{
 use super::kernels::product::Output;
 use super::libraries::Version;
 use super::slice::In;
-use super::tensor::{
-    Form, Layout, Outliers, Packed, Places, Quantized, Rows, SCALE_MULTIPLE, Site,
-};
+use super::tensor::{Form, Layout, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE, Site, Slots};
 use crate::Result;
 use crate::quant::levels::Levels;
 use crate::quant::number::{NumberFormat, RowFormat};
@@ -137,13 +135,12 @@ impl Cuda {
         let Quantized { format, first_row, rows, .. } = *weight;
         let groups = format.row.groups;
         if self.takes_tiles(&format.row) {
-            let takes = |site: &&Site| self.takes_tiles(&site.format.row) && site.places.is_some();
+            let takes = |site: &&Site| self.takes_tiles(&site.format.row) && site.slots.is_some();
             let feeds = feeds.filter(takes);
             let form = Form::Blocks(self.blocks(weight, feeds)?);
-            let places =
-                feeds.map(|site| Places { order: Arc::clone(&site.order), channels: rows });
+            let slots = feeds.map(|site| Slots { order: Arc::clone(&site.order), channels: rows });
             let rows = feeds.map_or(rows, |site| site.format.width());
-            return Ok(Packed { format, rows, form, places });
+            return Ok(Packed { format, rows, form, slots });
         }
         let stride = rows.next_multiple_of(SCALE_MULTIPLE);
         let scales = self.gpu.alloc(4 * stride * groups)?;
@@ -161,7 +158,7 @@ impl Cuda {
         let bytes = rows * format.row.grouped_channels();
         let nibbles = paired.then(|| self.nibbles(weight.codes(), bytes)).transpose()?;
         let form = Form::Rows { weight, scales, nibbles };
-        Ok(Packed { format, rows, form, places: None })
+        Ok(Packed { format, rows, form, slots: None })
     }
 
     /// `x w^T` by the integer path, in f16 or in f32.

@@ -167,7 +167,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// Shared memory that a block of threads may take.
+    /// Shared memory that a thread block may take.
     pub fn block_shared_bytes(&self) -> usize {
         let Version { major, minor } = self.capability;
         match (major, minor) {

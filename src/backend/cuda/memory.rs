@@ -1,4 +1,4 @@
-//! Hidden states, activations and weights on their way to the device, within it and back.
+//! Copies of hidden states, activations and weights to the device, within it and back.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -101,15 +101,15 @@ impl Memory for Cuda {
             ))
             .hint("end what else uses the GPU, raise --gpu-memory, or run with --device cpu"));
         }
-        self.aside_limit_bytes.store(limit - bytes, Ordering::Relaxed);
+        self.offload_limit_bytes.store(limit - bytes, Ordering::Relaxed);
         Ok(())
     }
 
     fn offload(&self, x: &mut Hidden) -> Result<()> {
         let bytes = 4 * x.count();
         if matches!(x.home, Home::Undecided) {
-            let limit = self.aside_limit_bytes.load(Ordering::Relaxed);
-            let resident = Resident::take(bytes as u64, &self.aside_bytes, limit);
+            let limit = self.offload_limit_bytes.load(Ordering::Relaxed);
+            let resident = Resident::take(bytes as u64, &self.offloaded_bytes, limit);
             x.home = resident.map_or(Home::Host, |resident| Home::Device { _resident: resident });
         }
         if matches!(x.home, Home::Host) {

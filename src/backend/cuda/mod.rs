@@ -71,9 +71,9 @@ pub struct Cuda {
     /// What codes of 4 bits are multiplied by.
     narrow: Narrow,
     /// Bytes that hidden states take on the device while they are offloaded.
-    aside_bytes: Arc<AtomicU64>,
+    offloaded_bytes: Arc<AtomicU64>,
     /// Bytes that they may take.
-    aside_limit_bytes: AtomicU64,
+    offload_limit_bytes: AtomicU64,
 }
 
 impl Cuda {
@@ -97,8 +97,8 @@ impl Cuda {
             uploads: Mutex::new(Staging::new(Arc::clone(&gpu), Stream::Up)?),
             downloads: Mutex::new(Staging::new(Arc::clone(&gpu), Stream::Down)?),
             rope: Mutex::default(),
-            aside_bytes: Arc::default(),
-            aside_limit_bytes: AtomicU64::new(u64::MAX),
+            offloaded_bytes: Arc::default(),
+            offload_limit_bytes: AtomicU64::new(u64::MAX),
             gpu,
         })
     }

@@ -30,9 +30,9 @@ impl Quantization for Cuda {
         if format.row.numbers.bits < 16 {
             self.check_levels(format.row.numbers.levels)?;
         }
-        let places = self.places(format)?;
+        let slots = self.slots(format)?;
         let order = Arc::new(self.gpu.upload(&format.order)?);
-        Ok(Site { format: format.clone(), order, places, norm: OnceLock::new() })
+        Ok(Site { format: format.clone(), order, slots, norm: OnceLock::new() })
     }
 
     fn dense(&self, weight: &Weight, site: Option<&Site>) -> Result<Dense> {

@@ -253,7 +253,7 @@ impl Cuda {
         Ok(to)
     }
 
-    /// A quantized weight on the host. On the stream beside the kernels.
+    /// A quantized weight on the host. On a stream of its own.
     pub(super) fn fetch(&self, weight: Quantized) -> Result<QuantizedLinear> {
         let (rows, format) = (weight.rows, weight.format);
         let RowFormat { groups, outlier_channels, .. } = format.row;

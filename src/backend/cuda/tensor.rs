@@ -34,12 +34,12 @@ pub struct Activation {
     pub(super) columns: usize,
     pub(super) data: Buffer,
     /// The order of its columns, where it is not the source's: only of gate and up.
-    pub(super) places: Option<Places>,
+    pub(super) slots: Option<Slots>,
 }
 
-/// The places of a site's order, as rows of weights and columns of what they give.
+/// The slots of a site's order, as rows of weights and columns of what they give.
 #[derive(Clone)]
-pub(super) struct Places {
+pub(super) struct Slots {
     /// The channel of each, -1 for padding, whose values are zeros.
     pub(super) order: Arc<Buffer>,
     /// Channels of the source.
@@ -110,7 +110,7 @@ impl Tensor for Hidden {
 
 impl Activation {
     pub(super) fn new(rows: usize, columns: usize, data: Buffer) -> Self {
-        Self { rows, columns, data, places: None }
+        Self { rows, columns, data, slots: None }
     }
 
     pub(super) fn count(&self) -> usize {
@@ -119,7 +119,7 @@ impl Activation {
 
     /// The values, where they are in the source's order.
     pub(super) fn half(&self) -> &Buffer {
-        assert!(self.places.is_none(), "only SiLU takes what lies in a site's order");
+        assert!(self.slots.is_none(), "only SiLU takes what lies in a site's order");
         &self.data
     }
 }
@@ -163,7 +163,7 @@ pub struct Site {
     pub(super) format: SiteFormat,
     pub(super) order: Arc<Buffer>,
     /// The order in whole panels, where `fused` makes the site's codes.
-    pub(super) places: Option<Buffer>,
+    pub(super) slots: Option<Buffer>,
     /// The weight of the norm before it, in that order: a site stands behind one norm at most.
     pub(super) norm: OnceLock<NormWeight>,
 }
@@ -218,7 +218,7 @@ pub(super) enum Layout {
     RowMajor,
     /// As rows, codes two a byte, the first in the lower half.
     Nibbles,
-    /// As kernels/hopper.cuh reads them: panels of 128 places, `[panels, scale_stride, 128]`, outliers' codes likewise;
+    /// As kernels/hopper.cuh reads them: panels of 128 slots, `[panels, scale_stride, 128]`, outliers' codes likewise;
     /// f16 scales `[ceil(groups / 8), scale_stride, 8]`.
     Tiled,
 }
@@ -300,7 +300,7 @@ pub struct Packed {
     pub(super) rows: usize,
     pub(super) form: Form,
     /// What its rows are, where they are not the source's.
-    pub(super) places: Option<Places>,
+    pub(super) slots: Option<Slots>,
 }
 
 /// How a [`Packed`] linear lies in memory.

@@ -213,7 +213,7 @@ kernel! {
     FusedQuantize<'a> = ["fused_quantize"] {
         x: In<'a, Any>[tokens * columns * if program.kind == Kind::Norm { 4 } else { 2 }],
         other: Option<In<'a, Any>>,
-        places: Option<In<'a, i32>>[((groups * program.group).div_ceil(PANEL) + outliers.div_ceil(PANEL)) * PANEL],
+        slots: Option<In<'a, i32>>[((groups * program.group).div_ceil(PANEL) + outliers.div_ceil(PANEL)) * PANEL],
         tokens: usize,
         columns: usize,
         groups: usize,

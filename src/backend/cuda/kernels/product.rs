@@ -77,7 +77,7 @@ pub(super) const TILES: Family = Family {
 pub(in crate::backend::cuda) const FEW_TOKENS: usize = 16;
 /// Blocks of threads of a cluster at most, by what every device takes.
 const LARGEST_CLUSTER: usize = 8;
-/// And for few tokens, of which two have enough on their way.
+/// And for few tokens, of which two have enough in flight.
 const CLUSTER_OF_FEW: usize = 2;
 
 /// What the two products for Hopper are compiled for.
@@ -95,7 +95,7 @@ pub(in crate::backend::cuda) struct Tiling {
     split: usize,
     /// Blocks of threads that an SM holds at least.
     per_sm: usize,
-    /// Stages whose weights `product_stream` asks for before it has waited for the kernel before.
+    /// Stages whose weights `product_stream` prefetches before the PDL wait.
     early: usize,
     /// Whether activations' and weights' codes have 8 bits.
     wide: [bool; 2],
@@ -198,7 +198,7 @@ impl Tiling {
         [self.packing().shared(), own, shape].concat()
     }
 
-    /// Whether a block of threads takes tile after tile.
+    /// Whether a thread block takes tile after tile.
     pub(in crate::backend::cuda) fn is_for_many(&self) -> bool {
         is_for_many(self.tokens)
     }
@@ -250,12 +250,12 @@ impl Tiling {
     /// yet, when its own of the round before has: copies arrive in any order, and barriers tell odd rounds from even ones only.
     fn stages(&self) -> usize {
         const SM_BYTES: usize = 227 << 10;
-        // A block of threads has a kilobyte of its own, and one for alignment.
+        // A thread block has a kilobyte of its own, and one for alignment.
         let room = SM_BYTES / self.per_sm - 2048 - self.bytes_behind();
         (room / self.stage_bytes()).min(16) / self.split * self.split
     }
 
-    /// Dynamic shared memory of a block of threads.
+    /// Dynamic shared memory of a thread block.
     fn shared_bytes(&self) -> usize {
         self.stages() * self.stage_bytes() + self.bytes_behind() + STAGE_MULTIPLE
     }
@@ -278,7 +278,7 @@ fn blocks_of_few(rows: usize, multiprocessors: usize) -> usize {
     if 3 * tiles <= 4 * multiprocessors { CLUSTER_OF_FEW * tiles } else { tiles }
 }
 
-/// Stages asked for early. What is asked for stands before the tokens' copies, and before those of the kernel that still runs. Where
+/// Stages whose weights are prefetched before the PDL wait. Their copies are issued before the tokens' copies, and before those of the kernel that still runs. Where
 /// the device holds the blocks of both kernels all begin early, and gain by none; docs/kernels.md has what was measured.
 fn early_stages(tokens: usize, rows: usize, per_sm: usize, multiprocessors: usize) -> usize {
     let both_fit = 2 * blocks_of_few(rows, multiprocessors) <= per_sm * multiprocessors;
