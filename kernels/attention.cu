@@ -4,18 +4,14 @@
 // ROTATED   1: values come in the basis of a Hadamard transform, outputs leave it
 // WINDOWED  1: a query sees `reach` keys at most, its own among them
 //
-// flash_attention: ATTENTION_THREADS threads, grid (ceil(seq_len / QUERY_ROWS), heads, windows), and
-// ATTENTION_SHARED bytes of dynamic shared memory, at most 98304.
+// flash_attention: THREADS threads, grid (ceil(seq_len / QUERY_ROWS), heads, windows), and dynamic shared memory for the queries and two
+// stages of keys and of values: (QUERY_ROWS + 4 * KEY_ROWS) * PITCH bytes, at most 98304.
 
-#define ATTENTION_THREADS 128
-/// Wide heads leave registers for half as many queries a warp, and so do windows.
-#define QUERY_ROWS (DP <= (WINDOWED ? 64 : 128) ? 128 : 64)
-#define KEY_ROWS (DP <= 128 ? 64 : 32)
-/// Bytes from row to row in shared memory. Eight rows of a matrix must lie in eight different groups
-/// of four banks: an odd number of 16-byte pieces does that; rows of whole 128 bytes are swizzled.
-#define PITCH (DP % 64 == 0 ? 2 * DP : 2 * DP + 16)
-/// The queries, and two stages of keys and of values.
-#define ATTENTION_SHARED ((QUERY_ROWS + 4 * KEY_ROWS) * PITCH)
+#if !defined(HEAD_DIM) || !defined(PADDED_HEAD) || !defined(ROTATED) || !defined(WINDOWED) || !defined(THREADS) || \
+    !defined(QUERY_ROWS) || !defined(KEY_ROWS) || !defined(PITCH)
+#error "a constant is missing: src/backend/cuda/kernels/attention.rs declares them"
+#endif
+static_assert(THREADS == 128, "four warps share a tile of queries");
 
 // Four warps share a tile of queries; each has 16 * TILES_M of its rows and sees all keys. Two tiles of
 // 16 rows a warp use each key and value that is read from shared memory twice; with one, reading would
@@ -29,40 +25,34 @@
 
 static constexpr int TILES_M = QUERY_ROWS / 64;
 static constexpr int KEY_TILES = KEY_ROWS / 8;
-static constexpr int DEPTH = DP / 16;
-static constexpr int OUT_TILES = DP / 8;
+static constexpr int DEPTH = PADDED_HEAD / 16;
+static constexpr int OUT_TILES = PADDED_HEAD / 8;
 /// Whether a warp's queries stay in registers; for wide heads the outputs take their place.
-static constexpr bool HOLDS_QUERIES = DP <= 64;
-
-static __device__ __forceinline__ float power_of_two(float x) {
-    float value;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
-    return value;
-}
+static constexpr bool HOLDS_QUERIES = PADDED_HEAD <= 64;
 
 /// Where 16-byte piece `piece` of row `row` lies, in bytes.
 static __device__ __forceinline__ u32 place(u32 row, u32 piece) {
-    return row * PITCH + (DP % 64 == 0 ? piece ^ (row & 7) : piece) * 16;
+    return row * PITCH + (PADDED_HEAD % 64 == 0 ? piece ^ (row & 7) : piece) * 16;
 }
 
 /// The place after `place(row, piece)` with `steps` more 16-value columns; `steps` is a constant, and
 /// `piece` 0 or 1.
 static __device__ __forceinline__ u32 further(u32 address, int steps) {
     // The swizzle works on address bits 4 to 6. Buffers begin at multiples of 128.
-    if (DP % 64 == 0) return (address ^ ((steps & 3) * 32)) + (steps >> 2) * 128;
+    if (PADDED_HEAD % 64 == 0) return (address ^ ((steps & 3) * 32)) + (steps >> 2) * 128;
     return address + steps * 32;
 }
 
 /// Starts the copy of ROWS rows from `first` on; rows from `end` on become zeros.
 template <int ROWS> static __device__ __forceinline__ void copy_rows(u32 to, const half* from, u32 thread, int first, int end) {
-    constexpr int PIECES = DP / 8, ALL = ROWS * PIECES;
-    from += (long long)first * DP;
+    constexpr int PIECES = PADDED_HEAD / 8, ALL = ROWS * PIECES;
+    from += (long long)first * PADDED_HEAD;
     end -= first;
 #pragma unroll
-    for (int i = 0; i < (ALL + ATTENTION_THREADS - 1) / ATTENTION_THREADS; i++) {
-        const u32 index = thread + i * ATTENTION_THREADS, row = index / PIECES, piece = index % PIECES;
-        if (ALL % ATTENTION_THREADS == 0 || index < ALL)
-            copy16(to + place(row, piece), from + row * DP + piece * 8, int(row) < end);
+    for (int i = 0; i < (ALL + THREADS - 1) / THREADS; i++) {
+        const u32 index = thread + i * THREADS, row = index / PIECES, piece = index % PIECES;
+        if (ALL % THREADS == 0 || index < ALL)
+            copy16(to + place(row, piece), from + row * PADDED_HEAD + piece * 8, int(row) < end);
     }
 }
 
@@ -111,24 +101,24 @@ static __device__ __forceinline__ void transform_outputs(float (&o)[OUT_TILES][4
     }
 }
 
-/// q: [windows, heads, seq_len, DP]; k and v: [windows, kv_heads, seq_len, DP]; out: [windows * seq_len,
+/// q: [windows, heads, seq_len, PADDED_HEAD]; k and v: [windows, kv_heads, seq_len, PADDED_HEAD]; out: [windows * seq_len,
 /// heads * HEAD_DIM]. Scores are multiplied by `scale`, which is positive.
-extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     flash_attention(const half* q, const half* k, const half* v, half* out, int seq_len, int heads, int kv_heads, float scale, int reach) {
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(128) u8 memory[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // Tiles late in the window, which see most keys, begin first, or one would be left at the end.
     const int first_query = int(gridDim.x - 1 - blockIdx.x) * QUERY_ROWS;
     const int head = blockIdx.y, window = blockIdx.z;
     const int kv_head = head / (heads / kv_heads);
-    q += ((long long)window * heads + head) * seq_len * DP;
-    const long long kv_start = ((long long)window * kv_heads + kv_head) * seq_len * DP;
+    q += ((long long)window * heads + head) * seq_len * PADDED_HEAD;
+    const long long kv_start = ((long long)window * kv_heads + kv_head) * seq_len * PADDED_HEAD;
 
     constexpr u32 TILE_BYTES = KEY_ROWS * PITCH;
     const u32 queries = shared_address(memory), keys = queries + QUERY_ROWS * PITCH, values = keys + 2 * TILE_BYTES;
     const int last_query = min(first_query + QUERY_ROWS, seq_len) - 1;
     const int tiles = last_query / KEY_ROWS + 1;
-    await_kernels_before();
+    pdl_wait();
     copy_rows<QUERY_ROWS>(queries, q, threadIdx.x, first_query, seq_len);
     copy_rows<KEY_ROWS>(keys, k + kv_start, threadIdx.x, 0, seq_len);
     copy_rows<KEY_ROWS>(values, v + kv_start, threadIdx.x, 0, seq_len);

@@ -4,20 +4,22 @@
 // KV_BITS   2 to 4, held in 4 bits; or 16: f16, neither rotated nor quantized
 // ROTATED   1: heads are quantized in the basis of a Hadamard transform
 //
-// append: APPEND_THREADS threads, grid (pages that the longest addition touches, kv_heads, sequences), no dynamic
+// append: THREADS threads, grid (pages that the longest addition touches, kv_heads, sequences), no dynamic
 // shared memory. A block makes one page of one head, so that no other block writes to its words:
 //
 //     rows of k and v        lanes: a head each           shared memory            words
 //     [16 tokens, head] ---> embed, centre, transform, ---> [16, channels] codes ---> of the page, with what it
 //                            grid, codes                    of keys and of values     held before in other tokens' bits
 
-#define APPEND_THREADS 256
+#if !defined(THREADS)
+#error "a constant is missing: src/backend/cuda/kernels/cache.rs declares them"
+#endif
 
 template <bool Q> struct Held {
-    typedef unsigned char Code;
+    typedef u8 Code;
 };
 template <> struct Held<false> {
-    typedef unsigned short Code;
+    typedef u16 Code;
 };
 /// A code, or the bits of an f16.
 typedef Held<QUANTIZED>::Code Code;
@@ -30,27 +32,27 @@ typedef Held<QUANTIZED>::Code Code;
 /// values from row to row, a multiple of four), which come behind the `held[i]` tokens that it has; cos and sin:
 /// [positions, HEAD_DIM / 2]; mean: [kv_heads, HEAD_DIM] or null, taken from the embedded keys; pool: [pages,
 /// kv_heads, PAGE_BYTES]; table: [sequences, table_stride], the pages of each sequence.
-extern "C" __global__ void __launch_bounds__(APPEND_THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS)
     append(const half* k, const half* v, long long row_stride, const float* cos, const float* sin, const float* mean,
-           unsigned char* pool, const int* table, int table_stride, const int* rows, const int* held, int kv_heads, float clip) {
+           u8* pool, const int* table, int table_stride, const int* rows, const int* held, int kv_heads, float clip) {
     __shared__ Code codes[2][PAGE_TOKENS][CODE_PITCH];
 #if QUADS
     float(*exchange)[HEAD_DIM] = nullptr;
 #else
-    __shared__ float exchange[APPEND_THREADS / 32][HEAD_DIM];
+    __shared__ float exchange[THREADS / 32][HEAD_DIM];
 #endif
-    await_kernels_before();
+    pdl_wait();
     const int sequence = blockIdx.z, head = blockIdx.y;
     const int before = held[sequence], first_row = rows[sequence], added = rows[sequence + 1] - first_row;
     const int page = before / PAGE_TOKENS + int(blockIdx.x);
     // The page's tokens that are new.
     const int from = max(before - page * PAGE_TOKENS, 0), to = min(before + added - page * PAGE_TOKENS, PAGE_TOKENS);
     if (from >= to) return;
-    unsigned char* blob = pool + ((long long)table[(long long)sequence * table_stride + page] * kv_heads + head) * PAGE_BYTES;
+    u8* blob = pool + ((long long)table[(long long)sequence * table_stride + page] * kv_heads + head) * PAGE_BYTES;
     half* numbers = reinterpret_cast<half*>(blob + 2 * SIDE_BYTES);
 
     // Keys, then values: all lanes do the same.
-    constexpr int SLOTS = APPEND_THREADS / HEAD_LANES;
+    constexpr int SLOTS = THREADS / HEAD_LANES;
     const int slot = threadIdx.x / HEAD_LANES, first_slot = threadIdx.x / 32 * 32 / HEAD_LANES;
 #pragma unroll
     for (int side = 0; side < 2; side++) {
@@ -93,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(APPEND_THREADS)
 
     constexpr int WORDS = SIDE_BYTES / 4;
 #pragma unroll
-    for (int index = threadIdx.x; index < 2 * WORDS; index += APPEND_THREADS) {
+    for (int index = threadIdx.x; index < 2 * WORDS; index += THREADS) {
         const int side = index / WORDS, at = index % WORDS;
         // What word_place says, the other way round.
         const int chunk = QUANTIZED ? at / 128 * 4 : 0, width = QUANTIZED ? (TILES - chunk < 4 ? TILES - chunk : 4) : 4;

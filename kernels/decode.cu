@@ -4,9 +4,17 @@
 // KV_BITS   less than 16: pages of codes; 16: of f16
 // ROTATED   1: keys and values come in the basis of a Hadamard transform: queries enter it, outputs leave it
 // SINGLE    1: a key and value head serves one query head
+// TILE_HEADS  query heads of a tile: 1 or 8
+// WARPS     warps of a block
+// GROUP     pages that a warp works on at once
+// RESIDENT  blocks that a multiprocessor has room for
+// BULK      1: pages are copied by one instruction each
+// MOST_STAGES  groups of pages that a warp has in flight at most
+// PART_PITCH  floats from row to row of outputs: after a head's come its maximum and its sum. Lanes that write 8 channels of 8 heads meet
+//           32 banks
 //
-// decode_attention: DECODE_THREADS threads, grid (splits, kv_heads * head tiles, sequences); dynamic shared memory for
-// `stages` times STAGE_BYTES, 1 to MOST_STAGES (without BULK, 2), and at least PART_BYTES. A head tile is up to
+// decode_attention: THREADS threads, grid (splits, kv_heads * head tiles, sequences); dynamic shared memory for
+// `stages` times STAGE_BYTES of each warp, 1 to MOST_STAGES (without BULK, 2), and at least for a part of each warp. A head tile is up to
 // TILE_HEADS query heads of a key and value head.
 //
 //     a sequence's pages  | split 0                 | split 1                 | ...          a block each
@@ -29,85 +37,25 @@
 //
 // Warps' parts are added in order, then splits' parts by the block that is last to finish, in order again.
 
-/// Chips with 227 KiB of shared memory a block; the others have 99 or more.
-#define LARGE (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-#define WARPS (QUANTIZED || LARGE ? 8 : 4)
-#define DECODE_THREADS (WARPS * 32)
-/// Pages that a warp works on at once.
-#define GROUP (QUANTIZED ? 2 : 1)
-/// Blocks that a multiprocessor has room for.
-#define RESIDENT (QUANTIZED && LARGE ? 2 : 1)
-#define TILE_HEADS (SINGLE ? 1 : 8)
+#if !defined(SINGLE) || !defined(TILE_HEADS) || !defined(WARPS) || !defined(GROUP) || !defined(RESIDENT) || !defined(BULK) || \
+    !defined(MOST_STAGES) || !defined(PART_PITCH)
+#error "a constant is missing: src/backend/cuda/kernels/decode.rs declares them"
+#endif
+
+#define THREADS (WARPS * 32)
 #define STAGE_BYTES (GROUP * PAGE_BYTES)
-/// Floats from row to row of outputs: behind a head's come its maximum and its sum. Lanes that write 8 channels of 8
-/// heads meet 32 banks.
-#define PART_PITCH (HEAD_DIM + 4)
-#define PART_BYTES (WARPS * TILE_HEADS * PART_PITCH * 4)
 /// Values from row to row of queries: lanes that read pairs of 8 rows meet 32 banks.
 #define QUERY_PITCH (HEAD_DIM + 8)
 
-
-/// Whether pages are copied whole, by one instruction each.
-#ifndef BULK
-#define BULK (__CUDA_ARCH__ >= 900)
-#endif
-/// Groups of pages that a warp has on their way at most.
-#define MOST_STAGES 8
-
 static constexpr float LOWEST = -1e30f;
-
-static __device__ __forceinline__ float power_of_two(float x) {
-    float value;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
-    return value;
-}
-
-/// An 8 x 8 matrix of 16-bit values, a row of which four lanes hold, transposed.
-static __device__ __forceinline__ u32 transposed(u32 x) {
-    u32 value;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(value) : "r"(x));
-    return value;
-}
 
 /// 1 where a token of a pair is below `count`, as a mask of f16.
 static __device__ __forceinline__ u32 pair_mask(int token, int count) {
     return (token < count ? 0xffffu : 0) | (token + 1 < count ? 0xffff0000u : 0);
 }
 
-#if BULK
-static __device__ __forceinline__ void barrier_init(u32 barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-static __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-static __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
-    asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(barrier),
-                 "r"(phase)
-                 : "memory");
-}
-static __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-#endif
-
-/// Loads where it is written, so that what follows need not wait for what comes before.
-static __device__ __forceinline__ int load_now(const int* from) {
-    int x;
-    asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(x) : "l"(from));
-    return x;
-}
-
-/// A value that another block wrote.
-static __device__ __forceinline__ float4 load_shared_result(const float4* from) {
-    float4 x;
-    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(from));
-    return x;
-}
-
 /// A lane's words of all tiles of keys or values: four tiles a load, the rest two or one.
-static __device__ __forceinline__ void load_words(u32 (&words)[TILES], const unsigned char* side, int lane) {
+static __device__ __forceinline__ void load_words(u32 (&words)[TILES], const u8* side, int lane) {
     const u32* from = reinterpret_cast<const u32*>(side);
 #pragma unroll
     for (int first = 0; first < TILES; first += 4) {
@@ -174,11 +122,11 @@ static __device__ __forceinline__ void keep(const float (&x)[HELD], float maximu
 /// `split_pages` pages. parts: [sequences, gridDim.y, splits, TILE_HEADS, PART_PITCH], finished: [sequences, gridDim.y],
 /// zero before and after, neither of them used where there is one split. Scores are multiplied by `scale`, which is
 /// positive.
-extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
-    decode_attention(const half* q, long long query_stride, const float* cos, const float* sin, const unsigned char* pool, const int* table,
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+    decode_attention(const half* q, long long query_stride, const float* cos, const float* sin, const u8* pool, const int* table,
                      int table_stride, const int* lengths, half* out, float* parts, u32* finished, int heads, int kv_heads,
                      int split_pages, int stages, float scale) {
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(128) u8 memory[];
     __shared__ __align__(16) half queries[8 * QUERY_PITCH];
     // A warp's number from a lane of it, so that the compiler knows it for all.
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), g = lane / 4, t = lane % 4;
@@ -200,13 +148,13 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
     // A split that the sequence does not reach has nothing to say, but for an empty sequence's first.
     if (own_pages == 0 && split > 0) return;
     const int groups = (own_pages + GROUP - 1) / GROUP, own_groups = (groups - warp + WARPS - 1) / WARPS;
-    unsigned char* own_stages = memory + warp * stages * STAGE_BYTES;
+    u8* own_stages = memory + warp * stages * STAGE_BYTES;
     const u32 own_address = shared_address(own_stages);
 
     // Table and lengths come from the host: what follows, from kernels.
-    await_kernels_before();
+    pdl_wait();
     // The query's loads go first: behind those of the pages they would wait for all of them.
-    constexpr int SLOTS = DECODE_THREADS / HEAD_LANES;
+    constexpr int SLOTS = THREADS / HEAD_LANES;
     float x[HELD];
     load_head(x, q + sequence * query_stride + (first_head + int(threadIdx.x) / HEAD_LANES) * HEAD_DIM, int(threadIdx.x) / HEAD_LANES < head_count);
     const long long position = (long long)max(length - 1, 0) * (HEAD_DIM / 2);
@@ -215,8 +163,8 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
     __shared__ u64 arrivals[WARPS * MOST_STAGES];
     const u32 arrived = shared_address(arrivals + warp * MOST_STAGES);
     if (lane < stages) {
-        barrier_init(arrived + 8 * lane);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barrier_init(arrived + 8 * lane, 1);
+        barrier_init_fence();
     }
     __syncwarp();
 #endif
@@ -234,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
         for (int page = 0; page < GROUP; page++) {
             const int number = __shfl_sync(0xffffffffu, numbers, (i * GROUP + page) % 32);
             if (page >= count) break;
-            const unsigned char* from = pool + ((long long)number * kv_heads + kv_head) * PAGE_BYTES;
+            const u8* from = pool + ((long long)number * kv_heads + kv_head) * PAGE_BYTES;
 #if BULK
             if (lane == 0) copy_bulk(to + page * PAGE_BYTES, from, PAGE_BYTES, arrived + 8 * stage);
 #else
@@ -249,8 +197,8 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
 #pragma unroll 1
     for (int i = 0; i < stages && i < own_groups; i++) start_copy(i, i);
 
-    // Queries, while the first pages are on their way. Columns without a head are zeros.
-    for (int i = threadIdx.x; i < 8 * QUERY_PITCH / 2; i += DECODE_THREADS) reinterpret_cast<u32*>(queries)[i] = 0;
+    // Queries, while the first pages are in flight. Columns without a head are zeros.
+    for (int i = threadIdx.x; i < 8 * QUERY_PITCH / 2; i += THREADS) reinterpret_cast<u32*>(queries)[i] = 0;
     __syncthreads();
     {
 #if QUADS
@@ -314,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
         else copy_wait<0>();
         __syncwarp();
 #endif
-        const unsigned char* group_at = own_stages + stage * STAGE_BYTES;
+        const u8* group_at = own_stages + stage * STAGE_BYTES;
         const int group_page = (i * WARPS + warp) * GROUP;
         // Tokens from the group's first to the end of the sequence or the split.
         const int tokens = min(length - (first_page + group_page) * PAGE_TOKENS, (own_pages - group_page) * PAGE_TOKENS);
@@ -327,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
             value_scale[page][0] = value_scale[page][1] = 0.0f;
             const int valid = tokens - page * PAGE_TOKENS;
             if (valid <= 0) continue;
-            const unsigned char* blob = group_at + page * PAGE_BYTES;
+            const u8* blob = group_at + page * PAGE_BYTES;
             // Two chains of sums, since each product waits for the one before it.
             float even[4] = {}, odd[4] = {};
             if (QUANTIZED) {
@@ -415,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
         for (int page = 0; page < GROUP; page++) {
             const int valid = tokens - page * PAGE_TOKENS;
             if (valid <= 0) continue;
-            const unsigned char* blob = group_at + page * PAGE_BYTES;
+            const u8* blob = group_at + page * PAGE_BYTES;
             float p[4] = {};
 #pragma unroll
             for (int e = 0; e < COLUMNS; e++) {
@@ -504,7 +452,7 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
         __syncthreads();
         // Releases what the block has written, and acquires what the others have.
         if (threadIdx.x == 0) {
-            asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(finished + unit) : "memory");
+            before = count_in(finished + unit);
             if (before == u32(splits - 1)) finished[unit] = 0;
         }
         __syncthreads();
@@ -524,8 +472,8 @@ extern "C" __global__ void __launch_bounds__(DECODE_THREADS, RESIDENT)
                     ends[i] = make_float4(LOWEST, 0.0f, 0.0f, 0.0f), values[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                     if (first_part + i * joined >= splits) continue;
                     const float4* row = reinterpret_cast<const float4*>(from + (first_part + i * joined) * (TILE_HEADS * PART_PITCH));
-                    ends[i] = load_shared_result(row + HEAD_DIM / 4);
-                    values[i] = load_shared_result(row + min(lane, HEAD_DIM / 4 - 1));
+                    ends[i] = load_coherent(row + HEAD_DIM / 4);
+                    values[i] = load_coherent(row + min(lane, HEAD_DIM / 4 - 1));
                 }
                 float now = most;
 #pragma unroll

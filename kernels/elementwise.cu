@@ -1,7 +1,10 @@
 // Everything in a block that is no product and moves no channel: embedding, norm, activation, residual,
 // and the conversion of weights.
 
-#define THREADS 256
+#if !defined(THREADS) || !defined(ADDED) || !defined(SILU_VALUES)
+#error "a constant is missing: src/backend/cuda/kernels/elementwise.rs declares them"
+#endif
+static_assert(ADDED == 4 && SILU_VALUES == 8, "16 bytes a thread");
 
 template <class In> static __device__ __forceinline__ void embed(const In* table, const u32* tokens, int hidden, float* y) {
     const In* row = table + (long long)tokens[blockIdx.x] * hidden;
@@ -98,11 +101,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) silu_mul_half(half* gate, 
     }
 }
 
-/// `silu(gate) * up` of rows of `places` values, each to the channel that `order` names; -1 is nobody's. One block a row.
+/// `silu(gate) * up` of rows of `slots` values, each to the channel that `order` names; -1 is nobody's. One block a row.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    silu_mul_places(const half* gate, const half* up, const int* order, int places, int channels, half* y) {
-    const long long first = (long long)blockIdx.x * places;
-    for (int i = threadIdx.x; i < places; i += THREADS) {
+    silu_mul_permuted(const half* gate, const half* up, const int* order, int slots, int channels, half* y) {
+    const long long first = (long long)blockIdx.x * slots;
+    for (int i = threadIdx.x; i < slots; i += THREADS) {
         const int channel = order[i];
         if (channel >= 0) y[(long long)blockIdx.x * channels + channel] = to_half(silu_mul(to_float(gate[first + i]), to_float(up[first + i])));
     }

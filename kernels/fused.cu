@@ -2,13 +2,13 @@
 // nothing; then order, transform, codes (docs/format.md). Every value is f32 from its input to its code and
 // is computed as the CPU computes it (src/backend/cpu/elementwise.rs), so codes and scales are its bits.
 //
-// A place is where the order puts a channel; a panel is 128 of them, one or more groups, the last panel filled up
-// with zeros; INT8 outliers are one or two panels behind the others, without a transform. A block of threads stays on
+// A slot is where the order puts a channel; a panel is 128 of them, one or more groups, the last panel filled up
+// with zeros; INT8 outliers are one or two panels behind the others, without a transform. A thread block stays on
 // its SM and takes units of TOKENS rows. Where an order picks from all over a row, one warp stages whole units in a ring in
 // shared memory, which the others leave behind them; rows in the site's order need no unit, and each warp stages its own next
 // panel. A warp makes 8 rows' panels at a time:
 //
-//     lane   0 .. 7    places  0 ..  31     of TOKENS rows, and of 8 / TOKENS panels
+//     lane   0 .. 7    slots  0 ..  31     of TOKENS rows, and of 8 / TOKENS panels
 //            8 .. 15          32 ..  63     of the same
 //           16 .. 23          64 ..  95
 //           24 .. 31          96 .. 127
@@ -23,7 +23,7 @@
 //     half handed over, then 32       r0 r1 r2 r3 r4 [0 1 2 3 5]     A B [4 6]
 //     half handed over, then 64       r0 r1 r2 r3 r4 [0 1 2 3 6]     A B [4 5]
 //
-// In the end a thread has two times 16 neighbouring places: codes leave 16 bytes at a time.
+// In the end a thread has two times 16 neighbouring slots: codes leave 16 bytes at a time.
 //
 // FROM       NORM: RMSNorm of f32 rows; HALF: f16 rows as they are; SILU: f16 rows of gate and up
 // GROUP      channels of a group: 32, 64 or 128
@@ -32,32 +32,43 @@
 // TOKENS     rows of a unit: 1, 2, 4 or 8; 8 where rows are in the site's order
 // TILED      1: codes as the product for Hopper reads them; 0: rows of codes
 // MAGNITUDES 1: codes as signs and magnitudes, with TILED; 0: in two's complement
-// FP4        1: FP4 codes, doubled numbers of E2M1; 0 or absent: integers
+// FP4        1: FP4 codes, doubled numbers of E2M1; 0: integers
+//
+// WARPS      warps of a block, one to an SM
+// MOST_STAGES, HEAD_BYTES, BEFORE, ROW_MULTIPLE (ORDERED): stages that there are barriers for; shared memory before the order; bytes before
+//            a row, of which the last are zeros, what an order's -1 picks; a staged row's length is a multiple of this
+// STAGE_STRIDE, STAGE_BYTES (not ORDERED): from row to row of a staged panel; a warp's stage
 //
 // With TILED codes are bytes [panels][tokens_padded][128], the sixteenths of a row's 128 bytes exchanged (the
 // chunk c of row t is at c ^ t % 8), tokens padded to a multiple of 8. Sign and magnitude are E4M3 for the code
 // times 2^-9. Scales are f16, [ceil(groups / 8)][tokens_padded][8].
 
-#ifndef FP4
-#define FP4 0
+#if !defined(FROM) || !defined(GROUP) || !defined(TRANSFORM) || !defined(ORDERED) || !defined(TOKENS) || !defined(TILED) || \
+    !defined(MAGNITUDES) || !defined(FP4) || !defined(WARPS) || !defined(PANEL) || !defined(SCALE_GROUPS)
+#error "a constant is missing: src/backend/cuda/kernels/fused.rs declares them"
 #endif
+#if ORDERED
+#if !defined(MOST_STAGES) || !defined(HEAD_BYTES) || !defined(BEFORE) || !defined(ROW_MULTIPLE)
+#error "a constant is missing: src/backend/cuda/kernels/fused.rs declares them"
+#endif
+#else
+#if !defined(STAGE_STRIDE) || !defined(STAGE_BYTES)
+#error "a constant is missing: src/backend/cuda/kernels/fused.rs declares them"
+#endif
+#endif
+static_assert(PANEL == 128 && SCALE_GROUPS == 8, "what the product for Hopper reads");
 
 #define NORM 0
 #define HALF 1
 #define SILU 2
 
-/// Warps of a block, one to an SM: a quarter of its registers is enough for 80 of each thread of 6 warps, or 96 of 5.
-/// Where rows are gathered from, one of them stages rows and SUMMERS add up squares.
-#ifndef WARPS
-#define WARPS (FROM == SILU && ORDERED ? 20 : 24)
-#endif
+/// Where rows are gathered from, one of a block's warps stages rows and SUMMERS add up squares.
 #define SUMMERS (FROM == NORM ? 2 : 0)
 #define MAKERS (WARPS - SUMMERS - 1)
 #define THREADS (32 * WARPS)
 #if !ORDERED
 static_assert(FROM == 2 && TOKENS == 8, "panels are staged by whole warps");
 #endif
-#define PANEL 128
 /// Panels that a warp makes at a time.
 #define SETS (8 / TOKENS)
 
@@ -69,15 +80,14 @@ typedef half In;
 
 static constexpr float BLOCK_SCALE = hadamard_scale<GROUP>();
 
-extern __shared__ __align__(16) unsigned char shared_bytes[];
+extern __shared__ __align__(16) u8 shared_bytes[];
 
-/// Bytes before a row: the last of them are zeros, and what an order's -1 picks.
-#define BEFORE 16
-
+#if ORDERED
 /// From one staged row of `columns` values to the next.
 static __device__ __forceinline__ int row_stride(int columns) {
-    return (columns * (int)sizeof(In) + 127) / 128 * 128 + 128 / TOKENS;
+    return (columns * (int)sizeof(In) + ROW_MULTIPLE - 1) / ROW_MULTIPLE * ROW_MULTIPLE + ROW_MULTIPLE / TOKENS;
 }
+#endif
 
 /// What lies where in a row of values or of codes.
 struct Shape {
@@ -105,13 +115,6 @@ static __device__ __forceinline__ float exp_of_minus(float x, float& shifted) {
 /// Gates further from 0 need silu_mul_any.
 #define USUAL_GATE 80.0f
 
-/// A reciprocal to within an ulp.
-static __device__ __forceinline__ float near_reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /// silu(gate) * up, of gates that are not usual if need be. The quotient is the rounded one: a single correction makes it
 /// so for every gate that f16 has (tests of src/backend/cuda/fused.rs).
 template <bool USUAL> static __device__ __forceinline__ float silu_mul(float gate, float up) {
@@ -132,18 +135,6 @@ template <bool USUAL> static __device__ __forceinline__ float silu_mul(float gat
         quotient = gate >= -88.72284f ? quotient : gate * 0.0f;
     }
     return quotient * up;
-}
-
-/// The greater, NaN if one is.
-static __device__ __forceinline__ float max_or_nan(float a, float b) {
-    float most;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
-    return most;
-}
-static __device__ __forceinline__ u32 abs_max_or_nan2(u32 a, u32 b) {
-    u32 most;
-    asm("{.reg .b32 t; abs.f16x2 t, %2; max.NaN.f16x2 %0, %1, t;}" : "=r"(most) : "r"(a), "r"(b));
-    return most;
 }
 
 /// A thread's place in its warp.
@@ -173,12 +164,12 @@ template <bool USUAL> static __device__ __forceinline__ void silu_mul8(float* v,
 #if ORDERED
 /// A row in shared memory, and the order.
 struct Source {
-    const unsigned char *row, *other;   // `other` of up
-    const int* places;                  // the channel of each place of each panel, -1 for none
-    const float* weights;               // the norm's, of each place of each panel
+    const u8 *row, *other;   // `other` of up
+    const int* slots;                  // the channel of each slot of each panel, -1 for none
+    const float* weights;               // the norm's, of each slot of each panel
     float inverse;                      // the norm's
 
-    /// 32 places.
+    /// 32 slots.
     __device__ __forceinline__ void load(float (&v)[32], int first) const {
         const In* values = reinterpret_cast<const In*>(row);
 #if FROM == SILU
@@ -186,7 +177,7 @@ struct Source {
         u32 most = 0;
 #pragma unroll
         for (int i = 0; i < 32; i += 4) {
-            int4 at = *reinterpret_cast<const int4*>(places + first + i);
+            int4 at = *reinterpret_cast<const int4*>(slots + first + i);
             most = abs_max_or_nan2(most, values[at.x].bits | (u32)values[at.y].bits << 16);
             most = abs_max_or_nan2(most, values[at.z].bits | (u32)values[at.w].bits << 16);
         }
@@ -196,7 +187,7 @@ struct Source {
 #else
 #pragma unroll
         for (int i = 0; i < 32; i += 4) {
-            int4 at = *reinterpret_cast<const int4*>(places + first + i);
+            int4 at = *reinterpret_cast<const int4*>(slots + first + i);
             v[i] = to_float(values[at.x]);
             v[i + 1] = to_float(values[at.y]);
             v[i + 2] = to_float(values[at.z]);
@@ -218,7 +209,7 @@ struct Source {
     template <bool USUAL> __device__ __forceinline__ void products(float (&v)[32], const half* gates, const half* ups, int first) const {
 #pragma unroll
         for (int i = 0; i < 32; i += 4) {
-            int4 at = *reinterpret_cast<const int4*>(places + first + i);
+            int4 at = *reinterpret_cast<const int4*>(slots + first + i);
             v[i] = silu_mul<USUAL>(to_float(gates[at.x]), to_float(ups[at.x]));
             v[i + 1] = silu_mul<USUAL>(to_float(gates[at.y]), to_float(ups[at.y]));
             v[i + 2] = silu_mul<USUAL>(to_float(gates[at.z]), to_float(ups[at.z]));
@@ -340,15 +331,6 @@ static __device__ __forceinline__ uint4 plain_codes(const float* v, float invers
         words[i] = pack_codes(code[0], code[1], code[2], code[3]);
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-/// Two numbers as E4M3.
-static __device__ __forceinline__ u32 pack_e4m3(float low, float high) {
-    unsigned short packed = 0;
-#if __CUDA_ARCH__ >= 890
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
-#endif
-    return packed;
 }
 
 /// Sixteen codes as sign and magnitude.
@@ -479,24 +461,9 @@ template <class Load> static __device__ __forceinline__ void outlier_codes(int p
 /// Whether rows are staged by the copy engine: one instruction a row instead of one for 16 bytes.
 #define BULK (__CUDA_ARCH__ >= 900)
 
-static __device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-static __device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
-}
-static __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
-#if BULK
-    asm volatile("{.reg .pred done; again%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra again%=;}" ::"r"(barrier), "r"(parity) : "memory");
-#else
-    asm volatile("{.reg .pred done; again%=: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done bra again%=;}" ::"r"(barrier), "r"(parity) : "memory");
-#endif
-}
-
 /// The stages in shared memory, in turn: barriers of rows that arrived, of rows that are done with, and of sums;
 /// then the norms' factors, the order, the norm's weights, and the rows.
-#define MOST_STAGES 16
-#define HEAD (3 * 8 * MOST_STAGES + 4 * 8 * MOST_STAGES)
+static_assert(HEAD_BYTES == 3 * 8 * MOST_STAGES + 4 * 8 * MOST_STAGES, "barriers and factors");
 
 struct Ring {
     int stages, stage_bytes;
@@ -514,19 +481,18 @@ struct Ring {
     __device__ __forceinline__ u32 done() const { return arrived() + 8 * MOST_STAGES; }
     __device__ __forceinline__ u32 summed() const { return arrived() + 16 * MOST_STAGES; }
     __device__ __forceinline__ float* factors() const { return reinterpret_cast<float*>(shared_bytes + 24 * MOST_STAGES) + 8 * stage; }
-    __device__ __forceinline__ unsigned char* rows() const { return shared_bytes + rows_at + stage * stage_bytes + BEFORE; }
+    __device__ __forceinline__ u8* rows() const { return shared_bytes + rows_at + stage * stage_bytes + BEFORE; }
 };
 
 /// Stages a unit's rows, by a warp. What no row fills holds anything: nothing of it is stored.
-static __device__ __forceinline__ int stage_rows(const In* x, const Shape& shape, int row, int stride, unsigned char* to, u32 arrived) {
+static __device__ __forceinline__ int stage_rows(const In* x, const Shape& shape, int row, int stride, u8* to, u32 arrived) {
     constexpr int WIDTH = 16 / sizeof(In);
     int lane = threadIdx.x % 32, count = shape.columns, bytes = 0;
     if (shape.columns % WIDTH == 0) {
 #if BULK
         if (lane < TOKENS && row + lane < shape.tokens) {
             bytes = count * sizeof(In);
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                         ::"r"(shared_address(to + lane * stride)), "l"(x + (long long)(row + lane) * shape.columns), "r"(bytes), "r"(arrived) : "memory");
+            copy_bulk(shared_address(to + lane * stride), x + (long long)(row + lane) * shape.columns, bytes, arrived);
         }
 #else
         for (int i = 0; i < TOKENS && row + i < shape.tokens; i++) {
@@ -547,16 +513,16 @@ static __device__ __forceinline__ int stage_rows(const In* x, const Shape& shape
 static __device__ __forceinline__ void stage_units(const In* x, const void* other, const Shape& shape, Ring ring) {
     int stride = row_stride(shape.columns);
     bool first = true;
-    await_kernels_before();
+    pdl_wait();
     for (int row = blockIdx.x * TOKENS; row < shape.tokens; row += gridDim.x * TOKENS) {
         if (!first) barrier_wait(ring.done(), ring.parity ^ 1);
         int bytes = stage_rows(x, shape, row, stride, ring.rows(), ring.arrived());
         if (FROM == SILU) bytes += stage_rows(reinterpret_cast<const In*>(other), shape, row, stride, ring.rows() + TOKENS * stride, ring.arrived());
 #if BULK
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(ring.arrived()), "r"(bytes) : "memory");
+        barrier_expect(ring.arrived(), bytes);
 #else
         bool copied = shape.columns % (16 / (int)sizeof(In)) == 0;
-        if (copied) asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(ring.arrived()) : "memory");
+        if (copied) barrier_arrive_after_copies(ring.arrived());
         else barrier_arrive(ring.arrived());
 #endif
         ring.advance();
@@ -566,14 +532,14 @@ static __device__ __forceinline__ void stage_units(const In* x, const void* othe
 }
 
 /// What a warp does that makes codes: of each unit every MAKERS-th task, which is SETS panels or the outliers.
-static __device__ __forceinline__ void make(const int* places, const float* weights, const Shape& shape, int slice_panels, const Target& target, int warp, Ring ring) {
+static __device__ __forceinline__ void make(const int* slots, const float* weights, const Shape& shape, int slice_panels, const Target& target, int warp, Ring ring) {
     Lane lane;
     int stride = row_stride(shape.columns), place = lane.part * 32;
     int first = blockIdx.y * slice_panels, last = min(first + slice_panels, shape.panels());
     int panel_tasks = (last - first + SETS - 1) / SETS;
     int tasks = panel_tasks + (shape.outliers > 0 && blockIdx.y == gridDim.y - 1);
     Source source;
-    source.places = places;
+    source.slots = slots;
     source.weights = weights;
     int task = warp;
     for (int row = blockIdx.x * TOKENS; row < shape.tokens; row += gridDim.x * TOKENS, ring.advance(), task -= tasks) {
@@ -640,12 +606,10 @@ static __device__ __forceinline__ void sum_units(const Shape& shape, float epsil
 #endif
 
 #else
-/// Bytes of a warp's stage: TOKENS rows of a panel of gates, then of up.
-#define STAGE_STRIDE (PANEL * 2 + 128 / TOKENS)
-#define STAGE_BYTES (2 * TOKENS * STAGE_STRIDE)
+static_assert(STAGE_BYTES == 2 * TOKENS * STAGE_STRIDE, "a warp's stage: TOKENS rows of a panel of gates, then of up");
 
 /// Stages a panel of TOKENS rows. What no row fills holds anything.
-static __device__ __forceinline__ void stage_panel(const half* gate, const half* up, const Shape& shape, int row, int panel, unsigned char* to) {
+static __device__ __forceinline__ void stage_panel(const half* gate, const half* up, const Shape& shape, int row, int panel, u8* to) {
     int lane = threadIdx.x % 32, column = panel * PANEL + lane % 16 * 8;
     if (column < shape.grouped()) {
 #pragma unroll
@@ -665,7 +629,7 @@ static __device__ __forceinline__ void make(const half* gate, const half* up, co
     Lane lane;
     int part = lane.part, slots = shape.panels() + (shape.outliers > 0);
     bool vectors = shape.columns % 8 == 0;
-    unsigned char* stages = shared_bytes + 2 * warp * STAGE_BYTES;
+    u8* stages = shared_bytes + 2 * warp * STAGE_BYTES;
     // Item i is the slot i % slots of unit i / slots; the slot behind the panels is the outliers.
     int step = gridDim.x * (blockDim.x / 32), units_a_step = step / slots, slots_a_step = step % slots;
     int item = warp * gridDim.x + blockIdx.x, row = item / slots * TOKENS, slot = item % slots;
@@ -698,7 +662,7 @@ static __device__ __forceinline__ void make(const half* gate, const half* up, co
                 copy_wait<1>();
                 __syncwarp();
                 const uint4* gates = reinterpret_cast<const uint4*>(stages + stage * STAGE_BYTES + lane.row * STAGE_STRIDE + part * 64);
-                const uint4* ups = reinterpret_cast<const uint4*>(reinterpret_cast<const unsigned char*>(gates) + TOKENS * STAGE_STRIDE);
+                const uint4* ups = reinterpret_cast<const uint4*>(reinterpret_cast<const u8*>(gates) + TOKENS * STAGE_STRIDE);
                 u32 most = 0;
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
@@ -730,12 +694,12 @@ static __device__ __forceinline__ void make(const half* gate, const half* up, co
 }
 #endif
 
-/// Codes of `[tokens, columns]`: `x`, of SILU the gates, and `other`, the weights of NORM in the order of `places` or SILU's rows
-/// of up. `places` holds the channel of each place, -1 for none, in whole panels: those of the groups, then the outliers'. `bad`
+/// Codes of `[tokens, columns]`: `x`, of SILU the gates, and `other`, the weights of NORM in the order of `slots` or SILU's rows
+/// of up. `slots` holds the channel of each slot, -1 for none, in whole panels: those of the groups, then the outliers'. `bad`
 /// becomes the least row with a scale that is not finite. Ordered, block (b, s) takes every gridDim.x-th unit of TOKENS rows and
-/// of it the panels s * slice_panels and on, with `stages` units on their way.
+/// of it the panels s * slice_panels and on, with `stages` units in flight.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
-    const In* x, const void* other, const int* places, int tokens, int columns, int groups, int outliers, int slice_panels, int stages, float epsilon,
+    const In* x, const void* other, const int* slots, int tokens, int columns, int groups, int outliers, int slice_panels, int stages, float epsilon,
     float clip, float top, float inverse_top, int signed_scales, float least, float greatest, i8* codes, float* scales, int scale_stride,
     i8* outlier_codes, float* outlier_scales, int padded_outliers, u32* bad
 ) {
@@ -744,32 +708,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
     // The shuffle tells the compiler that a warp's lanes go one way.
     int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 #if ORDERED
-    int rows = TOKENS * (FROM == SILU ? 2 : 1), stride = row_stride(columns), all_places = (shape.panels() + shape.outlier_panels()) * PANEL;
-    int* order = reinterpret_cast<int*>(shared_bytes + HEAD);
-    float* weights = reinterpret_cast<float*>(order + all_places);
-    Ring ring(stages, BEFORE + rows * stride, HEAD + all_places * (FROM == NORM ? 8 : 4));
+    int rows = TOKENS * (FROM == SILU ? 2 : 1), stride = row_stride(columns), all_slots = (shape.panels() + shape.outlier_panels()) * PANEL;
+    int* order = reinterpret_cast<int*>(shared_bytes + HEAD_BYTES);
+    float* weights = reinterpret_cast<float*>(order + all_slots);
+    Ring ring(stages, BEFORE + rows * stride, HEAD_BYTES + all_slots * (FROM == NORM ? 8 : 4));
     if (threadIdx.x < stages) {
         u32 barrier = shared_address(shared_bytes) + 8 * threadIdx.x;
         barrier_init(barrier, 32);
         barrier_init(barrier + 8 * MOST_STAGES, MAKERS + SUMMERS);
         barrier_init(barrier + 16 * MOST_STAGES, 1);
 #if BULK
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barrier_init_fence();
 #endif
     }
     for (int i = threadIdx.x; i < stages * rows; i += THREADS)
         *reinterpret_cast<uint4*>(shared_bytes + ring.rows_at + i / rows * ring.stage_bytes + i % rows * stride) = make_uint4(0, 0, 0, 0);
     __syncthreads();
-    // Rows are on their way while the order comes.
+    // Rows are in flight while the order comes.
     if (warp == WARPS - 1) stage_units(x, other, shape, ring);
-    else for (int i = threadIdx.x; i < all_places / 4; i += 32 * (WARPS - 1)) {
-        copy16(shared_address(order + 4 * i), places + 4 * i, true);
+    else for (int i = threadIdx.x; i < all_slots / 4; i += 32 * (WARPS - 1)) {
+        copy16(shared_address(order + 4 * i), slots + 4 * i, true);
         if (FROM == NORM) copy16(shared_address(weights + 4 * i), reinterpret_cast<const float*>(other) + 4 * i, true);
     }
     if (warp == WARPS - 1) return;
     copy_commit();
     copy_wait<0>();
-    asm volatile("bar.sync 1, %0;" ::"n"(32 * (WARPS - 1)) : "memory");
+    fixed_barrier<1, 32 * (WARPS - 1)>();
 #if FROM == NORM
     if (warp >= MAKERS) {
         sum_units(shape, epsilon, warp - MAKERS, ring);
@@ -778,7 +742,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
 #endif
     make(order, weights, shape, slice_panels, target, warp, ring);
 #else
-    await_kernels_before();
+    pdl_wait();
     make(x, reinterpret_cast<const half*>(other), shape, target, warp);
 #endif
 }

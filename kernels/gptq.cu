@@ -11,13 +11,12 @@
 // Columns go in blocks of at most 128: a warp sweeps its rows inside a block in registers, and a matrix
 // product carries the block's w - q to the columns behind it (src/backend/cuda/gptq.rs).
 
-// FP4 (default 0)  1: codes are FP4, doubled numbers of E2M1, 0: integers
+// FP4  1: codes are FP4, doubled numbers of E2M1, 0: integers
 
-#ifndef FP4
-#define FP4 0
+#if !defined(FP4) || !defined(THREADS) || !defined(SPAN) || !defined(TILE)
+#error "a constant is missing: src/backend/cuda/kernels/gptq.rs declares them"
 #endif
-#define THREADS 256
-#define SPAN 128
+static_assert(SPAN == 128 && TILE == 32, "a span is four registers of a warp, a tile as wide as a warp");
 
 /// Mirrors the upper triangle of `h` `[n, n]` to the lower one, a tile of 32 x 32 a block.
 extern "C" __global__ void __launch_bounds__(THREADS) mirror(float* h, int n) {
@@ -148,11 +147,11 @@ template <int ROWS, class Target> static __device__ __forceinline__ void spread(
 ///
 /// A group's scale is taken from the values its columns would have if none of them were rounded, as
 /// gptq.py's update leaves them at that moment: what earlier columns lost, spread over the group in its
-/// order. `relaxed` (not null) asks for these values of the whole span instead of codes.
+/// order. `unrounded` (not null) asks for these values of the whole span instead of codes.
 template <int ROWS> static __device__ __forceinline__ void sweep(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
     int group_size, int groups, int wide, int feedback, Grid grid, i8* codes, float* scales, float* difference,
-    float* relaxed, const float* pivots, double* errors, u32* bad
+    float* unrounded, const float* pivots, double* errors, u32* bad
 ) {
     extern __shared__ float tile[];
     // R's part above the diagonal, zeros elsewhere, so that an update never changes a finished column.
@@ -182,9 +181,9 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
             code[row][c] = 0;
         }
     }
-    auto unrounded = [](int, int, int, float value) { return value; };
-    if (relaxed) {
-        spread(w, before, tile, 0, count, feedback, unrounded);
+    auto itself = [](int, int, int, float value) { return value; };
+    if (unrounded) {
+        spread(w, before, tile, 0, count, feedback, itself);
 #pragma unroll
         for (int row = 0; row < ROWS; row++) {
 #pragma unroll
@@ -192,7 +191,7 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
                 int column = c * 32 + lane;
                 if (set * ROWS + row < rows && column < count) {
                     long long own = set * ROWS + row;
-                    relaxed[own * width + first + column] = w.v[row][c];
+                    unrounded[own * width + first + column] = w.v[row][c];
                     difference[own * SPAN + column] = before.v[row][c] - w.v[row][c];
                 }
             }
@@ -210,7 +209,7 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
         } else {
             Span<ROWS> values = w;
             // Nothing is lost before the first column.
-            if (feedback && first + start > 0) spread(values, before, tile, start, end, 1, unrounded);
+            if (feedback && first + start > 0) spread(values, before, tile, start, end, 1, itself);
             u32 most = 0;
 #pragma unroll
             for (int row = 0; row < ROWS; row++) {
@@ -268,19 +267,19 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sweep_rows(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
     int group_size, int groups, int wide, int feedback, float ratio, int signed_scales, float least, float greatest, i8* codes, float* scales,
-    float* difference, float* relaxed, const float* pivots, double* errors, u32* bad
+    float* difference, float* unrounded, const float* pivots, double* errors, u32* bad
 ) {
     Grid grid{ratio, least, greatest, signed_scales};
-    sweep<1>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, relaxed, pivots, errors, bad);
+    sweep<1>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, unrounded, pivots, errors, bad);
 }
 /// The same where two rows share their scales.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sweep_row_pairs(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
     int group_size, int groups, int wide, int feedback, float ratio, int signed_scales, float least, float greatest, i8* codes, float* scales,
-    float* difference, float* relaxed, const float* pivots, double* errors, u32* bad
+    float* difference, float* unrounded, const float* pivots, double* errors, u32* bad
 ) {
     Grid grid{ratio, least, greatest, signed_scales};
-    sweep<2>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, relaxed, pivots, errors, bad);
+    sweep<2>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, unrounded, pivots, errors, bad);
 }
 
 /// The outlier block, the last `outliers` columns of `weights` `[rows, width]`: INT8 codes

@@ -9,13 +9,13 @@
 // HEAD_DIM  channels of a head, even, 2 to 256
 // KV_BITS   2 to 8, or 16: nothing is quantized
 // ROTATED   1: heads are quantized in the basis of a Hadamard transform
+// QUADS     1: a lane holds quads
+// HEAD_LANES  lanes that hold a head, a power of two, of which the last ones may hold nothing
 
-/// Whether a lane holds quads.
-#define QUADS (HEAD_DIM % 16 == 0 && (!ROTATED || (HEAD_DIM & (HEAD_DIM - 1)) == 0))
-/// Lanes of a head: a power of two, of which the last ones may hold nothing.
-#define QUAD_LANES (HEAD_DIM <= 16 ? 2 : HEAD_DIM <= 32 ? 4 : HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32)
-/// Lanes that hold a head.
-#define HEAD_LANES (QUADS ? QUAD_LANES : 32)
+#if !defined(HEAD_DIM) || !defined(KV_BITS) || !defined(ROTATED) || !defined(PADDED_HEAD) || !defined(QUADS) || \
+    !defined(HEAD_LANES)
+#error "a constant is missing: src/backend/cuda/kernels/heads.rs declares them"
+#endif
 
 /// The nearest integer, ties to even, of what is small; what is large, and clamped afterwards, stays
 /// large.
@@ -23,9 +23,7 @@ static __device__ __forceinline__ float nearest(float x) { return (x + 12582912.
 
 /// Clamps to 0..=top; a NaN stays one. What is clamped is never -0.
 static __device__ __forceinline__ float clamp(float x, float top) {
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(0.0f));
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(top));
-    return x;
+    return min_or_nan(max_or_nan(x, 0.0f), top);
 }
 
 /// The grid that a head's codes lie on: an f16 step and a zero point (src/quant/kv.rs).
@@ -96,7 +94,7 @@ static __device__ __forceinline__ void transform(float (&x)[HELD]) {
     butterfly_within(x, 1);
     butterfly_within(x, 2);
 #pragma unroll
-    for (int lanes = 1; lanes < QUAD_LANES; lanes *= 2) butterfly(x, lanes);
+    for (int lanes = 1; lanes < HEAD_LANES; lanes *= 2) butterfly(x, lanes);
     butterfly_within(x, 4);
 #pragma unroll
     for (int i = 0; i < HELD; i++) x[i] *= BLOCK_SCALE;
@@ -114,13 +112,13 @@ static __device__ __forceinline__ void embed(float (&x)[HELD], const float (&cos
 
 /// The channel of a lane's value i; HEAD_DIM or more where it holds none.
 static __device__ __forceinline__ int channel_of(int i) {
-    const int at = int(threadIdx.x % QUAD_LANES) * 4;
+    const int at = int(threadIdx.x % HEAD_LANES) * 4;
     return at < HEAD_DIM / 2 ? i / 4 * (HEAD_DIM / 2) + at + i % 4 : HEAD_DIM;
 }
 
 /// A head of f16, its address a multiple of 8; zeros where `there` is false.
 static __device__ __forceinline__ void load_head(float (&x)[HELD], const half* from, bool there) {
-    const int at = int(threadIdx.x % QUAD_LANES) * 4;
+    const int at = int(threadIdx.x % HEAD_LANES) * 4;
 #pragma unroll
     for (int side = 0; side < 2; side++) {
         uint2 packed = make_uint2(0, 0);
@@ -137,7 +135,7 @@ struct Angle {
     float cos[4], sin[4];
 };
 static __device__ __forceinline__ Angle load_angle(const float* cos, const float* sin) {
-    const int at = int(threadIdx.x % QUAD_LANES) * 4;
+    const int at = int(threadIdx.x % HEAD_LANES) * 4;
     Angle angle = {};
     if (at < HEAD_DIM / 2) {
         const float4 c = *reinterpret_cast<const float4*>(cos + at), s = *reinterpret_cast<const float4*>(sin + at);

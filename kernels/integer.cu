@@ -4,7 +4,8 @@
 //
 // Macros: GROUP (a multiple of 16, up to a whole row), OUT_HALF (0: y is f32; 1: f16) and NIBBLES (1: codes of groups are
 // two a byte, the first in the lower half, and are multiplied by the INT4 tensor cores that sm_80 to sm_89 have; GROUP
-// is then a multiple of 32). STAGES may be given to have more copies under way.
+// is then a multiple of 32). UNIT: bytes of a group. GROUPS_A_STAGE: a stage holds several groups where they are short, else an equal part
+// of one group, in 128 bytes a row. STAGE_BYTES: codes and scales of a tile of tokens and a tile of rows. STAGES: how many there are.
 //
 // Layout: codes are rows of bytes, x [tokens, groups * UNIT] and w [rows, groups * UNIT]. Scales lie with
 // the group outside, so that a tile reads neighbours: sx [groups, tokens rounded up to a multiple of 4]
@@ -12,22 +13,16 @@
 // Outliers: xo [tokens, op] and wo [rows, op] with op a multiple of 32 (0: none, and the pointers are not
 // used), sxo [tokens] and swo [rows]. All but sxo and swo are aligned to 16 bytes, y to 8.
 //
-// integer_product: PRODUCT_THREADS threads, ceil(tokens / 128) * ceil(rows / 128) blocks in one
-// dimension, and PRODUCT_SHARED bytes of dynamic shared memory, at most 101376 unless STAGES is given.
+// integer_product: THREADS threads, ceil(tokens / 128) * ceil(rows / 128) blocks in one
+// dimension, and STAGES * STAGE_BYTES bytes of dynamic shared memory.
 //
-// add_float_outliers: PRODUCT_THREADS threads, grid (ceil(rows / 64), ceil(tokens / 64)).
+// add_float_outliers: THREADS threads, grid (ceil(rows / 64), ceil(tokens / 64)).
 
-#ifndef NIBBLES
-#define NIBBLES 0
+#if !defined(GROUP) || !defined(OUT_HALF) || !defined(NIBBLES) || !defined(THREADS) || !defined(TILE) || !defined(FLOAT_TILE) || \
+    !defined(UNIT) || !defined(GROUPS_A_STAGE) || !defined(STAGE_BYTES) || !defined(STAGES) || !defined(SCALE_MULTIPLE)
+#error "a constant is missing: src/backend/cuda/kernels/integer.rs declares them"
 #endif
 
-#define PRODUCT_THREADS 256
-#define TILE 128
-
-/// Bytes of a group.
-#define UNIT (NIBBLES ? GROUP / 2 : GROUP)
-/// A stage holds whole groups where they are short, else an equal part of one group, in 128 bytes a row.
-#define GROUPS_A_STAGE (UNIT <= 128 ? 128 / UNIT : 1)
 #define PARTS_A_GROUP (UNIT <= 128 ? 1 : (UNIT + 127) / 128)
 /// Bytes of a row that a stage holds, rounded up to 32 for a part. The last part of a group may be
 /// shorter; zeros follow it.
@@ -35,13 +30,7 @@
 /// Bytes that a matrix instruction takes of a row: two groups never share one.
 #define DEPTH (UNIT <= 128 && UNIT % 32 != 0 ? 16 : 32)
 
-/// Codes and scales of a tile of tokens and a tile of rows.
-#define STAGE_BYTES (2 * TILE * 128 + 2 * GROUPS_A_STAGE * TILE * 4)
-#ifndef STAGES
-#define STAGES (UNIT > 64 ? 3 : 2)
-#endif
-#define PRODUCT_SHARED (STAGES * STAGE_BYTES)
-
+static_assert(TILE == 128 && FLOAT_TILE == 64 && THREADS == 256, "a warp makes 64 x 32 results, a thread 4 x 4 of floating-point outliers");
 static_assert(UNIT >= 16 && UNIT % 16 == 0, "groups are whole 16-byte pieces");
 static_assert(STAGES >= 2, "a stage is multiplied while another one is copied");
 
@@ -63,25 +52,6 @@ static constexpr int START = BY_BITS ? 0x4b400000 : 0;
 
 static __device__ __forceinline__ float float_of_sum(int sum) {
     return BY_BITS ? __int_as_float(sum) - 12582912.0f : __int2float_rn(sum);
-}
-
-/// `mma_codes_32` with 16 bytes of codes.
-static __device__ __forceinline__ void mma_codes_16(int (&d)[4], u32 a0, u32 a1, u32 b0, int c0, int c1, int c2, int c3) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(a0), "r"(a1), "r"(b0), "r"(c0), "r"(c1), "r"(c2), "r"(c3));
-}
-
-/// The same bytes as twice as many codes of 4 bits.
-static __device__ __forceinline__ void mma_nibbles_32(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, int c0, int c1, int c2, int c3) {
-    asm volatile("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c0), "r"(c1), "r"(c2), "r"(c3));
-}
-static __device__ __forceinline__ void mma_nibbles_16(int (&d)[4], u32 a0, u32 a1, u32 b0, int c0, int c1, int c2, int c3) {
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(a0), "r"(a1), "r"(b0), "r"(c0), "r"(c1), "r"(c2), "r"(c3));
 }
 
 /// Codes of 64 tokens and 32 rows, of one step.
@@ -183,10 +153,10 @@ static __device__ __forceinline__ void store_pair(float* to, float first, float 
 #endif
 
 /// y [tokens, rows]; the other operands are described at the head of this file.
-extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     integer_product(const i8* x, const float* sx, const i8* xo, const float* sxo, const i8* w, const float* sw, const i8* wo,
                     const float* swo, Output* y, int tokens, int rows, int groups, int op) {
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(128) u8 memory[];
     // Eight tiles of tokens go through all rows together: blocks that run at the same time then read
     // few different tiles of both operands, which L2 holds.
     const int token_tiles = (tokens + TILE - 1) / TILE, row_tiles = (rows + TILE - 1) / TILE;
@@ -195,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
     const int first_token = (band * 8 + in_band % height) * TILE, first_row = in_band / height * TILE;
 
     const long long row_bytes = (long long)groups * UNIT;
-    const int token_stride = (tokens + 3) / 4 * 4, row_stride = (rows + 3) / 4 * 4;
+    const int token_stride = (tokens + SCALE_MULTIPLE - 1) / SCALE_MULTIPLE * SCALE_MULTIPLE, row_stride = (rows + SCALE_MULTIPLE - 1) / SCALE_MULTIPLE * SCALE_MULTIPLE;
     const int group_stages = UNIT <= 128 ? (groups + GROUPS_A_STAGE - 1) / GROUPS_A_STAGE : groups * PARTS_A_GROUP;
     const int stages = group_stages + (op + 127) / 128;
     const u32 base = shared_address(memory);
@@ -238,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
                 const int own = group + 4 + int(thread / 64), piece = thread % 32 * 4;
                 const bool of_rows = thread / 32 % 2;
                 const int at = (of_rows ? first_row : first_token) + piece, stride = of_rows ? row_stride : token_stride;
-                copy16(x_to + 2 * TILE * 128 + (PRODUCT_THREADS + thread) * 16,
+                copy16(x_to + 2 * TILE * 128 + (THREADS + thread) * 16,
                        (of_rows ? sw : sx) + (long long)own * stride + at, own < groups && at < stride);
             }
 #endif
@@ -395,7 +365,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
 ///
 /// Goes on with y [tokens, rows] in place: acc = fma(xo, wo, acc) channel by channel, with xo [tokens, o]
 /// and wo [rows, o].
-extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS)
     add_float_outliers(const float* xo, const float* wo, float* y, int tokens, int rows, int o) {
     // 64 tokens x 64 rows, 32 channels at a time; a thread has every 16th token and row. The odd width
     // keeps the columns that are read in different banks.
@@ -444,8 +414,8 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS)
 // ---- Codes of 4 bits ----
 
 /// Eight bytes of codes a word, `words` words.
-extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS) pack_nibbles(const uint2* codes, long long words, u32* to) {
-    const long long own = (long long)blockIdx.x * PRODUCT_THREADS + threadIdx.x;
+extern "C" __global__ void __launch_bounds__(THREADS) pack_nibbles(const uint2* codes, long long words, u32* to) {
+    const long long own = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (own >= words) return;
     const uint2 v = codes[own];
     // Neighbours meet in a byte: bits 0 to 3 of byte 1 go to bits 4 to 7 of byte 0, and of byte 3 to byte 2.
@@ -454,8 +424,8 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS) pack_nibbles(const
 }
 
 /// The way back.
-extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS) unpack_nibbles(const u32* from, long long words, uint2* codes) {
-    const long long own = (long long)blockIdx.x * PRODUCT_THREADS + threadIdx.x;
+extern "C" __global__ void __launch_bounds__(THREADS) unpack_nibbles(const u32* from, long long words, uint2* codes) {
+    const long long own = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (own >= words) return;
     u32 both[2];
 #pragma unroll

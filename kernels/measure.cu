@@ -1,16 +1,10 @@
 // What measurements need: plain reads and copies, the measure of everything that memory bounds, and random
 // operands. Zeros would do for the sums, but they take less power, and the clock rises.
 
-/// Loads of 16 bytes that a thread has under way at once.
-#define AHEAD 8
-
-static __device__ __forceinline__ uint4 load_once(const uint4* from) {
-    uint4 value;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(from));
-    return value;
-}
+// LOADS  loads of 16 bytes that a thread has in flight
+#if !defined(LOADS)
+#error "a constant is missing: src/backend/cuda/kernels/measure.rs declares them"
+#endif
 
 /// Reads `count` times 16 bytes; `sums` gets a word a block, so that nothing can be left out.
 extern "C" __global__ void read(const uint4* from, long long count, u32* sums) {
@@ -19,14 +13,14 @@ extern "C" __global__ void read(const uint4* from, long long count, u32* sums) {
     __syncthreads();
     long long stride = (long long)gridDim.x * blockDim.x;
     u32 own = 0;
-    for (long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x; first < count; first += AHEAD * stride) {
-        uint4 values[AHEAD];
+    for (long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x; first < count; first += LOADS * stride) {
+        uint4 values[LOADS];
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            values[i] = first + i * stride < count ? load_once(from + first + i * stride) : uint4{0, 0, 0, 0};
+        for (int i = 0; i < LOADS; ++i) {
+            values[i] = first + i * stride < count ? load_uncached(from + first + i * stride) : uint4{0, 0, 0, 0};
         }
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) own += values[i].x ^ values[i].y ^ values[i].z ^ values[i].w;
+        for (int i = 0; i < LOADS; ++i) own += values[i].x ^ values[i].y ^ values[i].z ^ values[i].w;
     }
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) own += __shfl_xor_sync(0xffffffffu, own, lanes);
@@ -38,14 +32,14 @@ extern "C" __global__ void read(const uint4* from, long long count, u32* sums) {
 /// Copies `count` times 16 bytes.
 extern "C" __global__ void copy(const uint4* from, long long count, uint4* to) {
     long long stride = (long long)gridDim.x * blockDim.x;
-    for (long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x; first < count; first += AHEAD * stride) {
-        uint4 values[AHEAD];
+    for (long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x; first < count; first += LOADS * stride) {
+        uint4 values[LOADS];
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            if (first + i * stride < count) values[i] = load_once(from + first + i * stride);
+        for (int i = 0; i < LOADS; ++i) {
+            if (first + i * stride < count) values[i] = load_uncached(from + first + i * stride);
         }
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
+        for (int i = 0; i < LOADS; ++i) {
             if (first + i * stride < count) to[first + i * stride] = values[i];
         }
     }

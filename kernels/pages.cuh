@@ -21,17 +21,18 @@
 //
 // A lane loads the words of four tiles at once where there are four.
 
+#if !defined(PAGE_TOKENS) || !defined(WIDEST_HEAD) || !defined(SIDE_BYTES) || !defined(PAGE_BYTES)
+#error "a constant is missing: src/backend/cuda/kernels/cache.rs declares them"
+#endif
+
 #define QUANTIZED (KV_BITS < 16)
-#define PAGE_TOKENS 16
 /// Tiles of keys, and of values.
 #define TILES (HEAD_DIM / 16)
 /// Words of a lane in a tile.
 #define TILE_WORDS (QUANTIZED ? 1 : 4)
-/// Bytes of keys, and of values.
-#define SIDE_BYTES (TILES * TILE_WORDS * 128)
-#define PAGE_BYTES (2 * SIDE_BYTES + (QUANTIZED ? 128 : 0))
 
-static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 128, "pages hold heads of whole tiles");
+static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= WIDEST_HEAD && PAGE_TOKENS == 16, "pages hold tiles of 16 x 16");
+static_assert(SIDE_BYTES == TILES * TILE_WORDS * 128, "keys, and values: a word or four a lane and tile");
 
 /// Where a lane's word of a tile lies, in words from the side's first: register `which` of f16, 0 of codes.
 static __device__ __forceinline__ int word_place(int tile, int lane, int which) {

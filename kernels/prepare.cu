@@ -7,17 +7,17 @@
 // HEAD_DIM    channels of a head, even, 2 to 256
 // KV_BITS     2 to 8, or 16: nothing is quantized
 // ROTATED     1: heads are quantized in the basis of a Hadamard transform
+// QUAD_HEADS  heads of a token that the same lanes take, with QUADS
 // AFTER_ROPE  1: keys are quantized after the rotary embedding, 0: before it
 //
-// prepare_queries, prepare_keys, prepare_values: PREPARE_THREADS threads, no dynamic shared memory. With
-// QUADS, QUAD_LANES lanes for each token and QUAD_HEADS heads of it, so ceil(tokens * ceil(heads /
-// QUAD_HEADS) / (PREPARE_THREADS / QUAD_LANES)) blocks; else a warp for each token and head, so
-// ceil(tokens * heads / (PREPARE_THREADS / 32)) blocks.
+// prepare_queries, prepare_keys, prepare_values: THREADS threads, no dynamic shared memory. With
+// QUADS, HEAD_LANES lanes for each token and QUAD_HEADS heads of it, so ceil(tokens * ceil(heads /
+// QUAD_HEADS) / (THREADS / HEAD_LANES)) blocks; else a warp for each token and head, so
+// ceil(tokens * heads / (THREADS / 32)) blocks.
 
-#define PREPARE_THREADS 256
-
-/// Heads of a token that the same lanes take.
-#define QUAD_HEADS 4
+#if !defined(AFTER_ROPE) || !defined(THREADS) || !defined(QUAD_HEADS)
+#error "a constant is missing: src/backend/cuda/kernels/prepare.rs declares them"
+#endif
 
 enum class Role { Query, Key, Value };
 
@@ -28,13 +28,13 @@ static __device__ __forceinline__ void prepare(const half* x, long long row_stri
                                                int tokens, int heads, int seq_len, float clip, const float* mean) {
     constexpr int HALF = HEAD_DIM / 2;
     u32 tiles = (heads + QUAD_HEADS - 1) / QUAD_HEADS;
-    u32 task = blockIdx.x * (PREPARE_THREADS / QUAD_LANES) + threadIdx.x / QUAD_LANES;
-    int token = int(task / tiles), first = int(task % tiles) * QUAD_HEADS, at = int(threadIdx.x % QUAD_LANES) * 4;
+    u32 task = blockIdx.x * (THREADS / HEAD_LANES) + threadIdx.x / HEAD_LANES;
+    int token = int(task / tiles), first = int(task % tiles) * QUAD_HEADS, at = int(threadIdx.x % HEAD_LANES) * 4;
     // Lanes with nothing to do go along, since the others' shuffles name all lanes.
     bool there = token < tokens && at < HALF;
     int window = token / seq_len, position = token % seq_len;
     x += token * row_stride + (long long)first * HEAD_DIM + at;
-    out += (((long long)window * heads + first) * seq_len + position) * DP + at;
+    out += (((long long)window * heads + first) * seq_len + position) * PADDED_HEAD + at;
 
     uint2 packed[QUAD_HEADS][2];
 #pragma unroll
@@ -80,7 +80,7 @@ static __device__ __forceinline__ void prepare(const half* x, long long row_stri
             }
         }
         if (there && first + i < heads) {
-            half* to = out + (long long)i * seq_len * DP;
+            half* to = out + (long long)i * seq_len * PADDED_HEAD;
 #pragma unroll
             for (int side = 0; side < 2; side++)
                 *reinterpret_cast<uint2*>(to + side * HALF) = make_uint2(pack_half2(values[4 * side], values[4 * side + 1]),
@@ -94,16 +94,16 @@ static __device__ __forceinline__ void prepare(const half* x, long long row_stri
 template <Role ROLE>
 static __device__ __forceinline__ void prepare(const half* x, long long row_stride, const float* cos, const float* sin, half* out,
                                                int tokens, int heads, int seq_len, float clip, const float* mean) {
-    __shared__ float exchange[PREPARE_THREADS / 32][HEAD_DIM];
+    __shared__ float exchange[THREADS / 32][HEAD_DIM];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    long long task = (long long)blockIdx.x * (PREPARE_THREADS / 32) + warp;
+    long long task = (long long)blockIdx.x * (THREADS / 32) + warp;
     if (task >= (long long)tokens * heads) return;
     int token = int(task / heads), head = int(task % heads);
     int window = token / seq_len, position = token % seq_len;
     x += token * row_stride + (long long)head * HEAD_DIM;
     cos += (long long)position * (HEAD_DIM / 2);
     sin += (long long)position * (HEAD_DIM / 2);
-    out += (((long long)window * heads + head) * seq_len + position) * DP;
+    out += (((long long)window * heads + head) * seq_len + position) * PADDED_HEAD;
 
     float values[HELD];
 #pragma unroll
@@ -133,35 +133,35 @@ static __device__ __forceinline__ void prepare(const half* x, long long row_stri
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         int index = lane + 32 * i;
-        if (index < DP) out[index] = to_half(index < HEAD_DIM ? values[i] : 0.0f);
+        if (index < PADDED_HEAD) out[index] = to_half(index < HEAD_DIM ? values[i] : 0.0f);
     }
 }
 
 #endif
 
 /// x: tokens of `heads` heads, `row_stride` values from token to token, with QUADS a multiple of four;
-/// cos and sin: [seq_len, HEAD_DIM / 2]; out: [tokens / seq_len, heads, seq_len, DP]. Queries as the
+/// cos and sin: [seq_len, HEAD_DIM / 2]; out: [tokens / seq_len, heads, seq_len, PADDED_HEAD]. Queries as the
 /// products see them.
-extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS)
     prepare_queries(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
                     int seq_len, float clip, const float* mean) {
-    await_kernels_before();
+    pdl_wait();
     prepare<Role::Query>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip, mean);
 }
 
 /// As prepare_queries, for keys as the cache gives them back; `mean` [heads, HEAD_DIM], if not null, is taken
 /// from the embedded keys first (with AFTER_ROPE).
-extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS)
     prepare_keys(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
                  int seq_len, float clip, const float* mean) {
-    await_kernels_before();
+    pdl_wait();
     prepare<Role::Key>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip, mean);
 }
 
 /// As prepare_queries, for values as the cache gives them back, still rotated; cos and sin are unused.
-extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS)
     prepare_values(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
                    int seq_len, float clip, const float* mean) {
-    await_kernels_before();
+    pdl_wait();
     prepare<Role::Value>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip, mean);
 }

@@ -1,23 +1,25 @@
-// Few tokens: the weights are read once, and everything is about having enough of them on their way.
+// Few tokens: the weights are read once, and everything is about having enough of them in flight.
 //
-// A tile is 64 * BLOCKS rows and all tokens. A cluster of gridDim.y blocks of threads shares its stages, in equal
+// A tile is 64 * BLOCKS rows and all tokens. A cluster of gridDim.y thread blocks shares its stages, in equal
 // runs, and in a block SPLIT warpgroups take the run's stages in turn. In the end each block of the cluster takes some of the
 // tokens and adds up their totals from the shared memory of all, in the order of blocks and warpgroups. Macros and operands:
 // hopper.cuh, and
 //
 //     SPLIT    warpgroups that take a run's stages in turn
-//     PER_SM   blocks of threads that an SM should hold
-//     EARLY    stages whose weights are asked for before the kernel before this one has ended
+//     PER_SM   thread blocks that an SM should hold
+//     EARLY    stages whose weights are prefetched before the PDL wait
 //     BY_WARPS 1: warps multiply by themselves, by `mma.sync`, codes in two's complement. Its operands and sums lie in the
-//              registers as those of `wgmma`, but nobody waits for it, and fewer registers are held
-//     COPIERS  threads whose warps copy: of a whole warpgroup's, registers are given to the others
+//              registers as those of `wgmma`, but it is synchronous, and fewer registers are held
 //
-// A copy costs the warp that asks for it some 140 cycles, whatever its size, which is why a stage holds several panels: their
+// A copy costs the warp that issues it some 140 cycles, whatever its size, which is why a stage holds several panels: their
 // weights, and the tokens' codes, lie one after the other in device memory.
 
-/// Threads that multiply.
-#define THREADS (128 * BLOCKS * SPLIT)
-#define GIVES_REGISTERS (COPIERS == 128)
+#if !defined(SPLIT) || !defined(PER_SM) || !defined(EARLY)
+#error "a constant is missing: src/backend/cuda/kernels/product.rs declares them"
+#endif
+static_assert(THREADS == 128 * BLOCKS * SPLIT, "a warpgroup for each block of rows of each part");
+
+#define GIVES_REGISTERS (PRODUCERS == 128)
 
 /// Groups of a stage that are added together.
 #define AT_ONCE (BY_WARPS && PANELS * GROUPS_A_STAGE % 2 == 0 ? 2 : 1)
@@ -25,74 +27,59 @@ static_assert(!BY_WARPS || X_BITS == 8, "few tokens' codes are in two's compleme
 
 /// A token's totals of a tile's rows, as a warpgroup leaves them; four more, so that lanes meet different banks.
 #define TOTALS (64 * BLOCKS + 4)
-static_assert(EARLY <= STAGES, "only free stages are asked for early");
+static_assert(EARLY <= STAGES, "only free stages are prefetched");
 static_assert(STAGES % SPLIT == 0, "a warpgroup sees every round of its places in the ring, and no other's");
 static_assert(SPLIT * TOKENS * TOTALS * 4 <= STAGES * STAGE_BYTES, "totals take the stages' memory");
-
-static __device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-/// Four floats of another block's shared memory, at this block's address.
-static __device__ __forceinline__ float4 load_remote(u32 address, int rank) {
-    float4 v;
-    asm volatile("{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
-    return v;
-}
 
 /// A stage's panels, of all there are.
 static __device__ __forceinline__ int panels_of(const Operands& of, int stage) { return min(PANELS, of.panels - stage * PANELS); }
 
-/// Asks for `part` of SHARES of the copies of a stage's weights, when it is free, and announces all that it will hold. `units`
+/// Issues `part` of SHARES of the copies of a stage's weights, when it is free, and announces all that it will hold. `units`
 /// stages hold the groups, the others 64 outlier channels each.
-template <int SHARES> static __device__ __forceinline__ void ask_for_weights(const Operands& of, const Ring<1>& ring, int tile, int units, int stage, int part) {
+template <int SHARES> static __device__ __forceinline__ void issue_weights(const Operands& of, const Ring<1>& ring, int tile, int units, int stage, int part) {
     // A tile at the end may have fewer blocks of rows: the last one is copied again, and its results are not written.
     const int last_block = (of.rows + 63) / 64 - 1, half = stage - units;
     const bool outliers = half >= 0;
     const int count = outliers ? 1 : panels_of(of, stage), bytes = outliers ? OUTLIER_BYTES : count * BLOCK_BYTES;
     barrier_wait(ring.empty(), ring.phase ^ 1);
     // Copies may be done before they are announced: the phase ends when they were.
-    if (part == 0) barrier_expect(ring.full, BLOCKS * bytes + of.padded * (count * 128 + (outliers ? 4 : 16)));
+    if (part == 0) barrier_expect_elected(ring.full, BLOCKS * bytes + of.padded * (count * 128 + (outliers ? 4 : 16)));
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
         if ((i + 1) % SHARES != part) continue;
         const long long block = min(tile * BLOCKS + i, last_block);
         const i8* from = outliers ? of.wo + (block * of.halves + half) * OUTLIER_BYTES : of.w + (block * of.panels + stage * PANELS) * BLOCK_BYTES;
-        copy_bulk(ring.here + WEIGHTS + i * PANELS * BLOCK_BYTES, from, bytes, ring.full);
+        copy_bulk_elected(ring.here + WEIGHTS + i * PANELS * BLOCK_BYTES, from, bytes, ring.full);
     }
 }
 
-/// Asks for the tokens' codes and scales of a stage.
-static __device__ __forceinline__ void ask_for_tokens(const Operands& of, const Ring<1>& ring, int units, int stage) {
+/// Issues the copies of the tokens' codes and scales of a stage.
+static __device__ __forceinline__ void issue_tokens(const Operands& of, const Ring<1>& ring, int units, int stage) {
     const int half = stage - units, panel_bytes = of.padded * 128;
     if (half < 0) {
-        copy_bulk(ring.here + TOKEN_CODES, of.x + (long long)stage * PANELS * panel_bytes, panels_of(of, stage) * panel_bytes, ring.full);
-        copy_bulk(ring.here, of.sx + (long long)(stage * PANELS * GROUPS_A_STAGE / 8) * of.padded * 8, of.padded * 16, ring.full);
+        copy_bulk_elected(ring.here + TOKEN_CODES, of.x + (long long)stage * PANELS * panel_bytes, panels_of(of, stage) * panel_bytes, ring.full);
+        copy_bulk_elected(ring.here, of.sx + (long long)(stage * PANELS * GROUPS_A_STAGE / 8) * of.padded * 8, of.padded * 16, ring.full);
     } else {
-        copy_bulk(ring.here + TOKEN_CODES, of.xo + (long long)(half / 2) * panel_bytes, panel_bytes, ring.full);
-        copy_bulk(ring.here, of.sxo, of.padded * 4, ring.full);
+        copy_bulk_elected(ring.here + TOKEN_CODES, of.xo + (long long)(half / 2) * panel_bytes, panel_bytes, ring.full);
+        copy_bulk_elected(ring.here, of.sxo, of.padded * 4, ring.full);
     }
 }
 
-/// What the copying warps ask for: the first EARLY stages' weights while the kernels before may still be at work, then everything.
+/// What the producer warps issue: the first EARLY stages' weights while the kernels before may still be at work, then everything.
 template <int SHARES> static __device__ __forceinline__ void copy_stages(const Operands& of, Ring<1> ring, int tile, int units, int begin, int end, int part) {
     const int early = min(begin + EARLY, end);
     Ring<1> ahead = ring;
 #pragma unroll 1
-    for (int stage = begin; stage < early; stage++, ahead.next()) ask_for_weights<SHARES>(of, ahead, tile, units, stage, part);
-    if (part == 0) await_kernels_before();
+    for (int stage = begin; stage < early; stage++, ahead.next()) issue_weights<SHARES>(of, ahead, tile, units, stage, part);
+    if (part == 0) pdl_wait();
 #pragma unroll 1
     for (int stage = begin; stage < end; stage++, ring.next()) {
-        if (stage >= early) ask_for_weights<SHARES>(of, ring, tile, units, stage, part);
-        if (part == 0) ask_for_tokens(of, ring, units, stage);
+        if (stage >= early) issue_weights<SHARES>(of, ring, tile, units, stage, part);
+        if (part == 0) issue_tokens(of, ring, units, stage);
     }
 }
 
 #if BY_WARPS
-/// Two 8x8 matrices of 16-bit values, as `load_matrices` has four.
-static __device__ __forceinline__ void load_two_matrices(u32 (&to)[2], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(address) : "memory");
-}
 /// d += a b, as `mma_codes_32`.
 static __device__ __forceinline__ void mma_codes(u32* d, const u32* a, u32 b0, u32 b1) {
     int(&sums)[4] = reinterpret_cast<int(&)[4]>(*d);
@@ -140,7 +127,7 @@ struct TokenScales {
         const u32 own = token_scales + threadIdx.x % 4 * 32 + index % 8 / 2 * 4;
 #pragma unroll
         for (int i = 0; i < TOKENS / 4; i++) {
-            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pairs[i]) : "r"(own + (i / 2 * 8 + i % 2) * 16) : "memory");
+            pairs[i] = load_shared_32(own + (i / 2 * 8 + i % 2) * 16);
             if (AT_ONCE == 1) pairs[i] >>= index % 2 * 16;
         }
     }
@@ -207,7 +194,7 @@ static __device__ __forceinline__ void add_groups(float (&total)[HELD], u32 bloc
 }
 
 /// Writes results of rows `row` and the three on; `row` is a multiple of 4.
-static __device__ __forceinline__ void give_four(Output* y, int token, int row, int rows, const float4& v) {
+static __device__ __forceinline__ void store_four(Output* y, int token, int row, int rows, const float4& v) {
     Output* to = y + (long long)token * rows + row;
 #if OUT == 1
     if (rows % 4 == 0) {
@@ -221,12 +208,12 @@ static __device__ __forceinline__ void give_four(Output* y, int token, int row, 
     if (row + 3 < rows) store(to + 3, v.w);
 }
 
-/// Grid (ceil(rows / (64 * BLOCKS)), splits) in clusters of (1, splits, 1); THREADS + COPIERS threads, and
+/// Grid (ceil(rows / (64 * BLOCKS)), splits) in clusters of (1, splits, 1); THREADS + PRODUCERS threads, and
 /// STAGES * STAGE_BYTES + 1024 bytes of dynamic shared memory. At most TOKENS tokens.
-extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
+extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, PER_SM)
     integer_stream(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int tokens,
                    int padded, int rows, int panels, int halves) {
-    extern __shared__ unsigned char memory[];
+    extern __shared__ u8 memory[];
     __shared__ u64 barriers[2 * STAGES];
     const Operands of{x, sx, xo, sxo, w, wo, tokens, padded, rows, panels, halves};
     const u32 stages = (shared_address(memory) + 1023) / 1024 * 1024;
@@ -237,10 +224,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     if (warp >= THREADS / 32) {
 #if GIVES_REGISTERS
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        release_registers<56>();
 #endif
         const Ring<1> ring(stages, shared_address(barriers), 0);
-        copy_stages<COPIERS / 32>(of, ring, blockIdx.x, units, begin, end, warp - THREADS / 32);
+        copy_stages<PRODUCERS / 32>(of, ring, blockIdx.x, units, begin, end, warp - THREADS / 32);
         if (splits > 1) {
             cluster_barrier();
             cluster_barrier();
@@ -248,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
         return;
     }
 #if GIVES_REGISTERS
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+    take_registers<152>();
 #endif
     const int thread = threadIdx.x % 128, group = threadIdx.x / 128, own = group % BLOCKS, turn = group / BLOCKS;
     Ring<SPLIT> ring(stages, shared_address(barriers), turn);
@@ -269,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
         release(ring.empty());
         ring.next();
     }
-    set_right(total);
+    rescale(total);
     u32 sums[HELD];
 #pragma unroll 1
     for (bool add = false; stage < end; stage += SPLIT, add = true) {
@@ -285,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         const int token = i / 4 * 8 + thread % 4 * 2 + i % 2, row = own * 64 + thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(stages + ((turn * TOKENS + token) * TOTALS + row) * 4), "f"(total[i]) : "memory");
+        store_shared(stages + ((turn * TOKENS + token) * TOTALS + row) * 4, total[i]);
     }
     if (splits > 1)
         cluster_barrier();
@@ -303,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, PER_SM)
             sum.z += v.z;
             sum.w += v.w;
         }
-        give_four(y, token, blockIdx.x * BLOCKS * 64 + row, rows, sum);
+        store_four(y, token, blockIdx.x * BLOCKS * 64 + row, rows, sum);
     }
     // Nobody leaves while others read.
     if (splits > 1) cluster_barrier();

@@ -1,11 +1,14 @@
-// Many tokens: one block of threads an SM, which takes tile after tile of 64 * BLOCKS rows by TOKENS tokens. Each of BLOCKS
+// Many tokens: one thread block an SM, which takes tile after tile of 64 * BLOCKS rows by TOKENS tokens. Each of BLOCKS
 // warpgroups has 64 rows, a warp of one more copies. Macros and operands: hopper.cuh.
 //
 // A warpgroup unpacks weights and starts their products, part by part, loads meanwhile what it needs of the next stage, waits
 // and adds the sums to its totals. While it does that, the tensor cores work for the others.
 
-/// Room in which results are turned around, a warpgroup's tokens by 64 rows in f16, or half of the tokens in f32.
-#define TURN_BYTES (TOKENS * 128)
+// EPILOGUE_BYTES: room in which results are transposed, a warpgroup's tokens by 64 rows in f16, or half of the tokens in f32.
+#if !defined(EPILOGUE_BYTES)
+#error "a constant is missing: src/backend/cuda/kernels/product.rs declares them"
+#endif
+static_assert(THREADS == 128 * BLOCKS && PRODUCERS == 128, "a warpgroup for each block of rows, and one that copies");
 
 /// The barriers of a warpgroup's own threads.
 #define OWN 1
@@ -23,7 +26,7 @@ static __device__ __forceinline__ Tile tile_of(int index, int whole, int token_t
     return Tile{(band * 8 + within % height) * TOKENS, within / height * BLOCKS + part, index < whole ? BLOCKS : 1};
 }
 
-/// Asks for all stages of a tile, one after the other, as they are free; by a warp.
+/// Issues the copies of all stages of a tile, one after the other, as they are free; by a warp.
 static __device__ __forceinline__ void copy_tile(const Operands& of, const Tile& tile, Ring<1>& ring) {
     const u32 count = min(TOKENS, of.padded - tile.first_token);
     // A tile at the end may have fewer blocks of rows: the last one is copied again, and its results are not written.
@@ -39,14 +42,14 @@ static __device__ __forceinline__ void copy_tile(const Operands& of, const Tile&
     const half* scales = of.sx + (long long)tile.first_token * 8;
     for (int stage = 0; stage < of.panels; stage++) {
         barrier_wait(ring.empty(), ring.phase ^ 1);
-        barrier_expect(ring.full, count * 144 + tile.blocks * BLOCK_BYTES);
+        barrier_expect_elected(ring.full, count * 144 + tile.blocks * BLOCK_BYTES);
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
-            if (i < tile.blocks) copy_bulk(ring.here + WEIGHTS + i * BLOCK_BYTES, weights[i], BLOCK_BYTES, ring.full);
+            if (i < tile.blocks) copy_bulk_elected(ring.here + WEIGHTS + i * BLOCK_BYTES, weights[i], BLOCK_BYTES, ring.full);
             weights[i] += BLOCK_BYTES;
         }
-        copy_bulk(ring.here + TOKEN_CODES, codes, count * 128, ring.full);
-        copy_bulk(ring.here, scales, count * 16, ring.full);
+        copy_bulk_elected(ring.here + TOKEN_CODES, codes, count * 128, ring.full);
+        copy_bulk_elected(ring.here, scales, count * 16, ring.full);
         codes += (long long)of.padded * 128;
         // The scales of eight groups lie together.
         if ((stage + 1) * GROUPS_A_STAGE % 8 == 0) scales += (long long)of.padded * 8;
@@ -57,15 +60,15 @@ static __device__ __forceinline__ void copy_tile(const Operands& of, const Tile&
         // A panel of the tokens' outliers comes with the first of its two parts.
         const bool first = part % 2 == 0;
         barrier_wait(ring.empty(), ring.phase ^ 1);
-        barrier_expect(ring.full, (first ? count * 132 : 0) + tile.blocks * OUTLIER_BYTES);
+        barrier_expect_elected(ring.full, (first ? count * 132 : 0) + tile.blocks * OUTLIER_BYTES);
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
-            if (i < tile.blocks) copy_bulk(ring.here + WEIGHTS + i * BLOCK_BYTES, outliers[i], OUTLIER_BYTES, ring.full);
+            if (i < tile.blocks) copy_bulk_elected(ring.here + WEIGHTS + i * BLOCK_BYTES, outliers[i], OUTLIER_BYTES, ring.full);
             outliers[i] += OUTLIER_BYTES;
         }
         if (first) {
-            copy_bulk(ring.here + TOKEN_CODES, codes, count * 128, ring.full);
-            copy_bulk(ring.here, of.sxo + tile.first_token, count * 4, ring.full);
+            copy_bulk_elected(ring.here + TOKEN_CODES, codes, count * 128, ring.full);
+            copy_bulk_elected(ring.here, of.sxo + tile.first_token, count * 4, ring.full);
             codes += (long long)of.padded * 128;
         }
         ring.next();
@@ -73,7 +76,7 @@ static __device__ __forceinline__ void copy_tile(const Operands& of, const Tile&
 }
 
 /// Writes a result. A value is added to by one thread only, so that its order does not matter: an atomic sum is not waited for.
-static __device__ __forceinline__ void give(Output* to, float value) {
+static __device__ __forceinline__ void store_result(Output* to, float value) {
 #if OUT == 2
     atomicAdd(to, value);
 #else
@@ -95,16 +98,14 @@ static __device__ __forceinline__ void write(const float (&total)[HELD], Output*
         for (int j = 0; j < TOKENS / 8; j++) {
             const u32 low = pack_half2(total[4 * j], total[4 * j + 1]), high = pack_half2(total[4 * j + 2], total[4 * j + 3]);
             const u32 token = 8 * j + lane % 8, piece = warp * 2 + lane / 8 % 2;
-            asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(turn + token * 128 + (piece ^ (token & 7)) * 16),
-                         "r"(low), "r"(high)
-                         : "memory");
+            store_matrices_transposed(turn + token * 128 + (piece ^ (token & 7)) * 16, low, high);
         }
         group_barrier(OWN + group, 128);
 #pragma unroll
         for (int i = 0; i < TOKENS / 16; i++) {
             const int token = i * 16 + thread / 8, piece = thread % 8, row = first_row + piece * 8;
             if (first_token + token < tokens && row < rows)
-                *reinterpret_cast<uint4*>(y + (long long)(first_token + token) * rows + row) = load_shared(turn + token * 128 + (piece ^ (token & 7)) * 16);
+                *reinterpret_cast<uint4*>(y + (long long)(first_token + token) * rows + row) = load_shared_128(turn + token * 128 + (piece ^ (token & 7)) * 16);
         }
         group_barrier(OWN + group, 128);
         return;
@@ -120,19 +121,17 @@ static __device__ __forceinline__ void write(const float (&total)[HELD], Output*
             for (int j = 0; j < TOKENS / 16; j++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    asm volatile("st.shared.f32 [%0], %1;" ::"r"(turn + (8 * j + lane % 4 * 2 + e % 2) * STRIDE + (((warp * 16 + lane / 4 + e / 2 * 8) * 4) ^ (lane % 4 * 32))),
-                                 "f"(total[part * (HELD / 2) + 4 * j + e])
-                                 : "memory");
+                    store_shared(turn + (8 * j + lane % 4 * 2 + e % 2) * STRIDE + (((warp * 16 + lane / 4 + e / 2 * 8) * 4) ^ (lane % 4 * 32)),
+                                 total[part * (HELD / 2) + 4 * j + e]);
             }
             group_barrier(OWN + group, 128);
 #pragma unroll
             for (int i = 0; i < TOKENS / 16; i++) {
                 const int own = i * 8 + thread / 16, token = first_token + part * (TOKENS / 2) + own, row = first_row + thread % 16 * 4;
                 if (token < tokens && row < rows) {
-                    const uint4 v = load_shared(turn + own * STRIDE + (thread % 16 * 16 ^ own / 2 % 4 * 32));
-                    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(y + (long long)token * rows + row), "f"(__uint_as_float(v.x)),
-                                 "f"(__uint_as_float(v.y)), "f"(__uint_as_float(v.z)), "f"(__uint_as_float(v.w))
-                                 : "memory");
+                    const uint4 v = load_shared_128(turn + own * STRIDE + (thread % 16 * 16 ^ own / 2 % 4 * 32));
+                    add_four(y + (long long)token * rows + row,
+                             make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)));
                 }
             }
         }
@@ -144,7 +143,7 @@ static __device__ __forceinline__ void write(const float (&total)[HELD], Output*
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int token = first_token + 8 * j + lane % 4 * 2 + e % 2, row = first_row + warp * 16 + lane / 4 + e / 2 * 8;
-            if (token < tokens && row < rows) give(y + (long long)token * rows + row, total[4 * j + e]);
+            if (token < tokens && row < rows) store_result(y + (long long)token * rows + row, total[4 * j + e]);
         }
     }
 }
@@ -162,14 +161,12 @@ static __device__ __forceinline__ void load(Words<4>& words, RowScales (&scales)
     for (int g = 0; g < GROUPS_A_STAGE; g++) scales[g] = load_row_scales(block + CODE_BYTES + g * 128);
 }
 
-#define THREADS (128 * BLOCKS + 128)
-
-/// Takes ceil(tokens / TOKENS) * ceil(rows / (64 * BLOCKS)) tiles; those of a last round in parts, if the grid has a block for each. THREADS
-/// threads, and STAGES * STAGE_BYTES + BLOCKS * TURN_BYTES + 1024 bytes of dynamic shared memory.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+/// Takes ceil(tokens / TOKENS) * ceil(rows / (64 * BLOCKS)) tiles; those of a last round in parts, if the grid has a block for each. THREADS + PRODUCERS
+/// threads, and STAGES * STAGE_BYTES + BLOCKS * EPILOGUE_BYTES + 1024 bytes of dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, 1)
     integer_tiles(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int tokens,
                   int padded, int rows, int panels, int halves) {
-    extern __shared__ unsigned char memory[];
+    extern __shared__ u8 memory[];
     __shared__ u64 barriers[2 * STAGES];
     const Operands of{x, sx, xo, sxo, w, wo, tokens, padded, rows, panels, halves};
     Ring<1> ring((shared_address(memory) + 1023) / 1024 * 1024, shared_address(barriers), 0);
@@ -180,14 +177,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     // The shuffle tells the compiler that a warp goes one way: what it waits for stays in uniform registers.
     const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
     if (group == BLOCKS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        release_registers<24>();
         if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 4 * BLOCKS) {
-            await_kernels_before();
+            pdl_wait();
             for (int index = blockIdx.x; index < parts; index += gridDim.x) copy_tile(of, tile_of(index, whole, token_tiles, row_tiles), ring);
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        const u32 turn = ring.here + STAGES * STAGE_BYTES + group * TURN_BYTES;
+        take_registers<240>();
+        const u32 turn = ring.here + STAGES * STAGE_BYTES + group * EPILOGUE_BYTES;
 #pragma unroll 1
         for (int index = blockIdx.x; index < parts; index += gridDim.x) {
             const Tile tile = tile_of(index, whole, token_tiles, row_tiles);
@@ -224,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 }
                 release(empty);
             }
-            set_right(total);
+            rescale(total);
 #pragma unroll 1
             for (int part = 0; part < halves; part += 2) {
                 const bool both = part + 1 < halves;

@@ -1,7 +1,10 @@
 // Sums over tokens and over the vocabulary. No atomics: every sum has one order, so results do not
 // change from run to run.
 
-#define THREADS 256
+#if !defined(THREADS) || !defined(ENERGY_CHANNELS)
+#error "a constant is missing: src/backend/cuda/kernels/reduce.rs declares them"
+#endif
+static_assert(ENERGY_CHANNELS == 64, "two channels a lane");
 
 /// Sums of squares of each channel of `x` `[tokens, channels]` over part `blockIdx.y` of the tokens,
 /// `[parts, channels]`. A block has 64 channels, two a lane; its warps take turns with the tokens.
@@ -112,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cross_entropy(const float*
 }
 
 /// The first of the largest `logits` `[rows, vocabulary]` of each row. One block a row.
-extern "C" __global__ void __launch_bounds__(THREADS) likeliest(const float* logits, int vocabulary, u32* tokens) {
+extern "C" __global__ void __launch_bounds__(THREADS) argmax(const float* logits, int vocabulary, u32* tokens) {
     __shared__ float most_of[THREADS / 32];
     __shared__ u32 first_of[THREADS / 32];
     logits += (long long)blockIdx.x * vocabulary;
@@ -161,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) dot_parts(const float* a, 
 }
 
 /// `|x - y|^2 / |y|^2` of rows `[columns]`; 0 where nothing changed. One block a row.
-extern "C" __global__ void __launch_bounds__(THREADS) row_changes(const float* x, const float* y, int columns, double* changes) {
+extern "C" __global__ void __launch_bounds__(THREADS) relative_squared_errors(const float* x, const float* y, int columns, double* errors) {
     __shared__ double change_of[THREADS / 32], whole_of[THREADS / 32];
     x += (long long)blockIdx.x * columns;
     y += (long long)blockIdx.x * columns;
@@ -184,14 +187,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_changes(const float* x
             change += change_of[i];
             whole += whole_of[i];
         }
-        changes[blockIdx.x] = change == 0.0 ? 0.0 : change / whole;
+        errors[blockIdx.x] = change == 0.0 ? 0.0 : change / whole;
     }
 }
 
 /// KL(p || q) in nats of the distributions with `logits` `[rows, vocabulary]` (p) and `changed` (q). One
 /// block a row. With t = p's logit less its greatest and s likewise of q: sum p (t - s) - ln sum e^t + ln sum e^s,
 /// p = e^t / sum e^t. A NaN in either stays one.
-extern "C" __global__ void __launch_bounds__(THREADS) divergence(const float* changed, const float* logits, int vocabulary, double* nats) {
+extern "C" __global__ void __launch_bounds__(THREADS) kl_divergence(const float* changed, const float* logits, int vocabulary, double* nats) {
     __shared__ float most_of[2][THREADS / 32];
     __shared__ double sum_of[3][THREADS / 32];
     logits += (long long)blockIdx.x * vocabulary;

@@ -4,6 +4,7 @@ the tensor cores' instructions. */
 
 mod common;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -12,7 +13,7 @@ use std::time::Instant;
 
 use atom::backend::cuda::compile::Compiler;
 use atom::backend::cuda::kernels::FAMILIES;
-use atom::backend::cuda::libraries;
+use atom::backend::cuda::libraries::{self, Version};
 use common::{names, skipped};
 use fs_err as fs;
 
@@ -206,6 +207,12 @@ fn overwritten(listing: &str) -> Vec<String> {
     faults
 }
 
+/// The compute capability of an architecture such as `sm_90a`.
+fn capability(architecture: &str) -> Version {
+    let number: i32 = architecture.trim_matches(|c: char| !c.is_ascii_digit()).parse().unwrap();
+    Version { major: number / 10, minor: number % 10 }
+}
+
 /// The compiler for an architecture; none where there is no NVRTC.
 fn compiler(test: &str, architecture: &str) -> Option<Compiler> {
     match Compiler::for_architecture(architecture) {
@@ -229,15 +236,102 @@ fn every_kernel_file_is_in_the_list() {
     assert_eq!(listed, files);
 }
 
+/// The symbols of CUDA's libraries that a program calls: cudarc keeps the address of each in a static of the function of its name, of
+/// which the linker has kept those that are used.
+fn called_symbols(program: &[u8]) -> BTreeSet<String> {
+    let text = program.split(|byte| !byte.is_ascii_alphanumeric() && *byte != b'_');
+    let names = text.filter_map(|word| std::str::from_utf8(word).ok());
+    let symbol = |name: &str| {
+        let (_, rest) = name.strip_prefix("_ZN6cudarc")?.split_once("3sys")?;
+        let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let (length, rest) = rest.split_at(digits);
+        let (name, rest) = rest.split_at_checked(length.parse().ok()?)?;
+        rest.starts_with("2_S").then(|| name.to_owned())
+    };
+    names.filter_map(symbol).collect()
+}
+
+#[test]
+fn required_symbols_are_those_that_the_program_calls() {
+    let called = called_symbols(&fs::read(env!("CARGO_BIN_EXE_atom")).unwrap());
+    let required = libraries::required_symbols().into_iter().map(str::to_owned).collect();
+    assert_eq!(called, required);
+}
+
+#[test]
+fn inline_assembly_stands_in_one_header() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let has_assembly = |name: &String| {
+        let text = fs::read_to_string(directory.join(name)).unwrap();
+        text.contains("asm(") || text.contains("asm volatile")
+    };
+    let files: Vec<String> = names(&directory).into_iter().filter(has_assembly).collect();
+    assert_eq!(files, ["ptx.cuh"]);
+}
+
+/// Names and types of the parameters of each kernel of a source.
+fn parameters_of(source: &str) -> BTreeMap<String, Vec<(String, String)>> {
+    let kernels = source.split("extern \"C\" __global__").skip(1);
+    let kernel = |text: &str| {
+        let text = text.trim_start().strip_prefix("void").unwrap().trim_start();
+        let bounds = text.strip_prefix("__launch_bounds__(");
+        let text = bounds.map_or(text, |rest| rest.split_once(')').unwrap().1);
+        let (name, rest) = text.split_once('(').unwrap();
+        let parameters = rest.split_once(')').unwrap().0.split(',').map(|parameter| {
+            let words: Vec<&str> = parameter.split_whitespace().collect();
+            let (name, kind) = words.split_last().unwrap();
+            ((*name).to_owned(), kind.join(" "))
+        });
+        (name.trim().to_owned(), parameters.collect())
+    };
+    kernels.map(kernel).collect()
+}
+
+#[test]
+fn declared_parameters_are_those_of_the_sources() {
+    for family in FAMILIES {
+        let mut defined = parameters_of(family.source);
+        for declared in (family.kernels)() {
+            for entry in declared.entries {
+                let own = defined.remove(*entry);
+                let own = own.unwrap_or_else(|| panic!("{}.cu has no `{entry}`", family.name));
+                let names: Vec<&str> = own.iter().map(|(name, _)| name.as_str()).collect();
+                let expected: Vec<&str> = declared.parameters.iter().map(|own| own.0).collect();
+                assert_eq!(names, expected, "{entry}");
+                for ((name, own), (_, types)) in own.iter().zip(&declared.parameters) {
+                    assert!(types.contains(own), "{entry}: `{name}` is {own}, not of {types:?}");
+                }
+            }
+        }
+        assert!(defined.is_empty(), "{}.cu: not declared: {:?}", family.name, defined.keys());
+    }
+}
+
+#[test]
+fn a_file_without_one_of_its_constants_does_not_compile() {
+    let test = "a_file_without_one_of_its_constants_does_not_compile";
+    let Some(compiler) = compiler(test, "sm_90a") else { return };
+    for family in FAMILIES {
+        let defines = (family.variants)(capability("sm_90a")).remove(0);
+        for without in 0..defines.len() {
+            let mut fewer = defines.clone();
+            let (name, _) = fewer.remove(without);
+            let error = compiler.compile(family.name, family.source, &fewer).unwrap_err();
+            let log = error.causes().join("\n");
+            assert!(log.contains("a constant is missing"), "{} without {name}: {log}", family.name);
+        }
+    }
+}
+
 #[test]
 fn kernels_spill_nothing_and_use_the_tensor_cores() {
     let test = "kernels_spill_nothing_and_use_the_tensor_cores";
     let mut programs = Vec::new();
     for family in FAMILIES {
-        for defines in (family.variants)() {
-            let all = ARCHITECTURES.into_iter();
-            let own = all.filter(|own| family.only.is_none_or(|only| only == *own));
-            programs.extend(own.map(|architecture| (family, defines.clone(), architecture)));
+        let all = ARCHITECTURES.into_iter();
+        for architecture in all.filter(|own| family.only.is_none_or(|only| only == *own)) {
+            let variants = (family.variants)(capability(architecture)).into_iter();
+            programs.extend(variants.map(|defines| (family, defines, architecture)));
         }
     }
     assert!(!programs.is_empty(), "there is no kernel to compile: FAMILIES holds none");
@@ -262,7 +356,7 @@ fn kernels_spill_nothing_and_use_the_tensor_cores() {
                     let mut found = log_faults(&log);
                     let instruction = family.tensor_core_with(defines);
                     // The same source on all newer architectures.
-                    let waits = family.overlaps && *architecture == "sm_90a";
+                    let waits = family.pdl && *architecture == "sm_90a";
                     if let (true, Some(tool)) = (instruction.is_some() || waits, &disassembler) {
                         let listing = tool.listing(&cubin);
                         if let Some(instruction) = instruction.filter(|one| !finds(&listing, one)) {

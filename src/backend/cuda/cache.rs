@@ -7,22 +7,12 @@ they are read, so such recipes are refused. */
 
 use super::Cuda;
 use super::gpu::Buffer;
-use super::kernels::{self, Defines};
-use super::launch::{Geometry, arguments};
+pub use super::kernels::cache::PAGE_TOKENS;
+use super::kernels::cache::{Append, Pages, WIDEST_HEAD};
+use super::kernels::decode::{self, DecodeAttention, MOST_STAGES};
 use super::tensor::{Activation, Hidden};
 use crate::backend::AttentionSpec;
 use crate::{Error, Result};
-
-/// Tokens of a page.
-pub const PAGE_TOKENS: usize = 16;
-/// The widest head that pages hold.
-const WIDEST_HEAD: usize = 128;
-/// Threads of a block of append, as in cache.cu.
-const APPEND_THREADS: usize = 256;
-/// Query heads of a tile at most, as in decode.cu.
-const TILE_HEADS: usize = 8;
-/// Stages at most, as in decode.cu.
-const MOST_STAGES: usize = 8;
 
 /// Keys and values of some sequences in one layer.
 pub struct PagedCache {
@@ -42,29 +32,11 @@ pub struct PagedCache {
     /// Tokens of each sequence.
     lengths: Vec<usize>,
     device_lengths: Buffer,
-    kernel: DecodeKernel,
+    program: decode::Program,
     plan: Plan,
     /// What splits leave for the last of them, and how many have.
     parts: Buffer,
     finished: Buffer,
-}
-
-/// How decode.cu is compiled for a device: what its macros say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct DecodeKernel {
-    warps: usize,
-    /// Pages of a group.
-    group: usize,
-    page_bytes: usize,
-    /// Query heads of a tile.
-    tile_heads: usize,
-    head_dim: usize,
-    /// Shared memory of a multiprocessor for stages, and blocks that find room in it otherwise.
-    shared_bytes: usize,
-    resident: usize,
-    multiprocessors: usize,
-    /// Whether the stages may be of any number.
-    bulk: bool,
 }
 
 /// How the work of a token is divided.
@@ -74,7 +46,7 @@ struct Plan {
     splits: usize,
     /// Pages of a part.
     split_pages: usize,
-    /// Groups of pages that a warp has on their way.
+    /// Groups of pages that a warp has in flight.
     stages: usize,
 }
 
@@ -86,14 +58,14 @@ impl PagedCache {
 
     /// Bytes that one token's keys and values take, all heads together.
     pub fn token_bytes(&self) -> usize {
-        self.kernel.page_bytes * self.spec.kv_heads / PAGE_TOKENS
+        self.program.pages.bytes() * self.spec.kv_heads / PAGE_TOKENS
     }
 
     /// Bytes of the page of a head and where it begins.
     #[cfg(test)]
     pub(super) fn page(&self, sequence: usize, page: usize, head: usize) -> Result<Vec<u8>> {
         let number = self.table[sequence * self.pages_each + page] as usize;
-        let bytes = self.kernel.page_bytes;
+        let bytes = self.program.pages.bytes();
         let first = (number * self.spec.kv_heads + head) * bytes;
         self.pool.download(first..first + bytes)
     }
@@ -104,23 +76,9 @@ impl PagedCache {
         self.plan = Plan { splits: 1, split_pages: self.pages_each, ..self.plan };
     }
 
-    fn quantized(&self) -> bool {
-        self.spec.kv.is_quantized()
-    }
-
-    fn rotated(&self) -> bool {
-        self.quantized() && self.spec.kv.rotate
-    }
-
     fn head_tiles(&self) -> usize {
         let group = self.spec.heads / self.spec.kv_heads;
-        self.spec.kv_heads * group.div_ceil(self.kernel.tile_heads)
-    }
-
-    /// Macros of decode.cu.
-    fn decoding(&self) -> Defines {
-        let single = self.kernel.tile_heads == 1;
-        kernels::decode(self.spec.head_dim, self.quantized(), self.rotated(), single)
+        self.spec.kv_heads * group.div_ceil(self.program.tile_heads)
     }
 }
 
@@ -161,9 +119,16 @@ impl Cuda {
             ));
         }
         assert!(heads.is_multiple_of(kv_heads) && kv.is_centered() == key_mean.is_some());
-        let kernel = self.decode_kernel(spec)?;
+        let quantized = kv.is_quantized();
+        let pages_held = Pages {
+            head_dim,
+            kv_bits: if quantized { 4 } else { 16 },
+            rotated: quantized && kv.rotate,
+        };
+        let capability = self.gpu.device.capability;
+        let program = decode::Program::new(pages_held, heads == kv_heads, capability);
         let pages_each = seq_len.div_ceil(PAGE_TOKENS);
-        let pool_bytes = pages * kv_heads * kernel.page_bytes;
+        let pool_bytes = pages * kv_heads * program.pages.bytes();
         let mut cache = PagedCache {
             spec: spec.clone(),
             key_mean,
@@ -176,35 +141,15 @@ impl Cuda {
             pages_each,
             lengths: vec![0; sequences],
             device_lengths: self.gpu.zeros(4 * sequences)?,
-            kernel,
-            plan: kernel.plan(1, 0),
+            program,
+            plan: Plan::new(&program, self.gpu.multiprocessors, 1, 0),
             parts: self.gpu.alloc(0)?,
             finished: self.gpu.alloc(0)?,
         };
         cache.finished = self.gpu.zeros(4 * sequences * cache.head_tiles())?;
-        cache.plan = kernel.plan(sequences * cache.head_tiles(), 0);
+        let units = sequences * cache.head_tiles();
+        cache.plan = Plan::new(&program, self.gpu.multiprocessors, units, 0);
         Ok(cache)
-    }
-
-    /// What decode.cu's macros say for this device.
-    fn decode_kernel(&self, spec: &AttentionSpec) -> Result<DecodeKernel> {
-        let AttentionSpec { heads, kv_heads, head_dim, kv, .. } = *spec;
-        let quantized = kv.is_quantized();
-        let capability = self.gpu.device.capability.major;
-        // Chips of 227 KiB of shared memory a block, and those of 99.
-        let large = (9..12).contains(&capability);
-        let side = if quantized { 8 * head_dim } else { 32 * head_dim };
-        Ok(DecodeKernel {
-            warps: if quantized || large { 8 } else { 4 },
-            group: if quantized { 2 } else { 1 },
-            page_bytes: 2 * side + if quantized { 128 } else { 0 },
-            tile_heads: if heads == kv_heads { 1 } else { TILE_HEADS },
-            head_dim,
-            shared_bytes: if large { 210_000 } else { 90_000 },
-            resident: if quantized && large { 2 } else { 1 },
-            multiprocessors: self.gpu.multiprocessors,
-            bulk: capability >= 9,
-        })
     }
 
     /// Adds `added[i]` tokens to sequence i: rows of `k` and `v` `[tokens, kv_heads * head_dim]`, before the rotary
@@ -262,32 +207,26 @@ impl Cuda {
         };
         let most = held.iter().zip(added).map(touched).max().unwrap_or(0);
         let held = on_device(&held)?;
-        let bits = if kv.is_quantized() { kv.bits } else { 16 };
-        self.kernels.launch(
-            "cache",
-            &kernels::cache(head_dim, bits, cache.rotated()),
-            "append",
-            Geometry {
-                grid: (most, kv_heads, added.len()),
-                threads: APPEND_THREADS,
-                shared_bytes: 0,
-            },
-            arguments![
-                k.half(),
-                v.half(),
-                k.columns as i64,
-                &cache.cos,
-                &cache.sin,
-                cache.key_mean.as_ref().map(Hidden::float),
-                &cache.pool,
-                &cache.device_table,
-                cache.pages_each,
-                &rows,
-                &held,
-                kv_heads,
-                kv.clip
-            ],
-        )?;
+        let kv_bits = if kv.is_quantized() { kv.bits } else { 16 };
+        self.kernels.launch(&Append {
+            k: k.half().into(),
+            v: v.half().into(),
+            row_stride: k.columns as i64,
+            cos: (&cache.cos).into(),
+            sin: (&cache.sin).into(),
+            mean: cache.key_mean.as_ref().map(|mean| mean.float().into()),
+            pool: (&cache.pool).into(),
+            table: (&cache.device_table).into(),
+            table_stride: cache.pages_each,
+            rows: (&rows).into(),
+            held: (&held).into(),
+            kv_heads,
+            clip: kv.clip,
+            pages: Pages { kv_bits, ..cache.program.pages },
+            sequences: added.len(),
+            tokens,
+            touched_pages: most,
+        })?;
         self.plan_decode(cache)
     }
 
@@ -295,8 +234,8 @@ impl Cuda {
     fn plan_decode(&self, cache: &mut PagedCache) -> Result<()> {
         let units = cache.lengths.len() * cache.head_tiles();
         let longest = cache.lengths.iter().max().map_or(0, |tokens| tokens.div_ceil(PAGE_TOKENS));
-        cache.plan = cache.kernel.plan(units, longest);
-        let bytes = units * cache.plan.splits * cache.kernel.part_bytes();
+        cache.plan = Plan::new(&cache.program, self.gpu.multiprocessors, units, longest);
+        let bytes = units * cache.plan.splits * cache.program.part_bytes();
         if cache.plan.splits > 1 && cache.parts.bytes() < bytes {
             cache.parts = self.gpu.alloc(bytes)?;
         }
@@ -318,56 +257,36 @@ impl Cuda {
         assert!(q.rows == sequences && q.columns == heads * head_dim);
         assert!(out.rows == q.rows && out.columns == q.columns);
         let Plan { splits, split_pages, stages } = cache.plan;
-        self.kernels.launch(
-            "decode",
-            &cache.decoding(),
-            "decode_attention",
-            Geometry {
-                grid: (splits, cache.head_tiles(), sequences),
-                threads: 32 * cache.kernel.warps,
-                shared_bytes: cache.kernel.block_bytes(stages),
-            },
-            arguments![
-                q.half(),
-                q.columns as i64,
-                &cache.cos,
-                &cache.sin,
-                &cache.pool,
-                &cache.device_table,
-                cache.pages_each,
-                &cache.device_lengths,
-                out.half(),
-                &cache.parts,
-                &cache.finished,
-                heads,
-                kv_heads,
-                split_pages,
-                stages,
-                1.0 / (head_dim as f32).sqrt()
-            ],
-        )
+        self.kernels.launch(&DecodeAttention {
+            q: q.half().into(),
+            query_stride: q.columns as i64,
+            cos: (&cache.cos).into(),
+            sin: (&cache.sin).into(),
+            pool: (&cache.pool).into(),
+            table: (&cache.device_table).into(),
+            table_stride: cache.pages_each,
+            lengths: (&cache.device_lengths).into(),
+            out: out.half().into(),
+            parts: (&cache.parts).into(),
+            finished: (&cache.finished).into(),
+            heads,
+            kv_heads,
+            split_pages,
+            stages,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            program: cache.program,
+            sequences,
+            head_tiles: cache.head_tiles(),
+            splits,
+        })
     }
 }
 
-impl DecodeKernel {
-    /// Bytes of a split's part of a head tile.
-    fn part_bytes(&self) -> usize {
-        4 * self.tile_heads * (self.head_dim + 4)
-    }
-
-    fn stage_bytes(&self) -> usize {
-        self.warps * self.group * self.page_bytes
-    }
-
-    /// Dynamic shared memory of a block.
-    fn block_bytes(&self, stages: usize) -> usize {
-        (stages * self.stage_bytes()).max(self.warps * self.part_bytes())
-    }
-
+impl Plan {
     /// The division of `units` times up to `pages` pages that takes the least time by a model of the chip: it reads so
     /// many bytes a microsecond, every wave of blocks begins and ends with work that reads nothing, and parts
     /// have to be put together.
-    fn plan(&self, units: usize, pages: usize) -> Plan {
+    fn new(program: &decode::Program, multiprocessors: usize, units: usize, pages: usize) -> Self {
         /// Bytes that a multiprocessor reads in a microsecond.
         const READ_BYTES: f64 = 33e3;
         const WAVE_US: f64 = 3.0;
@@ -375,7 +294,7 @@ impl DecodeKernel {
         const JOIN_SPLIT_US: f64 = 0.05;
         const MOST_SPLITS: usize = 128;
         let pages = pages.max(1);
-        let step = self.warps * self.group;
+        let step = program.warps * program.group_pages;
         let mut best: Option<(f64, usize, usize)> = None;
         for splits in 1..=MOST_SPLITS.min(pages) {
             let even = pages.div_ceil(splits);
@@ -385,8 +304,8 @@ impl DecodeKernel {
                 continue;
             }
             let blocks = units * splits;
-            let waves = blocks.div_ceil(self.multiprocessors * self.resident);
-            let bytes = blocks.div_ceil(self.multiprocessors) * own * self.page_bytes;
+            let waves = blocks.div_ceil(multiprocessors * program.resident);
+            let bytes = blocks.div_ceil(multiprocessors) * own * program.pages.bytes();
             let join = if splits > 1 { JOIN_US + JOIN_SPLIT_US * splits as f64 } else { 0.0 };
             let us = bytes as f64 / READ_BYTES + waves as f64 * WAVE_US + join;
             if best.is_none_or(|(least, _, _)| us < least) {
@@ -394,44 +313,44 @@ impl DecodeKernel {
             }
         }
         let (_, splits, split_pages) = best.expect("one split is always possible");
-        let room = self.shared_bytes / self.resident;
-        let stages = if self.bulk { (room / self.stage_bytes()).clamp(1, MOST_STAGES) } else { 2 };
-        Plan { splits, split_pages, stages }
+        let room = program.shared_bytes / program.resident;
+        let stages =
+            if program.bulk { (room / program.stage_bytes()).clamp(1, MOST_STAGES) } else { 2 };
+        Self { splits, split_pages, stages }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cuda::libraries::Version;
 
-    const INT4: DecodeKernel = DecodeKernel {
-        warps: 8,
-        group: 2,
-        page_bytes: 2176,
-        tile_heads: 1,
-        head_dim: 128,
-        shared_bytes: 210_000,
-        resident: 2,
-        multiprocessors: 132,
-        bulk: true,
-    };
+    fn program() -> decode::Program {
+        let pages = Pages { head_dim: 128, kv_bits: 4, rotated: true };
+        decode::Program::new(pages, true, Version { major: 9, minor: 0 })
+    }
+
+    /// On an H200.
+    fn plan(units: usize, pages: usize) -> Plan {
+        Plan::new(&program(), 132, units, pages)
+    }
 
     #[test]
     fn splits_cover_the_pages_and_none_is_empty() {
         for units in [1, 7, 8, 32, 256, 2048] {
             for pages in [0, 1, 2, 15, 16, 17, 100, 256, 513, 2048, 8192] {
-                let Plan { splits, split_pages, stages } = INT4.plan(units, pages);
+                let Plan { splits, split_pages, stages } = plan(units, pages);
                 assert!(splits * split_pages >= pages && (splits - 1) * split_pages < pages.max(1));
                 assert!((1..=MOST_STAGES).contains(&stages));
-                assert!(2 * INT4.block_bytes(stages) <= 227 << 10, "{units} {pages}");
+                assert!(2 * program().block_bytes(stages) <= 227 << 10, "{units} {pages}");
             }
         }
     }
 
     #[test]
     fn few_sequences_are_split_over_the_chip_and_many_are_not() {
-        assert_eq!(INT4.plan(32, 256).splits, 4);
-        assert_eq!(INT4.plan(2048, 256).splits, 1);
-        assert!(INT4.plan(8, 2048).splits >= 16);
+        assert_eq!(plan(32, 256).splits, 4);
+        assert_eq!(plan(2048, 256).splits, 1);
+        assert!(plan(8, 2048).splits >= 16);
     }
 }

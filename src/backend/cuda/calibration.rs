@@ -1,9 +1,10 @@
 //! Sums over calibration tokens. The larger ones stand in files of their own, under the same names.
 
+use super::Cuda;
 use super::gpu::Buffer;
-use super::launch::{Geometry, arguments};
+use super::kernels::Float;
+use super::kernels::elementwise::{Difference, ScaleRows};
 use super::tensor::{Activation, Cross, Hessian, Hidden};
-use super::{Cuda, THREADS};
 use crate::Result;
 use crate::backend::{AttentionSpec, Calibration};
 
@@ -42,22 +43,22 @@ impl Calibration for Cuda {
 
     fn difference(&self, x: &Activation, y: &Activation) -> Result<Activation> {
         let shapes = [x, y].map(|x| [x.rows, x.columns]);
-        self.subtracted("difference_half", [x.half(), y.half()], shapes)
+        self.subtracted(Float::Half, [x.half(), y.half()], shapes)
     }
 
     fn hidden_difference(&self, x: &Hidden, y: &Hidden) -> Result<Activation> {
         let shapes = [x, y].map(|x| [x.rows, x.columns]);
-        self.subtracted("difference_float", [x.float(), y.float()], shapes)
+        self.subtracted(Float::Single, [x.float(), y.float()], shapes)
     }
 
     fn scale_rows(&self, x: &mut Activation, weights: &[f32]) -> Result<()> {
         let shares = self.gpu.upload(weights)?;
-        self.launch(
-            "elementwise",
-            "scale_rows_half",
-            Geometry::line(x.rows, THREADS),
-            arguments![x.half(), &shares, x.columns],
-        )
+        self.kernels.launch(&ScaleRows {
+            x: x.half().into(),
+            weights: (&shares).into(),
+            n: x.columns,
+            rows: x.rows,
+        })
     }
 }
 
@@ -65,19 +66,20 @@ impl Cuda {
     /// The first less the second, in f16.
     fn subtracted(
         &self,
-        entry: &str,
+        element: Float,
         [left, right]: [&Buffer; 2],
         [shape, other]: [[usize; 2]; 2],
     ) -> Result<Activation> {
         assert_eq!(shape, other, "the difference of unlike tensors");
         let [rows, columns] = shape;
         let to = self.half(rows, columns)?;
-        self.launch(
-            "elementwise",
-            entry,
-            Geometry::over(rows * columns, THREADS),
-            arguments![left, right, (rows * columns) as i64, to.half()],
-        )?;
+        self.kernels.launch(&Difference {
+            x: left.into(),
+            y: right.into(),
+            count: (rows * columns) as i64,
+            to: to.half().into(),
+            element,
+        })?;
         Ok(to)
     }
 }

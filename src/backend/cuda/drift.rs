@@ -1,10 +1,10 @@
 /*! Sums of `y^T x`, and the correction of weights by them. */
 
+use super::Cuda;
 use super::gpu::Buffer;
-use super::launch::{Geometry, arguments};
+use super::kernels::gptq::{AddReversed, ReverseColumns};
 use super::product::{Operand, Precision, Product};
 use super::tensor::{Activation, Cross, Factor};
-use super::{Cuda, THREADS};
 use crate::Result;
 use crate::backend::AccumulatedError;
 
@@ -18,20 +18,20 @@ impl Cuda {
     ) -> Result<()> {
         let Cross { rows, columns, ref data } = *cross;
         assert!(y.columns == rows && x.columns == columns && x.rows == y.rows, "shapes of a sum");
-        let operand = |pointer, stride, transposed| Operand { pointer, stride, transposed };
+        let operand = |memory, stride, transposed| Operand { memory, stride, transposed };
         self.products.run(&Product {
             m: columns,
             n: rows,
             k: x.rows,
-            a: operand(x.half().pointer(), columns, false),
-            b: operand(y.half().pointer(), rows, true),
-            c: operand(data.pointer(), columns, false),
+            a: operand(x.half().into(), columns, false),
+            b: operand(y.half().into(), rows, true),
+            c: operand(data.into(), columns, false),
             add: true,
             precision: Precision::HalfToFloat,
         })
     }
 
-    /// `W += share (W C_in + C_out) H^-1` for `weights` `[rows, n]`, arranged.
+    /// `W += share (W C_in + C_out) H^-1` for `weights` `[rows, n]`, permuted.
     pub(super) fn correct(
         &self,
         weights: &Buffer,
@@ -51,25 +51,33 @@ impl Cuda {
                 wanted
             }
         };
-        let operand =
-            |buffer: &Buffer| Operand { pointer: buffer.pointer(), stride: n, transposed: false };
+        let operand = |memory| Operand { memory, stride: n, transposed: false };
         self.products.run(&Product {
             m: n,
             n: rows,
             k: n,
-            a: operand(&inputs.data),
-            b: operand(weights),
-            c: operand(&wanted),
+            a: operand((&inputs.data).into()),
+            b: operand(weights.into()),
+            c: operand((&wanted).into()),
             add: true,
             precision: Precision::Tensor32,
         })?;
         // The factor is of the reversed Hessian: J H J = L L^T, so H^-1 w = J (L L^T)^-1 J w.
-        let geometry =
-            Geometry { grid: (rows, n.div_ceil(THREADS), 1), threads: THREADS, shared_bytes: 0 };
         let reversed = self.gpu.alloc(4 * rows * n)?;
-        self.launch("gptq", "reverse_columns", geometry, arguments![&wanted, n, &reversed])?;
+        self.kernels.launch(&ReverseColumns {
+            x: (&wanted).into(),
+            n,
+            to: (&reversed).into(),
+            rows,
+        })?;
         drop(wanted);
         self.products.solve(&factor.data, n, &reversed, rows)?;
-        self.launch("gptq", "add_reversed", geometry, arguments![weights, &reversed, n, *share])
+        self.kernels.launch(&AddReversed {
+            weights: weights.into(),
+            change: (&reversed).into(),
+            n,
+            share: *share,
+            rows,
+        })
     }
 }

@@ -1,11 +1,14 @@
 //! A block's operations. The larger ones stand in files of their own, under the same names.
 
+use super::Cuda;
 use super::fused::Columns;
 use super::gpu::Buffer;
-use super::launch::{Geometry, arguments};
+use super::kernels::elementwise::{
+    Add, AddBias, AddRows, Embed, HeadNorm, RmsNorm, Select, SiluMul, SiluMulPermuted,
+};
+use super::kernels::{Float, product};
 use super::product::Precision;
-use super::tensor::{Activation, Dense, Form, Hidden, Layout, Packed, Places, Rows, Site, Weight};
-use super::{Cuda, THREADS, kernels};
+use super::tensor::{Activation, Dense, Form, Hidden, Layout, Packed, Rows, Site, Slots, Weight};
 use crate::Result;
 use crate::backend::{AttentionSpec, Forward, Placement, Qkv};
 
@@ -19,67 +22,75 @@ impl Forward for Cuda {
         let (rows, columns) = (tokens.len(), table.columns);
         let y = self.gpu.alloc(4 * rows * columns)?;
         let tokens = self.gpu.upload(tokens)?;
-        self.launch(
-            "elementwise",
-            &format!("embed_{}", table.kind()),
-            Geometry::line(rows, THREADS),
-            arguments![&*table.data, &tokens, columns, &y],
-        )?;
+        self.kernels.launch(&Embed {
+            table: (&*table.data).into(),
+            tokens: (&tokens).into(),
+            hidden: columns,
+            y: (&y).into(),
+            element: table.element(),
+            vocabulary: table.rows,
+            count: rows,
+        })?;
         Ok(Hidden::new(rows, columns, y))
     }
 
     fn select_hidden(&self, x: &Hidden, rows: &[u32]) -> Result<Hidden> {
         let to = self.gpu.alloc(4 * rows.len() * x.columns)?;
-        self.select("select_float", x.float(), x.columns, rows, &to)?;
+        self.select(Float::Single, x.float(), x.columns, rows, &to)?;
         Ok(Hidden::new(rows.len(), x.columns, to))
     }
 
     fn select_rows(&self, x: &Activation, rows: &[u32]) -> Result<Activation> {
         let to = self.half(rows.len(), x.columns)?;
-        self.select("select_half", x.half(), x.columns, rows, to.half())?;
+        self.select(Float::Half, x.half(), x.columns, rows, to.half())?;
         Ok(to)
     }
 
     fn rms_norm(&self, x: &Hidden, weight: &Hidden, epsilon: f32) -> Result<Activation> {
         let y = self.half(x.rows, x.columns)?;
-        self.launch(
-            "elementwise",
-            "rms_norm",
-            Geometry::line(x.rows, THREADS),
-            arguments![x.float(), weight.float(), x.columns, epsilon, y.half()],
-        )?;
+        self.kernels.launch(&RmsNorm {
+            x: x.float().into(),
+            weight: weight.float().into(),
+            n: x.columns,
+            epsilon,
+            y: y.half().into(),
+            rows: x.rows,
+        })?;
         Ok(y)
     }
 
     fn qk_norm(&self, x: &mut Activation, weight: &Hidden, epsilon: f32) -> Result<()> {
         let heads = x.count() / weight.columns;
-        self.launch(
-            "elementwise",
-            "head_norm",
-            Geometry::line(heads.div_ceil(THREADS / 32), THREADS),
-            arguments![x.half(), weight.float(), heads, weight.columns, epsilon],
-        )
+        self.kernels.launch(&HeadNorm {
+            x: x.half().into(),
+            weight: weight.float().into(),
+            heads,
+            n: weight.columns,
+            epsilon,
+        })
     }
 
     fn silu_mul(&self, gate: Activation, up: &Activation) -> Result<Activation> {
-        if let Some(Places { order, channels }) = &gate.places {
-            assert!(up.places.is_some() && gate.columns == up.columns);
+        if let Some(Slots { order, channels }) = &gate.slots {
+            assert!(up.slots.is_some() && gate.columns == up.columns);
             let y = self.half(gate.rows, *channels)?;
-            self.launch(
-                "elementwise",
-                "silu_mul_places",
-                Geometry::line(gate.rows, THREADS),
-                arguments![&gate.data, &up.data, &**order, gate.columns, *channels, y.half()],
-            )?;
+            self.kernels.launch(&SiluMulPermuted {
+                gate: (&gate.data).into(),
+                up: (&up.data).into(),
+                order: (&**order).into(),
+                slots: gate.columns,
+                channels: *channels,
+                y: y.half().into(),
+                rows: gate.rows,
+            })?;
             return Ok(y);
         }
         let count = gate.count();
-        self.launch(
-            "elementwise",
-            "silu_mul_half",
-            Geometry::over(count.div_ceil(8), THREADS),
-            arguments![gate.half(), up.half(), count as i64],
-        )?;
+        self.kernels.launch(&SiluMul {
+            gate: gate.half().into(),
+            up: up.half().into(),
+            count: count as i64,
+        })?;
         Ok(gate)
     }
 
@@ -101,7 +112,8 @@ impl Forward for Cuda {
 
     fn permute(&self, x: &Activation, site: &Site) -> Result<Activation> {
         let y = self.half(x.rows, site.format.width())?;
-        self.arrange_rows(x.half().pointer(), "half", x.rows, site, y.half().pointer(), "half")?;
+        let (from, to) = ((x.half().into(), Float::Half), (y.half().into(), Float::Half));
+        self.permute_rows(from, x.rows, site, to)?;
         Ok(y)
     }
 
@@ -132,7 +144,7 @@ impl Forward for Cuda {
         site: &Site,
         name: &str,
     ) -> Result<Rows> {
-        let columns = if gate.places.is_some() { Columns::Places } else { Columns::Channels };
+        let columns = if gate.slots.is_some() { Columns::Slots } else { Columns::Channels };
         if self.takes_tiles(&site.format.row)
             && let Some(rows) = self.silu_rows(&gate, up, columns, site, Layout::Tiled, name)?
         {
@@ -157,38 +169,36 @@ impl Forward for Cuda {
 
     fn integer_product(&self, x: &Rows, weight: &Packed) -> Result<Activation> {
         let data = self.integer(x, weight, true)?;
-        let places = weight.places.clone();
-        Ok(Activation { places, ..Activation::new(x.tokens, weight.rows, data) })
+        let slots = weight.slots.clone();
+        Ok(Activation { slots, ..Activation::new(x.tokens, weight.rows, data) })
     }
 
     fn add_integer_product(&self, x: &mut Hidden, y: &Rows, weight: &Packed) -> Result<()> {
         // The other product's kernel has no such sum.
         if let (Form::Blocks(blocks), Layout::Tiled) = (&weight.form, y.layout)
-            && kernels::is_for_many(y.tokens)
+            && product::is_for_many(y.tokens)
         {
-            return self.tiled_product(y, blocks, weight.rows, x.float(), kernels::Output::Added);
+            return self.tiled_product(y, blocks, weight.rows, x.float(), product::Output::Added);
         }
         let product = self.integer_product(y, weight)?;
         self.add(x, &product)
     }
 
     fn add_bias(&self, y: &mut Activation, bias: &Hidden) -> Result<()> {
-        self.launch(
-            "elementwise",
-            "add_bias_half",
-            Geometry::line(y.rows, THREADS),
-            arguments![y.half(), bias.float(), y.columns],
-        )
+        self.kernels.launch(&AddBias {
+            y: y.half().into(),
+            bias: bias.float().into(),
+            n: y.columns,
+            rows: y.rows,
+        })
     }
 
     fn add(&self, x: &mut Hidden, y: &Activation) -> Result<()> {
-        let count = x.count();
-        self.launch(
-            "elementwise",
-            "add_half",
-            Geometry::over(count.div_ceil(4), THREADS),
-            arguments![x.float(), y.half(), count as i64],
-        )
+        self.kernels.launch(&Add {
+            x: x.float().into(),
+            y: y.half().into(),
+            count: x.count() as i64,
+        })
     }
 
     fn add_rows(
@@ -199,12 +209,14 @@ impl Forward for Cuda {
         weights: &[f32],
     ) -> Result<()> {
         let (of, shares) = (self.gpu.upload(rows)?, self.gpu.upload(weights)?);
-        self.launch(
-            "elementwise",
-            "add_rows_half",
-            Geometry::line(rows.len(), THREADS),
-            arguments![x.float(), y.half(), &of, &shares, x.columns],
-        )
+        self.kernels.launch(&AddRows {
+            x: x.float().into(),
+            y: y.half().into(),
+            rows: (&of).into(),
+            weights: (&shares).into(),
+            n: x.columns,
+            count: rows.len(),
+        })
     }
 }
 
@@ -212,18 +224,20 @@ impl Cuda {
     /// The rows of `from` that `rows` names.
     fn select(
         &self,
-        entry: &str,
+        element: Float,
         from: &Buffer,
         columns: usize,
         rows: &[u32],
         to: &Buffer,
     ) -> Result<()> {
         let named = self.gpu.upload(rows)?;
-        self.launch(
-            "elementwise",
-            entry,
-            Geometry::line(rows.len(), THREADS),
-            arguments![from, &named, columns, to],
-        )
+        self.kernels.launch(&Select {
+            x: from.into(),
+            rows: (&named).into(),
+            columns,
+            y: to.into(),
+            element,
+            count: rows.len(),
+        })
     }
 }

@@ -2,9 +2,8 @@
 
 use super::Cuda;
 use super::gpu::Buffer;
-use super::hopper::{PANEL, padded_tokens, tiled_scale_bytes};
-use super::kernels;
-use super::launch::{Geometry, arguments};
+use super::kernels::fused::{FusedQuantize, Kind, Plan, Program, Room, Shape};
+use super::kernels::hopper_layout::{PANEL, padded_tokens, tiled_scale_bytes};
 use super::tensor::{Activation, Hidden, Layout, Outliers, Rows, SCALE_MULTIPLE, Site};
 use crate::Result;
 use crate::backend::Producer;
@@ -12,9 +11,6 @@ use crate::quant::levels::Levels;
 use crate::quant::number::{OutlierFormat, RowFormat};
 use crate::quant::site::{PADDING, SiteFormat, Transform};
 
-/// Shared memory of fused.cu before the order, and stages that it has barriers for.
-const HEAD_BYTES: usize = 896;
-const MOST_STAGES: usize = 16;
 /// Outliers of a site whose codes are made here.
 const MOST_OUTLIERS: usize = 256;
 /// A norm's weight in the order of a site, as the kernel reads it.
@@ -25,13 +21,13 @@ pub struct NormWeight(Buffer);
 pub(super) enum Columns {
     /// The source's channels.
     Channels,
-    /// Places of the site's order, padding and outliers included: the weights' rows were arranged.
-    Places,
+    /// Slots of the site's order, padding and outliers included: the weights' rows were permuted.
+    Slots,
 }
 
 /// What a row becomes codes from.
 struct Source<'a> {
-    kind: &'static str,
+    kind: Kind,
     rows: usize,
     width: usize,
     values: &'a Buffer,
@@ -41,7 +37,7 @@ struct Source<'a> {
     columns: Columns,
 }
 
-/// Whether the kernels make codes of such sites; `arrange` makes those of all others.
+/// Whether the kernels make codes of such sites; `permute.cu` makes those of all others.
 pub(super) fn supports(format: &RowFormat) -> bool {
     format.numbers.bits < 16
         && matches!(format.numbers.levels, Levels::Int | Levels::Fp4)
@@ -52,11 +48,11 @@ pub(super) fn supports(format: &RowFormat) -> bool {
 
 /// Panels of the groups and of the outliers.
 fn panels(format: &RowFormat) -> [usize; 2] {
-    [format.grouped_channels(), format.outlier_channels].map(|places| places.div_ceil(PANEL))
+    [format.grouped_channels(), format.outlier_channels].map(|slots| slots.div_ceil(PANEL))
 }
 
 /// One value a place: `of` a channel, or `none`.
-fn by_places<T: Copy>(format: &SiteFormat, none: T, of: impl Fn(usize) -> T) -> Vec<T> {
+fn by_slots<T: Copy>(format: &SiteFormat, none: T, of: impl Fn(usize) -> T) -> Vec<T> {
     let [grouped, outliers] = panels(&format.row);
     let mut values = vec![none; (grouped + outliers) * PANEL];
     let (groups, rest) = format.order.split_at(format.row.grouped_channels());
@@ -70,105 +66,21 @@ fn by_places<T: Copy>(format: &SiteFormat, none: T, of: impl Fn(usize) -> T) -> 
     values
 }
 
-/// How fused.cu is launched.
-#[derive(Debug)]
-struct Plan {
-    /// Rows of a unit.
-    tokens: usize,
-    slice_panels: usize,
-    stages: usize,
-    geometry: Geometry,
-}
-
-/// What a device has.
-#[derive(Clone, Copy, Debug)]
-struct Room {
-    multiprocessors: usize,
-    shared_bytes: usize,
-}
-
-impl Plan {
-    /// None where not even one row has room.
-    fn new(
-        format: &SiteFormat,
-        kind: &str,
-        columns: Columns,
-        rows: usize,
-        room: Room,
-    ) -> Option<Self> {
-        let [panels, outlier_panels] = panels(&format.row);
-        let blocks = room.multiprocessors;
-        if columns == Columns::Places {
-            // Each warp stages panels of its own.
-            let (tokens, stage) = (8, 2 * 8 * (2 * PANEL + 16));
-            let warps = (room.shared_bytes / (2 * stage)).min(24) / 4 * 4;
-            let items = rows.div_ceil(tokens) * (panels + outlier_panels.min(1));
-            return Some(Self {
-                tokens,
-                slice_panels: panels,
-                stages: 2,
-                geometry: Geometry {
-                    grid: (blocks.min(items), 1, 1),
-                    threads: 32 * warps,
-                    shared_bytes: 2 * stage * warps,
-                },
-            });
-        }
-        let (element, inputs, by_place, threads) = match kind {
-            "NORM" => (4, 1, 8, 768),
-            "HALF" => (2, 1, 4, 768),
-            _ => (2, 2, 4, 640),
-        };
-        let head = HEAD_BYTES + (panels + outlier_panels) * PANEL * by_place;
-        let stage = |tokens: usize| {
-            16 + inputs
-                * tokens
-                * ((format.channels * element).next_multiple_of(128) + 128 / tokens)
-        };
-        let stages = |tokens: usize| {
-            room.shared_bytes.checked_sub(head).map_or(0, |left| left / stage(tokens))
-        };
-        // As many rows as leave nearly every block a unit, and room for the next one.
-        let fills = |tokens: usize| 10 * rows.div_ceil(tokens) >= 9 * blocks;
-        let enough = |&tokens: &usize| stages(tokens) >= 2 && fills(tokens);
-        // Of few rows a unit may be mostly empty; a norm's sums then take longer.
-        let few: &[usize] = if kind == "NORM" { &[2, 1] } else { &[4, 2, 1] };
-        let fits = |&tokens: &usize| stages(tokens) >= 1;
-        let tokens = [8, 4, 2].into_iter().find(enough).or(few.iter().copied().find(fits))?;
-        let units = rows.div_ceil(tokens);
-        // Few rows are shared out among several blocks each.
-        let slices = (blocks / units.max(1)).clamp(1, panels.div_ceil(8 / tokens).max(1));
-        let slice_panels = panels.div_ceil(slices).next_multiple_of(8 / tokens).max(1);
-        let slices = panels.div_ceil(slice_panels).max(1);
-        let stages = stages(tokens).min(MOST_STAGES).min(units.max(1));
-        (stages > 0).then(|| Self {
-            tokens,
-            slice_panels,
-            stages,
-            geometry: Geometry {
-                grid: ((blocks / slices).clamp(1, units.max(1)), slices, 1),
-                threads,
-                shared_bytes: head + stages * stage(tokens),
-            },
-        })
-    }
-}
-
 impl Cuda {
     /// A site's order in whole panels; none where its codes are not made here.
-    pub(super) fn places(&self, format: &SiteFormat) -> Result<Option<Buffer>> {
+    pub(super) fn slots(&self, format: &SiteFormat) -> Result<Option<Buffer>> {
         if !supports(&format.row) {
             return Ok(None);
         }
-        let places = by_places(format, PADDING, |channel| channel as i32);
-        self.gpu.upload(&places).map(Some)
+        let slots = by_slots(format, PADDING, |channel| channel as i32);
+        self.gpu.upload(&slots).map(Some)
     }
 
     /// A norm's weight `[1, channels]` for a site behind it.
     fn norm_weight(&self, weight: &Hidden, site: &Site) -> Result<NormWeight> {
         let channels = weight.float().download::<f32>(0..4 * weight.count())?;
-        let places = by_places(&site.format, 0.0, |channel| channels[channel]);
-        self.gpu.upload(&places).map(NormWeight)
+        let slots = by_slots(&site.format, 0.0, |channel| channels[channel]);
+        self.gpu.upload(&slots).map(NormWeight)
     }
 
     /// The codes of `rms_norm(x)`; none where the kernel has no room for a row, or the site is not
@@ -189,7 +101,7 @@ impl Cuda {
         let (values, other) = (x.float(), site.norm.get().map(|norm| &norm.0));
         let columns = Columns::Channels;
         let (rows, width) = (x.rows, x.columns);
-        let source = Source { kind: "NORM", rows, width, values, other, epsilon, columns };
+        let source = Source { kind: Kind::Norm, rows, width, values, other, epsilon, columns };
         self.fused_quantize(&source, site, layout, name)
     }
 
@@ -204,7 +116,7 @@ impl Cuda {
         let (values, columns) = (x.half(), Columns::Channels);
         let (rows, width) = (x.rows, x.columns);
         let source =
-            Source { kind: "HALF", rows, width, values, other: None, epsilon: 0.0, columns };
+            Source { kind: Kind::Half, rows, width, values, other: None, epsilon: 0.0, columns };
         self.fused_quantize(&source, site, layout, name)
     }
 
@@ -219,10 +131,10 @@ impl Cuda {
         name: &str,
     ) -> Result<Option<Rows>> {
         assert_eq!((gate.rows, gate.columns), (up.rows, up.columns));
-        assert_eq!(gate.places.is_some(), up.places.is_some());
+        assert_eq!(gate.slots.is_some(), up.slots.is_some());
         let (values, other) = (&gate.data, Some(&up.data));
         let (rows, width) = (gate.rows, gate.columns);
-        let source = Source { kind: "SILU", rows, width, values, other, epsilon: 0.0, columns };
+        let source = Source { kind: Kind::Silu, rows, width, values, other, epsilon: 0.0, columns };
         self.fused_quantize(&source, site, layout, name)
     }
 
@@ -236,63 +148,57 @@ impl Cuda {
         let format = &site.format;
         let &Source { kind, rows: count, width, values, other, epsilon, columns } = source;
         let plan = self.fused_plan(format, kind, columns, count);
-        let (Some(places), Some(plan)) = (&site.places, plan) else { return Ok(None) };
+        let (Some(slots), Some(plan)) = (&site.slots, plan) else { return Ok(None) };
         let ordered = columns == Columns::Channels;
         assert_eq!(width, if ordered { format.channels } else { format.width() });
         let tiled = layout == Layout::Tiled;
         let rows = self.rows_of(count, &format.row, layout)?;
         let numbers = format.row.numbers;
-        let hadamard = format.transform == Transform::Hadamard;
-        let magnitudes = tiled && rows.in_magnitudes();
-        let defines = kernels::fused(
-            kind,
-            numbers.group_size,
-            hadamard,
-            ordered,
-            plan.tokens,
-            tiled,
-            magnitudes,
-        );
-        let defines = [defines, kernels::formats(numbers.levels == Levels::Fp4, false)].concat();
         let (least, greatest) = numbers.limits();
-        self.kernels.launch(
-            "fused",
-            &defines,
-            "fused_quantize",
-            plan.geometry,
-            arguments![
-                values,
-                other,
-                ordered.then_some(places),
-                count,
-                width,
-                format.row.groups,
-                format.row.outlier_channels,
-                plan.slice_panels,
-                plan.stages,
-                epsilon,
-                format.clip,
-                numbers.top(),
-                1.0 / numbers.top(),
-                i32::from(numbers.has_signs()),
-                least,
-                greatest,
-                &rows.codes,
-                &rows.scales,
-                rows.scale_stride,
-                rows.outliers.codes.as_ref(),
-                rows.outliers.scales.as_ref(),
-                rows.outliers.padded(),
-                self.gpu.fault_cell(name)?
-            ],
-        )?;
+        let Outliers { codes, scales, .. } = &rows.outliers;
+        self.kernels.launch(&FusedQuantize {
+            x: values.into(),
+            other: other.map(Into::into),
+            slots: ordered.then(|| slots.into()),
+            tokens: count,
+            columns: width,
+            groups: format.row.groups,
+            outliers: format.row.outlier_channels,
+            slice_panels: plan.slice_panels,
+            stages: plan.stages,
+            epsilon,
+            clip: format.clip,
+            top: numbers.top(),
+            inverse_top: 1.0 / numbers.top(),
+            signed_scales: numbers.has_signs(),
+            least,
+            greatest,
+            codes: (&rows.codes).into(),
+            scales: (&rows.scales).into(),
+            scale_stride: rows.scale_stride,
+            outlier_codes: codes.as_ref().map(Into::into),
+            outlier_scales: scales.as_ref().map(Into::into),
+            padded_outliers: rows.outliers.padded(),
+            bad: self.gpu.error_flag(name)?,
+            program: Program {
+                kind,
+                group: numbers.group_size,
+                hadamard: format.transform == Transform::Hadamard,
+                ordered,
+                tokens: plan.tokens,
+                tiled,
+                magnitudes: tiled && rows.in_magnitudes(),
+                fp4: numbers.levels == Levels::Fp4,
+            },
+            geometry: plan.geometry,
+        })?;
         Ok(Some(rows))
     }
 
     fn fused_plan(
         &self,
         format: &SiteFormat,
-        kind: &str,
+        kind: Kind,
         columns: Columns,
         rows: usize,
     ) -> Option<Plan> {
@@ -300,17 +206,21 @@ impl Cuda {
             multiprocessors: self.gpu.multiprocessors,
             shared_bytes: self.gpu.block_shared_bytes,
         };
-        Plan::new(format, kind, columns, rows, room)
+        let shape = Shape { kind, rows, channels: format.channels, panels: panels(&format.row) };
+        match columns {
+            Columns::Channels => Plan::gathering(shape, room),
+            Columns::Slots => Some(Plan::permuted(shape, room)),
+        }
     }
 
     /// Whether `rows` rows become a site's codes in one step with the norm or SiLU before it.
     pub(super) fn fuses(&self, producer: Producer, site: &Site, rows: usize) -> bool {
         let kind = match producer {
-            Producer::Norm => "NORM",
-            Producer::Silu => "SILU",
+            Producer::Norm => Kind::Norm,
+            Producer::Silu => Kind::Silu,
         };
         self.takes_tiles(&site.format.row)
-            && site.places.is_some()
+            && site.slots.is_some()
             && self.fused_plan(&site.format, kind, Columns::Channels, rows).is_some()
     }
 

@@ -147,10 +147,10 @@ fn codes_of_gate_and_up_are_the_cpus_bits() {
             let product =
                 cpu.silu_mul(cpu.upload(gate.clone()).unwrap(), &cpu.upload(up.clone()).unwrap());
             let expected = cpu.quantize(&product.unwrap(), &format, "").unwrap();
-            for columns in [Columns::Channels, Columns::Places] {
+            for columns in [Columns::Channels, Columns::Slots] {
                 let [gate, up] = [&gate, &up].map(|x| match columns {
                     Columns::Channels => cuda.half_tensor(x),
-                    Columns::Places => cuda.half_tensor(&in_places(x, &format)),
+                    Columns::Slots => cuda.half_tensor(&in_places(x, &format)),
                 });
                 let what = format!("{}, {columns:?}", what(tokens, &format));
                 compare(&cuda, &format, &expected, &what, |site, layout| {

@@ -3,21 +3,19 @@ that is GPTQ). Linears of one site share a factor, and those of one format are s
 
 use std::sync::Arc;
 
+use super::Cuda;
 use super::gpu::{Buffer, Stream};
-use super::kernels;
-use super::launch::{Geometry, arguments};
+use super::kernels::Float;
+use super::kernels::gptq::{OutlierBlock, OutlierErrors, SPAN, Sweep, WideGroupScales};
+use super::kernels::permute::{EnergyErrors, Permutation};
 use super::product::{Operand, Precision, Product};
-use super::quantize::Arranging;
-use super::tensor::{Codes, Cross, Factor, Quantized, Site, Weight};
-use super::{Cuda, THREADS};
+use super::slice::{In, Out};
+use super::tensor::{Codes, Cross, Factor, OutlierSlices, Quantized, Site, Weight};
 use crate::backend::{AccumulatedError, Quantization, Unquantized};
 use crate::quant::grid::{Grid, ScaleRule};
 use crate::quant::levels::Levels;
 use crate::quant::number::{LinearFormat, RowFormat};
 use crate::{Error, Result};
-
-/// Columns of a span, as in gptq.cu.
-const SPAN: usize = 128;
 
 /// Where the spans of `format` begin and end. A group that starts in a span either ends in it or starts
 /// at its first column, so its scale always comes from weights that carry every update.
@@ -33,7 +31,7 @@ fn spans(format: &RowFormat) -> Vec<(usize, usize)> {
         .collect()
 }
 
-/// Weights that are swept together, arranged and corrected for the drift, row under row.
+/// Weights that are swept together, permuted and corrected for the accumulated error, row under row.
 struct Stack {
     format: LinearFormat,
     clip: f32,
@@ -159,46 +157,37 @@ impl Cuda {
             }
         }
         if format.row.outlier_channels > 0 {
-            self.launch(
-                "gptq",
-                "outlier_block",
-                Geometry::over(32 * rows, THREADS),
-                arguments![
-                    weights,
-                    rows,
-                    width,
-                    format.row.outlier_channels,
-                    codes.outliers.padded(),
-                    Self::outlier_ratio(format.row.outlier_format),
-                    codes.outliers.codes.as_ref(),
-                    codes.outliers.scales.as_ref(),
-                    codes.outliers.values.as_ref(),
-                    &bad
-                ],
-            )?;
+            self.kernels.launch(&OutlierBlock {
+                weights: weights.into(),
+                rows,
+                width,
+                outliers: format.row.outlier_channels,
+                padded: codes.outliers.padded(),
+                ratio: Self::outlier_ratio(format.row.outlier_format),
+                codes: codes.outliers.codes.as_ref().map(Into::into),
+                scales: codes.outliers.scales.as_ref().map(Into::into),
+                values: codes.outliers.values.as_ref().map(Into::into),
+                bad: (&bad).into(),
+            })?;
         }
         if let (Some(factor), Some(errors), true) =
             (factor, &errors, format.row.outlier_channels > 0)
         {
-            self.launch(
-                "gptq",
-                "outlier_errors",
-                Geometry::over(32 * rows, THREADS),
-                arguments![
-                    weights,
-                    original,
-                    &factor.data,
-                    &factor.pivots,
-                    rows,
-                    width,
-                    format.row.outlier_channels,
-                    codes.outliers.padded(),
-                    codes.outliers.codes.as_ref(),
-                    codes.outliers.scales.as_ref(),
-                    codes.outliers.values.as_ref(),
-                    errors
-                ],
-            )?;
+            let OutlierSlices { codes: of_codes, scales, values } = codes.outliers.from(0);
+            self.kernels.launch(&OutlierErrors {
+                weights: weights.into(),
+                original: original.into(),
+                r: (&factor.data).into(),
+                pivots: (&factor.pivots).into(),
+                rows,
+                width,
+                outliers: format.row.outlier_channels,
+                padded: codes.outliers.padded(),
+                codes: of_codes,
+                scales,
+                values,
+                errors: errors.into(),
+            })?;
         }
         codes.ready = self.gpu.mark()?;
         let errors = match (factor, errors) {
@@ -242,27 +231,21 @@ impl Cuda {
         let mut first = 0;
         for linear in linears {
             let weight = linear.weight;
-            let to = original.pointer() + 4 * (first * width) as u64;
-            self.arrange_rows(
-                weight.data.pointer(),
-                weight.kind(),
-                weight.rows,
-                site,
-                to,
-                "float",
-            )?;
+            let to = Out::from(&original).skip(4 * first * width);
+            let from = ((&*weight.data).into(), weight.element());
+            self.permute_rows(from, weight.rows, site, (to, Float::Single))?;
             first += weight.rows;
         }
         Ok(Stack { format, clip, rows, original })
     }
 
-    /// Sweeps columns `first..end` of `weights`; with `relaxed` without rounding, into it.
+    /// Sweeps columns `first..end` of `weights`; with `unrounded` without rounding, into it.
     fn sweep_span(
         &self,
         step: &Step<'_>,
         weights: &Buffer,
         (first, end): (usize, usize),
-        relaxed: Option<&Buffer>,
+        unrounded: Option<&Buffer>,
     ) -> Result<()> {
         let Stack { format, rows, original, .. } = step.stack;
         let LinearFormat { row, rows_per_scale } = *format;
@@ -270,41 +253,33 @@ impl Cuda {
         let group_size = numbers.group_size;
         let grid = step.grid();
         let (least, greatest) = grid.limits();
-        let entry = if rows_per_scale == 1 { "sweep_rows" } else { "sweep_row_pairs" };
-        let shared_bytes = if step.factor.is_some() { 4 * SPAN * (end - first) } else { 0 };
-        self.kernels.launch(
-            "gptq",
-            &kernels::formats(numbers.levels == Levels::Fp4, false),
-            entry,
-            Geometry {
-                shared_bytes,
-                ..Geometry::over(32 * rows.div_ceil(rows_per_scale), THREADS)
-            },
-            arguments![
-                weights,
-                original,
-                step.factor.map(|factor| &factor.data),
-                *rows,
-                row.width(),
-                first,
-                end - first,
-                group_size,
-                groups,
-                i32::from(group_size > SPAN),
-                i32::from(step.factor.is_some()),
-                grid.ratio(),
-                i32::from(grid.is_signed()),
-                least,
-                greatest,
-                &step.codes.codes,
-                &step.codes.scales,
-                step.difference.as_ref(),
-                relaxed,
-                step.factor.map(|factor| &factor.pivots),
-                step.errors,
-                step.bad
-            ],
-        )
+        let factor = step.factor;
+        self.kernels.launch(&Sweep {
+            weights: weights.into(),
+            original: original.into(),
+            r: factor.map(|factor| (&factor.data).into()),
+            rows: *rows,
+            width: row.width(),
+            first,
+            count: end - first,
+            group_size,
+            groups,
+            wide: group_size > SPAN,
+            feedback: factor.is_some(),
+            ratio: grid.ratio(),
+            signed_scales: grid.is_signed(),
+            least,
+            greatest,
+            codes: (&step.codes.codes).into(),
+            scales: (&step.codes.scales).into(),
+            difference: step.difference.as_ref().map(Into::into),
+            unrounded: unrounded.map(Into::into),
+            pivots: factor.map(|factor| (&factor.pivots).into()),
+            errors: step.errors.map(Into::into),
+            bad: step.bad.into(),
+            rows_per_scale,
+            fp4: numbers.levels == Levels::Fp4,
+        })
     }
 
     /// `w[:, end..until] += (w - q)[:, first..end] R[first..end, end..until]`.
@@ -319,15 +294,15 @@ impl Cuda {
             return Ok(());
         };
         let width = step.stack.format.row.width();
-        let entry = |row: usize, column: usize| 4 * (row * width + column) as u64;
-        let operand = |pointer, stride| Operand { pointer, stride, transposed: false };
+        let entry = |row: usize, column: usize| 4 * (row * width + column);
+        let operand = |memory, stride| Operand { memory, stride, transposed: false };
         self.products.run(&Product {
             m: until - end,
             n: step.stack.rows,
             k: end - first,
-            a: operand(factor.data.pointer() + entry(first, end), width),
-            b: operand(difference.pointer(), SPAN),
-            c: operand(weights.pointer() + entry(0, end), width),
+            a: operand(In::from(&factor.data).skip(entry(first, end)), width),
+            b: operand(difference.into(), SPAN),
+            c: operand(In::from(weights).skip(entry(0, end)), width),
             add: true,
             // In f32: no later column makes up for what an update rounds away.
             precision: Precision::Float,
@@ -341,37 +316,32 @@ impl Cuda {
         let (group_size, groups) = (row.numbers.group_size, row.groups);
         let (rows, width) = (*rows, row.width());
         // Nothing is lost before the first column, nor without feedback.
-        let relaxed = if step.factor.is_some() && first > 0 {
-            let relaxed = self.gpu.alloc(4 * rows * width)?;
-            relaxed.copy_from(step.weights, 4 * rows * width)?;
+        let unrounded = if step.factor.is_some() && first > 0 {
+            let unrounded = self.gpu.alloc(4 * rows * width)?;
+            unrounded.copy_from(step.weights, 4 * rows * width)?;
             for start in (first..first + group_size).step_by(SPAN) {
                 let span = (start, (start + SPAN).min(first + group_size));
-                self.sweep_span(step, &relaxed, span, Some(&relaxed))?;
-                self.carry(step, &relaxed, span, first + group_size)?;
+                self.sweep_span(step, &unrounded, span, Some(&unrounded))?;
+                self.carry(step, &unrounded, span, first + group_size)?;
             }
-            Some(relaxed)
+            Some(unrounded)
         } else {
             None
         };
-        self.launch(
-            "gptq",
-            "wide_group_scales",
-            Geometry::over(32 * rows.div_ceil(rows_per_scale), THREADS),
-            arguments![
-                relaxed.as_ref().unwrap_or(step.weights),
-                rows,
-                width,
-                rows_per_scale,
-                first,
-                group_size,
-                first / group_size,
-                groups,
-                step.grid().ratio(),
-                i32::from(step.grid().is_signed()),
-                &step.codes.scales,
-                step.bad
-            ],
-        )
+        self.kernels.launch(&WideGroupScales {
+            weights: unrounded.as_ref().unwrap_or(step.weights).into(),
+            rows,
+            width,
+            rows_per_scale,
+            first,
+            size: group_size,
+            group: first / group_size,
+            groups,
+            ratio: step.grid().ratio(),
+            signed_scales: step.grid().is_signed(),
+            scales: (&step.codes.scales).into(),
+            bad: step.bad.into(),
+        })
     }
 
     /// The relative output error of uncorrelated channels, from energies.
@@ -385,31 +355,27 @@ impl Cuda {
         let format = &site.format;
         let energy = self.gpu.upload(energy)?;
         let sums = self.gpu.alloc(16 * weight.rows)?;
-        let [outlier_codes, outlier_scales, outlier_values] = quantized.outliers();
-        let arranging = Arranging::new(format, weight.kind());
-        self.kernels.launch(
-            "arrange",
-            &arranging.defines,
-            "energy_errors",
-            arranging.geometry(weight.rows),
-            arguments![
-                &*weight.data,
-                &*site.order,
-                format.channels,
-                format.row.groups,
-                format.row.outlier_channels,
-                quantized.shared.outliers.padded(),
-                arranging.staged,
-                quantized.codes(),
-                quantized.scales(),
-                outlier_codes,
-                outlier_scales,
-                outlier_values,
-                quantized.format.rows_per_scale,
-                &energy,
-                &sums
-            ],
-        )?;
+        let outliers = quantized.outliers();
+        let permutation = Permutation::new(format, weight.element());
+        self.kernels.launch(&EnergyErrors {
+            x: (&*weight.data).into(),
+            order: (&*site.order).into(),
+            channels: format.channels,
+            groups: format.row.groups,
+            outliers: format.row.outlier_channels,
+            padded_outliers: quantized.shared.outliers.padded(),
+            staged: permutation.staged,
+            codes: quantized.codes(),
+            scales: quantized.scales(),
+            outlier_codes: outliers.codes,
+            outlier_scales: outliers.scales,
+            outlier_values: outliers.values,
+            rows_per_scale: quantized.format.rows_per_scale,
+            energy: (&energy).into(),
+            sums: (&sums).into(),
+            permutation,
+            rows: weight.rows,
+        })?;
         let sums = sums.download::<f64>(0..16 * weight.rows)?;
         let (lost, total) =
             sums.chunks(2).fold((0.0, 0.0), |(lost, total), row| (lost + row[0], total + row[1]));

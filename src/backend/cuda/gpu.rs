@@ -1,6 +1,6 @@
 /*! One GPU: its context, its streams, its memory.
 
-Work goes to one stream, `main`, in the order it is asked for; memory comes from the driver's pool in
+Work goes to one stream, `main`, in the order it is given; memory comes from the driver's pool in
 that order too, so a buffer that is dropped can be reused by what comes after without waiting. Two
 more streams copy: `up` for weights that are read ahead, `down` for results that are written behind. */
 
@@ -17,40 +17,47 @@ use cudarc::driver::sys::{
     self, CUdevice_attribute, CUdeviceptr, CUmemPool_attribute, CUresult, CUstream,
 };
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
+use rayon::prelude::*;
 
-use super::faults::Faults;
+use super::deferred_errors::DeferredErrors;
+use super::driver_error::failed;
 use super::libraries::Device;
+use super::slice::Out;
 use crate::{Error, Result};
 
 /// A GPU that was opened.
 pub struct Gpu {
     /// What it is.
     pub device: Device,
-    faults: Faults,
+    deferred: DeferredErrors,
     /// Its multiprocessors.
     pub multiprocessors: usize,
-    /// Bytes of shared memory that a block of threads may take.
+    /// Bytes of shared memory that a thread block may take.
     pub block_shared_bytes: usize,
     context: Arc<CudaContext>,
     main: Arc<CudaStream>,
     up: Arc<CudaStream>,
     down: Arc<CudaStream>,
-    pool: sys::CUmemoryPool,
+    pool: Pool,
     /// Bytes that buffers may take together.
     limit_bytes: u64,
     used_bytes: AtomicU64,
     peak_bytes: AtomicU64,
-    /// Seconds of each kernel, where they were asked for.
+    /// Seconds of each kernel, where they are timed.
     trace: Option<Mutex<BTreeMap<String, f64>>>,
 }
 
 /// The environment variable that has every kernel timed. Each is waited for, so the whole is slower.
 pub const TRACE_VARIABLE: &str = "ATOM_GPU_TRACE";
 
-// SAFETY: the pool is a handle of the driver, whose calls may come from any thread.
-unsafe impl Send for Gpu {}
+/// The device's memory pool.
+#[derive(Clone, Copy)]
+struct Pool(sys::CUmemoryPool);
+
+// SAFETY: a handle of the driver, whose calls may come from any thread; the pool lives as long as the device.
+unsafe impl Send for Pool {}
 // SAFETY: as above.
-unsafe impl Sync for Gpu {}
+unsafe impl Sync for Pool {}
 
 /// A place in the main stream's work.
 pub struct Mark(CudaEvent);
@@ -60,9 +67,9 @@ pub struct Mark(CudaEvent);
 pub enum Stream {
     /// Where kernels run.
     Main,
-    /// To the device, beside the kernels.
+    /// To the device, at the same time as kernels.
     Up,
-    /// From the device, beside the kernels.
+    /// From the device, at the same time as kernels.
     Down,
 }
 
@@ -114,14 +121,14 @@ impl Gpu {
         }
         Ok(Arc::new(Self {
             device,
-            faults: Faults::new()?,
+            deferred: DeferredErrors::new()?,
             multiprocessors,
             block_shared_bytes,
             context,
             main,
             up,
             down,
-            pool,
+            pool: Pool(pool),
             limit_bytes: limit_bytes.unwrap_or(free),
             used_bytes: AtomicU64::new(0),
             peak_bytes: AtomicU64::new(0),
@@ -161,17 +168,17 @@ impl Gpu {
             return self.synchronize(stream);
         }
         // What another thread asks for from now on may not be done when the stream is.
-        let done = self.faults.take();
+        let done = self.deferred.take();
         self.synchronize(stream)?;
-        self.faults.settle(done)
+        self.deferred.settle(done)
     }
 
     /// Where a kernel of the main stream that quantizes a site's activations says which row is not finite; who waits is
     /// told.
-    pub(super) fn fault_cell(&self, site: &str) -> Result<u64> {
+    pub(super) fn error_flag(&self, site: &str) -> Result<Out<'_, u32>> {
         loop {
-            if let Some(cell) = self.faults.cell(site) {
-                return Ok(cell);
+            if let Some(flag) = self.deferred.flag(site) {
+                return Ok(flag);
             }
             self.wait(Stream::Main)?;
         }
@@ -288,7 +295,7 @@ impl Gpu {
     pub fn trim(&self) {
         if self.synchronize(Stream::Main).is_ok() {
             // SAFETY: the pool is the device's. A failure leaves the pool as it was.
-            let _ = unsafe { mem_pool::trim_to(self.pool, 0) };
+            let _ = unsafe { mem_pool::trim_to(self.pool.0, 0) };
         }
     }
 
@@ -310,14 +317,14 @@ impl Gpu {
         Ok(buffer)
     }
 
-    /// Page-locked host memory, uninitialized.
+    /// Pinned host memory, nothing of it written.
     pub fn pinned(self: &Arc<Self>, bytes: usize) -> Result<Pinned> {
         self.bind()?;
         // SAFETY: the context is current.
         let pointer = unsafe { result::malloc_host(bytes.max(1), 0) }.map_err(|error| {
-            failed(&format!("allocating {bytes} bytes of page-locked host memory"), error)
+            failed(&format!("allocating {bytes} bytes of pinned host memory"), error)
         })?;
-        Ok(Pinned { gpu: Arc::clone(self), pointer: pointer.cast(), bytes })
+        Ok(Pinned { gpu: Arc::clone(self), pointer: pointer.cast(), bytes, written: 0 })
     }
 }
 
@@ -383,43 +390,83 @@ impl Buffer {
         .map_err(|error| failed("cuMemcpyDtoDAsync", error))
     }
 
-    /// Copies page-locked memory to `offset`, on a stream: it must stay as it is until that is done.
-    pub fn copy_up(
+    /// Starts a copy of what is written of pinned memory to `offset`, on a stream.
+    pub(super) fn copy_up(
         &self,
         offset: usize,
-        from: &Pinned,
-        bytes: usize,
+        from: Pinned,
         stream: Stream,
-    ) -> Result<()> {
-        self.gpu.bind()?;
-        assert!(bytes <= from.bytes && offset + bytes <= self.bytes);
-        // SAFETY: both hold so many bytes; the caller keeps `from`.
-        unsafe {
-            let from = std::slice::from_raw_parts(from.pointer, bytes);
-            let to = self.pointer + offset as u64;
-            result::memcpy_htod_async(to, from, self.gpu.stream(stream))
-        }
-        .map_err(|error| failed("cuMemcpyHtoDAsync", error))
+    ) -> Result<PendingCopy<'_>> {
+        self.start_up(offset, &from, stream)?;
+        Ok(PendingCopy { pinned: Some(from), written: None, stream, buffer: self })
     }
 
-    /// Copies from `offset` to page-locked memory, on a stream.
-    pub fn copy_down(
+    /// Copies what is written of pinned memory to `offset`, on the main stream, and returns when that is done.
+    pub(super) fn copy_all_up(&self, offset: usize, from: &Pinned) -> Result<()> {
+        let started = self.start_up(offset, from, Stream::Main);
+        // Also after a failure: the driver may read `from` until then.
+        self.gpu.wait(Stream::Main).and(started)
+    }
+
+    fn start_up(&self, offset: usize, from: &Pinned, stream: Stream) -> Result<()> {
+        self.gpu.bind()?;
+        let from = from.as_slice();
+        assert!(offset + from.len() <= self.bytes);
+        let to = self.pointer + offset as u64;
+        // SAFETY: the buffer holds so many bytes behind the offset; the callers keep `from` until the copy is done.
+        unsafe { result::memcpy_htod_async(to, from, self.gpu.stream(stream)) }
+            .map_err(|error| failed("cuMemcpyHtoDAsync", error))
+    }
+
+    /// Starts a copy of `bytes` from `offset` to pinned memory, on a stream.
+    pub(super) fn copy_down(
         &self,
         offset: usize,
-        to: &mut Pinned,
+        to: Pinned,
         bytes: usize,
         stream: Stream,
-    ) -> Result<()> {
+    ) -> Result<PendingCopy<'_>> {
         self.gpu.bind()?;
         assert!(bytes <= to.bytes && offset + bytes <= self.bytes);
-        // SAFETY: both hold so many bytes; the caller waits before it reads `to`.
-        unsafe {
-            let to = std::slice::from_raw_parts_mut(to.pointer.cast::<MaybeUninit<u8>>(), bytes);
-            let from = self.pointer + offset as u64;
-            sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, bytes, self.gpu.stream(stream))
+        let from = self.pointer + offset as u64;
+        // SAFETY: both hold so many bytes, and the pending copy keeps both until it is done.
+        let started = unsafe {
+            sys::cuMemcpyDtoHAsync_v2(to.pointer.cast(), from, bytes, self.gpu.stream(stream))
+        };
+        started.result().map_err(|error| failed("cuMemcpyDtoHAsync", error))?;
+        Ok(PendingCopy { pinned: Some(to), written: Some(bytes), stream, buffer: self })
+    }
+}
+
+/// A copy in flight between a buffer and pinned memory, which it owns. Dropping it waits.
+#[must_use]
+pub(super) struct PendingCopy<'a> {
+    pinned: Option<Pinned>,
+    /// Bytes that the copy writes of the pinned memory; none where it reads.
+    written: Option<usize>,
+    stream: Stream,
+    buffer: &'a Buffer,
+}
+
+impl PendingCopy<'_> {
+    /// Waits for the copy; the pinned memory.
+    ///
+    /// # Errors
+    /// The driver's, and as [`Gpu::wait`].
+    pub(super) fn wait(mut self) -> Result<Pinned> {
+        self.buffer.gpu.wait(self.stream)?;
+        let mut pinned = self.pinned.take().expect("taken here alone");
+        pinned.written = self.written.unwrap_or(pinned.written);
+        Ok(pinned)
+    }
+}
+
+impl Drop for PendingCopy<'_> {
+    fn drop(&mut self) {
+        if self.pinned.is_some() {
+            // A failure means that the device is lost, or that a kernel found an error: the copy is not under way any more.
+            let _ = self.buffer.gpu.synchronize(self.stream);
         }
-        .result()
-        .map_err(|error| failed("cuMemcpyDtoHAsync", error))
     }
 }
 
@@ -434,11 +481,13 @@ impl Drop for Buffer {
     }
 }
 
-/// Page-locked host memory: copies between it and the device run beside everything else.
+/// Pinned host memory: copies between it and the device are asynchronous.
 pub struct Pinned {
     gpu: Arc<Gpu>,
     pointer: *mut u8,
     bytes: usize,
+    /// Bytes from the first on that were written.
+    written: usize,
 }
 
 // SAFETY: it is plain memory, owned.
@@ -447,32 +496,45 @@ unsafe impl Send for Pinned {}
 unsafe impl Sync for Pinned {}
 
 impl Pinned {
-    /// Its bytes. What was never written is zero or what a former owner left.
-    pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: the memory is ours and page-locked memory is mapped whole.
-        unsafe { std::slice::from_raw_parts_mut(self.pointer, self.bytes) }
+    /// Bytes that a thread copies at once.
+    const PART_BYTES: usize = 1 << 20;
+
+    /// Writes its first bytes, which are then all that is written.
+    pub(super) fn write(&mut self, from: &[u8]) {
+        assert!(from.len() <= self.bytes);
+        // SAFETY: the memory is ours, and bytes that may be uninitialized are what it holds.
+        let to = unsafe {
+            std::slice::from_raw_parts_mut(self.pointer.cast::<MaybeUninit<u8>>(), from.len())
+        };
+        to.par_chunks_mut(Self::PART_BYTES).zip(from.par_chunks(Self::PART_BYTES)).for_each(
+            |(to, from)| {
+                to.write_copy_of_slice(from);
+            },
+        );
+        self.written = from.len();
     }
 
-    /// Its bytes.
+    /// What is written.
     pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts(self.pointer, self.bytes) }
+        // SAFETY: so many bytes were written, by the host or by a copy that is done.
+        unsafe { std::slice::from_raw_parts(self.pointer, self.written) }
+    }
+
+    /// Copies what is written.
+    pub(super) fn read(&self, to: &mut [u8]) {
+        let from = self.as_slice();
+        assert_eq!(from.len(), to.len());
+        to.par_chunks_mut(Self::PART_BYTES)
+            .zip(from.par_chunks(Self::PART_BYTES))
+            .for_each(|(to, from)| to.copy_from_slice(from));
     }
 }
 
 impl Drop for Pinned {
     fn drop(&mut self) {
         if self.gpu.bind().is_ok() {
-            // SAFETY: the memory is ours; the driver waits for copies that still use it.
+            // SAFETY: the memory is ours, and a copy that uses it owns it.
             let _ = unsafe { result::free_host(self.pointer.cast::<c_void>()) };
         }
     }
-}
-
-/// A call of the driver that failed on a device that worked before.
-pub(super) fn failed(what: &str, DriverError(code): DriverError) -> Error {
-    Error::machine(format!("the GPU failed: {what}: {code:?}")).hint(
-        "finished blocks are kept and --resume goes on after them, on this device or with \
-         --device cpu; `nvidia-smi` and the system's log say what became of the GPU",
-    )
 }

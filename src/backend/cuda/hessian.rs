@@ -1,10 +1,13 @@
 /*! `sum x^T x` on the tensor cores, its factor, and quadratic forms with it. */
 
+use super::Cuda;
 use super::gpu::Buffer;
-use super::launch::{Geometry, arguments};
+use super::kernels::Float;
+use super::kernels::gptq::{Diagonal, Divisors, Flip, Mirror, Subtract, UnitUpper};
+use super::kernels::reduce::DotParts;
 use super::product::{Operand, Precision, Product};
+use super::slice::In;
 use super::tensor::{Activation, Factor, Hessian, Quantized, Site, Weight};
-use super::{Cuda, THREADS};
 use crate::Result;
 use crate::backend::{self, Damping};
 use crate::quant::gptq::DAMPING_LADDER;
@@ -25,8 +28,8 @@ impl Cuda {
         assert_eq!(x.columns, n, "channels of x and of H");
         for first in (0..n).step_by(STRIP) {
             let columns = STRIP.min(n - first);
-            let pointer = x.half().pointer() + 2 * first as u64;
-            let operand = |transposed| Operand { pointer, stride: n, transposed };
+            let memory = In::from(x.half()).skip(2 * first);
+            let operand = |transposed| Operand { memory, stride: n, transposed };
             self.products.run(&Product {
                 m: n - first,
                 n: columns,
@@ -34,7 +37,7 @@ impl Cuda {
                 a: operand(false),
                 b: operand(true),
                 c: Operand {
-                    pointer: hessian.data.pointer() + 4 * (first * n + first) as u64,
+                    memory: In::from(&hessian.data).skip(4 * (first * n + first)),
                     stride: n,
                     transposed: false,
                 },
@@ -51,14 +54,10 @@ impl Cuda {
         damping: f32,
     ) -> Result<Option<(Factor, Damping)>> {
         let n = hessian.n;
-        let tiles = n.div_ceil(32);
-        let square = Geometry { grid: (tiles, tiles, 1), threads: THREADS, shared_bytes: 0 };
-        let rows =
-            Geometry { grid: (n.div_ceil(THREADS), n, 1), threads: THREADS, shared_bytes: 0 };
-        let line = Geometry::over(n, THREADS);
-        self.launch("gptq", "mirror", square, arguments![&hessian.data, n])?;
+        let h = &hessian.data;
+        self.kernels.launch(&Mirror { h: h.into(), n })?;
         let diagonal = self.gpu.alloc(4 * n)?;
-        self.launch("gptq", "diagonal", line, arguments![&hessian.data, n, &diagonal])?;
+        self.kernels.launch(&Diagonal { h: h.into(), n, to: (&diagonal).into() })?;
         let values = diagonal.download::<f32>(0..4 * n)?;
         let live = values.iter().map(|&value| f64::from(if value > 0.0 { value } else { 1.0 }));
         let mean = live.sum::<f64>() / n as f64;
@@ -69,15 +68,19 @@ impl Cuda {
         for (failures, step) in DAMPING_LADDER.iter().enumerate() {
             let share = damping * step;
             let damp = (f64::from(share) * mean) as f32;
-            self.launch("gptq", "flip", rows, arguments![&hessian.data, n, damp, &data])?;
+            self.kernels.launch(&Flip { h: h.into(), n, damp, to: (&data).into() })?;
             if !self.products.cholesky(&data, n)? {
                 continue;
             }
             // The diagonal's buffer has served.
-            self.launch("gptq", "divisors", line, arguments![&data, n, &diagonal])?;
+            self.kernels.launch(&Divisors { l: (&data).into(), n, to: (&diagonal).into() })?;
             let divisors = diagonal.download::<f32>(0..4 * n)?;
             if divisors.iter().all(|value| value.is_finite() && *value > 0.0) {
-                self.launch("gptq", "unit_upper", rows, arguments![&data, &diagonal, n])?;
+                self.kernels.launch(&UnitUpper {
+                    l: (&data).into(),
+                    divisors: (&diagonal).into(),
+                    n,
+                })?;
                 let factor = Factor { n, data, pivots: diagonal, damp };
                 return Ok(Some((factor, Damping { share, failures })));
             }
@@ -94,19 +97,18 @@ impl Cuda {
         weight: &Weight,
         quantized: &Quantized,
     ) -> Result<f64> {
-        let original = self.arranged(weight, site, Precision::Float)?;
+        let original = self.permuted(weight, site, Float::Single)?;
         let total = self.energy_of(&original, weight.rows, hessian, Precision::Tensor32)?;
         let lost = match quantized.lost {
             Some(lost) => lost,
             None => {
-                let error = self.dequantized(quantized, false)?;
+                let error = self.dequantized(quantized, Float::Single)?;
                 let count = weight.rows * hessian.n;
-                self.launch(
-                    "gptq",
-                    "subtract",
-                    Geometry::over(count, THREADS),
-                    arguments![&error, &original, count as i64],
-                )?;
+                self.kernels.launch(&Subtract {
+                    x: (&error).into(),
+                    y: (&original).into(),
+                    count: count as i64,
+                })?;
                 self.energy_of(&error, weight.rows, hessian, Precision::Float)?
             }
         };
@@ -127,24 +129,24 @@ impl Cuda {
         let mut sum = 0.0;
         for first in (0..rows).step_by(ERROR_ROWS) {
             let rows = ERROR_ROWS.min(rows - first);
-            let own = weights.pointer() + 4 * (first * n) as u64;
-            let operand = |pointer| Operand { pointer, stride: n, transposed: false };
+            let operand = |memory| Operand { memory, stride: n, transposed: false };
             self.products.run(&Product {
                 m: n,
                 n: rows,
                 k: n,
-                a: operand(hessian.data.pointer()),
-                b: operand(own),
-                c: operand(product.pointer()),
+                a: operand((&hessian.data).into()),
+                b: operand(In::from(weights).skip(4 * first * n)),
+                c: operand((&product).into()),
                 add: false,
                 precision,
             })?;
-            self.launch(
-                "reduce",
-                "dot_parts",
-                Geometry::line(PARTS, THREADS),
-                arguments![&product, own, (rows * n) as i64, &parts],
-            )?;
+            self.kernels.launch(&DotParts {
+                a: (&product).into(),
+                b: In::from(weights).skip(first * n),
+                count: (rows * n) as i64,
+                parts: (&parts).into(),
+                part_count: PARTS,
+            })?;
             sum += parts.download::<f64>(0..8 * PARTS)?.iter().sum::<f64>();
         }
         Ok(sum)

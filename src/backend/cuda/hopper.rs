@@ -3,41 +3,25 @@
 It takes codes in groups of 32, 64 or 128 with INT8 outliers or none; `integer.cu` takes all others, and serves all other
 devices. */
 
+use super::Cuda;
 use super::gpu::Buffer;
 use super::integer::Narrow;
-use super::kernels::{self, Output, Tiling};
-use super::launch::{Geometry, arguments};
-use super::tensor::{Blocks, Layout, Outliers, Quantized, Rows, SCALE_MULTIPLE, Site};
-use super::{Cuda, THREADS};
+use super::kernels::hopper_layout::{
+    BLOCK_ROWS, OUTLIER_BYTES, OUTLIER_PART, PANEL, PackOutliers, PackWeights, Packing, TileCodes,
+    TileScales, UntileCodes, UntileScales, WidenCodes, padded_tokens, tiled_scale_bytes,
+};
+use super::kernels::product::{Output, Stream, Tiles, Tiling};
+use super::slice::In;
+use super::tensor::{
+    Blocks, Layout, OutlierSlices, Outliers, Quantized, Rows, SCALE_MULTIPLE, Site,
+};
 use crate::Result;
 use crate::quant::levels::Levels;
 use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat};
 
-/// Places of a panel.
-pub(super) const PANEL: usize = 128;
-/// Tokens are padded to a multiple of so many where codes are tiled.
-const TOKEN_MULTIPLE: usize = 8;
-/// Groups whose scales lie beside each other.
-const SCALE_GROUPS: usize = 8;
-/// Rows of a block of weights.
-const BLOCK_ROWS: usize = 64;
-/// Outlier channels of a block of weights, and its bytes.
-const OUTLIER_PART: usize = 64;
-const OUTLIER_BYTES: usize = 64 * 64 + 64 * 2;
-
-/// Tokens as they are padded in tiles.
-pub(super) fn padded_tokens(tokens: usize) -> usize {
-    tokens.next_multiple_of(TOKEN_MULTIPLE)
-}
-
-/// Bytes of the scales of a tile's groups.
-pub(super) fn tiled_scale_bytes(groups: usize, tokens: usize) -> usize {
-    2 * groups.next_multiple_of(SCALE_GROUPS) * padded_tokens(tokens)
-}
-
-/// Panels of so many places.
-fn panels(places: usize) -> usize {
-    places.div_ceil(PANEL)
+/// Panels of so many slots.
+fn panels(slots: usize) -> usize {
+    slots.div_ceil(PANEL)
 }
 
 impl Cuda {
@@ -49,48 +33,46 @@ impl Cuda {
             && matches!(format.outliers(), None | Some(OutlierFormat::Int8))
     }
 
-    /// Weights as the kernels read them; a row for each place of `feeds`, where their outputs are to lie in its order.
+    /// Weights as the kernels read them; a row for each slot of `feeds`, where their outputs are to lie in its order.
     pub(super) fn blocks(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Blocks> {
         let LinearFormat { row, rows_per_scale } = weight.format;
         let RowFormat { numbers, groups, .. } = row;
         let NumberFormat { bits, levels, group_size, .. } = numbers;
         let (wide, fp4) = (bits == 8, levels == Levels::Fp4);
-        let order = feeds.map(|site| &*site.order);
+        let order = feeds.map(|site| In::from(&*site.order));
         let rows = feeds.map_or(weight.rows, |site| site.format.width());
         let (panels, row_blocks) = (panels(row.grouped_channels()), rows.div_ceil(BLOCK_ROWS));
-        let defines = kernels::blocks(group_size, wide, fp4);
-        let launch = |entry: &str, columns: usize, arguments: &[_]| {
-            let grid = (columns, row_blocks, 1);
-            let geometry = Geometry { grid, threads: 128, shared_bytes: 0 };
-            self.kernels.launch("blocks", &defines, entry, geometry, arguments)
-        };
-        let bytes = row_blocks * panels * kernels::block_bytes(group_size, wide);
-        let codes = self.gpu.alloc(bytes)?;
-        launch(
-            "pack_weights",
+        let packing = Packing { group: group_size, wide, fp4 };
+        let codes = self.gpu.alloc(row_blocks * panels * packing.block_bytes())?;
+        self.kernels.launch(&PackWeights {
+            codes: weight.codes(),
+            scales: weight.scales(),
+            order,
+            rows,
+            groups,
+            rows_per_scale,
+            blocks: (&codes).into(),
+            packing,
             panels,
-            arguments![
-                weight.codes(),
-                weight.scales(),
-                order,
-                rows,
-                groups,
-                rows_per_scale,
-                &codes
-            ],
-        )?;
+            source_rows: weight.rows,
+        })?;
         let parts = row.outlier_channels.div_ceil(OUTLIER_PART);
         let outliers = if parts == 0 {
             None
         } else {
             let outliers = self.gpu.alloc(row_blocks * parts * OUTLIER_BYTES)?;
-            let [of_codes, of_scales, _] = weight.outliers();
-            let width = weight.shared.outliers.padded();
-            launch(
-                "pack_outliers",
+            let OutlierSlices { codes, scales, .. } = weight.outliers();
+            self.kernels.launch(&PackOutliers {
+                codes,
+                scales,
+                order,
+                rows,
+                width: weight.shared.outliers.padded(),
+                blocks: (&outliers).into(),
+                packing,
                 parts,
-                arguments![of_codes, of_scales, order, rows, width, &outliers],
-            )?;
+                source_rows: weight.rows,
+            })?;
             Some(outliers)
         };
         Ok(Blocks { wide, fp4, codes, outliers })
@@ -104,20 +86,27 @@ impl Cuda {
         let tile = |codes: &Buffer, width: usize, magnitudes: bool| -> Result<Buffer> {
             let panels = panels(width);
             let to = self.gpu.alloc(panels * padded * PANEL)?;
-            self.layout(
-                "tile_codes",
-                panels * padded * PANEL / 16,
-                arguments![codes, tokens, width, padded, panels, i32::from(magnitudes), &to],
-            )?;
+            self.kernels.launch(&TileCodes {
+                codes: codes.into(),
+                tokens,
+                width,
+                padded,
+                panels,
+                magnitudes,
+                to: (&to).into(),
+            })?;
             Ok(to)
         };
         let codes = tile(&x.codes, format.grouped_channels(), x.in_magnitudes())?;
         let scales = self.gpu.alloc(tiled_scale_bytes(groups, tokens))?;
-        self.layout(
-            "tile_scales",
-            groups.div_ceil(SCALE_GROUPS) * padded,
-            arguments![&x.scales, groups, scale_stride, tokens, padded, &scales],
-        )?;
+        self.kernels.launch(&TileScales {
+            scales: (&x.scales).into(),
+            groups,
+            stride: scale_stride,
+            tokens,
+            padded,
+            to: (&scales).into(),
+        })?;
         let outliers =
             self.outliers_in(x, padded, |codes| tile(codes, x.outliers.padded(), false))?;
         Ok(Rows { layout: Layout::Tiled, codes, scales, scale_stride: padded, outliers, ..*x })
@@ -129,21 +118,27 @@ impl Cuda {
         let groups = format.groups;
         let untile = |from: &Buffer, width: usize, magnitudes: bool| -> Result<Buffer> {
             let to = self.gpu.alloc(tokens * width)?;
-            self.layout(
-                "untile_codes",
-                tokens * width,
-                arguments![from, tokens, width, padded, i32::from(magnitudes), &to],
-            )?;
+            self.kernels.launch(&UntileCodes {
+                from: from.into(),
+                tokens,
+                width,
+                padded,
+                magnitudes,
+                codes: (&to).into(),
+            })?;
             Ok(to)
         };
         let codes = untile(&x.codes, format.grouped_channels(), x.in_magnitudes())?;
         let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
         let scales = self.gpu.alloc(4 * scale_stride * groups)?;
-        self.layout(
-            "untile_scales",
-            scale_stride * groups,
-            arguments![&x.scales, groups, scale_stride, tokens, padded, &scales],
-        )?;
+        self.kernels.launch(&UntileScales {
+            from: (&x.scales).into(),
+            groups,
+            stride: scale_stride,
+            tokens,
+            padded,
+            scales: (&scales).into(),
+        })?;
         let outliers =
             self.outliers_in(x, tokens, |codes| untile(codes, x.outliers.padded(), false))?;
         Ok(Rows { layout: Layout::RowMajor, codes, scales, scale_stride, outliers, ..*x })
@@ -166,17 +161,6 @@ impl Cuda {
         Ok(Outliers { channels: *channels, codes, scales: Some(own), values: None })
     }
 
-    /// Launches one of `blocks`' kernels that are the same for all formats, a thread for each of `count`.
-    fn layout(
-        &self,
-        entry: &str,
-        count: usize,
-        arguments: &[super::launch::Argument],
-    ) -> Result<()> {
-        let defines = kernels::blocks(PANEL, false, false);
-        self.kernels.launch("blocks", &defines, entry, Geometry::over(count, THREADS), arguments)
-    }
-
     /// `x w^T` `[tokens, rows]` into `to`. With as many tokens as a whole tile's the sums are those of
     /// the specification bit by bit; with fewer, a row's groups are added up in several parts.
     pub(super) fn tiled_product(
@@ -194,62 +178,65 @@ impl Cuda {
         let codes = widened.as_ref().unwrap_or(&x.codes);
         let wide = [!x.in_magnitudes() || blocks.wide, blocks.wide];
         let multiprocessors = self.gpu.multiprocessors;
-        let tiling = Tiling {
-            fp4: blocks.fp4,
-            output,
-            ..Tiling::of(tokens, rows, format.numbers.group_size, wide, multiprocessors)
-        };
+        let group_size = format.numbers.group_size;
+        let tiling =
+            Tiling::of(tokens, rows, group_size, wide, multiprocessors).with(blocks.fp4, output);
         let panels = panels(format.grouped_channels());
         let parts = x.outliers.channels.div_ceil(OUTLIER_PART);
-        let arguments = arguments![
-            codes,
-            &x.scales,
-            x.outliers.codes.as_ref(),
-            x.outliers.scales.as_ref(),
-            &blocks.codes,
-            blocks.outliers.as_ref(),
-            to,
+        let outliers = x.outliers.from(0);
+        let stream = Stream {
+            x: codes.into(),
+            sx: (&x.scales).into(),
+            xo: outliers.codes,
+            sxo: outliers.scales,
+            w: (&blocks.codes).into(),
+            wo: blocks.outliers.as_ref().map(Into::into),
+            y: to.into(),
             tokens,
-            scale_stride,
+            padded: scale_stride,
             rows,
             panels,
-            parts
-        ];
-        let tiles = rows.div_ceil(BLOCK_ROWS * tiling.blocks);
-        let (defines, shared_bytes) = (tiling.defines(), tiling.shared_bytes());
-        if tiling.is_for_many() {
-            // A block for each part of a tile, if the device holds so many: the kernel decides which tiles it takes in parts.
-            let parts = tiles * tokens.div_ceil(tiling.tokens) * tiling.blocks;
-            let grid = (parts.min(multiprocessors), 1, 1);
-            let geometry = Geometry { grid, threads: 128 * (tiling.blocks + 1), shared_bytes };
-            return self.kernels.launch(
-                "product_tiles",
-                &defines,
-                "integer_tiles",
-                geometry,
-                arguments,
-            );
-        }
-        let threads = tiling.stream_threads();
-        let geometry = |cluster| Geometry { grid: (tiles, cluster, 1), threads, shared_bytes };
-        let (family, entry) = ("product_stream", "integer_stream");
-        let stages = panels.div_ceil(tiling.panels) + parts;
-        let mut cluster = tiling.cluster(tiles, stages, multiprocessors);
-        let held = |cluster| {
-            let shape = geometry(cluster);
-            self.kernels.resident_clusters(family, &defines, entry, shape, cluster)
+            halves: parts,
+            tiling,
+            cluster: 1,
         };
-        while cluster > 1 && held(cluster)? < tiles {
-            cluster -= 1;
+        if tiling.is_for_many() {
+            let Stream { x, sx, xo, sxo, w, wo, y, padded, halves, .. } = stream;
+            return self.kernels.launch(&Tiles {
+                x,
+                sx,
+                xo,
+                sxo,
+                w,
+                wo,
+                y,
+                tokens,
+                padded,
+                rows,
+                panels,
+                halves,
+                tiling,
+                multiprocessors,
+            });
         }
-        self.kernels.launch_clusters(family, &defines, entry, geometry(cluster), cluster, arguments)
+        let (tiles, stages) = (stream.tiles(), stream.tile_stages());
+        let mut stream =
+            Stream { cluster: tiling.cluster(tiles, stages, multiprocessors), ..stream };
+        while stream.cluster > 1 && self.kernels.resident_clusters(&stream)? < tiles {
+            stream.cluster -= 1;
+        }
+        self.kernels.launch(&stream)
     }
 
     /// The codes in two's complement.
     fn widened(&self, x: &Rows) -> Result<Buffer> {
         let bytes = x.codes.bytes();
         let to = self.gpu.alloc(bytes)?;
-        self.layout("widen_codes", bytes / 4, arguments![&x.codes, (bytes / 4) as i64, &to])?;
+        self.kernels.launch(&WidenCodes {
+            from: (&x.codes).into(),
+            words: (bytes / 4) as i64,
+            to: (&to).into(),
+        })?;
         Ok(to)
     }
 }

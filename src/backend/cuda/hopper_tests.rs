@@ -181,10 +181,9 @@ fn rows_in_the_order_of_the_next_site_change_no_code() {
                     cuda.integer_product(&x, &cuda.pack(&quantized, feeds).unwrap()).unwrap()
                 })
             });
-            assert!(in_places[0].places.is_some() && in_channels[0].places.is_none());
+            assert!(in_places[0].slots.is_some() && in_channels[0].slots.is_none());
             let codes = |[gate, up]: &[Activation; 2]| {
-                let columns =
-                    if gate.places.is_some() { Columns::Places } else { Columns::Channels };
+                let columns = if gate.slots.is_some() { Columns::Slots } else { Columns::Channels };
                 let rows = cuda.silu_rows(gate, up, columns, &next, Layout::Tiled, "");
                 cuda.rows_on_host(&rows.unwrap().unwrap())
             };

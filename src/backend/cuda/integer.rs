@@ -3,14 +3,18 @@ Ampere and Ada, INT8 ones everywhere else. */
 
 use std::sync::Arc;
 
+use super::Cuda;
 use super::gpu::Buffer;
-use super::kernels::{self, Output};
-use super::launch::{Geometry, arguments};
-use super::libraries::Version;
-use super::tensor::{
-    Form, Layout, Outliers, Packed, Places, Quantized, Rows, SCALE_MULTIPLE, Site,
+use super::kernels::Float;
+use super::kernels::elementwise::Convert;
+use super::kernels::gptq::SpreadScales;
+use super::kernels::integer::{
+    AddFloatOutliers, IntegerProduct, PackNibbles, Program, UnpackNibbles,
 };
-use super::{Cuda, THREADS};
+use super::kernels::product::Output;
+use super::libraries::Version;
+use super::slice::In;
+use super::tensor::{Form, Layout, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE, Site, Slots};
 use crate::Result;
 use crate::quant::levels::Levels;
 use crate::quant::number::{NumberFormat, RowFormat};
@@ -71,7 +75,7 @@ impl Cuda {
         match self.narrow {
             Narrow::Wgmma if self.takes_tiles(format) => self.tiled(&rows),
             Narrow::Nibbles if takes_nibbles(&format.numbers) => {
-                let codes = self.nibbles(rows.codes.pointer(), rows.codes.bytes())?;
+                let codes = self.nibbles((&rows.codes).into(), rows.codes.bytes())?;
                 Ok(Rows { layout: Layout::Nibbles, codes, ..rows })
             }
             _ => Ok(rows),
@@ -85,11 +89,12 @@ impl Cuda {
         }
         let bytes = x.tokens * x.format.grouped_channels();
         let codes = self.gpu.alloc(bytes)?;
-        self.nibble_kernel(
-            "unpack_nibbles",
-            bytes,
-            arguments![&x.codes, (bytes / 8) as i64, &codes],
-        )?;
+        let words = (bytes / 8) as i64;
+        self.kernels.launch(&UnpackNibbles {
+            from: (&x.codes).into(),
+            words,
+            codes: (&codes).into(),
+        })?;
         let scales = self.gpu.alloc(x.scales.bytes())?;
         scales.copy_from(&x.scales, x.scales.bytes())?;
         Ok(Rows {
@@ -118,21 +123,11 @@ impl Cuda {
     }
 
     /// Codes two a byte.
-    fn nibbles(&self, codes: u64, bytes: usize) -> Result<Buffer> {
+    fn nibbles(&self, codes: In<'_, i8>, bytes: usize) -> Result<Buffer> {
         let to = self.gpu.alloc(bytes / 2)?;
-        self.nibble_kernel("pack_nibbles", bytes, arguments![codes, (bytes / 8) as i64, &to])?;
+        let words = (bytes / 8) as i64;
+        self.kernels.launch(&PackNibbles { codes: codes.cast(), words, to: (&to).into() })?;
         Ok(to)
-    }
-
-    fn nibble_kernel(
-        &self,
-        entry: &str,
-        bytes: usize,
-        arguments: &[super::launch::Argument],
-    ) -> Result<()> {
-        let defines = kernels::integer(32, false, true);
-        let geometry = Geometry::over(bytes / 8, THREADS);
-        self.kernels.launch("integer", &defines, entry, geometry, arguments)
     }
 
     /// A weight as the product reads it. Where `feeds` takes outputs in its order, rows are in that.
@@ -140,29 +135,30 @@ impl Cuda {
         let Quantized { format, first_row, rows, .. } = *weight;
         let groups = format.row.groups;
         if self.takes_tiles(&format.row) {
-            let takes = |site: &&Site| self.takes_tiles(&site.format.row) && site.places.is_some();
+            let takes = |site: &&Site| self.takes_tiles(&site.format.row) && site.slots.is_some();
             let feeds = feeds.filter(takes);
             let form = Form::Blocks(self.blocks(weight, feeds)?);
-            let places =
-                feeds.map(|site| Places { order: Arc::clone(&site.order), channels: rows });
+            let slots = feeds.map(|site| Slots { order: Arc::clone(&site.order), channels: rows });
             let rows = feeds.map_or(rows, |site| site.format.width());
-            return Ok(Packed { format, rows, form, places });
+            return Ok(Packed { format, rows, form, slots });
         }
         let stride = rows.next_multiple_of(SCALE_MULTIPLE);
         let scales = self.gpu.alloc(4 * stride * groups)?;
-        self.launch(
-            "gptq",
-            "spread_scales",
-            Geometry::over(rows * groups, THREADS),
-            arguments![weight.scales(), rows, groups, format.rows_per_scale, stride, &scales],
-        )?;
+        self.kernels.launch(&SpreadScales {
+            scales: weight.scales(),
+            rows,
+            groups,
+            rows_per_scale: format.rows_per_scale,
+            stride,
+            to: (&scales).into(),
+        })?;
         let shared = Arc::clone(&weight.shared);
         let weight = Quantized { format, first_row, rows, shared, lost: None };
         let paired = self.narrow == Narrow::Nibbles && takes_nibbles(&format.row.numbers);
         let bytes = rows * format.row.grouped_channels();
         let nibbles = paired.then(|| self.nibbles(weight.codes(), bytes)).transpose()?;
         let form = Form::Rows { weight, scales, nibbles };
-        Ok(Packed { format, rows, form, places: None })
+        Ok(Packed { format, rows, form, slots: None })
     }
 
     /// `x w^T` by the integer path, in f16 or in f32.
@@ -176,12 +172,13 @@ impl Cuda {
         }
         let rounded = self.gpu.alloc(2 * count)?;
         let bad = self.gpu.alloc(8)?;
-        self.launch(
-            "elementwise",
-            "convert_float",
-            Geometry::line(count.div_ceil(THREADS * 16).clamp(1, 4096), THREADS),
-            arguments![&y, count as i64, &rounded, &bad],
-        )?;
+        self.kernels.launch(&Convert {
+            x: (&y).into(),
+            count: count as i64,
+            to: Some((&rounded).into()),
+            bad: (&bad).into(),
+            element: Float::Single,
+        })?;
         Ok(rounded)
     }
 
@@ -212,63 +209,42 @@ impl Cuda {
                 return self.tiled_product(&self.tiled(x)?, blocks, rows, to, output);
             }
             (Form::Rows { weight, scales, nibbles: Some(nibbles) }, Layout::Nibbles) => {
-                (weight, scales, nibbles.pointer())
+                (weight, scales, nibbles.into())
             }
             (Form::Rows { weight, scales, .. }, Layout::RowMajor) => {
                 (weight, scales, weight.codes())
             }
             _ => return self.integer_into(&self.row_major(x)?, weight, to, half),
         };
-        let [outlier_codes, outlier_scales, outlier_values] = own.outliers();
+        let (of_x, of_w) = (x.outliers.from(0), own.outliers());
         let paired = x.layout == Layout::Nibbles;
-        let defines = kernels::integer(numbers.group_size, half, paired);
-        let unit = numbers.group_size / if paired { 2 } else { 1 };
-        self.kernels.launch(
-            "integer",
-            &defines,
-            "integer_product",
-            geometry(unit, tokens, rows),
-            arguments![
-                &x.codes,
-                &x.scales,
-                x.outliers.codes.as_ref(),
-                x.outliers.scales.as_ref(),
-                codes,
-                scales,
-                outlier_codes,
-                outlier_scales,
-                to,
-                tokens,
-                rows,
-                groups,
-                x.outliers.padded()
-            ],
-        )?;
-        let Some(values) = &x.outliers.values else { return Ok(()) };
-        self.kernels.launch(
-            "integer",
-            &defines,
-            "add_float_outliers",
-            Geometry {
-                grid: (rows.div_ceil(64), tokens.div_ceil(64), 1),
-                threads: THREADS,
-                shared_bytes: 0,
-            },
-            arguments![values, outlier_values, to, tokens, rows, x.outliers.channels],
-        )
-    }
-}
-
-/// integer.cu's tiles: 128 tokens by 128 rows, in stages of whole groups where they are short. `unit` is the bytes of a
-/// group.
-fn geometry(unit: usize, tokens: usize, rows: usize) -> Geometry {
-    let groups_a_stage = if unit <= 128 { 128 / unit } else { 1 };
-    let stage_bytes = 2 * 128 * 128 + 2 * groups_a_stage * 128 * 4;
-    let stages = if unit > 64 { 3 } else { 2 };
-    Geometry {
-        grid: (tokens.div_ceil(128) * rows.div_ceil(128), 1, 1),
-        threads: THREADS,
-        shared_bytes: stages * stage_bytes,
+        let program = Program { group: numbers.group_size, half, nibbles: paired };
+        self.kernels.launch(&IntegerProduct {
+            x: (&x.codes).into(),
+            sx: (&x.scales).into(),
+            xo: of_x.codes,
+            sxo: of_x.scales,
+            w: codes,
+            sw: scales.into(),
+            wo: of_w.codes,
+            swo: of_w.scales,
+            y: to.into(),
+            tokens,
+            rows,
+            groups,
+            op: x.outliers.padded(),
+            program,
+        })?;
+        let Some(values) = of_x.values else { return Ok(()) };
+        self.kernels.launch(&AddFloatOutliers {
+            xo: values,
+            wo: of_w.values,
+            y: to.into(),
+            tokens,
+            rows,
+            o: x.outliers.channels,
+            program,
+        })
     }
 }
 

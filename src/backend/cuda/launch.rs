@@ -2,17 +2,19 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result;
 use cudarc::driver::sys::{
-    CUdeviceptr, CUfunction, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
-    CUlaunchConfig, CUmodule, cuLaunchKernelEx, cuOccupancyMaxActiveClusters,
+    CUfunction, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchConfig,
+    CUmodule, cuLaunchKernelEx, cuOccupancyMaxActiveClusters,
 };
 
 use super::compile::Compiler;
-use super::gpu::{Buffer, Gpu, Stream, failed};
-use super::kernels::{FAMILIES, Family};
+use super::driver_error::failed;
+use super::gpu::{Gpu, Stream};
+use super::kernels::{Defines, Family};
+use super::slice::{Element, In, Out};
 use crate::Result;
 
 /// All kernels of a device.
@@ -20,8 +22,8 @@ pub struct Kernels {
     gpu: Arc<Gpu>,
     compiler: Compiler,
     loaded: Mutex<Loaded>,
-    /// Whether the main stream's last kernel is of a family that overlaps.
-    last_overlaps: Mutex<bool>,
+    /// Whether the main stream's last kernel has programmatic dependent launch (PDL).
+    last_has_pdl: Mutex<bool>,
 }
 
 #[derive(Default)]
@@ -52,12 +54,19 @@ pub struct Geometry {
     pub threads: usize,
     /// Bytes of dynamic shared memory.
     pub shared_bytes: usize,
+    /// Blocks of a cluster, along y.
+    pub cluster: usize,
 }
 
 impl Geometry {
+    /// Blocks in x, y and z, without dynamic shared memory.
+    pub fn grid(grid: (usize, usize, usize), threads: usize) -> Self {
+        Self { grid, threads, shared_bytes: 0, cluster: 1 }
+    }
+
     /// `blocks` in one dimension, without dynamic shared memory.
     pub fn line(blocks: usize, threads: usize) -> Self {
-        Self { grid: (blocks, 1, 1), threads, shared_bytes: 0 }
+        Self::grid((blocks, 1, 1), threads)
     }
 
     /// Enough blocks for `count` items, one a thread.
@@ -70,127 +79,195 @@ impl Geometry {
 #[derive(Clone, Copy, Debug)]
 pub struct Argument(u64);
 
-impl From<i32> for Argument {
-    fn from(value: i32) -> Self {
-        Self(u64::from(value.cast_unsigned()))
+/// A value that a kernel takes.
+pub trait Parameter: Copy {
+    /// What the kernel's source may call its type.
+    fn types() -> Vec<String>;
+    /// The value as the kernel reads it.
+    fn argument(self) -> Argument;
+    /// Whether it has room for so many elements, where it is memory and there.
+    fn holds(self, _elements: usize) -> bool {
+        true
     }
 }
-impl From<usize> for Argument {
-    /// A C `int`.
-    fn from(value: usize) -> Self {
-        Self::from(i32::try_from(value).expect("a size that kernels count in 31 bits"))
+
+macro_rules! numbers {
+    ($($type:ty = $name:literal: |$value:ident| $bits:expr;)*) => {$(
+        impl Parameter for $type {
+            fn types() -> Vec<String> {
+                vec![$name.to_owned()]
+            }
+            fn argument(self) -> Argument {
+                let $value = self;
+                Argument($bits)
+            }
+        }
+    )*};
+}
+numbers! {
+    i32 = "int": |value| u64::from(value.cast_unsigned());
+    bool = "int": |value| u64::from(value);
+    usize = "int": |value| u64::from(i32::try_from(value).expect("a size that kernels count in 31 bits").cast_unsigned());
+    u32 = "u32": |value| u64::from(value);
+    i64 = "long long": |value| value.cast_unsigned();
+    f32 = "float": |value| u64::from(value.to_bits());
+}
+
+impl<T: Element> Parameter for In<'_, T> {
+    fn types() -> Vec<String> {
+        T::NAMES.iter().map(|name| format!("const {name}*")).collect()
+    }
+    fn argument(self) -> Argument {
+        Argument(self.pointer())
+    }
+    fn holds(self, elements: usize) -> bool {
+        In::holds(self, elements)
     }
 }
-impl From<i64> for Argument {
-    fn from(value: i64) -> Self {
-        Self(value.cast_unsigned())
+
+impl<T: Element> Parameter for Out<'_, T> {
+    fn types() -> Vec<String> {
+        T::NAMES.iter().map(|name| format!("{name}*")).collect()
+    }
+    fn argument(self) -> Argument {
+        Argument(self.pointer())
+    }
+    fn holds(self, elements: usize) -> bool {
+        Out::holds(self, elements)
     }
 }
-impl From<f32> for Argument {
-    fn from(value: f32) -> Self {
-        Self(u64::from(value.to_bits()))
+
+/// A null pointer where there is none.
+impl<P: Parameter> Parameter for Option<P> {
+    fn types() -> Vec<String> {
+        P::types()
+    }
+    fn argument(self) -> Argument {
+        self.map_or(Argument(0), P::argument)
+    }
+    fn holds(self, elements: usize) -> bool {
+        self.is_none_or(|memory| memory.holds(elements))
     }
 }
-impl From<CUdeviceptr> for Argument {
-    fn from(value: CUdeviceptr) -> Self {
-        Self(value)
+
+/// A launch of a kernel: its arguments, and what they say of the program and the blocks. Implemented by the structs of
+/// `kernels/`, whose fields are the kernel's parameters.
+pub trait Launch: Arguments {
+    /// The file of the kernel.
+    const FAMILY: Family;
+
+    /// Which of [`ENTRIES`](Arguments::ENTRIES) it is.
+    fn entry(&self) -> usize {
+        0
     }
+
+    /// What the file is compiled with.
+    fn constants(&self) -> Defines;
+
+    /// Its blocks and threads.
+    fn geometry(&self) -> Geometry;
 }
-impl From<&Buffer> for Argument {
-    fn from(buffer: &Buffer) -> Self {
-        Self(buffer.pointer())
-    }
-}
-impl From<Option<&Buffer>> for Argument {
-    fn from(buffer: Option<&Buffer>) -> Self {
-        Self(buffer.map_or(0, Buffer::pointer))
-    }
+
+/// What [`kernel!`](super::kernels::kernel) makes of a kernel's parameters.
+pub trait Arguments {
+    /// The names of the kernels that take them.
+    const ENTRIES: &'static [&'static str];
+    /// Names of the parameters and what their types may be called, in order.
+    fn parameters() -> Vec<(&'static str, Vec<String>)>;
+    /// The parameters' values, in order.
+    ///
+    /// # Panics
+    /// If memory is too small for what the kernel reads or writes.
+    fn arguments(&self) -> Vec<Argument>;
 }
 
 impl Kernels {
     /// The kernels of a device, none of them compiled yet.
     pub fn new(gpu: Arc<Gpu>, compiler: Compiler) -> Self {
-        Self { gpu, compiler, loaded: Mutex::default(), last_overlaps: Mutex::new(false) }
+        Self { gpu, compiler, loaded: Mutex::default(), last_has_pdl: Mutex::new(false) }
     }
 
-    /// The kernel `entry` of a family for given macros.
+    /// A kernel of a family for given macros, which may take so many bytes of shared memory.
     fn function(
         &self,
         family: &Family,
         defines: &[(&'static str, String)],
         entry: &str,
+        shared_bytes: usize,
     ) -> Result<CUfunction> {
-        let mut module_key = family.name.to_owned();
+        self.gpu.bind()?;
+        let mut program = family.name.to_owned();
         for (name, value) in defines {
-            module_key.push_str(&format!(" {name}={value}"));
+            program.push_str(&format!(" {name}={value}"));
         }
-        let key = format!("{module_key} {entry}");
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(function) = loaded.functions.get(&key) {
-            return Ok(function.0);
-        }
-        let module = match loaded.modules.get(&module_key) {
-            Some(module) => *module,
+        let key = format!("{program} {entry}");
+        let known = self.loaded().functions.get(&key).copied();
+        let function = match known {
+            Some(function) => function,
             None => {
-                let cubin = self.compiler.cubin(family.name, family.source, defines)?;
-                // SAFETY: the image is a whole cubin, made for this device.
-                let module = unsafe { result::module::load_data(cubin.as_ptr().cast::<c_void>()) }
-                    .map_err(|error| failed(&format!("loading `{module_key}`"), error))?;
-                loaded.modules.insert(module_key, Module(module));
-                Module(module)
+                let module = self.module(family, defines, program)?;
+                let name = CString::new(entry).expect("names of kernels hold no zero byte");
+                // SAFETY: the module is loaded.
+                let function = unsafe { result::module::get_function(module.0, name) }
+                    .map_err(|error| failed(&format!("finding `{key}`"), error))?;
+                self.loaded().functions.insert(key, Function(function));
+                Function(function)
             }
         };
-        let name = CString::new(entry).expect("names of kernels hold no zero byte");
-        // SAFETY: the module is loaded.
-        let function = unsafe { result::module::get_function(module.0, name) }
-            .map_err(|error| failed(&format!("finding `{key}`"), error))?;
-        loaded.functions.insert(key, Function(function));
-        Ok(function)
+        if shared_bytes > 48 << 10 {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is loaded.
+            unsafe {
+                result::function::set_function_attribute(function.0, attribute, shared_bytes as i32)
+            }
+            .map_err(|error| {
+                failed(&format!("{entry} needs {shared_bytes} bytes of shared memory"), error)
+            })?;
+        }
+        Ok(function.0)
     }
 
-    /// Launches the kernel `entry` of the family named `family` on the main stream.
-    pub fn launch(
+    /// A program, loaded. No lock is held while it is compiled: two threads may compile the same, and the first one loads it.
+    fn module(
         &self,
-        family: &str,
+        family: &Family,
         defines: &[(&'static str, String)],
-        entry: &str,
-        geometry: Geometry,
-        arguments: &[Argument],
-    ) -> Result<()> {
-        self.launch_clusters(family, defines, entry, geometry, 1, arguments)
+        program: String,
+    ) -> Result<Module> {
+        if let Some(module) = self.loaded().modules.get(&program) {
+            return Ok(*module);
+        }
+        let cubin = self.compiler.cubin(family.name, family.source, defines)?;
+        let mut loaded = self.loaded();
+        if let Some(module) = loaded.modules.get(&program) {
+            return Ok(*module);
+        }
+        // SAFETY: the image is a whole cubin, made for this device.
+        let module = unsafe { result::module::load_data(cubin.as_ptr().cast::<c_void>()) }
+            .map_err(|error| failed(&format!("loading `{program}`"), error))?;
+        loaded.modules.insert(program, Module(module));
+        Ok(Module(module))
     }
 
-    /// Launches on the main stream in clusters of `cluster` blocks along y.
-    pub fn launch_clusters(
-        &self,
-        family: &str,
-        defines: &[(&'static str, String)],
-        entry: &str,
-        geometry: Geometry,
-        cluster: usize,
-        arguments: &[Argument],
-    ) -> Result<()> {
-        let attribute = (cluster > 1).then(|| clusters_of(cluster));
-        let work =
-            || self.start(Stream::Main, attribute, (family, defines, entry), geometry, arguments);
-        self.gpu.traced(|| entry.to_owned(), work)
+    fn loaded(&self) -> MutexGuard<'_, Loaded> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many clusters of `cluster` blocks along y the device holds at once: fewer than its multiprocessors would, since a
-    /// cluster stays within a part of the device.
-    pub fn resident_clusters(
-        &self,
-        family: &str,
-        defines: &[(&'static str, String)],
-        entry: &str,
-        geometry: Geometry,
-        cluster: usize,
-    ) -> Result<usize> {
-        let function = self.ready(family_of(family), defines, entry, geometry)?;
-        let Geometry { threads, shared_bytes, .. } = geometry;
+    /// Launches a kernel on the main stream.
+    pub fn launch<K: Launch>(&self, kernel: &K) -> Result<()> {
+        let entry = K::ENTRIES[kernel.entry()];
+        self.gpu.traced(|| entry.to_owned(), || self.launch_on(Stream::Main, kernel))
+    }
+
+    /// How many clusters of a launch the device holds at once: fewer than its multiprocessors would, since a cluster stays within
+    /// a part of the device.
+    pub fn resident_clusters<K: Launch>(&self, kernel: &K) -> Result<usize> {
+        let geometry = kernel.geometry();
+        let Geometry { threads, shared_bytes, cluster, .. } = geometry;
+        let entry = K::ENTRIES[kernel.entry()];
+        let function = self.function(&K::FAMILY, &kernel.constants(), entry, shared_bytes)?;
         let key = (function as usize, threads, shared_bytes, cluster);
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = loaded.clusters.get(&key) {
+        if let Some(known) = self.loaded().clusters.get(&key) {
             return Ok(*known);
         }
         let mut attributes = [clusters_of(cluster)];
@@ -202,7 +279,7 @@ impl Kernels {
             .result()
             .map_err(|error| failed("cuOccupancyMaxActiveClusters", error))?;
         let count = usize::try_from(count).unwrap_or(0);
-        loaded.clusters.insert(key, count);
+        self.loaded().clusters.insert(key, count);
         Ok(count)
     }
 
@@ -213,7 +290,7 @@ impl Kernels {
         geometry: Geometry,
         attributes: &mut [CUlaunchAttribute],
     ) -> CUlaunchConfig {
-        let Geometry { grid, threads, shared_bytes } = geometry;
+        let Geometry { grid, threads, shared_bytes, .. } = geometry;
         CUlaunchConfig {
             gridDimX: dimension(grid.0),
             gridDimY: dimension(grid.1),
@@ -228,50 +305,33 @@ impl Kernels {
         }
     }
 
-    /// Launches on a given stream.
-    pub fn launch_on(
-        &self,
-        stream: Stream,
-        family: &str,
-        defines: &[(&'static str, String)],
-        entry: &str,
-        geometry: Geometry,
-        arguments: &[Argument],
-    ) -> Result<()> {
-        self.start(stream, None, (family, defines, entry), geometry, arguments)
-    }
-
-    /// Launches the kernel of a family's name, macros and entry, with an attribute if there is one.
-    fn start(
-        &self,
-        stream: Stream,
-        attribute: Option<CUlaunchAttribute>,
-        (family, defines, entry): (&str, &[(&'static str, String)], &str),
-        geometry: Geometry,
-        arguments: &[Argument],
-    ) -> Result<()> {
-        let Geometry { grid, .. } = geometry;
+    /// Launches a kernel on a given stream.
+    pub fn launch_on<K: Launch>(&self, stream: Stream, kernel: &K) -> Result<()> {
+        let geometry = kernel.geometry();
+        let Geometry { grid, shared_bytes, cluster, .. } = geometry;
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
             return Ok(());
         }
-        let family = family_of(family);
-        let function = self.ready(family, defines, entry, geometry)?;
+        let entry = K::ENTRIES[kernel.entry()];
+        let arguments = kernel.arguments();
+        let function = self.function(&K::FAMILY, &kernel.constants(), entry, shared_bytes)?;
         let mut slots: Vec<u64> = arguments.iter().map(|argument| argument.0).collect();
         let mut pointers: Vec<*mut c_void> =
             slots.iter_mut().map(|slot| (slot as *mut u64).cast()).collect();
-        let mut attributes: Vec<_> = attribute.into_iter().collect();
+        let mut attributes = Vec::new();
+        attributes.extend((cluster > 1).then(|| clusters_of(cluster)));
         // Held over the launch: another thread's would come between.
-        let mut last = self.last_overlaps.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.last_has_pdl.lock().unwrap_or_else(PoisonError::into_inner);
         if stream == Stream::Main {
-            let overlaps = family.overlaps && self.gpu.device.capability.major >= 9;
-            if overlaps && *last {
-                attributes.push(overlapping());
+            let pdl = K::FAMILY.pdl && self.gpu.device.capability.major >= 9;
+            if pdl && *last {
+                attributes.push(enable_pdl());
             }
-            *last = overlaps;
+            *last = pdl;
         }
         let config = self.config(stream, geometry, &mut attributes);
-        // SAFETY: configuration, attributes and arguments outlive the call. The arguments are what the kernel takes: each launch
-        // names them in the order of its source, and the tests compare what every kernel gives.
+        // SAFETY: configuration, attributes and arguments outlive the call. The arguments are the kernel's, which a test compares with
+        // its source, and their memory is large enough.
         unsafe {
             let none = std::ptr::null_mut();
             cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), none)
@@ -279,41 +339,10 @@ impl Kernels {
         .result()
         .map_err(|error| failed(&format!("launching `{entry}`"), error))
     }
-
-    /// A kernel that may take the shared memory of a launch.
-    fn ready(
-        &self,
-        family: &Family,
-        defines: &[(&'static str, String)],
-        entry: &str,
-        geometry: Geometry,
-    ) -> Result<CUfunction> {
-        let shared_bytes = geometry.shared_bytes;
-        self.gpu.bind()?;
-        let function = self.function(family, defines, entry)?;
-        if shared_bytes > 48 << 10 {
-            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function is loaded.
-            unsafe {
-                result::function::set_function_attribute(function, attribute, shared_bytes as i32)
-            }
-            .map_err(|error| {
-                failed(&format!("{entry} needs {shared_bytes} bytes of shared memory"), error)
-            })?;
-        }
-        Ok(function)
-    }
-}
-
-fn family_of(name: &str) -> &'static Family {
-    FAMILIES
-        .iter()
-        .find(|known| known.name == name)
-        .expect("every family that is launched is in FAMILIES")
 }
 
 /// The attribute of a launch that may begin when every block of the kernel before it has allowed it.
-fn overlapping() -> CUlaunchAttribute {
+fn enable_pdl() -> CUlaunchAttribute {
     // SAFETY: zeros are a value of this plain structure.
     let mut attribute: CUlaunchAttribute = unsafe { std::mem::zeroed() };
     attribute.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
@@ -335,9 +364,3 @@ fn clusters_of(blocks: usize) -> CUlaunchAttribute {
 fn dimension(size: usize) -> u32 {
     u32::try_from(size).expect("a grid of less than 2^32 blocks")
 }
-
-/// Arguments of a launch, each of its own type.
-macro_rules! arguments {
-    ($($argument:expr),* $(,)?) => { &[$($crate::backend::cuda::launch::Argument::from($argument)),*] };
-}
-pub(super) use arguments;

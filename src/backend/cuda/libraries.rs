@@ -28,8 +28,10 @@ const OLDEST_DEVICE: Version = Version { major: 8, minor: 0 };
 /// What every message ends with.
 const OR_CPU: &str = "or run with --device cpu";
 
-/// Symbols of the driver that the backend calls, by itself or through cudarc's safe layer.
+/// Symbols of the driver that the program calls, by itself or through cudarc: the linker keeps no others of cudarc, and a test compares
+/// these lists with what it kept.
 const DRIVER_SYMBOLS: &[&str] = &[
+    "cuCtxDestroy_v2",
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",
     "cuCtxSynchronize",
@@ -41,23 +43,22 @@ const DRIVER_SYMBOLS: &[&str] = &[
     "cuDevicePrimaryCtxRelease_v2",
     "cuDevicePrimaryCtxRetain",
     "cuDeviceTotalMem_v2",
+    "cuDriverGetVersion",
     "cuEventCreate",
     "cuEventDestroy_v2",
     "cuEventElapsedTime_v2",
-    "cuEventQuery",
     "cuEventRecord",
     "cuEventSynchronize",
-    "cuFuncGetAttribute",
     "cuFuncSetAttribute",
-    "cuGetErrorName",
-    "cuGetErrorString",
+    "cuGraphDestroy",
+    "cuGraphExecDestroy",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch",
     "cuInit",
-    "cuLaunchKernel",
+    "cuLaunchKernelEx",
     "cuMemAllocAsync",
-    "cuMemAlloc_v2",
     "cuMemFreeAsync",
     "cuMemFreeHost",
-    "cuMemFree_v2",
     "cuMemGetInfo_v2",
     "cuMemHostAlloc",
     "cuMemPoolSetAttribute",
@@ -68,10 +69,11 @@ const DRIVER_SYMBOLS: &[&str] = &[
     "cuMemsetD8Async",
     "cuModuleGetFunction",
     "cuModuleLoadData",
-    "cuModuleUnload",
-    "cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags",
+    "cuOccupancyMaxActiveClusters",
+    "cuStreamBeginCapture_v2",
     "cuStreamCreate",
     "cuStreamDestroy_v2",
+    "cuStreamEndCapture",
     "cuStreamSynchronize",
     "cuStreamWaitEvent",
 ];
@@ -102,7 +104,6 @@ const CUBLASLT_SYMBOLS: &[&str] = &[
     "cublasLtMatmulPreferenceSetAttribute",
     "cublasLtMatrixLayoutCreate",
     "cublasLtMatrixLayoutDestroy",
-    "cublasLtMatrixLayoutSetAttribute",
 ];
 
 const CUSOLVER_SYMBOLS: &[&str] = &[
@@ -111,7 +112,13 @@ const CUSOLVER_SYMBOLS: &[&str] = &[
     "cusolverDnSetStream",
     "cusolverDnSpotrf",
     "cusolverDnSpotrf_bufferSize",
+    "cusolverDnSpotrs",
 ];
+
+/// All symbols that are looked up before the first call.
+pub fn required_symbols() -> Vec<&'static str> {
+    [DRIVER_SYMBOLS, NVRTC_SYMBOLS, CUBLASLT_SYMBOLS, CUSOLVER_SYMBOLS].concat()
+}
 
 /// A version of the driver or of NVRTC, or a device's compute capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -160,7 +167,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// Shared memory that a block of threads may take.
+    /// Shared memory that a thread block may take.
     pub fn block_shared_bytes(&self) -> usize {
         let Version { major, minor } = self.capability;
         match (major, minor) {

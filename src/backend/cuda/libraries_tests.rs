@@ -57,6 +57,9 @@ impl Fake {
     fn build(&self, test: &str) -> Option<tempfile::TempDir> {
         let directory = tempfile::tempdir().unwrap();
         let body = |symbol: &str| match symbol {
+            "cuDriverGetVersion" => {
+                format!("(int *n) {{ *n = {}; return 0; }}", self.version)
+            }
             "cuInit" => format!("(int flags) {{ return {}; }}", self.init),
             "cuDeviceGetCount" => format!("(int *n) {{ *n = {}; return 0; }}", self.devices),
             "cuDeviceGet" => "(int *device, int n) { *device = n; return 0; }".to_owned(),
@@ -73,11 +76,7 @@ impl Fake {
             ),
             _ => "(void) { abort(); }".to_owned(),
         };
-        let mut source = format!(
-            "#include <stdlib.h>\n#include <string.h>\n\
-             int cuDriverGetVersion(int *n) {{ *n = {}; return 0; }}\n",
-            self.version
-        );
+        let mut source = "#include <stdlib.h>\n#include <string.h>\n".to_owned();
         for symbol in DRIVER_SYMBOLS.iter().filter(|symbol| **symbol != self.lacks) {
             source += &format!("int {symbol}{}\n", body(symbol));
         }

@@ -1,10 +1,13 @@
 /*! Sums over tokens, over channels and over the vocabulary. */
 
 use super::gpu::Buffer;
-use super::launch::{Geometry, arguments};
+use super::kernels::reduce::{
+    Argmax, CrossEntropy, EnergyParts, KlDivergence, RelativeSquaredErrors, SumParts,
+};
 use super::product::Precision;
+use super::slice::{In, Out};
 use super::tensor::{Activation, Dense, Hidden};
-use super::{Cuda, Part, THREADS};
+use super::{Cuda, Part};
 use crate::Result;
 use crate::backend::Prediction;
 
@@ -12,8 +15,6 @@ use crate::backend::Prediction;
 const LOGITS_BYTES: usize = 256 << 20;
 /// Tokens whose squares one block sums.
 const ENERGY_TOKENS: usize = 512;
-/// Channels that one block sums, as in reduce.cu.
-const ENERGY_CHANNELS: usize = 64;
 
 impl Cuda {
     pub(super) fn add_energy(&self, x: &Activation, energy: &mut [f64]) -> Result<()> {
@@ -21,16 +22,13 @@ impl Cuda {
         assert_eq!(energy.len(), channels, "channels of x and of the energies");
         let count = tokens.div_ceil(ENERGY_TOKENS);
         let parts = self.gpu.alloc(8 * count * channels)?;
-        self.launch(
-            "reduce",
-            "energy_parts",
-            Geometry {
-                grid: (channels.div_ceil(ENERGY_CHANNELS), count, 1),
-                threads: THREADS,
-                shared_bytes: 0,
-            },
-            arguments![x.half(), tokens, channels, ENERGY_TOKENS, &parts],
-        )?;
+        self.kernels.launch(&EnergyParts {
+            x: x.half().into(),
+            tokens,
+            channels,
+            tokens_per_part: ENERGY_TOKENS,
+            parts: (&parts).into(),
+        })?;
         self.sum_parts(&parts, count, energy)
     }
 
@@ -38,12 +36,12 @@ impl Cuda {
     pub(super) fn sum_parts(&self, parts: &Buffer, count: usize, sums: &mut [f64]) -> Result<()> {
         let channels = sums.len();
         let total = self.gpu.alloc(8 * channels)?;
-        self.launch(
-            "reduce",
-            "sum_parts",
-            Geometry::over(channels, THREADS),
-            arguments![parts, count, channels, &total],
-        )?;
+        self.kernels.launch(&SumParts {
+            parts: parts.into(),
+            count,
+            channels,
+            sums: (&total).into(),
+        })?;
         let total = total.download::<f64>(0..8 * channels)?;
         sums.iter_mut().zip(total).for_each(|(sum, more)| *sum += more);
         Ok(())
@@ -72,17 +70,17 @@ impl Cuda {
         head: &Dense,
         tokens: &[u32],
     ) -> Result<Vec<Prediction>> {
-        let likeliest = self.gpu.alloc(4 * x.rows)?;
+        let argmax = self.gpu.alloc(4 * x.rows)?;
         let nats = self.nats(x, head, tokens, |logits, Part { first, count }| {
-            self.launch(
-                "reduce",
-                "likeliest",
-                Geometry::line(count, THREADS),
-                arguments![logits, head.rows, likeliest.pointer() + 4 * first as u64],
-            )
+            self.kernels.launch(&Argmax {
+                logits: logits.into(),
+                vocabulary: head.rows,
+                tokens: Out::from(&argmax).skip(first),
+                rows: count,
+            })
         })?;
-        let likeliest = likeliest.download::<u32>(0..4 * x.rows)?;
-        let rows = nats.into_iter().zip(likeliest).zip(tokens);
+        let argmax = argmax.download::<u32>(0..4 * x.rows)?;
+        let rows = nats.into_iter().zip(argmax).zip(tokens);
         let prediction =
             |((nats, most), token): ((f64, u32), &u32)| Prediction { nats, argmax: most == *token };
         Ok(rows.map(prediction).collect())
@@ -106,17 +104,13 @@ impl Cuda {
             let count = part.min(rows - first);
             let rows = Part { first, count };
             self.multiply_part(x, rows, head, &logits, Precision::HalfToFloat, false)?;
-            self.launch(
-                "reduce",
-                "cross_entropy",
-                Geometry::line(count, THREADS),
-                arguments![
-                    &logits,
-                    targets.pointer() + 4 * first as u64,
-                    vocabulary,
-                    nats.pointer() + 8 * first as u64
-                ],
-            )?;
+            self.kernels.launch(&CrossEntropy {
+                logits: (&logits).into(),
+                targets: In::from(&targets).skip(first),
+                vocabulary,
+                nats: Out::from(&nats).skip(first),
+                rows: count,
+            })?;
             look(&logits, Part { first, count })?;
         }
         nats.download::<f64>(0..8 * rows)
@@ -124,14 +118,15 @@ impl Cuda {
 
     /// `|x - y|^2 / |y|^2` of each row of two tensors of hidden states.
     pub(super) fn relative_squared_error(&self, x: &Hidden, original: &Hidden) -> Result<Vec<f64>> {
-        let changes = self.gpu.alloc(8 * x.rows)?;
-        self.launch(
-            "reduce",
-            "row_changes",
-            Geometry::line(x.rows, THREADS),
-            arguments![x.float(), original.float(), x.columns, &changes],
-        )?;
-        changes.download::<f64>(0..8 * x.rows)
+        let errors = self.gpu.alloc(8 * x.rows)?;
+        self.kernels.launch(&RelativeSquaredErrors {
+            x: x.float().into(),
+            y: original.float().into(),
+            columns: x.columns,
+            errors: (&errors).into(),
+            rows: x.rows,
+        })?;
+        errors.download::<f64>(0..8 * x.rows)
     }
 
     /// Each row's divergence from `original`'s.
@@ -152,12 +147,13 @@ impl Cuda {
                 let rows = Part { first, count };
                 self.multiply_part(x, rows, head, logits, Precision::HalfToFloat, false)?;
             }
-            self.launch(
-                "reduce",
-                "divergence",
-                Geometry::line(count, THREADS),
-                arguments![&changed, &logits, vocabulary, nats.pointer() + 8 * first as u64],
-            )?;
+            self.kernels.launch(&KlDivergence {
+                changed: (&changed).into(),
+                logits: (&logits).into(),
+                vocabulary,
+                nats: Out::from(&nats).skip(first),
+                rows: count,
+            })?;
         }
         nats.download::<f64>(0..8 * rows)
     }

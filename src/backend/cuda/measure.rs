@@ -3,14 +3,13 @@ beside them, none of which allocates. */
 
 use super::Cuda;
 use super::gpu::Buffer;
-use super::launch::{Geometry, arguments};
+use super::kernels::measure::{CopyMemory, LOADS, RandomValues, ReadMemory};
+use super::launch::Geometry;
 use super::product::{Operand, Planned, Precision, Product};
+use super::slice::{In, Out};
 use super::tensor::{Activation, Packed, Rows, Weight};
 use crate::Result;
 use crate::checkpoint::Dtype;
-
-/// Threads of a block of measure.cu's kernels for random values.
-const THREADS: usize = 256;
 
 /// How a read or a copy is spread over the device. The best differs with what is read, so that a rate is that of
 /// the fastest.
@@ -57,14 +56,10 @@ impl Cuda {
     /// Random values of so many bytes, the same for the same seed.
     pub fn random(&self, kind: Random, bytes: usize, seed: usize) -> Result<Buffer> {
         let buffer = self.gpu.alloc(bytes)?;
-        let entry = match kind {
-            Random::Half => "random_half",
-            Random::Int8 => "random_int8",
-            Random::Fp8 => "random_fp8",
-        };
         let words = buffer.bytes() / 4;
-        let geometry = Geometry::over(words, THREADS);
-        self.launch("measure", entry, geometry, arguments![&buffer, words, seed])?;
+        let seed = u32::try_from(seed).expect("a seed of 32 bits");
+        let entry = kind as usize;
+        self.kernels.launch(&RandomValues { to: (&buffer).into(), words, seed, entry })?;
         Ok(buffer)
     }
 
@@ -96,8 +91,13 @@ impl Cuda {
     ) -> Result<()> {
         let geometry = self.spread(spread, bytes)?;
         assert!(offset + bytes <= from.bytes() && 4 * geometry.grid.0 <= sums.bytes());
-        let first = from.pointer() + offset as u64;
-        self.launch("measure", "read", geometry, arguments![first, (bytes / 16) as i64, sums])
+        let from = In::from(from).skip(offset / 16);
+        self.kernels.launch(&ReadMemory {
+            from,
+            count: (bytes / 16) as i64,
+            sums: sums.into(),
+            geometry,
+        })
     }
 
     /// Copies `bytes` of `from` at `offset`, both multiples of 16, to the same place of `to`.
@@ -111,13 +111,14 @@ impl Cuda {
     ) -> Result<()> {
         let geometry = self.spread(spread, bytes)?;
         assert!(offset + bytes <= from.bytes().min(to.bytes()));
-        let [from, to] = [from, to].map(|buffer| buffer.pointer() + offset as u64);
-        self.launch("measure", "copy", geometry, arguments![from, (bytes / 16) as i64, to])
+        let from = In::from(from).skip(offset / 16);
+        let to = Out::from(to).skip(offset / 16);
+        self.kernels.launch(&CopyMemory { from, count: (bytes / 16) as i64, to, geometry })
     }
 
     fn spread(&self, spread: Spread, bytes: usize) -> Result<Geometry> {
         let Spread { threads, resident } = spread;
-        let needed = (bytes / 16).div_ceil(threads * 8).max(1);
+        let needed = (bytes / 16).div_ceil(threads * LOADS).max(1);
         let blocks = match resident {
             Some(blocks) => (blocks * self.gpu.multiprocessors).min(needed),
             None => needed,
@@ -127,16 +128,16 @@ impl Cuda {
 
     /// What cuBLASLt is asked for to compute `x w^T` `[tokens, rows]` from `x` `[tokens, channels]` and `w`
     /// `[rows, channels]`.
-    pub fn library_product(
+    pub fn library_product<'a>(
         precision: Precision,
         [tokens, rows, channels]: [usize; 3],
-        [weight, x, to]: [&Buffer; 3],
-    ) -> Product {
+        [weight, x, to]: [&'a Buffer; 3],
+    ) -> Product<'a> {
         let (inputs, outputs) = precision.bytes();
         assert!(rows * channels * inputs <= weight.bytes());
         assert!(tokens * channels * inputs <= x.bytes() && tokens * rows * outputs <= to.bytes());
-        let operand = |buffer: &Buffer, stride, transposed| Operand {
-            pointer: buffer.pointer(),
+        let operand = |buffer: &'a Buffer, stride, transposed| Operand {
+            memory: buffer.into(),
             stride,
             transposed,
         };
@@ -153,12 +154,12 @@ impl Cuda {
     }
 
     /// Up to `most` of cuBLASLt's kernels for a product, those first that it thinks fastest.
-    pub fn library_plan(&self, product: &Product, most: usize) -> Result<Planned> {
+    pub fn library_plan(&self, product: &Product<'_>, most: usize) -> Result<Planned> {
         self.products.plan(product, most)
     }
 
     /// A product by one of the planned kernels.
-    pub fn run_library(&self, product: &Product, plan: &Planned, choice: usize) -> Result<()> {
+    pub fn run_library(&self, product: &Product<'_>, plan: &Planned, choice: usize) -> Result<()> {
         self.products.run_choice(product, plan, choice)
     }
 

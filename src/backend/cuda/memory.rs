@@ -1,4 +1,4 @@
-//! Hidden states, activations and weights on their way to the device, within it and back.
+//! Copies of hidden states, activations and weights to the device, within it and back.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -51,7 +51,7 @@ impl Memory for Cuda {
         let bytes = 4 * x.count();
         let data = match &x.values {
             Values::Resident(buffer) => buffer.download(0..bytes)?,
-            Values::Offloaded(host) => bytemuck::cast_slice(&host.as_slice()[..bytes]).to_vec(),
+            Values::Offloaded(host) => bytemuck::cast_slice(host.as_slice()).to_vec(),
         };
         Ok(Matrix { rows, columns, data })
     }
@@ -68,7 +68,7 @@ impl Memory for Cuda {
         let copy = self.gpu.alloc(bytes)?;
         match &x.values {
             Values::Resident(buffer) => copy.copy_from(buffer, bytes)?,
-            Values::Offloaded(host) => copy.copy_up(0, host, bytes, Stream::Main)?,
+            Values::Offloaded(host) => copy.copy_all_up(0, host)?,
         }
         Ok(Hidden::new(x.rows, x.columns, copy))
     }
@@ -101,21 +101,20 @@ impl Memory for Cuda {
             ))
             .hint("end what else uses the GPU, raise --gpu-memory, or run with --device cpu"));
         }
-        self.aside_limit_bytes.store(limit - bytes, Ordering::Relaxed);
+        self.offload_limit_bytes.store(limit - bytes, Ordering::Relaxed);
         Ok(())
     }
 
     fn offload(&self, x: &mut Hidden) -> Result<()> {
         let bytes = 4 * x.count();
         if matches!(x.home, Home::Undecided) {
-            let limit = self.aside_limit_bytes.load(Ordering::Relaxed);
-            let resident = Resident::take(bytes as u64, &self.aside_bytes, limit);
+            let limit = self.offload_limit_bytes.load(Ordering::Relaxed);
+            let resident = Resident::take(bytes as u64, &self.offloaded_bytes, limit);
             x.home = resident.map_or(Home::Host, |resident| Home::Device { _resident: resident });
         }
         if matches!(x.home, Home::Host) {
-            let mut host = self.gpu.pinned(bytes)?;
-            x.float().copy_down(0, &mut host, bytes, Stream::Main)?;
-            self.gpu.wait(Stream::Main)?;
+            let host = self.gpu.pinned(bytes)?;
+            let host = x.float().copy_down(0, host, bytes, Stream::Main)?.wait()?;
             x.values = Values::Offloaded(host);
         }
         Ok(())
@@ -123,11 +122,8 @@ impl Memory for Cuda {
 
     fn reload(&self, x: &mut Hidden) -> Result<()> {
         if let Values::Offloaded(host) = &x.values {
-            let bytes = 4 * x.count();
-            let buffer = self.gpu.alloc(bytes)?;
-            buffer.copy_up(0, host, bytes, Stream::Main)?;
-            // The host's copy must stay until it is read.
-            self.gpu.wait(Stream::Main)?;
+            let buffer = self.gpu.alloc(4 * x.count())?;
+            buffer.copy_all_up(0, host)?;
             x.values = Values::Resident(buffer);
         }
         Ok(())

@@ -12,8 +12,9 @@ pub mod cache;
 mod cache_tests;
 mod calibration;
 pub mod compile;
+mod deferred_errors;
 mod drift;
-mod faults;
+mod driver_error;
 mod forward;
 mod fused;
 #[cfg(test)]
@@ -36,6 +37,7 @@ pub mod product;
 mod quantization;
 mod quantize;
 mod search;
+mod slice;
 mod staging;
 pub mod tensor;
 #[cfg(test)]
@@ -51,13 +53,12 @@ use compile::Compiler;
 use gpu::{Buffer, Gpu, Stream};
 use integer::Narrow;
 pub use integer::VARIABLE as NARROW_VARIABLE;
-use launch::{Geometry, Kernels, arguments};
+use kernels::elementwise::Convert;
+use launch::Kernels;
 use product::{Operand, Precision, Product, Products};
+use slice::In;
 use staging::Staging;
 use tensor::{Activation, Dense, Weight};
-
-/// Threads of a block in the kernels that do not say otherwise.
-const THREADS: usize = 256;
 
 /// A CUDA device.
 pub struct Cuda {
@@ -70,9 +71,9 @@ pub struct Cuda {
     /// What codes of 4 bits are multiplied by.
     narrow: Narrow,
     /// Bytes that hidden states take on the device while they are offloaded.
-    aside_bytes: Arc<AtomicU64>,
+    offloaded_bytes: Arc<AtomicU64>,
     /// Bytes that they may take.
-    aside_limit_bytes: AtomicU64,
+    offload_limit_bytes: AtomicU64,
 }
 
 impl Cuda {
@@ -96,8 +97,8 @@ impl Cuda {
             uploads: Mutex::new(Staging::new(Arc::clone(&gpu), Stream::Up)?),
             downloads: Mutex::new(Staging::new(Arc::clone(&gpu), Stream::Down)?),
             rope: Mutex::default(),
-            aside_bytes: Arc::default(),
-            aside_limit_bytes: AtomicU64::new(u64::MAX),
+            offloaded_bytes: Arc::default(),
+            offload_limit_bytes: AtomicU64::new(u64::MAX),
             gpu,
         })
     }
@@ -105,16 +106,6 @@ impl Cuda {
     /// Seconds of each kernel so far, where they are timed.
     pub fn kernel_seconds(&self) -> Vec<(String, f64)> {
         self.gpu.kernel_seconds()
-    }
-
-    fn launch(
-        &self,
-        family: &str,
-        entry: &str,
-        geometry: Geometry,
-        arguments: &[launch::Argument],
-    ) -> Result<()> {
-        self.kernels.launch(family, &[], entry, geometry, arguments)
     }
 
     /// An activation whose values are still to be written.
@@ -127,14 +118,14 @@ impl Cuda {
         let count = weight.rows * weight.columns;
         let bad = self.gpu.alloc_on(stream, 8)?;
         bad.fill(0xff, stream)?;
-        self.kernels.launch_on(
-            stream,
-            "elementwise",
-            &[],
-            &format!("convert_{}", weight.kind()),
-            Geometry::line(count.div_ceil(THREADS * 16).clamp(1, 2048), THREADS),
-            arguments![&*weight.data, count as i64, to, &bad],
-        )?;
+        let kernel = Convert {
+            x: (&*weight.data).into(),
+            count: count as i64,
+            to: to.map(Into::into),
+            bad: (&bad).into(),
+            element: weight.element(),
+        };
+        self.kernels.launch_on(stream, &kernel)?;
         let first = bad.download_on::<u64>(stream, 0..8)?[0];
         Ok((first != u64::MAX).then_some(first))
     }
@@ -162,15 +153,15 @@ impl Cuda {
         precision: Precision,
         add: bool,
     ) -> Result<()> {
-        let operand = |pointer, transposed| Operand { pointer, stride: weight.columns, transposed };
-        let x = x.half().pointer() + (2 * rows.first * weight.columns) as u64;
+        let operand = |memory, transposed| Operand { memory, stride: weight.columns, transposed };
+        let x = In::from(x.half()).skip(2 * rows.first * weight.columns);
         self.products.run(&Product {
             m: weight.rows,
             n: rows.count,
             k: weight.columns,
-            a: operand(weight.data.pointer(), true),
+            a: operand((&*weight.data).into(), true),
             b: operand(x, false),
-            c: Operand { pointer: to.pointer(), stride: weight.rows, transposed: false },
+            c: Operand { memory: to.into(), stride: weight.rows, transposed: false },
             add,
             precision,
         })

@@ -4,10 +4,9 @@ Everything here is row-major for its callers. The libraries are column-major, wh
 is its own transpose: `y = x w^T` is asked for as `y^T = w x^T`. */
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::ptr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::cublaslt::result as lt;
 use cudarc::cublaslt::sys::{
@@ -17,16 +16,17 @@ use cudarc::cublaslt::sys::{
 use cudarc::cusolver::sys as solver;
 
 use super::gpu::{Buffer, Gpu, Stream};
+use super::slice::In;
 use crate::{Error, Result};
 
 /// Room that cuBLASLt may use; 32 MB is what NVIDIA recommends for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
 
-/// A matrix in device memory, column-major: entry (i, j) is `i + j * stride` elements after `pointer`.
+/// A matrix in device memory, column-major: entry (i, j) is element `i + j * stride` of its memory.
 #[derive(Clone, Copy, Debug)]
-pub struct Operand {
-    /// Its first entry.
-    pub pointer: u64,
+pub struct Operand<'a> {
+    /// Its bytes, from its first entry on. Those of the result are written.
+    pub memory: In<'a, u8>,
     /// Elements from column to column.
     pub stride: usize,
     /// Whether the product takes its transpose.
@@ -52,7 +52,7 @@ pub enum Precision {
 
 /// `c = a b`, or `c += a b`: `[m, n]` from `[m, k]` and `[k, n]`, column-major.
 #[derive(Clone, Copy, Debug)]
-pub struct Product {
+pub struct Product<'a> {
     /// Rows of the result.
     pub m: usize,
     /// Columns of the result.
@@ -60,11 +60,11 @@ pub struct Product {
     /// Depth of the sums.
     pub k: usize,
     /// The left operand.
-    pub a: Operand,
+    pub a: Operand<'a>,
     /// The right operand.
-    pub b: Operand,
+    pub b: Operand<'a>,
     /// Where the result goes.
-    pub c: Operand,
+    pub c: Operand<'a>,
     /// Whether it is added to what is there.
     pub add: bool,
     /// How it is computed.
@@ -77,11 +77,25 @@ type Form = (usize, bool, u32);
 /// What decides the kernel that cuBLASLt takes.
 type Key = (usize, usize, usize, [Form; 3], bool, Precision);
 
-impl Product {
+impl Product<'_> {
+    /// Checks that the operands are as large as the product reads and writes.
+    fn check(&self) {
+        let Self { m, n, k, a, b, c, precision, .. } = *self;
+        let (input, output) = precision.bytes();
+        for (operand, rows, columns, bytes) in
+            [(a, m, k, input), (b, k, n, input), (c, m, n, output)]
+        {
+            let (rows, columns) =
+                if operand.transposed { (columns, rows) } else { (rows, columns) };
+            let last = (columns - 1) * operand.stride + rows;
+            assert!(operand.memory.holds(last * bytes), "an operand is too small: {self:?}");
+        }
+    }
+
     fn forms(&self) -> [Form; 3] {
-        let form = |operand: Operand, bytes: usize| {
+        let form = |operand: Operand<'_>, bytes: usize| {
             // The address decides which instructions can load it, and so does the distance of columns.
-            let alignment = operand.pointer | (operand.stride * bytes) as u64 | 256;
+            let alignment = operand.memory.pointer() | (operand.stride * bytes) as u64 | 256;
             (operand.stride, operand.transposed, 1 << alignment.trailing_zeros())
         };
         let (in_bytes, out_bytes) = self.precision.bytes();
@@ -103,6 +117,11 @@ impl Planned {
     }
 }
 
+// SAFETY: nothing of it changes, and its parts may be used from any thread.
+unsafe impl Send for Planned {}
+// SAFETY: as above.
+unsafe impl Sync for Planned {}
+
 impl Drop for Planned {
     fn drop(&mut self) {
         // SAFETY: all was made for this product and is used no more. Nothing can be done about a failure.
@@ -118,19 +137,27 @@ impl Drop for Planned {
 /// The two libraries, opened for a device.
 pub struct Products {
     gpu: Arc<Gpu>,
-    handle: lts::cublasLtHandle_t,
-    solver: solver::cusolverDnHandle_t,
+    handle: LtHandle,
+    solver: Mutex<SolverHandle>,
     workspace: Buffer,
     /// The scale of FP8 operands: 1, in f32.
     one: Buffer,
-    planned: Mutex<HashMap<Key, Planned>>,
+    planned: Mutex<HashMap<Key, Arc<Planned>>>,
 }
 
-// SAFETY: the handles may be used from any thread; plans are behind a mutex, and cuSOLVER's handle is
-// used by the thread that computes alone.
-unsafe impl Send for Products {}
+/// cuBLASLt's handle, which several threads may use at the same time.
+struct LtHandle(lts::cublasLtHandle_t);
+
+// SAFETY: the library says so.
+unsafe impl Send for LtHandle {}
 // SAFETY: as above.
-unsafe impl Sync for Products {}
+unsafe impl Sync for LtHandle {}
+
+/// cuSOLVER's handle, which one thread may use at a time.
+struct SolverHandle(solver::cusolverDnHandle_t);
+
+// SAFETY: any thread may be that one.
+unsafe impl Send for SolverHandle {}
 
 impl Products {
     /// Opens both libraries, which must be there.
@@ -146,45 +173,56 @@ impl Products {
         solved("cusolverDnSetStream", set)?;
         let workspace = gpu.alloc(WORKSPACE_BYTES)?;
         let one = gpu.upload(&[1f32])?;
+        let (handle, solver) = (LtHandle(handle), Mutex::new(SolverHandle(solver)));
         Ok(Self { gpu, handle, solver, workspace, one, planned: Mutex::default() })
     }
 
     /// Computes a product on the main stream.
-    pub fn run(&self, product: &Product) -> Result<()> {
+    pub fn run(&self, product: &Product<'_>) -> Result<()> {
         let Product { m, n, k, add, precision, .. } = *product;
         let name =
             || format!("product {m} x {n} x {k} {precision:?}{}", if add { " added" } else { "" });
         self.gpu.traced(name, || self.multiply(product))
     }
 
-    fn multiply(&self, product: &Product) -> Result<()> {
+    fn multiply(&self, product: &Product<'_>) -> Result<()> {
         let Product { m, n, k, add, precision, .. } = *product;
         if m == 0 || n == 0 || k == 0 {
             return Ok(());
         }
         let forms = product.forms();
         let key = (m, n, k, forms, add, precision);
-        let mut planned = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
-        let plan = match planned.entry(key) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => {
+        let known = self.planned().get(&key).cloned();
+        let plan = match known {
+            Some(plan) => plan,
+            None => {
+                // No lock is held: two threads may plan the same product, and either plan does.
                 let plan = self.plan(product, 1)?;
                 if plan.choices() == 0 {
                     let none = lts::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED;
                     return Err(failed("choosing a kernel of cuBLASLt", lt::CublasError(none)));
                 }
-                entry.insert(plan)
+                Arc::clone(self.planned().entry(key).or_insert_with(|| Arc::new(plan)))
             }
         };
-        self.run_choice(product, plan, 0)
+        self.run_choice(product, &plan, 0)
+    }
+
+    fn planned(&self) -> MutexGuard<'_, HashMap<Key, Arc<Planned>>> {
+        self.planned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn solver(&self) -> MutexGuard<'_, SolverHandle> {
+        self.solver.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Computes a product on the main stream by one of the kernels that were planned for its shape.
     ///
     /// # Errors
     /// A machine error, also where the kernel turns out not to know the shape.
-    pub fn run_choice(&self, product: &Product, plan: &Planned, choice: usize) -> Result<()> {
+    pub fn run_choice(&self, product: &Product<'_>, plan: &Planned, choice: usize) -> Result<()> {
         self.gpu.bind()?;
+        product.check();
         let Product { a, b, c, add, precision, .. } = *product;
         let floats = [1f32, f32::from(u8::from(add))];
         let integers = [1i32, i32::from(add)];
@@ -195,17 +233,17 @@ impl Products {
         // SAFETY: the plan was made for these shapes; the operands are device memory of these sizes.
         unsafe {
             lt::matmul(
-                self.handle,
+                self.handle.0,
                 plan.description,
                 scalar(0),
                 scalar(1),
-                a.pointer as *const c_void,
+                a.memory.pointer() as *const c_void,
                 plan.layouts[0],
-                b.pointer as *const c_void,
+                b.memory.pointer() as *const c_void,
                 plan.layouts[1],
-                c.pointer as *const c_void,
+                c.memory.pointer() as *const c_void,
                 plan.layouts[2],
-                c.pointer as *mut c_void,
+                c.memory.pointer() as *mut c_void,
                 plan.layouts[2],
                 &raw const plan.algorithms[choice],
                 self.workspace.pointer() as *mut c_void,
@@ -217,7 +255,7 @@ impl Products {
     }
 
     /// Asks cuBLASLt for up to `most` kernels; none where it knows none for the shape.
-    pub fn plan(&self, product: &Product, most: usize) -> Result<Planned> {
+    pub fn plan(&self, product: &Product<'_>, most: usize) -> Result<Planned> {
         self.gpu.bind()?;
         let Product { m, n, k, a, b, precision, .. } = *product;
         let forms = product.forms();
@@ -285,7 +323,7 @@ impl Products {
         // SAFETY: all descriptions are alive, and there is room for as many results as are asked for.
         let status = unsafe {
             let status = lts::cublasLtMatmulAlgoGetHeuristic(
-                self.handle,
+                self.handle.0,
                 description,
                 layouts[0],
                 layouts[1],
@@ -319,11 +357,13 @@ impl Products {
         let upper = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
         let size = i32::try_from(n)
             .map_err(|_| Error::machine(format!("a Hessian of {n} channels is too large")))?;
+        assert!(In::<f32>::from(matrix).holds(n * n), "a matrix of {n} x {n}");
         let pointer = matrix.pointer() as *mut f32;
+        let solver = self.solver();
         let mut work = 0;
         // SAFETY: the matrix holds n * n values; the call writes one integer.
         let asked = unsafe {
-            solver::cusolverDnSpotrf_bufferSize(self.solver, upper, size, pointer, size, &mut work)
+            solver::cusolverDnSpotrf_bufferSize(solver.0, upper, size, pointer, size, &mut work)
         };
         solved("cusolverDnSpotrf_bufferSize", asked)?;
         let workspace = self.gpu.alloc(4 * work.max(1) as usize)?;
@@ -331,7 +371,7 @@ impl Products {
         // SAFETY: workspace and info are as large as was asked for.
         let factorize = || unsafe {
             solver::cusolverDnSpotrf(
-                self.solver,
+                solver.0,
                 upper,
                 size,
                 pointer,
@@ -350,6 +390,9 @@ impl Products {
     /// `factor` `[n, n]` as [`cholesky`](Self::cholesky) leaves it.
     pub fn solve(&self, factor: &Buffer, n: usize, right: &Buffer, rows: usize) -> Result<()> {
         self.gpu.bind()?;
+        assert!(In::<f32>::from(factor).holds(n * n), "a factor of {n} x {n}");
+        assert!(In::<f32>::from(right).holds(rows * n), "{rows} rows of {n}");
+        let solver = self.solver();
         let upper = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
         let size = |n: usize| {
             i32::try_from(n).map_err(|_| Error::machine(format!("{n} channels are too many")))
@@ -359,7 +402,7 @@ impl Products {
         // SAFETY: the buffers hold n * n and rows * n values; the call writes one integer.
         let solve = || unsafe {
             solver::cusolverDnSpotrs(
-                self.solver,
+                solver.0,
                 upper,
                 n,
                 rows,
@@ -380,11 +423,12 @@ impl Drop for Products {
         if self.gpu.wait(Stream::Main).is_err() {
             return;
         }
-        self.planned.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        self.planned().clear();
+        let solver = self.solver().0;
         // SAFETY: both were made here and are used no more.
         unsafe {
-            let _ = lt::destroy_handle(self.handle);
-            let _ = solver::cusolverDnDestroy(self.solver);
+            let _ = lt::destroy_handle(self.handle.0);
+            let _ = solver::cusolverDnDestroy(solver);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::Cuda;
 use super::gpu::Stream;
-use super::product::Precision;
+use super::kernels::Float;
 use super::tensor::{Cross, Dense, Factor, Hessian, Packed, Quantized, Site, Weight};
 use crate::backend::{AccumulatedError, Damping, Quantization, Unquantized};
 use crate::checkpoint::Dtype;
@@ -30,14 +30,14 @@ impl Quantization for Cuda {
         if format.row.numbers.bits < 16 {
             self.check_levels(format.row.numbers.levels)?;
         }
-        let places = self.places(format)?;
+        let slots = self.slots(format)?;
         let order = Arc::new(self.gpu.upload(&format.order)?);
-        Ok(Site { format: format.clone(), order, places, norm: OnceLock::new() })
+        Ok(Site { format: format.clone(), order, slots, norm: OnceLock::new() })
     }
 
     fn dense(&self, weight: &Weight, site: Option<&Site>) -> Result<Dense> {
         if let Some(site) = site {
-            let data = Arc::new(self.arranged(weight, site, Precision::HalfToHalf)?);
+            let data = Arc::new(self.permuted(weight, site, Float::Half)?);
             return Ok(Dense { rows: weight.rows, columns: site.format.width(), data });
         }
         let (rows, columns) = (weight.rows, weight.columns);
@@ -57,7 +57,7 @@ impl Quantization for Cuda {
     }
 
     fn dense_of(&self, weight: &Quantized) -> Result<Dense> {
-        let data = Arc::new(self.dequantized(weight, true)?);
+        let data = Arc::new(self.dequantized(weight, Float::Half)?);
         Ok(Dense { rows: weight.rows, columns: weight.format.row.width(), data })
     }
 

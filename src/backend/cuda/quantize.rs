@@ -5,15 +5,15 @@ use std::sync::{Arc, PoisonError};
 
 use half::f16;
 
+use super::Cuda;
 use super::gpu::Buffer;
-use super::kernels::{self, Defines};
-use super::launch::{Argument, Geometry, arguments};
-use super::product::Precision;
+use super::kernels::Float;
+use super::kernels::permute::{Dequantize, Permutation, Permute, Quantize};
+use super::slice::{Any, In, Out};
 use super::tensor::{
     Activation, Codes, Layout, OUTLIER_MULTIPLE, Outliers, Quantized, Rows, SCALE_MULTIPLE, Site,
     Weight,
 };
-use super::{Cuda, THREADS};
 use crate::Result;
 use crate::backend::Quantization;
 use crate::quant::float::{e4m3_bits, e4m3_value};
@@ -22,123 +22,37 @@ use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::number::{LinearFormat, OutlierFormat, RowFormat};
 use crate::quant::rows::{OutlierRows, QuantizedRows};
-use crate::quant::site::{SiteFormat, Transform};
-
-/// Shared memory that a row may be staged in: eight blocks of threads fit an SM beside each other.
-const STAGED_BYTES: usize = 24 << 10;
-/// Groups that are worked on in registers; arrange.cu has the same list.
-const IN_REGISTERS: [usize; 6] = [32, 64, 128, 256, 512, 1024];
-/// Groups of which `quantize` takes two rows of 16-bit values a block, as arrange.cu says.
-const PAIRED: [usize; 4] = [32, 64, 128, 256];
-/// Shared memory that two rows may be staged in: three blocks of threads fit an SM of 228 KiB beside
-/// each other, one an SM of 100 KiB.
-const PAIR_BYTES: usize = 64 << 10;
-/// Shared memory of a block where groups are worked on there.
-const GROUP_BYTES: usize = 96 << 10;
-
-/// How arrange.cu is compiled and launched for a site.
-pub(super) struct Arranging {
-    pub(super) defines: Defines,
-    threads: usize,
-    shared_bytes: usize,
-    /// Whether a row is staged in shared memory.
-    pub(super) staged: i32,
-    /// Shared memory of a pair of rows, where `quantize` takes two a block.
-    pair_bytes: Option<usize>,
-}
-
-impl Arranging {
-    /// `element` is the type of the rows.
-    pub(super) fn new(format: &SiteFormat, element: &str) -> Self {
-        let hadamard = format.transform == Transform::Hadamard;
-        let row_bytes = format.channels * if element == "float" { 4 } else { 2 };
-        let group_size = format.row.numbers.group_size;
-        let (threads, group_bytes) = if IN_REGISTERS.contains(&group_size) {
-            (THREADS, 0)
-        } else {
-            // As many warps as there is room for their groups.
-            let warps = (GROUP_BYTES / (4 * group_size)).clamp(1, THREADS / 32);
-            (32 * warps, 4 * group_size * warps)
-        };
-        let staged = row_bytes <= STAGED_BYTES;
-        let row_bytes = if staged { row_bytes.next_multiple_of(16) } else { 0 };
-        // A word a channel, and sixteen bytes before the first.
-        let pair_bytes = 4 * (format.channels.next_multiple_of(4) + 4);
-        let paired = element != "float" && PAIRED.contains(&group_size) && pair_bytes <= PAIR_BYTES;
-        Self {
-            defines: kernels::arrange(group_size, hadamard, element, threads, paired),
-            threads,
-            shared_bytes: row_bytes + group_bytes,
-            staged: i32::from(staged),
-            pair_bytes: paired.then_some(pair_bytes),
-        }
-    }
-
-    pub(super) fn geometry(&self, rows: usize) -> Geometry {
-        Geometry { grid: (rows, 1, 1), threads: self.threads, shared_bytes: self.shared_bytes }
-    }
-
-    /// How `quantize` is launched, and its argument `staged`: where it takes two rows a block, how many
-    /// there are.
-    fn quantizing(&self, rows: usize) -> (Geometry, Argument) {
-        match self.pair_bytes {
-            Some(shared_bytes) => {
-                let grid = (rows.div_ceil(2), 1, 1);
-                (Geometry { grid, threads: self.threads, shared_bytes }, rows.into())
-            }
-            None => (self.geometry(rows), self.staged.into()),
-        }
-    }
-}
 
 impl Cuda {
-    /// Rows `[rows, channels]` of type `element` in the site's order, transformed, as f16 or f32.
-    pub(super) fn arrange_rows(
+    /// Rows `[rows, channels]` in the site's order, transformed; `from` and `to` with the type of their values.
+    pub(super) fn permute_rows(
         &self,
-        x: u64,
-        element: &str,
+        (x, element): (In<'_, Any>, Float),
         rows: usize,
         site: &Site,
-        to: u64,
-        to_element: &str,
+        (y, to): (Out<'_, Any>, Float),
     ) -> Result<()> {
         let format = &site.format;
-        let arranging = Arranging::new(format, element);
-        self.kernels.launch(
-            "arrange",
-            &arranging.defines,
-            &format!("arrange_to_{to_element}"),
-            arranging.geometry(rows),
-            arguments![
-                x,
-                &*site.order,
-                format.channels,
-                format.row.groups,
-                format.row.outlier_channels,
-                arranging.staged,
-                to
-            ],
-        )
+        let permutation = Permutation::new(format, element);
+        self.kernels.launch(&Permute {
+            x,
+            order: (&*site.order).into(),
+            channels: format.channels,
+            groups: format.row.groups,
+            outliers: format.row.outlier_channels,
+            staged: permutation.staged,
+            y,
+            permutation,
+            to,
+            rows,
+        })
     }
 
     /// A weight in the site's order, transformed: f16 or f32.
-    pub(super) fn arranged(
-        &self,
-        weight: &Weight,
-        site: &Site,
-        precision: Precision,
-    ) -> Result<Buffer> {
-        let (bytes, element) =
-            if precision == Precision::HalfToHalf { (2, "half") } else { (4, "float") };
-        let to = self.gpu.alloc(bytes * weight.rows * site.format.width())?;
-        self.arrange_rows(
-            weight.data.pointer(),
-            weight.kind(),
-            weight.rows,
-            site,
-            to.pointer(),
-            element,
-        )?;
+    pub(super) fn permuted(&self, weight: &Weight, site: &Site, element: Float) -> Result<Buffer> {
+        let to = self.gpu.alloc(element.bytes() * weight.rows * site.format.width())?;
+        let from = ((&*weight.data).into(), weight.element());
+        self.permute_rows(from, weight.rows, site, ((&to).into(), element))?;
         Ok(to)
     }
 
@@ -149,11 +63,11 @@ impl Cuda {
         {
             return Ok(rows);
         }
-        self.laid_out(self.arranged_codes(x, site, name)?, &site.format.row)
+        self.laid_out(self.permuted_codes(x, site, name)?, &site.format.row)
     }
 
-    /// Codes by `arrange.cu`, in rows.
-    fn arranged_codes(&self, x: &Activation, site: &Site, name: &str) -> Result<Rows> {
+    /// Codes by `permute.cu`, in rows.
+    fn permuted_codes(&self, x: &Activation, site: &Site, name: &str) -> Result<Rows> {
         let format = &site.format;
         let RowFormat { numbers, groups, .. } = format.row;
         let tokens = x.rows;
@@ -169,38 +83,34 @@ impl Cuda {
             outliers,
         };
         let (least, greatest) = numbers.limits();
-        let arranging = Arranging::new(format, "half");
-        let (geometry, staged) = arranging.quantizing(tokens);
         let fp8 = format.row.outlier_format == OutlierFormat::Fp8;
-        let formats = kernels::formats(numbers.levels == Levels::Fp4, fp8);
-        self.kernels.launch(
-            "arrange",
-            &[arranging.defines, formats].concat(),
-            "quantize",
-            geometry,
-            arguments![
-                x.half(),
-                &*site.order,
-                format.channels,
-                format.row.groups,
-                format.row.outlier_channels,
-                rows.outliers.padded(),
-                i32::from(rows.outliers.values.is_some()),
-                staged,
-                format.clip,
-                numbers.top(),
-                i32::from(numbers.has_signs()),
-                least,
-                greatest,
-                &rows.codes,
-                &rows.scales,
-                scale_stride,
-                rows.outliers.codes.as_ref(),
-                rows.outliers.scales.as_ref(),
-                rows.outliers.values.as_ref(),
-                self.gpu.fault_cell(name)?
-            ],
-        )?;
+        let permutation =
+            Permutation::new(format, Float::Half).with_formats(numbers.levels == Levels::Fp4, fp8);
+        let Outliers { codes, scales, values, .. } = &rows.outliers;
+        self.kernels.launch(&Quantize {
+            x: x.half().into(),
+            order: (&*site.order).into(),
+            channels: format.channels,
+            groups,
+            outliers: format.row.outlier_channels,
+            padded_outliers: rows.outliers.padded(),
+            float_outliers: values.is_some(),
+            staged: permutation.staged_of(tokens),
+            clip: format.clip,
+            top: numbers.top(),
+            signed_scales: numbers.has_signs(),
+            least,
+            greatest,
+            codes: (&rows.codes).into(),
+            scales: (&rows.scales).into(),
+            scale_stride,
+            outlier_codes: codes.as_ref().map(Into::into),
+            outlier_scales: scales.as_ref().map(Into::into),
+            outlier_values: values.as_ref().map(Into::into),
+            bad: self.gpu.error_flag(name)?,
+            permutation,
+            rows: tokens,
+        })?;
         Ok(rows)
     }
 
@@ -297,77 +207,53 @@ impl Cuda {
         }
         let RowFormat { numbers, groups, outlier_channels, .. } = x.format;
         let y = self.half(x.tokens, x.format.width())?;
-        let outliers = [&x.outliers.codes, &x.outliers.scales, &x.outliers.values]
-            .map(|buffer| buffer.as_ref().map_or(0, Buffer::pointer));
-        self.launch_dequantize(
-            numbers.group_size,
-            x.tokens,
-            [x.codes.pointer(), x.scales.pointer()],
-            outliers,
-            [groups, outlier_channels, x.outliers.padded(), 1, 1, x.scale_stride],
-            y.half(),
-            "half",
-        )?;
+        let outliers = x.outliers.from(0);
+        self.kernels.launch(&Dequantize {
+            codes: (&x.codes).into(),
+            scales: (&x.scales).into(),
+            outlier_codes: outliers.codes,
+            outlier_scales: outliers.scales,
+            outlier_values: outliers.values,
+            groups,
+            outliers: outlier_channels,
+            padded_outliers: x.outliers.padded(),
+            rows_per_scale: 1,
+            row_stride: 1,
+            group_stride: x.scale_stride,
+            y: y.half().into(),
+            group_size: numbers.group_size,
+            rows: x.tokens,
+            to: Float::Half,
+        })?;
         Ok(y)
     }
 
     /// The weights that codes stand for `[rows, width]`, in f16 or in f32.
-    pub(super) fn dequantized(&self, weight: &Quantized, half: bool) -> Result<Buffer> {
+    pub(super) fn dequantized(&self, weight: &Quantized, element: Float) -> Result<Buffer> {
         let LinearFormat { row, rows_per_scale } = weight.format;
-        let RowFormat { numbers, groups, .. } = row;
-        let (bytes, element) = if half { (2, "half") } else { (4, "float") };
-        let to = self.gpu.alloc(bytes * weight.rows * row.width())?;
-        let outliers = &weight.shared.outliers;
-        self.launch_dequantize(
-            numbers.group_size,
-            weight.rows,
-            [weight.codes(), weight.scales()],
-            weight.outliers(),
-            [groups, outliers.channels, outliers.padded(), rows_per_scale, groups, 1],
-            &to,
-            element,
-        )?;
+        let to = self.gpu.alloc(element.bytes() * weight.rows * row.width())?;
+        let outliers = weight.outliers();
+        self.kernels.launch(&Dequantize {
+            codes: weight.codes(),
+            scales: weight.scales(),
+            outlier_codes: outliers.codes,
+            outlier_scales: outliers.scales,
+            outlier_values: outliers.values,
+            groups: row.groups,
+            outliers: weight.shared.outliers.channels,
+            padded_outliers: weight.shared.outliers.padded(),
+            rows_per_scale,
+            row_stride: row.groups,
+            group_stride: 1,
+            y: (&to).into(),
+            group_size: row.numbers.group_size,
+            rows: weight.rows,
+            to: element,
+        })?;
         Ok(to)
     }
 
-    /// `sizes`: groups, outliers, padded outliers, rows a scale, and the scales' strides from row to
-    /// row and from group to group.
-    #[expect(clippy::too_many_arguments, reason = "the operands of one kernel")]
-    fn launch_dequantize(
-        &self,
-        group_size: usize,
-        rows: usize,
-        [codes, scales]: [u64; 2],
-        [outlier_codes, outlier_scales, outlier_values]: [u64; 3],
-        [groups, outliers, padded, rows_per_scale, row_stride, group_stride]: [usize; 6],
-        to: &Buffer,
-        element: &str,
-    ) -> Result<()> {
-        // The transform and the type of rows play no part on the way back.
-        let defines = kernels::arrange(group_size, false, "half", THREADS, false);
-        self.kernels.launch(
-            "arrange",
-            &defines,
-            &format!("dequantize_to_{element}"),
-            Geometry::line(rows, THREADS),
-            arguments![
-                codes,
-                scales,
-                outlier_codes,
-                outlier_scales,
-                outlier_values,
-                groups,
-                outliers,
-                padded,
-                rows_per_scale,
-                row_stride,
-                group_stride,
-                to
-            ],
-        )
-    }
-
-    /// A quantized weight on the host. On the stream beside the kernels.
+    /// A quantized weight on the host. On a stream of its own.
     pub(super) fn fetch(&self, weight: Quantized) -> Result<QuantizedLinear> {
         let (rows, format) = (weight.rows, weight.format);
         let RowFormat { groups, outlier_channels, .. } = format.row;

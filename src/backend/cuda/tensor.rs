@@ -5,7 +5,9 @@ use std::sync::{Arc, OnceLock};
 
 use super::fused::NormWeight;
 use super::gpu::{Buffer, Mark, Pinned};
-use super::kernels::FEW_TOKENS;
+use super::kernels::Float;
+use super::kernels::product::FEW_TOKENS;
+use super::slice::In;
 use crate::backend::Tensor;
 use crate::checkpoint::Dtype;
 use crate::quant::number::{LinearFormat, RowFormat};
@@ -32,12 +34,12 @@ pub struct Activation {
     pub(super) columns: usize,
     pub(super) data: Buffer,
     /// The order of its columns, where it is not the source's: only of gate and up.
-    pub(super) places: Option<Places>,
+    pub(super) slots: Option<Slots>,
 }
 
-/// The places of a site's order, as rows of weights and columns of what they give.
+/// The slots of a site's order, as rows of weights and columns of what they give.
 #[derive(Clone)]
-pub(super) struct Places {
+pub(super) struct Slots {
     /// The channel of each, -1 for padding, whose values are zeros.
     pub(super) order: Arc<Buffer>,
     /// Channels of the source.
@@ -108,7 +110,7 @@ impl Tensor for Hidden {
 
 impl Activation {
     pub(super) fn new(rows: usize, columns: usize, data: Buffer) -> Self {
-        Self { rows, columns, data, places: None }
+        Self { rows, columns, data, slots: None }
     }
 
     pub(super) fn count(&self) -> usize {
@@ -117,7 +119,7 @@ impl Activation {
 
     /// The values, where they are in the source's order.
     pub(super) fn half(&self) -> &Buffer {
-        assert!(self.places.is_none(), "only SiLU takes what lies in a site's order");
+        assert!(self.slots.is_none(), "only SiLU takes what lies in a site's order");
         &self.data
     }
 }
@@ -139,12 +141,12 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// The name that kernels have for the type.
-    pub(super) fn kind(&self) -> &'static str {
+    /// The type as kernels know it.
+    pub(super) fn element(&self) -> Float {
         match self.dtype {
-            Dtype::F16 => "half",
-            Dtype::BF16 => "bf16",
-            _ => "float",
+            Dtype::F16 => Float::Half,
+            Dtype::BF16 => Float::Bf16,
+            _ => Float::Single,
         }
     }
 }
@@ -161,7 +163,7 @@ pub struct Site {
     pub(super) format: SiteFormat,
     pub(super) order: Arc<Buffer>,
     /// The order in whole panels, where `fused` makes the site's codes.
-    pub(super) places: Option<Buffer>,
+    pub(super) slots: Option<Buffer>,
     /// The weight of the norm before it, in that order: a site stands behind one norm at most.
     pub(super) norm: OnceLock<NormWeight>,
 }
@@ -184,7 +186,25 @@ pub(super) struct Outliers {
     pub(super) values: Option<Buffer>,
 }
 
+/// What kernels read of outliers.
+#[derive(Clone, Copy)]
+pub(super) struct OutlierSlices<'a> {
+    pub(super) codes: Option<In<'a, i8>>,
+    pub(super) scales: Option<In<'a, f32>>,
+    pub(super) values: Option<In<'a, f32>>,
+}
+
 impl Outliers {
+    /// Those of the rows from `first` on.
+    pub(super) fn from(&self, first: usize) -> OutlierSlices<'_> {
+        let Self { channels, codes, scales, values } = self;
+        OutlierSlices {
+            codes: codes.as_ref().map(|codes| In::from(codes).skip(first * self.padded())),
+            scales: scales.as_ref().map(|scales| In::from(scales).skip(first)),
+            values: values.as_ref().map(|values| In::from(values).skip(first * channels)),
+        }
+    }
+
     /// Columns of the codes.
     pub(super) fn padded(&self) -> usize {
         if self.codes.is_some() { self.channels.next_multiple_of(OUTLIER_MULTIPLE) } else { 0 }
@@ -198,7 +218,7 @@ pub(super) enum Layout {
     RowMajor,
     /// As rows, codes two a byte, the first in the lower half.
     Nibbles,
-    /// As kernels/hopper.cuh reads them: panels of 128 places, `[panels, scale_stride, 128]`, outliers' codes likewise;
+    /// As kernels/hopper.cuh reads them: panels of 128 slots, `[panels, scale_stride, 128]`, outliers' codes likewise;
     /// f16 scales `[ceil(groups / 8), scale_stride, 8]`.
     Tiled,
 }
@@ -258,23 +278,19 @@ impl Quantized {
         self.format.scale_rows(self.rows)
     }
 
-    /// Where its codes begin.
-    pub(super) fn codes(&self) -> u64 {
-        self.shared.codes.pointer() + (self.first_row * self.format.row.grouped_channels()) as u64
+    /// Its codes.
+    pub(super) fn codes(&self) -> In<'_, i8> {
+        In::from(&self.shared.codes).skip(self.first_row * self.format.row.grouped_channels())
     }
 
-    /// Where its scales begin.
-    pub(super) fn scales(&self) -> u64 {
-        self.shared.scales.pointer() + (4 * self.first_scale() * self.format.row.groups) as u64
+    /// Its scales.
+    pub(super) fn scales(&self) -> In<'_, f32> {
+        In::from(&self.shared.scales).skip(self.first_scale() * self.format.row.groups)
     }
 
-    /// Where its outliers' codes, scales and values begin; 0 for what there is not.
-    pub(super) fn outliers(&self) -> [u64; 3] {
-        let Outliers { channels, codes, scales, values } = &self.shared.outliers;
-        let at = |buffer: &Option<Buffer>, bytes: usize| {
-            buffer.as_ref().map_or(0, |buffer| buffer.pointer() + (self.first_row * bytes) as u64)
-        };
-        [at(codes, self.shared.outliers.padded()), at(scales, 4), at(values, 4 * channels)]
+    /// Its outliers.
+    pub(super) fn outliers(&self) -> OutlierSlices<'_> {
+        self.shared.outliers.from(self.first_row)
     }
 }
 
@@ -284,7 +300,7 @@ pub struct Packed {
     pub(super) rows: usize,
     pub(super) form: Form,
     /// What its rows are, where they are not the source's.
-    pub(super) places: Option<Places>,
+    pub(super) slots: Option<Slots>,
 }
 
 /// How a [`Packed`] linear lies in memory.

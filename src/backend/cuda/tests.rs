@@ -868,7 +868,7 @@ fn what_does_not_fit_is_offloaded_or_refused() {
         }
     }
     drop(tensors);
-    assert_eq!(cuda.aside_bytes.load(std::sync::atomic::Ordering::Relaxed), 0);
+    assert_eq!(cuda.offloaded_bytes.load(std::sync::atomic::Ordering::Relaxed), 0);
 
     let error = cuda.reserve(1 << 60).unwrap_err();
     assert_eq!(error.kind(), crate::Kind::Machine);

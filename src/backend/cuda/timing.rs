@@ -5,7 +5,8 @@ use cudarc::driver::DriverError;
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
 
 use super::Cuda;
-use super::gpu::{Stream, TRACE_VARIABLE, failed};
+use super::driver_error::failed;
+use super::gpu::{Stream, TRACE_VARIABLE};
 use crate::{Error, Result};
 
 /// Replays of a measurement, behind one that warms up.

@@ -6,18 +6,19 @@ use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::result;
 
-use super::gpu::failed;
+use super::driver_error::failed;
+use super::slice::Out;
 use crate::{Error, Result};
 
-/// Kernels that may be on their way.
-const CELLS: usize = 1024;
-/// What a cell holds of a kernel that has found nothing.
+/// Kernels that may be in flight.
+const FLAGS: usize = 1024;
+/// What a flag holds of a kernel that has found nothing.
 const NOTHING: u32 = u32::MAX;
 
-/// A cell for each kernel that checks rows of activations: the least row with a value or a scale beyond f16, or no number.
-pub(super) struct Faults {
-    /// Page-locked memory, which kernels lower with `atomicMin`.
-    cells: *mut u32,
+/// A flag for each kernel that checks rows of activations: the least row with a value or a scale beyond f16, or no number.
+pub(super) struct DeferredErrors {
+    /// Pinned memory, which kernels lower with `atomicMin`.
+    flags: Flags,
     state: Mutex<State>,
 }
 
@@ -26,54 +27,58 @@ struct State {
     pending: Vec<Pending>,
 }
 
-/// A kernel's cell and the site whose activations it quantizes.
+/// A kernel's flag and the site whose activations it quantizes.
 pub(super) struct Pending {
-    cell: usize,
+    flag: usize,
     site: String,
 }
 
-// SAFETY: cells are read and reset by who has taken them out of `state`, when their kernels are done.
-unsafe impl Send for Faults {}
-// SAFETY: as above.
-unsafe impl Sync for Faults {}
+/// Pinned memory of the flags.
+struct Flags(*mut u32);
 
-impl Faults {
+// SAFETY: flags are read and reset by who has taken them out of `state`, when their kernels are done.
+unsafe impl Send for Flags {}
+// SAFETY: as above.
+unsafe impl Sync for Flags {}
+
+impl DeferredErrors {
     /// Nothing found. The context is current.
     pub(super) fn new() -> Result<Self> {
         // SAFETY: the context is current.
-        let cells = unsafe { result::malloc_host(4 * CELLS, 0) }
-            .map_err(|error| failed("allocating page-locked host memory", error))?
+        let flags = unsafe { result::malloc_host(4 * FLAGS, 0) }
+            .map_err(|error| failed("allocating pinned host memory", error))?
             .cast::<u32>();
-        for cell in 0..CELLS {
+        for flag in 0..FLAGS {
             // SAFETY: the memory is ours and holds so many.
-            unsafe { cells.add(cell).write(NOTHING) };
+            unsafe { flags.add(flag).write(NOTHING) };
         }
-        let state = State { free: (0..CELLS).rev().collect(), pending: Vec::new() };
-        Ok(Self { cells, state: Mutex::new(state) })
+        let state = State { free: (0..FLAGS).rev().collect(), pending: Vec::new() };
+        Ok(Self { flags: Flags(flags), state: Mutex::new(state) })
     }
 
     /// Where a kernel that quantizes a site's activations writes, by its address on the device, which is the host's; none if
-    /// too many are on their way.
-    pub(super) fn cell(&self, site: &str) -> Option<u64> {
+    /// too many are in flight.
+    pub(super) fn flag(&self, site: &str) -> Option<Out<'_, u32>> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let cell = state.free.pop()?;
-        state.pending.push(Pending { cell, site: site.to_owned() });
-        Some(self.cells.wrapping_add(cell) as u64)
+        let flag = state.free.pop()?;
+        state.pending.push(Pending { flag, site: site.to_owned() });
+        // SAFETY: the flag holds one number as long as this lives.
+        Some(unsafe { Out::one(self.flags.0.wrapping_add(flag) as u64) })
     }
 
-    /// The kernels on their way.
+    /// The kernels in flight.
     pub(super) fn take(&self) -> Vec<Pending> {
         std::mem::take(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner).pending)
     }
 
-    /// Gives back the cells of kernels that are done.
+    /// Gives back the flags of kernels that are done.
     ///
     /// # Errors
     /// An input error that names the first site and row with a fault, if there is one.
     pub(super) fn settle(&self, done: Vec<Pending>) -> Result<()> {
         let mut first = Ok(());
-        for Pending { cell, site } in &done {
-            let at = self.cells.wrapping_add(*cell);
+        for Pending { flag, site } in &done {
+            let at = self.flags.0.wrapping_add(*flag);
             // SAFETY: the kernel that writes it is done; the device does not show in the program.
             let row = unsafe { at.read_volatile() };
             if row != NOTHING && first.is_ok() {
@@ -86,14 +91,14 @@ impl Faults {
             unsafe { at.write_volatile(NOTHING) };
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.free.extend(done.into_iter().map(|pending| pending.cell));
+        state.free.extend(done.into_iter().map(|pending| pending.flag));
         first
     }
 }
 
-impl Drop for Faults {
+impl Drop for DeferredErrors {
     fn drop(&mut self) {
         // SAFETY: the memory is ours. Without a context there is nothing left to free.
-        let _ = unsafe { result::free_host(self.cells.cast()) };
+        let _ = unsafe { result::free_host(self.flags.0.cast()) };
     }
 }

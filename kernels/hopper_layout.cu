@@ -5,13 +5,18 @@
 // four places 4 * (t % 4) and on of every 16: the left operand of wgmma. Step s of 32 places has four registers:
 // row g, row g + 8, and both again 16 places on. Of 4 bits, two registers make a word.
 //
-// Macros: W_BITS 4 or 8, W_FP4, GROUP (32, 64 or 128).
+// Macros: W_BITS 4 or 8, W_FP4, GROUP (32, 64 or 128); sizes of blocks and panels.
 
-typedef unsigned short u16;
+#if !defined(GROUP) || !defined(W_BITS) || !defined(W_FP4) || !defined(PANEL) || !defined(BLOCK_ROWS) || \
+    !defined(SCALE_GROUPS) || !defined(OUTLIER_PART) || !defined(CODE_BYTES) || !defined(BLOCK_BYTES) || \
+    !defined(OUTLIER_CODE_BYTES) || !defined(OUTLIER_BYTES) || !defined(THREADS) || !defined(PACK_THREADS) || \
+    !defined(TOKEN_MULTIPLE) || !defined(CHUNK)
+#error "a constant is missing: src/backend/cuda/kernels/hopper_layout.rs declares them"
+#endif
+static_assert(PANEL == 128 && BLOCK_ROWS == 64 && SCALE_GROUPS == 8 && OUTLIER_PART == 64 && TOKEN_MULTIPLE == 8 && CHUNK == 16, "what wgmma and bulk copies take");
+static_assert(THREADS == 256 && PACK_THREADS == 128, "a warpgroup packs a block");
 
-#define GROUPS_A_STAGE (128 / GROUP)
-#define CODE_BYTES (64 * 128 * W_BITS / 8)
-#define BLOCK_BYTES (CODE_BYTES + GROUPS_A_STAGE * 64 * 2)
+#define GROUPS_A_STAGE (PANEL / GROUP)
 
 struct Rows {
     const i8* codes;
@@ -62,12 +67,12 @@ static __device__ __forceinline__ u32 word_of(const Rows& from, int row, long lo
 /// Blocks [row tiles][panels][BLOCK_BYTES] of codes [rows, groups * GROUP] and their scales, f16 values in
 /// f32, [ceil(rows / rows_per_scale), groups]. A block of 128 threads for each, panels in x, row tiles in y. With `order`, row i
 /// becomes row order[i] of the codes, or zeros for -1, and `rows` counts the order.
-extern "C" __global__ void __launch_bounds__(128)
-    pack_weights(const i8* codes, const float* scales, const int* order, int rows, int groups, int rows_per_scale, unsigned char* blocks) {
+extern "C" __global__ void __launch_bounds__(PACK_THREADS)
+    pack_weights(const i8* codes, const float* scales, const int* order, int rows, int groups, int rows_per_scale, u8* blocks) {
     const Rows from{codes, order, rows, (long long)groups * GROUP};
     const int thread = threadIdx.x, panel = blockIdx.x, first_row = blockIdx.y * 64;
     const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
-    unsigned char* block = blocks + ((long long)blockIdx.y * gridDim.x + panel) * BLOCK_BYTES;
+    u8* block = blocks + ((long long)blockIdx.y * gridDim.x + panel) * BLOCK_BYTES;
     for (int step = 0; step < 4; step++) {
         const long long place = panel * 128ll + step * 32 + thread % 4 * 4;
 #if W_BITS == 4
@@ -87,12 +92,12 @@ extern "C" __global__ void __launch_bounds__(128)
     }
 }
 
-/// Blocks [row tiles][halves][4096 + 128] of outlier codes [rows, width] and their scales [rows]. As pack_weights, with 64
+/// Blocks [row tiles][halves][OUTLIER_BYTES] of outlier codes [rows, width] and their scales [rows]. As pack_weights, with 64
 /// channels a block.
-extern "C" __global__ void __launch_bounds__(128) pack_outliers(const i8* codes, const float* scales, const int* order, int rows, int width, unsigned char* blocks) {
+extern "C" __global__ void __launch_bounds__(PACK_THREADS) pack_outliers(const i8* codes, const float* scales, const int* order, int rows, int width, u8* blocks) {
     const Rows from{codes, order, rows, width};
     const int thread = threadIdx.x, row = blockIdx.y * 64 + thread / 32 * 16 + thread % 32 / 4;
-    unsigned char* block = blocks + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * (4096 + 128);
+    u8* block = blocks + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * OUTLIER_BYTES;
     for (int step = 0; step < 2; step++) {
         const long long place = blockIdx.x * 64ll + step * 32 + thread % 4 * 4;
         *reinterpret_cast<uint4*>(block + step * 2048 + thread * 16) =
@@ -100,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(128) pack_outliers(const i8* codes,
     }
     if (thread < 64) {
         const int own = from.own(blockIdx.y * 64 + thread);
-        *reinterpret_cast<half*>(block + 4096 + thread * 2) = to_half(own >= 0 ? scales[own] : 0.0f);
+        *reinterpret_cast<half*>(block + OUTLIER_CODE_BYTES + thread * 2) = to_half(own >= 0 ? scales[own] : 0.0f);
     }
 }
 
@@ -111,9 +116,9 @@ static __device__ __forceinline__ long long chunk_at(int panel, int padded, int 
 
 /// Panels [panels][padded][128] of rows of codes [tokens, width]; with `magnitudes` as signs and magnitudes. A thread for each
 /// 16 places: panels * padded * 8.
-extern "C" __global__ void __launch_bounds__(256)
-    tile_codes(const i8* codes, int tokens, int width, int padded, int panels, int magnitudes, unsigned char* to) {
-    const long long own = blockIdx.x * 256ll + threadIdx.x;
+extern "C" __global__ void __launch_bounds__(THREADS)
+    tile_codes(const i8* codes, int tokens, int width, int padded, int panels, int magnitudes, u8* to) {
+    const long long own = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (own >= (long long)panels * padded * 8) return;
     const int chunk = int(own % 8), token = int(own / 8 % padded), panel = int(own / 8 / padded);
     const Rows from{codes, nullptr, tokens, width};
@@ -127,9 +132,9 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 /// The way back, to rows of `width` codes; a byte a thread.
-extern "C" __global__ void __launch_bounds__(256)
-    untile_codes(const unsigned char* from, int tokens, int width, int padded, int magnitudes, i8* codes) {
-    const long long own = blockIdx.x * 256ll + threadIdx.x;
+extern "C" __global__ void __launch_bounds__(THREADS)
+    untile_codes(const u8* from, int tokens, int width, int padded, int magnitudes, i8* codes) {
+    const long long own = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (own >= (long long)tokens * width) return;
     const int token = int(own / width), place = int(own % width);
     const int byte = from[chunk_at(place / 128, padded, token, place % 128 / 16) + place % 16];
@@ -137,8 +142,8 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 /// Panels with signs and magnitudes as panels in two's complement; four bytes a thread.
-extern "C" __global__ void __launch_bounds__(256) widen_codes(const u32* from, long long words, u32* to) {
-    const long long own = blockIdx.x * 256ll + threadIdx.x;
+extern "C" __global__ void __launch_bounds__(THREADS) widen_codes(const u32* from, long long words, u32* to) {
+    const long long own = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (own >= words) return;
     u32 word = 0;
     for (int i = 0; i < 32; i += 8) {
@@ -149,8 +154,8 @@ extern "C" __global__ void __launch_bounds__(256) widen_codes(const u32* from, l
 }
 
 /// Scales [ceil(groups / 8)][padded][8] in f16 from [groups][stride] in f32; eight groups of a token a thread.
-extern "C" __global__ void __launch_bounds__(256) tile_scales(const float* scales, int groups, int stride, int tokens, int padded, half* to) {
-    const long long own = blockIdx.x * 256ll + threadIdx.x;
+extern "C" __global__ void __launch_bounds__(THREADS) tile_scales(const float* scales, int groups, int stride, int tokens, int padded, half* to) {
+    const long long own = (long long)blockIdx.x * THREADS + threadIdx.x;
     const int token = int(own % padded), first = int(own / padded) * 8;
     if (first >= groups) return;
     for (int i = 0; i < 8; i++)
@@ -158,8 +163,8 @@ extern "C" __global__ void __launch_bounds__(256) tile_scales(const float* scale
 }
 
 /// The way back; a scale a thread.
-extern "C" __global__ void __launch_bounds__(256) untile_scales(const half* from, int groups, int stride, int tokens, int padded, float* scales) {
-    const long long own = blockIdx.x * 256ll + threadIdx.x;
+extern "C" __global__ void __launch_bounds__(THREADS) untile_scales(const half* from, int groups, int stride, int tokens, int padded, float* scales) {
+    const long long own = (long long)blockIdx.x * THREADS + threadIdx.x;
     const int token = int(own % stride), group = int(own / stride);
     if (group < groups && token < tokens) scales[own] = to_float(from[((long long)(group / 8) * padded + token) * 8 + group % 8]);
 }

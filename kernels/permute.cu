@@ -1,7 +1,7 @@
 // A site's channel order, its transform and its quantization (docs/format.md; src/quant/site.rs is the
 // definition, and these kernels give its bits). Also the way back from codes to values.
 //
-// One block of threads a row: the row is staged in shared memory, since the order picks from all over
+// One thread block a row: the row is staged in shared memory, since the order picks from all over
 // it, and each warp makes whole groups. Lane l holds the group's values l * LANE_VALUES and on, so
 // that codes leave in whole words, and the transform's butterflies are registers for small distances
 // and shuffles for the others.
@@ -10,15 +10,14 @@
 // TRANSFORM  1: Hadamard transform of each group
 // IN         half, bf16 or float: the row's type
 // THREADS    threads of a block
+// IN_REGISTERS  1: groups are worked on in registers; 0: in shared memory
 // PAIRED     1: `quantize` takes two rows a block (see Span); IN has 16 bits, GROUP is 32, 64, 128 or 256
-// FP4        1: `quantize` makes FP4 codes, doubled numbers of E2M1; 0 or absent: integers
-// FP8        1: outliers that are no codes are FP8 (E4M3) times a scale; 0 or absent: f16
+// FP4        1: `quantize` makes FP4 codes, doubled numbers of E2M1; 0: integers
+// FP8        1: outliers that are no codes are FP8 (E4M3) times a scale; 0: f16
 
-#ifndef FP4
-#define FP4 0
-#endif
-#ifndef FP8
-#define FP8 0
+#if !defined(GROUP) || !defined(TRANSFORM) || !defined(IN) || !defined(THREADS) || !defined(PAIRED) || !defined(FP4) || \
+    !defined(FP8) || !defined(IN_REGISTERS) || !defined(ROW_MULTIPLE) || !defined(PAIR_HEAD_WORDS)
+#error "a constant is missing: src/backend/cuda/kernels/permute.rs declares them"
 #endif
 
 #define WARPS (THREADS / 32)
@@ -27,11 +26,9 @@
 #define BLOCK (GROUP & -GROUP)
 
 // Groups that fit a warp's registers; any other is worked on in shared memory.
-#if GROUP == 32 || GROUP == 64 || GROUP == 128 || GROUP == 256 || GROUP == 512 || GROUP == 1024
-#define IN_REGISTERS 1
+#if IN_REGISTERS
 #define LANE_VALUES (GROUP / 32)
 #else
-#define IN_REGISTERS 0
 #define LANE_VALUES 1
 #endif
 
@@ -149,13 +146,13 @@ struct Group {
 #endif
 
 /// Shared memory: the staged row, rounded up to 16 bytes, then the groups that are not in registers.
-static __device__ __forceinline__ float* groups_of(unsigned char* shared, int channels, bool staged) {
-    return reinterpret_cast<float*>(shared + (staged ? (channels * sizeof(IN) + 15) / 16 * 16 : 0));
+static __device__ __forceinline__ float* groups_of(u8* shared, int channels, bool staged) {
+    return reinterpret_cast<float*>(shared + (staged ? (channels * sizeof(IN) + ROW_MULTIPLE - 1) / ROW_MULTIPLE * ROW_MULTIPLE : 0));
 }
 
-extern __shared__ __align__(16) unsigned char shared_bytes[];
+extern __shared__ __align__(16) u8 shared_bytes[];
 
-template <class Out> static __device__ __forceinline__ void arrange(
+template <class Out> static __device__ __forceinline__ void permute(
     const IN* x, const int* order, int channels, int groups, int outliers, int staged, Out* y
 ) {
     long long token = blockIdx.x;
@@ -172,15 +169,15 @@ template <class Out> static __device__ __forceinline__ void arrange(
 }
 
 /// `[rows, channels]` in the site's order, transformed, `[rows, width]`. One block a row.
-extern "C" __global__ void __launch_bounds__(THREADS) arrange_to_half(
+extern "C" __global__ void __launch_bounds__(THREADS) permute_to_half(
     const IN* x, const int* order, int channels, int groups, int outliers, int staged, half* y
 ) {
-    arrange(x, order, channels, groups, outliers, staged, y);
+    permute(x, order, channels, groups, outliers, staged, y);
 }
-extern "C" __global__ void __launch_bounds__(THREADS) arrange_to_float(
+extern "C" __global__ void __launch_bounds__(THREADS) permute_to_float(
     const IN* x, const int* order, int channels, int groups, int outliers, int staged, float* y
 ) {
-    arrange(x, order, channels, groups, outliers, staged, y);
+    permute(x, order, channels, groups, outliers, staged, y);
 }
 
 /// The code of a value in a group: as code_of, or FP4.
@@ -196,18 +193,11 @@ static __device__ __forceinline__ u32 group_code(float value, float inverse, flo
 /// Values of a span: 256 places of the order, of two rows.
 #define SPAN 256
 
-/// A load past the first-level cache, which is left to the order: every row reads it.
-static __device__ __forceinline__ uint2 load_once(const uint2* from) {
-    uint2 value;
-    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from));
-    return value;
-}
-
 /// Stages two rows, the values of a channel beside each other in one word: one access to shared memory
 /// then gathers for both rows, and the order is read once for both. Word -1, which is what an order's
 /// -1 picks, is zero.
 static __device__ __forceinline__ const u32* stage_pair(const IN* first, const IN* second, int channels, u32* shared) {
-    u32* row = shared + 4;
+    u32* row = shared + PAIR_HEAD_WORDS;
     if (threadIdx.x == 0) row[-1] = 0;
     if (channels % 4 == 0) {
         constexpr int FLIGHT = 4;
@@ -218,8 +208,8 @@ static __device__ __forceinline__ const u32* stage_pair(const IN* first, const I
             for (int i = 0; i < FLIGHT; i++) {
                 int at = start + i * THREADS;
                 if (at < channels / 4) {
-                    a[i] = load_once(left + at);
-                    b[i] = load_once(right + at);
+                    a[i] = load_uncached(left + at);
+                    b[i] = load_uncached(right + at);
                 }
             }
 #pragma unroll
@@ -282,10 +272,10 @@ struct Span {
             u32 own = __byte_perm(eight[2 * i], eight[2 * i + 1], own_halves);
             u32 other = __shfl_xor_sync(all, __byte_perm(eight[2 * i], eight[2 * i + 1], other_halves), 2);
             u32 left = upper ? other : own, right = upper ? own : other;
-            v[2 * i] = to_float(IN{(unsigned short)left});
-            v[2 * i + 1] = to_float(IN{(unsigned short)(left >> 16)});
-            v[8 + 2 * i] = to_float(IN{(unsigned short)right});
-            v[8 + 2 * i + 1] = to_float(IN{(unsigned short)(right >> 16)});
+            v[2 * i] = to_float(IN{(u16)left});
+            v[2 * i + 1] = to_float(IN{(u16)(left >> 16)});
+            v[8 + 2 * i] = to_float(IN{(u16)right});
+            v[8 + 2 * i + 1] = to_float(IN{(u16)(right >> 16)});
         }
         if (TRANSFORM) transform();
     }
@@ -334,7 +324,7 @@ struct Span {
 
 /// What rows[row] of the pair holds at a place of the order.
 static __device__ __forceinline__ float at(const u32* words, int channel, int row) {
-    return to_float(IN{(unsigned short)(words[channel] >> (16 * row))});
+    return to_float(IN{(u16)(words[channel] >> (16 * row))});
 }
 #endif
 
@@ -342,7 +332,7 @@ static __device__ __forceinline__ float at(const u32* words, int channel, int ro
 /// outliers' codes `[tokens, padded_outliers]` with zeros behind and scales `[tokens]`, or with
 /// `float_outliers` their values `[tokens, outliers]`, and FP8's scales. `bad` becomes the least row that
 /// holds a value that is not finite or beyond f16. One block a row; with PAIRED one block two rows,
-/// `staged` says how many rows there are, and shared memory holds 4 * (channels + 4) bytes.
+/// `staged` says how many rows there are, and shared memory holds a word a channel after PAIR_HEAD_WORDS.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
     const IN* x, const int* order, int channels, int groups, int outliers, int padded_outliers, int float_outliers, int staged,
     float clip, float top, int signed_scales, float least, float greatest, i8* codes, float* scales, int scale_stride, i8* outlier_codes, float* outlier_scales,

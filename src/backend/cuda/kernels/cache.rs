@@ -1,0 +1,105 @@
+/*! `cache.cu` and `pages.cuh`: keys and values into the pages of the cache. */
+
+use super::{Defines, Family, THREADS, declared, defines, heads, kernel, source};
+use crate::backend::cuda::launch::{Geometry, Launch};
+use crate::backend::cuda::slice::{In, Out};
+
+/// Tokens of a page.
+pub const PAGE_TOKENS: usize = 16;
+/// The widest head that pages hold.
+pub(in crate::backend::cuda) const WIDEST_HEAD: usize = 128;
+
+pub(super) const FAMILY: Family = Family {
+    name: "cache",
+    source: source!("cache", "heads", "pages"),
+    only: None,
+    tensor_core: None,
+    pdl: true,
+    variants: |_| {
+        [(128, 4, true), (128, 16, false), (96, 3, true), (96, 4, false), (64, 2, false)]
+            .map(|(head_dim, kv_bits, rotated)| Pages { head_dim, kv_bits, rotated }.append())
+            .to_vec()
+    },
+    kernels: declared![Append],
+};
+
+/// What pages hold of a head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::backend::cuda) struct Pages {
+    pub(in crate::backend::cuda) head_dim: usize,
+    /// 16 where nothing is quantized.
+    pub(in crate::backend::cuda) kv_bits: u8,
+    /// Whether heads are quantized in the basis of a Hadamard transform.
+    pub(in crate::backend::cuda) rotated: bool,
+}
+
+impl Pages {
+    /// Whether pages hold codes and not f16.
+    pub(in crate::backend::cuda) fn quantized(&self) -> bool {
+        self.kv_bits < 16
+    }
+
+    /// Bytes of keys, and of values: codes are held in 4 bits.
+    fn side_bytes(&self) -> usize {
+        PAGE_TOKENS * self.head_dim * if self.quantized() { 4 } else { 16 } / 8
+    }
+
+    /// Bytes of a page of a head: of codes with their scales and zero points.
+    pub(in crate::backend::cuda) fn bytes(&self) -> usize {
+        2 * self.side_bytes() + if self.quantized() { PAGE_TOKENS * 4 * 2 } else { 0 }
+    }
+
+    /// The macros of heads.cuh and pages.cuh.
+    pub(super) fn defines(&self) -> Defines {
+        let own = defines! {
+            "PAGE_TOKENS": PAGE_TOKENS,
+            "WIDEST_HEAD": WIDEST_HEAD,
+            "SIDE_BYTES": self.side_bytes(),
+            "PAGE_BYTES": self.bytes(),
+        };
+        [heads::quantized(self.head_dim, self.kv_bits, self.rotated), own].concat()
+    }
+
+    fn append(&self) -> Defines {
+        [self.defines(), defines! { "THREADS": THREADS }].concat()
+    }
+}
+
+kernel! {
+    /// Adds tokens to sequences.
+    Append<'a> = ["append"] {
+        k: In<'a, half::f16>[tokens.saturating_sub(1) * row_stride as usize + kv_heads * pages.head_dim],
+        v: In<'a, half::f16>[tokens.saturating_sub(1) * row_stride as usize + kv_heads * pages.head_dim],
+        row_stride: i64,
+        cos: In<'a, f32>,
+        sin: In<'a, f32>,
+        mean: Option<In<'a, f32>>[kv_heads * pages.head_dim],
+        pool: Out<'a, u8>,
+        table: In<'a, i32>[sequences * table_stride],
+        table_stride: usize,
+        rows: In<'a, i32>[sequences + 1],
+        held: In<'a, i32>[sequences],
+        kv_heads: usize,
+        clip: f32,
+    }
+    launch {
+        pages: Pages,
+        sequences: usize,
+        /// New tokens of all sequences.
+        tokens: usize,
+        /// Pages that the longest addition touches.
+        touched_pages: usize,
+    }
+}
+
+impl Launch for Append<'_> {
+    const FAMILY: Family = FAMILY;
+
+    fn constants(&self) -> Defines {
+        self.pages.append()
+    }
+
+    fn geometry(&self) -> Geometry {
+        Geometry::grid((self.touched_pages, self.kv_heads, self.sequences), THREADS)
+    }
+}
