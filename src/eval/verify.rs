@@ -261,3 +261,7 @@ fn perplexity_checks(
     }
     checks
 }
+
+#[cfg(test)]
+#[path = "verify_tests.rs"]
+mod tests;

@@ -148,3 +148,6 @@ impl<'a, 'w, B: Backend> BlockInput<'a, 'w, B> {
         Ok(Some(timing.measure("propagate", quantized)?))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -71,7 +71,7 @@ pub(super) fn quantize<B: Backend>(
 
 /// Whether weights of a site that `tokens` tokens reach make up for the accumulated error of its `width` inputs: least
 /// squares with more unknowns than tokens would learn the tokens by heart.
-fn corrects(correction: f32, tokens: usize, width: usize) -> bool {
+pub(super) fn corrects(correction: f32, tokens: usize, width: usize) -> bool {
     correction > 0.0 && tokens >= width
 }
 
