@@ -97,10 +97,7 @@ pub fn verify<B: Backend>(
             return Ok(unmeasured(checkpoint, backend, checks));
         }
     };
-    // What a changed tokenizer makes of the text says nothing.
-    if intact {
-        verification.check_texts(progress)?;
-    }
+    verification.check_texts(intact, progress)?;
     let seq_len = verification.evaluation.map_or(0, |evaluation| evaluation.seq_len);
     caution(checkpoint, &architecture, seq_len, progress);
     let manifest = Manifest::read(checkpoint, &architecture);
@@ -126,15 +123,18 @@ pub fn verify<B: Backend>(
 }
 
 impl Verification<'_> {
-    /// Finds out that a text is too short before gigabytes are hashed.
-    fn check_texts(&self, progress: &dyn Progress) -> Result<()> {
-        let tokenizer = self.checkpoint.tokenizer()?;
+    /// Finds out that there is no tokenizer for a text, and where the files are `intact` that a text is too short, before
+    /// gigabytes are hashed. What a changed tokenizer makes of a text says nothing.
+    fn check_texts(&self, intact: bool, progress: &dyn Progress) -> Result<()> {
         let of_kernels = match self.kernels {
             KernelCheck::On(text) => Some(text),
             KernelCheck::Off(_) => None,
         };
         for text in self.evaluation.into_iter().chain(of_kernels) {
-            text.tokens(&tokenizer, &self.checkpoint.tokenizer_path(), progress)?;
+            let tokenizer = self.checkpoint.tokenizer()?;
+            if intact {
+                text.tokens(&tokenizer, &self.checkpoint.tokenizer_path(), progress)?;
+            }
         }
         Ok(())
     }
