@@ -16,6 +16,7 @@ pub mod eval;
 pub mod hub;
 pub mod machine;
 pub mod model;
+pub mod network;
 pub mod pipeline;
 pub mod printable;
 pub mod progress;

@@ -7,8 +7,8 @@ use std::process::{Command, Stdio};
 
 use atom::checkpoint::{AtomCheckpoint, Destination, Inputs, Options, TensorSpec, Writer};
 use atom::hub;
+use atom::network::read_sites;
 use atom::pipeline::plan::{BlockPlan, SitePlan};
-use atom::pipeline::read_sites;
 use atom::quant::hadamard;
 use atom::quant::linear::QuantizedLinear;
 use atom::quant::site::{SiteFormat, Transform};

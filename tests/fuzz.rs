@@ -16,13 +16,13 @@ use std::time::{Duration, Instant};
 
 use atom::backend::cpu::Cpu;
 use atom::checkpoint::{AtomCheckpoint, Destination, Inputs, OutputFile, Source};
-use atom::eval::{KernelCheck, Limits};
+use atom::eval::{KernelCheck, Limits, Verification};
 use atom::hub::Hub;
 use atom::pipeline::plan::PLAN_FILE;
-use atom::pipeline::{self, Calibration, Evaluation, Output, Planning};
+use atom::pipeline::{self, Calibration, Output, Packing, Planning, Quantization};
 use atom::progress::Silent;
 use atom::recipe::Recipe;
-use atom::text::{Split, TextSet};
+use atom::text::{Evaluation, Split, TextSet};
 use common::{Dtype, Home, RandomModel};
 use fs_err as fs;
 use serde_json::{Value, json};
@@ -272,7 +272,7 @@ fn fuzz(name: &str, path: &Path, forms: &[Form], mut run: impl FnMut()) {
     fs::write(path, &sound).unwrap();
     run();
     fs::remove_file(&kept).unwrap();
-    let peak = pipeline::peak_rss_bytes();
+    let peak = atom::machine::peak_rss_bytes();
     assert!(peak < MEMORY_BYTES, "{name}: {peak} bytes at the peak");
     if seconds.is_some() {
         eprintln!(
@@ -318,7 +318,14 @@ fn examine(home: &Home) {
         Evaluation { text: TextSet::sample(Split::Evaluation), seq_len: 32, windows: Some(1) };
     let cpu = Cpu::new().unwrap();
     let (calibration, recipe, text) = (calibration(), recipe(), Some(&evaluation));
-    let _ = pipeline::dry_run(&cpu, &source, &calibration, &recipe, &out, text, &Silent);
+    let quantization = Quantization {
+        source: &source,
+        calibration: &calibration,
+        recipe: &recipe,
+        output: &out,
+        evaluation: text,
+    };
+    let _ = pipeline::dry_run(&cpu, &quantization, &Silent);
 }
 
 #[test]
@@ -364,8 +371,14 @@ fn manifests() {
         let evaluation =
             Evaluation { text: TextSet::sample(Split::Evaluation), seq_len: 16, windows: Some(1) };
         let kernels = KernelCheck::Off("not asked".to_owned());
-        let (text, limits) = (Some(&evaluation), Limits::default());
-        let _ = atom::eval::verify(&cpu, &checkpoint, &kernels, None, text, limits, &Silent);
+        let verification = Verification {
+            checkpoint: &checkpoint,
+            kernels: &kernels,
+            evaluation: Some(&evaluation),
+            reference: None,
+            limits: Limits::default(),
+        };
+        let _ = atom::eval::verify(&cpu, &verification, &Silent);
         let _ = atom::eval::atom_perplexity(&cpu, &checkpoint, &evaluation, &Silent);
     });
 }
@@ -379,7 +392,9 @@ fn plans() {
     fuzz("plan", &home.path("p"), &[Form::Json], || {
         let cpu = Cpu::new().unwrap();
         let out = output(home.path("out"));
-        if pipeline::pack(&cpu, &source, &home.path("p"), &out, None, &Silent).is_ok() {
+        let packing =
+            Packing { source: &source, plan_file: &home.path("p"), output: &out, evaluation: None };
+        if pipeline::pack(&cpu, &packing, &Silent).is_ok() {
             fs::remove_dir_all(home.path("out")).unwrap();
         }
     });

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use atom::Kind;
 use atom::backend::cpu::Cpu;
 use atom::checkpoint::AtomCheckpoint;
-use atom::eval::{KernelCheck, Limits, verify};
+use atom::eval::{KernelCheck, Limits, Verification, verify};
 use atom::progress::Progress;
 use common::{Dtype, Home, RandomModel, Run, SMALL};
 use fs_err as fs;
@@ -522,8 +522,14 @@ fn a_request_to_stop_is_answered_at_every_tensor_and_is_no_failed_check() {
     let mut asked = 0;
     loop {
         let progress = StopsAfter(AtomicUsize::new(asked));
-        let limits = Limits::default();
-        match verify(&backend, &checkpoint, &kernels(), None, None, limits, &progress) {
+        let verification = Verification {
+            checkpoint: &checkpoint,
+            kernels: &kernels(),
+            evaluation: None,
+            reference: None,
+            limits: Limits::default(),
+        };
+        match verify(&backend, &verification, &progress) {
             Ok(outcome) => break assert!(outcome.ok, "{:?}", outcome.checks),
             Err(error) => assert_eq!(error.kind(), Kind::Interrupted, "{error}"),
         }

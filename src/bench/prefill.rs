@@ -19,7 +19,7 @@ use crate::checkpoint::{Dtype, Tensor};
 use crate::model::Architecture;
 use crate::model::block::{Block, Linear, Observer, Site, Treatment};
 use crate::model::sites::{LinearSpec, MLP_ACT, MLP_IN, SiteSpec};
-use crate::pipeline::attention_spec;
+use crate::network::attention_spec;
 use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;

@@ -16,10 +16,10 @@ use crate::eval::source_perplexity;
 use crate::model::Architecture;
 use crate::model::sites::{ATTN_OUT, MLP_ACT, SiteKind, SiteSpec};
 use crate::pipeline::outcome::QuantizeOutcome;
-use crate::pipeline::{Calibration, Evaluation, Output, quantize as run};
+use crate::pipeline::{Calibration, Output, Quantization, quantize as run};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::text::{Split, TextSet};
+use crate::text::{Evaluation, Split, TextSet};
 use crate::{Error, Result};
 
 /// Tokens on which the products' own rate is measured.
@@ -84,7 +84,14 @@ pub fn quantize<B: Backend + KernelTimes>(
     let out = directory.join(format!("{}-atom", model.shape));
     let destination = Destination { out, overwrite: false, inputs: Inputs::default() };
     let output = Output { destination, resume: false };
-    let outcome = run(backend, &source, &calibration, recipe, &output, None, progress)?;
+    let quantization = Quantization {
+        source: &source,
+        calibration: &calibration,
+        recipe,
+        output: &output,
+        evaluation: None,
+    };
+    let outcome = run(backend, &quantization, progress)?;
 
     let figure = |name: &str, value: Value| Figure { figure: name.to_owned(), value, share: None };
     let mut figures = vec![

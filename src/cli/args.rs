@@ -8,12 +8,12 @@ use super::values::{self, Device};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::checkpoint::{Destination, Inputs, Source};
-use crate::eval::Model;
 use crate::hub::Hub;
 use crate::machine;
-use crate::pipeline::{Calibration, Evaluation, Output, network};
+use crate::network::{Model, network};
+use crate::pipeline::{Calibration, Output};
 use crate::progress::Progress;
-use crate::text::{Split, TextSet};
+use crate::text::{Evaluation, Split, TextSet};
 use crate::units;
 use crate::{Error, Result, hub};
 

@@ -7,8 +7,7 @@ use super::limits::MaxPerplexity;
 use super::{Output, Ui, values};
 use crate::Result;
 use crate::eval;
-use crate::pipeline::Evaluation;
-use crate::text::{Split, TextSet};
+use crate::text::{Evaluation, Split, TextSet};
 
 const EXAMPLES: &str = "\
 Examples:

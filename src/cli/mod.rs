@@ -18,6 +18,7 @@ mod man;
 mod names;
 mod output;
 mod pack;
+mod perplexity_change;
 mod plan;
 mod quantize;
 mod recipe;

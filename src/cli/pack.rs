@@ -7,7 +7,9 @@ use serde::Deserialize;
 
 use super::args::{DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag, with_backend};
 use super::limits::{MaxIncrease, MaxPerplexity};
+use super::perplexity_change::with_perplexity;
 use super::{Output, Ui, names, quantize};
+use crate::pipeline::Packing;
 use crate::pipeline::plan::read_json;
 use crate::recipe::Recipe;
 use crate::{Result, pipeline};
@@ -47,10 +49,16 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let default = || Ok(names::checkpoint_out(model, &planned_recipe(&arguments.plan)?));
     let destination = arguments.output.destination(default, arguments.evaluation.inputs())?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len, &hub)?;
+    let packing = Packing {
+        source: &source,
+        plan_file: &arguments.plan,
+        output: &destination,
+        evaluation: evaluation.as_ref(),
+    };
     let outcome = with_backend!(&backend, ui, backend => {
-        let plan = &arguments.plan;
-        pipeline::pack(backend, &source, plan, &destination, evaluation.as_ref(), ui)
-    })?;
+        let outcome = pipeline::pack(backend, &packing, ui)?;
+        with_perplexity(backend, &source, outcome, packing.evaluation, ui)?
+    });
     ui.close();
     output.write(&outcome)?;
     quantize::check(&outcome, &arguments.max_ppl, &arguments.max_increase)

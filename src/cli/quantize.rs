@@ -6,11 +6,12 @@ use super::args::{
     CalibrationFlags, DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag, with_backend,
 };
 use super::limits::{MaxIncrease, MaxPerplexity};
+use super::perplexity_change::with_perplexity;
 use super::recipe::RecipeFlags;
 use super::target::{OUTLIER_COUNTS, TargetFlags};
 use super::{Output, Ui, names};
 use crate::pipeline::outcome::QuantizeOutcome;
-use crate::pipeline::{self, Measuring};
+use crate::pipeline::{self, Quantization};
 use crate::printable::printable;
 use crate::progress::Progress;
 use crate::{Result, report};
@@ -76,45 +77,32 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let inputs = inputs.with(arguments.recipe.file());
     let default = || Ok(names::checkpoint_out(&arguments.model.model, &recipe));
     let destination = arguments.output.destination(default, inputs)?;
+    let quantization = Quantization {
+        source: &source,
+        calibration: &calibration,
+        recipe: &recipe,
+        output: &destination,
+        evaluation: evaluation.as_ref(),
+    };
     if arguments.dry_run {
-        let found = with_backend!(&backend, ui, backend => pipeline::dry_run(
-            backend,
-            &source,
-            &calibration,
-            &recipe,
-            &destination,
-            evaluation.as_ref(),
-            ui,
-        ))?;
+        let found = with_backend!(&backend, ui, backend => {
+            pipeline::dry_run(backend, &quantization, ui)
+        })?;
         return output.write(&found);
     }
     let name = printable(source.name());
     ui.info(&format!("quantizing {name}\n{}", report::recipe::lines(&recipe)));
-    let evaluation = evaluation.as_ref();
-    let outcome = match arguments.target.allocating(arguments.outlier_counts.clone()) {
-        None => with_backend!(&backend, ui, backend => pipeline::quantize(
-            backend,
-            &source,
-            &calibration,
-            &recipe,
-            &destination,
-            evaluation,
-            ui,
-        ))?,
-        Some(allocating) => {
-            let counts = arguments.outlier_counts.as_deref().unwrap_or(&OUTLIER_COUNTS);
-            let measuring = Measuring { recipe: &recipe, outlier_counts: counts };
-            with_backend!(&backend, ui, backend => pipeline::quantize_to_target(
-                backend,
-                &source,
-                &calibration,
-                (&measuring, &allocating),
-                &destination,
-                evaluation,
-                ui,
-            ))?
-        }
-    };
+    let allocating = arguments.target.allocating(arguments.outlier_counts.clone());
+    let outcome = with_backend!(&backend, ui, backend => {
+        let outcome = match &allocating {
+            None => pipeline::quantize(backend, &quantization, ui)?,
+            Some(allocating) => {
+                let counts = arguments.outlier_counts.as_deref().unwrap_or(&OUTLIER_COUNTS);
+                pipeline::quantize_to_target(backend, &quantization, counts, allocating, ui)?
+            }
+        };
+        with_perplexity(backend, &source, outcome, quantization.evaluation, ui)?
+    });
     ui.close();
     output.write(&outcome)?;
     check(&outcome, &arguments.max_ppl, &arguments.max_increase)

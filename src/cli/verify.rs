@@ -10,9 +10,10 @@ use super::args::{
 use super::limits::{MaxIncrease, MaxPerplexity, limits};
 use super::{Output, Ui};
 use crate::checkpoint::AtomCheckpoint;
-use crate::eval::{self, KernelCheck, Model, VerifyOutcome};
+use crate::eval::{self, KernelCheck, Verification, VerifyOutcome};
 use crate::hub::Hub;
-use crate::pipeline::Evaluation;
+use crate::network::Model;
+use crate::text::Evaluation;
 use crate::{Error, Result};
 
 const EXAMPLES: &str = "\
@@ -89,10 +90,14 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     }
     let checkpoint = AtomCheckpoint::open(directory)?;
     let kernels = arguments.kernels(&backend, &hub)?;
-    let outcome = with_backend!(&backend, ui, backend => {
-        let (reference, evaluation) = (reference.as_ref(), evaluation.as_ref());
-        eval::verify(backend, &checkpoint, &kernels, reference, evaluation, limits, ui)
-    })?;
+    let verification = Verification {
+        checkpoint: &checkpoint,
+        kernels: &kernels,
+        evaluation: evaluation.as_ref(),
+        reference: reference.as_ref(),
+        limits,
+    };
+    let outcome = with_backend!(&backend, ui, backend => eval::verify(backend, &verification, ui))?;
     ui.close();
     output.write(&outcome)?;
     judge(&outcome)

@@ -2,13 +2,13 @@
 
 use serde::Serialize;
 
-use super::Model;
 use crate::checkpoint::linear::specs;
 use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec};
 use crate::hub::Hub;
 use crate::model::Architecture;
+use crate::network::{Model, check_counts};
 use crate::pipeline::plan::bits_per_weight;
-use crate::pipeline::{Manifest, Provenance, check_counts};
+use crate::pipeline::{Manifest, Provenance};
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
 use crate::recipe::Recipe;

@@ -1,11 +1,9 @@
 /*! Log likelihoods of many short texts, all of them carried through the blocks together. */
 
 use super::beginnings::{Batch, batches};
-use super::runnable::Runnable;
 use crate::backend::{AttentionSpec, Backend};
 use crate::model::Architecture;
-use crate::model::sites::FINAL_NORM;
-use crate::pipeline::{Stream, attention_spec, expect, one_ahead, vector};
+use crate::network::{OutputHead, Runnable, Stream, attention_spec, prefetch};
 use crate::progress::Progress;
 use crate::text::tasks::ScoredText;
 use crate::{Error, Result};
@@ -87,7 +85,7 @@ fn score<B: Backend>(
     let tokens = part.iter().map(|batch| &batch.tokens[..]);
     let mut stream = Stream::embed_batches(*backend, *tensors, architecture, tokens, beside)?;
     let load = |index| model.load(index);
-    one_ahead(0..architecture.blocks, load, |index, next| {
+    prefetch(0..architecture.blocks, load, |index, next| {
         let block = model.block(next()?)?;
         for ((x, batch), attention) in stream.batches.iter_mut().zip(part).zip(&attention) {
             progress.check_stop()?;
@@ -99,15 +97,12 @@ fn score<B: Backend>(
         progress.advance("");
         Ok(())
     })?;
-    let norm = vector(*backend, *tensors, FINAL_NORM, architecture.hidden)?;
-    let shape = [architecture.vocabulary, architecture.hidden];
-    let head = expect(*tensors, architecture.head_name(), &shape)?;
-    let head = backend.dense(&backend.load(head)?, None)?;
+    let head = OutputHead::load(*backend, *tensors, architecture)?;
     for (mut x, batch) in stream.batches.into_iter().zip(part) {
         progress.check_stop()?;
         backend.reload(&mut x)?;
-        let normed = backend.rms_norm(&x, &norm, architecture.norm_epsilon)?;
-        let predictions = backend.predict(&normed, &head, &batch.targets)?;
+        let normed = head.normed(*backend, &x)?;
+        let predictions = backend.predict(&normed, &head.weight, &batch.targets)?;
         for (text, own) in &batch.texts {
             let own = &predictions[own.clone()];
             let nats: f64 = own.iter().map(|prediction| prediction.nats).sum();

@@ -8,14 +8,12 @@ use serde::Serialize;
 
 use crate::backend::{Backend, Tensor};
 use crate::checkpoint::{AtomCheckpoint, Source};
-use crate::model::sites::FINAL_NORM;
-use crate::pipeline::memory::Windows;
-use crate::pipeline::{Evaluation, Stream, attention_spec, cpu_seconds, expect, one_ahead, vector};
+use crate::machine::cpu_seconds;
+use crate::network::memory::Windows;
+use crate::network::{OutputHead, Runnable, Stream, attention_spec, prefetch};
 use crate::progress::Progress;
-use crate::text::Tokenizer;
+use crate::text::Evaluation;
 use crate::{Error, Result};
-
-use super::runnable::Runnable;
 
 /// The result of `atom eval-ppl`.
 #[derive(Clone, Debug, Serialize)]
@@ -45,18 +43,6 @@ pub struct PerplexityOutcome {
     pub device: String,
 }
 
-/// The evaluation windows of a model, joined; `path` names its tokenizer's file in errors.
-pub fn windows(
-    tokenizer: &[u8],
-    path: &str,
-    evaluation: &Evaluation,
-    progress: &dyn Progress,
-) -> Result<Vec<u32>> {
-    let tokenizer = Tokenizer::from_bytes(tokenizer, path)?;
-    let Evaluation { text, seq_len, windows } = evaluation;
-    text.evaluation_windows(&tokenizer, *seq_len, *windows, progress)
-}
-
 /// Perplexity of a source checkpoint in full precision.
 pub fn source_perplexity<B: Backend>(
     backend: &B,
@@ -64,7 +50,7 @@ pub fn source_perplexity<B: Backend>(
     evaluation: &Evaluation,
     progress: &dyn Progress,
 ) -> Result<PerplexityOutcome> {
-    let tokens = windows(&source.tokenizer()?, &source.tokenizer_path(), evaluation, progress)?;
+    let tokens = evaluation.tokens(&source.tokenizer()?, &source.tokenizer_path(), progress)?;
     Run { model: Runnable::source(backend, source, progress)?, evaluation, progress }
         .measure(&tokens)
 }
@@ -78,7 +64,7 @@ pub fn atom_perplexity<B: Backend>(
 ) -> Result<PerplexityOutcome> {
     let model = Runnable::atom(backend, checkpoint)?;
     let tokens =
-        windows(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), evaluation, progress)?;
+        evaluation.tokens(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), progress)?;
     Run { model, evaluation, progress }.measure(&tokens)
 }
 
@@ -108,7 +94,7 @@ impl<B: Backend> Run<'_, B> {
             let mut stream =
                 Stream::embed(*backend, model.tensors, architecture, tokens, seq_len, 0)?;
             let load = |index| model.load(index);
-            one_ahead(0..architecture.blocks, load, |_, next| {
+            prefetch(0..architecture.blocks, load, |_, next| {
                 let block = model.block(next()?)?;
                 stream.advance(*backend, &attention, &block, || progress.check_stop())?;
                 progress.advance("");
@@ -165,18 +151,16 @@ impl<B: Backend> Run<'_, B> {
     fn window_means(&self, stream: Stream<B>, tokens: &[u32], means: &mut Vec<f64>) -> Result<()> {
         let Runnable { backend, architecture, tensors, .. } = &self.model;
         let seq_len = self.evaluation.seq_len;
-        let norm = vector(*backend, *tensors, FINAL_NORM, architecture.hidden)?;
-        let shape = [architecture.vocabulary, architecture.hidden];
-        let head = expect(*tensors, architecture.head_name(), &shape)?;
-        let head = backend.dense(&backend.load(head)?, None)?;
+        let head = OutputHead::load(*backend, *tensors, architecture)?;
         let mut first = 0;
         for mut batch in stream.batches {
             self.progress.check_stop()?;
             backend.reload(&mut batch)?;
-            let normed = backend.rms_norm(&batch, &norm, architecture.norm_epsilon)?;
+            let normed = head.normed(*backend, &batch)?;
             drop(batch);
             let end = first + normed.rows();
-            let losses = backend.cross_entropy(&normed, &head, &tokens[first..end], seq_len)?;
+            let losses =
+                backend.cross_entropy(&normed, &head.weight, &tokens[first..end], seq_len)?;
             means.extend(
                 losses
                     .chunks(seq_len - 1)

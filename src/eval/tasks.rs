@@ -6,12 +6,11 @@ use std::time::Instant;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::Model;
 use super::likelihood::{Likelihood, likelihoods};
-use super::runnable::Runnable;
 use crate::backend::Backend;
-use crate::pipeline::memory::Windows;
-use crate::pipeline::{caution, cpu_seconds};
+use crate::machine::cpu_seconds;
+use crate::network::memory::Windows;
+use crate::network::{Model, Runnable, caution};
 use crate::progress::Progress;
 use crate::text::Tokenizer;
 use crate::text::tasks::{Measure, Question, ScoredText, TaskRows};

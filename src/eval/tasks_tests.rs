@@ -4,8 +4,7 @@ use super::*;
 use crate::backend::cpu::Cpu;
 use crate::backend::{Forward, Matrix, Measurement, Memory, Prediction, Quantization};
 use crate::hub;
-use crate::model::sites::FINAL_NORM;
-use crate::pipeline::{Stream, attention_spec, expect, vector};
+use crate::network::{OutputHead, Stream, attention_spec};
 use crate::progress::Silent;
 use crate::text::tasks::{Choice, Task};
 
@@ -29,13 +28,10 @@ fn by_itself(model: &Runnable<'_, Cpu>, text: &ScoredText) -> f64 {
         let block = model.block(model.load(index).unwrap()).unwrap();
         stream.advance(*backend, &attention, &block, || Ok(())).unwrap();
     }
-    let norm = vector(*backend, *tensors, FINAL_NORM, architecture.hidden).unwrap();
-    let normed = backend.rms_norm(&stream.batches[0], &norm, architecture.norm_epsilon).unwrap();
-    let shape = [architecture.vocabulary, architecture.hidden];
-    let head = expect(*tensors, architecture.head_name(), &shape).unwrap();
-    let head = backend.dense(&backend.load(head).unwrap(), None).unwrap();
+    let head = OutputHead::load(*backend, *tensors, architecture).unwrap();
+    let normed = head.normed(*backend, &stream.batches[0]).unwrap();
     let targets: Vec<(u32, u32)> = (0..).zip(text.tokens[1..].iter().copied()).collect();
-    let predictions = backend.predict(&normed, &head, &targets).unwrap();
+    let predictions = backend.predict(&normed, &head.weight, &targets).unwrap();
     let scored = &predictions[predictions.len() - text.scored..];
     -scored.iter().map(|prediction| prediction.nats).sum::<f64>()
 }

@@ -1,288 +1,113 @@
-/*! Calibration: channel energies of every site, from the stream through the original blocks, and the
-file that holds them. */
+/*! `atom calibrate`: channel energies of every site, and their sensitivity where it is asked for, into a file. */
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
-use std::io::Read;
-use std::path::Path;
+use std::time::Instant;
 
-use safetensors::{Dtype, SafeTensors, View};
-use serde::{Deserialize, Serialize};
-
-use super::accounting::check_counts;
-use super::load::{BlockWeights, key_mean_spec, source_block};
-use super::sensitivity::Sensitivity;
-use super::stream::Stream;
-use crate::backend::{AttentionSpec, Backend, Tensor};
-use crate::checkpoint::{FileKind, read_named, sha256_hex};
-use crate::model::Architecture;
-use crate::model::block::{Observer, Seen};
+use super::calibration::CalibrationData;
+use super::energies::{AfterBlock, EnergyMeter};
+use super::job::CalibrationInput;
+use super::memory::{SensitivityPlan, calibration_bytes};
+use super::outcome::{FileOutcome, Measured, count_linears};
+use super::plan::plan_network;
+use super::prepare::{Calibration, Texts};
+use super::sensitivity::{Sensor, Subject};
+use crate::Result;
+use crate::backend::Backend;
+use crate::checkpoint::{OutputFile, Source};
+use crate::network::memory::{self, Workspace};
+use crate::network::{BlockWeights, Stream, attention_spec, caution, network, prefetch};
 use crate::progress::Progress;
-use crate::text::SetUsed;
-use crate::{Error, Result};
+use crate::quant::kv::KvFormat;
+use crate::recipe::Recipe;
 
-/// Sum of squares of each channel of a block's sites over the calibration tokens: the diagonal of GPTQ's Hessian up
-/// to a factor (outlier.py, metric `hessian`). An expert's mlp_act sees the tokens that go there, and mlp_in a token once
-/// for each of its experts.
-pub type Energies = Vec<Vec<f64>>;
-
-/// What calibration finds out about a block.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Statistics {
-    /// Of its sites.
-    pub energies: Energies,
-    /// The mean over the tokens of the embedded keys, `[kv_heads * head_dim]`.
-    pub key_mean: Vec<f32>,
+/// Settings under which sensitivity is measured.
+pub struct Measuring<'a> {
+    /// How linears are quantized; its width and outlier count are those that effects are measured at.
+    pub recipe: &'a Recipe,
+    /// Outlier counts besides that of the recipe.
+    pub outlier_counts: &'a [usize],
 }
 
-/// Where calibration windows came from; part of a checkpoint's provenance.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Provenance {
-    /// Name of the text set.
-    pub dataset: String,
-    /// SHA-256 of its text.
-    pub sha256: String,
-    /// Windows.
-    pub samples: usize,
-    /// Tokens in a window.
-    pub seq_len: usize,
-    /// Seed of the draw.
-    pub seed: u64,
-    /// The sets of a mix, or the one set of the Hub that it was.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub sets: Vec<SetUsed>,
-}
-
-/// Measures a block in full precision on `stream`, and with `advance` carries the stream through it.
-pub fn measure_block<B: Backend>(
+/// Calibrates a model: with `measuring` its sensitivity too.
+pub fn calibrate<B: Backend>(
     backend: &B,
-    architecture: &Architecture,
-    attention: &AttentionSpec,
-    weights: &BlockWeights<B>,
-    stream: &mut Stream<B>,
-    advance: bool,
+    source: &Source,
+    calibration: &Calibration,
+    measuring: Option<&Measuring<'_>>,
+    file: &OutputFile,
     progress: &dyn Progress,
-) -> Result<Statistics> {
-    let block = source_block(backend, architecture, weights)?;
-    let index = weights.index;
-    let sites = architecture.sites(index);
-    let mut energies: Energies = sites.iter().map(|site| vec![0.0; site.channels]).collect();
-    let mut sums = vec![0.0; attention.kv_heads * attention.head_dim];
-    let mut tokens = 0;
-    for batch in &mut stream.batches {
-        progress.check_stop()?;
-        tokens += batch.rows();
-        let mut see = |seen: Seen, x: &B::Activation| match seen {
-            Seen::Site(site) => backend.add_energy(x, &mut energies[site]),
-            Seen::Keys => backend.add_key_sums(attention, x, &mut sums),
-            _ => Ok(()),
-        };
-        if advance {
-            backend.reload(batch)?;
-            block.forward(backend, attention, batch, &mut Observer::new(&mut see))?;
-            backend.offload(batch)?;
-        } else {
-            let copy = backend.duplicate(batch)?;
-            block.observe(backend, attention, copy, &mut Observer::new(&mut see))?;
+) -> Result<FileOutcome> {
+    let start = Instant::now();
+    let network = network(source, progress)?;
+    let blocks = measuring
+        .map(|measuring| plan_network(measuring.recipe, &network.architecture))
+        .transpose()?;
+    let input = calibration.input(source, network, progress)?;
+    backend.trim();
+    let text_bytes = Texts { calibration: Some(calibration), evaluation: None }.bytes(source)?;
+    let plan = measuring.zip(blocks.as_ref());
+    let plan = plan.map(|(measuring, blocks)| SensitivityPlan { recipe: measuring.recipe, blocks });
+    let workspace = Workspace::of(backend);
+    memory::check(calibration_bytes(&input, workspace, plan, text_bytes), progress)?;
+    input.check_tensors()?;
+    caution(source, &input.architecture, calibration.seq_len, progress);
+    let data = measure(backend, &input, measuring, progress)?;
+    source.check_unchanged()?;
+    file.write(&data.to_bytes(&input.architecture)?)?;
+    Ok(FileOutcome {
+        out: file.shown().to_owned(),
+        model: data.model,
+        seconds: start.elapsed().as_secs_f64(),
+        sites: data.statistics.iter().map(|block| block.energies.len()).sum(),
+        linears: count_linears(&input.architecture),
+        bits_per_weight: None,
+        sensitivity: data.sensitivity.as_ref().map(Measured::of),
+        allocation: None,
+    })
+}
+
+/// Carries the windows through the original blocks and measures on the way.
+pub(super) fn measure<B: Backend>(
+    backend: &B,
+    input: &CalibrationInput<'_>,
+    measuring: Option<&Measuring<'_>>,
+    progress: &dyn Progress,
+) -> Result<CalibrationData> {
+    let CalibrationInput { source, architecture, tokens, provenance, .. } = input;
+    let seq_len = provenance.seq_len;
+    let attention = &attention_spec(architecture, KvFormat::FULL, seq_len);
+    let mut sensor = match measuring {
+        None => None,
+        Some(&Measuring { recipe, outlier_counts }) => {
+            let subject =
+                Subject { backend, tensors: *source, architecture, attention, recipe, progress };
+            Some(Sensor::new(subject, outlier_counts, tokens)?)
         }
-    }
-    for (energy, site) in energies.iter().zip(sites) {
-        if let Some(channel) = energy.iter().position(|energy| !energy.is_finite()) {
-            return Err(Error::input(format!(
-                "channel {channel} of {} is not finite in full precision",
-                site.name
-            ))
-            .hint(
-                "the source's weights overflow on this text: is the checkpoint sound? On a GPU, \
-                 activations beyond f16 may be the reason: try --device cpu",
-            ));
+    };
+    // Last, because its batches are the largest: what it reserves for a block's work is what holds.
+    let mut stream = Stream::embed(backend, *source, architecture, tokens, seq_len, 0)?;
+    progress.begin("calibrate", architecture.blocks);
+    let mut statistics = Vec::with_capacity(architecture.blocks);
+    let meter = EnergyMeter { backend, architecture, attention, progress };
+    let load = |index| BlockWeights::<B>::load_all(backend, *source, architecture, index);
+    prefetch(0..architecture.blocks, load, |_, weights| {
+        let weights = weights()?;
+        let measured = meter.measure(&weights, &mut stream, AfterBlock::Advanced)?;
+        if let Some(sensor) = &mut sensor {
+            sensor.measure(&weights, &measured.energies)?;
         }
-    }
-    let key_mean = sums.iter().map(|sum| (sum / tokens as f64) as f32).collect();
-    Ok(Statistics { energies, key_mean })
+        statistics.push(measured);
+        progress.advance("");
+        Ok(())
+    })?;
+    let sensitivity = sensor.map(|sensor| sensor.finish(input.kept_bytes()?)).transpose()?;
+    progress.end();
+    Ok(CalibrationData {
+        model: source.name().to_owned(),
+        fingerprint: source.fingerprint()?,
+        config: source.config().clone(),
+        provenance: provenance.clone(),
+        tokens: tokens.clone(),
+        statistics,
+        sensitivity,
+    })
 }
-
-/// What `atom calibrate` writes: a safetensors file with the windows, every block's statistics, and the
-/// sensitivity if it was measured.
-pub struct CalibrationData {
-    /// Name of the model.
-    pub model: String,
-    /// Its fingerprint.
-    pub fingerprint: String,
-    /// Its `config.json`, so that a plan can be made without it.
-    pub config: serde_json::Value,
-    /// Where the windows came from.
-    pub provenance: Provenance,
-    /// `[samples, seq_len]`.
-    pub tokens: Vec<u32>,
-    /// Every block's.
-    pub statistics: Vec<Statistics>,
-    /// What widths and outlier counts would cost, where it was measured.
-    pub sensitivity: Option<Sensitivity>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Header {
-    version: u32,
-    model: String,
-    fingerprint: String,
-    config: serde_json::Value,
-    provenance: Provenance,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    sensitivity: Option<Sensitivity>,
-}
-
-/// What [`CalibrationData`] is written as.
-pub const CALIBRATION_FILE: FileKind =
-    FileKind { name: "a calibration file", recognizes: is_calibration };
-
-/// Whether a file's header says that it holds calibration data.
-fn is_calibration(path: &Path) -> bool {
-    // The writer puts the metadata first.
-    let mut head = Vec::new();
-    let read = fs_err::File::open(path).and_then(|file| file.take(64).read_to_end(&mut head));
-    let begins = format!("{{\"__metadata__\":{{\"{KEY}\":");
-    read.is_ok() && head.get(8..).is_some_and(|header| header.starts_with(begins.as_bytes()))
-}
-
-/// Version of the file's format.
-const VERSION: u32 = 2;
-/// The longest file that is read, in bytes: those of the largest networks have some 300 MB.
-const MAX_BYTES: u64 = 1 << 30;
-const KEY: &str = "atom_calibration";
-const WINDOWS: &str = "windows";
-
-struct Bytes {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    data: Vec<u8>,
-}
-
-impl View for &Bytes {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.data)
-    }
-    fn data_len(&self) -> usize {
-        self.data.len()
-    }
-}
-
-impl CalibrationData {
-    /// The file's bytes.
-    pub fn to_bytes(&self, architecture: &Architecture) -> Result<Vec<u8>> {
-        let Provenance { samples, seq_len, .. } = self.provenance;
-        let data = self.tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-        let windows = Bytes { dtype: Dtype::U32, shape: vec![samples, seq_len], data };
-        let mut tensors = BTreeMap::from([(WINDOWS.to_owned(), windows)]);
-        for (index, Statistics { energies, key_mean }) in self.statistics.iter().enumerate() {
-            let data = key_mean.iter().flat_map(|value| value.to_le_bytes()).collect();
-            let spec = key_mean_spec(architecture, index);
-            tensors.insert(spec.name, Bytes { dtype: Dtype::F32, shape: spec.shape, data });
-            for (site, energy) in architecture.sites(index).into_iter().zip(energies) {
-                let data = energy.iter().flat_map(|value| value.to_le_bytes()).collect();
-                let shape = vec![energy.len()];
-                tensors.insert(energy_name(&site.name), Bytes { dtype: Dtype::F64, shape, data });
-            }
-        }
-        let header = Header {
-            version: VERSION,
-            model: self.model.clone(),
-            fingerprint: self.fingerprint.clone(),
-            config: self.config.clone(),
-            provenance: self.provenance.clone(),
-            sensitivity: self.sensitivity.clone(),
-        };
-        let header = serde_json::to_string(&header).expect("a header has only JSON types");
-        safetensors::serialize(&tensors, Some([(KEY.to_owned(), header)].into()))
-            .map_err(|error| Error::machine(format!("the calibration cannot be written: {error}")))
-    }
-
-    /// Reads the file; also returns the SHA-256 of its bytes.
-    pub fn read(path: &Path) -> Result<(Self, Architecture, String)> {
-        let bytes = read_named(path, MAX_BYTES)
-            .map_err(|error| error.hint("make one with `atom calibrate`"))?;
-        let wrong = |what: &str| {
-            Error::input(format!("{} is not a calibration file: {what}", path.display()))
-                .hint("make one with `atom calibrate`")
-        };
-        let (_, metadata) =
-            SafeTensors::read_metadata(&bytes).map_err(|error| wrong(&error.to_string()))?;
-        let header = metadata
-            .metadata()
-            .as_ref()
-            .and_then(|metadata| metadata.get(KEY))
-            .ok_or_else(|| wrong("its header lacks `atom_calibration`"))?;
-        let header: Header =
-            serde_json::from_str(header).map_err(|error| wrong(&error.to_string()))?;
-        if header.version != VERSION {
-            return Err(wrong("it was written by another version"));
-        }
-        let damaged = |what: &str| {
-            Error::input(format!("{} is damaged: {what}", path.display()))
-                .hint("make it again with `atom calibrate`")
-        };
-        let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(&error.to_string()))?;
-        let tensor = |name: &str, dtype: Dtype, shape: &[usize]| {
-            let view = file.tensor(name).map_err(|error| wrong(&error.to_string()))?;
-            if view.dtype() != dtype || view.shape() != shape {
-                return Err(wrong(&format!("`{name}` has another type or shape")));
-            }
-            Ok(view.data())
-        };
-        let config_file = format!("config.json in {}", path.display());
-        let architecture = Architecture::read(&header.config, &config_file)?;
-        check_counts(&architecture, file.len(), bytes.len() as u64)
-            .map_err(|what| damaged(&what))?;
-        let Provenance { samples, seq_len, .. } = header.provenance;
-        if samples == 0 || seq_len < 2 {
-            return Err(damaged(&format!("it holds {samples} windows of {seq_len} tokens")));
-        }
-        let windows = tensor(WINDOWS, Dtype::U32, &[samples, seq_len])?;
-        let tokens = windows.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
-        let mut statistics = Vec::new();
-        for index in 0..architecture.blocks {
-            let mut block = Energies::new();
-            for site in architecture.sites(index) {
-                let data = tensor(&energy_name(&site.name), Dtype::F64, &[site.channels])?;
-                let values = data.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
-                let values: Vec<f64> = values.collect();
-                let energy = |value: &f64| value.is_finite() && *value >= 0.0;
-                if let Some(channel) = values.iter().position(|value| !energy(value)) {
-                    return Err(damaged(&format!(
-                        "channel {channel} of {} has the energy {}",
-                        site.name, values[channel]
-                    )));
-                }
-                block.push(values);
-            }
-            let spec = key_mean_spec(&architecture, index);
-            let data = tensor(&spec.name, Dtype::F32, &spec.shape)?;
-            let key_mean: Vec<f32> =
-                data.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-            if let Some(channel) = key_mean.iter().position(|mean| !mean.is_finite()) {
-                let (name, mean) = (&spec.name, key_mean[channel]);
-                return Err(damaged(&format!("`{name}` holds {mean} at {channel}")));
-            }
-            statistics.push(Statistics { energies: block, key_mean });
-        }
-        if let Some(sensitivity) = &header.sensitivity {
-            sensitivity.check(&architecture).map_err(|what| damaged(&what))?;
-        }
-        let Header { model, fingerprint, config, provenance, sensitivity, .. } = header;
-        let data = Self { model, fingerprint, config, provenance, tokens, statistics, sensitivity };
-        Ok((data, architecture, sha256_hex(&bytes)))
-    }
-}
-
-fn energy_name(site: &str) -> String {
-    format!("{site}.energy")
-}
-
-#[cfg(test)]
-mod tests;

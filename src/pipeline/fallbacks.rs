@@ -13,8 +13,8 @@ pub(super) enum Fallback {
         /// What it is to have (`expert_tokens`).
         wanted: usize,
     },
-    /// Fewer tokens than channels: the drift is not corrected.
-    Drift,
+    /// Fewer tokens than channels: the accumulated error is not corrected.
+    NoCorrection,
     /// No Cholesky factor at any damping.
     NoFactor,
     /// A Cholesky factor at a higher damping only.
@@ -61,7 +61,7 @@ impl Seen {
                 "rounded to nearest, since fewer than {wanted} calibration tokens (`expert_tokens`) came to \
                  them: give more with --samples"
             ),
-            Fallback::Drift => "without a correction of the drift of their inputs, since there are fewer \
+            Fallback::NoCorrection => "without a correction of the drift of their inputs, since there are fewer \
                                 calibration tokens than channels: give more with --samples or --seq-len"
                 .to_owned(),
             Fallback::NoFactor => "rounded to nearest instead of GPTQ, since their Hessians have no Cholesky \

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::calibrate::Provenance;
+use super::calibration::Provenance;
 use super::plan::{BlockPlan, check_plan};
 use crate::checkpoint::{AtomCheckpoint, FORMAT_VERSION, HubOrigin};
 use crate::model::Architecture;

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::allocate::Allocated;
 use super::sensitivity::Sensitivity;
+use crate::model::Architecture;
 use crate::recipe::Recipe;
 
 /// One quantized linear.
@@ -185,4 +186,10 @@ impl Measured {
             block_nats,
         }
     }
+}
+
+/// Linears of a network.
+pub(super) fn count_linears(architecture: &Architecture) -> usize {
+    let sites = (0..architecture.blocks).flat_map(|block| architecture.sites(block));
+    sites.map(|site| site.linears.len()).sum()
 }

@@ -21,20 +21,16 @@ The cost of a choice is `carry` times its effects: nats that a token's loss may 
 
 use serde::{Deserialize, Serialize};
 
-use super::block::{formats, round_all};
-use super::calibrate::Energies;
-use super::load::{
-    BlockWeights, QuantizedSite, arranged_site, expect, hessian_block, quantized_block,
-    source_block, vector,
-};
+use super::energies::Energies;
 use super::plan::{BlockPlan, SitePlan, plan_block};
-use super::stream::Stream;
+use super::quantizer::{formats, round_all};
 use crate::Result;
 use crate::backend::{AttentionSpec, Backend, Unquantized};
 use crate::checkpoint::Tensors;
 use crate::model::Architecture;
 use crate::model::block::{Block, Observer, Seen, Site};
-use crate::model::sites::{FINAL_NORM, SiteSpec};
+use crate::model::sites::SiteSpec;
+use crate::network::{BlockBuilder, BlockWeights, OutputHead, QuantizedSite, Stream};
 use crate::progress::Progress;
 use crate::quant::site::SiteFormat;
 use crate::recipe::Recipe;
@@ -320,7 +316,8 @@ impl<'a, B: Backend> Sensor<'a, B> {
         let Subject { backend, architecture, recipe, .. } = self.subject;
         let specs = architecture.sites(weights.index);
         let usual = plan_block(recipe, &specs)?;
-        let mut source = source_block(backend, architecture, weights)?;
+        let builder = BlockBuilder::new(backend, architecture, weights);
+        let mut source = builder.source()?;
         let after = self.outputs(&source)?;
         let mut sites =
             specs.iter().map(|spec| self.unmeasured(spec)).collect::<Result<Vec<_>>>()?;
@@ -344,15 +341,13 @@ impl<'a, B: Backend> Sensor<'a, B> {
                 let format = &formats[at];
                 let errors = self.errors(weights, at, &plans[at], format, hessian)?;
                 let Measured { errors, reference } = errors;
-                let arranged = |float, quantized| {
-                    arranged_site(backend, architecture, weights, at, format, float, quantized)
-                };
-                let activation = self.effect(&mut source, at, arranged(false, None)?, &after)?;
+                let changed = builder.quantized_activation(at, format)?;
+                let activation = self.effect(&mut source, at, changed, &after)?;
                 let count = CountSensitivity { outliers, activation, errors };
                 sites[at].counts.push(count);
                 if outliers == recipe.outliers {
                     for quantized in reference.iter().enumerate() {
-                        let site = arranged(true, Some(quantized))?;
+                        let site = builder.one_quantized_linear(at, format, quantized)?;
                         let effect = self.effect(&mut source, at, site, &after)?;
                         sites[at].effects.push(effect);
                     }
@@ -416,7 +411,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
         wanted: &[bool],
     ) -> Result<Vec<Option<B::Gram>>> {
         let Subject { backend, architecture, attention, progress, .. } = self.subject;
-        let block = hessian_block(backend, architecture, weights, formats, None)?;
+        let block = BlockBuilder::new(backend, architecture, weights).observed(formats)?;
         let mut hessians = formats
             .iter()
             .zip(wanted)
@@ -489,7 +484,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
         for stream in self.changed.iter_mut().chain([&mut self.others]) {
             stream.advance(backend, attention, source, || progress.check_stop())?;
         }
-        let block = quantized_block(backend, architecture, weights, sites, None)?;
+        let block = BlockBuilder::new(backend, architecture, weights).quantized(sites)?;
         let mut batches = self.outputs(&block)?;
         for batch in &mut batches {
             backend.offload(batch)?;
@@ -501,18 +496,19 @@ impl<'a, B: Backend> Sensor<'a, B> {
     /// What was measured, once every block was: `kept_bytes` is for the file.
     pub fn finish(mut self, kept_bytes: u64) -> Result<Sensitivity> {
         let Subject { backend, tensors, architecture, recipe, progress, .. } = self.subject;
-        let norm = vector(backend, tensors, FINAL_NORM, architecture.hidden)?;
-        let shape = [architecture.vocabulary, architecture.hidden];
-        let head = expect(tensors, architecture.head_name(), &shape)?;
-        let head = backend.dense(&backend.load(head)?, None)?;
-        let normed = |x: &B::Hidden| backend.rms_norm(x, &norm, architecture.norm_epsilon);
+        let head = OutputHead::load(backend, tensors, architecture)?;
+        let normed = |x: &B::Hidden| head.normed(backend, x);
         let originals = self.originals.iter().map(normed).collect::<Result<Vec<_>>>()?;
         for (block, stream) in self.blocks.iter_mut().zip(std::mem::take(&mut self.changed)) {
             let mut divergences = Vec::new();
             for (mut batch, original) in stream.batches.into_iter().zip(&originals) {
                 progress.check_stop()?;
                 backend.reload(&mut batch)?;
-                divergences.extend(backend.kl_divergence(&normed(&batch)?, original, &head)?);
+                divergences.extend(backend.kl_divergence(
+                    &normed(&batch)?,
+                    original,
+                    &head.weight,
+                )?);
             }
             let effects = block.effects();
             // A rounding error below zero would make a cost negative.

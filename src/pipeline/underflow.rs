@@ -6,7 +6,7 @@ be held like that. Groups that contribute next to nothing may be as small as the
 
 use rayon::prelude::*;
 
-use super::calibrate::Energies;
+use super::energies::Energies;
 use super::plan::SitePlan;
 use crate::checkpoint::Tensor;
 use crate::model::Architecture;

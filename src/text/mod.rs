@@ -9,6 +9,7 @@ model is. */
 
 mod csv_rows;
 mod documents;
+mod evaluation;
 mod file;
 mod guarded;
 mod ids;
@@ -24,6 +25,7 @@ pub mod tasks;
 mod tokenizer;
 mod windows;
 
+pub use evaluation::Evaluation;
 pub use python_random::PythonRandom;
 pub use rows::rows;
 pub use set::{CalibrationWindows, SetUsed, TextSet};

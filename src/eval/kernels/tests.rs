@@ -1,12 +1,17 @@
 //! Planted errors, and how far two sides may be apart.
 
+use half::f16;
+
+use super::bounds::{attention_error, half_ulp, magnitude};
 use super::*;
 use crate::backend::{AttentionSpec, Memory, Quantization};
 use crate::model::block::{Site, Treatment};
 use crate::quant::kv::KvFormat;
 use crate::quant::levels::Levels;
+use crate::quant::linear::OutlierBlock;
 use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
+use crate::quant::rows::{OutlierRows, QuantizedRows};
 use crate::quant::site::{SiteFormat, Transform};
 use crate::quant::weights::round_to_nearest;
 
@@ -111,11 +116,11 @@ fn findings(
     let mut planted = sites.clone();
     change(&mut planted);
     let block = block(&cpu, &sites);
-    let mut beside = Beside::new((&cpu, &cpu), &block, &planted, names(), key_mean).unwrap();
-    beside.sites = &sites;
+    let mut comparison = Comparison::new(&cpu, &cpu, &block, &planted, names(), key_mean).unwrap();
+    comparison.sites = &sites;
     let x = Matrix { rows: TOKENS, columns: HIDDEN, data: random(TOKENS * HIDDEN, 7) };
     let mut x = cpu.upload(x).unwrap();
-    beside.run(&spec(), &mut x).unwrap()
+    comparison.run(&spec(), &mut x).unwrap()
 }
 
 fn linear(

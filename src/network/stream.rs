@@ -1,11 +1,11 @@
 /*! The hidden states of all windows, between two blocks. */
 
+use super::tensors::expect;
 use crate::backend::{AttentionSpec, Backend};
 use crate::checkpoint::Tensors;
 use crate::model::Architecture;
 use crate::model::block::{Block, Observer};
 use crate::model::sites::{EMBEDDING, SiteSpec};
-use crate::pipeline::load::expect;
 use crate::{Error, Result};
 
 /// Hidden states of windows `[windows * seq_len, hidden]`, cut into batches.
@@ -26,7 +26,7 @@ pub(super) fn windows_per_batch(
     (batch_bytes / (4 * channels * seq_len)).max(1)
 }
 
-/// Device memory that a block takes beside the hidden states, at most: its weights and the next
+/// Device memory that a block takes besides the hidden states, at most: its weights and the next
 /// block's in 16 bits, a copy of them laid out, Hessians and a factor, and the larger of a batch inside
 /// the block and of the weights of one site while they are quantized.
 fn working_bytes(architecture: &Architecture, batch_tokens: usize) -> u64 {
@@ -43,18 +43,18 @@ fn working_bytes(architecture: &Architecture, batch_tokens: usize) -> u64 {
 
 impl<B: Backend> Stream<B> {
     /// The embeddings of `tokens`, whole windows of `seq_len`, in batches of windows. A block's work takes
-    /// `beside_bytes` of device memory beside what every work on a block does.
+    /// `more_bytes` of device memory more than every work on a block does.
     pub fn embed(
         backend: &B,
         tensors: &dyn Tensors,
         architecture: &Architecture,
         tokens: &[u32],
         seq_len: usize,
-        beside_bytes: u64,
+        more_bytes: u64,
     ) -> Result<Self> {
         let windows = windows_per_batch(backend.batch_bytes(), architecture, seq_len);
         let batches = tokens.chunks(windows * seq_len);
-        Self::embed_batches(backend, tensors, architecture, batches, beside_bytes)
+        Self::embed_batches(backend, tensors, architecture, batches, more_bytes)
     }
 
     /// The embeddings of batches of tokens.
@@ -63,7 +63,7 @@ impl<B: Backend> Stream<B> {
         tensors: &dyn Tensors,
         architecture: &Architecture,
         batches: impl Iterator<Item = &'t [u32]> + Clone,
-        beside_bytes: u64,
+        more_bytes: u64,
     ) -> Result<Self> {
         let vocabulary = architecture.vocabulary;
         let embedding = expect(tensors, EMBEDDING, &[vocabulary, architecture.hidden])?;
@@ -75,7 +75,7 @@ impl<B: Backend> Stream<B> {
             .hint("tokenizer.json does not belong to this model"));
         }
         let batch_tokens = batches.clone().map(<[u32]>::len).max().unwrap_or(0);
-        backend.reserve(working_bytes(architecture, batch_tokens) + beside_bytes)?;
+        backend.reserve(working_bytes(architecture, batch_tokens) + more_bytes)?;
         let table = backend.load(embedding)?;
         let batches = batches.map(|tokens| {
             let mut batch = backend.embed(&table, tokens)?;

@@ -8,7 +8,7 @@ mod kinds;
 
 use std::collections::{BTreeMap, HashSet};
 
-use super::load::expect;
+use super::tensors::expect;
 use crate::checkpoint::{Source, fits};
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};

@@ -1,16 +1,15 @@
-/*! Every kind of network beside transformers: a tiny random checkpoint of each and the logits that it computes in f32
+/*! Every kind of network compared with transformers: a tiny random checkpoint of each and the logits that it computes in f32
 (tests/families.py). */
 
 use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 
+use super::{BlockBuilder, BlockWeights, OutputHead, Stream, attention_spec, expect};
 use crate::backend::cpu::Cpu;
-use crate::backend::{Forward, Memory, Quantization};
+use crate::backend::{Forward, Memory};
 use crate::checkpoint::Source;
 use crate::model::Architecture;
-use crate::model::sites::FINAL_NORM;
-use crate::pipeline::{BlockWeights, Stream, attention_spec, expect, source_block, vector};
 use crate::quant::kv::KvFormat;
 
 /// The most that a logit may differ, of the range of all of them.
@@ -46,17 +45,14 @@ fn logits(directory: &Path, tokens: &[u32], seq_len: usize) -> Vec<f32> {
     let attention = attention_spec(&architecture, KvFormat::FULL, seq_len);
     let mut stream = Stream::embed(&cpu, &source, &architecture, tokens, seq_len, 0).unwrap();
     for index in 0..architecture.blocks {
-        let weights = BlockWeights::load(&cpu, &source, &architecture, index, |_, _| true).unwrap();
-        let block = source_block(&cpu, &architecture, &weights).unwrap();
+        let weights = BlockWeights::load_all(&cpu, &source, &architecture, index).unwrap();
+        let block = BlockBuilder::new(&cpu, &architecture, &weights).source().unwrap();
         stream.advance(&cpu, &attention, &block, || Ok(())).unwrap();
     }
-    let norm = vector(&cpu, &source, FINAL_NORM, architecture.hidden).unwrap();
-    let shape = [architecture.vocabulary, architecture.hidden];
-    let head = cpu.load(expect(&source, architecture.head_name(), &shape).unwrap()).unwrap();
-    let head = cpu.dense(&head, None).unwrap();
+    let head = OutputHead::load(&cpu, &source, &architecture).unwrap();
     let of_batch = |batch| {
-        let normed = cpu.rms_norm(batch, &norm, architecture.norm_epsilon).unwrap();
-        cpu.download_activation(&cpu.product(&normed, &head).unwrap()).unwrap().data
+        let normed = head.normed(&cpu, batch).unwrap();
+        cpu.download_activation(&cpu.product(&normed, &head.weight).unwrap()).unwrap().data
     };
     stream.batches.iter().flat_map(of_batch).collect()
 }

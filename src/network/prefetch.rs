@@ -1,14 +1,13 @@
-/*! One step ahead: the next block is loaded while the present one is computed. */
+/*! Prefetch: the next block is loaded while the present one is computed. */
 
 use std::ops::Range;
 use std::sync::mpsc::sync_channel;
 
-use super::run::no_thread;
-use crate::Result;
+use crate::{Error, Result};
 
-/// Calls `load` for every index on a thread of its own and `consume` with what it gave, in order. At
+/// Calls `load` for every index on a thread of its own and `consume` with the results, in order. At
 /// most one loaded item waits while another is consumed. The first error ends both.
-pub fn one_ahead<T: Send>(
+pub fn prefetch<T: Send>(
     range: Range<usize>,
     load: impl Fn(usize) -> Result<T> + Send,
     mut consume: impl FnMut(usize, &mut dyn FnMut() -> Result<T>) -> Result<()>,
@@ -16,7 +15,7 @@ pub fn one_ahead<T: Send>(
     std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel(0);
         let indices = range.clone();
-        let ahead = move || {
+        let loading = move || {
             for index in indices {
                 let loaded = load(index);
                 let failed = loaded.is_err();
@@ -26,7 +25,7 @@ pub fn one_ahead<T: Send>(
                 }
             }
         };
-        std::thread::Builder::new().spawn_scoped(scope, ahead).map_err(no_thread)?;
+        std::thread::Builder::new().spawn_scoped(scope, loading).map_err(no_thread)?;
         let mut receive = || receiver.recv().expect("the loader sends until its first error");
         let result = range.into_iter().try_for_each(|index| consume(index, &mut receive));
         drop(receiver);
@@ -34,15 +33,20 @@ pub fn one_ahead<T: Send>(
     })
 }
 
+/// The error where no thread can be started.
+pub fn no_thread(error: std::io::Error) -> Error {
+    Error::machine(format!("cannot start a thread: {error}"))
+        .hint("raise the limits on processes and memory (`ulimit -u`, `ulimit -v`)")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Error;
 
     #[test]
     fn items_come_in_order_and_errors_end_both_sides() {
         let mut seen = Vec::new();
-        one_ahead(2..6, Ok, |index, next| {
+        prefetch(2..6, Ok, |index, next| {
             seen.push((index, next()?));
             Ok(())
         })
@@ -50,11 +54,11 @@ mod tests {
         assert_eq!(seen, [(2, 2), (3, 3), (4, 4), (5, 5)]);
 
         let load = |index| if index == 1 { Err(Error::input("no")) } else { Ok(index) };
-        let error = one_ahead(0..9, load, |_, next| next().map(drop)).unwrap_err();
+        let error = prefetch(0..9, load, |_, next| next().map(drop)).unwrap_err();
         assert_eq!(error.message(), "no");
 
         let mut calls = 0;
-        let error = one_ahead(0..9, Ok, |_, _| {
+        let error = prefetch(0..9, Ok, |_, _| {
             calls += 1;
             Err(Error::input("stop"))
         });

@@ -1,0 +1,203 @@
+/*! Blocks that can run, made of loaded weights: in full precision, with quantized activations for GPTQ's
+Hessians, or quantized. */
+
+use super::stored::QuantizedSite;
+use super::weights::BlockWeights;
+use crate::backend::{Backend, Matrix};
+use crate::model::Architecture;
+use crate::model::block::{Block, Linear, Site, Treatment};
+use crate::model::experts::Router;
+use crate::model::sites::{MLP_ACT, MLP_IN, SiteKind};
+use crate::quant::site::SiteFormat;
+use crate::{Error, Result};
+
+/// Makes blocks of one block's weights.
+pub struct BlockBuilder<'a, 'w, B: Backend> {
+    backend: &'a B,
+    architecture: &'a Architecture,
+    weights: &'a BlockWeights<'w, B>,
+    key_mean: Option<&'a [f32]>,
+}
+
+/// What a site does to its activation, and its linears.
+type SiteParts<B> = (Treatment<B>, Vec<Linear<B>>);
+
+impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
+    /// A builder of blocks whose cache is not centred.
+    pub fn new(
+        backend: &'a B,
+        architecture: &'a Architecture,
+        weights: &'a BlockWeights<'w, B>,
+    ) -> Self {
+        Self { backend, architecture, weights, key_mean: None }
+    }
+
+    /// Centres the cache of quantized blocks at these mean keys, if there are any.
+    pub fn with_key_mean(self, key_mean: Option<&'a [f32]>) -> Self {
+        Self { key_mean, ..self }
+    }
+
+    /// The block in full precision.
+    pub fn source(&self) -> Result<Block<B>> {
+        self.block(None, |site| {
+            let linears = 0..self.weights.sites[site].len();
+            let linears = linears.map(|linear| {
+                let weight = self.weights.weight(site, linear);
+                Ok(Linear::Dense(self.backend.dense(weight, None)?))
+            });
+            Ok((Treatment::Source, linears.collect::<Result<_>>()?))
+        })
+    }
+
+    /// The block before its linears are quantized: its sites permute and quantize their activations, and
+    /// have no linears yet.
+    pub fn open(&self, formats: &[SiteFormat]) -> Result<Block<B>> {
+        self.block(self.key_mean, |site| {
+            let format = &formats[site];
+            Ok((treatment::<B>(format, self.backend.site(format)?), Vec::new()))
+        })
+    }
+
+    /// The block with full-precision weights on quantized activations: what GPTQ's Hessians are
+    /// accumulated on. It is only observed, so the linear of the last site, whose product is not used and
+    /// which is the largest of the block, is left out.
+    pub fn observed(&self, formats: &[SiteFormat]) -> Result<Block<B>> {
+        let specs = self.architecture.sites(self.weights.index);
+        self.block(self.key_mean, |site| {
+            let format = &formats[site];
+            let order = self.backend.site(format)?;
+            let linears = match specs[site].kind {
+                SiteKind::MlpAct => Vec::new(),
+                _ => self.permuted_linears(site, &order)?,
+            };
+            Ok((treatment::<B>(format, order), linears))
+        })
+    }
+
+    /// The block as the checkpoint means it: the integer path, or with activations in floating point the
+    /// weights that the codes stand for.
+    pub fn quantized(&self, sites: &[QuantizedSite<B::Quantized>]) -> Result<Block<B>> {
+        let orders = sites.iter().map(|site| self.backend.site(&site.format));
+        let orders = orders.collect::<Result<Vec<_>>>()?;
+        let linears = (0..sites.len()).map(|at| {
+            let feeds = if at == MLP_IN { orders[MLP_ACT..].iter().collect() } else { Vec::new() };
+            self.quantized_linears(at, &sites[at], &orders[at], &feeds)
+        });
+        let linears = linears.collect::<Result<Vec<_>>>()?;
+        let mut made = orders.into_iter().zip(linears);
+        self.block(self.key_mean, |site| {
+            let (order, linears) = made.next().expect("sites come in order");
+            Ok((treatment::<B>(&sites[site].format, order), linears))
+        })
+    }
+
+    /// The linears of one site of such a block. Of mlp_in, `feeds` are the sites that its pairs of gate and
+    /// up enter.
+    pub fn quantized_linears(
+        &self,
+        site: usize,
+        quantized: &QuantizedSite<B::Quantized>,
+        order: &B::Site,
+        feeds: &[&B::Site],
+    ) -> Result<Vec<Linear<B>>> {
+        let QuantizedSite { format, linears } = quantized;
+        let (backend, weights) = (self.backend, self.weights);
+        // Both of a pair in one order, and no bias in another.
+        let alike =
+            linears.iter().all(Option::is_some) && weights.biases[site].iter().all(Option::is_none);
+        let feeds = |linear: usize| feeds.get(linear / 2).copied().filter(|_| alike);
+        let linears = linears.iter().enumerate().map(|(linear, quantized)| match quantized {
+            None => {
+                let weight = weights.weight(site, linear);
+                Ok(Linear::Dense(backend.dense(weight, Some(order))?))
+            }
+            Some(quantized) if format.row.numbers.bits == 16 => {
+                Ok(Linear::Dense(backend.dense_of(quantized)?))
+            }
+            Some(quantized) => Ok(Linear::Packed(backend.pack(quantized, feeds(linear))?)),
+        });
+        linears.collect()
+    }
+
+    /// One site with quantized activations and full-precision weights.
+    pub fn quantized_activation(&self, at: usize, format: &SiteFormat) -> Result<Site<B>> {
+        let order = self.backend.site(format)?;
+        let linears = self.permuted_linears(at, &order)?;
+        self.site(at, (treatment::<B>(format, order), linears))
+    }
+
+    /// One site with activations in floating point, of whose linears only `changed` is quantized.
+    pub fn one_quantized_linear(
+        &self,
+        at: usize,
+        format: &SiteFormat,
+        changed: (usize, &B::Quantized),
+    ) -> Result<Site<B>> {
+        let order = self.backend.site(format)?;
+        let linears = (0..self.weights.sites[at].len()).map(|linear| {
+            let dense = match changed {
+                (number, codes) if number == linear => self.backend.dense_of(codes)?,
+                _ => self.backend.dense(self.weights.weight(at, linear), Some(&order))?,
+            };
+            Ok(Linear::Dense(dense))
+        });
+        let linears = linears.collect::<Result<_>>()?;
+        self.site(at, (Treatment::Arranged(order), linears))
+    }
+
+    /// A site's linears in full precision, in the site's order.
+    fn permuted_linears(&self, site: usize, order: &B::Site) -> Result<Vec<Linear<B>>> {
+        let linears = (0..self.weights.sites[site].len()).map(|linear| {
+            let weight = self.weights.weight(site, linear);
+            Ok(Linear::Dense(self.backend.dense(weight, Some(order))?))
+        });
+        linears.collect()
+    }
+
+    fn site(&self, at: usize, (treatment, linears): SiteParts<B>) -> Result<Site<B>> {
+        let name = self.architecture.sites(self.weights.index)[at].name.clone();
+        let biases = self.weights.biases(self.backend, at)?;
+        Ok(Site { at, name, treatment, linears, biases })
+    }
+
+    fn block(
+        &self,
+        key_mean: Option<&[f32]>,
+        mut fill: impl FnMut(usize) -> Result<SiteParts<B>>,
+    ) -> Result<Block<B>> {
+        let Self { backend, architecture, weights, .. } = *self;
+        let count = architecture.sites(weights.index).len();
+        let sites = (0..count).map(|at| self.site(at, fill(at)?)).collect::<Result<_>>()?;
+        let experts = architecture.experts_of(weights.index);
+        let router = experts.zip(weights.router.as_ref()).map(|(experts, weight)| {
+            let weight = backend.dense(weight, None)?;
+            let (per_token, normalized) = (experts.per_token, experts.normalized);
+            Ok::<_, Error>(Router { weight, per_token, normalized })
+        });
+        let head_norms = weights
+            .head_norms
+            .clone()
+            .map(|[of_q, of_k]| Ok::<_, Error>([backend.upload(of_q)?, backend.upload(of_k)?]));
+        let key_mean = key_mean.map(|mean| {
+            let data = mean.to_vec();
+            backend.upload(Matrix { rows: 1, columns: data.len(), data })
+        });
+        Ok(Block {
+            key_mean: key_mean.transpose()?,
+            attn_norm: backend.upload(weights.norms[0].clone())?,
+            mlp_norm: backend.upload(weights.norms[1].clone())?,
+            epsilon: architecture.norm_epsilon,
+            head_norms: head_norms.transpose()?,
+            router: router.transpose()?,
+            sites,
+        })
+    }
+}
+
+fn treatment<B: Backend>(format: &SiteFormat, site: B::Site) -> Treatment<B> {
+    if format.row.numbers.bits == 16 {
+        Treatment::Arranged(site)
+    } else {
+        Treatment::Quantized(site)
+    }
+}

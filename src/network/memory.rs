@@ -1,0 +1,336 @@
+/*! How much memory a network that runs takes at its peak, and whether the machine has it.
+
+The estimate follows the arithmetic on the host: what lives at the same time in each step of a block, of which
+the largest counts. Page cache of the source's files is part of it only while a tensor is read from start to end,
+since its pages are given back afterwards.
+
+On a GPU it is what the host needs whatever the device holds: the libraries, the tensors that are copied, and one
+block on its way to the disk. Hidden states that the device has no room for are offloaded to the host's memory and
+are not counted, since their number is unknown here: a run that needs less than it has is never refused. */
+
+use super::stream::windows_per_batch;
+use crate::backend::Backend;
+use crate::checkpoint::linear::specs;
+use crate::checkpoint::{TensorSpec, Tensors};
+use crate::machine::{self, Bound, Memory};
+use crate::model::Architecture;
+use crate::model::sites::MLP_ACT;
+use crate::pipeline::plan::{BlockPlan, SitePlan};
+use crate::progress::Progress;
+use crate::units;
+use crate::{Error, Result};
+
+/// The program and its tokenizer.
+const BASE: u64 = 20 << 20;
+/// For each thread: its stack, its heap, and packed operands.
+const PER_THREAD: u64 = 3 << 20;
+/// Host memory of a run on a GPU: the driver's and the libraries' own.
+const DEVICE_BASE: u64 = 512 << 20;
+/// Larger pieces of memory go back to the system when they are freed; smaller ones leave holes, which the
+/// next ones may not fit into.
+const ON_HEAP: u64 = 32 << 20;
+/// Address space that is reserved and never touched, which `ulimit -v` counts: stacks, arenas, buffers of
+/// libraries.
+const UNTOUCHED: u64 = 128 << 20;
+/// Queries that attention takes at once.
+const QUERIES: u64 = 48;
+
+/// What the arithmetic works with, as far as memory is concerned.
+#[derive(Clone, Copy, Debug)]
+pub struct Workspace {
+    /// Activations of a batch, in bytes.
+    pub batch_bytes: usize,
+    /// Hidden states of a part of an evaluation, in bytes.
+    pub stream_bytes: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Whether weights, Hessians and activations are on a device and not in the host's memory.
+    pub on_device: bool,
+}
+
+impl Workspace {
+    /// That of a backend.
+    pub fn of<B: Backend>(backend: &B) -> Self {
+        Self {
+            batch_bytes: backend.batch_bytes(),
+            stream_bytes: backend.stream_bytes(),
+            threads: rayon::current_num_threads(),
+            on_device: !B::ON_HOST,
+        }
+    }
+
+    /// What a run takes besides its network.
+    pub(crate) fn base(&self) -> u64 {
+        let base = if self.on_device { DEVICE_BASE } else { BASE };
+        base + PER_THREAD * self.threads as u64
+    }
+
+    /// Tokens that pass a block together, of `tokens` in windows of `seq_len`.
+    pub(crate) fn batch_tokens(
+        &self,
+        architecture: &Architecture,
+        tokens: usize,
+        seq_len: usize,
+    ) -> u64 {
+        let windows = windows_per_batch(self.batch_bytes, architecture, seq_len);
+        windows.saturating_mul(seq_len).min(tokens) as u64
+    }
+
+    /// Tokens whose buffers are kept: those of a batch, and of the last one if it is too small to use the others'.
+    pub(crate) fn pooled_tokens(
+        &self,
+        architecture: &Architecture,
+        tokens: usize,
+        seq_len: usize,
+    ) -> u64 {
+        let batch = self.batch_tokens(architecture, tokens, seq_len);
+        let last = tokens as u64 % batch.max(1);
+        if 2 * last < batch { batch + last } else { batch }
+    }
+}
+
+/// Windows of tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Windows {
+    /// Tokens of all windows.
+    pub tokens: usize,
+    /// Tokens of one.
+    pub seq_len: usize,
+}
+
+/// Bytes that a network's parts take on the host.
+#[derive(Clone, Copy)]
+pub struct NetworkBytes<'a> {
+    /// The network.
+    pub architecture: &'a Architecture,
+    /// What its arithmetic works with.
+    pub workspace: Workspace,
+}
+
+impl NetworkBytes<'_> {
+    /// Channels of queries, and of keys and values.
+    pub(crate) fn heads(&self) -> [u64; 2] {
+        let Architecture { heads, kv_heads, head_dim, .. } = *self.architecture;
+        [heads, kv_heads].map(|heads| (heads * head_dim) as u64)
+    }
+
+    pub(crate) fn mlp_channels(&self) -> u64 {
+        let sites = self.architecture.sites(0);
+        sites.get(MLP_ACT).map_or(0, |site| site.channels) as u64
+    }
+
+    /// Rows of the largest activation after gate and up for `tokens`: all, or one expert's, of which some
+    /// are used three times as much as others.
+    pub(crate) fn mlp_tokens(&self, tokens: u64) -> u64 {
+        match &self.architecture.experts {
+            None => tokens,
+            Some(experts) => (3 * tokens * experts.per_token as u64)
+                .div_ceil(experts.count.max(1) as u64)
+                .min(tokens),
+        }
+    }
+
+    /// What a batch of `tokens` takes on its way through a block: the buffers of attention, of which one is
+    /// used again after it, and those of the MLP. Of experts' buffers of many sizes all are kept: as much as
+    /// if every token went to one of them.
+    pub(crate) fn activations(&self, tokens: u64, seq_len: usize) -> u64 {
+        let [q, kv] = self.heads();
+        let hidden = self.architecture.hidden as u64;
+        let heads = if (q..=2 * q).contains(&hidden) { 0 } else { q };
+        let chosen = if self.architecture.experts.is_some() { 2 * hidden } else { 0 };
+        let mlp = 2 * self.mlp_channels() + chosen;
+        4 * tokens * (hidden + q + 2 * kv + heads + mlp) + self.attention(seq_len)
+    }
+
+    /// What quantized rows of mlp_act take besides the activations: codes, scales and sums.
+    pub(crate) fn rows(&self, tokens: u64) -> u64 {
+        tokens * self.mlp_channels() * 5 / 4
+    }
+
+    /// Keys and values of the heads that threads work on, and scores of a tile of queries.
+    pub(crate) fn attention(&self, seq_len: usize) -> u64 {
+        let head = 4 * self.architecture.head_dim as u64 + QUERIES;
+        4 * self.workspace.threads as u64 * seq_len as u64 * head
+    }
+
+    pub(crate) fn states(&self, tokens: usize) -> u64 {
+        4 * (tokens as u64).saturating_mul(self.architecture.hidden as u64)
+    }
+
+    fn head(&self, tensors: &dyn Tensors) -> u64 {
+        let Ok(head) = tensors.tensor(self.architecture.head_name()) else { return 0 };
+        let values = (self.architecture.vocabulary as u64).next_multiple_of(64)
+            * self.architecture.hidden as u64;
+        4 * values + head.bytes.len() as u64
+    }
+
+    /// Bytes that an evaluation of the source takes at the peak.
+    pub fn source_evaluation(&self, tensors: &dyn Tensors, windows: Windows) -> u64 {
+        let Self { architecture, workspace } = self;
+        let blocks = (0..architecture.blocks).map(|block| SourceBytes::of(architecture, block));
+        let weights = blocks.map(|SourceBytes { dense, hole }| dense + hole).max().unwrap_or(0);
+        let mut forward = self.forward(weights, windows);
+        if !workspace.on_device {
+            forward += widest_stored(tensors, architecture);
+        }
+        workspace.base() + forward.max(self.last(tensors, windows))
+    }
+
+    /// Bytes that an evaluation of planned `blocks` on the integer path takes at the peak.
+    pub fn quantized_evaluation(
+        &self,
+        tensors: &dyn Tensors,
+        blocks: &[BlockPlan],
+        windows: Windows,
+    ) -> u64 {
+        let part = self.part(windows);
+        let batch = self.workspace.pooled_tokens(self.architecture, part, windows.seq_len);
+        // The next block is read and unpacked meanwhile.
+        let weights = blocks.iter().map(|plan| {
+            let BlockBytes { codes, laid_out, .. } = BlockBytes::of(plan);
+            2 * codes + laid_out + self.rows(batch)
+        });
+        let forward = self.forward(weights.max().unwrap_or(0), windows);
+        self.workspace.base() + forward.max(self.last(tensors, windows))
+    }
+
+    /// Tokens whose hidden states are held together.
+    fn part(&self, Windows { tokens, seq_len }: Windows) -> usize {
+        let fit = self.workspace.stream_bytes / (4 * self.architecture.hidden).max(1);
+        tokens.min(fit).max(seq_len)
+    }
+
+    /// The peak of a forward pass over a block whose weights take `weights`.
+    fn forward(&self, weights: u64, windows: Windows) -> u64 {
+        if self.workspace.on_device {
+            return 0;
+        }
+        let (part, seq_len) = (self.part(windows), windows.seq_len);
+        let batch = self.workspace.pooled_tokens(self.architecture, part, seq_len);
+        weights + self.activations(batch, seq_len) + self.states(part)
+    }
+
+    /// The end of a forward pass: the output head.
+    fn last(&self, tensors: &dyn Tensors, windows: Windows) -> u64 {
+        if self.workspace.on_device {
+            return 0;
+        }
+        let Windows { tokens, seq_len } = windows;
+        let fit = self.workspace.stream_bytes / (4 * self.architecture.hidden).max(1);
+        let batch = self.workspace.batch_tokens(self.architecture, self.part(windows), seq_len);
+        self.head(tensors) + self.states(tokens.min(fit)) + self.states(batch as usize)
+    }
+}
+
+/// Bytes of a planned block.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct BlockBytes {
+    /// All weights in f32, packed for products.
+    pub(crate) dense: u64,
+    /// All quantized weights, a code a byte.
+    pub(crate) codes: u64,
+    /// The same laid out for the integer product.
+    pub(crate) laid_out: u64,
+    /// The same as they are stored.
+    pub(crate) stored: u64,
+    /// A hole that the largest linear in f32 may leave in the heap when it is freed.
+    pub(crate) hole: u64,
+}
+
+impl BlockBytes {
+    /// Those of a planned block.
+    pub(crate) fn of(plan: &[SitePlan]) -> Self {
+        let mut bytes = Self::default();
+        for site in plan {
+            let width = site.width() as u64;
+            for linear in &site.linears {
+                let rows = linear.rows as u64;
+                bytes.dense += 4 * rows.next_multiple_of(64) * width;
+                let specs = specs(&linear.name, linear.rows, &site.weights(linear));
+                let stored = match linear.bits {
+                    16 => 2 * rows * width,
+                    _ => specs.iter().map(TensorSpec::bytes).sum(),
+                };
+                bytes.stored += stored;
+                bytes.codes += rows * width + stored / 8;
+                bytes.laid_out += if linear.bits == 16 { 4 * rows * width } else { stored };
+                if 4 * rows * width < ON_HEAP {
+                    bytes.hole = bytes.hole.max(4 * rows * width);
+                }
+            }
+        }
+        bytes
+    }
+}
+
+/// Bytes of a block in full precision.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct SourceBytes {
+    /// All weights in f32, packed for products.
+    pub(crate) dense: u64,
+    /// A hole that the largest linear in f32 may leave in the heap when it is freed.
+    pub(crate) hole: u64,
+}
+
+impl SourceBytes {
+    /// Those of block `block`.
+    pub(crate) fn of(architecture: &Architecture, block: usize) -> Self {
+        let mut bytes = Self::default();
+        for site in architecture.sites(block) {
+            let width = site.channels.next_multiple_of(16) as u64;
+            for linear in &site.linears {
+                let rows = linear.rows as u64;
+                bytes.dense += 4 * rows.next_multiple_of(64) * width;
+                if 4 * rows * width < ON_HEAP {
+                    bytes.hole = bytes.hole.max(4 * rows * width);
+                }
+            }
+        }
+        bytes
+    }
+}
+
+/// The largest linear as the source stores it: its pages while it is read.
+fn widest_stored(tensors: &dyn Tensors, architecture: &Architecture) -> u64 {
+    let sites = if architecture.blocks > 0 { architecture.sites(0) } else { Vec::new() };
+    let linears = sites.iter().flat_map(|site| &site.linears);
+    let stored = linears.map(|linear| {
+        tensors.tensor(&linear.weight()).map_or(0, |tensor| tensor.bytes.len() as u64)
+    });
+    stored.max().unwrap_or(0)
+}
+
+/// Compares an estimate with what the machine has: a warning near it.
+///
+/// # Errors
+/// A machine error with both numbers if there is less.
+pub fn check(needed: u64, progress: &dyn Progress) -> Result<()> {
+    match machine::available() {
+        Some(memory) => judge(needed, memory, progress),
+        None => Ok(()),
+    }
+}
+
+fn judge(needed: u64, memory: Memory, progress: &dyn Progress) -> Result<()> {
+    const HINT: &str = "give fewer --samples, a shorter --seq-len or fewer --threads, or take a machine \
+                        with more memory";
+    let Memory { available, bound, .. } = memory;
+    let numbers = format!(
+        "about {} of memory, and {} are available ({})",
+        units::bytes(needed),
+        units::bytes(available),
+        bound.words()
+    );
+    let room = match bound {
+        Bound::AddressSpace => available.saturating_sub(UNTOUCHED),
+        _ => available,
+    };
+    if needed > room {
+        return Err(Error::machine(format!("this run needs {numbers}")).hint(HINT));
+    }
+    // Four fifths: the estimate holds within a tenth, and others use the machine too.
+    if needed / 4 > room / 5 {
+        progress.warn(&format!("this run may need {numbers}: {HINT}"));
+    }
+    Ok(())
+}

@@ -1,0 +1,31 @@
+/*! A network that runs: a block's weights on a backend, streams of hidden states, prefetch of the next
+block, final norm and output head. What it is run for is not known here. */
+
+mod accounting;
+mod attention;
+mod blocks;
+mod cautions;
+#[cfg(test)]
+mod family_tests;
+mod head;
+pub mod memory;
+mod model;
+mod prefetch;
+mod runnable;
+mod stored;
+mod stream;
+mod tensors;
+mod weights;
+
+pub use accounting::{Network, check_counts, network};
+pub use attention::attention_spec;
+pub use blocks::BlockBuilder;
+pub use cautions::caution;
+pub use head::OutputHead;
+pub use model::Model;
+pub use prefetch::{no_thread, prefetch};
+pub use runnable::{LoadedBlock, Runnable, StoredBlock};
+pub use stored::{QuantizedSite, check_levels, key_mean_spec, read_key_mean, read_sites};
+pub use stream::Stream;
+pub use tensors::{expect, vector};
+pub use weights::BlockWeights;

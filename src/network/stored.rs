@@ -1,0 +1,90 @@
+/*! What a checkpoint, finished or not, holds of a quantized block. */
+
+use crate::Result;
+use crate::backend::Backend;
+use crate::checkpoint::linear::{from_tensors, read_floats, read_order};
+use crate::checkpoint::{Dtype, Stored, TensorSpec};
+use crate::model::Architecture;
+use crate::pipeline::plan::{BlockPlan, SitePlan};
+use crate::quant::kv::KvFormat;
+use crate::quant::linear::QuantizedLinear;
+use crate::quant::site::SiteFormat;
+
+/// A site of a quantized block: its order and format, and its linears; none where one stays as the
+/// source has it. `Q` is the host's or a backend's form of a quantized linear.
+#[derive(Clone, Debug)]
+pub struct QuantizedSite<Q> {
+    /// Its order and format.
+    pub format: SiteFormat,
+    /// Its linears.
+    pub linears: Vec<Option<Q>>,
+}
+
+impl QuantizedSite<QuantizedLinear> {
+    /// The same site on a backend.
+    pub fn restore<B: Backend>(self, backend: &B) -> Result<QuantizedSite<B::Quantized>> {
+        let Self { format, linears } = self;
+        let restore =
+            |linear: Option<QuantizedLinear>| linear.map(|linear| backend.restore(linear));
+        let linears = linears.into_iter().map(|linear| restore(linear).transpose());
+        Ok(QuantizedSite { format, linears: linears.collect::<Result<_>>()? })
+    }
+}
+
+/// Asks the backend whether it computes with every format of a plan.
+///
+/// # Errors
+/// The backend's, which names another way.
+pub fn check_levels<B: Backend>(backend: &B, blocks: &[BlockPlan]) -> Result<()> {
+    for site in blocks.iter().flatten() {
+        let linears = site.linears.iter().map(|linear| (linear.bits, linear.levels));
+        let quantized = linears.chain([(site.bits, site.levels)]).filter(|(bits, _)| *bits < 16);
+        quantized.into_iter().try_for_each(|(_, levels)| backend.check_levels(levels))?;
+    }
+    Ok(())
+}
+
+/// The tensor of a block's mean keys.
+pub fn key_mean_spec(architecture: &Architecture, block: usize) -> TensorSpec {
+    let shape = [architecture.kv_heads * architecture.head_dim];
+    TensorSpec::new(architecture.key_mean_name(block), Dtype::F32, shape)
+}
+
+/// The mean keys of block `block` as a checkpoint holds them, where its cache is centred.
+pub fn read_key_mean(
+    stored: &impl Stored,
+    architecture: &Architecture,
+    block: usize,
+    kv: &KvFormat,
+) -> Result<Option<Vec<f32>>> {
+    let read = || read_floats(stored, &key_mean_spec(architecture, block));
+    kv.is_centered().then(read).transpose()
+}
+
+/// A plan's sites with their linears read back from where they are stored.
+pub fn read_sites(
+    stored: &impl Stored,
+    plan: &[SitePlan],
+) -> Result<Vec<QuantizedSite<QuantizedLinear>>> {
+    plan.iter()
+        .map(|site| {
+            let order = read_order(
+                stored,
+                &site.name,
+                site.channels,
+                site.groups() * site.group_size,
+                site.outlier_channels,
+            )?;
+            let linears = site.linears.iter().map(|linear| match linear.bits {
+                16 => Ok(None),
+                _ => {
+                    from_tensors(stored, &linear.name, linear.rows, &site.weights(linear)).map(Some)
+                }
+            });
+            Ok(QuantizedSite {
+                linears: linears.collect::<Result<_>>()?,
+                format: site.format(order),
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,88 @@
+/*! The weights of one block, loaded once and used by every stage. */
+
+use super::tensors::expect;
+use crate::backend::{Backend, Matrix};
+use crate::checkpoint::Tensors;
+use crate::model::Architecture;
+use crate::model::sites::LinearSpec;
+use crate::{Error, Result};
+
+/// A block's weights where the backend computes, as the source has them.
+pub struct BlockWeights<'a, B: Backend> {
+    /// The block's number.
+    pub index: usize,
+    /// RMSNorm's weights before attention and before the MLP.
+    pub(super) norms: [Matrix; 2],
+    /// Those of query and key heads, where there are any.
+    pub(super) head_norms: Option<[Matrix; 2]>,
+    /// The router's weight, where there are experts.
+    pub(super) router: Option<B::Weight<'a>>,
+    /// The weights of each site's linears; none for a linear that is not in the source.
+    pub sites: Vec<Vec<Option<B::Weight<'a>>>>,
+    /// The bias of each, if it has one.
+    pub(super) biases: Vec<Vec<Option<Matrix>>>,
+}
+
+impl<'a, B: Backend> BlockWeights<'a, B> {
+    /// Loads all of block `index`.
+    pub fn load_all(
+        backend: &B,
+        tensors: &'a dyn Tensors,
+        architecture: &Architecture,
+        index: usize,
+    ) -> Result<Self> {
+        Self::load(backend, tensors, architecture, index, |_, _| true)
+    }
+
+    /// Loads block `index`: of its linears those for which `wanted(site, linear)` is true.
+    pub fn load(
+        backend: &B,
+        tensors: &'a dyn Tensors,
+        architecture: &Architecture,
+        index: usize,
+        wanted: impl Fn(usize, usize) -> bool,
+    ) -> Result<Self> {
+        let hidden = architecture.hidden;
+        let row = |name: &str, columns: usize| {
+            let data = expect(tensors, name, &[columns])?.to_f32()?;
+            Ok::<_, Error>(Matrix { rows: 1, columns, data })
+        };
+        let pair = |[first, second]: [String; 2], columns| {
+            Ok::<_, Error>([row(&first, columns)?, row(&second, columns)?])
+        };
+        let norms = pair(architecture.norm_names(index), hidden)?;
+        let head_norms = architecture.head_norm_names(index);
+        let head_norms = head_norms.map(|names| pair(names, architecture.head_dim)).transpose()?;
+        let router = match (architecture.router_name(index), architecture.experts_of(index)) {
+            (Some(name), Some(experts)) => {
+                Some(backend.load(expect(tensors, &name, &[experts.count, hidden])?)?)
+            }
+            _ => None,
+        };
+        let (mut sites, mut biases) = (Vec::new(), Vec::new());
+        for (at, spec) in architecture.sites(index).iter().enumerate() {
+            let weight = |(linear, spec): (usize, &LinearSpec)| {
+                let shape = [spec.rows, spec.columns];
+                let load = || backend.load(expect(tensors, &spec.weight(), &shape)?);
+                wanted(at, linear).then(load).transpose()
+            };
+            let weights = spec.linears.iter().enumerate().map(weight);
+            sites.push(weights.collect::<Result<_>>()?);
+            let bias =
+                |spec: &LinearSpec| spec.bias().map(|name| row(&name, spec.rows)).transpose();
+            biases.push(spec.linears.iter().map(bias).collect::<Result<_>>()?);
+        }
+        Ok(Self { index, norms, head_norms, router, sites, biases })
+    }
+
+    /// The biases of a site's linears on the backend.
+    pub(super) fn biases(&self, backend: &B, site: usize) -> Result<Vec<Option<B::Hidden>>> {
+        let biases = self.biases[site].iter();
+        biases.map(|bias| bias.clone().map(|bias| backend.upload(bias)).transpose()).collect()
+    }
+
+    /// The weight of a linear that was wanted.
+    pub(super) fn weight(&self, site: usize, linear: usize) -> &B::Weight<'a> {
+        self.sites[site][linear].as_ref().expect("a linear that is used was asked for")
+    }
+}

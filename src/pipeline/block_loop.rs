@@ -1,0 +1,174 @@
+/*! The blocks of a run, one after the other: calibrated, quantized or replayed, and sent on to be written. */
+
+use std::sync::mpsc::SyncSender;
+
+use super::energies::{EnergyMeter, Statistics};
+use super::job::{CalibrationInput, Job};
+use super::quantizer::{BlockQuantizer, QuantizedBlock};
+use super::strategy::{BlockInput, PassedBlock, Strategy, Streams};
+use super::timing::Timing;
+use super::underflow::check_activations;
+use crate::backend::{AttentionSpec, Backend};
+use crate::network::{BlockWeights, Stream, attention_spec, prefetch};
+use crate::progress::Progress;
+use crate::quant::kv::KvFormat;
+use crate::{Error, Result};
+
+use super::fallbacks::Fallbacks;
+
+/// A block on its way to the disk.
+pub(super) struct FinishedBlock<B: Backend> {
+    pub(super) index: usize,
+    pub(super) block: QuantizedBlock<B>,
+    pub(super) statistics: Statistics,
+}
+
+/// What is known once every block is sent.
+#[derive(Default)]
+pub(super) struct Written {
+    /// `(linear, error)` of every quantized linear.
+    pub(super) errors: Vec<(String, f64)>,
+    /// Blocks that an earlier run had finished.
+    pub(super) resumed_blocks: usize,
+}
+
+/// Who else takes part in a run.
+pub(super) struct Surroundings<'a, B: Backend> {
+    /// Statistics that are known and not measured again.
+    pub(super) known: Option<&'a [Statistics]>,
+    /// Block `index` as an earlier run left it, if one did.
+    pub(super) resumed: &'a dyn Fn(usize) -> Result<Option<QuantizedBlock<B>>>,
+    /// Takes blocks to be written.
+    pub(super) finished: SyncSender<FinishedBlock<B>>,
+    /// What costs accuracy and was not asked for.
+    pub(super) fallbacks: &'a Fallbacks,
+}
+
+/// Quantizes every block of `job` that is not done.
+pub(super) fn quantize_blocks<B: Backend>(
+    backend: &B,
+    job: &Job<'_>,
+    surroundings: Surroundings<'_, B>,
+    timing: &mut Timing,
+    progress: &dyn Progress,
+) -> Result<Written> {
+    let CalibrationInput { source, architecture, .. } = &job.input;
+    let mut blocks = BlockLoop::new(backend, job, surroundings, timing, progress)?;
+    progress.begin("quantize", job.blocks.len());
+    let load = |index| BlockWeights::load_all(backend, *source, architecture, index);
+    prefetch(0..job.blocks.len(), load, |index, next| {
+        let weights = blocks.timing.measure("load", next)?;
+        let worst = blocks.pass(index, weights)?;
+        backend.trim();
+        progress.advance(&worst);
+        Ok(())
+    })?;
+    progress.end();
+    progress.check_stop()?;
+    Ok(blocks.written)
+}
+
+struct BlockLoop<'a, B: Backend> {
+    job: &'a Job<'a>,
+    quantizer: BlockQuantizer<'a, B>,
+    strategy: Strategy,
+    surroundings: Surroundings<'a, B>,
+    streams: Streams<B>,
+    timing: &'a mut Timing,
+    written: Written,
+}
+
+impl<'a, B: Backend> BlockLoop<'a, B> {
+    fn new(
+        backend: &'a B,
+        job: &'a Job<'a>,
+        surroundings: Surroundings<'a, B>,
+        timing: &'a mut Timing,
+        progress: &'a dyn Progress,
+    ) -> Result<Self> {
+        let Job { input, recipe, .. } = job;
+        let CalibrationInput { source, architecture, tokens, provenance, .. } = input;
+        let seq_len = provenance.seq_len;
+        let attention = attention_spec(architecture, recipe.kv(), seq_len);
+        let full_attention = AttentionSpec { kv: KvFormat::FULL, ..attention.clone() };
+        let strategy = Strategy::of(recipe);
+        let more_bytes = strategy.more_bytes(architecture, tokens.len());
+        let embed = || Stream::embed(backend, *source, architecture, tokens, seq_len, more_bytes);
+        let needs_source = surroundings.known.is_none() || strategy.needs_source();
+        let streams = Streams {
+            source: needs_source.then(embed).transpose()?,
+            quantized: recipe.gptq.then(embed).transpose()?,
+        };
+        let quantizer = BlockQuantizer {
+            backend,
+            architecture,
+            recipe,
+            attention,
+            full_attention,
+            fallbacks: surroundings.fallbacks,
+            progress,
+        };
+        let written = Written::default();
+        Ok(Self { job, quantizer, strategy, surroundings, streams, timing, written })
+    }
+
+    /// Takes block `index` and the streams through all that is done to it; says what is worst in it.
+    fn pass(&mut self, index: usize, weights: BlockWeights<'_, B>) -> Result<String> {
+        let Job { input: CalibrationInput { architecture, tokens, .. }, blocks, .. } = self.job;
+        let statistics = self.statistics(index, &weights)?;
+        let plan = &blocks[index][..];
+        check_activations(architecture, index, plan, &statistics.energies, tokens.len())?;
+        let is_last = index + 1 == blocks.len();
+        let input = BlockInput { weights: &weights, plan, statistics: &statistics, is_last };
+        let Self { quantizer, strategy, surroundings, streams, timing, written, .. } = self;
+        let resumed = (surroundings.resumed)(index)?;
+        let is_resumed = resumed.is_some();
+        let PassedBlock { block, pending } = match resumed {
+            Some(block) => strategy.replay(quantizer, &input, block, streams, timing)?,
+            None => strategy.quantize(quantizer, &input, streams, timing)?,
+        };
+        written.resumed_blocks += usize::from(is_resumed);
+        written.errors.extend_from_slice(&block.errors);
+        let worst = worst_of(&block.errors);
+        drop(weights);
+        if !is_resumed {
+            // It fails if the writing has failed, which is then the error that counts.
+            let sent = FinishedBlock { index, block, statistics };
+            let sent = timing.measure("write", || surroundings.finished.send(sent));
+            sent.map_err(|_| Error::machine("the checkpoint could not be written"))?;
+        }
+        if let (Some(stream), Some(block)) = (&mut streams.quantized, pending) {
+            let BlockQuantizer { backend, attention, progress, .. } = quantizer;
+            timing.measure("propagate", || {
+                stream.advance(*backend, attention, &block, || progress.check_stop())?;
+                backend.wait()
+            })?;
+        }
+        Ok(worst)
+    }
+
+    /// The block's statistics: those that are known, or measured on the source's stream.
+    fn statistics(&mut self, index: usize, weights: &BlockWeights<'_, B>) -> Result<Statistics> {
+        if let Some(known) = self.surroundings.known {
+            return Ok(known[index].clone());
+        }
+        let BlockQuantizer { backend, architecture, full_attention, progress, .. } =
+            &self.quantizer;
+        let stream = self.streams.source.as_mut();
+        let stream = stream.expect("what is not known is measured on the source's stream");
+        let attention = full_attention;
+        let meter = EnergyMeter { backend: *backend, architecture, attention, progress: *progress };
+        let after = self.strategy.after_measurement();
+        self.timing.measure("calibrate", || meter.measure(weights, stream, after))
+    }
+}
+
+fn worst_of(errors: &[(String, f64)]) -> String {
+    match errors.iter().max_by(|a, b| a.1.total_cmp(&b.1)) {
+        None => "kept as it was".to_owned(),
+        Some((name, error)) => {
+            let short = name.rsplit('.').next().unwrap_or(name);
+            format!("worst output error {error:.3} ({short})")
+        }
+    }
+}

@@ -1,0 +1,324 @@
+/*! The sites of a block sequentially: the Hessian of a site is accumulated on activations that already carry the
+quantization error of the sites before it; the target is the original output.
+
+Both streams go through the block together, a site at a time. No product is computed twice except gate and up of the
+quantized block, whose output is too wide to be kept. Experts are sites one after the other: each sees the tokens
+that the router of the quantized block sends to it, on both streams, and its outputs are not kept. */
+
+use super::{BlockInput, PassedBlock, Streams};
+use crate::Result;
+use crate::backend::{AccumulatedError, Backend, Tensor};
+use crate::model::Architecture;
+use crate::model::block::{Block, Observer, Site};
+use crate::model::experts::Share;
+use crate::model::sites::{ATTN_OUT, MLP_ACT, MLP_IN, SiteKind, SiteSpec};
+use crate::network::{BlockBuilder, QuantizedSite, Stream};
+use crate::pipeline::fallbacks::Fallback;
+use crate::pipeline::quantizer::{
+    BlockQuantizer, QuantizedBlock, QuantizedLinears, SiteSums, formats,
+};
+use crate::pipeline::timing::Timing;
+use crate::quant::site::SiteFormat;
+
+/// Device memory that the cross-covariances of the widest site and attention's outputs of all `tokens` take.
+pub(super) fn more_bytes(architecture: &Architecture, tokens: usize) -> u64 {
+    let widest = architecture.sites(0).iter().map(|site| site.channels).max().unwrap_or(0);
+    let cross = widest * (widest + architecture.hidden);
+    let heads = 2 * tokens * architecture.heads * architecture.head_dim;
+    (4 * cross + 2 * heads) as u64
+}
+
+/// Quantizes a block and carries both streams through it; not to its end if it is the last.
+pub(super) fn quantize<B: Backend>(
+    quantizer: &BlockQuantizer<'_, B>,
+    input: &BlockInput<'_, '_, B>,
+    streams: &mut Streams<B>,
+    timing: &mut Timing,
+) -> Result<PassedBlock<B>> {
+    let backend = quantizer.backend;
+    let formats = formats(input.plan, &input.statistics.energies);
+    let specs = quantizer.architecture.sites(input.weights.index);
+    let mut pass = Pass::new(quantizer, input, streams, &formats)?;
+    let mut made = QuantizedBlock::empty();
+    for (at, (spec, format)) in specs.iter().zip(formats).enumerate() {
+        let sums = timing.measure("hessians", || {
+            let sums = pass.sums(at, spec, format.width())?;
+            backend.wait()?;
+            Ok::<_, crate::Error>(sums)
+        })?;
+        backend.trim();
+        timing.measure("gptq", || {
+            let work = input.site(at, spec);
+            let QuantizedLinears { linears, errors } =
+                quantizer.quantize_site(&work, &format, sums)?;
+            let site = QuantizedSite { format, linears };
+            pass.close_site(at, &site)?;
+            made.errors.extend(errors);
+            made.sites.push(site);
+            backend.wait()
+        })?;
+        timing.measure("propagate", || {
+            if spec.kind == SiteKind::AttnOut {
+                pass.add_heads()?;
+            } else if at + 1 == specs.len() && !input.is_last {
+                pass.add_mlp()?;
+            }
+            backend.wait()
+        })?;
+    }
+    Ok(PassedBlock { block: made, pending: None })
+}
+
+/// Whether weights of a site that `tokens` tokens reach make up for the accumulated error of its `width` inputs: least
+/// squares with more unknowns than tokens would learn the tokens by heart.
+pub(super) fn corrects(correction: f32, tokens: usize, width: usize) -> bool {
+    correction > 0.0 && tokens >= width
+}
+
+/// The same of the source and of the quantized block.
+struct Pair<T> {
+    source: T,
+    quantized: T,
+}
+
+/// Both streams on their way through a block.
+struct Pass<'a, 'w, B: Backend> {
+    quantizer: &'a BlockQuantizer<'a, B>,
+    builder: BlockBuilder<'a, 'w, B>,
+    blocks: Pair<Block<B>>,
+    streams: Pair<&'a mut Stream<B>>,
+    /// What attn_out sees of each batch, while o is quantized.
+    heads: Vec<Pair<B::Activation>>,
+    /// After attention, the tokens of each batch that the router of the quantized block sends to each expert.
+    shares: Vec<Vec<Share>>,
+    is_last: bool,
+}
+
+impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
+    fn new(
+        quantizer: &'a BlockQuantizer<'a, B>,
+        input: &BlockInput<'a, 'w, B>,
+        streams: &'a mut Streams<B>,
+        formats: &[SiteFormat],
+    ) -> Result<Self> {
+        let builder = input.builder(quantizer);
+        let blocks = Pair { source: builder.source()?, quantized: builder.open(formats)? };
+        let (Some(source), Some(quantized)) = (&mut streams.source, &mut streams.quantized) else {
+            unreachable!("sequential quantization carries both streams");
+        };
+        Ok(Self {
+            quantizer,
+            builder,
+            blocks,
+            streams: Pair { source, quantized },
+            heads: Vec::new(),
+            shares: Vec::new(),
+            is_last: input.is_last,
+        })
+    }
+
+    /// A site's Hessian and accumulated error, on the streams as they reach it. What attn_out sees is kept;
+    /// without experts, the source's stream leaves the block at its last site.
+    fn sums(&mut self, at: usize, spec: &SiteSpec, width: usize) -> Result<SiteSums<B>> {
+        let Self { quantizer, blocks, streams, heads, shares, is_last, .. } = self;
+        let backend = quantizer.backend;
+        let share_of_error = quantizer.recipe.correction;
+        let mut hessian = backend.gram(width)?;
+        let all: usize = streams.source.batches.iter().map(|batch| batch.rows()).sum();
+        let possible = corrects(share_of_error, all, width);
+        let correction = possible.then(|| empty_correction(quantizer, spec, width));
+        let mut correction = correction.transpose()?;
+        let mut tokens = 0;
+        for_batches(quantizer, streams, |batch, states| {
+            let share = spec.expert.map(|expert| &shares[batch][expert]);
+            if share.is_some_and(Share::is_empty) {
+                return Ok(());
+            }
+            let visit = Visit { quantizer, blocks, spec, at, share };
+            let inputs = visit.inputs(&states)?;
+            tokens += inputs.quantized.rows();
+            let seen = visit.seen(&inputs.quantized)?;
+            backend.add_gram(&mut hessian, &seen)?;
+            if let Some(correction) = &mut correction {
+                visit.add_error(correction, &states, &inputs.source, &seen)?;
+            }
+            match spec.kind {
+                SiteKind::AttnOut => heads.push(inputs),
+                SiteKind::MlpAct if spec.expert.is_none() && !*is_last => {
+                    let (site, unobserved) = (&blocks.source.sites[at], &mut Observer::none());
+                    site.apply_onto(backend, inputs.source, states.source, unobserved)?
+                }
+                _ => {}
+            }
+            Ok(())
+        })?;
+        let hessian = quantizer.trusted(spec, tokens, hessian);
+        let corrected = corrects(share_of_error, tokens, width);
+        if share_of_error > 0.0 && !corrected && hessian.is_some() {
+            let found = format!("{tokens} tokens for {width} channels");
+            quantizer.fallbacks.note(Fallback::NoCorrection, &spec.name, &found);
+        }
+        Ok(SiteSums { hessian, correction: correction.filter(|_| corrected) })
+    }
+
+    /// Gives the quantized block the linears of a site, laid out for products.
+    fn close_site(&mut self, at: usize, site: &QuantizedSite<B::Quantized>) -> Result<()> {
+        let order = self.quantizer.backend.site(&site.format)?;
+        let sites = &mut self.blocks.quantized.sites;
+        let feeds = if at == MLP_IN { &sites[MLP_ACT..] } else { &[] };
+        let feeds: Vec<_> = feeds.iter().map(Site::order).collect();
+        sites[at].linears = self.builder.quantized_linears(at, site, &order, &feeds)?;
+        Ok(())
+    }
+
+    /// Adds attention's output to both streams, and where there are experts, finds out the tokens of each.
+    fn add_heads(&mut self) -> Result<()> {
+        let Self { quantizer, blocks, streams, heads, shares, .. } = self;
+        let backend = quantizer.backend;
+        let mut heads = std::mem::take(heads).into_iter();
+        for_batches(quantizer, streams, |_, states| {
+            let Pair { source, quantized } = heads.next().expect("as many as batches");
+            let unobserved = &mut Observer::none();
+            let site = &blocks.source.sites[ATTN_OUT];
+            site.apply_onto(backend, source, states.source, unobserved)?;
+            let block = &blocks.quantized;
+            block.sites[ATTN_OUT].apply_onto(backend, quantized, states.quantized, unobserved)?;
+            if let Some(router) = &block.router {
+                let normed = backend.rms_norm(states.quantized, &block.mlp_norm, block.epsilon)?;
+                shares.push(router.shares(backend, &normed)?);
+            }
+            Ok(())
+        })
+    }
+
+    /// Adds the MLP's output to the quantized stream; where there are experts, to both.
+    fn add_mlp(&mut self) -> Result<()> {
+        let Self { quantizer, blocks, streams, .. } = self;
+        let backend = quantizer.backend;
+        for_batches(quantizer, streams, |_, states| {
+            let unobserved = &mut Observer::none();
+            if blocks.source.router.is_some() {
+                blocks.source.mlp(backend, states.source, unobserved)?;
+            }
+            // As the forward pass does it, which a resumed run repeats.
+            blocks.quantized.mlp(backend, states.quantized, unobserved)
+        })
+    }
+}
+
+/// The sums of a site's accumulated error, before the first token.
+fn empty_correction<B: Backend>(
+    quantizer: &BlockQuantizer<'_, B>,
+    spec: &SiteSpec,
+    width: usize,
+) -> Result<AccumulatedError<B::CrossCovariance>> {
+    let BlockQuantizer { backend, architecture, recipe, .. } = quantizer;
+    let adds = matches!(spec.kind, SiteKind::AttnOut | SiteKind::MlpAct);
+    let outputs = adds.then(|| backend.cross_covariance(architecture.hidden, width)).transpose()?;
+    Ok(AccumulatedError {
+        inputs: backend.cross_covariance(width, width)?,
+        outputs,
+        share: recipe.correction,
+    })
+}
+
+/// One batch of both streams at one site.
+struct Visit<'v, B: Backend> {
+    quantizer: &'v BlockQuantizer<'v, B>,
+    blocks: &'v Pair<Block<B>>,
+    spec: &'v SiteSpec,
+    at: usize,
+    /// The tokens that reach an expert's own site.
+    share: Option<&'v Share>,
+}
+
+impl<B: Backend> Visit<'_, B> {
+    /// The activations that enter the site.
+    fn inputs(&self, states: &Pair<&mut B::Hidden>) -> Result<Pair<B::Activation>> {
+        let BlockQuantizer { backend, attention, full_attention, .. } = self.quantizer;
+        let (before, after) = (&*states.source, &*states.quantized);
+        let Pair { source, quantized: block } = self.blocks;
+        let unobserved = &mut Observer::none();
+        let norm = |x: &B::Hidden, weight| backend.rms_norm(x, weight, source.epsilon);
+        let [source, quantized] = match self.spec.kind {
+            SiteKind::AttnIn => [norm(before, &source.attn_norm)?, norm(after, &block.attn_norm)?],
+            SiteKind::AttnOut => [
+                source.heads(*backend, full_attention, before, unobserved)?,
+                block.heads(*backend, attention, after, unobserved)?,
+            ],
+            SiteKind::MlpIn => [norm(before, &source.mlp_norm)?, norm(after, &block.mlp_norm)?],
+            SiteKind::MlpAct => match self.spec.expert.zip(self.share) {
+                None => [
+                    source.gated(*backend, before, unobserved)?,
+                    block.gated(*backend, after, unobserved)?,
+                ],
+                Some((expert, share)) => {
+                    let normed0 = norm(before, &source.mlp_norm)?;
+                    let normed = norm(after, &block.mlp_norm)?;
+                    [
+                        source.gated_of(*backend, expert, &normed0, share, unobserved)?,
+                        block.gated_of(*backend, expert, &normed, share, unobserved)?,
+                    ]
+                }
+            },
+        };
+        Ok(Pair { source, quantized })
+    }
+
+    /// An activation of the quantized block as the site's linears see it. The output of an expert counts by the
+    /// token's share of it, so that its errors do.
+    fn seen(&self, x: &B::Activation) -> Result<B::Activation> {
+        let backend = self.quantizer.backend;
+        let mut seen = self.blocks.quantized.sites[self.at].seen(backend, x)?;
+        if let Some(Share { weights, .. }) = self.share {
+            backend.scale_rows(&mut seen, weights)?;
+        }
+        Ok(seen)
+    }
+
+    /// Adds the error that the batch carries: of the site's inputs, where `x0` is the source's and `seen` the quantized
+    /// block's, and of the hidden states, where the site adds to them.
+    fn add_error(
+        &self,
+        correction: &mut AccumulatedError<B::CrossCovariance>,
+        states: &Pair<&mut B::Hidden>,
+        x0: &B::Activation,
+        seen: &B::Activation,
+    ) -> Result<()> {
+        let (backend, block) = (self.quantizer.backend, &self.blocks.quantized);
+        let AccumulatedError { inputs, outputs, .. } = correction;
+        let mut wanted = backend.permute(x0, block.sites[self.at].order())?;
+        if let Some(Share { weights, .. }) = self.share {
+            backend.scale_rows(&mut wanted, weights)?;
+        }
+        backend.add_cross_covariance(inputs, &backend.difference(&wanted, seen)?, seen)?;
+        let Some(outputs) = outputs else { return Ok(()) };
+        let mut lost = backend.hidden_difference(states.source, states.quantized)?;
+        if let (Some(share), Some(router)) = (self.share, &block.router) {
+            // Each of a token's experts makes up for its part.
+            let part = vec![1.0 / router.per_token as f32; share.tokens.len()];
+            lost = backend.select_rows(&lost, &share.tokens)?;
+            backend.scale_rows(&mut lost, &part)?;
+        }
+        backend.add_cross_covariance(outputs, &lost, seen)
+    }
+}
+
+/// Calls `work` with every batch of both streams and its number.
+fn for_batches<B: Backend>(
+    quantizer: &BlockQuantizer<'_, B>,
+    streams: &mut Pair<&mut Stream<B>>,
+    mut work: impl FnMut(usize, Pair<&mut B::Hidden>) -> Result<()>,
+) -> Result<()> {
+    let backend = quantizer.backend;
+    let batches = streams.source.batches.iter_mut().zip(&mut streams.quantized.batches);
+    for (batch, (source, quantized)) in batches.enumerate() {
+        quantizer.progress.check_stop()?;
+        backend.reload(source)?;
+        backend.reload(quantized)?;
+        work(batch, Pair { source: &mut *source, quantized: &mut *quantized })?;
+        backend.offload(source)?;
+        backend.offload(quantized)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,122 @@
+//! Both strategies on the bundled model, and the guards between them.
+
+use std::sync::Mutex;
+
+use super::sequential::corrects;
+use super::*;
+use crate::backend::cpu::Cpu;
+use crate::checkpoint::{AtomCheckpoint, Destination, Inputs, Source};
+use crate::hub;
+use crate::pipeline::outcome::QuantizeOutcome;
+use crate::pipeline::{Calibration, Output, Quantization, quantize};
+use crate::progress::Progress;
+use crate::recipe::Group;
+use crate::text::{Split, TextSet};
+
+#[derive(Default)]
+struct Warnings(Mutex<Vec<String>>);
+
+impl Progress for Warnings {
+    fn begin(&self, _stage: &str, _steps: usize) {}
+    fn advance(&self, _detail: &str) {}
+    fn end(&self) {}
+    fn info(&self, _message: &str) {}
+    fn warn(&self, message: &str) {
+        self.0.lock().unwrap().push(message.to_owned());
+    }
+    fn stop_requested(&self) -> bool {
+        false
+    }
+}
+
+fn recipe() -> Recipe {
+    Recipe { group: Group::Size(32), outliers: 16, ..Recipe::default_recipe() }
+}
+
+/// The outcome for `tiny-llama` and the warnings on the way.
+fn quantized(recipe: &Recipe, seq_len: usize) -> (QuantizeOutcome, Vec<String>) {
+    let home = tempfile::tempdir().unwrap();
+    let source: Source = hub::tiny_llama().unwrap();
+    let text = TextSet::sample(Split::Calibration);
+    let calibration = Calibration { text, samples: 1, seq_len, seed: 0 };
+    let out = home.path().join("out");
+    let destination = Destination { out, overwrite: false, inputs: Inputs::default() };
+    let output = Output { destination, resume: false };
+    let quantization = Quantization {
+        source: &source,
+        calibration: &calibration,
+        recipe,
+        output: &output,
+        evaluation: None,
+    };
+    let warnings = Warnings::default();
+    let outcome = quantize(&Cpu::new().unwrap(), &quantization, &warnings).unwrap();
+    AtomCheckpoint::open(&outcome.out).unwrap();
+    (outcome, warnings.0.into_inner().unwrap())
+}
+
+fn stages(outcome: &QuantizeOutcome) -> Vec<&str> {
+    outcome.stage_seconds.iter().map(|stage| stage.stage.as_str()).collect()
+}
+
+#[test]
+fn only_gptq_is_sequential() {
+    for (gptq, sequential, expected) in [
+        (true, true, Strategy::Sequential),
+        (true, false, Strategy::Simultaneous),
+        (false, true, Strategy::Simultaneous),
+        (false, false, Strategy::Simultaneous),
+    ] {
+        assert_eq!(Strategy::of(&Recipe { gptq, sequential, ..recipe() }), expected);
+    }
+    assert!(Strategy::Sequential.needs_source() && !Strategy::Simultaneous.needs_source());
+    assert_eq!(Strategy::Sequential.after_measurement(), AfterBlock::Unchanged);
+    assert_eq!(Strategy::Simultaneous.after_measurement(), AfterBlock::Advanced);
+}
+
+#[test]
+fn errors_are_corrected_from_as_many_tokens_as_channels_on() {
+    assert!(corrects(0.5, 64, 64) && corrects(1.0, 65, 64));
+    assert!(!corrects(0.5, 63, 64) && !corrects(0.5, 0, 64));
+    assert!(!corrects(0.0, 64, 64) && !corrects(-0.5, 64, 64));
+}
+
+#[test]
+fn too_few_tokens_leave_errors_uncorrected_with_a_warning() {
+    let few = |recipe: &Recipe| {
+        let (outcome, warnings) = quantized(recipe, 16);
+        let uncorrected = warnings.iter().any(|warning| warning.contains("without a correction"));
+        (outcome, uncorrected)
+    };
+    let (corrected, warned) = few(&recipe());
+    assert!(warned);
+    // The same as without any correction, which nobody is warned of.
+    let (uncorrected, warned) = few(&Recipe { correction: 0.0, ..recipe() });
+    assert!(!warned);
+    let errors = |outcome: &QuantizeOutcome| -> Vec<f64> {
+        outcome.linears.iter().map(|linear| linear.error).collect()
+    };
+    assert_eq!(errors(&corrected), errors(&uncorrected));
+    // With tokens enough, a correction changes linears.
+    let (corrected, warnings) = quantized(&recipe(), 1024);
+    assert!(warnings.iter().all(|warning| !warning.contains("without a correction")));
+    let (uncorrected, _) = quantized(&Recipe { correction: 0.0, ..recipe() }, 1024);
+    assert_ne!(errors(&corrected), errors(&uncorrected));
+}
+
+#[test]
+fn stages_are_those_of_the_strategy() {
+    let linears = quantized(&recipe(), 64).0.linears.len();
+    let (simultaneous, _) = quantized(&Recipe { sequential: false, ..recipe() }, 64);
+    assert!(stages(&simultaneous).contains(&"hessians"));
+    let (rounded, _) = quantized(&Recipe { gptq: false, ..recipe() }, 64);
+    assert!(stages(&rounded).contains(&"round"));
+    for missing in ["hessians", "gptq", "propagate"] {
+        assert!(!stages(&rounded).contains(&missing), "{missing}");
+    }
+    for outcome in [&simultaneous, &rounded] {
+        assert_eq!(outcome.linears.len(), linears);
+        assert!(outcome.linears.iter().all(|linear| linear.error > 0.0 && linear.error < 1.0));
+        assert_eq!(outcome.resumed_blocks, 0);
+    }
+}

@@ -1,0 +1,125 @@
+/*! Writing a checkpoint next to the arithmetic: the tensors that are kept, and blocks as they are finished. */
+
+use std::sync::mpsc::Receiver;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde_json::{Value, json};
+
+use super::block_loop::FinishedBlock;
+use super::energies::Statistics;
+use super::job::Job;
+use super::quantizer::QuantizedBlock;
+use super::underflow::check_weights;
+use crate::backend::Backend;
+use crate::checkpoint::linear::{order_tensor, to_tensors};
+use crate::checkpoint::{DoneBlock, Writer};
+use crate::model::sites::{EMBEDDING, FINAL_NORM};
+use crate::network::read_sites;
+use crate::progress::Progress;
+use crate::{Error, Result};
+
+/// What is written besides the blocks: the embedding, the last norm, and the head if it is another.
+const KEPT: [&str; 3] = ["embedding", "norm", "head"];
+
+/// How many of the units that were written are blocks.
+pub(super) fn finished_blocks(done: &[DoneBlock]) -> usize {
+    done.iter().filter(|done| !KEPT.contains(&done.block.as_str())).count()
+}
+
+/// A checkpoint that several threads write and read.
+pub(super) struct Writing<'a, 'w> {
+    job: &'a Job<'a>,
+    /// What an earlier run had finished.
+    done: Vec<DoneBlock>,
+    writer: Mutex<&'w mut Writer>,
+    progress: &'a dyn Progress,
+}
+
+impl<'a, 'w> Writing<'a, 'w> {
+    pub(super) fn new(
+        job: &'a Job<'a>,
+        writer: &'w mut Writer,
+        progress: &'a dyn Progress,
+    ) -> Self {
+        Self { job, done: writer.done().to_vec(), writer: Mutex::new(writer), progress }
+    }
+
+    /// The writer; a panic of one thread is passed on by the other.
+    fn writer(&self) -> MutexGuard<'_, &'w mut Writer> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What an earlier run wrote as this unit.
+    fn done(&self, unit: &str) -> Option<&DoneBlock> {
+        self.done.iter().find(|done| done.block == unit)
+    }
+
+    /// Writes the tensors that are not of a block.
+    pub(super) fn kept(&self) -> Result<()> {
+        let architecture = &self.job.input.architecture;
+        for (unit, name) in KEPT.into_iter().zip([EMBEDDING, FINAL_NORM, architecture.head_name()])
+        {
+            let tied_head = unit == KEPT[2] && architecture.tied;
+            if !tied_head && self.done(unit).is_none() {
+                let tensors = self.job.input.copies([name.to_owned()], self.progress)?;
+                self.writer().write_block(unit, tensors, Value::Null)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Packs and writes finished blocks as they come.
+    pub(super) fn blocks<B: Backend>(
+        &self,
+        backend: &B,
+        blocks: Receiver<FinishedBlock<B>>,
+    ) -> Result<()> {
+        let Job { input, recipe, blocks: plans } = self.job;
+        for FinishedBlock { index, block, statistics } in blocks {
+            let QuantizedBlock { sites, errors } = block;
+            let Statistics { key_mean, energies } = statistics;
+            let others = input.architecture.beside_linears(index);
+            let names = others.into_iter().map(|(name, _)| name);
+            let mut tensors = input.copies(names, self.progress)?;
+            if recipe.kv().is_centered() {
+                let bytes = key_mean.iter().flat_map(|value| value.to_le_bytes()).collect();
+                tensors.push((input.architecture.key_mean_name(index), bytes));
+            }
+            let planned = plans[index].iter().zip(&energies);
+            for ((site, energy), quantized) in planned.zip(sites) {
+                let order = &quantized.format.order;
+                tensors.push(order_tensor(&site.name, order));
+                for (linear, weights) in site.linears.iter().zip(quantized.linears) {
+                    let name = format!("{}.weight", linear.name);
+                    match weights {
+                        Some(weights) => {
+                            let weights = backend.fetch(weights)?;
+                            let source = input.source.tensor(&name)?;
+                            check_weights(&linear.name, &weights, &source, order, energy)?;
+                            tensors.extend(to_tensors(&linear.name, &weights));
+                        }
+                        None => tensors.extend(input.copies([name], self.progress)?),
+                    }
+                }
+            }
+            let name = input.architecture.block_name(index);
+            self.writer().write_block(&name, tensors, json!(errors))?;
+        }
+        Ok(())
+    }
+
+    /// Block `index` as an earlier run left it, if one did.
+    pub(super) fn resumed<B: Backend>(
+        &self,
+        backend: &B,
+        index: usize,
+    ) -> Result<Option<QuantizedBlock<B>>> {
+        let name = self.job.input.architecture.block_name(index);
+        let Some(done) = self.done(&name) else { return Ok(None) };
+        let errors = serde_json::from_value(done.extra.clone())
+            .map_err(|error| Error::input(format!("work of block {index}: {error}")))?;
+        let sites = read_sites(&**self.writer(), &self.job.blocks[index])?;
+        let sites = sites.into_iter().map(|site| site.restore(backend));
+        Ok(Some(QuantizedBlock { sites: sites.collect::<Result<_>>()?, errors }))
+    }
+}
