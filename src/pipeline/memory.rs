@@ -32,7 +32,7 @@ const DEVICE_BASE: u64 = 512 << 20;
 /// of a drift.
 const PACKED_CHANNELS: [u64; 2] = [512, 1024];
 /// Channels of such a matrix that its factorization keeps and works with beside it and its factor.
-const FACTOR_CHANNELS: u64 = 384;
+const FACTOR_CHANNELS: u64 = 256;
 /// Larger pieces of memory go back to the system when they are freed; smaller ones leave holes, which the
 /// next ones may not fit into.
 const ON_HEAP: u64 = 32 << 20;
