@@ -306,14 +306,14 @@ fn block_bytes(
     let quantizing = match (recipe.gptq, in_turn) {
         (false, _) => rounding(plan) + writing,
         (true, false) => {
-            let squares: u64 = plan.iter().map(square).sum();
+            let squares: u64 = plan.iter().map(gram).sum();
             let seen = seen_bytes(network, plan, batch);
             let copy = 4 * batch * hidden;
             let hessians = dense - last_dense(plan) + squares + activations + copy + seen + writing;
             let propagating = codes + laid_out + activations + network.rows(batch);
             let sites = sites_bytes(plan, false, |at, site| {
-                let later: u64 = plan[at + 1..].iter().map(square).sum();
-                2 * square(site) + later + linear_bytes(site, 2, PACKED_CHANNELS[0])
+                let later: u64 = plan[at + 1..].iter().map(gram).sum();
+                gram(site) + square(site) + later + linear_bytes(site, 2, PACKED_CHANNELS[0])
             });
             hessians.max(propagating).max(sites + hole)
         }
@@ -371,7 +371,7 @@ fn in_turn_bytes(network: &Network<'_>, plan: &BlockPlan, windows: Windows, drif
                 true => linear_bytes(site, 3, PACKED_CHANNELS[1]),
                 false => linear_bytes(site, 2, PACKED_CHANNELS[0]),
             };
-        square(site) + cross + outputs + heads + measuring.max(quantizing)
+        gram(site) + cross + outputs + heads + measuring.max(quantizing)
     })
 }
 
@@ -392,6 +392,17 @@ fn sites_bytes(plan: &BlockPlan, laid_out: bool, of_site: impl Fn(usize, &SitePl
 /// A matrix of a site's width, in f32.
 fn square(site: &SitePlan) -> u64 {
     4 * (site.width() as u64).saturating_mul(site.width() as u64)
+}
+
+/// A site's Hessian. Nothing is written above its diagonal, so of a large one, which comes from the system as zeros,
+/// only the pages below count; unless the system hands out pages that are larger than its rows.
+fn gram(site: &SitePlan) -> u64 {
+    const PAGE: u64 = 4096;
+    let (square, width) = (square(site), site.width() as u64);
+    if square < ON_HEAP || machine::hands_out_huge_pages() {
+        return square;
+    }
+    square / 2 + (width * PAGE / 2).min(square / 2)
 }
 
 /// The site's largest linear in f32, so many copies, beside so many channels of a square that are packed.
