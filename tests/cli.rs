@@ -106,13 +106,6 @@ fn a_missing_device_is_the_machines_fault() {
 }
 
 #[test]
-#[cfg(not(feature = "bench-faer"))]
-fn bench_cpu_says_what_to_build() {
-    let stderr = refusal(&atom(&["bench", "cpu"]), 4);
-    assert!(stderr.contains("hint: build it with `cargo build --release --features bench-faer`"));
-}
-
-#[test]
 fn a_gpus_measurements_need_a_gpu() {
     for device in ["cpu", "cuda:999"] {
         let stderr = refusal(&atom(&["bench", "gemm", "--device", device]), 4);

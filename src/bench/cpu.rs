@@ -8,18 +8,29 @@ packing is not counted, and neither is quantizing the activations of the W4A4 pr
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
-use serde::Serialize;
 
-use super::operands::{Product, identity_site, random};
-use super::{BenchOutcome, median};
+use super::{Row, medians};
 use crate::backend::cpu::gemm::{Panels, Rows, par_gemm};
 use crate::backend::cpu::integer::{IntegerLinear, linear};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::quantize::quantize_rows;
 use crate::quant::levels::Levels;
-use crate::quant::site::SiteFormat;
+use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
+use crate::quant::order::channel_order;
+use crate::quant::site::{SiteFormat, Transform};
 use crate::quant::weights::round_to_nearest;
 use crate::{Error, Result};
+
+/// The sizes of a product `[m, k] x [n, k]^T`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Product {
+    /// Tokens.
+    pub m: usize,
+    /// Output features.
+    pub n: usize,
+    /// Input features.
+    pub k: usize,
+}
 
 /// The linears of SmolLM2-135M and its head, one window of 2048 tokens.
 pub const SMOLLM2_135M: [Product; 5] = [
@@ -33,22 +44,6 @@ pub const SMOLLM2_135M: [Product; 5] = [
 /// Two linears of Llama-2-7B, 512 tokens.
 pub const LLAMA_2_7B: [Product; 2] =
     [Product { m: 512, n: 4096, k: 4096 }, Product { m: 512, n: 11008, k: 4096 }];
-
-/// `atom bench cpu`: f32 and W4A4 products beside faer's f32 product, on one thread and, with more
-/// than one, on all.
-///
-/// # Errors
-/// A usage error if `ATOM_ISA` names no set of this processor; a machine error if threads cannot be started.
-pub fn cpu() -> Result<BenchOutcome> {
-    let isa = Isa::detect()?;
-    let shapes = [&SMOLLM2_135M[..], &LLAMA_2_7B[..]].concat();
-    let mut rows = products(isa, 1, &shapes)?;
-    let threads = rayon::current_num_threads();
-    if threads > 1 {
-        rows.extend(products(isa, threads, &shapes)?);
-    }
-    Ok(BenchOutcome::of(&rows))
-}
 
 /// Measures each product on random values with the given number of threads, by medians of a few
 /// rounds: more for small products, three for the largest.
@@ -119,81 +114,43 @@ fn measure(isa: Isa, threads: usize, product: Product, kernel: Kernel) -> Row {
     Row::new(format!("{name} ({})", isa.name()), product, threads, ours, faer)
 }
 
+/// All channels in their own order, the last of them outliers: integers of 4 bits.
+pub(super) fn identity_site(
+    channels: usize,
+    group_size: usize,
+    outlier_channels: usize,
+) -> SiteFormat {
+    let order = channel_order(&vec![0.0; channels], false, outlier_channels, group_size);
+    let row = RowFormat {
+        numbers: NumberFormat { bits: 4, levels: Levels::Int, group_size, scale: ScaleFormat::F16 },
+        groups: (channels - outlier_channels).div_ceil(group_size),
+        outlier_channels,
+        outlier_format: OutlierFormat::Int8,
+    };
+    SiteFormat { channels, order, row, clip: 1.0, transform: Transform::None }
+}
+
 fn arranged(site: &SiteFormat, row: &[f32]) -> Vec<f32> {
     let mut out = vec![0.0; site.width()];
     site.arrange(row, &mut out);
     out
 }
 
-/// One measured kernel.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Row {
-    /// What was measured, and on which instruction set.
-    pub name: String,
-    /// Rows of the product.
-    pub m: usize,
-    /// Columns of the product.
-    pub n: usize,
-    /// Depth of its sums.
-    pub k: usize,
-    /// Threads, of ours and of the baseline.
-    pub threads: usize,
-    /// Our rate, in 10^9 multiplications and additions a second.
-    pub gflops: f64,
-    /// The baseline's rate.
-    pub baseline_gflops: f64,
-    /// The first over the second.
-    pub ratio: f64,
-}
-
-impl Row {
-    /// A row from the median seconds of ours and of the baseline.
-    pub fn new(name: String, product: Product, threads: usize, ours: f64, baseline: f64) -> Self {
-        let Product { m, n, k } = product;
-        let rate = |seconds: f64| 2.0 * m as f64 * n as f64 * k as f64 / seconds / 1e9;
-        let (gflops, baseline_gflops) = (rate(ours), rate(baseline));
-        Self { name, m, n, k, threads, gflops, baseline_gflops, ratio: gflops / baseline_gflops }
-    }
-}
-
-/// Seconds of `ours` and of `baseline`, medians of `rounds` (at least one) in which each runs once,
-/// so that a change in the processor's clock meets both. A first round warms up.
-pub fn medians(rounds: usize, mut ours: impl FnMut(), mut baseline: impl FnMut()) -> (f64, f64) {
-    let seconds = |work: &mut dyn FnMut()| {
-        let start = std::time::Instant::now();
-        work();
-        // A clock too coarse for the work must not make a rate infinite.
-        start.elapsed().as_secs_f64().max(1e-9)
-    };
-    let (mut of_ours, mut of_baseline) = (Vec::new(), Vec::new());
-    for round in 0..=rounds.max(1) {
-        let pair = (seconds(&mut ours), seconds(&mut baseline));
-        if round > 0 {
-            of_ours.push(pair.0);
-            of_baseline.push(pair.1);
-        }
-    }
-    (median(&mut of_ours), median(&mut of_baseline))
+/// Values in -1..1, the same in every run.
+pub(super) fn random(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed;
+    (0..len)
+        .map(|_| {
+            // Knuth's 64-bit linear congruence; its high bits are good enough for timing.
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn medians_leave_out_the_first_round_and_alternate() {
-        let order = std::cell::RefCell::new(String::new());
-        medians(2, || order.borrow_mut().push('o'), || order.borrow_mut().push('b'));
-        assert_eq!(order.into_inner(), "obobob");
-        assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(&mut [4.0, 1.0]), 1.0);
-    }
-
-    #[test]
-    fn a_row_counts_two_operations_a_product() {
-        let row = Row::new("x".into(), Product { m: 1000, n: 1000, k: 500 }, 1, 0.5, 1.0);
-        assert_eq!((row.gflops, row.baseline_gflops, row.ratio), (2.0, 1.0, 2.0));
-    }
 
     #[test]
     fn every_product_has_a_row_with_finite_rates() {

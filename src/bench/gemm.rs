@@ -8,8 +8,8 @@ heuristic names: a user who takes the first is slower. Clocks are left as they a
 use serde::Serialize;
 use serde_json::{Map, json};
 
+use super::cpu::{Product, identity_site};
 use super::device::Timer;
-use super::operands::{Product, identity_site};
 use super::svg::{Chart, Series};
 use super::{BenchOutcome, GemmModel};
 use crate::backend::cuda::Cuda;

@@ -1,12 +1,10 @@
 /*! Speed, always beside a baseline measured in the same process and in turn with it. */
 
 mod attention;
-#[cfg(any(test, feature = "bench-faer"))]
-pub(crate) mod cpu;
+mod cpu;
 mod device;
 mod gemm;
 mod gemm_models;
-mod operands;
 mod prefill;
 mod quantize;
 mod rate;
@@ -20,14 +18,15 @@ pub use attention::{
     ATTENTION_MODELS, AttentionModel, AttentionOutcome, AttentionRow, AttentionSettings, attention,
     attention_models,
 };
-#[cfg(any(test, feature = "bench-faer"))]
-pub use cpu::cpu;
+pub use cpu::{LLAMA_2_7B, Product, SMOLLM2_135M, products};
 pub use gemm::{GemmOutcome, GemmRow, GemmSettings, gemm};
 pub use gemm_models::{GEMM_MODELS, GemmModel, gemm_models};
-pub use operands::Product;
 pub use prefill::{PrefillSettings, prefill};
 pub use quantize::{KernelTimes, quantize};
 pub use synthetic::{SHAPES, SyntheticModel};
+
+use crate::Result;
+use crate::backend::cpu::isa::Isa;
 
 /// The result of `atom bench`: rows of named figures, printed as a table in the order of their keys.
 #[derive(Clone, Debug, Serialize)]
@@ -49,20 +48,92 @@ impl BenchOutcome {
     }
 }
 
-/// `atom bench cpu`, in a build that has its baseline: feature `bench-faer`.
-///
-/// # Errors
-/// Always.
-#[cfg(not(any(test, feature = "bench-faer")))]
-pub fn cpu() -> crate::Result<BenchOutcome> {
-    Err(crate::Error::machine(
-        "this build of atom has no baseline to compare the CPU's products with",
-    )
-    .hint("build it with `cargo build --release --features bench-faer`"))
+/// `atom bench cpu`: f32 and W4A4 products beside faer's f32 product, on one thread and, with more
+/// than one, on all.
+pub fn cpu() -> Result<BenchOutcome> {
+    let isa = Isa::detect()?;
+    let shapes = [&SMOLLM2_135M[..], &LLAMA_2_7B[..]].concat();
+    let mut rows = products(isa, 1, &shapes)?;
+    let threads = rayon::current_num_threads();
+    if threads > 1 {
+        rows.extend(products(isa, threads, &shapes)?);
+    }
+    Ok(BenchOutcome::of(&rows))
+}
+
+/// One measured kernel.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Row {
+    /// What was measured, and on which instruction set.
+    pub name: String,
+    /// Rows of the product.
+    pub m: usize,
+    /// Columns of the product.
+    pub n: usize,
+    /// Depth of its sums.
+    pub k: usize,
+    /// Threads, of ours and of the baseline.
+    pub threads: usize,
+    /// Our rate, in 10^9 multiplications and additions a second.
+    pub gflops: f64,
+    /// The baseline's rate.
+    pub baseline_gflops: f64,
+    /// The first over the second.
+    pub ratio: f64,
+}
+
+impl Row {
+    /// A row from the median seconds of ours and of the baseline.
+    pub fn new(name: String, product: Product, threads: usize, ours: f64, baseline: f64) -> Self {
+        let Product { m, n, k } = product;
+        let rate = |seconds: f64| 2.0 * m as f64 * n as f64 * k as f64 / seconds / 1e9;
+        let (gflops, baseline_gflops) = (rate(ours), rate(baseline));
+        Self { name, m, n, k, threads, gflops, baseline_gflops, ratio: gflops / baseline_gflops }
+    }
+}
+
+/// Seconds of `ours` and of `baseline`, medians of `rounds` (at least one) in which each runs once,
+/// so that a change in the processor's clock meets both. A first round warms up.
+pub fn medians(rounds: usize, mut ours: impl FnMut(), mut baseline: impl FnMut()) -> (f64, f64) {
+    let seconds = |work: &mut dyn FnMut()| {
+        let start = std::time::Instant::now();
+        work();
+        // A clock too coarse for the work must not make a rate infinite.
+        start.elapsed().as_secs_f64().max(1e-9)
+    };
+    let (mut of_ours, mut of_baseline) = (Vec::new(), Vec::new());
+    for round in 0..=rounds.max(1) {
+        let pair = (seconds(&mut ours), seconds(&mut baseline));
+        if round > 0 {
+            of_ours.push(pair.0);
+            of_baseline.push(pair.1);
+        }
+    }
+    (median(&mut of_ours), median(&mut of_baseline))
 }
 
 /// The middle value, the lower one of two.
 fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len().saturating_sub(1) / 2).copied().unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_leave_out_the_first_round_and_alternate() {
+        let order = std::cell::RefCell::new(String::new());
+        medians(2, || order.borrow_mut().push('o'), || order.borrow_mut().push('b'));
+        assert_eq!(order.into_inner(), "obobob");
+        assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&mut [4.0, 1.0]), 1.0);
+    }
+
+    #[test]
+    fn a_row_counts_two_operations_a_product() {
+        let row = Row::new("x".into(), Product { m: 1000, n: 1000, k: 500 }, 1, 0.5, 1.0);
+        assert_eq!((row.gflops, row.baseline_gflops, row.ratio), (2.0, 1.0, 2.0));
+    }
 }

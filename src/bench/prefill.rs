@@ -11,8 +11,8 @@ use half::f16;
 use serde::Serialize;
 use serde_json::json;
 
+use super::cpu::{identity_site, random};
 use super::device::SETTLE;
-use super::operands::{identity_site, random};
 use super::{BenchOutcome, median};
 use crate::backend::{AttentionSpec, Backend, Matrix, Unquantized};
 use crate::checkpoint::{Dtype, Tensor};

@@ -3,8 +3,8 @@ consists of such products. */
 
 use std::time::Instant;
 
+use super::cpu::random;
 use super::median;
-use super::operands::random;
 use crate::Result;
 use crate::backend::{Backend, Matrix};
 use crate::checkpoint::{Dtype, Tensor};

@@ -191,14 +191,15 @@ impl SitePlan {
             ))
             .hint(format!("choose --group as a multiple of 16 up to {channels}, or `row`")));
         }
-        for linear in &self.linears {
-            let LinearPlan { name, .. } = linear;
-            BITS.check(format_args!("{name}: bits"), linear.bits)?;
-            CLIP.check(format_args!("{name}: the clip ratio"), linear.clip)?;
-            ROWS_PER_SCALE.check(format_args!("{name}: rows_per_scale"), linear.rows_per_scale)?;
+        let bits_and_clip = |name: &str, bits: u8, clip: f32| {
+            BITS.check_named(format_args!("{name}: {bits} bits"), bits)?;
+            CLIP.check_named(format_args!("{name}: clip ratio {clip}"), clip)
+        };
+        for LinearPlan { name, bits, clip, rows_per_scale, .. } in &self.linears {
+            bits_and_clip(name, *bits, *clip)?;
+            ROWS_PER_SCALE.check(format_args!("{name}: rows_per_scale"), *rows_per_scale)?;
         }
-        BITS.check(format_args!("{name}: bits"), self.bits)?;
-        CLIP.check(format_args!("{name}: the clip ratio"), self.clip)?;
+        bits_and_clip(name, self.bits, self.clip)?;
         let formats = self.linears.iter().map(|linear| (&linear.name, linear.bits, linear.levels));
         let wrong =
             |(_, bits, levels): &(&String, u8, Levels)| *bits < 16 && !levels.has_bits(*bits);

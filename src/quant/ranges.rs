@@ -51,10 +51,18 @@ impl<T: Copy + Display> Range<T> {
     /// # Errors
     /// Input: `NAME is VALUE; it must ...`.
     pub fn check(&self, name: impl Display, value: T) -> Result<()> {
+        self.check_named(format_args!("{name} is {value}"), value)
+    }
+
+    /// The same, where `what` says the setting and its value.
+    ///
+    /// # Errors
+    /// Input: `WHAT; it must ...`.
+    pub fn check_named(&self, what: impl Display, value: T) -> Result<()> {
         if self.holds(value) {
             return Ok(());
         }
-        Err(Error::input(format!("{name} is {value}; it must {}", self.words)))
+        Err(Error::input(format!("{what}; it must {}", self.words)))
     }
 }
 

@@ -126,24 +126,6 @@ impl Panels {
         Part { panels: self, columns, depth }
     }
 
-    /// The values, `[k, 64]` of each panel.
-    pub(super) fn values(&self) -> &[f32] {
-        bytemuck::cast_slice(&self.lines)
-    }
-
-    /// As [`Panels::values`], to be changed.
-    pub(super) fn values_mut(&mut self) -> &mut [f32] {
-        bytemuck::cast_slice_mut(&mut self.lines)
-    }
-
-    /// Copies the first columns of row `row` to `out`.
-    pub(super) fn copy_row(&self, row: usize, out: &mut [f32]) {
-        let panels = self.values().chunks_exact(self.k * PANEL);
-        for (out, panel) in out.chunks_mut(PANEL).zip(panels) {
-            out.copy_from_slice(&panel[row * PANEL..][..out.len()]);
-        }
-    }
-
     fn resize(&mut self, n: usize, k: usize) {
         let lines = n.div_ceil(PANEL).checked_mul(k);
         let lines = lines.and_then(|lines| lines.checked_mul(PANEL / STRIP));
@@ -209,7 +191,7 @@ impl<'a> Part<'a> {
 
     /// The values `[k, 64]` of this part's panel `panel`.
     pub(super) fn panel(&self, panel: usize) -> &'a [f32] {
-        let values = self.panels.values();
+        let values: &[f32] = bytemuck::cast_slice(&self.panels.lines);
         let panel = self.columns.start / PANEL + panel;
         &values[(panel * self.panels.k + self.depth.start) * PANEL..][..self.k() * PANEL]
     }

@@ -3,7 +3,6 @@ set or the number of threads. Its integer path is the specification of what a ch
 
 pub mod attention;
 mod calibration;
-mod cholesky;
 mod drift;
 pub mod elementwise;
 mod factor;

@@ -35,7 +35,7 @@ impl Quantization for Cpu {
     fn cholesky(&self, gram: &mut Hessian, damping: f32) -> Result<Option<(Vec<f32>, Damping)>> {
         // What the site before left must not take memory next to a second matrix of this size.
         hand_back();
-        Ok(factor::factor(self.isa, &gram.lower, gram.n, damping))
+        Ok(factor::factor(&mut gram.lower, gram.n, damping))
     }
 
     fn gptq(
