@@ -4,7 +4,7 @@ Outliers, channel order and activation quantization belong to a site; weights be
 Llama-like block has the sites attn_in, attn_out, mlp_in and mlp_act, in this order; where it has experts, all of them
 read mlp_in, and each has an mlp_act of its own. */
 
-use super::architecture::Architecture;
+use super::architecture::{Architecture, QkNorm};
 
 /// An activation that feeds linears.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -82,11 +82,11 @@ impl Architecture {
             .map(|norm| format!("{}.{norm}.weight", self.block_name(block)))
     }
 
-    /// Names of the RMSNorm weights of block `block`'s query and key heads, if there are any.
-    pub fn head_norm_names(&self, block: usize) -> Option<[String; 2]> {
+    /// Names of the QK-norm's weights of block `block`, if it has one.
+    pub fn qk_norm_names(&self, block: usize) -> Option<[String; 2]> {
         let names = ["q_norm", "k_norm"];
         let name = |norm| format!("{}.self_attn.{norm}.weight", self.block_name(block));
-        self.head_norms.then(|| names.map(name))
+        (self.qk_norm != QkNorm::None).then(|| names.map(name))
     }
 
     /// Name of the router's weight `[experts, hidden]` of block `block`, if it has experts.
@@ -100,8 +100,8 @@ impl Architecture {
     pub fn beside_linears(&self, block: usize) -> Vec<(String, Vec<usize>)> {
         let mut tensors: Vec<_> =
             self.norm_names(block).map(|name| (name, vec![self.hidden])).into();
-        let head_norms = self.head_norm_names(block).into_iter().flatten();
-        tensors.extend(head_norms.map(|name| (name, vec![self.head_dim])));
+        let qk_norms = self.qk_norm_names(block).into_iter().flatten();
+        tensors.extend(qk_norms.map(|name| (name, vec![self.head_dim])));
         for linear in self.sites(block).iter().flat_map(|site| &site.linears) {
             tensors.extend(linear.bias().map(|name| (name, vec![linear.rows])));
         }
