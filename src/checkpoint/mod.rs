@@ -38,6 +38,7 @@ pub use dtype::{Dtype, TensorSpec};
 pub(crate) use fingerprint::hex;
 pub use fingerprint::sha256_hex;
 pub(crate) use json::text as utf8_text;
+pub use naming::RowRange;
 pub use origin::HubOrigin;
 pub use output::free_bytes;
 pub use output_file::{FileKind, OutputFile};
