@@ -17,6 +17,7 @@ fn plain(theta: f64) -> Rope {
 fn fields_fall_back_as_in_the_models_own_code() {
     let architecture = Architecture::from_config(&config()).unwrap();
     assert_eq!((architecture.kv_heads, architecture.head_dim), (4, 16));
+    assert_eq!(architecture.positions(), 2048);
     assert_eq!(
         architecture.attention,
         vec![BlockAttention { rope: Some(plain(10_000.0)), window: None }; 2]
@@ -91,4 +92,70 @@ fn families_say_what_their_blocks_have() {
     assert_eq!(qwen.experts_of(1).unwrap().intermediate, 24);
     sparse["num_experts_per_tok"] = json!(9);
     assert!(with(sparse).unwrap_err().to_string().contains("9 of 8"));
+}
+
+#[test]
+fn numbers_that_contradict_each_other_are_refused() {
+    for (key, value, part) in [
+        ("head_dim", json!(15), "head_dim 15 is odd"),
+        ("hidden_size", json!(66), "no multiple of it"),
+        ("is_causal", json!(false), "is_causal"),
+        ("per_layer_config", json!({}), "per_layer_config"),
+        ("rms_norm_eps", json!(-1e-6), "zero or more"),
+    ] {
+        let mut config = config();
+        config[key] = value;
+        let error = Architecture::from_config(&config).unwrap_err();
+        assert!(error.to_string().contains(part), "{key}: {error}");
+    }
+    let mut config = config();
+    config["is_causal"] = json!(true);
+    config["rms_norm_eps"] = json!(0.0);
+    assert_eq!(Architecture::from_config(&config).unwrap().norm_epsilon, 0.0);
+}
+
+#[test]
+fn tables_are_the_cosines_and_sines_of_positions_times_frequencies() {
+    let mut config = config();
+    config["rope_scaling"] = json!({"rope_type": "linear", "factor": 4.0});
+    let network = Architecture::from_config(&config).unwrap();
+    assert_eq!(network.positions(), 4 * 2048);
+    let (cos, sin) = network.rope_tables(5);
+    assert_eq!((cos.len(), sin.len()), (5 * 8, 5 * 8));
+    for position in 0..5 {
+        for pair in 0..8 {
+            let angle = position as f64 / 4.0 / 10_000f64.powf(pair as f64 / 8.0);
+            let at = position * 8 + pair;
+            assert!((f64::from(cos[at]) - angle.cos()).abs() < 1e-6, "{position}, {pair}");
+            assert!((f64::from(sin[at]) - angle.sin()).abs() < 1e-6, "{position}, {pair}");
+        }
+    }
+}
+
+#[test]
+fn windows_slide_over_the_blocks_that_are_named() {
+    let with = |changes: Value| {
+        let mut config = config();
+        config["model_type"] = json!("qwen2");
+        config["use_sliding_window"] = json!(true);
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        Architecture::from_config(&config).map(|network| network.sliding_window())
+    };
+    let sliding = ["sliding_attention"; 2];
+    assert_eq!(with(json!({"layer_types": sliding})).unwrap(), Some(4096));
+    assert_eq!(with(json!({"layer_types": ["full_attention", "attention"]})).unwrap(), None);
+    let wide =
+        |window: u64| with(json!({"layer_types": sliding, "sliding_window": window})).unwrap();
+    assert_eq!((wide((1 << 30) - 1), wide(1 << 30)), (Some((1 << 30) - 1), None));
+    for (changes, part) in [
+        (json!({"layer_types": ["sliding_attention", "full_attention"]}), "1 of 2 blocks"),
+        (json!({"layer_types": sliding, "sliding_window": null}), "give no window"),
+        (json!({"layer_types": sliding, "use_sliding_window": false}), "give no window"),
+        (json!({"layer_types": ["sliding_attention"]}), "1 entries for 2 blocks"),
+        (json!({"layer_types": ["conv", "conv"]}), "layer_types"),
+        (json!({"max_window_layers": null}), "max_window_layers"),
+    ] {
+        let error = with(changes).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
 }

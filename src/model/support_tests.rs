@@ -10,6 +10,8 @@ fn network() -> Architecture {
     Architecture::from_config(&config).unwrap()
 }
 
+type Change = fn(&mut Architecture);
+
 #[test]
 fn what_is_not_computed_is_refused_by_name() {
     fn rope(network: &mut Architecture, block: usize) -> &mut crate::model::rope::Rope {
@@ -18,32 +20,31 @@ fn what_is_not_computed_is_refused_by_name() {
     fn experts(network: &mut Architecture) -> &mut Experts {
         network.experts.as_mut().unwrap()
     }
-    let shared = SharedExpert { intermediate: 32, gated: false };
-    let changes: [(&str, &dyn Fn(&mut Architecture)); 20] = [
-        ("norms after attention and MLP", &|n| n.norms.placement = NormPlacement::After),
-        ("norms after attention and MLP", &|n| n.norms.placement = NormPlacement::Both),
-        ("norm weights that are stored less one", &|n| n.norms.unit_offset = true),
-        ("blocks without RoPE", &|n| n.attention[2].rope = None),
-        ("blocks without RoPE", &|n| n.attention.iter_mut().for_each(|block| block.rope = None)),
-        ("a RoPE of its own in each block", &|n| rope(n, 1).theta = 1e4),
-        ("RoPE over a part of each head", &|n| (0..3).for_each(|at| rope(n, at).share = 0.5)),
-        ("RoPE of neighbouring channels", &|n| {
-            (0..3).for_each(|at| rope(n, at).interleaved = true)
-        }),
-        ("a factor of attention of its own", &|n| n.attention_scale = Some(0.25)),
-        ("queries that are scaled by their position", &|n| {
+    let changes: [(&str, Change); 20] = [
+        ("norms after attention and MLP", |n| n.norms.placement = NormPlacement::After),
+        ("norms after attention and MLP", |n| n.norms.placement = NormPlacement::Both),
+        ("norm weights that are stored less one", |n| n.norms.unit_offset = true),
+        ("blocks without RoPE", |n| n.attention[2].rope = None),
+        ("blocks without RoPE", |n| n.attention.iter_mut().for_each(|block| block.rope = None)),
+        ("a RoPE of its own in each block", |n| rope(n, 1).theta = 1e4),
+        ("RoPE over a part of each head", |n| (0..3).for_each(|at| rope(n, at).share = 0.5)),
+        ("RoPE of neighbouring channels", |n| (0..3).for_each(|at| rope(n, at).interleaved = true)),
+        ("a factor of attention of its own", |n| n.attention_scale = Some(0.25)),
+        ("queries that are scaled by their position", |n| {
             n.query_scaling = Some(QueryScaling { beta: 0.1, original: 64 });
         }),
-        ("a factor of the embedding", &|n| n.multipliers.embedding = 12.0),
-        ("a factor of the residual stream", &|n| n.multipliers.residual = 0.22),
-        ("a factor of the logits", &|n| n.multipliers.logits = 0.125),
-        ("a norm over all heads together", &|n| n.qk_norm = QkNorm::AllHeads),
-        ("another activation than SiLU", &|n| n.mlp.activation = Activation::GeluTanh),
-        ("another activation than SiLU", &|n| n.mlp.activation = Activation::ReluSquared),
-        ("an MLP without a gate", &|n| n.mlp.gated = false),
-        ("a router by sigmoids", &|n| experts(n).router = RouterKind::SigmoidWithBias),
-        ("a factor of the routing weights", &|n| experts(n).scale = 2.5),
-        ("a shared expert", &|n| experts(n).shared = Some(shared)),
+        ("a factor of the embedding", |n| n.multipliers.embedding = 12.0),
+        ("a factor of the residual stream", |n| n.multipliers.residual = 0.22),
+        ("a factor of the logits", |n| n.multipliers.logits = 0.125),
+        ("a norm over all heads together", |n| n.qk_norm = QkNorm::AllHeads),
+        ("another activation than SiLU", |n| n.mlp.activation = Activation::GeluTanh),
+        ("another activation than SiLU", |n| n.mlp.activation = Activation::ReluSquared),
+        ("an MLP without a gate", |n| n.mlp.gated = false),
+        ("a router by sigmoids", |n| experts(n).router = RouterKind::SigmoidWithBias),
+        ("a factor of the routing weights", |n| experts(n).scale = 2.5),
+        ("a shared expert", |n| {
+            experts(n).shared = Some(SharedExpert { intermediate: 32, gated: false });
+        }),
     ];
     network().check_supported("config.json").unwrap();
     for (what, change) in changes {
