@@ -162,6 +162,27 @@ fn a_source_that_shrinks_while_it_is_mapped_is_named() {
     }
 }
 
+/// The same length and another content: what was computed mixes two versions, and nothing of it is kept.
+#[test]
+fn a_source_that_is_written_to_during_a_run_leaves_nothing() {
+    let home = Home::new();
+    RandomModel::new(30).write(&home.path("model"), Dtype::F32, 2);
+    let before = home.names();
+    let line = "quantize --model model --group 32 --outliers 16 --samples 16 --seq-len 128 --no-eval \
+                --threads 1 --out out";
+    let mut child = home.command(line).spawn().unwrap();
+    wait_until(|| home.names() != before);
+    let shard = home.path("model/model-00002-of-00002.safetensors");
+    let file = fs::File::options().write(true).open(&shard).unwrap();
+    file.file().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    let run = finished(line, child.wait_with_output_in(Duration::from_secs(120)));
+    assert_eq!(run.code, Some(3), "{}", run.stderr);
+    for part in ["model/model-00002-of-00002.safetensors changed during the run", "hint: "] {
+        assert!(run.stderr.contains(part), "{}", run.stderr);
+    }
+    assert_eq!(home.names(), before, "no checkpoint, and no finished block of one");
+}
+
 /// Waits for a condition, at most a minute.
 #[track_caller]
 fn wait_until(condition: impl Fn() -> bool) {

@@ -143,9 +143,7 @@ impl SyntheticModel {
             "torch_dtype": "float16",
         });
         if let Some([count, per_token]) = shape.experts {
-            let counted =
-                if shape.family == "mixtral" { "num_local_experts" } else { "num_experts" };
-            config[counted] = json!(count);
+            config["num_experts"] = json!(count);
             config["num_experts_per_tok"] = json!(per_token);
             config["moe_intermediate_size"] = json!(shape.intermediate);
             config["norm_topk_prob"] = json!(true);

@@ -145,6 +145,14 @@ impl AtomCheckpoint {
         self.shards.names()
     }
 
+    /// Refuses weights that were written to since the checkpoint was opened: for the end of a run.
+    ///
+    /// # Errors
+    /// Bad input that names the file.
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.shards.check_unchanged(&self.files)
+    }
+
     /// Bytes of all tensors together.
     pub fn total_bytes(&self) -> u64 {
         self.shards.total_bytes()

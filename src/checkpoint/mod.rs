@@ -38,6 +38,7 @@ pub use dtype::{Dtype, TensorSpec};
 pub(crate) use fingerprint::hex;
 pub use fingerprint::sha256_hex;
 pub(crate) use json::text as utf8_text;
+pub use naming::RowRange;
 pub use origin::HubOrigin;
 pub use output::free_bytes;
 pub use output_file::{FileKind, OutputFile};
@@ -66,16 +67,30 @@ pub trait Stored {
 pub trait Tensors: Sync {
     /// The tensor of this name.
     fn tensor(&self, name: &str) -> Result<Tensor<'_>>;
+
+    /// Refuses files that were written to since they were opened: for the end of a run.
+    ///
+    /// # Errors
+    /// Bad input that names the file.
+    fn check_unchanged(&self) -> Result<()>;
 }
 
 impl Tensors for Source {
     fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
         Self::tensor(self, name)
     }
+
+    fn check_unchanged(&self) -> Result<()> {
+        Self::check_unchanged(self)
+    }
 }
 
 impl Tensors for AtomCheckpoint {
     fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
         Self::tensor(self, name)
+    }
+
+    fn check_unchanged(&self) -> Result<()> {
+        Self::check_unchanged(self)
     }
 }

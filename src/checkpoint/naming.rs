@@ -2,11 +2,16 @@
 
 transformers calls them `model.layers.0...` and `lm_head.weight`. A base model that was saved alone has
 no `model.`; the text part of a larger model has a prefix such as `language_model.`; wrappers of a
-training run put theirs in front. The embedding's stored name shows which. */
+training run put theirs in front. The embedding's stored name shows which. Some families store several linears as one
+tensor: each is a range of its rows. */
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::ops::Range;
 
 use super::shards::Shards;
+use super::tensor::Tensor;
+use crate::Result;
 
 /// The embedding's name.
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -15,6 +20,39 @@ pub(super) const HEAD: &str = "lm_head.weight";
 const BODY: &str = "model.";
 const EMBEDDING_END: &str = "embed_tokens.weight";
 
+/// A tensor of the network that is a range of rows of a stored one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RowRange {
+    /// What the network calls it.
+    name: String,
+    /// What the network would call the stored tensor.
+    stored: String,
+    /// The shape that the stored tensor must have.
+    stored_shape: Vec<usize>,
+    /// The first row.
+    first: usize,
+    /// The shape of the range.
+    shape: Vec<usize>,
+}
+
+impl RowRange {
+    /// `name` as the `rows` of `stored`, a tensor of `stored_shape`.
+    ///
+    /// # Panics
+    /// If the stored tensor has no such rows.
+    pub fn new(name: String, stored: String, stored_shape: Vec<usize>, rows: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= stored_shape[0], "{name}: rows {rows:?}");
+        let shape = [&[rows.len()], &stored_shape[1..]].concat();
+        Self { name, stored, stored_shape, first: rows.start, shape }
+    }
+
+    /// The range of the stored tensor, where that lies.
+    pub(super) fn of<'a>(&'a self, stored: Tensor<'a>) -> Result<Tensor<'a>> {
+        stored.check_shape(&self.stored_shape)?;
+        Ok(stored.row_range(self.first, &self.shape))
+    }
+}
+
 /// How a checkpoint's stored names differ from the usual ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Naming {
@@ -22,6 +60,8 @@ pub(super) struct Naming {
     body: String,
     /// The output head.
     head: String,
+    /// The tensors that are ranges of stored ones, by name.
+    ranges: BTreeMap<String, RowRange>,
 }
 
 impl Naming {
@@ -34,7 +74,8 @@ impl Naming {
         contains: impl Fn(&str) -> bool,
         names: impl Iterator<Item = &'a str>,
     ) -> Self {
-        let usual = Self { body: BODY.to_owned(), head: HEAD.to_owned() };
+        let (body, head, ranges) = (BODY.to_owned(), HEAD.to_owned(), BTreeMap::new());
+        let usual = Self { body, head, ranges };
         if contains(EMBEDDING) {
             return usual;
         }
@@ -52,11 +93,28 @@ impl Naming {
         let mut heads =
             [HEAD.to_owned(), format!("{above}{HEAD}"), format!("{body}{HEAD}")].into_iter();
         let head = heads.find(|head| contains(head)).unwrap_or_else(|| HEAD.to_owned());
-        Self { body: body.to_owned(), head }
+        Self { body: body.to_owned(), head, ..usual }
     }
 
-    /// The stored name of the tensor that is usually called `name`.
+    /// Knows tensors as ranges of stored ones; those that the file stores by themselves stay as they are.
+    pub(super) fn add_ranges(&mut self, shards: &Shards, ranges: Vec<RowRange>) {
+        let is_stored = |name: &str| {
+            let stored = self.stored(name);
+            shards.contains(&stored) || shards.lacks(&stored)
+        };
+        let ranges = ranges.into_iter();
+        let ranges = ranges.filter(|range| !is_stored(&range.name) && is_stored(&range.stored));
+        self.ranges = ranges.map(|range| (range.name.clone(), range)).collect();
+    }
+
+    /// The range of a stored tensor that `name` is, if it is one.
+    pub(super) fn range(&self, name: &str) -> Option<&RowRange> {
+        self.ranges.get(name)
+    }
+
+    /// The stored name of the tensor that is usually called `name`, or of the one that it is a range of.
     pub(super) fn stored<'a>(&'a self, name: &'a str) -> Cow<'a, str> {
+        let name = self.range(name).map_or(name, |range| &range.stored);
         match name.strip_prefix(BODY) {
             _ if name == HEAD => Cow::Borrowed(&self.head),
             Some(rest) if self.body != BODY => Cow::Owned(format!("{}{rest}", self.body)),
@@ -66,42 +124,5 @@ impl Naming {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn prefixes_are_found_by_the_embedding() {
-        let layer = "model.layers.0.mlp.up_proj.weight";
-        for (names, stored_layer, stored_head) in [
-            (&["model.embed_tokens.weight", "lm_head.weight"][..], layer, HEAD),
-            (&["embed_tokens.weight"], "layers.0.mlp.up_proj.weight", HEAD),
-            (
-                &["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"],
-                "language_model.model.layers.0.mlp.up_proj.weight",
-                "language_model.lm_head.weight",
-            ),
-            (
-                &["model.language_model.embed_tokens.weight", "lm_head.weight"],
-                "model.language_model.layers.0.mlp.up_proj.weight",
-                HEAD,
-            ),
-            (
-                &["language_model.embed_tokens.weight", "audio.embed_tokens.weight"],
-                "language_model.layers.0.mlp.up_proj.weight",
-                HEAD,
-            ),
-            (
-                &["_orig_mod.model.embed_tokens.weight", "_orig_mod.lm_head.weight"],
-                "_orig_mod.model.layers.0.mlp.up_proj.weight",
-                "_orig_mod.lm_head.weight",
-            ),
-            (&["a.embed_tokens.weight", "b.embed_tokens.weight"], layer, HEAD),
-            (&["not_embed_tokens.weight"], layer, HEAD),
-        ] {
-            let contains = |name: &str| names.contains(&name);
-            let naming = Naming::from_names(contains, names.iter().copied());
-            assert_eq!(naming.stored(layer), stored_layer, "{names:?}");
-            assert_eq!(naming.stored(HEAD), stored_head, "{names:?}");
-        }
-    }
-}
+#[path = "naming_tests.rs"]
+mod tests;

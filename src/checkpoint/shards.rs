@@ -238,7 +238,8 @@ impl Shards {
             Bytes::Static(_) => None,
         };
         let bytes = &shard.bytes[location.range.clone()];
-        Ok(Tensor { name, dtype, shape: &location.shape, bytes, file: &shard.path, map })
+        let shape = &location.shape;
+        Ok(Tensor { name, dtype, shape, bytes, file: &shard.path, map, first_row: 0 })
     }
 
     /// Whether the index names a tensor that is not there.

@@ -15,7 +15,7 @@ use super::dtype::Dtype;
 use super::files::Files;
 use super::fingerprint::fingerprint;
 use super::foreign;
-use super::naming::{EMBEDDING, HEAD, Naming};
+use super::naming::{EMBEDDING, HEAD, Naming, RowRange};
 use super::origin::HubOrigin;
 use super::pattern::fits;
 use super::shards::Shards;
@@ -93,6 +93,13 @@ impl Source {
         Self { ignored: patterns, ..self }
     }
 
+    /// The same checkpoint, in which tensors of the network may be ranges of rows of stored ones. Where the file stores
+    /// such a tensor by itself, it is that one.
+    pub fn with_row_ranges(mut self, ranges: Vec<RowRange>) -> Self {
+        self.naming.add_ranges(&self.shards, ranges);
+        self
+    }
+
     /// The patterns of ignored tensors.
     pub fn ignored_patterns(&self) -> &[String] {
         &self.ignored
@@ -143,7 +150,10 @@ impl Source {
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
         let tensor = self.shards.tensor(&self.naming.stored(name))?;
         match tensor.dtype {
-            Dtype::F16 | Dtype::BF16 | Dtype::F32 => Ok(tensor),
+            Dtype::F16 | Dtype::BF16 | Dtype::F32 => match self.naming.range(name) {
+                Some(range) => range.of(tensor),
+                None => Ok(tensor),
+            },
             other => {
                 let message = format!("{} is {other}, not F16, BF16 or F32", tensor.title());
                 Err(Error::input(message).hint("give an unquantized checkpoint of the model"))
@@ -161,7 +171,7 @@ impl Source {
         self.shards.lacks(&self.naming.stored(name))
     }
 
-    /// The name in the file of the tensor that a language model calls `name`.
+    /// The name in the file of the tensor that a language model calls `name`, or of the one that it is a range of.
     pub fn stored_name(&self, name: &str) -> String {
         self.naming.stored(name).into_owned()
     }

@@ -30,12 +30,14 @@ pub struct Tensor<'a> {
     pub(super) file: &'a str,
     /// The map that `bytes` lies in, if it lies in one.
     pub(super) map: Option<&'a Mmap>,
+    /// The row of the stored tensor where this one begins: not 0 where it is a range of its rows.
+    pub(super) first_row: usize,
 }
 
 impl<'a> Tensor<'a> {
     /// A tensor whose bytes lie in memory and in no file.
     pub fn in_memory(name: &'a str, dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> Self {
-        Self { name, dtype, shape, bytes, file: "", map: None }
+        Self { name, dtype, shape, bytes, file: "", map: None, first_row: 0 }
     }
 
     /// What messages call it: tensor `name` of the path of its file.
@@ -44,6 +46,33 @@ impl<'a> Tensor<'a> {
             "" => format!("tensor `{}`", self.name),
             file => format!("tensor `{}` of {file}", self.name),
         }
+    }
+
+    /// Refuses a tensor of another shape than the network's.
+    ///
+    /// # Errors
+    /// Bad input that names both shapes.
+    pub fn check_shape(&self, shape: &[usize]) -> Result<()> {
+        if self.shape == shape {
+            return Ok(());
+        }
+        Err(Error::input(format!(
+            "{} has shape {:?}, config.json makes it {shape:?}",
+            self.title(),
+            self.shape
+        ))
+        .hint("config.json and the weights do not belong together: fetch the checkpoint again"))
+    }
+
+    /// The rows from `first` on as a tensor of `shape`, whose bytes stay where they are.
+    ///
+    /// # Panics
+    /// If there are no such rows.
+    pub(super) fn row_range(self, first: usize, shape: &'a [usize]) -> Self {
+        assert_eq!(self.shape[1..], shape[1..], "{}", self.title());
+        let row_bytes = self.dtype.size_bytes() * shape[1..].iter().product::<usize>();
+        let bytes = &self.bytes[first * row_bytes..(first + shape[0]) * row_bytes];
+        Self { shape, bytes, first_row: self.first_row + first, ..self }
     }
 
     /// Number of elements.
@@ -213,6 +242,9 @@ impl<'a> Tensor<'a> {
             *p = rest % n;
             rest /= n;
         }
+        if let Some(row) = position.first_mut() {
+            *row += self.first_row;
+        }
         Error::input(format!("{} holds {value} at {position:?}", self.title()))
             .hint("the weights are damaged or overflowed their type: download them again")
     }
@@ -258,7 +290,7 @@ mod tests {
     use half::bf16;
 
     fn tensor<'a>(dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> Tensor<'a> {
-        Tensor { name: "w", dtype, shape, bytes, file: "d/m", map: None }
+        Tensor { name: "w", dtype, shape, bytes, file: "d/m", map: None, first_row: 0 }
     }
 
     #[test]

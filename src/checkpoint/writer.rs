@@ -329,7 +329,7 @@ impl Writer {
         Ok(bytes)
     }
 
-    /// Gives up, and leaves nothing behind: for a run that failed before a block was finished.
+    /// Gives up, and leaves nothing: for a run that failed before a block was finished, or whose source changed.
     pub fn discard(self) {
         self.work.discard();
     }

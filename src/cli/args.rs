@@ -10,7 +10,7 @@ use crate::backend::cuda::Cuda;
 use crate::checkpoint::{Destination, Inputs, Source};
 use crate::hub::Hub;
 use crate::machine;
-use crate::network::{Model, network};
+use crate::network::{Model, network, split_fused};
 use crate::pipeline::{Calibration, Output};
 use crate::progress::Progress;
 use crate::text::{Evaluation, Split, TextSet};
@@ -204,7 +204,7 @@ impl IgnoreFlag {
 
     /// Accounts for every tensor of a source, and warns of what is not as its configuration says.
     fn account(&self, source: Source, progress: &dyn Progress) -> Result<Source> {
-        let source = source.ignoring(self.ignore_tensors.clone());
+        let source = split_fused(source.ignoring(self.ignore_tensors.clone()))?;
         for warning in network(&source, progress)?.warnings {
             progress.warn(&warning);
         }

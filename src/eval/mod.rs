@@ -7,6 +7,8 @@ mod kernels;
 mod likelihood;
 mod perplexity;
 mod tasks;
+#[cfg(test)]
+mod unchanged_tests;
 mod verify;
 
 pub use inspect::{CheckpointKind, InspectOutcome, InspectedLinear, inspect};

@@ -107,6 +107,7 @@ impl<B: Backend> Run<'_, B> {
         }
         progress.end();
         backend.trim();
+        model.tensors.check_unchanged()?;
         if let Some(window) = means.iter().position(|loss| !loss.is_finite()) {
             return Err(Error::input(format!(
                 "{name} gives no finite loss on window {window} of {}",

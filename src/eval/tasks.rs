@@ -132,6 +132,7 @@ pub fn tasks<B: Backend>(
     let windows = Windows { tokens: lengths().sum(), seq_len: lengths().max().unwrap_or(0) };
     runnable.check_memory(windows, progress)?;
     let (found, tokens) = likelihoods(&runnable, &texts, progress)?;
+    runnable.tensors.check_unchanged()?;
 
     let (mut samples, mut outcomes) = (Vec::new(), Vec::new());
     let mut found = &found[..];

@@ -119,6 +119,7 @@ pub fn verify<B: Backend>(
     if sound.is_some() {
         verification.measure_perplexity(backend, &mut outcome, progress)?;
     }
+    checkpoint.check_unchanged()?;
     Ok(outcome)
 }
 

@@ -10,7 +10,7 @@ use super::rope::Rope;
 use super::{bounds, class, quantized};
 use crate::{Error, Result};
 
-/// A Llama-like decoder.
+/// A Llama-like decoder. It can say more than the forward pass computes: `support.rs` refuses the rest by name.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Architecture {
     /// `model_type` of config.json.
@@ -31,22 +31,126 @@ pub struct Architecture {
     pub vocabulary: usize,
     /// RMSNorm's epsilon.
     pub norm_epsilon: f32,
+    /// Where a block's norms stand, and what their stored weights mean.
+    pub norms: Norms,
     /// Whether the output head is the embedding.
     pub tied: bool,
     /// Longest context the model was trained for, by `max_position_embeddings`.
     pub max_positions: usize,
-    /// Rotary embedding.
-    pub rope: Rope,
-    /// Tokens that a token attends to, itself included, where that is not all before it.
-    pub sliding_window: Option<usize>,
+    /// How each block attends, one entry a block.
+    pub attention: Vec<BlockAttention>,
+    /// Factor of queries times keys; none for `1 / sqrt(head_dim)`.
+    pub attention_scale: Option<f32>,
+    /// Factor of queries that grows with their position, if there is one.
+    pub query_scaling: Option<QueryScaling>,
+    /// Factors of the residual stream.
+    pub multipliers: Multipliers,
     /// Which linears have a bias.
     pub biases: Biases,
-    /// Whether each query and key head goes through an RMSNorm before the rotary embedding.
-    pub head_norms: bool,
+    /// Norms of queries and keys before the rotary embedding.
+    pub qk_norm: QkNorm,
+    /// What an MLP, or each expert, computes between its projections.
+    pub mlp: Mlp,
     /// The experts of a sparse network.
     pub experts: Option<Experts>,
+    /// Linears that a source stores as one tensor.
+    pub fused: &'static [FusedLinears],
     /// What its user should know, as a warning: code of the repository's own that is not run.
     pub remark: Option<String>,
+}
+
+/// Where norms stand in a block.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NormPlacement {
+    /// Before attention and before the MLP (Llama).
+    #[default]
+    Before,
+    /// After each, on what is added to the residual stream (OLMo 2).
+    After,
+    /// Both before and after (Gemma 3).
+    Both,
+}
+
+/// A block's norms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Norms {
+    /// Where they stand.
+    pub placement: NormPlacement,
+    /// Whether a stored weight `w` means `1 + w`.
+    pub unit_offset: bool,
+}
+
+/// How one block attends.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlockAttention {
+    /// Rotary embedding; none for a block without positions.
+    pub rope: Option<Rope>,
+    /// Tokens that a token attends to, itself included, where that is not all before it.
+    pub window: Option<usize>,
+}
+
+/// Queries at position `p` are multiplied by `1 + beta * ln(1 + floor(p / original))`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryScaling {
+    /// How fast the factor grows.
+    pub beta: f64,
+    /// Tokens of the original context.
+    pub original: usize,
+}
+
+/// Factors of the residual stream, 1 where there is none.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Multipliers {
+    /// Of the embedded tokens.
+    pub embedding: f32,
+    /// Of what attention and the MLP add.
+    pub residual: f32,
+    /// Of the logits.
+    pub logits: f32,
+}
+
+impl Default for Multipliers {
+    fn default() -> Self {
+        Self { embedding: 1.0, residual: 1.0, logits: 1.0 }
+    }
+}
+
+/// RMSNorm of queries and keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum QkNorm {
+    /// None.
+    #[default]
+    None,
+    /// Of each head by itself, with one weight `[head_dim]` for all (Qwen3).
+    PerHead,
+    /// Of all heads as one row, with a weight `[heads * head_dim]` (OLMo 2).
+    AllHeads,
+}
+
+/// What an MLP computes between its projections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mlp {
+    /// Its nonlinearity.
+    pub activation: Activation,
+    /// Whether it has a gate: `activation(gate) * up`, and not `activation(up)`.
+    pub gated: bool,
+}
+
+impl Default for Mlp {
+    fn default() -> Self {
+        Self { activation: Activation::Silu, gated: true }
+    }
+}
+
+/// The nonlinearity of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x / (1 + exp(-x))`.
+    Silu,
+    /// GELU, approximated by a hyperbolic tangent (Gemma).
+    GeluTanh,
+    /// `max(x, 0)^2` (Arcee).
+    ReluSquared,
 }
 
 /// Which linears have a bias.
@@ -58,10 +162,23 @@ pub struct Biases {
     pub attn_out: bool,
     /// gate, up and down.
     pub mlp: bool,
+    /// The field of config.json that gives attention's linears biases, where the family has one.
+    pub attention_flag: Option<&'static str>,
+    /// The field that gives those of the MLP biases.
+    pub mlp_flag: Option<&'static str>,
+}
+
+/// Linears of one site that a source stores as one tensor, their rows one after another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FusedLinears {
+    /// What stands in the place of a linear's own name, e.g. `qkv_proj`.
+    pub stored: &'static str,
+    /// The linears in the order of their rows, e.g. `q_proj`, `k_proj`, `v_proj`.
+    pub linears: &'static [&'static str],
 }
 
 /// Several MLPs in a block, of which a router chooses a few for each token.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Experts {
     /// In a block.
     pub count: usize,
@@ -69,12 +186,36 @@ pub struct Experts {
     pub per_token: usize,
     /// Channels between an expert's projections.
     pub intermediate: usize,
-    /// Whether the chosen experts' shares add up to one.
+    /// Whether the routing weights of a token add up to one.
     pub normalized: bool,
+    /// How the router's logits become routing weights.
+    pub router: RouterKind,
+    /// Factor of the routing weights.
+    pub scale: f32,
+    /// An expert that every token goes to.
+    pub shared: Option<SharedExpert>,
     /// Blocks that have one MLP like any dense network's, ascending.
     pub dense_blocks: Vec<usize>,
     /// What they are called.
     pub names: ExpertNames,
+}
+
+/// How a router's logits become routing weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouterKind {
+    /// Softmax over all experts (Mixtral).
+    Softmax,
+    /// Sigmoid of each logit; experts are chosen by it plus a stored bias (GLM 4.5).
+    SigmoidWithBias,
+}
+
+/// An expert that every token goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedExpert {
+    /// Channels between its projections.
+    pub intermediate: usize,
+    /// Whether its output is multiplied by the sigmoid of a gate of its own.
+    pub gated: bool,
 }
 
 /// What a block's experts are called.
@@ -115,7 +256,8 @@ impl Architecture {
         let kv_heads = config.nullable_count("num_key_value_heads", bounds::HEADS)?;
         let max_positions = config.count("max_position_embeddings", 1..=usize::MAX)?;
         let max_positions = max_positions.unwrap_or(family.max_positions);
-        let architecture = Self {
+        let rope = Rope::from_config(config, family.rope_theta, max_positions)?;
+        let mut architecture = Self {
             family: family.name.to_owned(),
             blocks,
             hidden,
@@ -125,15 +267,22 @@ impl Architecture {
             head_dim: head_dim(config, family, hidden, heads)?,
             vocabulary: config.required_count("vocab_size", bounds::VOCABULARY)?,
             norm_epsilon: norm_epsilon(config, family)?,
+            norms: Norms::default(),
             tied: config.flag("tie_word_embeddings")?,
             max_positions,
-            rope: Rope::from_config(config, family.rope_theta, max_positions)?,
-            sliding_window: (family.sliding_window)(config, blocks)?,
-            biases: (family.biases)(config)?,
-            head_norms: family.head_norms,
-            experts: (family.experts)(config, blocks)?,
+            attention: vec![BlockAttention { rope: Some(rope), window: None }; blocks],
+            attention_scale: None,
+            query_scaling: None,
+            multipliers: Multipliers::default(),
+            biases: Biases::default(),
+            qk_norm: QkNorm::default(),
+            mlp: Mlp::default(),
+            experts: None,
+            fused: &[],
             remark,
         };
+        (family.differences)(config, &mut architecture)?;
+        architecture.check_supported(file)?;
         architecture.check(file)?;
         Ok(architecture)
     }
@@ -172,12 +321,29 @@ impl Architecture {
 
     /// Positions that the network was made for: `max_position_embeddings`, extended where RoPE's scaling extends it.
     pub fn positions(&self) -> usize {
-        (self.max_positions as f64 * self.rope.scaling.extension()) as usize
+        (self.max_positions as f64 * self.rope().scaling.extension()) as usize
+    }
+
+    /// The rotary embedding of all blocks.
+    pub fn rope(&self) -> &Rope {
+        self.attention[0].rope.as_ref().expect("every block has one: `check_supported`")
+    }
+
+    /// The sliding window of all blocks, if they have one.
+    pub fn sliding_window(&self) -> Option<usize> {
+        self.attention[0].window
+    }
+
+    /// Gives each block its sliding window.
+    pub(super) fn set_windows(&mut self, windows: impl IntoIterator<Item = Option<usize>>) {
+        for (block, window) in self.attention.iter_mut().zip(windows) {
+            block.window = window;
+        }
     }
 
     /// Cosines and sines `[seq_len, head_dim / 2]` of positions 0..seq_len.
     pub fn rope_tables(&self, seq_len: usize) -> (Arc<[f32]>, Arc<[f32]>) {
-        let frequencies = self.rope.frequencies(self.head_dim);
+        let frequencies = self.rope().frequencies(self.head_dim);
         let (cos, sin): (Vec<f32>, Vec<f32>) = (0..seq_len)
             .flat_map(|position| {
                 frequencies.iter().map(move |f| f64::from((position as f64 * f) as f32))
@@ -185,6 +351,19 @@ impl Architecture {
             .map(|angle| (angle.cos() as f32, angle.sin() as f32))
             .unzip();
         (cos.into(), sin.into())
+    }
+}
+
+impl Biases {
+    /// The biases of a family whose config.json has these fields.
+    pub(super) fn by_flags(
+        config: &Config,
+        attention_flag: Option<&'static str>,
+        mlp_flag: Option<&'static str>,
+    ) -> Result<Self> {
+        let is_set = |flag: Option<&str>| flag.map_or(Ok(false), |flag| config.flag(flag));
+        let (attention, mlp) = (is_set(attention_flag)?, is_set(mlp_flag)?);
+        Ok(Self { attn_in: attention, attn_out: attention, mlp, attention_flag, mlp_flag })
     }
 }
 

@@ -88,3 +88,7 @@ fn too_large(file: &str, what: &str) -> Error {
     Error::input(format!("{file}: {what} than this version reads"))
         .hint("correct the numbers, or download the file again")
 }
+
+#[cfg(test)]
+#[path = "bounds_tests.rs"]
+mod tests;

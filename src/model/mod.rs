@@ -12,6 +12,7 @@ mod quantized;
 mod reference_tests;
 pub mod rope;
 pub mod sites;
+mod support;
 mod window;
 
 pub use architecture::Architecture;

@@ -12,6 +12,10 @@ pub struct Rope {
     pub theta: f64,
     /// Change of the frequencies for long contexts.
     pub scaling: RopeScaling,
+    /// Share of a head's channels that turn, the first ones.
+    pub share: f64,
+    /// Whether a pair is two neighbouring channels, and not one of each half.
+    pub interleaved: bool,
 }
 
 /// How RoPE's frequencies are changed.
@@ -68,7 +72,8 @@ impl Rope {
             Some(settings) => RopeScaling::from_config(config, settings, max_positions)?,
             None => RopeScaling::None,
         };
-        Ok(Self { theta: inner.or(outer).unwrap_or(family_theta), scaling })
+        let theta = inner.or(outer).unwrap_or(family_theta);
+        Ok(Self { theta, scaling, share: 1.0, interleaved: false })
     }
 
     /// Radians per position of each pair of channels.

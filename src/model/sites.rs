@@ -4,7 +4,8 @@ Outliers, channel order and activation quantization belong to a site; weights be
 Llama-like block has the sites attn_in, attn_out, mlp_in and mlp_act, in this order; where it has experts, all of them
 read mlp_in, and each has an mlp_act of its own. */
 
-use super::architecture::Architecture;
+use super::architecture::{Architecture, FusedLinears, QkNorm};
+use crate::checkpoint::RowRange;
 
 /// An activation that feeds linears.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -82,11 +83,11 @@ impl Architecture {
             .map(|norm| format!("{}.{norm}.weight", self.block_name(block)))
     }
 
-    /// Names of the RMSNorm weights of block `block`'s query and key heads, if there are any.
-    pub fn head_norm_names(&self, block: usize) -> Option<[String; 2]> {
+    /// Names of the QK-norm's weights of block `block`, if it has one.
+    pub fn qk_norm_names(&self, block: usize) -> Option<[String; 2]> {
         let names = ["q_norm", "k_norm"];
         let name = |norm| format!("{}.self_attn.{norm}.weight", self.block_name(block));
-        self.head_norms.then(|| names.map(name))
+        (self.qk_norm != QkNorm::None).then(|| names.map(name))
     }
 
     /// Name of the router's weight `[experts, hidden]` of block `block`, if it has experts.
@@ -100,8 +101,8 @@ impl Architecture {
     pub fn beside_linears(&self, block: usize) -> Vec<(String, Vec<usize>)> {
         let mut tensors: Vec<_> =
             self.norm_names(block).map(|name| (name, vec![self.hidden])).into();
-        let head_norms = self.head_norm_names(block).into_iter().flatten();
-        tensors.extend(head_norms.map(|name| (name, vec![self.head_dim])));
+        let qk_norms = self.qk_norm_names(block).into_iter().flatten();
+        tensors.extend(qk_norms.map(|name| (name, vec![self.head_dim])));
         for linear in self.sites(block).iter().flat_map(|site| &site.linears) {
             tensors.extend(linear.bias().map(|name| (name, vec![linear.rows])));
         }
@@ -178,9 +179,58 @@ impl Architecture {
         tensors
     }
 
+    /// The linears that a source stores as rows of a common tensor, and their biases. A source that stores them by
+    /// themselves is read as well.
+    pub fn row_ranges(&self) -> Vec<RowRange> {
+        let mut ranges = Vec::new();
+        for fused in self.fused {
+            for site in (0..self.blocks).flat_map(|block| self.sites(block)) {
+                for (part, linears) in site.fused(fused) {
+                    let stored = format!("{part}.{}", fused.stored);
+                    push_ranges(&mut ranges, &stored, &linears);
+                }
+            }
+        }
+        ranges
+    }
+
     /// Name of the output head's weight.
     pub fn head_name(&self) -> &'static str {
         if self.tied { EMBEDDING } else { HEAD }
+    }
+}
+
+impl SiteSpec {
+    /// Linears of the site that are stored as one, each time with the part of their names before the last.
+    fn fused(&self, fused: &FusedLinears) -> Vec<(&str, Vec<&LinearSpec>)> {
+        let all_of = |part: &str| -> Option<Vec<&LinearSpec>> {
+            let named = |own: &&str| {
+                let name = format!("{part}.{own}");
+                self.linears.iter().find(|linear| linear.name == name)
+            };
+            fused.linears.iter().map(named).collect()
+        };
+        let parts = self.linears.iter().filter_map(|linear| {
+            let (part, own) = linear.name.rsplit_once('.')?;
+            Some(part).filter(|_| own == fused.linears[0])
+        });
+        parts.filter_map(|part| Some((part, all_of(part)?))).collect()
+    }
+}
+
+/// Adds the weights, and the biases where there are any, of linears that are stored as one.
+fn push_ranges(ranges: &mut Vec<RowRange>, stored: &str, linears: &[&LinearSpec]) {
+    let all_rows = linears.iter().map(|linear| linear.rows).sum();
+    let mut first = 0;
+    for linear in linears {
+        let rows = first..first + linear.rows;
+        let weight = format!("{stored}.weight");
+        let shape = vec![all_rows, linear.columns];
+        ranges.push(RowRange::new(linear.weight(), weight, shape, rows.clone()));
+        if let Some(bias) = linear.bias() {
+            ranges.push(RowRange::new(bias, format!("{stored}.bias"), vec![all_rows], rows));
+        }
+        first += linear.rows;
     }
 }
 

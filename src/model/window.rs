@@ -1,12 +1,13 @@
-/*! Sliding windows: how many tokens a token attends to, where that is not all before it. Blocks attend alike. */
+/*! Sliding windows: how many tokens a token attends to in each block, where that is not all before it. */
 
 use super::config::Config;
-use crate::{Error, Result};
+use crate::Result;
 
 /// Wider windows hide no token of any text.
 const WIDEST: usize = 1 << 30;
 
-const ALIKE: &str = "this version runs networks whose blocks attend alike";
+/// What this version can do, for hints.
+pub(super) const ALIKE: &str = "this version runs networks whose blocks attend alike";
 
 /// `sliding_window`: `default` where the field is absent, none where it is null.
 pub(super) fn field(config: &Config, default: Option<usize>) -> Result<Option<usize>> {
@@ -14,7 +15,7 @@ pub(super) fn field(config: &Config, default: Option<usize>) -> Result<Option<us
     Ok(window.unwrap_or(default).filter(|window| *window < WIDEST))
 }
 
-/// The window of a family whose reference implementation has one for all blocks and does not read `layer_types`.
+/// The windows of a family whose reference implementation has one for all blocks and does not read `layer_types`.
 ///
 /// # Errors
 /// `layer_types` that say something else.
@@ -22,7 +23,7 @@ pub(super) fn of_all(
     config: &Config,
     blocks: usize,
     window: Option<usize>,
-) -> Result<Option<usize>> {
+) -> Result<Vec<Option<usize>>> {
     match layer_types(config, blocks)? {
         Some(slides) if slides.iter().any(|slides| *slides != window.is_some()) => {
             let what = match window {
@@ -33,41 +34,34 @@ pub(super) fn of_all(
             let what = format!("in a {} {what}", model_type.unwrap_or("network"));
             Err(config.contradiction("layer_types", &what).hint(ALIKE))
         }
-        _ => Ok(window),
+        _ => Ok(vec![window; blocks]),
     }
 }
 
-/// The window of Qwen2 and Qwen3: that of the blocks that `layer_types` names, or else of those from
-/// `max_window_layers` (28) on, where `use_sliding_window` is set.
+/// The windows of Qwen2 and Qwen3: of the blocks that `layer_types` names, or else of those from `max_window_layers`
+/// (28) on, where `use_sliding_window` is set.
 ///
 /// # Errors
-/// Blocks that differ in it.
-pub(super) fn of_later_blocks(config: &Config, blocks: usize) -> Result<Option<usize>> {
+/// Blocks that have one, and none given.
+pub(super) fn of_later_blocks(config: &Config, blocks: usize) -> Result<Vec<Option<usize>>> {
     let used = config.flag("use_sliding_window")?;
     let window = config.nullable_count("sliding_window", 1..=usize::MAX)?.unwrap_or(Some(4096));
     let window = window.filter(|_| used);
     let first = config.nullable_count("max_window_layers", 0..=usize::MAX)?.unwrap_or(Some(28));
-    let sliding = match (layer_types(config, blocks)?, window, first) {
-        (Some(slides), ..) => slides.iter().filter(|slides| **slides).count(),
-        (None, None, _) => 0,
-        (None, Some(_), Some(first)) => blocks.saturating_sub(first),
+    let slides = match (layer_types(config, blocks)?, window, first) {
+        (Some(slides), ..) => slides,
+        (None, None, _) => vec![false; blocks],
+        (None, Some(_), Some(first)) => (0..blocks).map(|block| block >= first).collect(),
         (None, Some(_), None) => {
             return Err(config.wrong("max_window_layers", "a whole number of 0 or more"));
         }
     };
-    match (sliding, window) {
-        (0, _) => Ok(None),
-        (_, None) => Err(config.contradiction(
-            "layer_types",
-            "`use_sliding_window` and `sliding_window` give no window",
-        )),
-        (sliding, window) if sliding == blocks => Ok(window.filter(|window| *window < WIDEST)),
-        (sliding, _) => Err(Error::input(format!(
-            "{} gives {sliding} of {blocks} blocks a sliding window and the others none",
-            config.file()
-        ))
-        .hint(ALIKE)),
+    if window.is_none() && slides.contains(&true) {
+        let what = "`use_sliding_window` and `sliding_window` give no window";
+        return Err(config.contradiction("layer_types", what));
     }
+    let window = window.filter(|window| *window < WIDEST);
+    Ok(slides.into_iter().map(|slides| window.filter(|_| slides)).collect())
 }
 
 /// Whether each block has a sliding window, where the file says so.

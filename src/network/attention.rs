@@ -12,7 +12,7 @@ pub fn attention_spec(architecture: &Architecture, kv: KvFormat, seq_len: usize)
         kv_heads: architecture.kv_heads,
         head_dim: architecture.head_dim,
         seq_len,
-        sliding_window: architecture.sliding_window,
+        sliding_window: architecture.sliding_window(),
         cos,
         sin,
         kv,

@@ -37,7 +37,7 @@ pub fn caution(
 /// Names of the norms whose weights are all zero. A norm that cannot be read is found where it is used.
 fn zero_norms(tensors: &dyn Tensors, architecture: &Architecture) -> Vec<String> {
     let of_block = |block| {
-        let heads = architecture.head_norm_names(block).into_iter().flatten();
+        let heads = architecture.qk_norm_names(block).into_iter().flatten();
         architecture.norm_names(block).into_iter().chain(heads)
     };
     let names = (0..architecture.blocks).flat_map(of_block).chain([FINAL_NORM.to_owned()]);

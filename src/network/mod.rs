@@ -17,7 +17,7 @@ mod stream;
 mod tensors;
 mod weights;
 
-pub use accounting::{Network, check_counts, network};
+pub use accounting::{Network, check_counts, network, split_fused};
 pub use attention::attention_spec;
 pub use blocks::BlockBuilder;
 pub use cautions::caution;

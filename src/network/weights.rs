@@ -51,7 +51,7 @@ impl<'a, B: Backend> BlockWeights<'a, B> {
             Ok::<_, Error>([row(&first, columns)?, row(&second, columns)?])
         };
         let norms = pair(architecture.norm_names(index), hidden)?;
-        let head_norms = architecture.head_norm_names(index);
+        let head_norms = architecture.qk_norm_names(index);
         let head_norms = head_norms.map(|names| pair(names, architecture.head_dim)).transpose()?;
         let router = match (architecture.router_name(index), architecture.experts_of(index)) {
             (Some(name), Some(experts)) => {

@@ -11,6 +11,8 @@ mod calibrate;
 mod calibration;
 mod energies;
 mod fallbacks;
+#[cfg(test)]
+mod fused_tests;
 mod job;
 mod manifest;
 mod memory;

@@ -46,6 +46,12 @@ pub(super) fn run<B: Backend>(
     let mut writer = Writer::create(&destination, specs, &identity, options, &check_stop)?;
     announce_resumed(writer.done(), job.blocks.len(), progress);
     let written = write_tensors(backend, job, &mut writer, known, &mut timing, progress);
+    // A weight that was written to meanwhile may be in the streams and not in the fingerprint: no block is kept.
+    if let Err(changed) = source.check_unchanged() {
+        writer.discard();
+        let interrupted = written.err().filter(|error| error.kind() == Kind::Interrupted);
+        return Err(interrupted.unwrap_or(changed));
+    }
     let Written { errors, resumed_blocks } = match written {
         Ok(written) => written,
         Err(error) => {
@@ -53,8 +59,6 @@ pub(super) fn run<B: Backend>(
             return Err(error);
         }
     };
-    // A weight that was written to meanwhile may be in the streams and not in the fingerprint.
-    source.check_unchanged()?;
     let out = writer.out().to_owned();
     let side_files = source.side_files()?;
     side_files.left_out.iter().for_each(|why| progress.warn(why));

@@ -1,8 +1,8 @@
 //! Mixtral: Mistral with experts in every block.
 
-use super::super::architecture::{ExpertNames, Experts};
+use super::super::architecture::{ExpertNames, Experts, RouterKind};
 use super::super::{bounds, window};
-use super::{Family, no_biases};
+use super::{Family, PLAIN};
 
 const NAMES: ExpertNames = ExpertNames { part: "block_sparse_moe", linears: ["w1", "w3", "w2"] };
 
@@ -10,21 +10,24 @@ pub(super) const MIXTRAL: Family = Family {
     name: "mixtral",
     class: "Mixtral",
     kv_heads: Some(8),
-    head_dim: None,
     max_positions: 131_072,
     norm_epsilon: 1e-5,
     rope_theta: 1_000_000.0,
-    head_norms: false,
-    biases: no_biases,
-    sliding_window: |config, blocks| window::of_all(config, blocks, window::field(config, None)?),
-    experts: |config, _| {
-        Ok(Some(Experts {
+    differences: |config, network| {
+        let window = window::field(config, None)?;
+        network.set_windows(window::of_all(config, network.blocks, window)?);
+        network.experts = Some(Experts {
             count: Experts::count_field(config, 8)?,
             per_token: config.count("num_experts_per_tok", bounds::EXPERTS)?.unwrap_or(2),
-            intermediate: config.required_count("intermediate_size", bounds::CHANNELS)?,
+            intermediate: network.intermediate,
             normalized: true,
+            router: RouterKind::Softmax,
+            scale: 1.0,
+            shared: None,
             dense_blocks: Vec::new(),
             names: NAMES,
-        }))
+        });
+        Ok(())
     },
+    ..PLAIN
 };

@@ -8,11 +8,11 @@ mod qwen2;
 mod qwen3;
 mod qwen3_moe;
 
-use super::architecture::{Biases, Experts};
+use super::architecture::Architecture;
 use super::config::{Config, shortened};
 use crate::{Error, Result};
 
-/// What differs between families.
+/// A family: the defaults of its fields, and what else differs from a plain Llama.
 pub(super) struct Family {
     /// `model_type` of config.json.
     pub name: &'static str,
@@ -28,18 +28,25 @@ pub(super) struct Family {
     pub norm_epsilon: f64,
     /// `rope_theta`.
     pub rope_theta: f64,
-    /// Whether each query and key head goes through an RMSNorm.
-    pub head_norms: bool,
-    /// Which linears have a bias.
-    pub biases: fn(&Config) -> Result<Biases>,
-    /// Tokens that a token attends to, where not all; of a network of so many blocks.
-    pub sliding_window: fn(&Config, usize) -> Result<Option<usize>>,
-    /// The experts, if there are any, of a network of so many blocks.
-    pub experts: fn(&Config, usize) -> Result<Option<Experts>>,
+    /// Reads the fields that are the family's own, and sets what differs. It is given a plain network: RoPE and attention
+    /// to all tokens in every block, norms before attention and MLP, gated SiLU, no biases, no experts.
+    pub differences: fn(&Config, &mut Architecture) -> Result<()>,
 }
 
+/// The defaults that most families share.
+const PLAIN: Family = Family {
+    name: "",
+    class: "",
+    kv_heads: None,
+    head_dim: None,
+    max_positions: 32_768,
+    norm_epsilon: 1e-6,
+    rope_theta: 10_000.0,
+    differences: |_, _| Ok(()),
+};
+
 /// Every family, by `model_type`.
-const FAMILIES: [&Family; 6] = [
+pub(super) const FAMILIES: [&Family; 6] = [
     &llama::LLAMA,
     &mistral::MISTRAL,
     &mixtral::MIXTRAL,
@@ -67,12 +74,4 @@ impl Family {
             Error::input(message).hint(format!("this version runs models of the types {names}"))
         })
     }
-}
-
-fn no_biases(_: &Config) -> Result<Biases> {
-    Ok(Biases::default())
-}
-
-fn no_experts(_: &Config, _: usize) -> Result<Option<Experts>> {
-    Ok(None)
 }

@@ -2,18 +2,16 @@
 
 use super::super::architecture::Biases;
 use super::super::window;
-use super::{Family, no_experts};
+use super::{Family, PLAIN};
 
 pub(super) const QWEN2: Family = Family {
     name: "qwen2",
     class: "Qwen2",
     kv_heads: Some(32),
-    head_dim: None,
-    max_positions: 32_768,
-    norm_epsilon: 1e-6,
-    rope_theta: 10_000.0,
-    head_norms: false,
-    biases: |_| Ok(Biases { attn_in: true, attn_out: false, mlp: false }),
-    sliding_window: window::of_later_blocks,
-    experts: no_experts,
+    differences: |config, network| {
+        network.set_windows(window::of_later_blocks(config, network.blocks)?);
+        network.biases = Biases { attn_in: true, ..Biases::default() };
+        Ok(())
+    },
+    ..PLAIN
 };

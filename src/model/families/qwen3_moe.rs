@@ -2,11 +2,10 @@
 
 use std::collections::HashSet;
 
-use super::super::architecture::{ExpertNames, Experts};
+use super::super::architecture::{Biases, ExpertNames, Experts, QkNorm, RouterKind};
 use super::super::config::Config;
 use super::super::{bounds, window};
-use super::Family;
-use super::qwen3::attention_biases;
+use super::{Family, PLAIN};
 use crate::Result;
 
 const NAMES: ExpertNames =
@@ -16,31 +15,32 @@ pub(super) const QWEN3_MOE: Family = Family {
     name: "qwen3_moe",
     class: "Qwen3Moe",
     kv_heads: Some(4),
-    head_dim: None,
-    max_positions: 32_768,
-    norm_epsilon: 1e-6,
-    rope_theta: 10_000.0,
-    head_norms: true,
-    biases: attention_biases,
-    sliding_window: |config, blocks| {
+    differences: |config, network| {
+        network.qk_norm = QkNorm::PerHead;
         let used = config.flag("use_sliding_window")?;
         let window = window::field(config, Some(4096))?.filter(|_| used);
-        window::of_all(config, blocks, window)
+        network.set_windows(window::of_all(config, network.blocks, window)?);
+        network.biases = Biases::by_flags(config, Some("attention_bias"), None)?;
+        network.experts = Some(experts(config, network.blocks)?);
+        Ok(())
     },
-    experts,
+    ..PLAIN
 };
 
-fn experts(config: &Config, blocks: usize) -> Result<Option<Experts>> {
+fn experts(config: &Config, blocks: usize) -> Result<Experts> {
     let per_token = config.count("num_experts_per_tok", bounds::EXPERTS)?;
     let intermediate = config.count("moe_intermediate_size", bounds::CHANNELS)?;
-    Ok(Some(Experts {
+    Ok(Experts {
         count: Experts::count_field(config, 128)?,
         per_token: per_token.unwrap_or(8),
         intermediate: intermediate.unwrap_or(768),
         normalized: config.flag("norm_topk_prob")?,
+        router: RouterKind::Softmax,
+        scale: 1.0,
+        shared: None,
         dense_blocks: dense_blocks(config, blocks)?,
         names: NAMES,
-    }))
+    })
 }
 
 /// Blocks that `mlp_only_layers` names, and all but every `decoder_sparse_step`th.

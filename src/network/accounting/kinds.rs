@@ -315,13 +315,10 @@ impl Group<'_> {
 fn bias_step(group: &Group<'_>, architecture: &Architecture) -> String {
     let attention = group.names.iter().any(|name| name.contains("attn."));
     let mlp = group.names.iter().any(|name| name.contains("mlp."));
-    let mut flags = Vec::new();
-    if attention && ["llama", "qwen3", "qwen3_moe"].contains(&&*architecture.family) {
-        flags.push("\"attention_bias\": true");
-    }
-    if mlp && architecture.family == "llama" {
-        flags.push("\"mlp_bias\": true");
-    }
+    let biases = &architecture.biases;
+    let flags = [biases.attention_flag.filter(|_| attention), biases.mlp_flag.filter(|_| mlp)];
+    let flags: Vec<String> =
+        flags.into_iter().flatten().map(|flag| format!("\"{flag}\": true")).collect();
     match flags.is_empty() {
         true => format!(
             "networks of type {} have no such biases: take the config.json that was published with the \

@@ -30,6 +30,15 @@ pub struct Network {
     pub warnings: Vec<String>,
 }
 
+/// The same source, in which linears that its family stores as one tensor have their own names.
+///
+/// # Errors
+/// As [`Architecture::read`]'s.
+pub fn split_fused(source: Source) -> Result<Source> {
+    let architecture = Architecture::read(source.config(), &source.config_file())?;
+    Ok(source.with_row_ranges(architecture.row_ranges()))
+}
+
 /// Accounts for every tensor of `source`. Reads no weights but an output head that the configuration
 /// does not expect, the embedding that it is compared with, and unexpected biases.
 ///
