@@ -6,7 +6,7 @@
 // SINGLE    1: a key and value head serves one query head
 // TILE_HEADS  query heads of a tile: 1 or 8
 // WARPS     warps of a block
-// GROUP     pages that a warp works on at once
+// GROUP     pages that a warp works on together
 // RESIDENT  blocks that a multiprocessor has room for
 // BULK      1: pages are copied by one instruction each
 // MOST_STAGES  groups of pages that a warp has in flight at most

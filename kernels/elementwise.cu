@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) silu_mul_half(half* gate, 
     }
 }
 
-/// `silu(gate) * up` of rows of `slots` values, each to the channel that `order` names; -1 is nobody's. One block a row.
+/// `silu(gate) * up` of rows of `slots` values, each to the channel that `order` names; -1 is padding. One block a row.
 extern "C" __global__ void __launch_bounds__(THREADS)
     silu_mul_permuted(const half* gate, const half* up, const int* order, int slots, int channels, half* y) {
     const long long first = (long long)blockIdx.x * slots;
