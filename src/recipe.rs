@@ -8,8 +8,8 @@ recipe is resolved as tables and read back strictly: an unknown key is an error,
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
+use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
-use crate::quant::levels::Levels;
 use crate::quant::number::OutlierFormat;
 use crate::quant::ranges::{BITS, CLIP, CORRECTION, DAMPING, ROWS_PER_SCALE};
 use crate::quant::site::Transform;
@@ -80,7 +80,7 @@ pub struct Recipe {
     /// What 4-bit codes of weights and activations stand for. Activations of 8 bits are integers
     /// whatever it says, and the KV cache is.
     #[serde(default)]
-    pub format: Levels,
+    pub format: Codebook,
     /// Channels that share a scale.
     pub group: Group,
     /// Outlier channels of each site.
@@ -138,7 +138,7 @@ impl Recipe {
             bits: 4,
             act_bits: 4,
             kv_bits: 4,
-            format: Levels::Int,
+            format: Codebook::Int,
             group: Group::Size(128),
             outliers: 128,
             outlier_format: OutlierFormat::Int8,
@@ -293,8 +293,8 @@ impl Recipe {
     }
 
     /// What activations' codes stand for.
-    pub fn act_format(&self) -> Levels {
-        if self.act_bits == 4 { self.format } else { Levels::Int }
+    pub fn act_format(&self) -> Codebook {
+        if self.act_bits == 4 { self.format } else { Codebook::Int }
     }
 
     /// How keys and values are held.
@@ -315,7 +315,7 @@ impl Recipe {
             Group::Size(size) => format!("g{size}"),
         };
         let format = match self.format {
-            Levels::Int => String::new(),
+            Codebook::Int => String::new(),
             other => format!("-{}", other.name()),
         };
         format!("w{}a{}{format}-{group}", self.bits, self.act_bits)
@@ -355,9 +355,9 @@ mod tests {
     #[test]
     fn fp4_goes_with_activations_of_4_8_and_16_bits() {
         for (act_bits, act_format, tag) in [
-            (4, Levels::Fp4, "w4a4-fp4-g64"),
-            (8, Levels::Int, "w4a8-fp4-g64"),
-            (16, Levels::Int, "w4a16-fp4-g64"),
+            (4, Codebook::Fp4, "w4a4-fp4-g64"),
+            (8, Codebook::Int, "w4a8-fp4-g64"),
+            (16, Codebook::Int, "w4a16-fp4-g64"),
         ] {
             let text = format!("format = \"fp4\"\nact_bits = {act_bits}\ngroup = 64");
             let recipe = Recipe::resolve("default", &overrides(&text)).unwrap();

@@ -1,7 +1,7 @@
 //! Quantizing weights, and laying weights out for the forward pass.
 
 use super::{AccumulatedError, Calibration};
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::number::LinearFormat;
 use crate::quant::site::SiteFormat;
@@ -53,7 +53,7 @@ pub trait Quantization: Calibration {
     ///
     /// # Errors
     /// A machine error that names another way.
-    fn check_levels(&self, _levels: Levels) -> Result<()> {
+    fn check_codebook(&self, _codebook: Codebook) -> Result<()> {
         Ok(())
     }
     /// Prepares a site.

@@ -14,7 +14,7 @@ use crate::backend::cpu::gemm::{Panels, Rows, par_gemm};
 use crate::backend::cpu::integer::{IntegerLinear, linear};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::quantize::quantize_rows;
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
 use crate::quant::site::{SiteFormat, Transform};
@@ -82,7 +82,7 @@ fn measure(isa: Isa, threads: usize, product: Product, kernel: Kernel) -> Row {
         }
         Kernel::W4A4 => {
             let site = identity_site(k, 64, if k > 64 { 64 } else { 0 });
-            let weights = site.row.weights(4, Levels::Int, 1);
+            let weights = site.row.weights(4, Codebook::Int, 1);
             let arranged: Vec<f32> = w.chunks(k).flat_map(|row| arranged(&site, row)).collect();
             let w = round_to_nearest(&arranged, n, &weights, 1.0);
             let w = IntegerLinear::new(&w.expect("random weights are finite"));
@@ -122,7 +122,12 @@ pub(super) fn identity_site(
 ) -> SiteFormat {
     let order = channel_order(&vec![0.0; channels], false, outlier_channels, group_size);
     let row = RowFormat {
-        numbers: NumberFormat { bits: 4, levels: Levels::Int, group_size, scale: ScaleFormat::F16 },
+        numbers: NumberFormat {
+            bits: 4,
+            codebook: Codebook::Int,
+            group_size,
+            scale: ScaleFormat::F16,
+        },
         groups: (channels - outlier_channels).div_ceil(group_size),
         outlier_channels,
         outlier_format: OutlierFormat::Int8,

@@ -20,7 +20,7 @@ use crate::backend::cuda::tensor::{Packed, Rows, Site};
 use crate::backend::cuda::timing::rotation;
 use crate::backend::{Memory, Quantization, Unquantized};
 use crate::progress::Progress;
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::number::{LinearFormat, NumberFormat, RowFormat};
 use crate::quant::site::SiteFormat;
 use crate::{Error, Result};
@@ -44,7 +44,7 @@ pub struct GemmSettings {
     /// Outlier channels in INT8.
     pub outliers: usize,
     /// What 4-bit codes stand for.
-    pub levels: Levels,
+    pub codebook: Codebook,
     /// Bits of a weight.
     pub bits: u8,
     /// Bits of an activation.
@@ -69,9 +69,12 @@ impl GemmSettings {
         let usage =
             |what: String| Error::usage(what).hint("`atom bench gemm --help` shows the flags");
         for bits in [self.bits, self.act_bits] {
-            let levels = self.levels_of(bits);
-            if !levels.has_bits(bits) {
-                return Err(usage(format!("there are no {} codes of {bits} bits", levels.name())));
+            let codebook = self.codebook_of(bits);
+            if !codebook.has_bits(bits) {
+                return Err(usage(format!(
+                    "there are no {} codes of {bits} bits",
+                    codebook.name()
+                )));
             }
         }
         if self.outliers >= channels {
@@ -79,22 +82,22 @@ impl GemmSettings {
             return Err(usage(format!("{outliers} outliers leave nothing of {channels} channels")));
         }
         let mut site = identity_site(channels, self.group_size, self.outliers);
-        let (bits, levels) = (self.act_bits, self.levels_of(self.act_bits));
-        site.row.numbers = NumberFormat { bits, levels, ..site.row.numbers };
+        let (bits, codebook) = (self.act_bits, self.codebook_of(self.act_bits));
+        site.row.numbers = NumberFormat { bits, codebook, ..site.row.numbers };
         site.check().map_err(|error| usage(error.to_string()))?;
-        let weights = site.row.weights(self.bits, self.levels_of(self.bits), 1);
+        let weights = site.row.weights(self.bits, self.codebook_of(self.bits), 1);
         Ok((site, weights))
     }
 
     /// FP4 has 4 bits; other widths beside it are integers, as in a recipe.
-    fn levels_of(&self, bits: u8) -> Levels {
-        if bits == 4 { self.levels } else { Levels::Int }
+    fn codebook_of(&self, bits: u8) -> Codebook {
+        if bits == 4 { self.codebook } else { Codebook::Int }
     }
 
     /// `w4a4 g128 o128 int`.
     fn name(&self) -> String {
-        let Self { bits, act_bits, group_size, outliers, levels, .. } = self;
-        format!("w{bits}a{act_bits} g{group_size} o{outliers} {}", levels.name())
+        let Self { bits, act_bits, group_size, outliers, codebook, .. } = self;
+        format!("w{bits}a{act_bits} g{group_size} o{outliers} {}", codebook.name())
     }
 }
 
@@ -354,7 +357,7 @@ mod tests {
             tokens: vec![1, 64],
             group_size: 128,
             outliers: 128,
-            levels: Levels::Int,
+            codebook: Codebook::Int,
             bits: 4,
             act_bits: 4,
         }
@@ -384,11 +387,11 @@ mod tests {
             assert_eq!(error.kind(), crate::Kind::Usage);
             assert!(error.message().contains(part), "{error}");
         }
-        let fp4 = GemmSettings { levels: Levels::Fp4, act_bits: 8, ..settings() };
+        let fp4 = GemmSettings { codebook: Codebook::Fp4, act_bits: 8, ..settings() };
         let (site, weights) = fp4.formats(4096).unwrap();
         assert_eq!(
-            (site.row.numbers.levels, weights.row.numbers.levels),
-            (Levels::Int, Levels::Fp4)
+            (site.row.numbers.codebook, weights.row.numbers.codebook),
+            (Codebook::Int, Codebook::Fp4)
         );
     }
 
@@ -418,11 +421,11 @@ mod tests {
         let Some(cuda) = crate::backend::cuda::device_of_tests(test) else { return };
         let linears: &[(&str, usize, usize)] = &[("small", 512, 320)];
         let models = vec![GemmModel { name: "test", linears }];
-        for (levels, act_bits, outliers) in [(Levels::Int, 4, 64), (Levels::Fp4, 8, 0)] {
+        for (codebook, act_bits, outliers) in [(Codebook::Int, 4, 64), (Codebook::Fp4, 8, 0)] {
             let settings = GemmSettings {
                 models: models.clone(),
                 group_size: 64,
-                levels,
+                codebook,
                 act_bits,
                 outliers,
                 ..settings()

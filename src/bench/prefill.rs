@@ -21,8 +21,8 @@ use crate::model::block::{Block, Linear, Observer, Site, Treatment};
 use crate::model::sites::{LinearSpec, MLP_ACT, MLP_IN, SiteSpec};
 use crate::network::attention_spec;
 use crate::progress::Progress;
+use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
-use crate::quant::levels::Levels;
 use crate::quant::number::ScaleFormat;
 use crate::quant::site::{SiteFormat, Transform};
 use crate::{Error, Result};
@@ -191,7 +191,7 @@ fn pair<B: Backend>(
             let weight =
                 backend.load(Tensor::in_memory(&linear.name, Dtype::F16, &shape, &bytes))?;
             let name = &linear.name;
-            let weights = format.row.weights(4, Levels::Int, 1);
+            let weights = format.row.weights(4, Codebook::Int, 1);
             let own = Unquantized { name, weight: &weight, format: weights, clip: 1.0 };
             let rounded = backend.round(&own, &order)?;
             packed.push(Linear::Packed(backend.pack(&rounded, feeds.as_ref())?));

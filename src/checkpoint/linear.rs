@@ -72,10 +72,10 @@ pub fn to_tensors(prefix: &str, linear: &QuantizedLinear) -> Vec<(String, Vec<u8
     let name = |part: &str| format!("{prefix}.{part}");
     let (row, numbers) = (&linear.format.row, linear.format.row.numbers);
     let pack = |codes| pack(codes, linear.rows, row.grouped_channels(), numbers.bits);
-    let codes = if numbers.levels.is_int() {
+    let codes = if numbers.codebook.is_int() {
         pack(&linear.codes)
     } else {
-        let stored = linear.codes.par_iter().map(|&code| numbers.levels.stored(code));
+        let stored = linear.codes.par_iter().map(|&code| numbers.codebook.stored(code));
         pack(&stored.collect::<Vec<i8>>())
     };
     let mut tensors =
@@ -109,8 +109,8 @@ pub fn from_tensors(
     let bytes = stored.fetch(&spec)?;
     let mut codes = unpack(&bytes, rows, format.row.grouped_channels(), numbers.bits)
         .map_err(|error| error.context(format!("tensor `{}` cannot be unpacked", spec.name)))?;
-    if !numbers.levels.is_int() {
-        codes.par_iter_mut().for_each(|code| *code = numbers.levels.restored(*code));
+    if !numbers.codebook.is_int() {
+        codes.par_iter_mut().for_each(|code| *code = numbers.codebook.restored(*code));
     }
     let scales = read_f16(stored, &specs.scales())?;
     let outliers = match format.row.outliers() {

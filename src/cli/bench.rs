@@ -11,7 +11,7 @@ use super::{Output, Ui, values};
 use crate::bench::{self, AttentionSettings, GemmSettings, PrefillSettings, SyntheticModel};
 use crate::checkpoint::{FileKind, Inputs, OutputFile};
 use crate::model::Architecture;
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::{Error, Result};
 
 const EXAMPLES: &str = "\
@@ -249,9 +249,9 @@ impl GemmFlags {
             tokens: self.tokens.clone(),
             group_size: self.group,
             outliers: self.outliers,
-            levels: match self.format {
-                Format::Int => Levels::Int,
-                Format::Fp4 => Levels::Fp4,
+            codebook: match self.format {
+                Format::Int => Codebook::Int,
+                Format::Fp4 => Codebook::Fp4,
             },
             bits: self.bits,
             act_bits: self.act_bits,

@@ -173,7 +173,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::quant::levels::Levels;
+    use crate::quant::codebook::Codebook;
     use crate::quant::{number, site};
     use crate::recipe::{Group, Order};
 
@@ -222,11 +222,11 @@ mod tests {
 
     #[test]
     fn each_format_has_its_flag() {
-        for (name, levels) in
-            [("int", Levels::Int), ("fp4", Levels::Fp4), ("fp4-bnb", Levels::Fp4Bnb)]
+        for (name, codebook) in
+            [("int", Codebook::Int), ("fp4", Codebook::Fp4), ("fp4-bnb", Codebook::Fp4Bnb)]
         {
-            assert_eq!(resolve(&format!("--format {name}")).unwrap().format, levels);
-            assert_eq!(levels.name(), name);
+            assert_eq!(resolve(&format!("--format {name}")).unwrap().format, codebook);
+            assert_eq!(codebook.name(), name);
         }
         let fp8 = resolve("--outlier-format fp8").unwrap().outlier_format;
         assert_eq!(fp8, number::OutlierFormat::Fp8);

@@ -15,7 +15,7 @@ use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Matrix, Tensor};
 use crate::checkpoint::Dtype;
 use crate::eval::{code_fault, product_error};
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::rows::QuantizedRows;
@@ -83,7 +83,7 @@ impl Example {
             row: RowFormat {
                 numbers: NumberFormat {
                     bits: 4,
-                    levels: Levels::Int,
+                    codebook: Codebook::Int,
                     group_size,
                     scale: ScaleFormat::SignedF16,
                 },
@@ -98,7 +98,7 @@ impl Example {
         let (x, weights) = (numbers(TOKENS, 1), numbers(ROWS, 2));
         let rows = quantize_rows_plain(&x, TOKENS, &format)?;
         let weights = format.arrange_rows_plain(&weights, ROWS);
-        let weight_format = format.row.weights(4, Levels::Int, 1);
+        let weight_format = format.row.weights(4, Codebook::Int, 1);
         let linear = round_to_nearest(&weights, ROWS, &weight_format, 0.95)?;
         let mut product = vec![0.0; TOKENS * ROWS];
         plain::linear(&rows, &linear, &mut product);

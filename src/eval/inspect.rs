@@ -9,8 +9,8 @@ use crate::model::Architecture;
 use crate::network::{Model, check_counts};
 use crate::pipeline::plan::bits_per_weight;
 use crate::pipeline::{Manifest, Provenance};
+use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
-use crate::quant::levels::Levels;
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 
@@ -46,7 +46,7 @@ pub struct InspectedLinear {
     /// Bits of its codes.
     pub bits: u8,
     /// What they stand for.
-    pub format: Levels,
+    pub format: Codebook,
     /// Channels that share a scale.
     pub group_size: usize,
     /// Outlier channels.
@@ -140,7 +140,7 @@ fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
                 rows: linear.rows,
                 columns: site.channels,
                 bits: linear.bits,
-                format: linear.levels,
+                format: linear.codebook,
                 group_size: site.group_size,
                 outliers: site.outlier_channels,
                 bytes: specs(&linear.name, linear.rows, &site.weights(linear))

@@ -11,7 +11,7 @@ use crate::Result;
 use crate::backend::Backend;
 use crate::checkpoint::AtomCheckpoint;
 use crate::model::Architecture;
-use crate::network::{Model, caution, check_levels};
+use crate::network::{Model, caution, check_codebook};
 use crate::pipeline::Manifest;
 use crate::progress::Progress;
 use crate::text::Evaluation;
@@ -153,7 +153,7 @@ impl Verification<'_> {
             (KernelCheck::Off(why), _) => why.clone(),
             (KernelCheck::On(_), None) => "the checkpoint is not sound".to_owned(),
             (KernelCheck::On(text), Some(manifest)) => {
-                match check_levels(backend, &manifest.blocks) {
+                match check_codebook(backend, &manifest.blocks) {
                     Ok(()) => {
                         outcome.add(kernel_checks(backend, self.checkpoint, text, progress)?);
                         return Ok(());

@@ -5,7 +5,7 @@ use super::accounting::network;
 use super::blocks::BlockBuilder;
 use super::memory::{self, NetworkBytes, Windows, Workspace};
 use super::model::Model;
-use super::stored::{QuantizedSite, check_levels, read_key_mean, read_sites};
+use super::stored::{QuantizedSite, check_codebook, read_key_mean, read_sites};
 use super::weights::BlockWeights;
 use crate::backend::Backend;
 use crate::checkpoint::{AtomCheckpoint, Source, Tensors};
@@ -80,7 +80,7 @@ impl<'a, B: Backend> Runnable<'a, B> {
         let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
         check_files(checkpoint)?;
         let Manifest { kv, blocks, .. } = Manifest::read(checkpoint, &architecture)?;
-        check_levels(backend, &blocks)?;
+        check_codebook(backend, &blocks)?;
         Ok(Self {
             backend,
             name: checkpoint.name(),

@@ -35,11 +35,11 @@ impl QuantizedSite<QuantizedLinear> {
 ///
 /// # Errors
 /// The backend's, which names another way.
-pub fn check_levels<B: Backend>(backend: &B, blocks: &[BlockPlan]) -> Result<()> {
+pub fn check_codebook<B: Backend>(backend: &B, blocks: &[BlockPlan]) -> Result<()> {
     for site in blocks.iter().flatten() {
-        let linears = site.linears.iter().map(|linear| (linear.bits, linear.levels));
-        let quantized = linears.chain([(site.bits, site.levels)]).filter(|(bits, _)| *bits < 16);
-        quantized.into_iter().try_for_each(|(_, levels)| backend.check_levels(levels))?;
+        let linears = site.linears.iter().map(|linear| (linear.bits, linear.codebook));
+        let quantized = linears.chain([(site.bits, site.codebook)]).filter(|(bits, _)| *bits < 16);
+        quantized.into_iter().try_for_each(|(_, codebook)| backend.check_codebook(codebook))?;
     }
     Ok(())
 }

@@ -10,8 +10,8 @@ use crate::checkpoint::linear::{order_spec, specs};
 use crate::checkpoint::{FileKind, TensorSpec, read_named, utf8_text};
 use crate::model::Architecture;
 use crate::model::sites::{LinearSpec, SiteSpec};
+use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
-use crate::quant::levels::Levels;
 use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
 use crate::quant::ranges::{BITS, CLIP, GROUP_SIZE, ROWS_PER_SCALE};
@@ -31,7 +31,7 @@ pub struct LinearPlan {
     pub bits: u8,
     /// What codes stand for.
     #[serde(rename = "format", default)]
-    pub levels: Levels,
+    pub codebook: Codebook,
     /// Adjacent rows that share a scale.
     pub rows_per_scale: usize,
     /// Clip ratio of the groups.
@@ -46,8 +46,8 @@ impl LinearPlan {
     /// Gives it codes of `bits` bits: integers where its kind of number has no such width.
     pub fn set_width(&mut self, bits: u8) {
         self.bits = bits;
-        if bits < 16 && !self.levels.has_bits(bits) {
-            self.levels = Levels::Int;
+        if bits < 16 && !self.codebook.has_bits(bits) {
+            self.codebook = Codebook::Int;
         }
     }
 }
@@ -72,7 +72,7 @@ pub struct SitePlan {
     pub bits: u8,
     /// What the activation's codes stand for.
     #[serde(rename = "format", default)]
-    pub levels: Levels,
+    pub codebook: Codebook,
     /// Clip ratio of the groups.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip: f32,
@@ -144,7 +144,7 @@ pub fn plan_block(recipe: &Recipe, sites: &[SiteSpec]) -> Result<BlockPlan> {
                 outlier_format: recipe.outlier_format,
                 order: recipe.order,
                 bits: recipe.act_bits,
-                levels: recipe.act_format(),
+                codebook: recipe.act_format(),
                 clip: recipe.clip_act,
                 signed_scales: recipe.signed_scales,
                 transform: recipe.transform,
@@ -168,7 +168,7 @@ fn plan_linear(recipe: &Recipe, linear: &LinearSpec) -> LinearPlan {
         name: linear.name.clone(),
         rows: linear.rows,
         bits: recipe.bits,
-        levels: recipe.format,
+        codebook: recipe.format,
         rows_per_scale: recipe.rows_per_scale,
         clip: recipe.clip_weight,
         error: None,
@@ -200,22 +200,23 @@ impl SitePlan {
             ROWS_PER_SCALE.check(format_args!("{name}: rows_per_scale"), *rows_per_scale)?;
         }
         bits_and_clip(name, self.bits, self.clip)?;
-        let formats = self.linears.iter().map(|linear| (&linear.name, linear.bits, linear.levels));
+        let formats =
+            self.linears.iter().map(|linear| (&linear.name, linear.bits, linear.codebook));
         let wrong =
-            |(_, bits, levels): &(&String, u8, Levels)| *bits < 16 && !levels.has_bits(*bits);
-        if let Some((name, bits, levels)) =
-            formats.chain([(name, self.bits, self.levels)]).find(wrong)
+            |(_, bits, codebook): &(&String, u8, Codebook)| *bits < 16 && !codebook.has_bits(*bits);
+        if let Some((name, bits, codebook)) =
+            formats.chain([(name, self.bits, self.codebook)]).find(wrong)
         {
             return Err(Error::input(format!(
                 "{name}: there are no {} codes of {bits} bits",
-                levels.name()
+                codebook.name()
             ))
             .hint("fp4 and fp4-bnb have 4 bits; the format of 2, 3 and 8 bits is int"));
         }
-        let wide = |levels: Levels| levels == Levels::Fp4Bnb;
+        let wide = |codebook: Codebook| codebook == Codebook::Fp4Bnb;
         if self.bits < 16
-            && wide(self.levels)
-            && self.linears.iter().any(|linear| linear.bits < 16 && !wide(linear.levels))
+            && wide(self.codebook)
+            && self.linears.iter().any(|linear| linear.bits < 16 && !wide(linear.codebook))
         {
             return Err(Error::input(format!(
                 "{name}: activations of fp4-bnb feed weights of another format"
@@ -253,9 +254,9 @@ impl SitePlan {
 
     /// How a row of the site's activation is held.
     pub fn row(&self) -> RowFormat {
-        let &Self { bits, levels, group_size, outlier_channels, outlier_format, .. } = self;
+        let &Self { bits, codebook, group_size, outlier_channels, outlier_format, .. } = self;
         let scale = if self.signed_scales { ScaleFormat::SignedF16 } else { ScaleFormat::F16 };
-        let numbers = NumberFormat { bits, levels, group_size, scale };
+        let numbers = NumberFormat { bits, codebook, group_size, scale };
         RowFormat { numbers, groups: self.groups(), outlier_channels, outlier_format }
     }
 
@@ -266,7 +267,7 @@ impl SitePlan {
 
     /// How the weights of one of its linears are held.
     pub fn weights(&self, linear: &LinearPlan) -> LinearFormat {
-        self.row().weights(linear.bits, linear.levels, linear.rows_per_scale)
+        self.row().weights(linear.bits, linear.codebook, linear.rows_per_scale)
     }
 
     /// Bytes of the tensors it is stored as; `source_bytes` are those of each linear left alone.
@@ -446,20 +447,20 @@ mod tests {
     #[test]
     fn every_format_fits_every_group() {
         for (format, act_bits) in [
-            (Levels::Int, 4),
-            (Levels::Fp4, 4),
-            (Levels::Fp4, 8),
-            (Levels::Fp4, 16),
-            (Levels::Fp4Bnb, 4),
-            (Levels::Fp4Bnb, 8),
+            (Codebook::Int, 4),
+            (Codebook::Fp4, 4),
+            (Codebook::Fp4, 8),
+            (Codebook::Fp4, 16),
+            (Codebook::Fp4Bnb, 4),
+            (Codebook::Fp4Bnb, 8),
         ] {
             for (group, width) in
                 [(Group::Size(16), 181), (Group::Size(48), 197), (Group::Row, 181)]
             {
                 let recipe = Recipe { format, act_bits, ..recipe(group, 5) };
                 let site = &plan_block(&recipe, &[site(172)]).unwrap()[0];
-                assert_eq!((site.width(), site.linears[0].levels), (width, format));
-                assert_eq!(site.levels, if act_bits == 4 { format } else { Levels::Int });
+                assert_eq!((site.width(), site.linears[0].codebook), (width, format));
+                assert_eq!(site.codebook, if act_bits == 4 { format } else { Codebook::Int });
                 site.format(site.order(&[1.0; 172])).check().unwrap();
                 let linear = &site.linears[0];
                 let specs =
@@ -473,14 +474,14 @@ mod tests {
     #[test]
     fn formats_that_do_not_go_together_are_refused() {
         let sound = |site: &SitePlan| site.check().map_err(|error| error.to_string());
-        let recipe = Recipe { format: Levels::Fp4Bnb, ..recipe(Group::Size(64), 0) };
+        let recipe = Recipe { format: Codebook::Fp4Bnb, ..recipe(Group::Size(64), 0) };
         let plan = plan_block(&recipe, &[site(172)]).unwrap().remove(0);
         assert_eq!(sound(&plan), Ok(()));
         let mut eight = plan.clone();
         eight.linears[0].bits = 8;
         assert!(sound(&eight).unwrap_err().contains("no fp4-bnb codes of 8 bits"));
         let mut mixed = plan.clone();
-        mixed.linears[0].levels = Levels::Int;
+        mixed.linears[0].codebook = Codebook::Int;
         assert!(sound(&mixed).unwrap_err().contains("feed weights of another format"));
         // A linear that is left alone takes any activations.
         mixed.linears[0].bits = 16;

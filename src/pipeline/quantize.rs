@@ -15,7 +15,7 @@ use crate::Result;
 use crate::backend::Backend;
 use crate::checkpoint::{Source, TensorSpec, Writer};
 use crate::network::memory::{self, Workspace};
-use crate::network::{check_levels, network};
+use crate::network::{check_codebook, network};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::text::Evaluation;
@@ -71,7 +71,7 @@ pub fn dry_run<B: Backend>(
     let job = quantization.job(progress)?;
     let memory_bytes = quantization.texts().check(backend, &job, progress)?;
     source.side_files()?.left_out.iter().for_each(|why| progress.warn(why));
-    check_levels(backend, &job.blocks)?;
+    check_codebook(backend, &job.blocks)?;
     job.input.check_tensors()?;
     job.input.check_kept(progress)?;
     let specs = job.tensor_specs()?;

@@ -20,7 +20,7 @@ pub(super) use super::writing::finished_blocks;
 use crate::backend::Backend;
 use crate::checkpoint::{DoneBlock, TensorSpec, Writer};
 use crate::machine::peak_rss_bytes;
-use crate::network::{check_levels, no_thread};
+use crate::network::{check_codebook, no_thread};
 use crate::progress::Progress;
 use crate::{Error, Kind, Result};
 
@@ -35,7 +35,7 @@ pub(super) fn run<B: Backend>(
     let start = Instant::now();
     let mut timing = Timing::default();
     let source = job.input.source;
-    check_levels(backend, &job.blocks)?;
+    check_codebook(backend, &job.blocks)?;
     job.input.check_tensors()?;
     job.input.check_kept(progress)?;
     let destination = output.protecting(source, []);

@@ -4,14 +4,14 @@ use serde_json::json;
 use super::*;
 use crate::checkpoint::Dtype;
 use crate::pipeline::plan::plan_network;
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::number::{LinearFormat, NumberFormat, RowFormat, ScaleFormat};
 use crate::recipe::{Group, Recipe};
 
 /// Two rows of two groups of 16 channels and one INT8 outlier, with these scales of row 0.
 fn linear(scales: [f32; 2], outlier: f32) -> QuantizedLinear {
     let numbers =
-        NumberFormat { bits: 4, levels: Levels::Int, group_size: 16, scale: ScaleFormat::F16 };
+        NumberFormat { bits: 4, codebook: Codebook::Int, group_size: 16, scale: ScaleFormat::F16 };
     let row =
         RowFormat { numbers, groups: 2, outlier_channels: 1, outlier_format: OutlierFormat::Int8 };
     QuantizedLinear {

@@ -5,8 +5,8 @@ before any code is computed with it. */
 
 use half::f16;
 
+use super::codebook::Codebook;
 use super::float::E4M3;
-use super::levels::Levels;
 use super::number::NumberFormat;
 use crate::{Error, Result};
 
@@ -55,7 +55,7 @@ pub struct Grid {
     ratio: f32,
     /// Whether scales have the sign of [`Peak::signed`].
     signed: bool,
-    levels: Levels,
+    codebook: Codebook,
 }
 
 /// Which scale a group of weights gets.
@@ -70,11 +70,11 @@ pub enum ScaleRule {
 impl Grid {
     /// The grid of weights in groups of `numbers`.
     pub fn of(numbers: &NumberFormat, clip: f32, rule: ScaleRule) -> Self {
-        match (numbers.levels, rule) {
+        match (numbers.codebook, rule) {
             _ if numbers.has_signs() => Self::signed(numbers.bits, clip),
-            (Levels::Int, ScaleRule::Rounding) => Self::rounding(numbers.bits, clip),
-            (Levels::Int, ScaleRule::Gptq) => Self::gptq(numbers.bits, clip),
-            (levels, _) => Self::fp4(levels, clip),
+            (Codebook::Int, ScaleRule::Rounding) => Self::rounding(numbers.bits, clip),
+            (Codebook::Int, ScaleRule::Gptq) => Self::gptq(numbers.bits, clip),
+            (codebook, _) => Self::fp4(codebook, clip),
         }
     }
 
@@ -82,34 +82,46 @@ impl Grid {
     /// `quantize_tensor`: `absmax * clip / (2^(bits-1) - 1)`).
     pub fn rounding(bits: u8, clip: f32) -> Self {
         let (lowest, highest) = bounds(bits);
-        Self { lowest, highest, ratio: clip / highest, signed: false, levels: Levels::Int }
+        Self { lowest, highest, ratio: clip / highest, signed: false, codebook: Codebook::Int }
     }
 
     /// Codes of `bits` bits; the clipped absmax lies half a step above the highest code (gptq.py
     /// `Quantizer`: `2 * absmax * clip / (2^bits - 1)`).
     pub fn gptq(bits: u8, clip: f32) -> Self {
         let (lowest, highest) = bounds(bits);
-        Self { lowest, highest, ratio: clip / (highest + 0.5), signed: false, levels: Levels::Int }
+        Self {
+            lowest,
+            highest,
+            ratio: clip / (highest + 0.5),
+            signed: false,
+            codebook: Codebook::Int,
+        }
     }
 
     /// Codes of `bits` bits, fewer than 8; the clipped peak lies on the lowest code, by the sign of the scale.
     /// A step is 7/8 of what the magnitude alone would allow at 4 bits, 3/4 at 3.
     pub fn signed(bits: u8, clip: f32) -> Self {
         let (lowest, highest) = bounds(bits);
-        Self { lowest, highest, ratio: clip / -lowest, signed: true, levels: Levels::Int }
+        Self { lowest, highest, ratio: clip / -lowest, signed: true, codebook: Codebook::Int }
     }
 
     /// FP4, for both ways of choosing codes: the clipped absmax lies on the highest number (gptq.py
     /// `Quantizer` with `--quant_type fp`: `2 * absmax * clip / 24`).
-    pub fn fp4(levels: Levels, clip: f32) -> Self {
-        let (lowest, highest) = levels.limits(4);
-        Self { lowest, highest, ratio: clip / highest, signed: false, levels }
+    pub fn fp4(codebook: Codebook, clip: f32) -> Self {
+        let (lowest, highest) = codebook.limits(4);
+        Self { lowest, highest, ratio: clip / highest, signed: false, codebook }
     }
 
     /// FP8 outliers (E4M3), unclipped: the absmax lies on the highest number.
     pub fn fp8() -> Self {
         let highest = E4M3.highest;
-        Self { lowest: -highest, highest, ratio: 1.0 / highest, signed: false, levels: Levels::Int }
+        Self {
+            lowest: -highest,
+            highest,
+            ratio: 1.0 / highest,
+            signed: false,
+            codebook: Codebook::Int,
+        }
     }
 
     /// `scale / absmax`, before the scale is rounded.
@@ -147,19 +159,19 @@ impl Grid {
     /// grid. Among integers it is the code; [`stored`](Self::stored) gives any number's.
     #[inline(always)]
     pub fn code(&self, value: f32, inverse: f32) -> f32 {
-        self.levels.nearest(value * inverse, (self.lowest, self.highest))
+        self.codebook.nearest(value * inverse, (self.lowest, self.highest))
     }
 
     /// The code of a number that [`code`](Self::code) gave.
     #[inline(always)]
     pub fn stored(&self, number: f32) -> i8 {
-        self.levels.code(number)
+        self.codebook.code(number)
     }
 }
 
 /// `-2^(bits-1)..=2^(bits-1)-1`, but -127..=127 at 8 bits.
 fn bounds(bits: u8) -> (f32, f32) {
-    Levels::Int.limits(bits)
+    Codebook::Int.limits(bits)
 }
 
 /// What a value is multiplied by to come onto the grid; 0 for the scale of a group of zeros.

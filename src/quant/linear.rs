@@ -28,7 +28,7 @@ pub struct QuantizedLinear {
     /// How weights are held.
     pub format: LinearFormat,
     /// Codes `[rows, groups * group_size]`, each in `-2^(bits-1)..2^(bits-1)`, or one of
-    /// FP4's (see [`Levels`](super::levels::Levels)).
+    /// FP4's (see [`Codebook`](super::codebook::Codebook)).
     pub codes: Vec<i8>,
     /// Scales `[rows.div_ceil(rows_per_scale), groups]`.
     pub scales: Vec<f16>,

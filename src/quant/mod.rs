@@ -2,12 +2,12 @@
 rounding, GPTQ and bit allocation. Knows nothing of files, devices or models' names. */
 
 pub mod allocation;
+pub mod codebook;
 pub mod float;
 pub mod gptq;
 pub mod grid;
 pub mod hadamard;
 pub mod kv;
-pub mod levels;
 pub mod linear;
 pub mod number;
 pub mod order;

@@ -5,7 +5,7 @@ checkpoint take a linear's weights by its [`LinearFormat`] and a site's activati
 
 use serde::{Deserialize, Serialize};
 
-use super::levels::Levels;
+use super::codebook::Codebook;
 
 /// What a group's scale is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub struct NumberFormat {
     /// Bits of a code: 2, 3, 4 or 8; 16 leaves the numbers in floating point.
     pub bits: u8,
     /// What codes stand for.
-    pub levels: Levels,
+    pub codebook: Codebook,
     /// Channels that share a scale.
     pub group_size: usize,
     /// What the scale is.
@@ -34,13 +34,13 @@ impl NumberFormat {
     /// The least and the greatest number of a group, in units of the scale.
     #[inline(always)]
     pub fn limits(&self) -> (f32, f32) {
-        self.levels.limits(self.bits)
+        self.codebook.limits(self.bits)
     }
 
     /// Whether scales have a sign. Those of 8 bits never do: codes are as many on both sides.
     #[inline(always)]
     pub fn has_signs(&self) -> bool {
-        self.scale == ScaleFormat::SignedF16 && self.levels.is_int() && self.bits < 8
+        self.scale == ScaleFormat::SignedF16 && self.codebook.is_int() && self.bits < 8
     }
 
     /// The magnitude that a group's (clipped) absmax becomes, in units of the scale.
@@ -90,8 +90,8 @@ impl RowFormat {
 
     /// Weights `[out, channels]` that rows of this format are multiplied with: codes of their own, in the same
     /// groups, with the same kind of scale and the same outlier channels.
-    pub fn weights(&self, bits: u8, levels: Levels, rows_per_scale: usize) -> LinearFormat {
-        let numbers = NumberFormat { bits, levels, ..self.numbers };
+    pub fn weights(&self, bits: u8, codebook: Codebook, rows_per_scale: usize) -> LinearFormat {
+        let numbers = NumberFormat { bits, codebook, ..self.numbers };
         LinearFormat { row: Self { numbers, ..*self }, rows_per_scale }
     }
 

@@ -7,10 +7,10 @@ to the bit, fast. */
 use half::f16;
 use serde::{Deserialize, Serialize};
 
+use super::codebook::Codebook;
 use super::float::E4M3;
 use super::grid::{self, Peak};
 use super::hadamard;
-use super::levels::Levels;
 use super::number::{NumberFormat, OutlierFormat, RowFormat};
 use super::ranges::{BITS, CLIP, GROUP_SIZE};
 use super::rows::{OutlierRows, QuantizedRows};
@@ -71,10 +71,10 @@ impl SiteFormat {
     /// An input error that says which field is wrong.
     pub fn check(&self) -> Result<()> {
         let wrong = |what: String| Err(Error::input(what));
-        let NumberFormat { bits, levels, group_size, .. } = self.row.numbers;
+        let NumberFormat { bits, codebook, group_size, .. } = self.row.numbers;
         BITS.check("bits", bits)?;
-        if bits < 16 && !levels.has_bits(bits) {
-            return wrong(format!("there are no {} codes of {bits} bits", levels.name()));
+        if bits < 16 && !codebook.has_bits(bits) {
+            return wrong(format!("there are no {} codes of {bits} bits", codebook.name()));
         }
         CLIP.check("the clip ratio", self.clip)?;
         GROUP_SIZE.check("the group size", group_size)?;
@@ -145,10 +145,10 @@ pub fn scale_of(absmax: f32, clip: f32, greatest: f32) -> f32 {
     f16::from_f32(absmax * clip / greatest).to_f32()
 }
 
-/// The code of `value`: that of the nearest number, ties as [`Levels::nearest`] has them.
+/// The code of `value`: that of the nearest number, ties as [`Codebook::nearest`] has them.
 #[inline(always)]
-pub fn code_of(levels: Levels, value: f32, inverse: f32, limits: (f32, f32)) -> i8 {
-    levels.code(levels.nearest(value * inverse, limits))
+pub fn code_of(codebook: Codebook, value: f32, inverse: f32, limits: (f32, f32)) -> i8 {
+    codebook.code(codebook.nearest(value * inverse, limits))
 }
 
 /// What FP8 makes of `value`: the nearest number of E4M3 times the scale, a product that f32 holds
@@ -194,7 +194,7 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
                 return Err(overflow(token, &format!("the scale of group {group}")));
             }
             let inverse = grid::inverse(scale);
-            let code = |&value: &f32| code_of(numbers.levels, value, inverse, limits);
+            let code = |&value: &f32| code_of(numbers.codebook, value, inverse, limits);
             codes.extend(values.iter().map(code));
             scales.push(scale);
         }
@@ -206,7 +206,7 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
                     return Err(overflow(token, "the scale of the outlier channels"));
                 }
                 let (inverse, limits) = (grid::inverse(scale), (-GREATEST_INT8, GREATEST_INT8));
-                let code = |&value: &f32| code_of(Levels::Int, value, inverse, limits);
+                let code = |&value: &f32| code_of(Codebook::Int, value, inverse, limits);
                 outlier_codes.extend(tail.iter().map(code));
                 outlier_scales.push(scale);
             }
@@ -251,8 +251,9 @@ pub fn dequantize_rows_plain(rows: &QuantizedRows) -> Vec<f32> {
     for token in 0..rows.tokens {
         for group in token * groups..(token + 1) * groups {
             let codes = &rows.codes[group * group_size..][..group_size];
-            values
-                .extend(codes.iter().map(|&code| numbers.levels.value(code) * rows.scales[group]));
+            values.extend(
+                codes.iter().map(|&code| numbers.codebook.value(code) * rows.scales[group]),
+            );
         }
         let own = token * outliers..(token + 1) * outliers;
         match &rows.outliers {

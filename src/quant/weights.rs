@@ -111,7 +111,7 @@ pub fn dequantize(linear: &QuantizedLinear) -> Vec<f32> {
         for (group, (out, codes)) in out.chunks_mut(group).zip(codes.chunks(group)).enumerate() {
             let scale = linear.scale(row, group);
             for (out, &code) in out.iter_mut().zip(codes) {
-                *out = numbers.levels.value(code) * scale;
+                *out = numbers.codebook.value(code) * scale;
             }
         }
         let block = row * outlier_channels..(row + 1) * outlier_channels;
@@ -134,12 +134,12 @@ pub fn dequantize(linear: &QuantizedLinear) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::levels::Levels;
+    use crate::quant::codebook::Codebook;
     use crate::quant::number::{NumberFormat, ScaleFormat};
 
     /// One group of 16 and two outliers, in two rows.
-    fn rounded(levels: Levels, rows_per_scale: usize) -> QuantizedLinear {
-        let numbers = NumberFormat { bits: 4, levels, group_size: 16, scale: ScaleFormat::F16 };
+    fn rounded(codebook: Codebook, rows_per_scale: usize) -> QuantizedLinear {
+        let numbers = NumberFormat { bits: 4, codebook, group_size: 16, scale: ScaleFormat::F16 };
         let row = RowFormat {
             numbers,
             groups: 1,
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn fp4_weights_and_fp8_outliers_are_the_nearest_numbers() {
-        let linear = rounded(Levels::Fp4, 1);
+        let linear = rounded(Codebook::Fp4, 1);
         assert_eq!(linear.scales, [f16::from_f32(0.5), f16::from_f32(1.0)]);
         assert_eq!(linear.codes[..8], [-12, 8, 8, 4, 4, -2, 2, 0]);
         assert_eq!(linear.codes[16..18], [0, -12], "halves go to even");
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn bitsandbytes_sixteenths_are_codes_of_one() {
-        let linear = rounded(Levels::Fp4Bnb, 2);
+        let linear = rounded(Codebook::Fp4Bnb, 2);
         assert_eq!(linear.scales, [f16::ONE]);
         assert_eq!(linear.codes[..8], [-6, 4, 3, 2, 2, -2, 1, 1]);
         assert_eq!(linear.codes[16..18], [1, -12]);

@@ -63,7 +63,7 @@ impl Report for InspectOutcome {
 mod tests {
     use super::*;
     use crate::eval::{CheckpointKind, InspectedLinear};
-    use crate::quant::levels::Levels;
+    use crate::quant::codebook::Codebook;
     use crate::recipe::Recipe;
 
     fn source() -> InspectOutcome {
@@ -105,7 +105,7 @@ tensors       38, 8.9 MB
             rows: 256,
             columns: 768,
             bits: 4,
-            format: Levels::Int,
+            format: Codebook::Int,
             group_size: 128,
             outliers: 128,
             bytes: 118_784,

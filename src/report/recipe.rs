@@ -1,6 +1,6 @@
 /*! A recipe in a few words. */
 
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::number::OutlierFormat;
 use crate::quant::site::Transform;
 use crate::recipe::{Group, Order, Recipe};
@@ -61,9 +61,9 @@ fn activations(recipe: &Recipe) -> String {
 }
 
 /// `int4`, `fp4`, `fp4-bnb`.
-fn number_format(levels: Levels, bits: u8) -> String {
-    match levels {
-        Levels::Int => format!("int{bits}"),
+fn number_format(codebook: Codebook, bits: u8) -> String {
+    match codebook {
+        Codebook::Int => format!("int{bits}"),
         other => other.name().to_owned(),
     }
 }

@@ -162,8 +162,8 @@ impl Span<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::codebook::Codebook;
     use crate::quant::gptq::sweep_plain;
-    use crate::quant::levels::Levels;
     use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 
     #[test]
@@ -173,9 +173,9 @@ mod tests {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 8) as f32 / (1 << 23) as f32 - 1.0
         };
-        use Levels::{Fp4, Fp4Bnb, Int};
+        use Codebook::{Fp4, Fp4Bnb, Int};
         use OutlierFormat::{F16, Fp8, Int8};
-        for (rows, group_size, groups, outliers, rows_per_scale, bits, levels, outlier_format) in [
+        for (rows, group_size, groups, outliers, rows_per_scale, bits, codebook, outlier_format) in [
             (5, 16, 9, 20, 2, 4, Int, Int8),
             (3, 64, 5, 0, 1, 4, Int, Int8),
             (4, 48, 7, 3, 1, 3, Int, F16),
@@ -188,7 +188,7 @@ mod tests {
             (3, 64, 3, 7, 2, 4, Fp4Bnb, F16),
         ] {
             let scale = if rows == 4 { ScaleFormat::F16 } else { ScaleFormat::SignedF16 };
-            let numbers = NumberFormat { bits, levels, group_size, scale };
+            let numbers = NumberFormat { bits, codebook, group_size, scale };
             let row = RowFormat { numbers, groups, outlier_channels: outliers, outlier_format };
             let format = LinearFormat { row, rows_per_scale };
             let width = row.width();

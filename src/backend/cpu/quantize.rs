@@ -13,10 +13,10 @@ use rayon::prelude::*;
 
 use super::isa::Isa;
 use crate::Result;
+use crate::quant::codebook::Codebook;
 use crate::quant::float::E4M3;
 use crate::quant::grid::{Peak, inverse};
 use crate::quant::hadamard;
-use crate::quant::levels::Levels;
 use crate::quant::number::{OutlierFormat, RowFormat};
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 use crate::quant::site::{
@@ -229,7 +229,7 @@ fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool {
             if !scale.is_finite() {
                 return false;
             }
-            encode(numbers.levels, values, inverse(*scale), limits, codes);
+            encode(numbers.codebook, values, inverse(*scale), limits, codes);
         }
         if let Some(scale) = tile.outlier_scales.get_mut(token) {
             *scale = scale_of(absmax(tail), 1.0, GREATEST_INT8);
@@ -237,7 +237,7 @@ fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool {
                 return false;
             }
             let codes = &mut tile.outlier_codes[token * outliers..][..outliers];
-            encode(Levels::Int, tail, inverse(*scale), (-GREATEST_INT8, GREATEST_INT8), codes);
+            encode(Codebook::Int, tail, inverse(*scale), (-GREATEST_INT8, GREATEST_INT8), codes);
         } else if !tile.outlier_values.is_empty() {
             let values = &mut tile.outlier_values[token * outliers..][..outliers];
             if outlier_format == OutlierFormat::Fp8 {
@@ -264,15 +264,15 @@ fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool {
 /// Rounds and clamps: [`site::code_of`] of finite values.
 #[inline(always)]
 fn encode(
-    levels: Levels,
+    codebook: Codebook,
     values: &[f32],
     inverse: f32,
     (least, greatest): (f32, f32),
     codes: &mut [i8],
 ) {
-    if !levels.is_int() {
+    if !codebook.is_int() {
         for (code, &value) in codes.iter_mut().zip(values) {
-            *code = code_of(levels, value, inverse, (least, greatest));
+            *code = code_of(codebook, value, inverse, (least, greatest));
         }
         return;
     }
@@ -327,22 +327,22 @@ fn dequantize(rows: &QuantizedRows, token: usize, out: &mut [f32]) {
     let (grouped, tail) = out.split_at_mut(groups * size);
     for (group, out) in grouped.chunks_exact_mut(size).enumerate() {
         let place = token * groups + group;
-        decode(numbers.levels, &rows.codes[place * size..][..size], rows.scales[place], out);
+        decode(numbers.codebook, &rows.codes[place * size..][..size], rows.scales[place], out);
     }
     let own = token * outliers..(token + 1) * outliers;
     match &rows.outliers {
         OutlierRows::None => {}
         OutlierRows::Int8 { codes, scales } => {
-            decode(Levels::Int, &codes[own], scales[token], tail);
+            decode(Codebook::Int, &codes[own], scales[token], tail);
         }
         OutlierRows::Fp8(values) | OutlierRows::F16(values) => tail.copy_from_slice(&values[own]),
     }
 }
 
 #[inline(always)]
-fn decode(levels: Levels, codes: &[i8], scale: f32, out: &mut [f32]) {
+fn decode(codebook: Codebook, codes: &[i8], scale: f32, out: &mut [f32]) {
     for (value, &code) in out.iter_mut().zip(codes) {
-        *value = levels.value(code) * scale;
+        *value = codebook.value(code) * scale;
     }
 }
 

@@ -7,7 +7,7 @@ use super::kernels::hopper_layout::{PANEL, padded_tokens, tiled_scale_bytes};
 use super::tensor::{Activation, Hidden, Layout, Outliers, Rows, SCALE_MULTIPLE, Site};
 use crate::Result;
 use crate::backend::Producer;
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::number::{OutlierFormat, RowFormat};
 use crate::quant::site::{PADDING, SiteFormat, Transform};
 
@@ -40,7 +40,7 @@ struct Source<'a> {
 /// Whether the kernels make codes of such sites; `permute.cu` makes those of all others.
 pub(super) fn supports(format: &RowFormat) -> bool {
     format.numbers.bits < 16
-        && matches!(format.numbers.levels, Levels::Int | Levels::Fp4)
+        && matches!(format.numbers.codebook, Codebook::Int | Codebook::Fp4)
         && matches!(format.numbers.group_size, 32 | 64 | 128)
         && matches!(format.outliers(), None | Some(OutlierFormat::Int8))
         && format.outlier_channels <= MOST_OUTLIERS
@@ -188,7 +188,7 @@ impl Cuda {
                 tokens: plan.tokens,
                 tiled,
                 magnitudes: tiled && rows.in_magnitudes(),
-                fp4: numbers.levels == Levels::Fp4,
+                fp4: numbers.codebook == Codebook::Fp4,
             },
             geometry: plan.geometry,
         })?;

@@ -8,7 +8,7 @@ use super::tests::{Random, device, site};
 use super::*;
 use crate::backend::cpu::Cpu;
 use crate::backend::{Forward, Matrix, Memory, Quantization};
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::number::{NumberFormat, OutlierFormat};
 use crate::quant::rows::QuantizedRows;
 use crate::quant::site::{PADDING, SiteFormat, Transform};
@@ -36,8 +36,8 @@ fn sites(random: &mut Random) -> Vec<SiteFormat> {
     .map(|(at, (channels, group, outliers, bits, transform))| {
         let outlier_format = OutlierFormat::Int8;
         let format = site(channels, group, outliers, bits, transform, outlier_format, random);
-        let levels = if bits == 4 && at % 3 == 2 { Levels::Fp4 } else { Levels::Int };
-        format.with(|format| format.row.numbers.levels = levels)
+        let codebook = if bits == 4 && at % 3 == 2 { Codebook::Fp4 } else { Codebook::Int };
+        format.with(|format| format.row.numbers.codebook = codebook)
     })
     .collect()
 }
@@ -74,9 +74,9 @@ fn compare(
 
 fn what(tokens: usize, format: &SiteFormat) -> String {
     let SiteFormat { channels, row, .. } = format;
-    let NumberFormat { group_size, bits, levels, .. } = row.numbers;
+    let NumberFormat { group_size, bits, codebook, .. } = row.numbers;
     let outlier_channels = row.outlier_channels;
-    format!("{tokens} of {channels} in {group_size}, {outlier_channels}, {bits} bits {levels:?}")
+    format!("{tokens} of {channels} in {group_size}, {outlier_channels}, {bits} bits {codebook:?}")
 }
 
 #[test]

@@ -12,8 +12,8 @@ use super::product::{Operand, Precision, Product};
 use super::slice::{In, Out};
 use super::tensor::{Codes, Cross, Factor, OutlierSlices, Quantized, Site, Weight};
 use crate::backend::{AccumulatedError, Quantization, Unquantized};
+use crate::quant::codebook::Codebook;
 use crate::quant::grid::{Grid, ScaleRule};
-use crate::quant::levels::Levels;
 use crate::quant::number::{LinearFormat, RowFormat};
 use crate::{Error, Result};
 
@@ -224,7 +224,7 @@ impl Cuda {
 
     fn stack(&self, linears: &[Unquantized<Weight>], site: &Site) -> Result<Stack> {
         let Unquantized { format, clip, .. } = linears[0];
-        self.check_levels(format.row.numbers.levels)?;
+        self.check_codebook(format.row.numbers.codebook)?;
         let width = format.row.width();
         let rows = linears.iter().map(|linear| linear.weight.rows).sum();
         let original = self.gpu.alloc(4 * rows * width)?;
@@ -278,7 +278,7 @@ impl Cuda {
             errors: step.errors.map(Into::into),
             bad: step.bad.into(),
             rows_per_scale,
-            fp4: numbers.levels == Levels::Fp4,
+            fp4: numbers.codebook == Codebook::Fp4,
         })
     }
 
@@ -391,8 +391,12 @@ mod tests {
     #[test]
     fn a_group_never_begins_inside_a_span_and_ends_outside_it() {
         for (group_size, groups) in [(16, 9), (48, 7), (128, 3), (192, 3), (304, 1), (96, 5)] {
-            let numbers =
-                NumberFormat { bits: 4, levels: Levels::Int, group_size, scale: ScaleFormat::F16 };
+            let numbers = NumberFormat {
+                bits: 4,
+                codebook: Codebook::Int,
+                group_size,
+                scale: ScaleFormat::F16,
+            };
             let format = RowFormat {
                 numbers,
                 groups,

@@ -16,7 +16,7 @@ use super::tensor::{
     Blocks, Layout, OutlierSlices, Outliers, Quantized, Rows, SCALE_MULTIPLE, Site,
 };
 use crate::Result;
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat};
 
 /// Panels of so many slots.
@@ -37,8 +37,8 @@ impl Cuda {
     pub(super) fn blocks(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Blocks> {
         let LinearFormat { row, rows_per_scale } = weight.format;
         let RowFormat { numbers, groups, .. } = row;
-        let NumberFormat { bits, levels, group_size, .. } = numbers;
-        let (wide, fp4) = (bits == 8, levels == Levels::Fp4);
+        let NumberFormat { bits, codebook, group_size, .. } = numbers;
+        let (wide, fp4) = (bits == 8, codebook == Codebook::Fp4);
         let order = feeds.map(|site| In::from(&*site.order));
         let rows = feeds.map_or(weight.rows, |site| site.format.width());
         let (panels, row_blocks) = (panels(row.grouped_channels()), rows.div_ceil(BLOCK_ROWS));

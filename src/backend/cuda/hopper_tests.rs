@@ -9,7 +9,7 @@ use super::*;
 use crate::backend::cpu::Cpu;
 use crate::backend::{Forward, Matrix, Memory, Quantization};
 use crate::eval::product_error;
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::number::{LinearFormat, OutlierFormat};
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 use crate::quant::site::{SiteFormat, Transform};
@@ -56,9 +56,9 @@ fn formats(
     let transform = Transform::Hadamard;
     let outlier_format = OutlierFormat::Int8;
     let site = site(channels, group, outliers, act_bits, transform, outlier_format, random);
-    let levels = |bits| if fp4 && bits == 4 { Levels::Fp4 } else { Levels::Int };
-    let site = site.with(|site| site.row.numbers.levels = levels(act_bits));
-    let weights = site.row.weights(bits, levels(bits), rows_per_scale);
+    let codebook = |bits| if fp4 && bits == 4 { Codebook::Fp4 } else { Codebook::Int };
+    let site = site.with(|site| site.row.numbers.codebook = codebook(act_bits));
+    let weights = site.row.weights(bits, codebook(bits), rows_per_scale);
     (site, weights)
 }
 

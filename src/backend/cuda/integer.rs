@@ -16,7 +16,7 @@ use super::libraries::Version;
 use super::slice::In;
 use super::tensor::{Form, Layout, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE, Site, Slots};
 use crate::Result;
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::number::{NumberFormat, RowFormat};
 
 /// The environment variable that says whether codes of 4 bits are multiplied as such: `1` on every device that can, `0`
@@ -57,7 +57,7 @@ impl Narrow {
 
 /// Whether codes go two a byte to the INT4 tensor cores.
 fn takes_nibbles(numbers: &NumberFormat) -> bool {
-    numbers.bits <= 4 && numbers.levels == Levels::Int && numbers.group_size.is_multiple_of(32)
+    numbers.bits <= 4 && numbers.codebook == Codebook::Int && numbers.group_size.is_multiple_of(32)
 }
 
 impl Cuda {

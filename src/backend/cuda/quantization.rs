@@ -9,7 +9,7 @@ use super::kernels::Float;
 use super::tensor::{Cross, Dense, Factor, Hessian, Packed, Quantized, Site, Weight};
 use crate::backend::{AccumulatedError, Damping, Quantization, Unquantized};
 use crate::checkpoint::Dtype;
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::SiteFormat;
 use crate::{Error, Result};
@@ -18,8 +18,8 @@ impl Quantization for Cuda {
     type Quantized = Quantized;
     type Factor = Factor;
 
-    fn check_levels(&self, levels: Levels) -> Result<()> {
-        if levels == Levels::Fp4Bnb {
+    fn check_codebook(&self, codebook: Codebook) -> Result<()> {
+        if codebook == Codebook::Fp4Bnb {
             return Err(Error::machine("the CUDA backend has no kernels for fp4-bnb codes")
                 .hint("run with --device cpu, or quantize with --format fp4, which both have"));
         }
@@ -28,7 +28,7 @@ impl Quantization for Cuda {
 
     fn site(&self, format: &SiteFormat) -> Result<Site> {
         if format.row.numbers.bits < 16 {
-            self.check_levels(format.row.numbers.levels)?;
+            self.check_codebook(format.row.numbers.codebook)?;
         }
         let slots = self.slots(format)?;
         let order = Arc::new(self.gpu.upload(&format.order)?);

@@ -16,9 +16,9 @@ use super::tensor::{
 };
 use crate::Result;
 use crate::backend::Quantization;
+use crate::quant::codebook::Codebook;
 use crate::quant::float::{e4m3_bits, e4m3_value};
 use crate::quant::grid::Grid;
-use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::number::{LinearFormat, OutlierFormat, RowFormat};
 use crate::quant::rows::{OutlierRows, QuantizedRows};
@@ -84,8 +84,8 @@ impl Cuda {
         };
         let (least, greatest) = numbers.limits();
         let fp8 = format.row.outlier_format == OutlierFormat::Fp8;
-        let permutation =
-            Permutation::new(format, Float::Half).with_formats(numbers.levels == Levels::Fp4, fp8);
+        let permutation = Permutation::new(format, Float::Half)
+            .with_formats(numbers.codebook == Codebook::Fp4, fp8);
         let Outliers { codes, scales, values, .. } = &rows.outliers;
         self.kernels.launch(&Quantize {
             x: x.half().into(),
@@ -307,7 +307,7 @@ impl Cuda {
 
     pub(super) fn restore(&self, weight: QuantizedLinear) -> Result<Quantized> {
         let QuantizedLinear { rows, format, .. } = weight;
-        self.check_levels(format.row.numbers.levels)?;
+        self.check_codebook(format.row.numbers.codebook)?;
         let channels = format.row.outlier_channels;
         let floats = |values: &[f16]| -> Result<Buffer> {
             self.gpu.upload(&values.iter().map(|value| value.to_f32()).collect::<Vec<_>>())

@@ -11,8 +11,8 @@ use crate::backend::{
     Qkv, Quantization, Unquantized,
 };
 use crate::checkpoint::{Dtype, Tensor as Stored};
+use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
-use crate::quant::levels::Levels;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
@@ -155,7 +155,7 @@ pub(super) fn site(
     let signed = channels.is_multiple_of(16) || outliers == 4;
     let scale = if signed { ScaleFormat::SignedF16 } else { ScaleFormat::F16 };
     let row = RowFormat {
-        numbers: NumberFormat { bits, levels: Levels::Int, group_size, scale },
+        numbers: NumberFormat { bits, codebook: Codebook::Int, group_size, scale },
         groups: (channels - outliers).div_ceil(group_size),
         outlier_channels: outliers,
         outlier_format,
@@ -212,7 +212,7 @@ fn fp4_sites(random: &mut Random) -> Vec<SiteFormat> {
     .into_iter()
     .map(|(channels, group, outliers, transform, format)| {
         site(channels, group, outliers, 4, transform, format, random)
-            .with(|format| format.row.numbers.levels = Levels::Fp4)
+            .with(|format| format.row.numbers.codebook = Codebook::Fp4)
     })
     .collect()
 }
@@ -411,11 +411,11 @@ fn products_are_the_cpus_bits(cuda: &Cuda) {
                 continue;
             }
             let numbers = format.row.numbers;
-            let bits = if numbers.levels == Levels::Fp4 { 4 } else { [4, 3, 8, 2][at % 4] };
+            let bits = if numbers.codebook == Codebook::Fp4 { 4 } else { [4, 3, 8, 2][at % 4] };
             // FP4 weights behind FP4 activations and behind some of the integers.
-            let fp4 = bits == 4 && (numbers.levels == Levels::Fp4 || at % 8 == 0);
-            let levels = if fp4 { Levels::Fp4 } else { Levels::Int };
-            let weights = format.row.weights(bits, levels, 1 + at % 2);
+            let fp4 = bits == 4 && (numbers.codebook == Codebook::Fp4 || at % 8 == 0);
+            let codebook = if fp4 { Codebook::Fp4 } else { Codebook::Int };
+            let weights = format.row.weights(bits, codebook, 1 + at % 2);
             let linear = random_codes(&weights, rows, &mut random);
             let x = random.activations(tokens, format.channels);
             let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format, "").unwrap();
@@ -424,7 +424,7 @@ fn products_are_the_cpus_bits(cuda: &Cuda) {
             let quantized = cuda.restore(linear.clone()).unwrap();
             let packed = cuda.pack(&quantized, None).unwrap();
             let what = format!("{tokens} x {rows}, {format:?}");
-            let narrow = numbers.bits <= 4 && numbers.levels == Levels::Int;
+            let narrow = numbers.bits <= 4 && numbers.codebook == Codebook::Int;
             let paired = narrow && numbers.group_size % 32 == 0 && cuda.narrow == Narrow::Nibbles;
             assert_eq!(x.layout == Layout::Nibbles, paired, "{what}");
             let found = cuda.integer(&x, &packed, false).unwrap();
@@ -801,8 +801,8 @@ fn gptq_makes_the_cpus_decisions() {
             .collect();
         let weights: Vec<Weight> = stored.iter().map(|s| cuda.load(*s).unwrap()).collect();
         let formats = [4, 4, 3].map(|bits| {
-            let levels = if bits == 4 { format.row.numbers.levels } else { Levels::Int };
-            format.row.weights(bits, levels, 1 + at % 2)
+            let codebook = if bits == 4 { format.row.numbers.codebook } else { Codebook::Int };
+            format.row.weights(bits, codebook, 1 + at % 2)
         });
         let mut host_linears = Vec::new();
         let mut linears = Vec::new();
@@ -888,8 +888,8 @@ fn codes_without_kernels_are_refused() {
     let Some(cuda) = device("codes_without_kernels_are_refused") else { return };
     let mut random = Random(10);
     let format = sites(&mut random)[1].clone();
-    let format = format.with(|format| format.row.numbers.levels = Levels::Fp4Bnb);
-    let weights = format.row.weights(4, Levels::Fp4Bnb, 1);
+    let format = format.with(|format| format.row.numbers.codebook = Codebook::Fp4Bnb);
+    let weights = format.row.weights(4, Codebook::Fp4Bnb, 1);
     let linear = random_codes(&weights, 3, &mut random);
     for error in [cuda.site(&format).err().unwrap(), cuda.restore(linear).err().unwrap()] {
         assert_eq!(error.kind(), crate::Kind::Machine);

@@ -3,7 +3,7 @@ use crate::checkpoint::linear::{
     from_tensors, order_spec, order_tensor, read_order, specs as linear_specs, to_tensors,
 };
 use crate::checkpoint::{AtomCheckpoint, Options, Stored, Writer};
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use half::f16;
@@ -28,14 +28,14 @@ fn linears() -> Vec<QuantizedLinear> {
         ),
     ];
     let mut linears = Vec::new();
-    use Levels::{Fp4, Fp4Bnb, Int};
-    for (bits, levels) in [(2u8, Int), (3, Int), (4, Int), (8, Int), (4, Fp4), (4, Fp4Bnb)] {
+    use Codebook::{Fp4, Fp4Bnb, Int};
+    for (bits, codebook) in [(2u8, Int), (3, Int), (4, Int), (8, Int), (4, Fp4), (4, Fp4Bnb)] {
         for rows_per_scale in [1, 2] {
             for (outlier_channels, outlier_format, outliers) in outliers.clone() {
                 let bits_of = |i: usize| (i * 101 % 251) as u8 as i8 >> (8 - bits);
-                let codes = (0..240).map(|i| levels.restored(bits_of(i))).collect();
+                let codes = (0..240).map(|i| codebook.restored(bits_of(i))).collect();
                 let scales = f16s(rows.div_ceil(rows_per_scale) * groups);
-                let numbers = NumberFormat { bits, levels, group_size, scale: ScaleFormat::F16 };
+                let numbers = NumberFormat { bits, codebook, group_size, scale: ScaleFormat::F16 };
                 let row = RowFormat { numbers, groups, outlier_channels, outlier_format };
                 let format = LinearFormat { row, rows_per_scale };
                 linears.push(QuantizedLinear { rows, format, codes, scales, outliers });

@@ -140,7 +140,7 @@ pub(super) fn magnitude(
     for group in 0..groups {
         let of_x = &x.codes[(token * groups + group) * group_size..][..group_size];
         let of_w = &weight.codes[(row * groups + group) * group_size..][..group_size];
-        let values = (|code| numbers.levels.value(code), |code| own.levels.value(code));
+        let values = (|code| numbers.codebook.value(code), |code| own.codebook.value(code));
         let scales = x.scales[token * groups + group] * weight.scale(row, group);
         sum += (f64::from(scales) * dot(of_x, of_w, &values.0, &values.1)).abs();
     }

@@ -6,8 +6,8 @@ use super::bounds::{attention_error, half_ulp, magnitude};
 use super::*;
 use crate::backend::{AttentionSpec, Memory, Quantization};
 use crate::model::block::{Site, Treatment};
+use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
-use crate::quant::levels::Levels;
 use crate::quant::linear::OutlierBlock;
 use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
@@ -32,12 +32,12 @@ fn site(
     channels: usize,
     rows: &[usize],
     outlier_format: OutlierFormat,
-    levels: Levels,
+    codebook: Codebook,
 ) -> QuantizedSite<QuantizedLinear> {
     let (group_size, outlier_channels) = (16, 20);
     let energy: Vec<f64> = random(channels, 3).into_iter().map(f64::from).collect();
     let row = RowFormat {
-        numbers: NumberFormat { bits: 4, levels, group_size, scale: ScaleFormat::SignedF16 },
+        numbers: NumberFormat { bits: 4, codebook, group_size, scale: ScaleFormat::SignedF16 },
         groups: (channels - outlier_channels).div_ceil(group_size),
         outlier_channels,
         outlier_format,
@@ -47,7 +47,7 @@ fn site(
     let linears = rows.iter().enumerate().map(|(at, &rows)| {
         let weights = random(rows * channels, at as u64);
         let arranged = format.arrange_rows_plain(&weights, rows);
-        let weights = row.weights(4, levels, 1);
+        let weights = row.weights(4, codebook, 1);
         Some(round_to_nearest(&arranged, rows, &weights, 1.0).unwrap())
     });
     let linears = linears.collect();
@@ -56,10 +56,10 @@ fn site(
 
 fn sites() -> Vec<QuantizedSite<QuantizedLinear>> {
     vec![
-        site(HIDDEN, &[64, 32, 32], OutlierFormat::Int8, Levels::Int),
-        site(HIDDEN, &[64], OutlierFormat::F16, Levels::Int),
-        site(HIDDEN, &[96, 96], OutlierFormat::Fp8, Levels::Fp4),
-        site(96, &[64], OutlierFormat::Int8, Levels::Fp4Bnb),
+        site(HIDDEN, &[64, 32, 32], OutlierFormat::Int8, Codebook::Int),
+        site(HIDDEN, &[64], OutlierFormat::F16, Codebook::Int),
+        site(HIDDEN, &[96, 96], OutlierFormat::Fp8, Codebook::Fp4),
+        site(96, &[64], OutlierFormat::Int8, Codebook::Fp4Bnb),
     ]
 }
 
@@ -191,7 +191,7 @@ fn three() -> (QuantizedRows, QuantizedLinear) {
     let mut codes = vec![0i8; 16];
     codes[0] = 3;
     let numbers =
-        NumberFormat { bits: 4, levels: Levels::Int, group_size: 16, scale: ScaleFormat::F16 };
+        NumberFormat { bits: 4, codebook: Codebook::Int, group_size: 16, scale: ScaleFormat::F16 };
     let format =
         RowFormat { numbers, groups: 1, outlier_channels: 0, outlier_format: OutlierFormat::Int8 };
     let rows = QuantizedRows {
@@ -204,7 +204,7 @@ fn three() -> (QuantizedRows, QuantizedLinear) {
     codes[0] = 2;
     let linear = QuantizedLinear {
         rows: 1,
-        format: format.weights(4, Levels::Int, 1),
+        format: format.weights(4, Codebook::Int, 1),
         codes,
         scales: vec![f16::ONE],
         outliers: OutlierBlock::None,

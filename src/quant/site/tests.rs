@@ -5,7 +5,12 @@ use crate::quant::number::ScaleFormat;
 
 fn format(order: Vec<i32>, group_size: usize, outlier_channels: usize) -> SiteFormat {
     let row = RowFormat {
-        numbers: NumberFormat { bits: 4, levels: Levels::Int, group_size, scale: ScaleFormat::F16 },
+        numbers: NumberFormat {
+            bits: 4,
+            codebook: Codebook::Int,
+            group_size,
+            scale: ScaleFormat::F16,
+        },
         groups: (order.len() - outlier_channels) / group_size,
         outlier_channels,
         outlier_format: OutlierFormat::Int8,
@@ -83,7 +88,7 @@ fn fp4_and_fp8_are_rounded_to_their_own_numbers() {
     row[2..8].copy_from_slice(&[6.0, 2.5, -3.5, 5.0, 1.25, -0.25]);
     row[..2].copy_from_slice(&[-448.0, 17.0]);
     let fp4 = small().with(|format| {
-        format.row.numbers.levels = Levels::Fp4;
+        format.row.numbers.codebook = Codebook::Fp4;
         format.row.outlier_format = OutlierFormat::Fp8;
     });
     let rows = quantize_rows_plain(&row, 1, &fp4).unwrap();
@@ -92,7 +97,7 @@ fn fp4_and_fp8_are_rounded_to_their_own_numbers() {
     assert_eq!(rows.codes[6..12], [0, 2, 8, -8, 4, 12]);
     assert_eq!(rows.outliers, OutlierRows::Fp8(vec![16.0, -448.0]));
     row[2..8].copy_from_slice(&[12.0, 2.5, -3.5, 5.1, 1.25, -0.04]);
-    let bnb = fp4.with(|format| format.row.numbers.levels = Levels::Fp4Bnb);
+    let bnb = fp4.with(|format| format.row.numbers.codebook = Codebook::Fp4Bnb);
     let rows = quantize_rows_plain(&row, 1, &bnb).unwrap();
     assert_eq!(rows.scales, [1.0]);
     assert_eq!(rows.codes[6..12], [-1, 2, 6, -3, 2, 12]);
@@ -169,6 +174,6 @@ fn a_signed_scale_brings_the_peak_to_the_least_code() {
     format.row.numbers.bits = 8;
     assert!(quantized(&format, &row).0 > 0.0);
     format.row.numbers.bits = 4;
-    format.row.numbers.levels = Levels::Fp4;
+    format.row.numbers.codebook = Codebook::Fp4;
     assert!(quantized(&format, &row).0 > 0.0);
 }

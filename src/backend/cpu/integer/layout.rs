@@ -14,8 +14,8 @@ use bytemuck::{Pod, Zeroable};
 use half::f16;
 use rayon::prelude::*;
 
+use crate::quant::codebook::Codebook;
 use crate::quant::float::e4m3_value;
-use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::number::{LinearFormat, RowFormat};
 
@@ -81,7 +81,7 @@ impl IntegerLinear {
     pub fn new(linear: &QuantizedLinear) -> Self {
         let format = linear.format;
         let RowFormat { numbers, groups, outlier_channels, .. } = format.row;
-        if numbers.levels == Levels::Fp4Bnb {
+        if numbers.codebook == Codebook::Fp4Bnb {
             return Self {
                 rows: linear.rows,
                 format,
@@ -94,7 +94,7 @@ impl IntegerLinear {
         }
         let panels = linear.rows.div_ceil(PANEL);
         // FP4's codes are up to 12.
-        let nibbles = numbers.bits <= 4 && numbers.levels.is_int();
+        let nibbles = numbers.bits <= 4 && numbers.codebook.is_int();
         let chunks = format.row.grouped_channels() / CHUNK;
         let mut codes =
             vec![Line([0; 64]); panels * chunks * if nibbles { 1 } else { CHUNK_LINES }];

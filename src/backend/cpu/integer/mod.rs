@@ -24,7 +24,7 @@ use rayon::prelude::*;
 pub use layout::IntegerLinear;
 
 use super::isa::Isa;
-use crate::quant::levels::Levels;
+use crate::quant::codebook::Codebook;
 use crate::quant::number::RowFormat;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 use layout::{BYTE_OFFSET, CHUNK, CHUNK_LINES, Line, NIBBLE_OFFSET, Outliers, PANEL, STEP};
@@ -102,7 +102,7 @@ pub fn linear(isa: Isa, x: &QuantizedRows, w: &IntegerLinear, y: &mut [f32]) {
         plain::linear(x, w, y);
         return;
     }
-    assert!(numbers.levels != Levels::Fp4Bnb, "weights of other numbers than the activations'");
+    assert!(numbers.codebook != Codebook::Fp4Bnb, "weights of other numbers than the activations'");
     let kinds_agree = match (&x.outliers, &w.outliers) {
         (OutlierRows::None, Outliers::None) => true,
         (OutlierRows::Int8 { codes, scales }, Outliers::Int8 { .. }) => {

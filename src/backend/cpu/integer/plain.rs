@@ -4,8 +4,8 @@ Every other kernel, on any device, is tested for equality with this one, bit by 
 
 use rayon::prelude::*;
 
+use crate::quant::codebook::Codebook;
 use crate::quant::float::e4m3_value;
-use crate::quant::levels::Levels;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::number::RowFormat;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
@@ -25,11 +25,12 @@ use crate::quant::rows::{OutlierRows, QuantizedRows};
 /// If `x` and `w` have different groups, or outliers of different number or kind.
 pub fn linear(x: &QuantizedRows, w: &QuantizedLinear, y: &mut [f32]) {
     let RowFormat { numbers, groups, outlier_channels: outliers, .. } = w.format.row;
-    let (size, levels, x_levels) = (numbers.group_size, numbers.levels, x.format.numbers.levels);
+    let (size, codebook, x_codebook) =
+        (numbers.group_size, numbers.codebook, x.format.numbers.codebook);
     assert_eq!((x.format.numbers.group_size, x.format.groups), (size, groups), "groups of x and w");
     assert_eq!(x.format.outlier_channels, outliers, "outliers of x and w");
     assert_eq!(y.len(), x.tokens * w.rows, "length of y");
-    let unit = x_levels.unit() * levels.unit();
+    let unit = x_codebook.unit() * codebook.unit();
     let tokens = y.par_chunks_mut(w.rows.max(1)).enumerate();
     tokens.for_each(|(token, y)| {
         for (row, y) in y.iter_mut().enumerate() {
@@ -37,8 +38,8 @@ pub fn linear(x: &QuantizedRows, w: &QuantizedLinear, y: &mut [f32]) {
             for group in 0..groups {
                 let (x_group, w_group) = (token * groups + group, row * groups + group);
                 let integer = dot(
-                    (x_levels, &x.codes[x_group * size..][..size]),
-                    (levels, &w.codes[w_group * size..][..size]),
+                    (x_codebook, &x.codes[x_group * size..][..size]),
+                    (codebook, &w.codes[w_group * size..][..size]),
                 );
                 let scale = x.scales[x_group] * w.scale(row, group) * unit;
                 acc = scale.mul_add(integer as f32, acc);
@@ -51,8 +52,8 @@ pub fn linear(x: &QuantizedRows, w: &QuantizedLinear, y: &mut [f32]) {
                     OutlierBlock::Int8 { codes: w_codes, scales: w_scales },
                 ) => {
                     let integer = dot(
-                        (Levels::Int, &x_codes[x_own..][..outliers]),
-                        (Levels::Int, &w_codes[w_own..][..outliers]),
+                        (Codebook::Int, &x_codes[x_own..][..outliers]),
+                        (Codebook::Int, &w_codes[w_own..][..outliers]),
                     );
                     (x_scales[token] * w_scales[row].to_f32()).mul_add(integer as f32, acc)
                 }
@@ -73,6 +74,6 @@ pub fn linear(x: &QuantizedRows, w: &QuantizedLinear, y: &mut [f32]) {
 }
 
 /// The exact dot product of two groups of codes.
-fn dot((x_levels, x): (Levels, &[i8]), (w_levels, w): (Levels, &[i8])) -> i32 {
-    x.iter().zip(w).map(|(&x, &w)| x_levels.whole(x) * w_levels.whole(w)).sum()
+fn dot((x_codebook, x): (Codebook, &[i8]), (w_codebook, w): (Codebook, &[i8])) -> i32 {
+    x.iter().zip(w).map(|(&x, &w)| x_codebook.whole(x) * w_codebook.whole(w)).sum()
 }

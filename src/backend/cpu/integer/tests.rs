@@ -42,7 +42,7 @@ struct Shape {
     weight_bits: u8,
     activation_bits: u8,
     /// Of activations and of weights; FP4 makes the bits 4.
-    levels: (Levels, Levels),
+    codebook: (Codebook, Codebook),
     rows_per_scale: usize,
 }
 
@@ -55,7 +55,7 @@ const SMALL: Shape = Shape {
     outlier_format: OutlierFormat::Int8,
     weight_bits: 4,
     activation_bits: 4,
-    levels: (Levels::Int, Levels::Int),
+    codebook: (Codebook::Int, Codebook::Int),
     rows_per_scale: 1,
 };
 
@@ -76,31 +76,32 @@ fn number(code: i8) -> u8 {
 fn operands(shape: Shape, fill: Option<(i8, i8)>) -> (QuantizedRows, QuantizedLinear) {
     let mut random = Random(shape.tokens as u64 * 31 + shape.rows as u64);
     let Shape { tokens, rows, groups, group_size, outliers, .. } = shape;
-    let mut codes = |count: usize, bits: u8, levels: Levels, fill: Option<i8>| -> Vec<i8> {
+    let mut codes = |count: usize, bits: u8, codebook: Codebook, fill: Option<i8>| -> Vec<i8> {
         let (least, greatest) = limits(bits);
-        let mut code = || match levels {
-            Levels::Int => random.code(least, greatest),
-            _ => levels.restored(random.code(-8, 7)),
+        let mut code = || match codebook {
+            Codebook::Int => random.code(least, greatest),
+            _ => codebook.restored(random.code(-8, 7)),
         };
         (0..count).map(|_| fill.unwrap_or_else(&mut code)).collect()
     };
-    let (x_levels, w_levels) = shape.levels;
+    let (x_codebook, w_codebook) = shape.codebook;
     let x_codes =
-        codes(tokens * groups * group_size, shape.activation_bits, x_levels, fill.map(|f| f.0));
-    let w_codes = codes(rows * groups * group_size, shape.weight_bits, w_levels, fill.map(|f| f.1));
-    let x_outliers = codes(tokens * outliers, 8, Levels::Int, None);
-    let w_outliers = codes(rows * outliers, 8, Levels::Int, None);
+        codes(tokens * groups * group_size, shape.activation_bits, x_codebook, fill.map(|f| f.0));
+    let w_codes =
+        codes(rows * groups * group_size, shape.weight_bits, w_codebook, fill.map(|f| f.1));
+    let x_outliers = codes(tokens * outliers, 8, Codebook::Int, None);
+    let w_outliers = codes(rows * outliers, 8, Codebook::Int, None);
     let mut halves = |count: usize| -> Vec<f16> { (0..count).map(|_| random.scale()).collect() };
     let mut floats = |count| halves(count).into_iter().map(f16::to_f32).collect::<Vec<_>>();
-    let row = |bits: u8, levels: Levels| RowFormat {
-        numbers: NumberFormat { bits, levels, group_size, scale: ScaleFormat::F16 },
+    let row = |bits: u8, codebook: Codebook| RowFormat {
+        numbers: NumberFormat { bits, codebook, group_size, scale: ScaleFormat::F16 },
         groups,
         outlier_channels: outliers,
         outlier_format: shape.outlier_format,
     };
     let x = QuantizedRows {
         tokens,
-        format: row(shape.activation_bits, x_levels),
+        format: row(shape.activation_bits, x_codebook),
         codes: x_codes,
         scales: floats(tokens * groups),
         outliers: match shape.outlier_format {
@@ -116,7 +117,7 @@ fn operands(shape: Shape, fill: Option<(i8, i8)>) -> (QuantizedRows, QuantizedLi
     let w = QuantizedLinear {
         rows,
         format: LinearFormat {
-            row: row(shape.weight_bits, w_levels),
+            row: row(shape.weight_bits, w_codebook),
             rows_per_scale: shape.rows_per_scale,
         },
         codes: w_codes,
@@ -152,10 +153,10 @@ fn check(shape: Shape, fill: Option<(i8, i8)>) {
 
 #[test]
 fn plain_is_the_sum_of_dequantized_products() {
-    use Levels::{Fp4, Fp4Bnb, Int};
-    for levels in [(Int, Int), (Fp4, Fp4), (Fp4Bnb, Fp4Bnb), (Int, Fp4Bnb)] {
+    use Codebook::{Fp4, Fp4Bnb, Int};
+    for codebook in [(Int, Int), (Fp4, Fp4), (Fp4Bnb, Fp4Bnb), (Int, Fp4Bnb)] {
         for outlier_format in [OutlierFormat::Int8, OutlierFormat::Fp8, OutlierFormat::F16] {
-            sum_of_products(Shape { levels, outlier_format, ..SMALL });
+            sum_of_products(Shape { codebook, outlier_format, ..SMALL });
         }
     }
 }
@@ -225,21 +226,21 @@ fn every_outlier_block_gives_the_same_bits() {
 
 #[test]
 fn fp4_gives_the_same_bits_beside_itself_and_integers() {
-    use Levels::{Fp4, Fp4Bnb, Int};
-    for levels in [(Fp4, Fp4), (Int, Fp4), (Fp4, Int), (Fp4Bnb, Fp4Bnb), (Int, Fp4Bnb)] {
+    use Codebook::{Fp4, Fp4Bnb, Int};
+    for codebook in [(Fp4, Fp4), (Int, Fp4), (Fp4, Int), (Fp4Bnb, Fp4Bnb), (Int, Fp4Bnb)] {
         for (groups, group_size) in [(9, 16), (3, 48), (1, 176), (2, 576)] {
-            for activation_bits in if levels.0 == Int { &[4, 8][..] } else { &[4] } {
+            for activation_bits in if codebook.0 == Int { &[4, 8][..] } else { &[4] } {
                 for outlier_format in [OutlierFormat::Int8, OutlierFormat::Fp8] {
                     let activation_bits = *activation_bits;
-                    let shape = Shape { levels, groups, group_size, activation_bits, ..SMALL };
+                    let shape = Shape { codebook, groups, group_size, activation_bits, ..SMALL };
                     check(Shape { outlier_format, ..shape }, None);
                 }
             }
         }
-        let extreme = Shape { levels, group_size: 576, ..SMALL };
+        let extreme = Shape { codebook, group_size: 576, ..SMALL };
         for x in [-12, 12] {
-            let x = if levels.0 == Int { x / 2 } else { x };
-            let w = if levels.1 == Int { 7 } else { 12 };
+            let x = if codebook.0 == Int { x / 2 } else { x };
+            let w = if codebook.1 == Int { 7 } else { 12 };
             check(extreme, Some((x, w)));
         }
     }

@@ -19,7 +19,12 @@ fn format(channels: usize, group_size: usize, outliers: usize) -> SiteFormat {
     }
     order.extend(last);
     let row = RowFormat {
-        numbers: NumberFormat { bits: 4, levels: Levels::Int, group_size, scale: ScaleFormat::F16 },
+        numbers: NumberFormat {
+            bits: 4,
+            codebook: Codebook::Int,
+            group_size,
+            scale: ScaleFormat::F16,
+        },
         groups,
         outlier_channels: outliers,
         outlier_format: OutlierFormat::Int8,
@@ -79,10 +84,10 @@ fn every_shape_gives_the_same_bits() {
             }
         }
     }
-    for levels in [Levels::Fp4, Levels::Fp4Bnb] {
+    for codebook in [Codebook::Fp4, Codebook::Fp4Bnb] {
         for (channels, group_size, outliers) in [(172, 16, 0), (172, 48, 5), (172, 176, 0)] {
             let format = format(channels, group_size, outliers).with(|format| {
-                format.row.numbers.levels = levels;
+                format.row.numbers.codebook = codebook;
                 format.row.outlier_format = OutlierFormat::Fp8;
             });
             check(7, &format);
@@ -95,9 +100,9 @@ fn every_shape_gives_the_same_bits() {
 
 #[test]
 fn every_format_gives_the_same_bits() {
-    use Levels::{Fp4, Fp4Bnb, Int};
+    use Codebook::{Fp4, Fp4Bnb, Int};
     use OutlierFormat::{F16, Fp8, Int8};
-    for (bits, levels) in [(2, Int), (3, Int), (4, Int), (8, Int), (4, Fp4), (4, Fp4Bnb)] {
+    for (bits, codebook) in [(2, Int), (3, Int), (4, Int), (8, Int), (4, Fp4), (4, Fp4Bnb)] {
         for clip in [1.0, 0.85, 1e-9] {
             for outlier_format in [Int8, Fp8, F16] {
                 for transform in [Transform::None, Transform::Hadamard] {
@@ -106,7 +111,7 @@ fn every_format_gives_the_same_bits() {
                         Fp8 => ScaleFormat::F16,
                         _ => ScaleFormat::SignedF16,
                     };
-                    format.row.numbers = NumberFormat { bits, levels, group_size: 64, scale };
+                    format.row.numbers = NumberFormat { bits, codebook, group_size: 64, scale };
                     format.row.outlier_format = outlier_format;
                     check(14, &format);
                 }
@@ -142,7 +147,7 @@ proptest::proptest! {
         let format = SiteFormat { transform: Transform::None, ..format(50, 16, 5) };
         let fp = format.clone().with(|format| {
             format.row.outlier_format = OutlierFormat::Fp8;
-            format.row.numbers.levels = Levels::Fp4;
+            format.row.numbers.codebook = Codebook::Fp4;
         });
         let x: Vec<f32> = x.iter().map(|value| value * 2_f32.powi(exponent)).collect();
         for format in [format, fp] {

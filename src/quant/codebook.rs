@@ -1,4 +1,4 @@
-/*! The kinds of numbers that codes stand for, and which number is nearest.
+/*! Codebooks: the numbers that codes stand for, and which number is nearest.
 
 A code is held in an i8 and means `value(code) * scale`. Integers and FP4 are exact in it: FP4 is held
 doubled, 0, 1, 2, 3, 4, 6, 8, 12 and their negatives, with the scale of one half, so that integer
@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use super::float::E2M1_DOUBLED;
 
-/// The kind of numbers that codes stand for.
+/// The numbers that codes stand for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Levels {
+pub enum Codebook {
     /// Integers of 2, 3, 4 or 8 bits.
     #[default]
     Int,
@@ -28,7 +28,7 @@ const FP4_MAGNITUDES: [i8; 8] = [0, 1, 2, 3, 4, 6, 8, 12];
 /// The least number of bitsandbytes' table beside 0.
 const BNB_LEAST: f32 = 0.0625;
 
-impl Levels {
+impl Codebook {
     /// As recipes and `atom.json` write it.
     pub fn name(self) -> &'static str {
         match self {
@@ -146,47 +146,49 @@ mod tests {
 
     #[test]
     fn every_number_is_its_own_nearest_and_survives_storage() {
-        for (levels, bits) in [
-            (Levels::Int, 2),
-            (Levels::Int, 3),
-            (Levels::Int, 4),
-            (Levels::Int, 8),
-            (Levels::Fp4, 4),
-            (Levels::Fp4Bnb, 4),
+        for (codebook, bits) in [
+            (Codebook::Int, 2),
+            (Codebook::Int, 3),
+            (Codebook::Int, 4),
+            (Codebook::Int, 8),
+            (Codebook::Fp4, 4),
+            (Codebook::Fp4Bnb, 4),
         ] {
-            assert!(levels.has_bits(bits));
-            let limits = levels.limits(bits);
-            let codes: Vec<i8> = match levels {
-                Levels::Int => (limits.0 as i8..=limits.1 as i8).collect(),
+            assert!(codebook.has_bits(bits));
+            let limits = codebook.limits(bits);
+            let codes: Vec<i8> = match codebook {
+                Codebook::Int => (limits.0 as i8..=limits.1 as i8).collect(),
                 _ => FP4_MAGNITUDES.into_iter().flat_map(|code| [code, -code]).collect(),
             };
             for code in codes {
-                let number = levels.value(code);
-                assert_eq!(levels.nearest(number, limits), number, "{levels:?}");
-                assert_eq!(levels.code(number), code, "{levels:?}");
-                assert_eq!(levels.whole(code) as f32 * levels.unit(), number, "{levels:?}");
-                assert_eq!(levels.restored(levels.stored(code)), code, "{levels:?}");
+                let number = codebook.value(code);
+                assert_eq!(codebook.nearest(number, limits), number, "{codebook:?}");
+                assert_eq!(codebook.code(number), code, "{codebook:?}");
+                assert_eq!(codebook.whole(code) as f32 * codebook.unit(), number, "{codebook:?}");
+                assert_eq!(codebook.restored(codebook.stored(code)), code, "{codebook:?}");
             }
-            assert_eq!(levels.nearest(1e9, limits), limits.1);
-            assert_eq!(levels.nearest(-1e9, limits), limits.0);
+            assert_eq!(codebook.nearest(1e9, limits), limits.1);
+            assert_eq!(codebook.nearest(-1e9, limits), limits.0);
         }
         assert!(
-            !Levels::Fp4.has_bits(8) && !Levels::Fp4Bnb.has_bits(3) && !Levels::Int.has_bits(16)
+            !Codebook::Fp4.has_bits(8)
+                && !Codebook::Fp4Bnb.has_bits(3)
+                && !Codebook::Int.has_bits(16)
         );
     }
 
     #[test]
     fn fp4_is_stored_as_ocp_has_it() {
         // 1.5 is 0 01 1, -6 is 1 11 1, and -0 is read as 0.
-        assert_eq!(Levels::Fp4.stored(3), 0b0011);
-        assert_eq!(Levels::Fp4.stored(-12) as u8 & 15, 0b1111);
-        assert_eq!(Levels::Fp4.restored(-8), 0);
+        assert_eq!(Codebook::Fp4.stored(3), 0b0011);
+        assert_eq!(Codebook::Fp4.stored(-12) as u8 & 15, 0b1111);
+        assert_eq!(Codebook::Fp4.restored(-8), 0);
     }
 
     #[test]
     fn ties_in_bitsandbytes_table_go_down() {
-        let limits = Levels::Fp4Bnb.limits(4);
-        let nearest = |value| Levels::Fp4Bnb.nearest(value, limits);
+        let limits = Codebook::Fp4Bnb.limits(4);
+        let nearest = |value| Codebook::Fp4Bnb.nearest(value, limits);
         let ties = [0.03125, 1.03125, 2.5, 3.5, 5.0, 7.0, 10.0];
         assert_eq!(ties.map(nearest), [0.0, 0.0625, 2.0, 3.0, 4.0, 6.0, 8.0]);
         assert_eq!(
