@@ -1,5 +1,5 @@
 """Makes tests/families: for each kind of network a tiny random checkpoint and the logits that transformers computes for
-it in f32, which src/model/family_tests.rs compares ours with.
+it in f32, which src/network/family_tests.rs compares ours with.
 
     pip install torch transformers safetensors
     python3 tests/families.py tests/families
