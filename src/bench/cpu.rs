@@ -137,7 +137,7 @@ pub(super) fn identity_site(
 
 fn arranged(site: &SiteFormat, row: &[f32]) -> Vec<f32> {
     let mut out = vec![0.0; site.width()];
-    site.arrange(row, &mut out);
+    site.permute(row, &mut out);
     out
 }
 

@@ -97,7 +97,7 @@ impl Example {
         format.check()?;
         let (x, weights) = (numbers(TOKENS, 1), numbers(ROWS, 2));
         let rows = quantize_rows_plain(&x, TOKENS, &format)?;
-        let weights = format.arrange_rows_plain(&weights, ROWS);
+        let weights = format.permute_rows_plain(&weights, ROWS);
         let weight_format = format.row.weights(4, Codebook::Int, 1);
         let linear = round_to_nearest(&weights, ROWS, &weight_format, 0.95)?;
         let mut product = vec![0.0; TOKENS * ROWS];

@@ -25,7 +25,7 @@ pub enum Codebook {
 /// The magnitudes of FP4 codes; the index is what three bits of storage hold, the fourth is the sign.
 const FP4_MAGNITUDES: [i8; 8] = [0, 1, 2, 3, 4, 6, 8, 12];
 
-/// The least number of bitsandbytes' table beside 0.
+/// The least positive number of bitsandbytes' table.
 const BNB_LEAST: f32 = 0.0625;
 
 impl Codebook {
@@ -38,12 +38,12 @@ impl Codebook {
         }
     }
 
-    /// Whether these are integers.
+    /// Whether the numbers are integers.
     pub fn is_int(self) -> bool {
         self == Self::Int
     }
 
-    /// Whether there are codes of so many bits.
+    /// Whether codes of `bits` bits exist.
     pub fn has_bits(self, bits: u8) -> bool {
         match self {
             Self::Int => matches!(bits, 2 | 3 | 4 | 8),
@@ -82,7 +82,7 @@ impl Codebook {
                     (10.0, 12.0),
                 ];
                 let below = STEPS.iter().rfind(|(tie, _)| value.abs() > *tie);
-                below.map_or(0.0, |(_, level)| level.copysign(value))
+                below.map_or(0.0, |(_, number)| number.copysign(value))
             }
         }
     }
@@ -105,16 +105,16 @@ impl Codebook {
         }
     }
 
-    /// [`value`](Self::value) counted in [`unit`](Self::unit)s, a whole number.
+    /// [`value`](Self::value) counted in [`unit`](Self::unit)s, an integer.
     #[inline(always)]
-    pub(crate) fn whole(self, code: i8) -> i32 {
+    pub(crate) fn in_units(self, code: i8) -> i32 {
         match self {
             Self::Fp4Bnb if code.abs() != 1 => 16 * i32::from(code),
             _ => i32::from(code),
         }
     }
 
-    /// The unit of [`whole`](Self::whole), a power of two.
+    /// The unit of [`in_units`](Self::in_units), a power of two.
     pub(crate) fn unit(self) -> f32 {
         if self == Self::Fp4Bnb { BNB_LEAST } else { 1.0 }
     }
@@ -164,7 +164,11 @@ mod tests {
                 let number = codebook.value(code);
                 assert_eq!(codebook.nearest(number, limits), number, "{codebook:?}");
                 assert_eq!(codebook.code(number), code, "{codebook:?}");
-                assert_eq!(codebook.whole(code) as f32 * codebook.unit(), number, "{codebook:?}");
+                assert_eq!(
+                    codebook.in_units(code) as f32 * codebook.unit(),
+                    number,
+                    "{codebook:?}"
+                );
                 assert_eq!(codebook.restored(codebook.stored(code)), code, "{codebook:?}");
             }
             assert_eq!(codebook.nearest(1e9, limits), limits.1);

@@ -1,7 +1,7 @@
 /*! Small floating-point formats: the nearest value of a format, and the bits of E4M3.
 
 Both formats follow the OCP specifications (Microscaling Formats 1.0; 8-bit Floating Point 1.0): no
-infinities, subnormals below the least normal number, nearest with ties to the even mantissa. */
+infinities, subnormals below the least normal number, nearest ties to the even mantissa. */
 
 /// A format of few bits, whose values between two powers of two are `steps` apart evenly.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -58,24 +58,24 @@ pub fn e4m3_value(bits: u8) -> f32 {
 mod tests {
     use super::*;
 
-    /// The nearest of `levels` (ascending magnitudes, whose indices are the bits), ties to the even
+    /// The nearest of `magnitudes` (ascending; the index is the bits), ties to the even
     /// index.
-    fn nearest(levels: &[f64], value: f32) -> f64 {
+    fn nearest(magnitudes: &[f64], value: f32) -> f64 {
         let magnitude = f64::from(value).abs();
-        let distance = |index: usize| (levels[index] - magnitude).abs();
-        let best = (0..levels.len()).reduce(|best, next| {
+        let distance = |index: usize| (magnitudes[index] - magnitude).abs();
+        let best = (0..magnitudes.len()).reduce(|best, next| {
             let closer = distance(next) < distance(best);
             let even = distance(next) == distance(best) && next % 2 == 0;
             if closer || even { next } else { best }
         });
-        levels[best.unwrap()].copysign(f64::from(value))
+        magnitudes[best.unwrap()].copysign(f64::from(value))
     }
 
-    /// Values around every level and every tie between two.
-    fn trials(levels: &[f64]) -> Vec<f32> {
-        let between = levels.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0);
-        let points = levels.iter().copied().chain(between).chain([levels[1] / 7.0]);
-        let top = *levels.last().unwrap();
+    /// Values around every magnitude and every tie between two.
+    fn trials(magnitudes: &[f64]) -> Vec<f32> {
+        let between = magnitudes.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0);
+        let points = magnitudes.iter().copied().chain(between).chain([magnitudes[1] / 7.0]);
+        let top = *magnitudes.last().unwrap();
         points
             .chain([1.2 * top, 1e3 * top])
             .flat_map(|point| {
@@ -89,10 +89,10 @@ mod tests {
     fn every_value_goes_to_the_nearest_with_ties_to_even() {
         let e2m1 = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0];
         let e4m3: Vec<f64> = (0u8..0x7f).map(|bits| f64::from(e4m3_value(bits))).collect();
-        for (format, levels) in [(E2M1_DOUBLED, &e2m1[..]), (E4M3, &e4m3)] {
-            for value in trials(levels) {
+        for (format, magnitudes) in [(E2M1_DOUBLED, &e2m1[..]), (E4M3, &e4m3)] {
+            for value in trials(magnitudes) {
                 let found = format.round(value);
-                assert_eq!(f64::from(found), nearest(levels, value), "{value} {format:?}");
+                assert_eq!(f64::from(found), nearest(magnitudes, value), "{value} {format:?}");
                 assert!(found != 0.0 || found.is_sign_positive(), "{value} {format:?}");
             }
         }

@@ -1,16 +1,16 @@
 /*! GPTQ (Frantar et al., 2022; gptq.py of the reference), the plain version.
 
 Minimizes `||(W - Q) X||^2` row by row: columns are quantized in order, and the error of each is
-spread over the columns after it by the rows of `U`, the upper Cholesky factor of the inverse
-Hessian. Column order is the site's, low energy first, so the outlier block comes last and takes up
-the errors of all others before it is rounded.
+propagated to the columns after it by the rows of `U`, the upper Cholesky factor of the inverse
+Hessian. Column order is the site's, low energy first. So the outlier block comes last, and absorbs
+the errors of all other columns before it is rounded.
 
-Two slips of the reference are corrected: a group's scale is taken from weights that carry every
-update so far (there: those of former column blocks only), and a group with values of one sign does
+Two errors of the reference are corrected. A group's scale is computed from weights that have every
+update so far (in the reference: only those of earlier column blocks). And a group whose values have one sign does
 not saturate.
 
 The order of operations is part of the contract: `w = fma(-error, u, w)`, columns ascending. Backends
-may block it for speed and still give the same bits. */
+may block the sweep for speed, with the same bits. */
 
 use half::f16;
 

@@ -1,6 +1,6 @@
 /*! The grid of codes: scale from a group's largest magnitude, code from a value.
 
-Shared by rounding, GPTQ and their outlier blocks (design: numbers). The scale is rounded to f16
+Shared by rounding, GPTQ and their outlier blocks. The scale is rounded to f16
 before any code is computed with it. */
 
 use half::f16;
@@ -10,9 +10,9 @@ use super::float::E4M3;
 use super::number::NumberFormat;
 use crate::{Error, Result};
 
-/// The greatest magnitude of some values, and whether it is a negative value's (both signs: yes).
+/// The greatest magnitude of some values, and whether a negative value has it.
 ///
-/// Magnitudes compare like their bit patterns, with NaN the greatest of all; the sign is kept below them.
+/// Magnitudes compare like their bit patterns, with NaN the greatest of all; the sign is the lowest bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Peak(u32);
 
@@ -155,14 +155,14 @@ impl Grid {
         }
     }
 
-    /// The number nearest to `value`, in units of the scale whose [`inverse`] is given, held within the
-    /// grid. Among integers it is the code; [`stored`](Self::stored) gives any number's.
+    /// The number nearest to `value`, in units of the scale whose [`inverse`] is given, clamped to the
+    /// grid. For integers it is the code; [`stored`](Self::stored) returns the code of any number.
     #[inline(always)]
     pub fn code(&self, value: f32, inverse: f32) -> f32 {
         self.codebook.nearest(value * inverse, (self.lowest, self.highest))
     }
 
-    /// The code of a number that [`code`](Self::code) gave.
+    /// The code of a number that [`code`](Self::code) returned.
     #[inline(always)]
     pub fn stored(&self, number: f32) -> i8 {
         self.codebook.code(number)

@@ -1,10 +1,10 @@
-/*! The orthonormal Walsh-Hadamard transform: spreads a large value over its whole group.
+/*! The orthonormal Walsh-Hadamard transform: spreads a large value over its entire group.
 
-Only additions, subtractions and one product a value, in a fixed order, so that every instruction
-set gives the same bits. */
+Only additions, subtractions and one product a value, in a fixed order, so that the bits are the same
+for every instruction set. */
 
-/// Butterflies of up to this many values are done on a copy of fixed length, which the compiler
-/// keeps in registers.
+/// Butterflies of up to this many values work on an array of fixed length, which the compiler keeps in
+/// registers.
 const SMALL: usize = 16;
 
 /// The length of the blocks that [`transform`] works on: the largest power of two that divides
@@ -29,8 +29,8 @@ pub fn transform(x: &mut [f32]) {
     transform_blocks(x, block(x.len()));
 }
 
-/// As [`transform`], with blocks of `block` values, a power of two; values after the last whole
-/// block stay as they are.
+/// As [`transform`], with blocks of `block` values, a power of two; values after the last complete
+/// block are unchanged.
 #[inline(always)]
 pub fn transform_blocks(x: &mut [f32], block: usize) {
     debug_assert!(block == 0 || block.is_power_of_two());
@@ -59,8 +59,8 @@ pub fn transform_blocks(x: &mut [f32], block: usize) {
     }
 }
 
-/// The butterflies at distances 1, 2, 4 and 8, in four registers. The compiler, left alone, gathers
-/// one value from each of sixteen blocks, which a head of 64 has not.
+/// The butterflies at distances 1, 2, 4 and 8, in four registers. The compiler's own
+/// vectorization gathers one value from each of sixteen blocks, which a head of 64 does not have.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn butterflies_of_small(values: &mut [f32; SMALL]) {

@@ -14,16 +14,16 @@ use crate::{Error, Result};
 /// How keys and values are held in the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct KvFormat {
-    /// Bits of a code, 2 to 8; 16 means that nothing is quantized nor rotated.
+    /// Bits of a code, 2 to 8; at 16 nothing is quantized or rotated.
     pub bits: u8,
-    /// What of the range is kept, in (0, 1].
+    /// The factor on the range, in (0, 1]; 1 clips nothing.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip: f32,
     /// Whether heads are quantized in the basis of a Hadamard transform.
     pub rotate: bool,
     /// Whether keys are quantized after the rotary embedding, or before it.
     pub after_rope: bool,
-    /// Whether each head's mean key on the calibration text is taken from the embedded keys first.
+    /// Whether each head's mean key on the calibration text is subtracted after the rotary embedding.
     #[serde(default)]
     pub center: bool,
 }
@@ -38,15 +38,15 @@ impl KvFormat {
         self.bits < 16
     }
 
-    /// Whether mean keys are taken from the keys.
+    /// Whether mean keys are subtracted from the keys.
     pub fn is_centered(&self) -> bool {
         self.is_quantized() && self.center
     }
 
-    /// Whether every setting means something.
+    /// Checks every setting against its range.
     ///
     /// # Errors
-    /// The setting that does not, named.
+    /// Names the setting that is out of range.
     pub fn check(&self) -> Result<()> {
         BITS.check("bits", self.bits)?;
         CLIP.check("clip", self.clip)?;
@@ -83,7 +83,7 @@ pub fn dequantize(codes: &[u8], scale: f32, zero: u8, x: &mut [f32]) {
     }
 }
 
-/// Replaces `x` by what the cache would give back: [`quantize`], then [`dequantize`].
+/// Replaces `x` by what the cache would return: [`quantize`], then [`dequantize`].
 #[inline(always)]
 pub fn round_trip(format: &KvFormat, x: &mut [f32]) {
     if !format.is_quantized() {
@@ -93,7 +93,7 @@ pub fn round_trip(format: &KvFormat, x: &mut [f32]) {
     x.iter_mut().for_each(|x| *x = (grid.code(*x) - grid.zero) * grid.scale);
 }
 
-/// The grid that one head's codes lie on. Codes are kept as whole f32, which vectorise.
+/// The grid that one head's codes lie on. Codes are integral f32 values, which vectorize.
 struct Grid {
     scale: f32,
     inverse: f32,

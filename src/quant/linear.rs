@@ -1,6 +1,6 @@
-/*! A quantized linear layer in its neutral form: one signed code a byte, no device's layout.
+/*! A quantized linear layer in its neutral form: one signed code a byte, in no device's layout.
 
-The checkpoint packs it, a backend re-lays it for its kernels, GPTQ and rounding produce it. */
+GPTQ and rounding produce it, the checkpoint packs it, and a backend lays it out for its kernels. */
 
 use half::f16;
 
@@ -15,7 +15,7 @@ pub enum OutlierBlock {
     Int8 { codes: Vec<i8>, scales: Vec<f16> },
     /// FP8 codes (the bits of E4M3) `[out, outliers]` and one scale a row, `[out]`.
     Fp8 { codes: Vec<u8>, scales: Vec<f16> },
-    /// Values `[out, outliers]`, unquantized but for f16.
+    /// Values `[out, outliers]`, rounded to f16 only.
     F16(Vec<f16>),
 }
 

@@ -1,5 +1,5 @@
 /*! The method, as functions on slices and matrices: number formats, channel order, group scales,
-rounding, GPTQ and bit allocation. Knows nothing of files, devices or models' names. */
+rounding, GPTQ and bit allocation. It does not depend on files, devices or families of models. */
 
 pub mod allocation;
 pub mod codebook;

@@ -1,7 +1,7 @@
 /*! How numbers are held: what a code stands for, how many codes share a scale, and what a scale is.
 
-These types are the only description of it. The plan, the checkpoint, the CPU, CUDA and whatever reads a
-checkpoint take a linear's weights by its [`LinearFormat`] and a site's activations by its [`RowFormat`]. */
+These types are the only description of it, for the plan, the checkpoint and every backend: [`LinearFormat`] for
+a linear's weights, [`RowFormat`] for a site's activations. */
 
 use serde::{Deserialize, Serialize};
 
@@ -37,7 +37,7 @@ impl NumberFormat {
         self.codebook.limits(self.bits)
     }
 
-    /// Whether scales have a sign. Those of 8 bits never do: codes are as many on both sides.
+    /// Whether scales have a sign. Scales of 8-bit codes have none, since the range is symmetric.
     #[inline(always)]
     pub fn has_signs(&self) -> bool {
         self.scale == ScaleFormat::SignedF16 && self.codebook.is_int() && self.bits < 8
@@ -71,7 +71,7 @@ pub struct RowFormat {
     pub numbers: NumberFormat,
     /// Groups in a row.
     pub groups: usize,
-    /// Outlier channels; 0 for none, whatever their format.
+    /// Outlier channels; 0 for none.
     pub outlier_channels: usize,
     /// How outlier channels are stored.
     pub outlier_format: OutlierFormat,
@@ -88,8 +88,8 @@ impl RowFormat {
         self.grouped_channels() + self.outlier_channels
     }
 
-    /// Weights `[out, channels]` that rows of this format are multiplied with: codes of their own, in the same
-    /// groups, with the same kind of scale and the same outlier channels.
+    /// The format of weights that rows of this format are multiplied with: the same groups, kind of scale and
+    /// outlier channels.
     pub fn weights(&self, bits: u8, codebook: Codebook, rows_per_scale: usize) -> LinearFormat {
         let numbers = NumberFormat { bits, codebook, ..self.numbers };
         LinearFormat { row: Self { numbers, ..*self }, rows_per_scale }

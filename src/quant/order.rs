@@ -1,15 +1,14 @@
-/*! Channel order of a site: who shares a group with whom, and who is an outlier.
+/*! Channel order of a site: which channels share a group, and which are outliers.
 
 Atom, section 4.1; outlier.py of the reference. Channels are sorted by ascending calibrated energy
 (the diagonal of GPTQ's Hessian), so that a group holds channels of like magnitude, and the last
 `outliers` of them become the outlier block. */
 
 /// The order of `energy.len()` channels: padding (-1) first, so that the groups before the outlier
-/// block are full, then ascending energy. Padding stands with the weakest channels because a zero is
+/// block are full, then ascending energy. Padding goes to the weakest channels because a zero is
 /// the weakest of all. Channels of equal energy keep the source's order.
 ///
-/// With `energy` not wanted (`by_energy` false) the source's order is kept; the padding then lies
-/// at the end of the last group.
+/// Without `by_energy` the order is the source's, and the padding lies at the end of the last group.
 pub fn channel_order(
     energy: &[f64],
     by_energy: bool,

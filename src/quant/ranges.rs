@@ -1,4 +1,4 @@
-/*! What may be chosen for a quantization: one table for recipes, plans, manifests and formats. */
+/*! Ranges of the settings: one table for recipes, plans, manifests and formats. */
 
 use std::fmt::Display;
 
@@ -10,7 +10,7 @@ pub const GROUP_MULTIPLE: usize = 16;
 /// The values that a setting may have.
 pub struct Range<T> {
     holds: fn(T) -> bool,
-    /// The same for a person: `2, 3, 4, 8 or 16`.
+    /// The same in words: `be 2, 3, 4, 8 or 16`.
     words: &'static str,
 }
 
@@ -54,7 +54,7 @@ impl<T: Copy + Display> Range<T> {
         self.check_named(format_args!("{name} is {value}"), value)
     }
 
-    /// The same, where `what` says the setting and its value.
+    /// The same, with the setting and its value in the words of `what`.
     ///
     /// # Errors
     /// Input: `WHAT; it must ...`.

@@ -1,4 +1,4 @@
-/*! Quantized activations: what the integer kernels multiply a [`QuantizedLinear`] with. */
+/*! Quantized activations: the other operand of the integer product with a [`QuantizedLinear`]. */
 
 use super::number::RowFormat;
 

@@ -1,8 +1,7 @@
 /*! A site's format: how the activation that feeds a group of linears is reordered, transformed and
 quantized.
 
-The functions here are the definition, written to be read. `backend::cpu::quantize` does the same
-to the bit, fast. */
+The functions here are the definition. `backend::cpu::quantize` computes the same bits, fast. */
 
 use half::f16;
 use serde::{Deserialize, Serialize};
@@ -32,9 +31,9 @@ pub enum Transform {
 /// How the activation that feeds a group of linears is reordered and quantized.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SiteFormat {
-    /// Width of the activation as the model knows it.
+    /// Channels of the activation in the source.
     pub channels: usize,
-    /// The channel at each place, `[groups * group_size + outlier_channels]`: a permutation of
+    /// The channel in each slot, `[groups * group_size + outlier_channels]`: a permutation of
     /// `0..channels` with [`PADDING`] entries before the outliers, which are last.
     pub order: Vec<i32>,
     /// How a row is held.
@@ -65,10 +64,10 @@ impl SiteFormat {
         if self.row.numbers.has_signs() { peak.signed(scale) } else { scale }
     }
 
-    /// Checks that the fields agree with each other; every other function relies on it.
+    /// Checks that the fields agree with each other, which every other function relies on.
     ///
     /// # Errors
-    /// An input error that says which field is wrong.
+    /// An input error that names the wrong field.
     pub fn check(&self) -> Result<()> {
         let wrong = |what: String| Err(Error::input(what));
         let NumberFormat { bits, codebook, group_size, .. } = self.row.numbers;
@@ -89,8 +88,8 @@ impl SiteFormat {
             ));
         }
         let mut seen = vec![false; self.channels];
-        for (place, &channel) in self.order.iter().enumerate() {
-            if channel == PADDING && place < self.row.grouped_channels() {
+        for (slot, &channel) in self.order.iter().enumerate() {
+            if channel == PADDING && slot < self.row.grouped_channels() {
                 continue;
             }
             let entry = usize::try_from(channel).ok().and_then(|index| seen.get_mut(index));
@@ -101,7 +100,7 @@ impl SiteFormat {
                 }
                 None => {
                     return wrong(format!(
-                        "entry {place} of the channel order is {channel}, but the site has {} channels",
+                        "entry {slot} of the channel order is {channel}, but the site has {} channels",
                         self.channels
                     ));
                 }
@@ -113,9 +112,9 @@ impl SiteFormat {
         }
     }
 
-    /// Brings one row of an activation or of a weight into the site's order and transforms its
-    /// groups: `row` is `[channels]`, `out` is `[width]`. Outliers are moved, never transformed.
-    pub fn arrange(&self, row: &[f32], out: &mut [f32]) {
+    /// Permutes one row of an activation or of a weight to the site's order and transforms its
+    /// groups: `row` is `[channels]`, `out` is `[width]`. Outliers are not transformed.
+    pub fn permute(&self, row: &[f32], out: &mut [f32]) {
         debug_assert_eq!((row.len(), out.len()), (self.channels, self.width()));
         for (value, &channel) in out.iter_mut().zip(&self.order) {
             *value = if channel == PADDING { 0.0 } else { row[channel as usize] };
@@ -126,15 +125,15 @@ impl SiteFormat {
         }
     }
 
-    /// [`SiteFormat::arrange`] of every row: `[tokens, channels]` to `[tokens, width]`. It is what
-    /// a site of 16 bits multiplies its weights with.
-    pub fn arrange_rows_plain(&self, x: &[f32], tokens: usize) -> Vec<f32> {
-        let mut arranged = vec![0.0; tokens * self.width()];
+    /// [`SiteFormat::permute`] of every row: `[tokens, channels]` to `[tokens, width]`. A site of 16 bits
+    /// multiplies its weights with the result.
+    pub fn permute_rows_plain(&self, x: &[f32], tokens: usize) -> Vec<f32> {
+        let mut permuted = vec![0.0; tokens * self.width()];
         for token in 0..tokens {
             let row = &x[token * self.channels..][..self.channels];
-            self.arrange(row, &mut arranged[token * self.width()..][..self.width()]);
+            self.permute(row, &mut permuted[token * self.width()..][..self.width()]);
         }
-        arranged
+        permuted
     }
 }
 
@@ -151,8 +150,7 @@ pub fn code_of(codebook: Codebook, value: f32, inverse: f32, limits: (f32, f32))
     codebook.code(codebook.nearest(value * inverse, limits))
 }
 
-/// What FP8 makes of `value`: the nearest number of E4M3 times the scale, a product that f32 holds
-/// exactly.
+/// `value` rounded to FP8: the nearest number of E4M3 times the scale, a product that is exact in f32.
 #[inline(always)]
 pub fn fp8_of(value: f32, inverse: f32, scale: f32) -> f32 {
     E4M3.round(value * inverse) * scale
@@ -161,7 +159,7 @@ pub fn fp8_of(value: f32, inverse: f32, scale: f32) -> f32 {
 /// The greatest INT8 code; its negative is the least.
 pub const GREATEST_INT8: f32 = 127.0;
 
-/// Quantizes activations `[tokens, channels]`, value by value as defined.
+/// Quantizes activations `[tokens, channels]`.
 ///
 /// # Errors
 /// An input error that names token and channel if a value is NaN or infinite, or token and group
@@ -175,7 +173,7 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
     let mut outlier_codes = Vec::new();
     let mut outlier_scales = Vec::new();
     let mut outlier_values = Vec::new();
-    let mut arranged = vec![0.0; format.width()];
+    let mut permuted = vec![0.0; format.width()];
     for token in 0..tokens {
         let row = &x[token * format.channels..][..format.channels];
         if let Some(channel) = row.iter().position(|value| !value.is_finite()) {
@@ -185,8 +183,8 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
             ))
             .hint("the model overflows: check that its weights are intact"));
         }
-        format.arrange(row, &mut arranged);
-        let (groups, tail) = arranged.split_at(grouped);
+        format.permute(row, &mut permuted);
+        let (groups, tail) = permuted.split_at(grouped);
         for (group, values) in groups.chunks_exact(numbers.group_size).enumerate() {
             let limits = numbers.limits();
             let scale = format.scale(Peak::of(values));
@@ -243,7 +241,7 @@ pub fn quantize_rows_plain(x: &[f32], tokens: usize, format: &SiteFormat) -> Res
     })
 }
 
-/// What the codes mean: `value(code) * scale`, and FP8 and f16 outliers as they are, `[tokens, width]`.
+/// The values of the codes, `value(code) * scale`, and FP8 and f16 outliers as they are, `[tokens, width]`.
 pub fn dequantize_rows_plain(rows: &QuantizedRows) -> Vec<f32> {
     let RowFormat { numbers, groups, outlier_channels: outliers, .. } = rows.format;
     let (grouped, group_size) = (rows.format.grouped_channels(), numbers.group_size);

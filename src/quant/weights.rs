@@ -1,7 +1,7 @@
-/*! Weight quantization: what both methods share, rounding to nearest, and the plain GPTQ sweep.
+/*! Weight quantization: rounding to nearest, and what it has in common with GPTQ.
 
-All of it works on a weight matrix `[out, channels]` already arranged in its site's channel order
-(and transformed), as [`SiteFormat::arrange`](super::site::SiteFormat::arrange) leaves it. */
+All functions take a weight matrix `[out, channels]` that is already permuted to its site's channel order
+and transformed, as [`SiteFormat::permute`](super::site::SiteFormat::permute) leaves it. */
 
 use half::f16;
 

@@ -98,7 +98,7 @@ pub fn quantize_rows(
 }
 
 /// Brings rows `[tokens, channels]` into the site's order and transforms their groups,
-/// `[tokens, width]`: the bits of [`SiteFormat::arrange`]. Writes all of `arranged`.
+/// `[tokens, width]`: the bits of [`SiteFormat::permute`]. Writes all of `arranged`.
 ///
 /// # Panics
 /// If `x` is not `[tokens, channels]`, `arranged` not `[tokens, width]`, or the format fails
@@ -107,7 +107,7 @@ pub fn arrange_rows(isa: Isa, x: &[f32], tokens: usize, format: &SiteFormat, arr
     assert_eq!(x.len(), tokens * format.channels, "length of x");
     assert_eq!(arranged.len(), tokens * format.width(), "length of arranged");
     if isa == Isa::Plain {
-        arranged.copy_from_slice(&format.arrange_rows_plain(x, tokens));
+        arranged.copy_from_slice(&format.permute_rows_plain(x, tokens));
         return;
     }
     let places = Places::new(format);
@@ -286,7 +286,7 @@ fn encode(
     }
 }
 
-/// [`SiteFormat::arrange`].
+/// [`SiteFormat::permute`].
 #[inline(always)]
 fn arrange(row: &[f32], format: &SiteFormat, places: &Places, out: &mut [f32]) {
     assert_eq!((row.len(), out.len()), (places.channels, places.sources.len()));

@@ -24,7 +24,7 @@ pub(super) fn panels(weight: &Tensor<'_>, site: Option<&SiteFormat>) -> Result<P
     let panels = Panels::from_rows_with(rows, width, |row, out| {
         match (weight.rows_f32(row..row + 1), site) {
             (Ok(values), None) => out.copy_from_slice(&values),
-            (Ok(values), Some(site)) => site.arrange(&values, out),
+            (Ok(values), Some(site)) => site.permute(&values, out),
             (Err(error), _) => {
                 let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
                 if failed.as_ref().is_none_or(|(first, _)| row < *first) {
@@ -50,7 +50,7 @@ pub(super) fn permuted(weight: &Tensor<'_>, site: &SiteFormat) -> Result<Matrix>
         let first = chunk * ROWS;
         let rows = weight.rows_f32(first..first + out.len() / width)?;
         for (row, out) in rows.chunks(columns).zip(out.chunks_mut(width)) {
-            site.arrange(row, out);
+            site.permute(row, out);
         }
         Ok::<(), Error>(())
     })?;

@@ -19,7 +19,7 @@ fn format(order: Vec<i32>, group_size: usize, outlier_channels: usize) -> SiteFo
     SiteFormat { channels, order, row, clip: 1.0, transform: Transform::None }
 }
 
-/// 14 channels, two places of padding, two outliers.
+/// 14 channels, four slots of padding, two outliers.
 fn small() -> SiteFormat {
     let mut order: Vec<i32> = (2..14).rev().collect();
     order.extend([-1; 4]);
@@ -28,7 +28,7 @@ fn small() -> SiteFormat {
 }
 
 #[test]
-fn a_sound_format_passes_and_each_slip_is_named() {
+fn a_sound_format_passes_and_each_error_is_named() {
     small().check().unwrap();
     let broken = |change: &dyn Fn(&mut SiteFormat)| {
         let mut format = small();
@@ -53,15 +53,15 @@ fn a_sound_format_passes_and_each_slip_is_named() {
 }
 
 #[test]
-fn arranging_reorders_pads_and_transforms_the_groups_only() {
+fn permuting_reorders_pads_and_transforms_the_groups_only() {
     let row: Vec<f32> = (0..14).map(|channel| channel as f32 + 1.0).collect();
     let mut format = small();
-    let arranged = format.arrange_rows_plain(&row, 1);
-    assert_eq!(arranged[..3], [14.0, 13.0, 12.0]);
-    assert_eq!(arranged[11..], [3.0, 0.0, 0.0, 0.0, 0.0, 2.0, 1.0]);
+    let permuted = format.permute_rows_plain(&row, 1);
+    assert_eq!(permuted[..3], [14.0, 13.0, 12.0]);
+    assert_eq!(permuted[11..], [3.0, 0.0, 0.0, 0.0, 0.0, 2.0, 1.0]);
     format.transform = Transform::Hadamard;
-    let transformed = format.arrange_rows_plain(&row, 1);
-    assert_eq!(transformed[0], arranged[..16].iter().sum::<f32>() / 4.0);
+    let transformed = format.permute_rows_plain(&row, 1);
+    assert_eq!(transformed[0], permuted[..16].iter().sum::<f32>() / 4.0);
     assert_eq!(transformed[16..], [2.0, 1.0]);
 }
 
@@ -141,10 +141,10 @@ fn dequantizing_is_within_half_a_step() {
     for outlier_format in [OutlierFormat::Int8, OutlierFormat::Fp8, OutlierFormat::F16] {
         let format = small().with(|format| format.row.outlier_format = outlier_format);
         let rows = quantize_rows_plain(&x, 2, &format).unwrap();
-        let arranged = format.arrange_rows_plain(&x, 2);
+        let permuted = format.permute_rows_plain(&x, 2);
         let restored = dequantize_rows_plain(&rows);
-        assert_eq!(restored.len(), arranged.len());
-        for (value, expected) in restored.iter().zip(arranged) {
+        assert_eq!(restored.len(), permuted.len());
+        for (value, expected) in restored.iter().zip(permuted) {
             assert!((value - expected).abs() <= 0.0723, "{value} for {expected}");
         }
     }

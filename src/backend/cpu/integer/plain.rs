@@ -75,5 +75,5 @@ pub fn linear(x: &QuantizedRows, w: &QuantizedLinear, y: &mut [f32]) {
 
 /// The exact dot product of two groups of codes.
 fn dot((x_codebook, x): (Codebook, &[i8]), (w_codebook, w): (Codebook, &[i8])) -> i32 {
-    x.iter().zip(w).map(|(&x, &w)| x_codebook.whole(x) * w_codebook.whole(w)).sum()
+    x.iter().zip(w).map(|(&x, &w)| x_codebook.in_units(x) * w_codebook.in_units(w)).sum()
 }

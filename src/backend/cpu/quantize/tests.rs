@@ -60,7 +60,7 @@ fn check(tokens: usize, format: &SiteFormat) {
     format.check().unwrap();
     let x = activations(tokens, format.channels);
     let expected = quantize_rows_plain(&x, tokens, format).unwrap();
-    let arranged = format.arrange_rows_plain(&x, tokens);
+    let arranged = format.permute_rows_plain(&x, tokens);
     let restored = dequantize_rows_plain(&expected);
     for isa in Isa::available() {
         let rows = quantize_rows(isa, &x, tokens, format).unwrap();
