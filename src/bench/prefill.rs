@@ -233,7 +233,7 @@ fn block<B: Backend>(
         mlp_norm: ones()?,
         epsilon: architecture.norm_epsilon,
         key_mean: None,
-        head_norms: None,
+        qk_norm: None,
         router: None,
         sites,
     })

@@ -166,7 +166,7 @@ fn kept_tensors(architecture: &Architecture, blocks: &[BlockPlan]) -> Vec<(Strin
         kept.push((architecture.head_name().to_owned(), table));
     }
     for (index, block) in blocks.iter().enumerate() {
-        kept.extend(architecture.beside_linears(index));
+        kept.extend(architecture.unquantized_tensors(index));
         for site in block {
             let whole = site.linears.iter().filter(|linear| linear.bits == 16);
             kept.extend(whole.map(|linear| {

@@ -1,4 +1,4 @@
-/*! `config.json` -> what the forward pass and the pipeline need to know of a network. */
+/*! `config.json` -> [`Architecture`], the description of a network. */
 
 use std::sync::Arc;
 
@@ -6,11 +6,15 @@ use serde_json::Value;
 
 use super::config::Config;
 use super::families::Family;
+pub use super::parts::{
+    Activation, Biases, BlockAttention, ExpertNames, Experts, FusedLinears, Mlp, Multipliers,
+    NormPlacement, Norms, QkNorm, QueryScaling, RouterKind, SharedExpert,
+};
 use super::rope::Rope;
 use super::{bounds, class, quantized};
 use crate::{Error, Result};
 
-/// A Llama-like decoder. It can say more than the forward pass computes: `support.rs` refuses the rest by name.
+/// A Llama-like decoder. It can describe more than the forward pass computes; `support.rs` refuses the rest by name.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Architecture {
     /// `model_type` of config.json.
@@ -19,7 +23,7 @@ pub struct Architecture {
     pub blocks: usize,
     /// Channels of the residual stream.
     pub hidden: usize,
-    /// Channels between the projections of an MLP that is not one of several experts.
+    /// Channels between the projections of a dense MLP.
     pub intermediate: usize,
     /// Query heads.
     pub heads: usize,
@@ -31,7 +35,7 @@ pub struct Architecture {
     pub vocabulary: usize,
     /// RMSNorm's epsilon.
     pub norm_epsilon: f32,
-    /// Where a block's norms stand, and what their stored weights mean.
+    /// Where a block's norms are, and what their stored weights mean.
     pub norms: Norms,
     /// Whether the output head is the embedding.
     pub tied: bool,
@@ -55,188 +59,20 @@ pub struct Architecture {
     pub experts: Option<Experts>,
     /// Linears that a source stores as one tensor.
     pub fused: &'static [FusedLinears],
-    /// What its user should know, as a warning: code of the repository's own that is not run.
+    /// A warning for the user: the repository has its own code, which is not run.
     pub remark: Option<String>,
-}
-
-/// Where norms stand in a block.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum NormPlacement {
-    /// Before attention and before the MLP (Llama).
-    #[default]
-    Before,
-    /// After each, on what is added to the residual stream (OLMo 2).
-    After,
-    /// Both before and after (Gemma 3).
-    Both,
-}
-
-/// A block's norms.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Norms {
-    /// Where they stand.
-    pub placement: NormPlacement,
-    /// Whether a stored weight `w` means `1 + w`.
-    pub unit_offset: bool,
-}
-
-/// How one block attends.
-#[derive(Clone, Debug, PartialEq)]
-pub struct BlockAttention {
-    /// Rotary embedding; none for a block without positions.
-    pub rope: Option<Rope>,
-    /// Tokens that a token attends to, itself included, where that is not all before it.
-    pub window: Option<usize>,
-}
-
-/// Queries at position `p` are multiplied by `1 + beta * ln(1 + floor(p / original))`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct QueryScaling {
-    /// How fast the factor grows.
-    pub beta: f64,
-    /// Tokens of the original context.
-    pub original: usize,
-}
-
-/// Factors of the residual stream, 1 where there is none.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Multipliers {
-    /// Of the embedded tokens.
-    pub embedding: f32,
-    /// Of what attention and the MLP add.
-    pub residual: f32,
-    /// Of the logits.
-    pub logits: f32,
-}
-
-impl Default for Multipliers {
-    fn default() -> Self {
-        Self { embedding: 1.0, residual: 1.0, logits: 1.0 }
-    }
-}
-
-/// RMSNorm of queries and keys.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum QkNorm {
-    /// None.
-    #[default]
-    None,
-    /// Of each head by itself, with one weight `[head_dim]` for all (Qwen3).
-    PerHead,
-    /// Of all heads as one row, with a weight `[heads * head_dim]` (OLMo 2).
-    AllHeads,
-}
-
-/// What an MLP computes between its projections.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mlp {
-    /// Its nonlinearity.
-    pub activation: Activation,
-    /// Whether it has a gate: `activation(gate) * up`, and not `activation(up)`.
-    pub gated: bool,
-}
-
-impl Default for Mlp {
-    fn default() -> Self {
-        Self { activation: Activation::Silu, gated: true }
-    }
-}
-
-/// The nonlinearity of an MLP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `x / (1 + exp(-x))`.
-    Silu,
-    /// GELU, approximated by a hyperbolic tangent (Gemma).
-    GeluTanh,
-    /// `max(x, 0)^2` (Arcee).
-    ReluSquared,
-}
-
-/// Which linears have a bias.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Biases {
-    /// q, k and v.
-    pub attn_in: bool,
-    /// o.
-    pub attn_out: bool,
-    /// gate, up and down.
-    pub mlp: bool,
-    /// The field of config.json that gives attention's linears biases, where the family has one.
-    pub attention_flag: Option<&'static str>,
-    /// The field that gives those of the MLP biases.
-    pub mlp_flag: Option<&'static str>,
-}
-
-/// Linears of one site that a source stores as one tensor, their rows one after another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FusedLinears {
-    /// What stands in the place of a linear's own name, e.g. `qkv_proj`.
-    pub stored: &'static str,
-    /// The linears in the order of their rows, e.g. `q_proj`, `k_proj`, `v_proj`.
-    pub linears: &'static [&'static str],
-}
-
-/// Several MLPs in a block, of which a router chooses a few for each token.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Experts {
-    /// In a block.
-    pub count: usize,
-    /// For each token.
-    pub per_token: usize,
-    /// Channels between an expert's projections.
-    pub intermediate: usize,
-    /// Whether the routing weights of a token add up to one.
-    pub normalized: bool,
-    /// How the router's logits become routing weights.
-    pub router: RouterKind,
-    /// Factor of the routing weights.
-    pub scale: f32,
-    /// An expert that every token goes to.
-    pub shared: Option<SharedExpert>,
-    /// Blocks that have one MLP like any dense network's, ascending.
-    pub dense_blocks: Vec<usize>,
-    /// What they are called.
-    pub names: ExpertNames,
-}
-
-/// How a router's logits become routing weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RouterKind {
-    /// Softmax over all experts (Mixtral).
-    Softmax,
-    /// Sigmoid of each logit; experts are chosen by it plus a stored bias (GLM 4.5).
-    SigmoidWithBias,
-}
-
-/// An expert that every token goes to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SharedExpert {
-    /// Channels between its projections.
-    pub intermediate: usize,
-    /// Whether its output is multiplied by the sigmoid of a gate of its own.
-    pub gated: bool,
-}
-
-/// What a block's experts are called.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ExpertNames {
-    /// What the router and the experts are part of.
-    pub part: &'static str,
-    /// gate, up and down.
-    pub linears: [&'static str; 3],
 }
 
 impl Architecture {
     /// Reads the content of `config.json`, or of a part of it that describes a language model.
     ///
     /// # Errors
-    /// As [`Architecture::read`]'s, with a name of the file that says nothing of where it is.
+    /// As [`Architecture::read`], with the file's name only.
     pub fn from_config(config: &Value) -> Result<Self> {
         Self::read(config, "config.json")
     }
 
-    /// Reads the content of `config.json`, which messages call `file`. Every field that the family's implementation in
+    /// Reads the content of `config.json`; `file` is its name in messages. Every field that the family's implementation in
     /// transformers reads is read with its type and that family's default. Fields that change nothing at inference
     /// (dropout, `pretraining_tp`, `use_cache`, router losses) and those that the family's implementation does not know
     /// are not read.
@@ -319,7 +155,7 @@ impl Architecture {
         self.experts.as_ref().filter(|experts| experts.dense_blocks.binary_search(&block).is_err())
     }
 
-    /// Positions that the network was made for: `max_position_embeddings`, extended where RoPE's scaling extends it.
+    /// Positions that the network supports: `max_position_embeddings`, extended by RoPE's scaling.
     pub fn positions(&self) -> usize {
         (self.max_positions as f64 * self.rope().scaling.extension()) as usize
     }
@@ -334,7 +170,7 @@ impl Architecture {
         self.attention[0].window
     }
 
-    /// Gives each block its sliding window.
+    /// Sets the sliding window of each block.
     pub(super) fn set_windows(&mut self, windows: impl IntoIterator<Item = Option<usize>>) {
         for (block, window) in self.attention.iter_mut().zip(windows) {
             block.window = window;
@@ -354,33 +190,7 @@ impl Architecture {
     }
 }
 
-impl Biases {
-    /// The biases of a family whose config.json has these fields.
-    pub(super) fn by_flags(
-        config: &Config,
-        attention_flag: Option<&'static str>,
-        mlp_flag: Option<&'static str>,
-    ) -> Result<Self> {
-        let is_set = |flag: Option<&str>| flag.map_or(Ok(false), |flag| config.flag(flag));
-        let (attention, mlp) = (is_set(attention_flag)?, is_set(mlp_flag)?);
-        Ok(Self { attn_in: attention, attn_out: attention, mlp, attention_flag, mlp_flag })
-    }
-}
-
-impl Experts {
-    /// Experts in a block. `num_experts` and `num_local_experts` are one field under two names.
-    pub(super) fn count_field(config: &Config, default: usize) -> Result<usize> {
-        let [new, old] = ["num_local_experts", "num_experts"];
-        match (config.count(new, bounds::EXPERTS)?, config.count(old, bounds::EXPERTS)?) {
-            (Some(a), Some(b)) if a != b => {
-                Err(config.contradiction(new, &format!("`{old}` is {b}: both count the experts")))
-            }
-            (a, b) => Ok(a.or(b).unwrap_or(default)),
-        }
-    }
-}
-
-/// Refuses what no family here has: another activation, attention to later tokens, settings for single blocks.
+/// Refuses what no family has: another activation, attention to later tokens, settings for single blocks.
 fn check_constants(config: &Config) -> Result<()> {
     if config.text("hidden_act")?.is_some_and(|act| !matches!(act, "silu" | "swish")) {
         let known = "this version runs networks with SiLU-gated MLPs, `silu`";

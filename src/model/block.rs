@@ -1,44 +1,14 @@
 /*! The forward pass of a decoder block, written once.
 
 Calibration, evaluation of the source, evaluation of the checkpoint and verification all run this
-code; only what a site does with its activation and how a linear is held differ. */
+code. Only the treatment of a site's activation and the form of its linears differ. */
 
-use super::experts::{Router, Share};
+use super::experts::{RoutedTokens, Router};
+use super::site::Input;
+pub use super::site::{Linear, Site, Treatment};
 use super::sites::{ATTN_IN, ATTN_OUT, MLP_ACT, MLP_IN};
 use crate::Result;
 use crate::backend::{AttentionSpec, Forward, Memory, Placement, Qkv};
-
-/// A linear on a backend.
-pub enum Linear<B: Forward> {
-    /// Full precision, `[out, in]`; behind a site with a format, in that site's order.
-    Dense(B::Dense),
-    /// Quantized, on the integer path.
-    Packed(B::Packed),
-}
-
-/// What becomes of a site's activation before its linears see it.
-pub enum Treatment<B: Forward> {
-    /// Nothing: full precision, in the source's channel order.
-    Source,
-    /// Arranged in the site's order and left in floating point.
-    Arranged(B::Site),
-    /// Arranged and quantized.
-    Quantized(B::Site),
-}
-
-/// A site of a block with the linears it feeds.
-pub struct Site<B: Forward> {
-    /// Its number in the block.
-    pub at: usize,
-    /// Its full name, for errors.
-    pub name: String,
-    /// What becomes of the activation.
-    pub treatment: Treatment<B>,
-    /// q, k, v; or o; or gate, up, of every expert; or down.
-    pub linears: Vec<Linear<B>>,
-    /// What is added to the output of each, if anything is, `[1, rows]`.
-    pub biases: Vec<Option<B::Hidden>>,
-}
 
 /// A decoder block, ready to run.
 pub struct Block<B: Forward> {
@@ -48,39 +18,39 @@ pub struct Block<B: Forward> {
     pub mlp_norm: B::Hidden,
     /// RMSNorm's epsilon.
     pub epsilon: f32,
-    /// What is taken from the embedded keys before they are quantized, `[1, kv_heads * head_dim]`.
+    /// What is subtracted from the keys after the rotary embedding, before they are quantized, `[1, kv_heads * head_dim]`.
     pub key_mean: Option<B::Hidden>,
     /// RMSNorm of each query and key head before the rotary embedding, `[1, head_dim]`.
-    pub head_norms: Option<[B::Hidden; 2]>,
+    pub qk_norm: Option<[B::Hidden; 2]>,
     /// Chooses experts, where there are any.
     pub router: Option<Router<B>>,
-    /// attn_in, attn_out, mlp_in, and an mlp_act for each expert, or the one there is.
+    /// attn_in, attn_out, mlp_in, and one mlp_act, or one for each expert.
     pub sites: Vec<Site<B>>,
 }
 
-/// What an observer is shown.
+/// Which activation an observer is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
-    /// What enters a site, before it is permuted.
+    /// The input of a site, before it is permuted.
     Entering(usize),
-    /// A site's activation as its dense linears see it. Sites whose linears are all packed are not shown. Where there are
-    /// experts, mlp_in is shown once for each, with the tokens that go there.
+    /// A site's activation as its dense linears read it. Sites whose linears are all packed are not shown. With
+    /// experts, mlp_in is shown once for each, with the tokens routed to it.
     Site(usize),
     /// Queries, before the rotary embedding.
     Queries,
-    /// Keys, likewise.
+    /// Keys, before the rotary embedding.
     Keys,
     /// Values.
     Values,
 }
 
-/// Sees activations on their way, if anybody does. What nobody observes may be fused away.
+/// Sees the activations of a forward pass. A backend may fuse away those that no observer sees.
 pub struct Observer<'a, B: Forward>(Option<See<'a, B>>);
 
 type See<'a, B> = &'a mut dyn FnMut(Seen, &<B as Memory>::Activation) -> Result<()>;
 
 impl<'a, B: Forward> Observer<'a, B> {
-    /// Nobody.
+    /// Sees nothing.
     pub fn none() -> Self {
         Self(None)
     }
@@ -90,13 +60,17 @@ impl<'a, B: Forward> Observer<'a, B> {
         Self(Some(see))
     }
 
-    fn see(&mut self, seen: Seen, x: &B::Activation) -> Result<()> {
+    pub(super) fn is_none(&self) -> bool {
+        self.0.is_none()
+    }
+
+    pub(super) fn see(&mut self, seen: Seen, x: &B::Activation) -> Result<()> {
         self.0.as_mut().map_or(Ok(()), |see| see(seen, x))
     }
 }
 
 impl<B: Forward> Block<B> {
-    /// Runs the block over `x` `[tokens, hidden]`, whole windows of `attention.seq_len` rows, in
+    /// Runs the block over `x` `[tokens, hidden]`, complete windows of `attention.seq_len` rows, in
     /// place.
     pub fn forward(
         &self,
@@ -110,8 +84,8 @@ impl<B: Forward> Block<B> {
         self.mlp(backend, x, observer)
     }
 
-    /// Runs the block over `x` `[tokens, hidden]`, whose rows stand in attention's windows as `placement` says, in
-    /// place. Where only some rows are `wanted`, only they are left.
+    /// Runs the block in place over `x` `[tokens, hidden]`, whose rows attention reads in the windows of `placement`.
+    /// With `wanted`, `x` becomes these rows only.
     pub fn forward_placed(
         &self,
         backend: &B,
@@ -132,27 +106,28 @@ impl<B: Forward> Block<B> {
         self.mlp(backend, x, unobserved)
     }
 
-    /// Adds the MLP's output, or that of each token's experts, to the hidden states `x` behind attention.
+    /// Adds the MLP's output, or that of each token's experts, to the hidden states `x` after attention.
     pub fn mlp(&self, backend: &B, x: &mut B::Hidden, observer: &mut Observer<B>) -> Result<()> {
         if let Some(router) = &self.router {
             let normed = backend.rms_norm(x, &self.mlp_norm, self.epsilon)?;
-            let shares = router.shares(backend, &normed)?;
-            for (expert, share) in shares.iter().enumerate().filter(|(_, share)| !share.is_empty())
+            let routed = router.route(backend, &normed)?;
+            for (expert, routed) in
+                routed.iter().enumerate().filter(|(_, routed)| !routed.is_empty())
             {
-                let pair = self.gate_and_up_of(backend, expert, &normed, share, observer)?;
-                let input = self.behind_silu(backend, MLP_ACT + expert, pair, observer)?;
+                let pair = self.gate_and_up_of(backend, expert, &normed, routed, observer)?;
+                let input = self.after_silu(backend, MLP_ACT + expert, pair, observer)?;
                 let [output] = self.sites[MLP_ACT + expert].outputs(backend, &input)?;
-                backend.add_rows(x, &output, &share.tokens, &share.weights)?;
+                backend.add_rows(x, &output, &routed.tokens, &routed.weights)?;
             }
             return Ok(());
         }
         let pair = self.gate_and_up(backend, x, observer)?;
-        let input = self.behind_silu(backend, MLP_ACT, pair, observer)?;
+        let input = self.after_silu(backend, MLP_ACT, pair, observer)?;
         self.sites[MLP_ACT].add_onto(backend, &input, x)
     }
 
-    /// What the linear of the mlp_act numbered `at` sees, from gate and up.
-    fn behind_silu(
+    /// The input of the linear of the mlp_act numbered `at`, from gate and up.
+    fn after_silu(
         &self,
         backend: &B,
         at: usize,
@@ -166,8 +141,8 @@ impl<B: Forward> Block<B> {
         site.input(backend, backend.silu_mul(gate, &up)?, observer)
     }
 
-    /// Shows `observer` every site's activation; `x` is used up on the way. The last product is
-    /// left out, since nobody looks at what it gives.
+    /// Shows `observer` every site's activation. The last product is left out, since its output is not
+    /// observed.
     pub fn observe(
         &self,
         backend: &B,
@@ -184,16 +159,16 @@ impl<B: Forward> Block<B> {
             return Ok(());
         };
         let normed = backend.rms_norm(&x, &self.mlp_norm, self.epsilon)?;
-        for (expert, share) in router.shares(backend, &normed)?.iter().enumerate() {
-            if !share.is_empty() {
-                let z = self.gated_of(backend, expert, &normed, share, observer)?;
+        for (expert, routed) in router.route(backend, &normed)?.iter().enumerate() {
+            if !routed.is_empty() {
+                let z = self.gated_of(backend, expert, &normed, routed, observer)?;
                 self.sites[MLP_ACT + expert].input(backend, z, observer)?;
             }
         }
         Ok(())
     }
 
-    /// The joined heads of attention for the hidden states `x`: what attn_out sees.
+    /// The joined heads of attention for the hidden states `x`: the input of attn_out.
     pub fn heads(
         &self,
         backend: &B,
@@ -208,7 +183,7 @@ impl<B: Forward> Block<B> {
         backend.attention(attention, None, qkv, self.key_mean.as_ref())
     }
 
-    /// The outputs of q, k and v for the hidden states `x`, queries and keys normed where heads are.
+    /// The outputs of q, k and v for the hidden states `x`, queries and keys normed where the network has QK-norm.
     fn queries_keys_values(
         &self,
         backend: &B,
@@ -216,23 +191,23 @@ impl<B: Forward> Block<B> {
         observer: &mut Observer<B>,
     ) -> Result<Qkv<B::Activation>> {
         let [mut q, mut k, v] = self.after_norm(backend, ATTN_IN, x, &self.attn_norm, observer)?;
-        if let Some([of_q, of_k]) = &self.head_norms {
+        if let Some([of_q, of_k]) = &self.qk_norm {
             backend.qk_norm(&mut q, of_q, self.epsilon)?;
             backend.qk_norm(&mut k, of_k, self.epsilon)?;
         }
         Ok(Qkv { q, k, v })
     }
 
-    /// `silu(gate) * up` of one expert for its share of the normed hidden states: what its mlp_act sees.
+    /// `silu(gate) * up` of one expert for its tokens of the normed hidden states: the input of its mlp_act.
     pub fn gated_of(
         &self,
         backend: &B,
         expert: usize,
         normed: &B::Activation,
-        share: &Share,
+        routed: &RoutedTokens,
         observer: &mut Observer<B>,
     ) -> Result<B::Activation> {
-        let [gate, up] = self.gate_and_up_of(backend, expert, normed, share, observer)?;
+        let [gate, up] = self.gate_and_up_of(backend, expert, normed, routed, observer)?;
         backend.silu_mul(gate, &up)
     }
 
@@ -242,16 +217,16 @@ impl<B: Forward> Block<B> {
         backend: &B,
         expert: usize,
         normed: &B::Activation,
-        share: &Share,
+        routed: &RoutedTokens,
         observer: &mut Observer<B>,
     ) -> Result<[B::Activation; 2]> {
         let site = &self.sites[MLP_IN];
-        let input = site.input(backend, backend.select_rows(normed, &share.tokens)?, observer)?;
+        let input = site.input(backend, backend.select_rows(normed, &routed.tokens)?, observer)?;
         let output = |linear| site.output(backend, &input, linear);
         Ok([output(2 * expert)?, output(2 * expert + 1)?])
     }
 
-    /// `silu(gate) * up` for the hidden states `x` behind attention: what mlp_act sees. Not where there are experts.
+    /// `silu(gate) * up` for the hidden states `x` after attention: the input of mlp_act. Only without experts.
     pub fn gated(
         &self,
         backend: &B,
@@ -262,7 +237,7 @@ impl<B: Forward> Block<B> {
         backend.silu_mul(gate, &up)
     }
 
-    /// The outputs of gate and up for the hidden states `x` behind attention. Not where there are experts.
+    /// The outputs of gate and up for the hidden states `x` after attention. Only without experts.
     pub fn gate_and_up(
         &self,
         backend: &B,
@@ -287,119 +262,5 @@ impl<B: Forward> Block<B> {
             None => site.input(backend, backend.rms_norm(x, norm, epsilon)?, observer)?,
         };
         site.outputs(backend, &input)
-    }
-}
-
-/// An activation as the linears of its site see it.
-enum Input<B: Forward> {
-    /// In floating point.
-    Float(B::Activation),
-    /// Quantized.
-    Rows(B::Rows),
-}
-
-impl<B: Forward> Site<B> {
-    /// The outputs of the site's linears.
-    fn outputs<const N: usize>(&self, backend: &B, input: &Input<B>) -> Result<[B::Activation; N]> {
-        let linears = 0..self.linears.len();
-        let outputs = linears.map(|linear| self.output(backend, input, linear));
-        let outputs: Vec<B::Activation> = outputs.collect::<Result<_>>()?;
-        Ok(outputs.try_into().ok().expect("a site is built with the linears of its kind"))
-    }
-
-    /// The output of one of its linears.
-    fn output(&self, backend: &B, input: &Input<B>, linear: usize) -> Result<B::Activation> {
-        let mut y = match (&self.linears[linear], input) {
-            (Linear::Dense(weight), Input::Float(x)) => backend.product(x, weight),
-            (Linear::Packed(weight), Input::Rows(x)) => backend.integer_product(x, weight),
-            (Linear::Dense(weight), Input::Rows(x)) => {
-                backend.product(&backend.dequantize(x)?, weight)
-            }
-            (Linear::Packed(_), Input::Float(_)) => {
-                unreachable!("packed linears are only built behind quantized sites")
-            }
-        }?;
-        if let Some(bias) = &self.biases[linear] {
-            backend.add_bias(&mut y, bias)?;
-        }
-        Ok(y)
-    }
-
-    /// Adds the output of the site's one linear for the activation `x` to the residual stream.
-    pub fn apply_onto(
-        &self,
-        backend: &B,
-        x: B::Activation,
-        stream: &mut B::Hidden,
-        observer: &mut Observer<B>,
-    ) -> Result<()> {
-        let input = self.input(backend, x, observer)?;
-        self.add_onto(backend, &input, stream)
-    }
-
-    /// Adds the output of the site's one linear to the residual stream.
-    fn add_onto(&self, backend: &B, input: &Input<B>, stream: &mut B::Hidden) -> Result<()> {
-        match (&self.linears[..], &self.biases[..], input) {
-            ([Linear::Dense(weight)], [None], Input::Float(x)) => {
-                backend.add_product(stream, x, weight)
-            }
-            ([Linear::Packed(weight)], [None], Input::Rows(x)) => {
-                backend.add_integer_product(stream, x, weight)
-            }
-            _ => {
-                let [output] = self.outputs(backend, input)?;
-                backend.add(stream, &output)
-            }
-        }
-    }
-
-    /// Its order and format on the backend.
-    ///
-    /// # Panics
-    /// If it has none.
-    pub fn order(&self) -> &B::Site {
-        match &self.treatment {
-            Treatment::Source => unreachable!("only sites with a format are quantized"),
-            Treatment::Arranged(site) | Treatment::Quantized(site) => site,
-        }
-    }
-
-    /// The activation `x` as dense linears behind a site with a format see it, whatever its linears are.
-    pub fn seen(&self, backend: &B, x: &B::Activation) -> Result<B::Activation> {
-        match &self.treatment {
-            Treatment::Source => unreachable!("only sites with a format are quantized"),
-            Treatment::Arranged(site) => backend.permute(x, site),
-            Treatment::Quantized(site) => {
-                backend.dequantize(&backend.quantize(x, site, &self.name)?)
-            }
-        }
-    }
-
-    /// Its order, where its activation is quantized, all its linears are packed and nobody looks at what enters: a backend
-    /// may then make codes in one step with what comes before.
-    fn fusible_order(&self, observer: &Observer<B>) -> Option<&B::Site> {
-        let packed = self.linears.iter().all(|linear| matches!(linear, Linear::Packed(_)));
-        match &self.treatment {
-            Treatment::Quantized(site) if packed && observer.0.is_none() => Some(site),
-            _ => None,
-        }
-    }
-
-    fn input(&self, backend: &B, x: B::Activation, observer: &mut Observer<B>) -> Result<Input<B>> {
-        observer.see(Seen::Entering(self.at), &x)?;
-        let float = match &self.treatment {
-            Treatment::Source => x,
-            Treatment::Arranged(site) => backend.permute(&x, site)?,
-            Treatment::Quantized(site) => {
-                let rows = backend.quantize(&x, site, &self.name)?;
-                drop(x);
-                if self.linears.iter().any(|linear| matches!(linear, Linear::Packed(_))) {
-                    return Ok(Input::Rows(rows));
-                }
-                backend.dequantize(&rows)?
-            }
-        };
-        observer.see(Seen::Site(self.at), &float)?;
-        Ok(Input::Float(float))
     }
 }

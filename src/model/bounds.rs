@@ -1,5 +1,5 @@
-/*! How large a network may be: bounds on the counts of `config.json`, so that a number nobody meant is refused before
-anything is allocated or counted up to it. They are far beyond any network there is. */
+/*! Bounds on the counts of `config.json`, so that an absurd number is refused before anything is allocated for it. They
+are far beyond any existing network. */
 
 use std::ops::RangeInclusive;
 
@@ -20,11 +20,11 @@ pub(super) const VOCABULARY: RangeInclusive<usize> = 1..=1 << 31;
 pub(super) const EXPERTS: RangeInclusive<usize> = 1..=1 << 16;
 /// Experts of all blocks.
 const ALL_EXPERTS: usize = 1 << 18;
-/// Weights of all linears and the embedding. No product of counts overflows that stays below.
+/// Weights of all linears and the embedding. Below it no product of counts overflows.
 const WEIGHTS: u128 = 1 << 50;
 
 impl Architecture {
-    /// Refuses counts whose products are beyond any network.
+    /// Refuses counts whose products are too large.
     pub(super) fn check_size(&self, file: &str) -> Result<()> {
         let experts = self.experts.as_ref().map_or(0, |experts| experts.count);
         if experts.saturating_mul(self.blocks) > ALL_EXPERTS {
@@ -47,7 +47,7 @@ impl Architecture {
         Ok(())
     }
 
-    /// Weights of all linears and the embedding; of a sparse network as if every block had experts.
+    /// Weights of all linears and the embedding, as if every block of a sparse network had experts.
     fn weights(&self) -> u128 {
         let [hidden, heads, kv_heads, head_dim] =
             [self.hidden, self.heads, self.kv_heads, self.head_dim].map(|count| count as u128);
@@ -60,8 +60,8 @@ impl Architecture {
         ends + self.blocks as u128 * (attention + dense.max(experts))
     }
 
-    /// Compares the number of blocks with the names of a checkpoint's tensors, without making a list of what a network
-    /// of so many blocks would hold.
+    /// Compares the number of blocks with the names of a checkpoint's tensors, without listing the tensors that the
+    /// network would have.
     ///
     /// # Errors
     /// If the last block has no tensors, or there are blocks after it.
@@ -78,7 +78,7 @@ impl Architecture {
     }
 }
 
-/// The block that a tensor's name, e.g. `model.layers.3.mlp.up_proj.weight`, says it is part of.
+/// The block number in a tensor's name, e.g. 3 in `model.layers.3.mlp.up_proj.weight`.
 fn block_of(name: &str) -> Option<usize> {
     let name = name.strip_prefix("model.").unwrap_or(name);
     name.strip_prefix("layers.")?.split('.').next()?.parse().ok()

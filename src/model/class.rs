@@ -1,4 +1,4 @@
-/*! Which network the weights are said to belong to: `architectures` and `auto_map`. */
+/*! The network that the weights belong to, by `architectures` and `auto_map`. */
 
 use serde_json::Value;
 
@@ -6,7 +6,7 @@ use super::config::Config;
 use super::families::Family;
 use crate::{Error, Result};
 
-/// Classes of transformers that hold a family's decoder and, but for the second, its language head.
+/// Classes of transformers for a family: the language model, and its decoder without a head.
 fn classes(family: &Family) -> [String; 2] {
     ["ForCausalLM", "Model"].map(|kind| format!("{}{kind}", family.class))
 }
@@ -16,7 +16,7 @@ fn is_class_of(family: &Family, class: &str) -> bool {
     classes(family).iter().any(|own| own.eq_ignore_ascii_case(class))
 }
 
-/// Refuses a network that is not the family's language model. Returns a warning for one that has code of its own.
+/// Refuses a network that is not the family's language model. Returns a warning if the repository has its own code.
 ///
 /// # Errors
 /// Another class, or a field of a wrong type.

@@ -9,18 +9,18 @@ use serde_json::{Map, Value};
 
 use crate::{Error, Result};
 
-/// An object of `config.json` and where it stands.
+/// An object of `config.json` and its place in the file.
 #[derive(Clone, Copy)]
 pub struct Config<'a> {
     fields: &'a Map<String, Value>,
-    /// What messages call the file.
+    /// The file's name in messages.
     file: &'a str,
     /// The field that holds this object; none for the file's own.
     parent: Option<&'a str>,
 }
 
 impl<'a> Config<'a> {
-    /// The fields of `value`, which messages call `file`.
+    /// The fields of `value`; `file` is its name in messages.
     ///
     /// # Errors
     /// If it is no object.
@@ -31,7 +31,7 @@ impl<'a> Config<'a> {
         Ok(Self { fields, file, parent: None })
     }
 
-    /// What messages call the file.
+    /// The file's name in messages.
     pub fn file(&self) -> &'a str {
         self.file
     }
@@ -162,7 +162,7 @@ impl<'a> Config<'a> {
         format!("{file}: `{name}` is {}", shortened(&value.to_string()))
     }
 
-    /// An error that says what a field holds and what would be right.
+    /// An error with the value of a field and what would be right.
     pub fn wrong(&self, key: &str, right: &str) -> Error {
         Error::input(format!("{}, which must be {right}", self.shown(key)))
             .hint("correct the field, or download the file again")
@@ -181,7 +181,7 @@ impl<'a> Config<'a> {
     }
 }
 
-/// The beginning of a text from the file, as a message can hold it.
+/// The first characters of a text from the file, safe for a message.
 pub(super) fn shortened(text: &str) -> String {
     const LONGEST: usize = 80;
     let mut shown: String = text.chars().take(LONGEST).filter(|c| !c.is_control()).collect();

@@ -7,10 +7,12 @@ mod class;
 mod config;
 pub mod experts;
 mod families;
+mod parts;
 mod quantized;
 #[cfg(test)]
 mod reference_tests;
 pub mod rope;
+mod site;
 pub mod sites;
 mod support;
 mod window;

@@ -1,9 +1,9 @@
-/*! Weights that are quantized already: `quantization_config`. */
+/*! Refuses weights that are already quantized, by `quantization_config`. */
 
 use super::config::{Config, shortened};
 use crate::{Error, Result};
 
-/// What the method that `config.json` names is called, where its own name says little.
+/// Readable names of the methods in `config.json`.
 const NAMES: [(&str, &str); 6] = [
     ("gptq", "GPTQ"),
     ("awq", "AWQ"),

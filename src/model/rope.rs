@@ -1,4 +1,4 @@
-/*! Rotary position embedding: which frequencies `config.json` asks for.
+/*! Rotary position embedding: its frequencies by `config.json`.
 
 Fields are resolved as transformers 5 does (`convert_rope_params_to_dict`, `standardize_rope_params`). */
 
@@ -12,9 +12,9 @@ pub struct Rope {
     pub theta: f64,
     /// Change of the frequencies for long contexts.
     pub scaling: RopeScaling,
-    /// Share of a head's channels that turn, the first ones.
+    /// Share of a head's channels that are rotated, the first ones.
     pub share: f64,
-    /// Whether a pair is two neighbouring channels, and not one of each half.
+    /// Whether a pair is two neighbouring channels instead of one of each half.
     pub interleaved: bool,
 }
 
@@ -25,9 +25,9 @@ pub enum RopeScaling {
     None,
     /// All divided by a factor.
     Linear(f64),
-    /// Llama 3.1's: low frequencies divided, high ones kept, blended in between.
+    /// Llama 3.1's: low frequencies divided, high ones unchanged, blended in between.
     Llama3 {
-        /// What low frequencies are divided by.
+        /// Divisor of low frequencies.
         factor: f64,
         /// Turns in the original context below which a frequency is low.
         low: f64,
@@ -40,30 +40,30 @@ pub enum RopeScaling {
 
 const THETA: &str = "rope_theta";
 
-/// What this version can do, for hints.
+/// What this version supports, for hints.
 const KNOWN: &str = "this version knows the RoPE types `default`, `linear` and `llama3`, the same for all blocks and \
                      over all channels of a head";
 
 impl Rope {
     /// Reads `rope_theta`, `rope_scaling` and `rope_parameters`. A non-empty `rope_scaling` replaces `rope_parameters`;
-    /// `rope_theta` in either comes before the file's own, which comes before the family's.
+    /// `rope_theta` in either takes precedence over the file's own, which takes precedence over the family's default.
     ///
     /// # Errors
     /// A field of a wrong type, or an embedding that this version does not compute.
     pub fn from_config(config: &Config, family_theta: f64, max_positions: usize) -> Result<Self> {
-        whole_heads_turn(config)?;
+        check_full_rotation(config)?;
         let [scaling, parameters] =
             ["rope_scaling", "rope_parameters"].map(|key| config.object(key));
         let given = [scaling?, parameters?].into_iter().flatten();
         let given = given.into_iter().find(|settings| settings.keys().next().is_some());
         let inner = match &given {
             Some(settings) => {
-                only_known_settings(settings)?;
+                check_settings(settings)?;
                 settings.positive(THETA)?
             }
             None => None,
         };
-        // Beside a value inside, null says nothing.
+        // With a value inside, null means nothing.
         let outer = match config.given(THETA) {
             None if inner.is_some() => None,
             _ => config.positive(THETA)?,
@@ -121,8 +121,8 @@ impl RopeScaling {
         }
     }
 
-    /// By how much the context is longer than `max_position_embeddings`: transformers asks that this is left as it was
-    /// where frequencies are scaled linearly, and that it is the extended length for `llama3`.
+    /// The factor by which the context is longer than `max_position_embeddings`. By the conventions of transformers that
+    /// field is the original length for linear scaling, and the extended one for `llama3`.
     pub fn extension(&self) -> f64 {
         match self {
             Self::Linear(factor) => factor.max(1.0),
@@ -143,7 +143,7 @@ fn rope_type<'a>(settings: &Config<'a>) -> Result<&'a str> {
     }
 }
 
-/// `original_max_position_embeddings`, inside the settings or beside them.
+/// `original_max_position_embeddings`, in the settings or in the file itself.
 fn original_positions(config: &Config, settings: &Config) -> Result<Option<f64>> {
     const KEY: &str = "original_max_position_embeddings";
     let outer = config.given(KEY).map(|_| config.positive(KEY)).transpose()?.flatten();
@@ -155,8 +155,8 @@ fn original_positions(config: &Config, settings: &Config) -> Result<Option<f64>>
     }
 }
 
-/// Refuses settings for each kind of layer and settings that change what this version computes.
-fn only_known_settings(settings: &Config) -> Result<()> {
+/// Refuses settings by layer type, and settings that this version does not compute.
+fn check_settings(settings: &Config) -> Result<()> {
     let of_layers = |key: &&str| {
         key.ends_with("_attention") || settings.given(key).is_some_and(|value| value.is_object())
     };
@@ -171,11 +171,11 @@ fn only_known_settings(settings: &Config) -> Result<()> {
     if settings.given("mrope_section").is_some() {
         return Err(settings.unsupported("mrope_section", KNOWN));
     }
-    whole_heads_turn(settings)
+    check_full_rotation(settings)
 }
 
-/// Refuses a `partial_rotary_factor` that leaves channels of a head as they are.
-fn whole_heads_turn(config: &Config) -> Result<()> {
+/// Refuses a `partial_rotary_factor` that leaves channels of a head unrotated.
+fn check_full_rotation(config: &Config) -> Result<()> {
     const KEY: &str = "partial_rotary_factor";
     if config.given(KEY).is_none() || config.number(KEY)? == Some(1.0) {
         return Ok(());

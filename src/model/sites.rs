@@ -1,8 +1,8 @@
-/*! The sites of a decoder block: which activation feeds which linears, and what they are called.
+/*! The sites of a decoder block: which activation feeds which linears, and their names.
 
 Outliers, channel order and activation quantization belong to a site; weights belong to a linear. Every
-Llama-like block has the sites attn_in, attn_out, mlp_in and mlp_act, in this order; where it has experts, all of them
-read mlp_in, and each has an mlp_act of its own. */
+Llama-like block has the sites attn_in, attn_out, mlp_in and mlp_act, in this order; where it has experts, all experts
+read mlp_in, and each has its own mlp_act. */
 
 use super::architecture::{Architecture, FusedLinears, QkNorm};
 use crate::checkpoint::RowRange;
@@ -20,7 +20,7 @@ pub enum SiteKind {
     MlpAct,
 }
 
-/// Numbers of the sites that every block has once, and of the first mlp_act.
+/// Indices of the sites that every block has once, and of the first mlp_act.
 pub const ATTN_IN: usize = 0;
 pub const ATTN_OUT: usize = 1;
 pub const MLP_IN: usize = 2;
@@ -35,7 +35,7 @@ pub struct LinearSpec {
     pub rows: usize,
     /// Input features.
     pub columns: usize,
-    /// Whether a bias `[rows]` is added, which stays as the source has it.
+    /// Whether it has a bias `[rows]`, which is unquantized.
     pub bias: bool,
 }
 
@@ -54,11 +54,11 @@ impl LinearSpec {
 /// A site of one block.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SiteSpec {
-    /// Which.
+    /// Its kind.
     pub kind: SiteKind,
     /// Full name, e.g. `model.layers.0.self_attn.attn_in`.
     pub name: String,
-    /// The expert whose own it is: that of an mlp_act, where there are experts.
+    /// The expert that an mlp_act belongs to, where there are experts.
     pub expert: Option<usize>,
     /// Input features of its linears.
     pub channels: usize,
@@ -96,9 +96,8 @@ impl Architecture {
         Some(format!("{}.{}.gate.weight", self.block_name(block), experts.names.part))
     }
 
-    /// Name and shape of what block `block` holds beside its linears' weights: norms, biases, the router. All of it
-    /// stays as the source has it.
-    pub fn beside_linears(&self, block: usize) -> Vec<(String, Vec<usize>)> {
+    /// Name and shape of the tensors of block `block` that are unquantized: norms, biases, the router.
+    pub fn unquantized_tensors(&self, block: usize) -> Vec<(String, Vec<usize>)> {
         let mut tensors: Vec<_> =
             self.norm_names(block).map(|name| (name, vec![self.hidden])).into();
         let qk_norms = self.qk_norm_names(block).into_iter().flatten();
@@ -171,7 +170,7 @@ impl Architecture {
             tensors.push((HEAD.to_owned(), vec![self.vocabulary, self.hidden]));
         }
         for block in 0..self.blocks {
-            tensors.extend(self.beside_linears(block));
+            tensors.extend(self.unquantized_tensors(block));
             for linear in self.sites(block).iter().flat_map(|site| &site.linears) {
                 tensors.push((linear.weight(), vec![linear.rows, linear.columns]));
             }
@@ -201,7 +200,7 @@ impl Architecture {
 }
 
 impl SiteSpec {
-    /// Linears of the site that are stored as one, each time with the part of their names before the last.
+    /// Linears of the site that are stored as one tensor, with the common prefix of their names.
     fn fused(&self, fused: &FusedLinears) -> Vec<(&str, Vec<&LinearSpec>)> {
         let all_of = |part: &str| -> Option<Vec<&LinearSpec>> {
             let named = |own: &&str| {
@@ -218,7 +217,7 @@ impl SiteSpec {
     }
 }
 
-/// Adds the weights, and the biases where there are any, of linears that are stored as one.
+/// Adds the weights, and any biases, of linears that are stored as one tensor.
 fn push_ranges(ranges: &mut Vec<RowRange>, stored: &str, linears: &[&LinearSpec]) {
     let all_rows = linears.iter().map(|linear| linear.rows).sum();
     let mut first = 0;

@@ -1,4 +1,4 @@
-/*! What the forward pass computes of what an [`Architecture`] can say: the one place that refuses the rest, by name. */
+/*! Refuses by name what an [`Architecture`] can describe and the forward pass does not compute. */
 
 use super::architecture::{
     Activation, Architecture, Experts, Mlp, Multipliers, NormPlacement, Norms, QkNorm, RouterKind,
@@ -23,7 +23,7 @@ impl Architecture {
         }
     }
 
-    /// Refuses blocks that attend differently.
+    /// Refuses blocks with different attention windows.
     fn check_alike(&self, file: &str) -> Result<()> {
         let windows = || self.attention.iter().map(|block| block.window);
         let sliding = windows().flatten().count();
@@ -40,7 +40,7 @@ impl Architecture {
 
     /// What the network has that the forward pass does not compute.
     fn unsupported(&self) -> Option<&'static str> {
-        // Every field is named, so that a new one does not compile before it is decided here whether it is computed.
+        // Every field is named, so that adding one fails to compile until it is decided here.
         let Self {
             family: _,
             blocks: _,

@@ -1,12 +1,12 @@
-/*! Sliding windows: how many tokens a token attends to in each block, where that is not all before it. */
+/*! Sliding windows: the number of tokens that a token attends to in each block, where that is limited. */
 
 use super::config::Config;
 use crate::Result;
 
-/// Wider windows hide no token of any text.
+/// Wider windows limit no text.
 const WIDEST: usize = 1 << 30;
 
-/// What this version can do, for hints.
+/// What this version supports, for hints.
 pub(super) const ALIKE: &str = "this version runs networks whose blocks attend alike";
 
 /// `sliding_window`: `default` where the field is absent, none where it is null.
@@ -42,7 +42,7 @@ pub(super) fn of_all(
 /// (28) on, where `use_sliding_window` is set.
 ///
 /// # Errors
-/// Blocks that have one, and none given.
+/// Blocks with a window, and no length given.
 pub(super) fn of_later_blocks(config: &Config, blocks: usize) -> Result<Vec<Option<usize>>> {
     let used = config.flag("use_sliding_window")?;
     let window = config.nullable_count("sliding_window", 1..=usize::MAX)?.unwrap_or(Some(4096));
@@ -64,7 +64,7 @@ pub(super) fn of_later_blocks(config: &Config, blocks: usize) -> Result<Vec<Opti
     Ok(slides.into_iter().map(|slides| window.filter(|_| slides)).collect())
 }
 
-/// Whether each block has a sliding window, where the file says so.
+/// Whether each block has a sliding window, by `layer_types`.
 fn layer_types(config: &Config, blocks: usize) -> Result<Option<Vec<bool>>> {
     const RIGHT: &str = "a list of texts, one for each block";
     let Some(types) = config.list("layer_types", RIGHT)? else { return Ok(None) };

@@ -142,7 +142,7 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
             Ok(Linear::Dense(dense))
         });
         let linears = linears.collect::<Result<_>>()?;
-        self.site(at, (Treatment::Arranged(order), linears))
+        self.site(at, (Treatment::Permuted(order), linears))
     }
 
     /// A site's linears in full precision, in the site's order.
@@ -174,8 +174,8 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
             let (per_token, normalized) = (experts.per_token, experts.normalized);
             Ok::<_, Error>(Router { weight, per_token, normalized })
         });
-        let head_norms = weights
-            .head_norms
+        let qk_norm = weights
+            .qk_norm
             .clone()
             .map(|[of_q, of_k]| Ok::<_, Error>([backend.upload(of_q)?, backend.upload(of_k)?]));
         let key_mean = key_mean.map(|mean| {
@@ -187,7 +187,7 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
             attn_norm: backend.upload(weights.norms[0].clone())?,
             mlp_norm: backend.upload(weights.norms[1].clone())?,
             epsilon: architecture.norm_epsilon,
-            head_norms: head_norms.transpose()?,
+            qk_norm: qk_norm.transpose()?,
             router: router.transpose()?,
             sites,
         })
@@ -196,7 +196,7 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
 
 fn treatment<B: Backend>(format: &SiteFormat, site: B::Site) -> Treatment<B> {
     if format.row.numbers.bits == 16 {
-        Treatment::Arranged(site)
+        Treatment::Permuted(site)
     } else {
         Treatment::Quantized(site)
     }

@@ -14,7 +14,7 @@ pub struct BlockWeights<'a, B: Backend> {
     /// RMSNorm's weights before attention and before the MLP.
     pub(super) norms: [Matrix; 2],
     /// Those of query and key heads, where there are any.
-    pub(super) head_norms: Option<[Matrix; 2]>,
+    pub(super) qk_norm: Option<[Matrix; 2]>,
     /// The router's weight, where there are experts.
     pub(super) router: Option<B::Weight<'a>>,
     /// The weights of each site's linears; none for a linear that is not in the source.
@@ -51,8 +51,8 @@ impl<'a, B: Backend> BlockWeights<'a, B> {
             Ok::<_, Error>([row(&first, columns)?, row(&second, columns)?])
         };
         let norms = pair(architecture.norm_names(index), hidden)?;
-        let head_norms = architecture.qk_norm_names(index);
-        let head_norms = head_norms.map(|names| pair(names, architecture.head_dim)).transpose()?;
+        let qk_norm = architecture.qk_norm_names(index);
+        let qk_norm = qk_norm.map(|names| pair(names, architecture.head_dim)).transpose()?;
         let router = match (architecture.router_name(index), architecture.experts_of(index)) {
             (Some(name), Some(experts)) => {
                 Some(backend.load(expect(tensors, &name, &[experts.count, hidden])?)?)
@@ -72,7 +72,7 @@ impl<'a, B: Backend> BlockWeights<'a, B> {
                 |spec: &LinearSpec| spec.bias().map(|name| row(&name, spec.rows)).transpose();
             biases.push(spec.linears.iter().map(bias).collect::<Result<_>>()?);
         }
-        Ok(Self { index, norms, head_norms, router, sites, biases })
+        Ok(Self { index, norms, qk_norm, router, sites, biases })
     }
 
     /// The biases of a site's linears on the backend.

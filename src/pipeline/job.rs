@@ -71,7 +71,7 @@ impl CalibrationInput<'_> {
     /// The tensors that are not linears; a tied head once.
     fn kept_names(&self) -> Vec<String> {
         let blocks = 0..self.architecture.blocks;
-        let others = blocks.flat_map(|block| self.architecture.beside_linears(block));
+        let others = blocks.flat_map(|block| self.architecture.unquantized_tensors(block));
         let mut names = vec![EMBEDDING.to_owned(), FINAL_NORM.to_owned()];
         if !self.architecture.tied {
             names.push(self.architecture.head_name().to_owned());
@@ -119,7 +119,7 @@ impl Job<'_> {
     pub fn tensor_specs(&self) -> Result<Vec<TensorSpec>> {
         let mut all = vec![self.input.kept(EMBEDDING)?];
         for (index, block) in self.blocks.iter().enumerate() {
-            for (name, _) in self.input.architecture.beside_linears(index) {
+            for (name, _) in self.input.architecture.unquantized_tensors(index) {
                 all.push(self.input.kept(&name)?);
             }
             if self.recipe.kv().is_centered() {

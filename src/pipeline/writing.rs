@@ -78,7 +78,7 @@ impl<'a, 'w> Writing<'a, 'w> {
         for FinishedBlock { index, block, statistics } in blocks {
             let QuantizedBlock { sites, errors } = block;
             let Statistics { key_mean, energies } = statistics;
-            let others = input.architecture.beside_linears(index);
+            let others = input.architecture.unquantized_tensors(index);
             let names = others.into_iter().map(|(name, _)| name);
             let mut tensors = input.copies(names, self.progress)?;
             if recipe.kv().is_centered() {

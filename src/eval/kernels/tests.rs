@@ -87,7 +87,7 @@ fn block(cpu: &Cpu, sites: &[QuantizedSite<QuantizedLinear>]) -> Block<Cpu> {
         mlp_norm: ones(),
         epsilon: 1e-5,
         key_mean: None,
-        head_norms: None,
+        qk_norm: None,
         router: None,
         sites: (0..4).map(site).collect(),
     }

@@ -1,5 +1,5 @@
-/*! The families of networks that can be run, each as data: what differs from a plain Llama. Defaults are those of
-transformers 5 for a field that `config.json` does not have. */
+/*! The families of networks, as data: what differs from a plain Llama. Defaults of fields that `config.json` does not have
+are those of transformers 5. */
 
 mod llama;
 mod mistral;
@@ -16,7 +16,7 @@ use crate::{Error, Result};
 pub(super) struct Family {
     /// `model_type` of config.json.
     pub name: &'static str,
-    /// What the names of its classes in transformers begin with.
+    /// Prefix of its class names in transformers.
     pub class: &'static str,
     /// `num_key_value_heads`; none for as many as query heads, which is also what null means.
     pub kv_heads: Option<usize>,
@@ -28,8 +28,8 @@ pub(super) struct Family {
     pub norm_epsilon: f64,
     /// `rope_theta`.
     pub rope_theta: f64,
-    /// Reads the fields that are the family's own, and sets what differs. It is given a plain network: RoPE and attention
-    /// to all tokens in every block, norms before attention and MLP, gated SiLU, no biases, no experts.
+    /// Reads the family's own fields and sets what differs from a plain network: RoPE and attention to all tokens in every
+    /// block, norms before attention and MLP, gated SiLU, no biases, no experts.
     pub differences: fn(&Config, &mut Architecture) -> Result<()>,
 }
 
@@ -59,7 +59,7 @@ impl Family {
     /// The family that `model_type` names.
     ///
     /// # Errors
-    /// If there is none of that name.
+    /// If this version has no family of that name.
     pub(super) fn of(config: &Config) -> Result<&'static Self> {
         let named = match config.given("model_type") {
             None => None,

@@ -43,7 +43,7 @@ fn experts(config: &Config, blocks: usize) -> Result<Experts> {
     })
 }
 
-/// Blocks that `mlp_only_layers` names, and all but every `decoder_sparse_step`th.
+/// Blocks without experts: those in `mlp_only_layers`, and all but every `decoder_sparse_step`th.
 fn dense_blocks(config: &Config, blocks: usize) -> Result<Vec<usize>> {
     const RIGHT: &str = "a list of numbers of blocks";
     let step = config.count("decoder_sparse_step", 1..=usize::MAX)?.unwrap_or(1);

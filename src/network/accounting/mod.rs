@@ -156,7 +156,7 @@ fn used(source: &Source, architecture: &Architecture) -> Result<HashSet<String>>
     needs(EMBEDDING.to_owned(), &table)?;
     // Block by block, so that the first one that is missing ends it.
     for block in 0..architecture.blocks {
-        for (name, shape) in architecture.beside_linears(block) {
+        for (name, shape) in architecture.unquantized_tensors(block) {
             needs(name, &shape)?;
         }
         for linear in architecture.sites(block).iter().flat_map(|site| &site.linears) {

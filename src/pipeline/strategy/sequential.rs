@@ -10,7 +10,7 @@ use crate::Result;
 use crate::backend::{AccumulatedError, Backend, Tensor};
 use crate::model::Architecture;
 use crate::model::block::{Block, Observer, Site};
-use crate::model::experts::Share;
+use crate::model::experts::RoutedTokens;
 use crate::model::sites::{ATTN_OUT, MLP_ACT, MLP_IN, SiteKind, SiteSpec};
 use crate::network::{BlockBuilder, QuantizedSite, Stream};
 use crate::pipeline::fallbacks::Fallback;
@@ -90,7 +90,7 @@ struct Pass<'a, 'w, B: Backend> {
     /// What attn_out sees of each batch, while o is quantized.
     heads: Vec<Pair<B::Activation>>,
     /// After attention, the tokens of each batch that the router of the quantized block sends to each expert.
-    shares: Vec<Vec<Share>>,
+    shares: Vec<Vec<RoutedTokens>>,
     is_last: bool,
 }
 
@@ -131,7 +131,7 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
         let mut tokens = 0;
         for_batches(quantizer, streams, |batch, states| {
             let share = spec.expert.map(|expert| &shares[batch][expert]);
-            if share.is_some_and(Share::is_empty) {
+            if share.is_some_and(RoutedTokens::is_empty) {
                 return Ok(());
             }
             let visit = Visit { quantizer, blocks, spec, at, share };
@@ -185,7 +185,7 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
             block.sites[ATTN_OUT].apply_onto(backend, quantized, states.quantized, unobserved)?;
             if let Some(router) = &block.router {
                 let normed = backend.rms_norm(states.quantized, &block.mlp_norm, block.epsilon)?;
-                shares.push(router.shares(backend, &normed)?);
+                shares.push(router.route(backend, &normed)?);
             }
             Ok(())
         })
@@ -229,7 +229,7 @@ struct Visit<'v, B: Backend> {
     spec: &'v SiteSpec,
     at: usize,
     /// The tokens that reach an expert's own site.
-    share: Option<&'v Share>,
+    share: Option<&'v RoutedTokens>,
 }
 
 impl<B: Backend> Visit<'_, B> {
@@ -270,7 +270,7 @@ impl<B: Backend> Visit<'_, B> {
     fn seen(&self, x: &B::Activation) -> Result<B::Activation> {
         let backend = self.quantizer.backend;
         let mut seen = self.blocks.quantized.sites[self.at].seen(backend, x)?;
-        if let Some(Share { weights, .. }) = self.share {
+        if let Some(RoutedTokens { weights, .. }) = self.share {
             backend.scale_rows(&mut seen, weights)?;
         }
         Ok(seen)
@@ -288,7 +288,7 @@ impl<B: Backend> Visit<'_, B> {
         let (backend, block) = (self.quantizer.backend, &self.blocks.quantized);
         let AccumulatedError { inputs, outputs, .. } = correction;
         let mut wanted = backend.permute(x0, block.sites[self.at].order())?;
-        if let Some(Share { weights, .. }) = self.share {
+        if let Some(RoutedTokens { weights, .. }) = self.share {
             backend.scale_rows(&mut wanted, weights)?;
         }
         backend.add_cross_covariance(inputs, &backend.difference(&wanted, seen)?, seen)?;
