@@ -4,7 +4,7 @@ use crate::backend::AttentionSpec;
 use crate::model::Architecture;
 use crate::quant::kv::KvFormat;
 
-/// What attention needs to know for windows of `seq_len` tokens.
+/// The parameters of attention for windows of `seq_len` tokens.
 pub fn attention_spec(architecture: &Architecture, kv: KvFormat, seq_len: usize) -> AttentionSpec {
     let (cos, sin) = architecture.rope_tables(seq_len);
     AttentionSpec {

@@ -19,7 +19,7 @@ pub struct BlockBuilder<'a, 'w, B: Backend> {
     key_mean: Option<&'a [f32]>,
 }
 
-/// What a site does to its activation, and its linears.
+/// The treatment of a site's activation, and its linears.
 type SiteParts<B> = (Treatment<B>, Vec<Linear<B>>);
 
 impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
@@ -58,9 +58,9 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
         })
     }
 
-    /// The block with full-precision weights on quantized activations: what GPTQ's Hessians are
-    /// accumulated on. It is only observed, so the linear of the last site, whose product is not used and
-    /// which is the largest of the block, is left out.
+    /// The block with full-precision weights on quantized activations, on which GPTQ's Hessians are accumulated.
+    /// It is only observed, so the linear of the last site is left out: it is the largest of the block, and
+    /// its product is not used.
     pub fn observed(&self, formats: &[SiteFormat]) -> Result<Block<B>> {
         let specs = self.architecture.sites(self.weights.index);
         self.block(self.key_mean, |site| {
@@ -74,8 +74,8 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
         })
     }
 
-    /// The block as the checkpoint means it: the integer path, or with activations in floating point the
-    /// weights that the codes stand for.
+    /// The quantized block: on the integer path, or, with activations in floating point, with dequantized
+    /// weights.
     pub fn quantized(&self, sites: &[QuantizedSite<B::Quantized>]) -> Result<Block<B>> {
         let orders = sites.iter().map(|site| self.backend.site(&site.format));
         let orders = orders.collect::<Result<Vec<_>>>()?;
@@ -91,8 +91,8 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
         })
     }
 
-    /// The linears of one site of such a block. Of mlp_in, `feeds` are the sites that its pairs of gate and
-    /// up enter.
+    /// The linears of one site of a quantized block. For mlp_in, `feeds` are the sites that its pairs of gate
+    /// and up feed.
     pub fn quantized_linears(
         &self,
         site: usize,
@@ -102,10 +102,10 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
     ) -> Result<Vec<Linear<B>>> {
         let QuantizedSite { format, linears } = quantized;
         let (backend, weights) = (self.backend, self.weights);
-        // Both of a pair in one order, and no bias in another.
-        let alike =
+        // The rows of gate and up can be in the order of the site that they feed only if both are packed and have no bias.
+        let reorderable =
             linears.iter().all(Option::is_some) && weights.biases[site].iter().all(Option::is_none);
-        let feeds = |linear: usize| feeds.get(linear / 2).copied().filter(|_| alike);
+        let feeds = |linear: usize| feeds.get(linear / 2).copied().filter(|_| reorderable);
         let linears = linears.iter().enumerate().map(|(linear, quantized)| match quantized {
             None => {
                 let weight = weights.weight(site, linear);
@@ -126,7 +126,7 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
         self.site(at, (treatment::<B>(format, order), linears))
     }
 
-    /// One site with activations in floating point, of whose linears only `changed` is quantized.
+    /// One site with activations in floating point and only the linear `changed` quantized.
     pub fn one_quantized_linear(
         &self,
         at: usize,

@@ -1,4 +1,4 @@
-/*! Warnings before a run: what is sound by its form and says little all the same. */
+/*! Warnings before a run: inputs that are valid but whose results may mean little. */
 
 use crate::checkpoint::Tensors;
 use crate::model::Architecture;
@@ -34,7 +34,7 @@ pub fn caution(
     }
 }
 
-/// Names of the norms whose weights are all zero. A norm that cannot be read is found where it is used.
+/// Names of the norms whose weights are all zero. A norm that cannot be read is an error where it is used.
 fn zero_norms(tensors: &dyn Tensors, architecture: &Architecture) -> Vec<String> {
     let of_block = |block| {
         let heads = architecture.qk_norm_names(block).into_iter().flatten();

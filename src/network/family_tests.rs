@@ -12,7 +12,7 @@ use crate::checkpoint::Source;
 use crate::model::Architecture;
 use crate::quant::kv::KvFormat;
 
-/// The most that a logit may differ, of the range of all of them.
+/// The largest error of a logit, as a share of the range of all logits.
 const TOLERANCE: f32 = 1e-4;
 
 fn families() -> Vec<PathBuf> {
@@ -41,7 +41,7 @@ fn logits(directory: &Path, tokens: &[u32], seq_len: usize) -> Vec<f32> {
         expect(&source, &name, &shape).unwrap();
     }
     let known = architecture.tensors().len();
-    assert_eq!(source.names().count(), known, "{}: tensors nobody reads", directory.display());
+    assert_eq!(source.names().count(), known, "{}: tensors that are not read", directory.display());
     let attention = attention_spec(&architecture, KvFormat::FULL, seq_len);
     let mut stream = Stream::embed(&cpu, &source, &architecture, tokens, seq_len, 0).unwrap();
     for index in 0..architecture.blocks {

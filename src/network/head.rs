@@ -11,7 +11,7 @@ use crate::model::sites::FINAL_NORM;
 pub struct OutputHead<B: Backend> {
     norm: B::Hidden,
     epsilon: f32,
-    /// Multiplies normed hidden states into logits.
+    /// The product of normed hidden states with it is the logits.
     pub weight: B::Dense,
 }
 

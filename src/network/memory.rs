@@ -1,12 +1,12 @@
-/*! How much memory a network that runs takes at its peak, and whether the machine has it.
+/*! The peak memory of a network that runs, and whether the machine has it.
 
-The estimate follows the arithmetic on the host: what lives at the same time in each step of a block, of which
-the largest counts. Page cache of the source's files is part of it only while a tensor is read from start to end,
-since its pages are given back afterwards.
+The estimate follows the arithmetic on the host: the sum of what is alive in each step of a block, and the maximum over
+the steps. Page cache of the source's files counts only while a tensor is read from start to end,
+since its pages are released afterwards.
 
-On a GPU it is what the host needs whatever the device holds: the libraries, the tensors that are copied, and one
-block on its way to the disk. Hidden states that the device has no room for are offloaded to the host's memory and
-are not counted, since their number is unknown here: a run that needs less than it has is never refused. */
+On a GPU only the host's memory is estimated: the libraries, the tensors that are copied, and one block that is being
+written. Hidden states that are offloaded to the host are not counted, since their number is unknown here. So a run
+that fits is never refused. */
 
 use super::stream::windows_per_batch;
 use crate::backend::Backend;
@@ -32,10 +32,10 @@ const ON_HEAP: u64 = 32 << 20;
 /// Address space that is reserved and never touched, which `ulimit -v` counts: stacks, arenas, buffers of
 /// libraries.
 const UNTOUCHED: u64 = 128 << 20;
-/// Queries that attention takes at once.
+/// Queries in a tile of attention.
 const QUERIES: u64 = 48;
 
-/// What the arithmetic works with, as far as memory is concerned.
+/// The parameters of the arithmetic that decide its memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Workspace {
     /// Activations of a batch, in bytes.
@@ -49,7 +49,7 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// That of a backend.
+    /// The workspace of a backend.
     pub fn of<B: Backend>(backend: &B) -> Self {
         Self {
             batch_bytes: backend.batch_bytes(),
@@ -59,13 +59,13 @@ impl Workspace {
         }
     }
 
-    /// What a run takes besides its network.
+    /// Bytes of a run besides its network.
     pub(crate) fn base(&self) -> u64 {
         let base = if self.on_device { DEVICE_BASE } else { BASE };
         base + PER_THREAD * self.threads as u64
     }
 
-    /// Tokens that pass a block together, of `tokens` in windows of `seq_len`.
+    /// Tokens of a batch, of `tokens` in windows of `seq_len`.
     pub(crate) fn batch_tokens(
         &self,
         architecture: &Architecture,
@@ -76,7 +76,7 @@ impl Workspace {
         windows.saturating_mul(seq_len).min(tokens) as u64
     }
 
-    /// Tokens whose buffers are kept: those of a batch, and of the last one if it is too small to use the others'.
+    /// Tokens whose buffers are pooled: those of a batch, and of the last one if it is too small to reuse the others'.
     pub(crate) fn pooled_tokens(
         &self,
         architecture: &Architecture,
@@ -103,7 +103,7 @@ pub struct Windows {
 pub struct NetworkBytes<'a> {
     /// The network.
     pub architecture: &'a Architecture,
-    /// What its arithmetic works with.
+    /// The parameters of its arithmetic.
     pub workspace: Workspace,
 }
 
@@ -119,8 +119,8 @@ impl NetworkBytes<'_> {
         sites.get(MLP_ACT).map_or(0, |site| site.channels) as u64
     }
 
-    /// Rows of the largest activation after gate and up for `tokens`: all, or one expert's, of which some
-    /// are used three times as much as others.
+    /// Rows of the largest activation after gate and up for `tokens`: all, or those of one expert, which may get
+    /// three times the mean.
     pub(crate) fn mlp_tokens(&self, tokens: u64) -> u64 {
         match &self.architecture.experts {
             None => tokens,
@@ -130,9 +130,9 @@ impl NetworkBytes<'_> {
         }
     }
 
-    /// What a batch of `tokens` takes on its way through a block: the buffers of attention, of which one is
-    /// used again after it, and those of the MLP. Of experts' buffers of many sizes all are kept: as much as
-    /// if every token went to one of them.
+    /// Bytes of a batch of `tokens` in a block: the buffers of attention, of which one is reused after it, and
+    /// those of the MLP. Experts' buffers of many sizes stay in the pool: as many bytes as if one expert computed
+    /// every token.
     pub(crate) fn activations(&self, tokens: u64, seq_len: usize) -> u64 {
         let [q, kv] = self.heads();
         let hidden = self.architecture.hidden as u64;
@@ -142,7 +142,7 @@ impl NetworkBytes<'_> {
         4 * tokens * (hidden + q + 2 * kv + heads + mlp) + self.attention(seq_len)
     }
 
-    /// What quantized rows of mlp_act take besides the activations: codes, scales and sums.
+    /// Bytes of quantized rows of mlp_act besides the activations: codes, scales and sums.
     pub(crate) fn rows(&self, tokens: u64) -> u64 {
         tokens * self.mlp_channels() * 5 / 4
     }
@@ -185,7 +185,7 @@ impl NetworkBytes<'_> {
     ) -> u64 {
         let part = self.part(windows);
         let batch = self.workspace.pooled_tokens(self.architecture, part, windows.seq_len);
-        // The next block is read and unpacked meanwhile.
+        // The next block is read and unpacked at the same time.
         let weights = blocks.iter().map(|plan| {
             let BlockBytes { codes, laid_out, .. } = BlockBytes::of(plan);
             2 * codes + laid_out + self.rows(batch)
@@ -210,7 +210,7 @@ impl NetworkBytes<'_> {
         weights + self.activations(batch, seq_len) + self.states(part)
     }
 
-    /// The end of a forward pass: the output head.
+    /// The peak at the end of a forward pass: the output head.
     fn last(&self, tensors: &dyn Tensors, windows: Windows) -> u64 {
         if self.workspace.on_device {
             return 0;
@@ -229,16 +229,16 @@ pub(crate) struct BlockBytes {
     pub(crate) dense: u64,
     /// All quantized weights, a code a byte.
     pub(crate) codes: u64,
-    /// The same laid out for the integer product.
+    /// All quantized weights, laid out for the integer product.
     pub(crate) laid_out: u64,
-    /// The same as they are stored.
+    /// All quantized weights, as they are stored.
     pub(crate) stored: u64,
-    /// A hole that the largest linear in f32 may leave in the heap when it is freed.
+    /// Heap fragmentation: the largest linear in f32 that is freed without going back to the system.
     pub(crate) hole: u64,
 }
 
 impl BlockBytes {
-    /// Those of a planned block.
+    /// The bytes of a planned block.
     pub(crate) fn of(plan: &[SitePlan]) -> Self {
         let mut bytes = Self::default();
         for site in plan {
@@ -268,12 +268,12 @@ impl BlockBytes {
 pub(crate) struct SourceBytes {
     /// All weights in f32, packed for products.
     pub(crate) dense: u64,
-    /// A hole that the largest linear in f32 may leave in the heap when it is freed.
+    /// Heap fragmentation: the largest linear in f32 that is freed without going back to the system.
     pub(crate) hole: u64,
 }
 
 impl SourceBytes {
-    /// Those of block `block`.
+    /// The bytes of block `block`.
     pub(crate) fn of(architecture: &Architecture, block: usize) -> Self {
         let mut bytes = Self::default();
         for site in architecture.sites(block) {
@@ -300,18 +300,18 @@ fn widest_stored(tensors: &dyn Tensors, architecture: &Architecture) -> u64 {
     stored.max().unwrap_or(0)
 }
 
-/// Compares an estimate with what the machine has: a warning near it.
+/// Compares an estimate with the available memory, and warns near the limit.
 ///
 /// # Errors
-/// A machine error with both numbers if there is less.
+/// A machine error with both numbers if the memory does not suffice.
 pub fn check(needed: u64, progress: &dyn Progress) -> Result<()> {
     match machine::available() {
-        Some(memory) => judge(needed, memory, progress),
+        Some(memory) => compare(needed, memory, progress),
         None => Ok(()),
     }
 }
 
-fn judge(needed: u64, memory: Memory, progress: &dyn Progress) -> Result<()> {
+fn compare(needed: u64, memory: Memory, progress: &dyn Progress) -> Result<()> {
     const HINT: &str = "give fewer --samples, a shorter --seq-len or fewer --threads, or take a machine \
                         with more memory";
     let Memory { available, bound, .. } = memory;
@@ -328,7 +328,7 @@ fn judge(needed: u64, memory: Memory, progress: &dyn Progress) -> Result<()> {
     if needed > room {
         return Err(Error::machine(format!("this run needs {numbers}")).hint(HINT));
     }
-    // Four fifths: the estimate holds within a tenth, and others use the machine too.
+    // Four fifths: the estimate holds within a tenth, and other programs use the machine too.
     if needed / 4 > room / 5 {
         progress.warn(&format!("this run may need {numbers}: {HINT}"));
     }

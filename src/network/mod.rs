@@ -1,5 +1,5 @@
 /*! A network that runs: a block's weights on a backend, streams of hidden states, prefetch of the next
-block, final norm and output head. What it is run for is not known here. */
+block, final norm and output head. It does not depend on stages or measurements. */
 
 mod accounting;
 mod attention;

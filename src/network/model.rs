@@ -1,4 +1,4 @@
-/*! A checkpoint of either kind. */
+/*! A model of either kind: a source or an Atom checkpoint. */
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use crate::Result;
 use crate::checkpoint::{AtomCheckpoint, Source, is_atom};
 use crate::hub::{self, Hub, Resolved};
 
-/// A checkpoint of either kind, which can run.
+/// A source or an Atom checkpoint.
 pub enum Model {
     /// A Hugging Face checkpoint.
     Source(Source),

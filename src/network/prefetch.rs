@@ -1,12 +1,12 @@
-/*! Prefetch: the next block is loaded while the present one is computed. */
+/*! Prefetch: the next block is loaded while the current one is computed. */
 
 use std::ops::Range;
 use std::sync::mpsc::sync_channel;
 
 use crate::{Error, Result};
 
-/// Calls `load` for every index on a thread of its own and `consume` with the results, in order. At
-/// most one loaded item waits while another is consumed. The first error ends both.
+/// Calls `load` for every index on its own thread, and `consume` with the results in order. At most one loaded
+/// item waits while another is consumed. The first error ends both.
 pub fn prefetch<T: Send>(
     range: Range<usize>,
     load: impl Fn(usize) -> Result<T> + Send,
@@ -19,7 +19,7 @@ pub fn prefetch<T: Send>(
             for index in indices {
                 let loaded = load(index);
                 let failed = loaded.is_err();
-                // The receiver is gone when the other side has failed.
+                // The receiver is dropped when the other side has failed.
                 if sender.send(loaded).is_err() || failed {
                     return;
                 }
@@ -33,7 +33,7 @@ pub fn prefetch<T: Send>(
     })
 }
 
-/// The error where no thread can be started.
+/// The error if no thread can be started.
 pub fn no_thread(error: std::io::Error) -> Error {
     Error::machine(format!("cannot start a thread: {error}"))
         .hint("raise the limits on processes and memory (`ulimit -u`, `ulimit -v`)")

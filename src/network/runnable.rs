@@ -1,5 +1,4 @@
-/*! A model that can run, whichever kind of checkpoint holds it: its blocks are read one ahead of the arithmetic and
-made ready when their turn comes. */
+/*! A model that can run, of either kind of checkpoint. Each block is read while the one before it is computed. */
 
 use super::accounting::network;
 use super::blocks::BlockBuilder;
@@ -20,7 +19,7 @@ use crate::{Error, Result};
 
 /// A model on a backend: a source in full precision, an Atom checkpoint on the integer path.
 pub struct Runnable<'a, B: Backend> {
-    /// Does the arithmetic.
+    /// Where it runs.
     pub backend: &'a B,
     /// Its name.
     pub name: &'a str,
@@ -38,11 +37,11 @@ enum Kind<'a> {
     Atom(&'a AtomCheckpoint, Vec<BlockPlan>),
 }
 
-/// What was read of a block.
+/// A block as it was read.
 pub struct LoadedBlock<'a, B: Backend> {
-    /// What stays as the source has it.
+    /// The unquantized tensors.
     pub weights: BlockWeights<'a, B>,
-    /// What is quantized; none in a source.
+    /// The quantized sites; none in a source.
     pub stored: Option<StoredBlock>,
 }
 
@@ -91,7 +90,7 @@ impl<'a, B: Backend> Runnable<'a, B> {
         })
     }
 
-    /// Compares what an evaluation takes with what the machine has, before it begins.
+    /// Compares the memory of an evaluation with what the machine has, before it begins.
     ///
     /// # Errors
     /// A machine error with both numbers.
@@ -116,8 +115,8 @@ impl<'a, B: Backend> Runnable<'a, B> {
         };
         let plan = &blocks[index];
         let read = || {
-            let kept = |site: usize, linear: usize| plan[site].linears[linear].bits == 16;
-            let weights = BlockWeights::load(*backend, *tensors, architecture, index, kept)?;
+            let unquantized = |site: usize, linear: usize| plan[site].linears[linear].bits == 16;
+            let weights = BlockWeights::load(*backend, *tensors, architecture, index, unquantized)?;
             let key_mean = read_key_mean(*checkpoint, architecture, index, &self.kv)?;
             let sites = read_sites(*checkpoint, plan)?;
             Ok(LoadedBlock { weights, stored: Some(StoredBlock { sites, key_mean }) })
@@ -127,7 +126,7 @@ impl<'a, B: Backend> Runnable<'a, B> {
         })
     }
 
-    /// Makes what was read ready to run.
+    /// Builds a block that can run.
     pub fn block(&self, loaded: LoadedBlock<'a, B>) -> Result<Block<B>> {
         let LoadedBlock { weights, stored } = loaded;
         let builder = BlockBuilder::new(self.backend, &self.architecture, &weights);
@@ -138,8 +137,7 @@ impl<'a, B: Backend> Runnable<'a, B> {
     }
 }
 
-/// Refuses a checkpoint whose configuration, tokenizer or manifest is not what was written: what it computes would be
-/// another model's.
+/// Refuses a checkpoint whose configuration, tokenizer or manifest has changed: it would be another model.
 fn check_files(checkpoint: &AtomCheckpoint) -> Result<()> {
     checkpoint.covered_files().into_iter().try_for_each(|name| {
         checkpoint.verify_file(name).map_err(|error| {

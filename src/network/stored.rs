@@ -1,4 +1,4 @@
-/*! What a checkpoint, finished or not, holds of a quantized block. */
+/*! Reads a quantized block from a checkpoint, finished or not. */
 
 use crate::Result;
 use crate::backend::Backend;
@@ -10,13 +10,12 @@ use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::SiteFormat;
 
-/// A site of a quantized block: its order and format, and its linears; none where one stays as the
-/// source has it. `Q` is the host's or a backend's form of a quantized linear.
+/// A site of a quantized block. `Q` is the host's or a backend's form of a quantized linear.
 #[derive(Clone, Debug)]
 pub struct QuantizedSite<Q> {
     /// Its order and format.
     pub format: SiteFormat,
-    /// Its linears.
+    /// Its linears; none for an unquantized one.
     pub linears: Vec<Option<Q>>,
 }
 
@@ -31,10 +30,10 @@ impl QuantizedSite<QuantizedLinear> {
     }
 }
 
-/// Asks the backend whether it computes with every format of a plan.
+/// Checks that the backend computes with every codebook of a plan.
 ///
 /// # Errors
-/// The backend's, which names another way.
+/// The backend's, with an alternative.
 pub fn check_codebook<B: Backend>(backend: &B, blocks: &[BlockPlan]) -> Result<()> {
     for site in blocks.iter().flatten() {
         let linears = site.linears.iter().map(|linear| (linear.bits, linear.codebook));
@@ -50,7 +49,7 @@ pub fn key_mean_spec(architecture: &Architecture, block: usize) -> TensorSpec {
     TensorSpec::new(architecture.key_mean_name(block), Dtype::F32, shape)
 }
 
-/// The mean keys of block `block` as a checkpoint holds them, where its cache is centred.
+/// The stored mean keys of block `block`, if its cache is centred.
 pub fn read_key_mean(
     stored: &impl Stored,
     architecture: &Architecture,
@@ -61,7 +60,7 @@ pub fn read_key_mean(
     kv.is_centered().then(read).transpose()
 }
 
-/// A plan's sites with their linears read back from where they are stored.
+/// The stored sites of a planned block.
 pub fn read_sites(
     stored: &impl Stored,
     plan: &[SitePlan],

@@ -1,4 +1,4 @@
-/*! The hidden states of all windows, between two blocks. */
+/*! Hidden states of all windows, between two blocks. */
 
 use super::tensors::expect;
 use crate::backend::{AttentionSpec, Backend};
@@ -8,13 +8,13 @@ use crate::model::block::{Block, Observer};
 use crate::model::sites::{EMBEDDING, SiteSpec};
 use crate::{Error, Result};
 
-/// Hidden states of windows `[windows * seq_len, hidden]`, cut into batches.
+/// Hidden states of windows `[windows * seq_len, hidden]`, in batches.
 pub struct Stream<B: Backend> {
-    /// Whole windows, in order.
+    /// Batches of complete windows, in order.
     pub batches: Vec<B::Hidden>,
 }
 
-/// Windows that go through a block together.
+/// Windows of a batch.
 pub(super) fn windows_per_batch(
     batch_bytes: usize,
     architecture: &Architecture,
@@ -26,9 +26,9 @@ pub(super) fn windows_per_batch(
     (batch_bytes / (4 * channels * seq_len)).max(1)
 }
 
-/// Device memory that a block takes besides the hidden states, at most: its weights and the next
-/// block's in 16 bits, a copy of them laid out, Hessians and a factor, and the larger of a batch inside
-/// the block and of the weights of one site while they are quantized.
+/// An upper bound of the device memory of a block, without hidden states: its weights and the next block's in
+/// 16 bits, a copy in the kernels' layout, Hessians and a factor, and the larger of a batch's activations and
+/// the weights of one site during quantization.
 fn working_bytes(architecture: &Architecture, batch_tokens: usize) -> u64 {
     let sites = architecture.sites(0);
     let rows = |site: &SiteSpec| site.linears.iter().map(|linear| linear.rows).sum::<usize>();
@@ -42,8 +42,8 @@ fn working_bytes(architecture: &Architecture, batch_tokens: usize) -> u64 {
 }
 
 impl<B: Backend> Stream<B> {
-    /// The embeddings of `tokens`, whole windows of `seq_len`, in batches of windows. A block's work takes
-    /// `more_bytes` of device memory more than every work on a block does.
+    /// The embeddings of `tokens`, complete windows of `seq_len`, in batches of windows. `more_bytes` of device
+    /// memory are reserved on top of those of every block.
     pub fn embed(
         backend: &B,
         tensors: &dyn Tensors,
@@ -85,7 +85,7 @@ impl<B: Backend> Stream<B> {
         Ok(Self { batches: batches.collect::<Result<_>>()? })
     }
 
-    /// Carries every window through `block`.
+    /// Runs `block` over every window.
     pub fn advance(
         &mut self,
         backend: &B,

@@ -1,10 +1,10 @@
-/*! Tensors of the shapes that a network asks for. */
+/*! Tensors, with their shapes checked. */
 
 use crate::Result;
 use crate::backend::{Backend, Matrix};
 use crate::checkpoint::{Tensor, Tensors};
 
-/// A tensor of the shape the architecture asks for.
+/// The tensor `name`, which must have this shape.
 pub fn expect<'a>(tensors: &'a dyn Tensors, name: &str, shape: &[usize]) -> Result<Tensor<'a>> {
     let tensor = tensors.tensor(name)?;
     tensor.check_shape(shape)?;

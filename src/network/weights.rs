@@ -7,17 +7,17 @@ use crate::model::Architecture;
 use crate::model::sites::LinearSpec;
 use crate::{Error, Result};
 
-/// A block's weights where the backend computes, as the source has them.
+/// A block's unquantized weights on a backend.
 pub struct BlockWeights<'a, B: Backend> {
     /// The block's number.
     pub index: usize,
     /// RMSNorm's weights before attention and before the MLP.
     pub(super) norms: [Matrix; 2],
-    /// Those of query and key heads, where there are any.
+    /// QK-norm's weights, if the network has them.
     pub(super) qk_norm: Option<[Matrix; 2]>,
-    /// The router's weight, where there are experts.
+    /// The router's weight, if the block has experts.
     pub(super) router: Option<B::Weight<'a>>,
-    /// The weights of each site's linears; none for a linear that is not in the source.
+    /// The weights of each site's linears; none for a linear that was not loaded.
     pub sites: Vec<Vec<Option<B::Weight<'a>>>>,
     /// The bias of each, if it has one.
     pub(super) biases: Vec<Vec<Option<Matrix>>>,
@@ -34,7 +34,7 @@ impl<'a, B: Backend> BlockWeights<'a, B> {
         Self::load(backend, tensors, architecture, index, |_, _| true)
     }
 
-    /// Loads block `index`: of its linears those for which `wanted(site, linear)` is true.
+    /// Loads block `index` with those linears for which `wanted(site, linear)` is true.
     pub fn load(
         backend: &B,
         tensors: &'a dyn Tensors,
@@ -81,8 +81,8 @@ impl<'a, B: Backend> BlockWeights<'a, B> {
         biases.map(|bias| bias.clone().map(|bias| backend.upload(bias)).transpose()).collect()
     }
 
-    /// The weight of a linear that was wanted.
+    /// The weight of a linear that was loaded.
     pub(super) fn weight(&self, site: usize, linear: usize) -> &B::Weight<'a> {
-        self.sites[site][linear].as_ref().expect("a linear that is used was asked for")
+        self.sites[site][linear].as_ref().expect("a linear that is used was loaded")
     }
 }

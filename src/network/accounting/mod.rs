@@ -1,10 +1,11 @@
 /*! Accounting of a source: every stored tensor is used by the network, known to change nothing, ignored at
-the user's wish, or the reason to stop before any work.
+the user's request, or the reason to stop before any work.
 
-A tensor that is silently left out makes another network of the same files: biases without their flag,
-norms of queries and keys, a fifth layer of four, an output head of its own. */
+A tensor that is silently left out changes the network: biases without their flag,
+norms of queries and keys, a fifth layer of four, a separate output head. */
 
 mod kinds;
+mod refusal;
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -14,23 +15,24 @@ use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::progress::Progress;
 use crate::{Error, Result};
-use kinds::{Group, Unused};
+use kinds::Unused;
+use refusal::Group;
 
 const HEAD: &str = "lm_head.weight";
 
-/// The network of a source, of which every tensor is accounted for.
+/// The network of a source, with every tensor accounted for.
 #[derive(Clone, Debug)]
 pub struct Network {
-    /// The network; its head is the embedding only if the file has no other.
+    /// The network; its head is the embedding only if no other head is stored.
     pub architecture: Architecture,
-    /// Stored names of the tensors that are left out: at the user's wish, or because they belong to
+    /// Stored names of the tensors that are left out: at the user's request, or because they belong to
     /// other parts of a larger model.
     pub ignored: Vec<String>,
-    /// What the user should know, a sentence each.
+    /// Warnings for the user, a sentence each.
     pub warnings: Vec<String>,
 }
 
-/// The same source, in which linears that its family stores as one tensor have their own names.
+/// `source` with names for linears that its family stores as one tensor.
 ///
 /// # Errors
 /// As [`Architecture::read`]'s.
@@ -39,12 +41,12 @@ pub fn split_fused(source: Source) -> Result<Source> {
     Ok(source.with_row_ranges(architecture.row_ranges()))
 }
 
-/// Accounts for every tensor of `source`. Reads no weights but an output head that the configuration
+/// Accounts for every tensor of `source`. It reads no weights except an output head that the configuration
 /// does not expect, the embedding that it is compared with, and unexpected biases.
 ///
 /// # Errors
 /// Bad input for a tensor that is missing, has another shape or type, or has no part in the network;
-/// wrong usage for a pattern of ignored tensors that fits none which could be ignored; an interruption if the user
+/// wrong usage for a pattern that fits no tensor which could be ignored; an interruption if the user
 /// asked the run to stop.
 pub fn network(source: &Source, progress: &dyn Progress) -> Result<Network> {
     let mut architecture = Architecture::read(source.config(), &source.config_file())?;
@@ -80,7 +82,7 @@ pub fn network(source: &Source, progress: &dyn Progress) -> Result<Network> {
     }
     if !groups.is_empty() {
         let groups = groups.into_iter().map(|(kind, names)| Group { kind, names });
-        return Err(kinds::refusal(source, &architecture, &groups.collect::<Vec<_>>()));
+        return Err(refusal::refusal(source, &architecture, &groups.collect::<Vec<_>>()));
     }
     check_patterns(source, &ignored)?;
     if let [first, ..] = zero_biases[..] {
@@ -101,7 +103,7 @@ pub fn network(source: &Source, progress: &dyn Progress) -> Result<Network> {
     Ok(Network { architecture, ignored, warnings })
 }
 
-/// Refuses counts that so many tensors of so many bytes cannot have, before anything is as long as they say.
+/// Refuses counts that are impossible for this number of tensors and bytes, before anything is allocated for them.
 ///
 /// # Errors
 /// What is wrong, in words.
@@ -135,10 +137,10 @@ pub fn check_counts(
     Ok(())
 }
 
-/// The stored names of all tensors that the network uses. Each is there, in its shape and of a type
+/// The stored names of all tensors that the network uses. Each exists, with its shape and a type
 /// that can be read.
 fn used(source: &Source, architecture: &Architecture) -> Result<HashSet<String>> {
-    let missing = |name: &str| kinds::missing(source, architecture, name);
+    let missing = |name: &str| refusal::missing(source, architecture, name);
     check_counts(architecture, source.names().count(), source.total_bytes()).map_err(|what| {
         Error::input(format!("{}: {what}", source.config_file()))
             .hint("take the config.json that was published with the weights")
@@ -154,7 +156,7 @@ fn used(source: &Source, architecture: &Architecture) -> Result<HashSet<String>>
     };
     let table = [architecture.vocabulary, architecture.hidden];
     needs(EMBEDDING.to_owned(), &table)?;
-    // Block by block, so that the first one that is missing ends it.
+    // Block by block, so that the first missing tensor ends the search.
     for block in 0..architecture.blocks {
         for (name, shape) in architecture.unquantized_tensors(block) {
             needs(name, &shape)?;
@@ -170,15 +172,15 @@ fn used(source: &Source, architecture: &Architecture) -> Result<HashSet<String>>
     Ok(used)
 }
 
-/// The stored names of all tensors that the network does not use, but for those that are known to
-/// change nothing, with what they are.
+/// The stored names and kinds of the tensors that the network does not use, without those that are known to
+/// change nothing.
 fn unused<'a>(
     source: &'a Source,
     architecture: &Architecture,
     used: &HashSet<String>,
 ) -> Vec<(&'a str, Unused)> {
     let head = source.stored_name(HEAD);
-    // A tied head that is still here is the embedding again.
+    // A tied head that is stored at this point equals the embedding.
     let copy = |stored: &str| architecture.tied && stored == head && !source.ignores(stored);
     source
         .names()
@@ -196,12 +198,12 @@ fn is_other_part(source: &Source, stored: &str, kind: Unused) -> bool {
     match kind {
         Unused::Adapter | Unused::Classifier => false,
         Unused::Modality => !of_text || body.is_empty(),
-        // A prefix of its own is what tells the text network from other parts.
+        // Only a prefix of its own distinguishes the text network from other parts.
         _ => !of_text && body != "model.",
     }
 }
 
-/// Refuses a pattern that ignores nothing: it was mistyped, or fits only what the network needs.
+/// Refuses a pattern that ignores nothing: it is mistyped, or fits only tensors that the network needs.
 fn check_patterns(source: &Source, ignored: &[String]) -> Result<()> {
     for pattern in source.ignored_patterns() {
         if ignored.iter().any(|stored| fits(pattern, stored)) {

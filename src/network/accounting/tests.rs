@@ -7,7 +7,7 @@ use crate::model::Architecture;
 use crate::progress::Silent;
 
 #[test]
-fn names_give_their_kinds_away() {
+fn names_decide_the_kinds() {
     let source = hub::tiny_llama().unwrap();
     let architecture = Architecture::from_config(source.config()).unwrap();
     let used: HashSet<String> = source.names().map(str::to_owned).collect();
@@ -71,7 +71,7 @@ fn only_buffers_change_nothing() {
 }
 
 #[test]
-fn the_bundled_model_is_accounted_for_without_a_word() {
+fn the_bundled_model_is_accounted_for_without_a_warning() {
     let source = hub::tiny_llama().unwrap();
     let found = network(&source, &Silent).unwrap();
     assert!(found.warnings.is_empty() && found.ignored.is_empty(), "{found:?}");
