@@ -1,18 +1,18 @@
-/*! What long work reports to its caller, and how it is asked to stop. */
+/*! Progress reports of long work, and requests to stop it. */
 
 use crate::{Error, Result};
 
-/// Receives the events of long work, which formats nothing and prints nothing itself.
+/// Receives the events of long work, which does not print anything itself.
 pub trait Progress: Sync {
     /// A stage of `steps` equal steps begins, e.g. `quantize` with one step a block.
     fn begin(&self, stage: &str, steps: usize);
-    /// One step of the current stage ended; `detail` says what it did in a few words.
+    /// One step of the current stage ended; `detail` describes it in a few words.
     fn advance(&self, detail: &str);
     /// The current stage ended.
     fn end(&self);
-    /// Something worth knowing.
+    /// Information for the user.
     fn info(&self, message: &str);
-    /// Something that costs accuracy or time and was not asked for.
+    /// A warning: an unexpected loss of accuracy or time.
     fn warn(&self, message: &str);
     /// Whether the user asked the run to stop.
     fn stop_requested(&self) -> bool;
@@ -23,7 +23,7 @@ pub trait Progress: Sync {
     }
 }
 
-/// Watches nothing; for tests and library callers.
+/// Ignores all events; for tests and library callers.
 pub struct Silent;
 
 impl Progress for Silent {

@@ -2,8 +2,8 @@
 
 Two are built in. `paper` repeats the reference's headline run setting by setting
 (scripts/run_atom_ppl.sh of efeslab/Atom); `default` has the same bits, group and outlier channels
-and adds what makes it more accurate. A TOML file or flags change single keys of either, so a
-recipe is resolved as tables and read back strictly: an unknown key is an error, never ignored. */
+with a smaller error. A TOML file or flags change single keys of either. So a
+recipe is resolved as tables and parsed strictly: an unknown key is an error. */
 
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -15,7 +15,7 @@ use crate::quant::ranges::{BITS, CLIP, CORRECTION, DAMPING, ROWS_PER_SCALE};
 use crate::quant::site::Transform;
 use crate::{Error, Result};
 
-/// How many channels share a scale.
+/// The number of channels that share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "toml::Value", into = "GroupRepr")]
 pub enum Group {
@@ -57,7 +57,7 @@ impl TryFrom<toml::Value> for Group {
     }
 }
 
-/// How the channels of a site are ordered before they are cut into groups.
+/// The order of a site's channels before they are divided into groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Order {
@@ -67,18 +67,18 @@ pub enum Order {
     None,
 }
 
-/// Every setting of a quantization. Field order is the order it is printed and stored in.
+/// All settings of a quantization, in the order in which they are printed and stored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// Bits of a weight code: 2, 3, 4, 8, or 16 to leave the linears as they are.
+    /// Bits of a weight code: 2, 3, 4, 8, or 16 for unquantized linears.
     pub bits: u8,
     /// Bits of an activation code: 2, 3, 4, 8, or 16 for floating point.
     pub act_bits: u8,
     /// Bits of a cached key or value: 2, 3, 4, 8, or 16 for floating point.
     pub kv_bits: u8,
-    /// What 4-bit codes of weights and activations stand for. Activations of 8 bits are integers
-    /// whatever it says, and the KV cache is.
+    /// The codebook of 4-bit weights and activations. Activations of 8 bits and the KV cache are integers
+    /// with any of them.
     #[serde(default)]
     pub format: Codebook,
     /// Channels that share a scale.
@@ -108,14 +108,15 @@ pub struct Recipe {
     pub rotate_kv: bool,
     /// Quantize K after RoPE instead of before.
     pub kv_after_rope: bool,
-    /// Take each head's mean key from the embedded keys before they are quantized.
+    /// Subtract each head's mean key after the rotary embedding, before quantization.
     pub center_keys: bool,
     /// Choose weight codes by GPTQ instead of rounding to nearest.
     pub gptq: bool,
-    /// GPTQ: quantize a block site by site, each behind the quantized sites before it, instead of at once.
+    /// GPTQ: quantize a block's sites sequentially, each on the output of the quantized sites before it, instead of
+    /// simultaneously.
     pub sequential: bool,
-    /// GPTQ, sequential: how much of what quantization has changed in a linear's input and in the hidden
-    /// states its weights make up for, 0 to 1.
+    /// GPTQ, sequential: the share of the accumulated error in a linear's input and in the hidden states that its
+    /// weights compensate, 0 to 1.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub correction: f32,
     /// GPTQ: share of the Hessian's mean diagonal that is added to the diagonal.
@@ -126,7 +127,7 @@ pub struct Recipe {
     pub expert_tokens: usize,
 }
 
-/// Where a recipe was stored before networks with experts were known.
+/// The value in recipes that were stored before networks with experts were supported.
 fn expert_tokens() -> usize {
     256
 }
@@ -161,8 +162,8 @@ impl Recipe {
     }
 
     /// The default: the paper's bits, groups and outlier channels. A Hadamard transform in each group, a
-    /// scale with a sign for every output row, K and V heads rotated and keys centred, and sites
-    /// quantized in turn towards what the source computes.
+    /// signed scale for every output row, rotated K and V heads, centred keys, and sites quantized sequentially
+    /// towards the output of the source.
     pub fn default_recipe() -> Self {
         Self {
             clip_act: 0.95,
@@ -223,10 +224,10 @@ impl Recipe {
                 return Err(Error::input(format!("unknown recipe key `{key}` {place}"))
                     .hint(format!("the keys are {}", known.join(", "))));
             }
-            // A whole number is welcome where a ratio is meant: `clip_act = 1`.
+            // An integer is accepted as a ratio: `clip_act = 1`.
             let value = match (&table[key], value) {
-                (toml::Value::Float(_), toml::Value::Integer(whole)) => {
-                    toml::Value::Float(*whole as f64)
+                (toml::Value::Float(_), toml::Value::Integer(integer)) => {
+                    toml::Value::Float(*integer as f64)
                 }
                 _ => value.clone(),
             };
@@ -248,7 +249,7 @@ impl Recipe {
         self.to_table().to_string()
     }
 
-    /// The recipe itself, if every setting is one that means something.
+    /// The recipe itself, if every setting is valid.
     pub fn check(self) -> Result<Self> {
         BITS.check("bits", self.bits)?;
         BITS.check("act_bits", self.act_bits)?;
@@ -266,7 +267,7 @@ impl Recipe {
         }
         if self.correction > 0.0 && !self.sequential {
             return Err(Error::input("correction needs sequential")
-                .hint("a block quantized at once has no inputs to correct for: set correction = 0, or sequential = true"));
+                .hint("only sites that are quantized sequentially can be corrected: set correction = 0, or sequential = true"));
         }
         let format = self.format.name();
         if self.bits < 16 && !self.format.has_bits(self.bits) {
@@ -292,7 +293,7 @@ impl Recipe {
         Ok(self)
     }
 
-    /// What activations' codes stand for.
+    /// The codebook of activations.
     pub fn act_format(&self) -> Codebook {
         if self.act_bits == 4 { self.format } else { Codebook::Int }
     }

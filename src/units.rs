@@ -21,10 +21,10 @@ pub fn seconds(seconds: f64) -> String {
     if seconds < 99.95 {
         return format!("{seconds:.1} s");
     }
-    let whole = seconds.round() as u64;
-    let (hours, minutes) = (whole / 3600, whole % 3600 / 60);
+    let rounded = seconds.round() as u64;
+    let (hours, minutes) = (rounded / 3600, rounded % 3600 / 60);
     if hours == 0 {
-        format!("{minutes} m {:02} s", whole % 60)
+        format!("{minutes} m {:02} s", rounded % 60)
     } else {
         format!("{hours} h {minutes:02} m")
     }
@@ -35,7 +35,7 @@ pub fn change(ratio: f64) -> String {
     format!("{:+.1} %", (ratio - 1.0) * 100.0)
 }
 
-/// Whole numbers with thin groups of three: `303104` is `303 104`.
+/// Integers in groups of three digits: `303104` is `303 104`.
 pub fn count(number: usize) -> String {
     let digits = number.to_string();
     let mut text = String::new();

@@ -20,7 +20,7 @@ pub fn caution(
     if seq_len > positions {
         progress.warn(&format!(
             "windows of {seq_len} tokens are longer than the {positions} positions that the model was made for \
-             (`max_position_embeddings`): what it predicts beyond them says little of it; give --seq-len {positions} or \
+             (`max_position_embeddings`): its predictions beyond them mean little; give --seq-len {positions} or \
              less"
         ));
     }

@@ -29,10 +29,10 @@ pub struct Runnable<'a, B: Backend> {
     pub architecture: Architecture,
     /// How keys and values are held.
     pub kv: KvFormat,
-    kind: Kind<'a>,
+    kind: ModelKind<'a>,
 }
 
-enum Kind<'a> {
+enum ModelKind<'a> {
     Source,
     Atom(&'a AtomCheckpoint, Vec<BlockPlan>),
 }
@@ -70,7 +70,7 @@ impl<'a, B: Backend> Runnable<'a, B> {
             tensors: source,
             architecture: network(source, progress)?.architecture,
             kv: KvFormat::FULL,
-            kind: Kind::Source,
+            kind: ModelKind::Source,
         })
     }
 
@@ -86,7 +86,7 @@ impl<'a, B: Backend> Runnable<'a, B> {
             tensors: checkpoint,
             architecture,
             kv,
-            kind: Kind::Atom(checkpoint, blocks),
+            kind: ModelKind::Atom(checkpoint, blocks),
         })
     }
 
@@ -100,8 +100,10 @@ impl<'a, B: Backend> Runnable<'a, B> {
             workspace: Workspace::of(self.backend),
         };
         let bytes = match &self.kind {
-            Kind::Atom(_, blocks) => network.quantized_evaluation(self.tensors, blocks, windows),
-            Kind::Source => network.source_evaluation(self.tensors, windows),
+            ModelKind::Atom(_, blocks) => {
+                network.quantized_evaluation(self.tensors, blocks, windows)
+            }
+            ModelKind::Source => network.source_evaluation(self.tensors, windows),
         };
         memory::check(bytes, progress)
     }
@@ -109,7 +111,7 @@ impl<'a, B: Backend> Runnable<'a, B> {
     /// Reads block `index`. Safe to call from another thread than the one that computes.
     pub fn load(&self, index: usize) -> Result<LoadedBlock<'a, B>> {
         let Self { backend, tensors, architecture, .. } = self;
-        let Kind::Atom(checkpoint, blocks) = &self.kind else {
+        let ModelKind::Atom(checkpoint, blocks) = &self.kind else {
             let weights = BlockWeights::load_all(*backend, *tensors, architecture, index)?;
             return Ok(LoadedBlock { weights, stored: None });
         };

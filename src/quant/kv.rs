@@ -69,7 +69,7 @@ impl KvFormat {
 /// If the format is not quantized: there are no codes of 16 bits.
 pub fn quantize(format: &KvFormat, x: &[f32], codes: &mut [u8]) -> (f32, u8) {
     assert!(format.is_quantized() && x.len() == codes.len());
-    let grid = Grid::of(format, x);
+    let grid = KvGrid::of(format, x);
     for (code, x) in codes.iter_mut().zip(x) {
         *code = grid.code(*x) as u8;
     }
@@ -89,19 +89,19 @@ pub fn round_trip(format: &KvFormat, x: &mut [f32]) {
     if !format.is_quantized() {
         return;
     }
-    let grid = Grid::of(format, x);
+    let grid = KvGrid::of(format, x);
     x.iter_mut().for_each(|x| *x = (grid.code(*x) - grid.zero) * grid.scale);
 }
 
 /// The grid that one head's codes lie on. Codes are integral f32 values, which vectorize.
-struct Grid {
+struct KvGrid {
     scale: f32,
     inverse: f32,
     zero: f32,
     top: f32,
 }
 
-impl Grid {
+impl KvGrid {
     #[inline(always)]
     fn of(format: &KvFormat, x: &[f32]) -> Self {
         // Sixteen lanes and comparisons instead of f32::min, or the loop would be a chain of scalar

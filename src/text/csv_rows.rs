@@ -31,7 +31,7 @@ pub(super) fn each_csv_row(data: &DataPath, separator: u8, take: Take<'_>) -> Re
             _ => error.to_string(),
         };
         Error::input(format!("{}, line {line}: {what}", path.display()))
-            .hint("fields with a separator, a quote or a line end stand in double quotes")
+            .hint("put fields with a separator, a quote or a line end in double quotes")
     };
     let names: Vec<String> =
         reader.headers().map_err(wrong)?.iter().map(|name| name.trim().to_owned()).collect();
@@ -50,7 +50,7 @@ pub(super) fn each_csv_row(data: &DataPath, separator: u8, take: Take<'_>) -> Re
     }
 }
 
-/// Reads so many bytes and no more: a quote that is never closed would make the rest of the file one field.
+/// Reads at most `left` bytes: a quote that is never closed would make the rest of the file one field.
 struct Limited<R> {
     content: R,
     left: Rc<Cell<usize>>,

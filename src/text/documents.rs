@@ -1,6 +1,6 @@
-/*! Rows that stay apart: windows are drawn as the reference draws C4's (datautils.py, get_c4).
+/*! Separate documents: windows are drawn as the reference draws C4's (datautils.py, get_c4).
 
-A shard of C4 is 800 MB of text. It lies in a temporary file without a name, mapped, so that memory
+A shard of C4 is 800 MB of text. It is in an unnamed temporary file that is mapped, so that memory
 holds only what is drawn. */
 
 use std::collections::HashSet;
@@ -14,10 +14,10 @@ use super::{PythonRandom, Tokenizer};
 use crate::progress::Progress;
 use crate::{Error, Result};
 
-/// More are no data set; where each ends takes 8 bytes of memory.
+/// The most documents of a set; each takes 8 bytes of memory for its end.
 const MOST_DOCUMENTS: usize = 1 << 26;
 
-/// Many texts, each by itself.
+/// Many separate texts.
 pub(super) struct Documents {
     texts: Mmap,
     /// Where each text ends in `texts`.
@@ -54,7 +54,7 @@ impl Gathering {
     /// The documents, and the SHA-256 of all of them, each followed by a zero byte.
     pub(super) fn finish(self) -> Result<(Documents, String)> {
         let file = self.file.into_inner().map_err(|error| no_room(error.into_error()))?;
-        // SAFETY: the file has no name, so nobody else can change it while it is mapped.
+        // SAFETY: the file has no name, so no other process can change it while it is mapped.
         let texts = unsafe { Mmap::map(&file) }.map_err(no_room)?;
         let hash = self.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         Ok((Documents { texts, ends: self.ends }, hash))
@@ -68,7 +68,7 @@ pub(super) fn no_room(error: std::io::Error) -> Error {
 }
 
 impl Documents {
-    /// How many there are.
+    /// Their number.
     pub(super) fn count(&self) -> usize {
         self.ends.len()
     }
@@ -81,8 +81,8 @@ impl Documents {
     /// Draws windows, `[windows, seq_len]` flat: documents at random until one is longer than a window,
     /// then a place in it at random, as after `random.seed(seed)`.
     ///
-    /// The reference also stops at a document of exactly a window's length, where its next call then
-    /// fails; here such a document is passed over.
+    /// The reference also accepts a document of exactly a window's length, on which its next call
+    /// fails; here such a document is skipped.
     ///
     /// # Errors
     /// If no document is long enough.

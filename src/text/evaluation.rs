@@ -1,4 +1,4 @@
-/*! The text on which perplexity is measured. */
+/*! The windows of an evaluation. */
 
 use super::{TextSet, Tokenizer};
 use crate::Result;

@@ -1,7 +1,7 @@
-/*! Files that a text or rows are read from: what may be opened, and plain text out of them, a part at a time.
+/*! Opens files that a text or rows are read from, and reads plain text from them part by part.
 
-Files may be anything: directories, devices without an end, pipes that are read once, a few kilobytes of gzip
-that hold gigabytes. Everything is read as a stream, and no further than it is needed. */
+The user may name anything: directories, endless devices, pipes that can be read once, a few kilobytes of gzip
+that hold gigabytes. Everything is read as a stream, and no further than needed. */
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -16,24 +16,24 @@ use flate2::read::MultiGzDecoder;
 use crate::progress::Progress;
 use crate::{Error, Result};
 
-/// A line of a file must not be longer.
+/// The longest line of a file.
 pub(super) const LINE_BYTES: usize = 256 << 20;
 
-/// What a pipe holds must not be longer.
+/// The most bytes of a pipe.
 const PIPE_BYTES: u64 = 4 << 30;
 
-/// A file to read: it is there and of a kind that can be read, if need be twice.
+/// A file that exists and can be read more than once.
 pub(super) struct DataPath {
     path: PathBuf,
-    /// What a pipe held.
+    /// The content of a pipe.
     copy: Option<File>,
 }
 
 impl DataPath {
-    /// Looks at a file. What a pipe holds is copied, because it can be read only once.
+    /// Checks a file. The content of a pipe is copied, because it can be read only once.
     ///
     /// # Errors
-    /// Bad input if there is no such file, or it is a directory, a device or a pipe that nobody writes to; an
+    /// Bad input if there is no such file, or it is a directory, a device or a pipe without a writer; an
     /// interruption if the user asked the run to stop while a pipe is read.
     pub(super) fn open(path: &Path, progress: &dyn Progress) -> Result<Self> {
         let kind = fs_err::metadata(path)?.file_type();
@@ -60,14 +60,14 @@ impl DataPath {
         match &self.copy {
             None => Ok(fs_err::File::open(&self.path)?.into_parts().0),
             Some(copy) => {
-                // A descriptor of its own would share the place in the file.
+                // A duplicated descriptor would share the file offset.
                 let name = format!("/proc/self/fd/{}", copy.as_raw_fd());
                 Ok(File::open(name).map_err(|error| unreadable(&self.path, &error))?)
             }
         }
     }
 
-    /// The content, out of its gzip if the name says that it has one.
+    /// The content, decompressed if the name ends in `.gz`.
     pub(super) fn content(&self) -> Result<Box<dyn Read>> {
         let file = self.file()?;
         if self.is_gzip() {
@@ -77,13 +77,13 @@ impl DataPath {
         }
     }
 
-    /// Whether the name says that the content is in a gzip.
+    /// Whether the name ends in `.gz`.
     pub(super) fn is_gzip(&self) -> bool {
         let extension = self.path.extension();
         extension.is_some_and(|extension| extension.eq_ignore_ascii_case("gz"))
     }
 
-    /// The length of the file as it lies on the disk.
+    /// The length of the file on the disk.
     pub(super) fn bytes(&self) -> Result<u64> {
         Ok(self.file()?.metadata()?.len())
     }
@@ -98,7 +98,7 @@ impl DataPath {
     ) -> Result<()> {
         let mut content = self.content()?;
         let mut bytes = vec![0; 64 << 10];
-        // Bytes of the file before `bytes`, and those in it that are read.
+        // Bytes of the file before `bytes`, and valid bytes in it.
         let (mut before, mut len) = (0_u64, 0);
         loop {
             let count = fill(&mut content, &mut bytes[len..], &self.path)?;
@@ -106,7 +106,7 @@ impl DataPath {
             let start = if before == 0 { self.after_mark(&bytes[..len])? } else { 0 };
             let valid = match str::from_utf8(&bytes[start..len]) {
                 Ok(_) => len,
-                // A character that goes on in the next part.
+                // A character that continues in the next part.
                 Err(error) if error.error_len().is_none() && count > 0 => {
                     start + error.valid_up_to()
                 }
@@ -124,7 +124,7 @@ impl DataPath {
         }
     }
 
-    /// Where the text begins, behind a byte order mark.
+    /// Where the text begins, after a byte order mark.
     pub(super) fn after_mark(&self, bytes: &[u8]) -> Result<usize> {
         if is_utf16(bytes) {
             return Err(Error::input(format!(
@@ -217,7 +217,7 @@ impl Lines<'_> {
 
 fn not_utf8(path: &Path, at: u64) -> Error {
     let what = format!("is not UTF-8 text: the byte at offset {at} is not valid");
-    Error::input(format!("{} {what}", path.display())).hint(super::set::FORMS)
+    Error::input(format!("{} {what}", path.display())).hint(super::part::FORMS)
 }
 
 /// An error while the content of a file is read.
@@ -227,10 +227,10 @@ pub(super) fn unreadable(path: &Path, error: &std::io::Error) -> Error {
         .hint("the file may be cut or damaged: fetch it again")
 }
 
-/// What a pipe holds, in a temporary file.
+/// The content of a pipe, in a temporary file.
 fn copy_of_pipe(path: &Path, progress: &dyn Progress) -> Result<File> {
     let fault = |error: std::io::Error| unreadable(path, &error);
-    // To open a pipe, or to read one, waits for somebody who writes to it, unless it is told not to.
+    // Without O_NONBLOCK, opening or reading a pipe blocks until it has a writer.
     let pipe = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
     let mut pipe = pipe.map_err(fault)?;
     let mut copy = tempfile::tempfile().map_err(super::documents::no_room)?;
@@ -254,7 +254,7 @@ fn copy_of_pipe(path: &Path, progress: &dyn Progress) -> Result<File> {
                 total += count as u64;
                 if total > PIPE_BYTES {
                     return Err(Error::input(format!(
-                        "{} gives more than {} GB",
+                        "{} holds more than {} GB",
                         path.display(),
                         PIPE_BYTES >> 30
                     ))
@@ -272,9 +272,9 @@ fn copy_of_pipe(path: &Path, progress: &dyn Progress) -> Result<File> {
     }
 }
 
-/// Returns when there is something to read, or after a tenth of a second.
+/// Waits until there is something to read, for at most a tenth of a second.
 fn wait_for_bytes(pipe: &File) {
     let mut asked = libc::pollfd { fd: pipe.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: the call gets one open descriptor. Whatever it returns, the caller reads again.
+    // SAFETY: the array has one open descriptor. The caller reads again for any result.
     unsafe { libc::poll(&raw mut asked, 1, 100) };
 }

@@ -1,8 +1,8 @@
-/*! Calls into parsers that panic, hang or take endless memory on some damaged files.
+/*! Guards calls into parsers that panic, hang or take unbounded memory on some damaged files.
 
 A panic of such a call is an error about the file and not a fault of this program, so its message is
-caught and not printed. A call that may run for ever runs on a thread of its own, and its caller watches
-the clock and the process's memory. A thread that is given up keeps running; the error ends the process. */
+caught and not printed. A call that may not return runs on its own thread, and its caller watches
+the time and the process's memory. An abandoned thread keeps running; the error ends the process. */
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
@@ -45,26 +45,29 @@ pub(super) struct Allowance {
     pub(super) bytes: u64,
 }
 
-/// The result of `work`, or why there is none: its panic, that it exceeded the allowance, or that it was to `stop`.
+/// The result of `work`.
+///
+/// # Errors
+/// The message of its panic, or that it exceeded the allowance, or that `stop` returned true.
 pub(super) fn watched<T: Send + 'static>(
     allowance: Allowance,
     stop: &dyn Fn() -> bool,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, String> {
-    let watched = Watched::begin(allowance, |give| {
-        give(work());
+    let watched = Watched::begin(allowance, |send| {
+        send(work());
     })?;
     watched.next(stop)?.ok_or_else(|| "its thread ended".to_owned())
 }
 
-/// Work on a thread of its own that gives results one after the other, at most two ahead of who takes them.
+/// Work on its own thread that sends results one after another, at most two ahead of the receiver.
 pub(super) struct Watched<T> {
     results: Receiver<Result<T, String>>,
     allowance: Allowance,
 }
 
 impl<T: Send + 'static> Watched<T> {
-    /// Begins `work`, which gives its results to the function that it gets, until that returns false.
+    /// Begins `work`, which passes its results to its argument until that returns false.
     pub(super) fn begin(
         allowance: Allowance,
         work: impl FnOnce(&mut dyn FnMut(T) -> bool) + Send + 'static,
@@ -72,7 +75,7 @@ impl<T: Send + 'static> Watched<T> {
         let (sender, results) = sync_channel(1);
         let work = move || {
             if let Err(panic) = caught(|| work(&mut |result| sender.send(Ok(result)).is_ok())) {
-                // Nobody listens any more if the caller has given up.
+                // The receiver is dropped if the caller has given up.
                 let _ = sender.send(Err(panic));
             }
         };
@@ -83,19 +86,21 @@ impl<T: Send + 'static> Watched<T> {
         Ok(Self { results, allowance })
     }
 
-    /// The next result, none after the last, or why there is none: the work's panic, that it exceeded the allowance
-    /// while it was waited for, or that it was to `stop`.
+    /// The next result, or none after the last.
+    ///
+    /// # Errors
+    /// The message of the work's panic, or that it exceeded the allowance while waiting, or that `stop` returned true.
     pub(super) fn next(&self, stop: &dyn Fn() -> bool) -> Result<Option<T>, String> {
-        const LOOK: Duration = Duration::from_millis(50);
+        const INTERVAL: Duration = Duration::from_millis(50);
         let Self { results, allowance } = self;
         let before = resident_bytes().unwrap_or(0);
-        // Looks are counted and not the clock read: a process that was stopped did not take the time.
+        // Intervals are counted instead of reading the clock: a suspended process did not use the time.
         let mut waited = Duration::ZERO;
         loop {
-            match results.recv_timeout(LOOK) {
+            match results.recv_timeout(INTERVAL) {
                 Ok(result) => return result.map(Some),
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
-                Err(RecvTimeoutError::Timeout) => waited += LOOK,
+                Err(RecvTimeoutError::Timeout) => waited += INTERVAL,
             }
             if stop() {
                 return Err("it was stopped".to_owned());
@@ -139,10 +144,10 @@ mod tests {
     }
 
     #[test]
-    fn results_come_one_after_the_other_and_a_panic_after_them() {
+    fn results_come_in_order_and_a_panic_after_them() {
         let begin = |panics: bool| {
-            let work = move |give: &mut dyn FnMut(u32) -> bool| {
-                assert!((0..5).all(give) && !panics, "no sixth");
+            let work = move |send: &mut dyn FnMut(u32) -> bool| {
+                assert!((0..5).all(send) && !panics, "no sixth");
             };
             Watched::begin(SHORT, work).unwrap()
         };
@@ -155,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_takes_too_long_or_too_much_is_given_up() {
+    fn a_call_that_takes_too_long_or_too_much_is_abandoned() {
         assert_eq!(watched(SHORT, &|| false, || 5), Ok(5));
         let sleep = || std::thread::sleep(Duration::from_secs(2));
         let late = watched(SHORT, &|| false, sleep);
@@ -164,7 +169,7 @@ mod tests {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let long = Allowance { time: Duration::from_secs(60), ..SHORT };
-        // Other tests give memory back meanwhile.
+        // Other tests release memory at the same time.
         let large = watched(long, &|| false, move || {
             let mut held = Vec::new();
             while held.len() < 40 && !stopped.load(Relaxed) {

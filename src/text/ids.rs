@@ -1,4 +1,4 @@
-/*! The ids of a long text: in memory while they are few, then in a temporary file without a name. */
+/*! The ids of a long text: in memory up to a limit, then in an unnamed temporary file. */
 
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 
@@ -7,10 +7,10 @@ use tempfile::SpooledTempFile;
 use super::documents::no_room;
 use crate::Result;
 
-/// So many bytes stay in memory: the ids of some 60 MB of text.
+/// Bytes that stay in memory: the ids of some 60 MB of text.
 const MEMORY_BYTES: usize = 64 << 20;
 
-/// Ids that are appended, then read anywhere.
+/// Ids that are appended, then read at any position.
 pub(super) struct Ids {
     file: BufWriter<SpooledTempFile>,
     count: usize,
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_come_back_from_anywhere() {
+    fn ids_are_read_at_any_position() {
         let mut ids = Ids::new();
         let many: Vec<u32> = (0..100_000).collect();
         many.chunks(777).for_each(|some| ids.append(some).unwrap());

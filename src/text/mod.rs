@@ -1,11 +1,10 @@
 /*! Text sets and files -> token windows.
 
-A text set ([`TextSet`]) is one long string, or documents that stay apart. The model's tokenizer turns
-the string into ids ([`Tokenizer`]), by pieces that give the ids of the string at once ([`pieces`]); the ids are
-cut into windows as the method's reference cuts them, at random places for calibration
-([`TextSet::calibration_windows`]) and side by side for perplexity ([`TextSet::evaluation_windows`]). Of documents,
-both draw. [`rows`] reads data files. Tasks with a right answer are [`tasks`]' business. Nothing here knows what a
-model is. */
+A text set ([`TextSet`]) is one long string, or separate documents. The model's tokenizer turns the string into ids
+([`Tokenizer`]), piece by piece but with the ids of the entire string ([`pieces`]). The ids are cut into windows as
+the method's reference cuts them: at random places for calibration ([`TextSet::calibration_windows`]), consecutively
+for perplexity ([`TextSet::evaluation_windows`]). From documents, both draw at random. [`rows`] reads data files;
+[`tasks`] are questions with a right answer. Nothing here depends on models. */
 
 mod csv_rows;
 mod documents;
@@ -15,6 +14,7 @@ mod guarded;
 mod ids;
 mod named;
 mod parquet_rows;
+mod part;
 mod pattern;
 mod pieces;
 mod python_random;
@@ -31,7 +31,7 @@ pub use rows::rows;
 pub use set::{CalibrationWindows, SetUsed, TextSet};
 pub use tokenizer::{Tokenizer, check_tokens};
 
-/// What a text is wanted for: named sets have a different part for each.
+/// The use of a text: named sets have a different part for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Split {
     /// Statistics and weights are fitted to it.

@@ -1,4 +1,4 @@
-/*! What the named text sets are: `calibration-data/sets.toml`, which is part of the program. */
+/*! The named text sets: `calibration-data/sets.toml`, which is part of the program. */
 
 use std::collections::BTreeMap;
 
@@ -11,22 +11,22 @@ const SETS: &str = include_str!("../../calibration-data/sets.toml");
 /// How rows become token windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Rows {
+pub(super) enum Windowing {
     /// One text, a blank line between two rows.
     Joined,
-    /// Each window is cut out of one row.
+    /// Each window is cut from one row.
     Documents,
 }
 
-/// How a plain text file of the set falls into rows: as the data set's own script on the Hub reads it.
+/// How a plain text file of the set is split into rows: as the data set's own script on the Hub does it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Lines {
-    /// Lines with their ends; a blank one is an empty row.
+pub(super) enum LineSplit {
+    /// LineSplit with their ends; a blank one is an empty row.
     Kept,
-    /// Lines without the white space around them.
+    /// LineSplit without the white space around them.
     Trimmed,
-    /// It does not: a row may have several lines.
+    /// Not split: a row may have several lines.
     None,
 }
 
@@ -39,8 +39,8 @@ pub(super) struct NamedSet {
     calibration: String,
     evaluation: String,
     pub(super) field: String,
-    pub(super) rows: Rows,
-    pub(super) lines: Lines,
+    pub(super) rows: Windowing,
+    pub(super) lines: LineSplit,
 }
 
 impl NamedSet {
@@ -76,7 +76,7 @@ mod tests {
             set("ptb").unwrap().file(Split::Evaluation),
             "penn_treebank/validation/0000.parquet"
         );
-        assert_eq!(set("c4").unwrap().rows, Rows::Documents);
+        assert_eq!(set("c4").unwrap().rows, Windowing::Documents);
         assert!(set("wikitext").is_none());
     }
 }

@@ -15,14 +15,14 @@ use super::guarded::{Allowance, Watched};
 use super::rows::Take;
 use crate::{Error, Result};
 
-/// What the library may take for its next rows. A few bytes of a damaged file, or of one made for it, can claim or hold
+/// What the library may use for its next rows. A few bytes of a damaged or malicious file can claim or hold
 /// gigabytes.
 const ALLOWANCE: Allowance = Allowance { time: Duration::from_secs(120), bytes: 1 << 30 };
 
-/// Rows that come from the library's thread together.
+/// Rows that the library's thread sends together.
 const BATCH: usize = 16;
 
-/// Calls `take` with each row: of the columns named those that there are, or all of them.
+/// Calls `take` with each row: those of `columns` that exist, or all columns.
 pub(super) fn each_parquet_row(
     data: &DataPath,
     columns: Option<&[&str]>,
@@ -32,17 +32,17 @@ pub(super) fn each_parquet_row(
         let hint = if cause.contains("Disabled feature") {
             "write it with snappy, gzip or zstd compression, or as JSONL: others are not read"
         } else if cause.contains("of memory") {
-            "a page of it holds more than is read at once: write it with pages of the usual size, or as JSONL"
+            "a page of it holds more than is read: write it with pages of the usual size, or as JSONL"
         } else {
             "the file may be cut or damaged: fetch it again"
         };
-        let whence = format!("{} cannot be read as Parquet", data.path().display());
-        Error::input(cause).context(whence).hint(hint)
+        let place = format!("{} cannot be read as Parquet", data.path().display());
+        Error::input(cause).context(place).hint(hint)
     };
     let file = data.file()?;
     let columns = columns.map(|columns| columns.iter().map(|&name| name.to_owned()).collect());
     // Some damaged files make the library panic.
-    let batches = Watched::begin(ALLOWANCE, move |give| read(file, columns, give));
+    let batches = Watched::begin(ALLOWANCE, move |send| read(file, columns, send));
     let batches = batches.map_err(damaged)?;
     let mut index = 0;
     while let Some(batch) = batches.next(&|| false).map_err(damaged)? {
@@ -56,11 +56,11 @@ pub(super) fn each_parquet_row(
     Ok(())
 }
 
-/// Rows, or what the library says of the first one that it cannot read.
+/// Rows, or the library's error for the first one that it cannot read.
 type Batch = Vec<std::result::Result<Value, String>>;
 
-/// Gives the rows of a file to `give` until it returns false.
-fn read(file: File, columns: Option<Vec<String>>, give: &mut dyn FnMut(Batch) -> bool) {
+/// Passes the rows of a file to `send` until it returns false.
+fn read(file: File, columns: Option<Vec<String>>, send: &mut dyn FnMut(Batch) -> bool) {
     let open = || {
         let reader = SerializedFileReader::new(file)?;
         let schema = reader.metadata().file_metadata().schema();
@@ -70,7 +70,7 @@ fn read(file: File, columns: Option<Vec<String>>, give: &mut dyn FnMut(Batch) ->
     let mut rows = match open() {
         Ok(rows) => rows,
         Err(error) => {
-            give(vec![Err(error.to_string())]);
+            send(vec![Err(error.to_string())]);
             return;
         }
     };
@@ -81,13 +81,13 @@ fn read(file: File, columns: Option<Vec<String>>, give: &mut dyn FnMut(Batch) ->
     loop {
         let batch: Batch = rows.by_ref().take(BATCH).map(one).collect();
         let last = batch.len() < BATCH || batch.iter().any(|row| row.is_err());
-        if !give(batch) || last {
+        if !send(batch) || last {
             return;
         }
     }
 }
 
-/// The schema with these columns alone; without any of them the rows will say what they lack.
+/// The schema with these columns only; with none of them, all columns are read and the caller reports what is missing.
 fn chosen(schema: &Type, columns: &[String]) -> Option<Type> {
     let named = |field: &&Arc<Type>| columns.iter().any(|name| name == field.name());
     let fields = schema.get_fields().iter().filter(named);
@@ -103,8 +103,7 @@ fn object(row: &Row) -> Value {
         .into()
 }
 
-/// A field in JSON. Bytes that are no text become null, and so do numbers that JSON cannot write:
-/// no data set that is read here has either.
+/// A field in JSON. Bytes that are not text and numbers that JSON cannot represent become null.
 fn value(field: &Field) -> Value {
     let float = |number: f64| Number::from_f64(number).map_or(Value::Null, Value::Number);
     match field {

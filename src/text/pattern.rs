@@ -1,24 +1,24 @@
-/*! How far a regular expression reads beyond what it matches.
+/*! How far a regular expression reads beyond its match.
 
-An alternative that ends in a repetition, like ` ?\p{L}+`, reads what it matches and one character more.
+An alternative that ends in a repetition, like ` ?\p{L}+`, reads one character beyond its match.
 One that must match something after a repetition, like `\s*[\r\n]+` or `\s+(?!\S)`, may read the entire
 repetition and then match less, or nothing. Everything else in an expression is of bounded length. */
 
 use std::iter::Peekable;
 use std::str::Chars;
 
-/// What an expression repeats without limit.
+/// The unbounded repetitions of an expression.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Pattern {
     /// The atoms that are repeated, and after which something must match.
     pub(super) far: Vec<String>,
     /// All atoms that are repeated.
     pub(super) unbounded: Vec<String>,
-    /// At most so many characters are matched by everything else.
+    /// An upper bound of the characters that everything else matches.
     pub(super) characters: usize,
 }
 
-/// One of the things that follow each other.
+/// A node of a sequence, with its quantifier.
 #[derive(Debug)]
 struct Item {
     node: Node,
@@ -39,7 +39,7 @@ enum Node {
 type Alternatives = Vec<Vec<Item>>;
 
 impl Pattern {
-    /// Judges an expression; `None` if it has parts whose reach is not known, such as back references.
+    /// Analyses an expression; `None` if it has parts whose reach is unknown, such as back references.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let mut parser = Parser { rest: text.chars().peekable(), depth: 0, any_case: false };
         let alternatives = parser.alternatives()?;
@@ -47,12 +47,12 @@ impl Pattern {
             return None;
         }
         let mut pattern = Self::default();
-        pattern.judge(&alternatives, true);
+        pattern.analyse(&alternatives, true);
         Some(pattern)
     }
 
-    /// Adds what these alternatives repeat; `last` if nothing has to match after them.
-    fn judge(&mut self, alternatives: &Alternatives, last: bool) {
+    /// Adds the repetitions of these alternatives; `last` if nothing has to match after them.
+    fn analyse(&mut self, alternatives: &Alternatives, last: bool) {
         for items in alternatives {
             for (index, item) in items.iter().enumerate() {
                 let last = last && items[index + 1..].iter().all(|item| item.optional);
@@ -62,10 +62,10 @@ impl Pattern {
                         self.far.extend((!last).then(|| atom.clone()));
                     }
                     (Node::Atom(_), Some(most)) => self.characters += most,
-                    (Node::Group(group), Some(0 | 1)) => self.judge(group, last),
+                    (Node::Group(group), Some(0 | 1)) => self.analyse(group, last),
                     // A repetition of several things may end inside of one of them.
                     (Node::Group(group), _) => self.repeated(group),
-                    (Node::Look(look), _) => self.judge(look, false),
+                    (Node::Look(look), _) => self.analyse(look, false),
                 }
             }
         }
@@ -150,7 +150,7 @@ impl Parser<'_> {
                         return Some(Node::Look(Vec::new()));
                     }
                     flag @ ('i' | 's' | 'm' | 'u' | 'U' | '-' | '<') => flags.push(flag),
-                    // `x` changes what white space means; names and conditions are not judged.
+                    // `x` changes what white space means; names and conditions are not analysed.
                     _ => return None,
                 }
             }
@@ -232,7 +232,7 @@ impl Parser<'_> {
         Some(Item { node, optional, most })
     }
 
-    /// What makes a repetition lazy or possessive; another repetition is not judged apart.
+    /// What makes a repetition lazy or possessive; another repetition is not distinguished.
     fn lazy(&mut self) {
         self.rest.next_if(|next| matches!(next, '?' | '+'));
     }
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_judged_is_said_to_be_so() {
+    fn an_unknown_construct_is_refused() {
         for text in [r"(a)\1", r"(?x) a", r"(?P<n>a)", "[a", "(a", r"\K", &"(".repeat(10_000)] {
             assert_eq!(Pattern::parse(text), None, "{text}");
         }

@@ -1,15 +1,15 @@
-/*! A text's ids in bounded memory: tokenized piece by piece, the same ids as of the text at once.
+/*! A text's ids in bounded memory: tokenized piece by piece, with the ids of the entire text.
 
-A tokenizer takes some 150 bytes of memory for a byte of text, so a long text cannot go through it whole.
-Nor can it be cut anywhere: the ids next to a cut are those of another text. So pieces overlap, the next one
-begins at a token of the one before, and the two are joined at a place `p` in the overlap where
+A tokenizer takes some 150 bytes of memory for a byte of text, so a long text cannot be tokenized in one piece.
+It cannot be cut anywhere either: the ids next to a cut would be those of another text. So pieces overlap. The next
+one begins at a token of the one before, and the two are joined at a place `p` in the overlap where
 
 1. both have the same tokens (id, bytes, beginnings of words) for a stretch on either side of `p`, and
 2. the stretch holds so many characters on either side that no decision about the text reaches across it
-   ([`Reach`](super::reach::Reach) says how many, and which characters do not count).
+   ([`Reach`](super::reach::Reach) has their number, and which characters do not count).
 
-Ids before `p` come from the piece that knows the text before, ids after `p` from the one that knows the text
-after. They are the ids of the text at once, by induction over the pieces, stage by stage:
+Ids before `p` come from the piece that contains the text before, ids after `p` from the one that contains the text
+after. They are the ids of the entire text, by induction over the pieces, stage by stage:
 
 *Added tokens* are the leftmost longest matches. A match is one token, so in neither piece does one reach
 across `p`; one that would need text beyond the stretch is longer than any added token, or swallows white
@@ -19,23 +19,23 @@ space, which then does not count as a character of the stretch.
 clusters only ASCII and alphanumeric characters count. Expressions are treated as below.
 
 *Words.* An expression is searched from the end of its last match, so two scans of a text that both have a
-match begin or end at `p` go on alike as long as they read the same. What is read beyond the end of a match is of
-bounded length, except for repetitions after which something has to match (`pattern.rs`): those characters do
-not count, so a scan that decides something before `p` cannot have read to the end of the first piece. With
+match begin or end at `p` continue equally as long as they read the same. A scan reads a bounded length beyond the
+end of a match, except for repetitions after which something has to match (`pattern.rs`): those characters do
+not count, so a scan that decides something before `p` has not read to the end of the first piece. With
 such an expression `p` is the beginning of a word. Other pre-tokenizers split by the characters next to a place.
 
 *BPE* merges the pair of lowest rank until there is none. If no merge crosses a place, either side is merged as
-if it stood alone. Therefore a sequence of tokens is the result for its text if and only if each two neighbours
+if it were alone. Therefore a sequence of tokens is the result for its text if and only if each two neighbours
 are the result for theirs: of all merges that cross the place between two tokens the first would also cross
 it if there were nothing but these two, because until then either token has had the same merges. All neighbours
 before `p` are neighbours in the first piece, all others in the second. So `p` may be inside a word, however long.
 Words of WordPiece, WordLevel, Unigram, and of a BPE that looks entire words up, depend on all of their
 characters: there `p` is the beginning of a word.
 
-Where the pieces cannot be joined, because a word or a run of white space is longer than the overlap, the overlap
-grows, then the first piece. In the worst case the piece is the text. It also is where the tokenizer has a
-component whose reach is not known. What a text begins and ends with (`Prepend`, the post-processor's tokens) is
-only in the first and last ids: of every other piece the first tokens are not used. */
+If pieces cannot be joined, because a word or a run of white space is longer than the overlap, the overlap
+grows, then the first piece. In the worst case, or with a component of unknown reach, the piece is the entire text.
+The beginning and end of a text (`Prepend`, the post-processor's tokens) affect only the first and last ids: the
+first tokens of every other piece are not used. */
 
 use std::ops::{ControlFlow, Range};
 
@@ -47,23 +47,23 @@ use crate::{Error, Result};
 /// Bytes of a piece, as long as pieces can be joined.
 pub(super) const PIECE_BYTES: usize = 256 << 10;
 
-/// The parts of a piece that the next one overlaps, tried one after the other.
+/// The parts of a piece that the next one overlaps, tried one after another.
 const OVERLAPS: [usize; 3] = [32, 8, 2];
 
-/// A next piece begins so many bytes before a token of the current one: in a run of one character the tokens of
-/// both are in step only if what a normalizer prepends makes up for the shift.
+/// Bytes before a token of the current piece where the next one begins. In a run of one character the tokens of
+/// both are aligned only if the prefix that a normalizer adds compensates for the shift.
 const SHIFTS: [usize; 5] = [0, 1, 3, 7, 15];
 
 /// Tokens that both pieces have in common before the place where they are joined.
 const COMMON_TOKENS: usize = 16;
 
-/// A token and where it lies.
+/// A token and its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Token {
     pub(super) id: u32,
     /// Whether a word of the pre-tokenizer begins with it.
     pub(super) begins_word: bool,
-    /// The bytes of the piece that it stands for.
+    /// Its bytes in the piece.
     pub(super) start: usize,
     pub(super) end: usize,
 }
@@ -76,9 +76,9 @@ pub(super) struct Pieces<'t> {
     tokenizer: &'t Tokenizer,
     progress: &'t dyn Progress,
     sink: Sink<'t>,
-    /// Bytes of a piece where nothing hinders.
+    /// Bytes of a piece in the usual case.
     piece: usize,
-    /// What was pushed and is not settled: the current piece and what follows.
+    /// The pushed text whose ids are not final: the current piece and what follows.
     text: String,
     current: Option<Piece>,
     /// Bytes of `text` that the next step needs.
@@ -86,12 +86,12 @@ pub(super) struct Pieces<'t> {
     flow: ControlFlow<()>,
 }
 
-/// The beginning of the text that is not settled, tokenized.
+/// The beginning of the text whose ids are not final, tokenized.
 struct Piece {
     tokens: Vec<Token>,
     /// Its length in bytes.
     len: usize,
-    /// The first token whose id was not given out yet.
+    /// The first token whose id was not emitted yet.
     next: usize,
 }
 
@@ -108,7 +108,7 @@ impl<'t> Pieces<'t> {
         Ok(Self { tokenizer, progress, sink, piece, text, current: None, needed: piece, flow })
     }
 
-    /// Goes on with the text. Breaks when no more of it is needed.
+    /// Adds to the text. Breaks when no more of it is needed.
     pub(super) fn push(&mut self, mut text: &str) -> Result<ControlFlow<()>> {
         let Some(reach) = self.tokenizer.reach() else {
             self.text.push_str(text);
@@ -137,7 +137,7 @@ impl<'t> Pieces<'t> {
             if len < all && !self.join(reach, all)? && self.flow.is_continue() {
                 self.grow(all)?;
             }
-            self.give(usize::MAX)?;
+            self.emit(usize::MAX)?;
         } else {
             let ids = self.tokenizer.ids(std::mem::take(&mut self.text), self.progress)?;
             self.flow = (self.sink)(&ids)?;
@@ -167,7 +167,7 @@ impl<'t> Pieces<'t> {
         self.current.as_ref().map_or(0, |piece| piece.len)
     }
 
-    /// Goes on to a next piece of `len` bytes, or returns false if it cannot be joined with the current one.
+    /// Moves to a next piece of `len` bytes, or returns false if it cannot be joined with the current one.
     fn join(&mut self, reach: &Reach, len: usize) -> Result<bool> {
         let shifts = if reach.at_words { &SHIFTS[..1] } else { &SHIFTS };
         for (part, shift) in OVERLAPS.iter().flat_map(|part| shifts.iter().map(move |s| (part, s)))
@@ -183,7 +183,7 @@ impl<'t> Pieces<'t> {
             let Some((settled, next)) = joint(&self.text, reach, current, begin, &tokens) else {
                 continue;
             };
-            self.give(settled)?;
+            self.emit(settled)?;
             self.text.drain(..begin);
             self.current = Some(Piece { tokens, len: end - begin, next });
             return Ok(true);
@@ -203,7 +203,7 @@ impl<'t> Pieces<'t> {
         };
         let next = next.ok_or_else(|| {
             Error::input(format!(
-                "{} gives other tokens for a text with more behind it",
+                "{} has other tokens for the beginning of a longer text",
                 self.tokenizer.path()
             ))
             .hint("give a shorter text, or report this with the tokenizer")
@@ -212,8 +212,8 @@ impl<'t> Pieces<'t> {
         Ok(())
     }
 
-    /// Gives out the current piece's ids before the token `end`.
-    fn give(&mut self, end: usize) -> Result<()> {
+    /// Emits the current piece's ids before the token `end`.
+    fn emit(&mut self, end: usize) -> Result<()> {
         let current = self.current.as_mut().expect("the caller has a piece");
         let end = end.min(current.tokens.len());
         let tokens = &current.tokens[current.next.min(end)..end];
@@ -227,8 +227,8 @@ impl<'t> Pieces<'t> {
 }
 
 impl Piece {
-    /// Where the next piece begins, about `overlap` bytes before the end: at a token after the one from which
-    /// ids are still to be given out.
+    /// Where the next piece begins, about `overlap` bytes before the end: at a token after the first one that
+    /// is not emitted yet.
     fn beginning(&self, text: &str, reach: &Reach, overlap: usize) -> Option<usize> {
         let earliest = self.len - overlap;
         let first = self.tokens.partition_point(|token| token.start < earliest);
@@ -271,7 +271,7 @@ fn joint(
         }
         (a, b) = (a + common, b + common);
         let (Some(one), Some(other)) = (piece.tokens.get(a), following.get(b)) else { break };
-        // On with the one that is behind.
+        // Advance in the piece that lags.
         let order = one.start.cmp(&(other.start + begin));
         a += usize::from(order.is_le());
         b += usize::from(order.is_ge());
@@ -279,12 +279,12 @@ fn joint(
     None
 }
 
-/// One of these tokens, which both pieces have, with enough text in them on either side of it.
+/// One of these common tokens with enough text in them on either side of it.
 fn joint_within(text: &str, reach: &Reach, piece: &Piece, common: Range<usize>) -> Option<usize> {
     let tokens = piece.tokens.get(common.clone()).filter(|tokens| tokens.len() > COMMON_TOKENS)?;
     let (start, end) = (tokens[0].start, tokens[tokens.len() - 1].end);
     let settled = start + reach.settled_after(text.get(start..end)?)?;
-    // A longer stretch before settles what a shorter one does, so the first place leaves the most after it.
+    // The first place that has enough text before it leaves the most after it.
     let mut places = common.skip(COMMON_TOKENS);
     let index = places.find(|index| {
         piece.tokens[*index].start >= settled && piece.separates(text, reach, *index)

@@ -13,7 +13,7 @@ const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p
 const QWEN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const O200K: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// tiny-llama's tokenizer: byte-level BPE behind GPT-2's expression.
+/// tiny-llama's tokenizer: byte-level BPE after GPT-2's expression.
 fn byte_level() -> Value {
     serde_json::from_slice(TINY_LLAMA).unwrap()
 }
@@ -22,8 +22,8 @@ fn split(pattern: &str) -> Value {
     json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false})
 }
 
-/// The same behind other expressions.
-fn byte_level_behind(splits: &[Value]) -> Value {
+/// The same after other expressions.
+fn byte_level_after(splits: &[Value]) -> Value {
     let mut json = byte_level();
     let mut parts = splits.to_vec();
     parts.push(json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}));
@@ -135,7 +135,7 @@ fn unigram() -> Value {
     json
 }
 
-/// A tokenizer with tokens that swallow white space, are parts of each other and stand alone.
+/// A tokenizer with tokens that swallow white space, are parts of each other and are separate words.
 fn with_added(mut json: Value) -> Value {
     let added = json["added_tokens"].as_array_mut().unwrap();
     for (index, (content, lstrip, rstrip, single_word, normalized)) in [
@@ -164,7 +164,7 @@ fn normalized_by(mut json: Value, normalizer: Value) -> Value {
 
 /// Tokenizers by name, and whether they can be cut in ordinary text.
 fn tokenizers() -> Vec<(&'static str, Value, bool)> {
-    let mut looked_up = byte_level_behind(&[split(LLAMA_3)]);
+    let mut looked_up = byte_level_after(&[split(LLAMA_3)]);
     looked_up["model"]["ignore_merges"] = true.into();
     let deepseek = [
         split(r"\p{N}{1,3}"),
@@ -186,11 +186,11 @@ fn tokenizers() -> Vec<(&'static str, Value, bool)> {
     vec![
         ("byte level", byte_level(), true),
         ("llama 3", looked_up, true),
-        ("qwen", normalized_by(byte_level_behind(&[split(QWEN)]), json!({"type": "NFC"})), true),
-        ("o200k", byte_level_behind(&[split(O200K)]), true),
-        ("deepseek", byte_level_behind(&deepseek), true),
-        ("quotes", byte_level_behind(&[split(r#""[^"]*"|\S+"#)]), false),
-        ("pairs of words", byte_level_behind(&[split(r"(\w+ \w+ )+")]), false),
+        ("qwen", normalized_by(byte_level_after(&[split(QWEN)]), json!({"type": "NFC"})), true),
+        ("o200k", byte_level_after(&[split(O200K)]), true),
+        ("deepseek", byte_level_after(&deepseek), true),
+        ("quotes", byte_level_after(&[split(r#""[^"]*"|\S+"#)]), false),
+        ("pairs of words", byte_level_after(&[split(r"(\w+ \w+ )+")]), false),
         ("sentencepiece", sentencepiece(), true),
         ("metaspace", metaspace(true, "first"), true),
         ("metaspace, one word", metaspace(false, "always"), true),
@@ -215,7 +215,7 @@ fn tokenizers() -> Vec<(&'static str, Value, bool)> {
     ]
 }
 
-/// Texts that give a tokenizer no place, or many odd ones, to be cut at.
+/// Texts with no place, or many odd ones, where they can be cut.
 fn texts() -> Vec<(&'static str, String)> {
     let repeated = |text: &str| text.repeat(12_000 / text.len());
     let mut many = String::new();
@@ -294,7 +294,7 @@ fn texts() -> Vec<(&'static str, String)> {
         ("digits", numbers),
         ("added tokens", repeated("<mask>  <right>   xyxyxyx <s>river</s> rivers <both> ")),
         ("overlapping tokens", repeated("xy")),
-        ("a token behind spaces", format!("word {}<mask> {}", repeated(" "), repeated("word "))),
+        ("a token after spaces", format!("word {}<mask> {}", repeated(" "), repeated("word "))),
         ("quotes", format!("{} \"{} ", repeated("\"so he said\" "), repeated("and more words "))),
         ("long words", (0..60).map(|len| "z".repeat(len * 7) + " word ").collect()),
         ("everything", many),
@@ -416,7 +416,7 @@ fn many_scripts(characters: usize) -> String {
     text
 }
 
-/// Every file of the program's source, one behind the other.
+/// Every file of the program's source, one after another.
 fn source_code() -> String {
     let mut files = Vec::new();
     let mut directories = vec![std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];

@@ -28,7 +28,7 @@ impl PythonRandom {
         Self { state: seeded_by_key(&digits[..used]), next: STATE_WORDS }
     }
 
-    /// `random.randint(low, high)`: a whole number in `low..=high`.
+    /// `random.randint(low, high)`: an integer in `low..=high`.
     ///
     /// # Panics
     /// If `low > high`, where Python raises `ValueError`.
@@ -45,7 +45,7 @@ impl PythonRandom {
         }
     }
 
-    /// `random.getrandbits(bits)` for 1..=128 bits: whole words from the lowest up, and of the last
+    /// `random.getrandbits(bits)` for 1..=128 bits: entire words from the lowest up, and of the last
     /// word its leading bits.
     fn random_bits(&mut self, bits: u32) -> u128 {
         let mut result = 0;
@@ -71,7 +71,7 @@ impl PythonRandom {
         word ^ (word >> 18)
     }
 
-    /// Steps the recurrence through the whole state.
+    /// Steps the recurrence through the entire state.
     fn renew(&mut self) {
         for i in 0..STATE_WORDS {
             let low = self.state[(i + 1) % STATE_WORDS];
@@ -87,7 +87,7 @@ impl PythonRandom {
 fn seeded_by_number(seed: u32) -> [u32; STATE_WORDS] {
     let mut state = [seed; STATE_WORDS];
     for i in 1..STATE_WORDS {
-        state[i] = spread(state[i - 1]).wrapping_mul(1_812_433_253).wrapping_add(i as u32);
+        state[i] = fold(state[i - 1]).wrapping_mul(1_812_433_253).wrapping_add(i as u32);
     }
     state
 }
@@ -98,14 +98,14 @@ fn seeded_by_key(key: &[u32]) -> [u32; STATE_WORDS] {
     let mut i = 1;
     for step in 0..STATE_WORDS.max(key.len()) {
         let digit = step % key.len();
-        state[i] = (state[i] ^ spread(state[i - 1]).wrapping_mul(1_664_525))
+        state[i] = (state[i] ^ fold(state[i - 1]).wrapping_mul(1_664_525))
             .wrapping_add(key[digit])
             .wrapping_add(digit as u32);
         i = following(&mut state, i);
     }
     for _ in 1..STATE_WORDS {
         state[i] =
-            (state[i] ^ spread(state[i - 1]).wrapping_mul(1_566_083_941)).wrapping_sub(i as u32);
+            (state[i] ^ fold(state[i - 1]).wrapping_mul(1_566_083_941)).wrapping_sub(i as u32);
         i = following(&mut state, i);
     }
     state[0] = 0x8000_0000;
@@ -122,7 +122,7 @@ fn following(state: &mut [u32; STATE_WORDS], i: usize) -> usize {
 }
 
 /// Folds a word's top two bits onto its lowest.
-fn spread(word: u32) -> u32 {
+fn fold(word: u32) -> u32 {
     word ^ (word >> 30)
 }
 
@@ -130,7 +130,7 @@ fn spread(word: u32) -> u32 {
 mod tests {
     use super::*;
 
-    /// What CPython 3.11 gives after `random.seed(seed)`, calls in this order.
+    /// The results of CPython 3.11 after `random.seed(seed)`, calls in this order.
     struct Expected {
         seed: u64,
         below_100: [u64; 5],
@@ -138,7 +138,7 @@ mod tests {
         coins: [u64; 8],
         wide: [u64; 3],
         word: u128,
-        whole_words: [u64; 2],
+        words: [u64; 2],
         double_words: [u64; 2],
     }
 
@@ -152,7 +152,7 @@ mod tests {
                 coins: [1, 0, 0, 1, 0, 0, 1, 0],
                 wide: [216080438496, 162048393474, 728787161649],
                 word: 2027837527,
-                whole_words: [2404381470, 1519522183],
+                words: [2404381470, 1519522183],
                 double_words: [11268875677793928277, 16842081330453989823],
             },
             Expected {
@@ -162,7 +162,7 @@ mod tests {
                 coins: [0, 0, 1, 0, 1, 1, 0, 1],
                 wide: [505954991676, 65787859354, 55930447594],
                 word: 2789779421,
-                whole_words: [2325348894, 1001090105],
+                words: [2325348894, 1001090105],
                 double_words: [12485651886753059295, 14037008217343658153],
             },
             Expected {
@@ -172,7 +172,7 @@ mod tests {
                 coins: [0, 1, 0, 0, 0, 0, 0, 0],
                 wide: [436202226093, 482838161067, 16618518354],
                 word: 3259052811,
-                whole_words: [3460967357, 2998485882],
+                words: [3460967357, 2998485882],
                 double_words: [5125821543982213238, 3971837850219807024],
             },
             Expected {
@@ -182,7 +182,7 @@ mod tests {
                 coins: [1, 1, 1, 1, 1, 1, 1, 0],
                 wide: [268267605692, 1085893923228, 60418105969],
                 word: 1548885872,
-                whole_words: [444091099, 1315563557],
+                words: [444091099, 1315563557],
                 double_words: [18171208735756653107, 3071394226861198422],
             },
             Expected {
@@ -192,7 +192,7 @@ mod tests {
                 coins: [1, 0, 1, 1, 1, 1, 0, 1],
                 wide: [649805335942, 822481804090, 312569204528],
                 word: 1519317735,
-                whole_words: [2289921186, 1014651685],
+                words: [2289921186, 1014651685],
                 double_words: [9216757401018146450, 8683345642407444636],
             },
         ];
@@ -203,7 +203,7 @@ mod tests {
             assert_eq!(e.coins.map(|_| random.randint(0, 1)), e.coins);
             assert_eq!(e.wide.map(|_| random.randint(7, 7 + (1 << 40))), e.wide);
             assert_eq!(random.random_bits(32), e.word);
-            assert_eq!(e.whole_words.map(|_| random.randint(0, u32::MAX.into())), e.whole_words);
+            assert_eq!(e.words.map(|_| random.randint(0, u32::MAX.into())), e.words);
             assert_eq!(e.double_words.map(|_| random.randint(0, u64::MAX - 1)), e.double_words);
             assert_eq!(random.randint(5, 5), 5);
         }

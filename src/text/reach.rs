@@ -1,8 +1,8 @@
-/*! How far a tokenizer looks: what has to be seen of a text before the ids at a place are certain.
+/*! The reach of a tokenizer: how much text around a place decides the ids there.
 
-[`pieces`](super::pieces) cuts texts by it and has the argument. Components are known by their names in
-`tokenizer.json`; with one that is not known, or a regular expression that cannot be judged, there is no
-[`Reach`], and texts are tokenized whole. */
+[`pieces`](super::pieces) cuts texts by it and has the proof. Components are recognized by their names in
+`tokenizer.json`. With an unknown component, or a regular expression that cannot be analysed, there is no
+[`Reach`], and texts are tokenized in one piece. */
 
 use fancy_regex::Regex;
 use serde_json::Value;
@@ -14,13 +14,13 @@ use super::pattern::Pattern;
 const BYTE_LEVEL: &str =
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
-/// What decides where the ids of two overlapping pieces may be joined.
+/// Conditions on the places where the ids of two overlapping pieces may be joined.
 pub(super) struct Reach {
-    /// Only where a word of the pre-tokenizer begins.
+    /// Only at the beginning of a word of the pre-tokenizer.
     pub(super) at_words: bool,
-    /// Characters that must lie on either side, not counting far ones.
+    /// Characters that are needed on either side, far ones not counted.
     characters: usize,
-    /// Whether several expressions split one after the other.
+    /// Whether several expressions split one after another.
     several: bool,
     /// Characters of which any number may be read beyond a decision.
     far: Vec<Regex>,
@@ -28,7 +28,7 @@ pub(super) struct Reach {
     clusters: bool,
 }
 
-/// Gathers what the components say.
+/// The conditions of all components.
 #[derive(Default)]
 struct Survey {
     at_words: bool,
@@ -39,7 +39,7 @@ struct Survey {
 }
 
 impl Reach {
-    /// The reach of a tokenizer, or `None` if it is not known.
+    /// The reach of a tokenizer, or `None` if it is unknown.
     pub(super) fn of(tokenizer: &tokenizers::Tokenizer) -> Option<Self> {
         let mut survey = Survey::default();
         if let Some(normalizer) = tokenizer.get_normalizer() {
@@ -66,15 +66,15 @@ impl Reach {
         survey.reach()
     }
 
-    /// So many bytes of this stretch of text suffice that no decision about what is on one side of them depends
-    /// on what is on the other.
+    /// The number of bytes of this stretch that separate its two sides: no decision on one side depends on the
+    /// text on the other side.
     pub(super) fn settled_after(&self, stretch: &str) -> Option<usize> {
         let (mut counting, mut spaces) = (0, 0);
         for (at, character) in stretch.char_indices() {
             counting += usize::from(!self.is_far(character));
             spaces += usize::from(character.is_whitespace());
-            // A word of the first expression may hold many words of the next one, but not white space and
-            // letters by turns.
+            // A word of the first expression may hold many words of the next one, but no alternation of white space
+            // and letters.
             if counting >= self.characters && (!self.several || spaces >= 2) {
                 return Some(at + character.len_utf8());
             }

@@ -11,21 +11,21 @@ use super::parquet_rows::each_parquet_row;
 use crate::progress::Silent;
 use crate::{Error, Result};
 
-/// How a file holds its text.
+/// The format of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Form {
-    /// Columns.
+pub(super) enum FileFormat {
+    /// Parquet.
     Parquet,
     /// One JSON object a line.
     Lines,
-    /// A header and rows of fields that this byte separates.
+    /// A header and rows of fields, separated by this byte.
     Separated(u8),
-    /// Anything else: text as it is.
+    /// Anything else: plain text.
     Plain,
 }
 
-impl Form {
-    /// By the name, `.gz` left aside. C4's own files are called `.json` and hold one object a line.
+impl FileFormat {
+    /// The format by the name without `.gz`. C4's own files are called `.json` and hold one object a line.
     pub(super) fn of(path: &Path) -> Self {
         let name = path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
         let name = name.strip_suffix(".gz").unwrap_or(&name);
@@ -39,13 +39,13 @@ impl Form {
     }
 }
 
-/// Takes a row, and before it where it stands: `line 3`, `row 3`. Breaks when it needs no more.
+/// Takes the place of a row (`line 3`, `row 3`) and the row. Breaks when it needs no more.
 pub(super) type Take<'t> = &'t mut dyn FnMut(&str, Value) -> Result<ControlFlow<()>>;
 
 /// All rows of a file, as [`each_row`] reads them.
 ///
 /// # Errors
-/// If the file cannot be read, its name does not say that it holds rows, or a row is none.
+/// If the file cannot be read, its name is not that of a file of rows, or a row is not valid.
 pub fn rows(path: &Path) -> Result<Vec<Value>> {
     let mut rows = Vec::new();
     each_row(&DataPath::open(path, &Silent)?, None, &mut |_, row| {
@@ -56,17 +56,17 @@ pub fn rows(path: &Path) -> Result<Vec<Value>> {
 }
 
 /// Calls `take` with each row of a `.parquet`, `.jsonl`, `.json`, `.csv` or `.tsv` file until it breaks; all but
-/// Parquet also as `.gz`. Structs are objects, lists arrays, what is absent is null, and fields of CSV are strings.
-/// Of Parquet only the columns named are read, if any are.
+/// Parquet also as `.gz`. Structs are objects, lists are arrays, absent values are null, and fields of CSV are strings.
+/// Of Parquet only `columns` are read, if given.
 ///
 /// # Errors
-/// If the file cannot be read, its name does not say that it holds rows, or a row is none.
+/// If the file cannot be read, its name is not that of a file of rows, or a row is not valid.
 pub(super) fn each_row(data: &DataPath, columns: Option<&[&str]>, take: Take<'_>) -> Result<()> {
-    match Form::of(data.path()) {
-        Form::Parquet => each_parquet_row(data, columns, take),
-        Form::Separated(separator) => each_csv_row(data, separator, take),
-        Form::Lines => each_json_row(data, take),
-        Form::Plain => Err(Error::input(format!("{} holds no rows", data.path().display()))
+    match FileFormat::of(data.path()) {
+        FileFormat::Parquet => each_parquet_row(data, columns, take),
+        FileFormat::Separated(separator) => each_csv_row(data, separator, take),
+        FileFormat::Lines => each_json_row(data, take),
+        FileFormat::Plain => Err(Error::input(format!("{} holds no rows", data.path().display()))
             .hint("give a file whose name ends in .parquet, .jsonl, .json, .json.gz or .csv")),
     }
 }
@@ -94,7 +94,7 @@ fn each_json_row(data: &DataPath, take: Take<'_>) -> Result<()> {
 fn parse(line: &str) -> Result<Value, String> {
     let row: Value = serde_json::from_str(line).map_err(|error| {
         let cause = error.to_string();
-        // The parser saw one line only; its "at line 1" would contradict ours.
+        // The parser sees one line only, so its "at line 1" would contradict our line number.
         let cause = cause.rsplit_once(" at line ").map_or(cause.as_str(), |(what, _)| what);
         format!("{cause} (at column {})", error.column())
     })?;

@@ -7,7 +7,8 @@ use super::*;
 use crate::Kind;
 use crate::hub::Hub;
 use crate::progress::Silent;
-use crate::text::Tokenizer;
+use crate::text::part::or_own_file;
+use crate::text::{Tokenizer, named};
 
 /// A file in a directory of its own, and the path as a flag would hold it.
 fn file(name: &str, content: &[u8]) -> (tempfile::TempDir, String) {
@@ -358,7 +359,7 @@ fn wikitext2_as_rows_and_as_a_plain_file() {
     };
     let rows = load("test.jsonl");
     let raw = load("wiki.test.raw");
-    // The published file is the rows put one behind the other, an empty row being " \n". The
+    // The published file is the concatenation of the rows, an empty row being " \n". The
     // reference's join keeps the rows' own "\n" and puts a blank line between: two texts.
     let mut from_raw = String::new();
     for (index, line) in raw.split_inclusive('\n').enumerate() {

@@ -1,8 +1,8 @@
-/*! A model's `tokenizer.json`, applied as the perplexity protocol asks: to the text as one.
+/*! A model's `tokenizer.json`, applied as the perplexity protocol requires: to the entire text.
 
 The special tokens that the file's own post-processor adds are added, so a Llama-like model gets one
-beginning-of-sequence id at the very start and none at the windows cut later. Truncation and padding,
-which some published files leave switched on, would silently shorten the text and are switched off. */
+beginning-of-sequence id at the start of the text and none at the start of later windows. Truncation and padding,
+which some published files enable, would silently shorten the text and are disabled. */
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::checkpoint::sha256_hex;
 use crate::progress::Progress;
 use crate::{Error, Result};
 
-/// Memory that a tokenizer takes for a byte of its file: its vocabulary and merges, by id and by text.
+/// Memory of a tokenizer per byte of its file: its vocabulary and merges, by id and by text.
 const MEMORY_PER_BYTE: u64 = 15;
 
 /// Turns text into a model's ids.
@@ -63,7 +63,7 @@ impl Tokenizer {
         Ok(Self { inner, path, sha256: sha256_hex(tokenizer_json), before, after, reach })
     }
 
-    /// Memory that the tokenizer of a file of `bytes` takes.
+    /// Memory of the tokenizer of a file of `bytes`.
     pub fn memory_bytes(bytes: usize) -> u64 {
         (bytes as u64).saturating_mul(MEMORY_PER_BYTE)
     }
@@ -76,7 +76,7 @@ impl Tokenizer {
         self.encode_in_pieces(text, PIECE_BYTES, progress)
     }
 
-    /// The same ids, by pieces of so many bytes.
+    /// The same ids, by pieces of `piece` bytes.
     pub(super) fn encode_in_pieces(
         &self,
         text: &str,
@@ -94,12 +94,12 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// How many ids there are, added tokens included. A model's embedding may have more rows.
+    /// The number of ids, added tokens included. A model's embedding may have more rows.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
 
-    /// What errors call the file.
+    /// The file's name in errors.
     pub fn path(&self) -> &str {
         &self.path
     }
@@ -119,27 +119,27 @@ impl Tokenizer {
         &self.after
     }
 
-    /// How far it looks, if that is known.
+    /// Its reach, if it is known.
     pub(super) fn reach(&self) -> Option<&Reach> {
         self.reach.as_ref()
     }
 
     /// The ids of a text by itself.
     pub(super) fn ids(&self, text: String, progress: &dyn Progress) -> Result<Vec<u32>> {
-        // The fast variant leaves out where tokens lie.
+        // The fast variant computes no offsets.
         self.run(text, progress, |tokenizer, text| {
             Ok(tokenizer.encode_fast(text, false)?.get_ids().to_vec())
         })
     }
 
-    /// The tokens of a text by itself, and where they lie in it.
+    /// The tokens of a text by itself, with their offsets.
     pub(super) fn tokens(&self, text: &str, progress: &dyn Progress) -> Result<Vec<Token>> {
         self.run(text.to_owned(), progress, |tokenizer, text| {
             Ok(tokens(&tokenizer.encode(text, false)?))
         })
     }
 
-    /// Calls the tokenizer in a way that survives what damaged files make it do.
+    /// Calls the tokenizer under guard: damaged files make it panic, hang or take too much memory.
     fn run<T: Send + 'static>(
         &self,
         text: String,
@@ -166,8 +166,7 @@ impl Tokenizer {
     }
 }
 
-/// Finds out that tokens do not belong to a model: all must be below the rows of its embedding. `tokenizer` names
-/// the file that they come from.
+/// Checks that all tokens are below the rows of a model's embedding. `tokenizer` names the file that they come from.
 ///
 /// # Errors
 /// Bad input that names a token without a row.
@@ -181,10 +180,10 @@ pub fn check_tokens(tokens: &[u32], rows: usize, tokenizer: &str) -> Result<()> 
     }
 }
 
-/// Texts so short are tokenized without a thread of their own.
+/// Texts up to this length are tokenized without an extra thread.
 const UNWATCHED_BYTES: u64 = 4 << 10;
 
-/// By this factor a normalizer's replacements may make a text longer.
+/// The largest factor by which a normalizer's replacements may lengthen a text.
 const MOST_GROWTH: u64 = 100;
 
 fn tokens(encoding: &Encoding) -> Vec<Token> {
@@ -211,7 +210,7 @@ fn around(tokenizer: &tokenizers::Tokenizer) -> tokenizers::Result<(Vec<u32>, Ve
     }
 }
 
-/// By how much the normalizer's replacements may make a text longer, at most.
+/// An upper bound of the factor by which the normalizer's replacements lengthen a text.
 fn growth(tokenizer: &tokenizers::Tokenizer) -> u64 {
     fn of(normalizer: &serde_json::Value) -> u64 {
         let length = |value: &serde_json::Value| value.as_str().map_or(0, str::len) as u64;
@@ -245,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn puts_one_beginning_of_sequence_before_the_whole_text() {
+    fn puts_one_beginning_of_sequence_before_the_entire_text() {
         let tokenizer = Tokenizer::from_bytes(&tiny_llama(), TINY_LLAMA).unwrap();
         let ids = tokenizer.encode("The first line .\n\n The second line .\n", &Silent).unwrap();
         assert_eq!(ids[0], 0);

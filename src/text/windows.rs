@@ -1,19 +1,19 @@
 /*! Token windows: where calibration and perplexity cut the ids of a text.
 
-Both cuts are the reference's. Calibration draws window starts with Python's generator, overlaps
-allowed; perplexity lays windows side by side from the first id and drops the ragged tail. */
+Both are the reference's. Calibration draws window starts with Python's generator, and windows may overlap;
+perplexity takes consecutive windows from the first id and drops the rest at the end. */
 
 use super::PythonRandom;
 use crate::{Error, Result};
 
-/// More tokens are no calibration: their hidden states alone would take terabytes.
+/// The most tokens of a calibration; their hidden states would take terabytes.
 const MOST_TOKENS: usize = 1 << 30;
 
 /// Where calibration windows of `seq_len` tokens begin in a text of `tokens`: each at `randint(0, tokens -
 /// seq_len - 1)` after `random.seed(seed)`.
 ///
 /// # Errors
-/// If there are fewer than `seq_len + 1` tokens, nothing is asked for, or more than memory could hold.
+/// If there are fewer than `seq_len + 1` tokens, no windows are requested, or more than memory could hold.
 pub(super) fn calibration_starts(
     tokens: usize,
     samples: usize,
@@ -32,11 +32,11 @@ pub(super) fn calibration_starts(
     Ok((0..samples).map(|_| random.randint(0, last_start) as usize).collect())
 }
 
-/// How many windows of `seq_len` lie side by side in a text of `tokens`, at most `limit` of them; what is left
-/// over at the end is dropped.
+/// The number of consecutive windows of `seq_len` in a text of `tokens`, at most `limit`; the rest at the end is
+/// dropped.
 ///
 /// # Errors
-/// If there is not one entire window.
+/// If the text is shorter than a window.
 pub(super) fn evaluation_count(
     tokens: usize,
     seq_len: usize,
@@ -48,7 +48,7 @@ pub(super) fn evaluation_count(
     Ok((tokens / seq_len).min(limit.unwrap_or(usize::MAX)))
 }
 
-/// Refuses to draw nothing.
+/// Refuses to draw no windows.
 pub(super) fn check_asked(windows: usize, seq_len: usize) -> Result<()> {
     for (flag, count) in [("the number of windows", windows), ("--seq-len", seq_len)] {
         if count == 0 {
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn evaluation_lays_windows_side_by_side_and_drops_the_tail() {
+    fn evaluation_windows_are_consecutive_and_the_tail_is_dropped() {
         for (seq_len, limit, windows) in
             [(5, None, 4), (5, Some(2), 2), (5, Some(9), 4), (23, None, 1)]
         {

@@ -1,8 +1,8 @@
-/*! Zero-shot tasks: rows of a task's file -> the texts whose likelihoods answer them.
+/*! Zero-shot tasks: rows of a task's file -> questions with the texts that are scored.
 
-Prompts, choices and what counts as right are those of lm-evaluation-harness 0.4.13, so that its numbers can be
-compared with ours. Which task is made how stands in [`TASKS`] and nowhere else; [`prompts`](self) turns a row into a
-[`Question`], from the columns that the Hub's data set has or from a form that is already put together. */
+Prompts, choices and metrics are those of lm-evaluation-harness 0.4.13, so that its numbers can be
+compared with ours. [`TASKS`] is the only list of tasks; [`prompts`](self) turns a row into a
+[`Question`], from the columns of the Hub's data set or from a ready-made question. */
 
 mod pair;
 mod prompts;
@@ -17,11 +17,11 @@ use crate::{Error, Result};
 /// What makes an answer right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Measure {
-    /// The likeliest choice is the right one.
+    /// The argmax over the choices is the right one.
     Accuracy,
-    /// The same, and the same again with each choice's log likelihood divided by its length in characters.
+    /// The same, and also with each choice's log likelihood divided by its length in characters.
     AccuracyAndNormalized,
-    /// Every token of the one continuation is the likeliest; and the perplexity of continuations.
+    /// Every token of the continuation is the argmax; and the perplexity of continuations.
     LastWord,
 }
 
@@ -34,16 +34,16 @@ pub struct Task {
     pub repo: &'static str,
     /// Its configuration there.
     pub config: &'static str,
-    /// The part that is asked.
+    /// Its split.
     pub split: &'static str,
     /// What is measured.
     pub measure: Measure,
-    form: Form,
+    template: Template,
 }
 
-/// How a row becomes a question.
+/// The template that turns a row into a question.
 #[derive(Clone, Copy, Debug)]
-enum Form {
+enum Template {
     Piqa,
     Arc,
     BoolQ,
@@ -52,7 +52,7 @@ enum Form {
     Lambada,
 }
 
-/// Every task there is.
+/// All tasks.
 pub const TASKS: [Task; 7] = [
     Task {
         name: "piqa",
@@ -60,7 +60,7 @@ pub const TASKS: [Task; 7] = [
         config: "plain_text",
         split: "validation",
         measure: Measure::AccuracyAndNormalized,
-        form: Form::Piqa,
+        template: Template::Piqa,
     },
     Task {
         name: "arc_easy",
@@ -68,7 +68,7 @@ pub const TASKS: [Task; 7] = [
         config: "ARC-Easy",
         split: "test",
         measure: Measure::AccuracyAndNormalized,
-        form: Form::Arc,
+        template: Template::Arc,
     },
     Task {
         name: "arc_challenge",
@@ -76,7 +76,7 @@ pub const TASKS: [Task; 7] = [
         config: "ARC-Challenge",
         split: "test",
         measure: Measure::AccuracyAndNormalized,
-        form: Form::Arc,
+        template: Template::Arc,
     },
     Task {
         name: "boolq",
@@ -84,7 +84,7 @@ pub const TASKS: [Task; 7] = [
         config: "boolq",
         split: "validation",
         measure: Measure::Accuracy,
-        form: Form::BoolQ,
+        template: Template::BoolQ,
     },
     Task {
         name: "hellaswag",
@@ -92,7 +92,7 @@ pub const TASKS: [Task; 7] = [
         config: "default",
         split: "validation",
         measure: Measure::AccuracyAndNormalized,
-        form: Form::HellaSwag,
+        template: Template::HellaSwag,
     },
     Task {
         name: "winogrande",
@@ -100,7 +100,7 @@ pub const TASKS: [Task; 7] = [
         config: "winogrande_xl",
         split: "validation",
         measure: Measure::Accuracy,
-        form: Form::WinoGrande,
+        template: Template::WinoGrande,
     },
     Task {
         name: "lambada",
@@ -108,14 +108,14 @@ pub const TASKS: [Task; 7] = [
         config: "default",
         split: "test",
         measure: Measure::LastWord,
-        form: Form::Lambada,
+        template: Template::Lambada,
     },
 ];
 
-/// A question: texts of which one is right.
+/// A question: texts, one of which is right.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
-    /// What is asked: one text for each choice.
+    /// One text for each choice.
     pub choices: Vec<Choice>,
     /// The right choice's number.
     pub gold: usize,
@@ -132,9 +132,9 @@ impl Question {
 /// A text whose end is scored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Choice {
-    /// What stands before.
+    /// The text before it.
     pub context: String,
-    /// What is scored.
+    /// The scored text.
     pub continuation: String,
     /// The choice's own length in characters, which its log likelihood is divided by.
     pub characters: usize,
@@ -144,7 +144,7 @@ impl Task {
     /// The task of this name; `lambada_openai` is `lambada`.
     ///
     /// # Errors
-    /// Wrong usage, with the names there are.
+    /// Wrong usage, with the known names.
     pub fn named(name: &str) -> Result<&'static Self> {
         let wanted = if name == "lambada_openai" { "lambada" } else { name };
         TASKS.iter().find(|task| task.name == wanted).ok_or_else(|| {
@@ -154,7 +154,7 @@ impl Task {
         })
     }
 
-    /// The data set's file on the Hub, in the form that the Hub converts every data set to.
+    /// The data set's file on the Hub, as the Hub converts it to Parquet.
     fn hub_file(&self) -> String {
         format!("{}/{}/0000.parquet", self.config, self.split)
     }
@@ -164,7 +164,7 @@ impl Task {
     /// # Errors
     /// Bad input: a column that is missing or holds something else.
     pub fn question(&self, row: &serde_json::Value) -> Result<Question> {
-        prompts::question(self.form, row)
+        prompts::question(self.template, row)
     }
 }
 

@@ -1,5 +1,5 @@
 /*! A choice -> ids, cut as lm-evaluation-harness cuts them: white space at the context's end belongs to the
-continuation, the whole is tokenized at once, and the continuation is what stands behind as many ids as the context
+continuation, both are tokenized as one text, and the continuation is what follows as many ids as the context
 alone has. */
 
 use super::Choice;
@@ -13,13 +13,13 @@ use crate::{Error, Result};
 pub struct ScoredText {
     /// All ids.
     pub tokens: Vec<u32>,
-    /// How many at the end are the continuation's; at least one, and fewer than there are.
+    /// The number of the continuation's ids at the end; at least one, and not all.
     pub scored: usize,
 }
 
 impl Choice {
-    /// The ids that a model of `positions` positions is given. A text that is longer loses its first ones: a model
-    /// sees all but the last id, so one more than its positions may be kept.
+    /// The ids for a model of `positions` positions. A longer text loses its first ids. A model reads all but the
+    /// last id, so one more than its positions remain.
     ///
     /// # Errors
     /// If context or continuation have no ids, the continuation alone is longer than the model's positions, or the user
@@ -32,8 +32,8 @@ impl Choice {
     ) -> Result<ScoredText> {
         let context = self.context.trim_end_matches(is_space);
         let before = tokenizer.encode(context, progress)?.len();
-        let whole = format!("{}{}", self.context, self.continuation);
-        let mut tokens = tokenizer.encode(&whole, progress)?;
+        let text = format!("{}{}", self.context, self.continuation);
+        let mut tokens = tokenizer.encode(&text, progress)?;
         let scored = tokens.len().saturating_sub(before);
         if before == 0 || scored == 0 {
             let which = if before == 0 { "context" } else { "continuation" };
@@ -80,14 +80,14 @@ mod tests {
     #[test]
     fn a_long_text_loses_its_beginning() {
         let tokenizer = tokenizer();
-        let whole = choice("The river runs through the", " valley")
+        let full = choice("The river runs through the", " valley")
             .encode(&tokenizer, 100, &Silent)
             .unwrap();
-        let positions = whole.tokens.len() - 3;
+        let positions = full.tokens.len() - 3;
         let cut =
             choice("The river runs through the", " valley").encode(&tokenizer, positions, &Silent);
         let cut = cut.unwrap();
-        assert_eq!((&cut.tokens[..], cut.scored), (&whole.tokens[2..], whole.scored));
+        assert_eq!((&cut.tokens[..], cut.scored), (&full.tokens[2..], full.scored));
         let error = choice("The", " river runs through the valley").encode(&tokenizer, 2, &Silent);
         assert!(error.unwrap_err().message().ends_with("but the model has 2 positions"));
     }

@@ -3,25 +3,25 @@
 use serde_json::Value;
 
 use super::python_text::{capitalize, is_space, without_brackets};
-use super::{Choice, Form, Question};
+use super::{Choice, Question, Template};
 use crate::{Error, Result};
 
 /// The question of a row.
-pub(super) fn question(form: Form, row: &Value) -> Result<Question> {
-    match form {
-        Form::Piqa => piqa(row),
-        Form::Arc => arc(row),
-        Form::BoolQ => boolq(row),
-        Form::HellaSwag => hellaswag(row),
-        Form::WinoGrande => winogrande(row),
-        Form::Lambada => lambada(row),
+pub(super) fn question(template: Template, row: &Value) -> Result<Question> {
+    match template {
+        Template::Piqa => piqa(row),
+        Template::Arc => arc(row),
+        Template::BoolQ => boolq(row),
+        Template::HellaSwag => hellaswag(row),
+        Template::WinoGrande => winogrande(row),
+        Template::Lambada => lambada(row),
     }
 }
 
 /// `goal, sol1, sol2, label`, or `query, choices, gold`.
 fn piqa(row: &Value) -> Result<Question> {
     if row.get("query").is_some() {
-        return put_together(row);
+        return ready_made(row);
     }
     let choices = vec![text(row, "sol1")?.to_owned(), text(row, "sol2")?.to_owned()];
     let context = format!("Question: {}\nAnswer:", text(row, "goal")?);
@@ -31,7 +31,7 @@ fn piqa(row: &Value) -> Result<Question> {
 /// `question, choices {text, label}, answerKey`, or `query, choices, gold`.
 fn arc(row: &Value) -> Result<Question> {
     if row.get("query").is_some() {
-        return put_together(row);
+        return ready_made(row);
     }
     let choices = row.get("choices").unwrap_or(&Value::Null);
     let (texts, labels) = (texts(choices, "text")?, texts(choices, "label")?);
@@ -60,30 +60,30 @@ fn hellaswag(row: &Value) -> Result<Question> {
         let choices = texts(row, "choices")?;
         return answers(text(row, "query")?, &choices, number(row, "gold")?);
     }
-    let told = format!("{} {}", text(row, "ctx_a")?, capitalize(text(row, "ctx_b")?));
-    let context = tidy(&format!("{}: {told}", text(row, "activity_label")?));
+    let context = format!("{} {}", text(row, "ctx_a")?, capitalize(text(row, "ctx_b")?));
+    let context = tidy(&format!("{}: {context}", text(row, "activity_label")?));
     let endings: Vec<String> = texts(row, "endings")?.iter().map(|text| tidy(text)).collect();
     answers(&context, &endings, number(row, "label")?)
 }
 
-/// HellaSwag's texts without what WikiHow's pages have left in them.
+/// HellaSwag's texts without the markup of WikiHow's pages.
 fn tidy(text: &str) -> String {
     let text = text.trim_matches(is_space).replace(" [title]", ". ");
     without_brackets(&text).replace("  ", " ")
 }
 
-/// `sentence, option1, option2, answer`. What differs is the context here: the options stand in the sentence's
-/// gap, and the end of the sentence is scored behind each.
+/// `sentence, option1, option2, answer`. Here the contexts differ: each has an option in the sentence's
+/// gap, and the end of the sentence is scored.
 fn winogrande(row: &Value) -> Result<Question> {
     let sentence = text(row, "sentence")?;
-    let (before, behind) = sentence
+    let (before, after) = sentence
         .split_once('_')
         .ok_or_else(|| Error::input("`sentence` has no gap `_`".to_owned()))?;
     let choice = |option: &str| {
         let option = text(row, option)?;
         Ok::<_, Error>(Choice {
             context: format!("{before}{option}"),
-            continuation: format!(" {}", behind.trim_matches(is_space)),
+            continuation: format!(" {}", after.trim_matches(is_space)),
             characters: before.chars().count() + option.chars().count(),
         })
     };
@@ -100,21 +100,21 @@ fn lambada(row: &Value) -> Result<Question> {
     let (context, word) = if row.get("context").is_some() {
         (text(row, "context")?, text(row, "continuation")?)
     } else {
-        let whole = text(row, "text")?;
-        let halves = whole.rsplit_once(' ');
+        let text = text(row, "text")?;
+        let halves = text.rsplit_once(' ');
         halves.ok_or_else(|| Error::input("`text` has one word only".to_owned()))?
     };
     answers(context, &[word.to_owned()], 0)
 }
 
 /// `query, choices, gold`, where the query begins with `Question: ` and may end with a newline.
-fn put_together(row: &Value) -> Result<Question> {
+fn ready_made(row: &Value) -> Result<Question> {
     let query = text(row, "query")?;
     let query = query.strip_suffix('\n').unwrap_or(query);
     answers(&format!("{query}\nAnswer:"), &texts(row, "choices")?, number(row, "gold")?)
 }
 
-/// Choices behind one context, a space between.
+/// Choices after one context, with a space between.
 fn answers(context: &str, choices: &[String], gold: usize) -> Result<Question> {
     if gold >= choices.len() {
         return Err(Error::input(format!(
@@ -144,7 +144,7 @@ fn texts(row: &Value, name: &str) -> Result<Vec<String>> {
     list.flatten().ok_or_else(|| Error::input(format!("`{name}` is no list of texts")))
 }
 
-/// A count, which some data sets hold as text.
+/// A count, which some data sets store as text.
 fn number(row: &Value, name: &str) -> Result<usize> {
     let value = column(row, name)?;
     let number = match value.as_str() {
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hubs_columns_and_the_form_put_together_ask_the_same() {
+    fn the_hubs_columns_and_a_ready_made_row_are_the_same_question() {
         let hub = json!({"goal": "How?", "sol1": "So.", "sol2": "Thus.", "label": 1});
         let ready = json!({"query": "Question: How?\n", "choices": ["So.", "Thus."], "gold": 1});
         let question = piqa(&hub).unwrap();
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn passages_gaps_and_endings_are_put_together_as_the_harness_does() {
+    fn passages_gaps_and_endings_are_joined_as_in_the_harness() {
         let row = json!({"passage": "P.", "question": "is it", "label": 1});
         let question = boolq(&row).unwrap();
         let context = "P.\nQuestion: is it?\nAnswer:";
@@ -221,21 +221,37 @@ mod tests {
 
     #[test]
     fn a_row_that_is_no_question_is_refused_by_its_column() {
-        for (form, row, message) in [
-            (Form::Piqa, json!({"goal": "a", "sol1": "b"}), "there is no `sol2`"),
-            (Form::Arc, json!({"query": "a", "choices": "b", "gold": 0}), "`choices` is no list"),
-            (Form::Arc, json!({"query": "a", "choices": ["b"], "gold": 1}), "number 1, counted"),
-            (Form::BoolQ, json!({"passage": "a", "question": 1, "label": 0}), "`question` is no"),
-            (Form::HellaSwag, json!({"query": "a", "choices": ["b"], "gold": "x"}), "`gold` is no"),
-            (Form::WinoGrande, json!({"sentence": "no gap"}), "has no gap"),
-            (Form::Lambada, json!({"text": "word"}), "one word only"),
+        for (template, row, message) in [
+            (Template::Piqa, json!({"goal": "a", "sol1": "b"}), "there is no `sol2`"),
             (
-                Form::Arc,
+                Template::Arc,
+                json!({"query": "a", "choices": "b", "gold": 0}),
+                "`choices` is no list",
+            ),
+            (
+                Template::Arc,
+                json!({"query": "a", "choices": ["b"], "gold": 1}),
+                "number 1, counted",
+            ),
+            (
+                Template::BoolQ,
+                json!({"passage": "a", "question": 1, "label": 0}),
+                "`question` is no",
+            ),
+            (
+                Template::HellaSwag,
+                json!({"query": "a", "choices": ["b"], "gold": "x"}),
+                "`gold` is no",
+            ),
+            (Template::WinoGrande, json!({"sentence": "no gap"}), "has no gap"),
+            (Template::Lambada, json!({"text": "word"}), "one word only"),
+            (
+                Template::Arc,
                 json!({"question": "a", "choices": {"text": ["b"], "label": ["A"]}, "answerKey": "E"}),
                 "none of the labels",
             ),
         ] {
-            let error = question(form, &row).unwrap_err();
+            let error = question(template, &row).unwrap_err();
             assert!(error.message().contains(message), "{error}");
             assert_eq!(error.kind(), crate::Kind::Input);
         }

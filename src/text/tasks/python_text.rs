@@ -1,4 +1,4 @@
-/*! Python's ideas of white space and of a capital letter, which the harness's prompts are made with. */
+/*! Python's definitions of white space and capital letters, which the harness's prompts use. */
 
 /// `str.isspace` of one character.
 pub(crate) fn is_space(character: char) -> bool {

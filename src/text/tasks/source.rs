@@ -13,7 +13,7 @@ use crate::{Error, Result};
 /// The revision at which the Hub keeps every data set as Parquet, `CONFIG/SPLIT/0000.parquet`.
 const PARQUET: &str = "refs/convert/parquet";
 
-/// All questions of a file stay in memory: no more than this.
+/// The most bytes of a file's questions, which stay in memory.
 const QUESTION_BYTES: usize = 1 << 30;
 
 /// A task and, where the user names one, the file of its rows: `piqa`, or `piqa=FILE`.
@@ -21,7 +21,7 @@ const QUESTION_BYTES: usize = 1 << 30;
 pub struct TaskFile {
     /// The task.
     pub task: &'static Task,
-    /// The file that was named with it.
+    /// The file of its rows, if the user names one.
     pub file: Option<PathBuf>,
 }
 
@@ -32,7 +32,7 @@ impl FromStr for TaskFile {
         let (name, file) = match text.split_once('=') {
             Some((_, "")) => {
                 return Err(Error::usage(format!("`{text}` names no file"))
-                    .hint("behind the task's name and `=` stands the path of its rows"));
+                    .hint("write the path of its rows after `=`"));
             }
             Some((name, file)) => (name, Some(PathBuf::from(file))),
             None => (text, None),
@@ -48,16 +48,16 @@ pub struct TaskRows {
     pub task: &'static Task,
     /// The file that the questions come from.
     pub file: String,
-    /// They, in the file's order.
+    /// Questions, in file order.
     pub questions: Vec<Question>,
 }
 
 impl TaskFile {
-    /// The task's first `limit` questions: from the file named with it, or else from `NAME.jsonl` in `directory`, or
-    /// without one from the Hub.
+    /// The task's first `limit` questions: from the file named with it, else from `NAME.jsonl` in `directory`, or
+    /// without a directory from the Hub.
     ///
     /// # Errors
-    /// If there is no such file, it cannot be read, or has a row that is no question of the task.
+    /// If there is no such file, it cannot be read, or a row is not a question of the task.
     pub fn load(
         &self,
         directory: Option<&Path>,
