@@ -50,7 +50,7 @@ fn a_model_with_experts_has_the_references_perplexity_and_keeps_it() {
     let line = format!("eval-ppl --model {mixtral} --windows 20 --dataset {dataset}");
     let found = home.json(&line)["perplexity"].as_f64().unwrap();
     assert!((found - 83.20).abs() < 0.01, "{found}");
-    let kept = |model: &str| {
+    let ratio_of = |model: &str| {
         let line = format!(
             "quantize --model {model} --calib {calib} --dataset {dataset} --group 64 --outliers 32 --samples 8 \
              --seq-len 512 --windows 8"
@@ -58,7 +58,7 @@ fn a_model_with_experts_has_the_references_perplexity_and_keeps_it() {
         let (before, after) = change(&home, &line);
         after / before
     };
-    let (dense, sparse) = (kept("tiny-llama"), kept(mixtral));
+    let (dense, sparse) = (ratio_of("tiny-llama"), ratio_of(mixtral));
 
     assert!(sparse - 1.0 < 1.1 * (dense - 1.0), "{sparse} with experts, {dense} without");
 }

@@ -84,7 +84,7 @@ fn an_index_that_names_an_absent_tensor() {
     let home = home_of(Dtype::F16, 2, |_| ());
     let index = home.path("model/model.safetensors.index.json");
     let shard = "model-00001-of-00002.safetensors";
-    // Which shard holds it is what the index is asked; of what nobody needs it may say anything.
+    // The index only decides which shard holds a tensor; entries of unused tensors are ignored.
     let line = format!("quantize --model model {SMALL} --no-eval --overwrite --out atom");
     edit(&index, |index| index["weight_map"]["model.layers.9.ghost"] = shard.into());
     home.run(&line).done();
@@ -383,8 +383,8 @@ impl Drop for SmallDisk<'_> {
 #[test]
 fn a_full_disk() {
     let home = Home::with_model();
-    let place = home.path("disk");
-    let Some(disk) = SmallDisk::mount(&place, 64) else {
+    let mount = home.path("disk");
+    let Some(disk) = SmallDisk::mount(&mount, 64) else {
         return skipped("a_full_disk", "no tmpfs can be mounted here");
     };
     let line = format!("quantize --model model {SMALL} --no-eval --out disk/out");
@@ -401,7 +401,7 @@ fn a_full_disk() {
     assert_eq!(names(disk.0), ["filler"]);
 }
 
-/// The result has nobody to read it; the work is done all the same.
+/// The reader of stdout is gone; the work is done all the same.
 #[test]
 fn a_reader_that_went_away() {
     let home = Home::with_model();

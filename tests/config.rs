@@ -271,19 +271,25 @@ fn windows_of_qwen2_are_the_references_or_refused() {
         home.json(line)["perplexity"].as_f64().unwrap()
     };
     let (full, sliding) = ("full_attention", "sliding_attention");
-    let whole = with(json!({}));
+    let unwindowed = with(json!({}));
     let windowed =
         with(json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 0}));
-    assert!((whole - windowed).abs() > 1e-3, "{whole} {windowed}");
+    assert!((unwindowed - windowed).abs() > 1e-3, "{unwindowed} {windowed}");
     for (changes, expected) in [
-        (json!({"sliding_window": 8}), whole),
-        (json!({"use_sliding_window": false, "sliding_window": 8, "max_window_layers": 0}), whole),
+        (json!({"sliding_window": 8}), unwindowed),
+        (
+            json!({"use_sliding_window": false, "sliding_window": 8, "max_window_layers": 0}),
+            unwindowed,
+        ),
         // 28 blocks come before those with a window.
-        (json!({"use_sliding_window": true, "sliding_window": 8}), whole),
-        (json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 2}), whole),
+        (json!({"use_sliding_window": true, "sliding_window": 8}), unwindowed),
+        (
+            json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 2}),
+            unwindowed,
+        ),
         (
             json!({"use_sliding_window": true, "sliding_window": "(null)", "max_window_layers": 0}),
-            whole,
+            unwindowed,
         ),
         (
             json!({"use_sliding_window": true, "sliding_window": 8, "layer_types": [sliding, sliding]}),
@@ -291,7 +297,7 @@ fn windows_of_qwen2_are_the_references_or_refused() {
         ),
         (
             json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 0, "layer_types": [full, full]}),
-            whole,
+            unwindowed,
         ),
     ] {
         assert_eq!(with(changes.clone()), expected, "{changes}");

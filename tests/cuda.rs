@@ -1,5 +1,4 @@
-/*! The pipeline on a GPU: what it gives beside the CPU, run after run, with little memory, and when it is
-stopped. Each test says SKIPPED, loudly, where no GPU can be used. */
+/*! The pipeline on a GPU: compared with the CPU, repeated, with little memory, and interrupted. Each test says SKIPPED, loudly, where no GPU can be used. */
 
 mod common;
 
@@ -10,7 +9,7 @@ use common::{Dtype, Home, RandomModel, Run};
 /// A bundled model, and a recipe that fits it.
 const QUANTIZE: &str =
     "quantize --model tiny-llama --group 64 --outliers 32 --samples 8 --seq-len 512";
-/// A block of it fits, and the hidden states besides do not.
+/// A block fits into it, but not with the hidden states.
 const LITTLE: &str = "--gpu-memory 1126MB";
 
 /// Whether there is a GPU; says so where there is none. A GPU that is there must work.
@@ -198,7 +197,7 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     }
     let home = Home::new();
     let line = format!("{QUANTIZE} --no-eval --device cuda");
-    home.run(&format!("{line} --out whole")).done();
+    home.run(&format!("{line} --out single")).done();
     let mut child = home.command(&format!("{line} --out parts")).spawn().unwrap();
     let log = home.path(".parts.atom-work").join("done.jsonl");
     loop {
@@ -213,5 +212,5 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     child.wait().unwrap();
     assert!(!home.path("parts").exists());
     home.run(&format!("{line} --out parts --resume")).done();
-    assert!(weights(&home, "whole") == weights(&home, "parts"));
+    assert!(weights(&home, "single") == weights(&home, "parts"));
 }

@@ -5,7 +5,7 @@ mod common;
 use common::{Dtype, Home, RandomModel, SMALL, assert_same_files, skipped};
 use fs_err as fs;
 
-/// Every instruction set that the program knows, the plainest first.
+/// Every supported instruction set, the plainest first.
 const ISAS: [&str; 4] = ["plain", "portable", "avx2", "avx512"];
 
 /// The sets that this processor has; the program says so itself.
@@ -107,11 +107,11 @@ fn three_stages_give_the_bytes_of_one() {
             "--group 48 --outliers 16 --format fp4 --outlier-format fp8",
         ] {
             let quantize = format!("quantize --model {model} {windows} {recipe}");
-            home.run(&format!("{quantize} --no-eval --out whole --overwrite")).done();
+            home.run(&format!("{quantize} --no-eval --out single --overwrite")).done();
             home.run(&format!("plan c {recipe} --out p.json --overwrite")).done();
             let pack = format!("pack --model {model} --plan p.json");
             home.run(&format!("{pack} --no-eval --out staged --overwrite")).done();
-            assert_same_files(&home.path("whole"), &home.path("staged"));
+            assert_same_files(&home.path("single"), &home.path("staged"));
         }
     }
 }
@@ -131,14 +131,14 @@ fn shards_and_element_types_do_not_change_the_codes() {
     let tensors = |source: &str| home.path(&format!("{source}-atom/model.safetensors"));
     assert!(fs::read(tensors("f16")).unwrap() == fs::read(tensors("sharded")).unwrap());
 
-    // What is kept has the source's type, so only what was quantized can be compared.
+    // Unquantized tensors have the source's type, so only quantized ones can be compared.
     let quantized = |source: &str| {
         let bytes = fs::read(tensors(source)).unwrap();
         let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let kept = |name: &str| name.ends_with(".weight");
+        let unquantized = |name: &str| name.ends_with(".weight");
         let mut found: Vec<(String, Vec<u8>)> = file
             .iter()
-            .filter(|(name, _)| !kept(name))
+            .filter(|(name, _)| !unquantized(name))
             .map(|(name, view)| (name.to_owned(), view.data().to_vec()))
             .collect();
         found.sort();

@@ -4,7 +4,7 @@ it in f32, which src/network/family_tests.rs compares ours with.
     pip install torch transformers safetensors
     python3 tests/families.py tests/families
 
-The committed files were made with transformers 5.23.0. Weights are drawn with a fixed seed and kept in the type named."""
+The committed files were made with transformers 5.23.0. Weights are drawn with a fixed seed and stored in the type named."""
 
 import shutil
 import sys

@@ -1,5 +1,5 @@
-//! Every kind of network through the whole program on the CPU: quantized, verified, and measured beside its source.
-//! What its logits are is compared with transformers in src/network/family_tests.rs.
+//! Every kind of network through the entire program on the CPU: quantized, verified, and compared with its source.
+//! Its logits are compared with transformers in src/network/family_tests.rs.
 
 mod common;
 

@@ -72,8 +72,8 @@ fn plan(checkpoint: &AtomCheckpoint) -> Vec<BlockPlan> {
 /// A linear as this crate reads it, `[out, channels]` in the source's channel order.
 fn dequantize(format: &SiteFormat, linear: &QuantizedLinear) -> Vec<f64> {
     let mut dense = vec![0.0; linear.rows * format.channels];
-    let arranged = weights::dequantize(linear);
-    for (row, dense) in arranged.chunks(format.width()).zip(dense.chunks_mut(format.channels)) {
+    let permuted = weights::dequantize(linear);
+    for (row, dense) in permuted.chunks(format.width()).zip(dense.chunks_mut(format.channels)) {
         let mut row = row.to_vec();
         if format.transform == Transform::Hadamard {
             // Its own inverse.
@@ -166,20 +166,20 @@ fn the_documents_reader_sees_what_this_crate_sees() {
                     let found = found.next().unwrap();
                     let expected = dequantize(&site.format, quantized.as_ref().unwrap());
                     let difference = norm(found.iter().zip(&expected).map(|(a, b)| a - b));
-                    let whole = norm(expected.iter().copied());
+                    let size = norm(expected.iter().copied());
                     // The reader sums in f64, the transform here in f32.
                     assert!(
-                        found.len() == expected.len() && difference <= 1e-6 * whole,
-                        "{settings}: {} differs by {difference} of {whole}",
+                        found.len() == expected.len() && difference <= 1e-6 * size,
+                        "{settings}: {} differs by {difference} of {size}",
                         linear.name
                     );
-                    // Both could misread the file in the same way: the source knows the weights.
+                    // Both could misread the file in the same way: the source has the weights.
                     let name = format!("{}.weight", linear.name);
                     let weight = source.tensor(&name).unwrap().to_f32().unwrap();
                     let lost = norm(found.iter().zip(&weight).map(|(a, b)| a - f64::from(*b)));
                     assert!(
-                        lost > 0.0 && lost <= tolerance * whole,
-                        "{settings}: {} is {lost} of {whole} from the source",
+                        lost > 0.0 && lost <= tolerance * size,
+                        "{settings}: {} is {lost} of {size} from the source",
                         linear.name
                     );
                 }

@@ -3,7 +3,7 @@ and memory, and nothing panics.
 
 Each target changes a sound file at random, bytes and JSON values alike, and hands it to what the commands call. By itself
 a target tries a few hundred inputs, the same ones every time; with ATOM_FUZZ_SECONDS=600 it goes on for ten minutes
-from a seed of its own (ATOM_FUZZ_SEED). An input that fails is kept and named. */
+from a seed of its own (ATOM_FUZZ_SEED). An input that fails is saved and named. */
 
 mod common;
 
@@ -79,20 +79,20 @@ fn strange(random: &mut Random) -> Value {
     }
 }
 
-/// Every place of a value, as JSON pointers.
-fn places(value: &Value, at: String, all: &mut Vec<String>) {
-    // Of a long list or table a few places are as good as all.
+/// All JSON pointers into a value.
+fn pointers(value: &Value, at: String, all: &mut Vec<String>) {
+    // A few entries of a long list or table are as good as all.
     const MOST: usize = 64;
     match value {
         Value::Object(map) => {
             for (key, value) in map.iter().take(MOST) {
                 let key = key.replace('~', "~0").replace('/', "~1");
-                places(value, format!("{at}/{key}"), all);
+                pointers(value, format!("{at}/{key}"), all);
             }
         }
         Value::Array(list) => {
             for (index, value) in list.iter().enumerate().take(MOST) {
-                places(value, format!("{at}/{index}"), all);
+                pointers(value, format!("{at}/{index}"), all);
             }
         }
         _ => {}
@@ -104,7 +104,7 @@ fn places(value: &Value, at: String, all: &mut Vec<String>) {
 fn mangle_json(value: &mut Value, random: &mut Random) {
     for _ in 0..=random.below(3) {
         let mut all = Vec::new();
-        places(value, String::new(), &mut all);
+        pointers(value, String::new(), &mut all);
         let from = random.pick(&all).clone();
         let other = value.pointer(random.pick(&all).as_str()).cloned().unwrap_or_default();
         let new = strange(random);
@@ -229,7 +229,7 @@ fn fuzz(name: &str, path: &Path, forms: &[Form], mut run: impl FnMut()) {
 
     let case = Arc::new(AtomicU64::new(0));
     let watched = Arc::clone(&case);
-    let (kept, title) = (failures(name), name.to_owned());
+    let (saved, title) = (failures(name), name.to_owned());
     std::thread::spawn(move || {
         let (mut last, mut since) = (0, Instant::now());
         loop {
@@ -241,12 +241,12 @@ fn fuzz(name: &str, path: &Path, forms: &[Form], mut run: impl FnMut()) {
             if now != last {
                 (last, since) = (now, Instant::now());
             } else if since.elapsed() > PATIENCE {
-                eprintln!("{title}: an input takes longer than {PATIENCE:?}: {}", kept.display());
+                eprintln!("{title}: an input takes longer than {PATIENCE:?}: {}", saved.display());
                 std::process::abort();
             }
         }
     });
-    let kept = failures(name);
+    let saved = failures(name);
     let mut count = 0u64;
     loop {
         let more = match deadline {
@@ -257,21 +257,21 @@ fn fuzz(name: &str, path: &Path, forms: &[Form], mut run: impl FnMut()) {
             break;
         }
         let bytes = mangle(&sound, *random.pick(forms), &mut random);
-        // Kept before it is tried: an abort leaves it behind.
-        fs::write(&kept, &bytes).unwrap();
+        // Saved before it is tried, so that it survives an abort.
+        fs::write(&saved, &bytes).unwrap();
         let new = path.with_extension("new");
         fs::write(&new, &bytes).unwrap();
         fs::rename(&new, path).unwrap();
         case.store(count + 1, Ordering::Relaxed);
         if catch_unwind(AssertUnwindSafe(&mut run)).is_err() {
-            panic!("{name}: input {count} panics: {}", kept.display());
+            panic!("{name}: input {count} panics: {}", saved.display());
         }
         count += 1;
     }
     case.store(u64::MAX, Ordering::Relaxed);
     fs::write(path, &sound).unwrap();
     run();
-    fs::remove_file(&kept).unwrap();
+    fs::remove_file(&saved).unwrap();
     let peak = atom::machine::peak_rss_bytes();
     assert!(peak < MEMORY_BYTES, "{name}: {peak} bytes at the peak");
     if seconds.is_some() {
@@ -282,7 +282,7 @@ fn fuzz(name: &str, path: &Path, forms: &[Form], mut run: impl FnMut()) {
     }
 }
 
-/// Where the input that is being tried is kept.
+/// The file of the input that is being tried.
 fn failures(name: &str) -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fuzz");
     fs::create_dir_all(&dir).unwrap();

@@ -74,8 +74,8 @@ def main():
     names = arguments.tasks.split(",")
     found = {"lm_eval": lm_eval.__version__, "model": Path(arguments.model).name, "tasks": {}}
     asked = {}
-    # As tokenizer.json has it. transformers 5 builds a tokenizer of a known class, such as SmolLM2's GPT2Tokenizer, anew
-    # from the vocabulary and loses what stands in the file besides (SmolLM2's digits are split off one by one there).
+    # As tokenizer.json has it. transformers 5 rebuilds a tokenizer of a known class, such as SmolLM2's GPT2Tokenizer,
+    # from the vocabulary and loses the rest of the file (in which SmolLM2's digits are split one by one).
     tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.model)
     model = HFLM(
         pretrained=arguments.model,

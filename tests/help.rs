@@ -1,7 +1,7 @@
 /*! What a person reads: the help of every subcommand and the main error messages, pinned in
-`tests/snapshots`, and examples that work. `tests/common/snapshot.rs` says how to write the files anew.
+`tests/snapshots`, and examples that work. `tests/common/snapshot.rs` says how to rewrite the files.
 
-The subcommands are those that clap knows; none is listed here. */
+The subcommands come from clap; none is listed here. */
 
 mod common;
 
@@ -89,7 +89,7 @@ fn every_subcommand_has_examples_that_parse_and_fit_a_line() {
     }
 }
 
-/// An example with a model or text of the user's, a GPU's, or a measurement of the whole machine.
+/// An example with a model or text of the user's, a GPU's, or a measurement of the machine.
 fn needs_more_than_we_ship(example: &str) -> bool {
     let names = ["SmolLM2", "Llama", "wiki", "--device cuda", "atom bench"];
     names.iter().any(|name| example.contains(name))

@@ -181,9 +181,9 @@ fn the_checkpoint_says_which_commit_it_was_made_from() {
         let text = fs::read_to_string(scene.home.path(out).join("atom.json")).unwrap();
         serde_json::from_str::<serde_json::Value>(&text).unwrap()["source"].clone()
     };
-    let place = |revision: &str, commit: &str| serde_json::json!({ "repo": "org/model", "revision": revision, "commit": commit });
-    assert_eq!(source("a")["hub"], place("main", COMMIT));
-    assert_eq!(source("b")["hub"], place("v1", OTHER));
+    let hub = |revision: &str, commit: &str| serde_json::json!({ "repo": "org/model", "revision": revision, "commit": commit });
+    assert_eq!(source("a")["hub"], hub("main", COMMIT));
+    assert_eq!(source("b")["hub"], hub("v1", OTHER));
     assert_eq!(source("c"), source("b"));
     assert_eq!(source("a")["name"], "model");
 }
@@ -202,34 +202,34 @@ fn a_commit_that_is_here_is_not_asked_for() {
 #[test]
 fn a_download_that_is_cut_goes_on_where_it_was_cut() {
     let scene = Scene::new();
-    let whole = scene.weights().len();
+    let length = scene.weights().len();
     scene.hub.state().cuts = [20_000, 20_000].into();
     scene.run(DRY).done();
     let (sent, ranges) = scene.sent();
     let range = |from: usize| Some(format!("bytes={from}-"));
     assert_eq!(ranges, [None, range(20_000), range(40_000)]);
-    assert_eq!(sent, whole, "no byte came twice");
+    assert_eq!(sent, length, "no byte came twice");
 }
 
 #[test]
 fn a_run_that_gives_up_leaves_what_came_to_the_next() {
     let scene = Scene::new();
-    let whole = scene.weights().len();
+    let length = scene.weights().len();
     scene.hub.state().cuts = [20_000, 0, 0, 0, 0].into();
-    let said = format!("the download of model.safetensors was cut at 20000 of {whole} bytes");
+    let said = format!("the download of model.safetensors was cut at 20000 of {length} bytes");
     scene.run(DRY).fails(4, &[&said, "hint: run it again: it goes on from there"]);
     assert!(!scene.cache().join("refs/main").exists(), "an unfinished download is not in use");
     scene.hub.requests();
     scene.run(DRY).done();
     let (sent, ranges) = scene.sent();
-    assert_eq!((sent, ranges), (whole - 20_000, vec![Some("bytes=20000-".to_owned())]));
+    assert_eq!((sent, ranges), (length - 20_000, vec![Some("bytes=20000-".to_owned())]));
 }
 
 #[test]
 fn a_killed_run_loses_nothing_that_was_written() {
     let scene = Scene::new();
-    let whole = scene.weights().len();
-    let part = whole - 5_000;
+    let length = scene.weights().len();
+    let part = length - 5_000;
     scene.hub.state().stall = Some(part);
     let mut command = scene.home.command(DRY);
     command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", scene.hub.endpoint());
@@ -250,7 +250,7 @@ fn a_killed_run_loses_nothing_that_was_written() {
     scene.run(DRY).done();
     let (sent, ranges) = scene.sent();
     assert_eq!(ranges, [Some(format!("bytes={part}-"))]);
-    assert_eq!(sent, whole - part);
+    assert_eq!(sent, length - part);
 }
 
 #[test]
@@ -341,7 +341,7 @@ fn the_token_opens_what_is_gated_and_goes_to_the_hub_alone() {
 #[test]
 fn without_network_the_cache_is_used_and_said_so() {
     let scene = Scene::new();
-    // A port that nobody listens on: the listener is gone when the program asks.
+    // A port without a listener: it is dropped before the program connects.
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let nowhere = format!("http://{closed}");
     let nowhere = [("HF_ENDPOINT", &*nowhere)];
@@ -468,13 +468,13 @@ fn a_mix_of_sets_is_recorded_with_commits_and_hashes() {
         assert_eq!(file["repo"], repo);
         assert_eq!((&file["revision"], &file["commit"]), (&"main".into(), &COMMIT.into()));
         let key = format!("datasets/{repo}/{}", file["file"].as_str().unwrap());
-        let kept = scene
+        let cached = scene
             .home
             .path("hf/hub")
             .join(format!("datasets--{}", repo.replace('/', "--")))
             .join("blobs")
             .join(file["sha256"].as_str().unwrap());
-        let content = fs::read(kept).unwrap();
+        let content = fs::read(cached).unwrap();
         assert_eq!(file["sha256"], blob_name(&key, &content));
     }
     assert!(text.find("\"path\"").is_none(), "where a file lay says nothing elsewhere");

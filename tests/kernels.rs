@@ -1,5 +1,5 @@
 /*! What the CUDA kernels become, checked without a GPU: NVRTC compiles every family for every
-architecture, its log tells of registers that did not suffice, and the machine code is searched for
+architecture, its log reports spilled registers, and the machine code is searched for
 the tensor cores' instructions. */
 
 mod common;
@@ -21,7 +21,7 @@ use fs_err as fs;
 /// memory than 8.0.
 const ARCHITECTURES: [&str; 6] = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
 
-/// Registers of a block of 1,024 threads hold 64 values a thread: 128 are kept.
+/// Registers of a block of 1,024 threads hold 64 values a thread; this kernel needs 128.
 const SPILLS: &str = r#"
 extern "C" __global__ void __launch_bounds__(1024) spills(const float* from, float* to) {
     float kept[128];
@@ -88,23 +88,23 @@ impl Usage {
     }
 }
 
-/// What is wrong with a program by its log; a log that tells nothing is wrong as well.
+/// What is wrong with a program by its log; a log without usage lines is wrong as well.
 fn log_faults(log: &str) -> Vec<String> {
     let usage = Usage::all(log);
     let entries = log.matches("Compiling entry function").count();
     let mut faults = Vec::new();
     if entries == 0 || usage.len() < entries {
-        faults.push(format!("the log tells of {} of {entries} kernels:\n{log}", usage.len()));
+        faults.push(format!("the log has {} of {entries} kernels:\n{log}", usage.len()));
     }
     for Usage { function, stack_bytes, spill_bytes } in usage {
         if stack_bytes + spill_bytes > 0 {
             faults.push(format!("{function}: {stack_bytes} bytes of stack, {spill_bytes} spilled"));
         }
     }
-    // wgmma that ptxas waits for one by one is only told as information.
-    let told =
+    // ptxas reports serialized wgmma as information only.
+    let serialized =
         |line: &&str| line.contains("ptxas warning") || line.contains("Potential Performance Loss");
-    faults.extend(log.lines().filter(told).map(str::to_owned));
+    faults.extend(log.lines().filter(serialized).map(str::to_owned));
     faults
 }
 
@@ -125,7 +125,7 @@ impl Disassembler {
             .and_then(|output| String::from_utf8(output.stdout).ok())
             .map(|path| Path::new(path.trim()).join("nvidia/cu13/bin/nvdisasm"));
         let variable = |name| std::env::var_os(name).map(PathBuf::from);
-        let places = [
+        let candidates = [
             variable("ATOM_NVDISASM"),
             variable(libraries::VARIABLE).and_then(below),
             packages,
@@ -134,7 +134,7 @@ impl Disassembler {
         let runs = |program: &PathBuf| {
             Command::new(program).arg("--version").output().is_ok_and(|o| o.status.success())
         };
-        let Some(program) = places.into_iter().flatten().find(runs) else {
+        let Some(program) = candidates.into_iter().flatten().find(runs) else {
             skipped(test, "nvdisasm was not found: install tests/requirements.txt");
             return None;
         };
@@ -168,7 +168,7 @@ fn functions_without(listing: &str, instruction: &str) -> Vec<String> {
         .collect()
 }
 
-/// Instructions of a listing that write a register of a left operand while the tensor cores may still read it: behind a
+/// Instructions of a listing that write a register of a left operand while the tensor cores may still read it: after a
 /// `wgmma`, of which the compiler takes its operands to be free, and before the wait for it.
 fn overwritten(listing: &str) -> Vec<String> {
     let register = |operand: Option<&str>| -> Option<usize> {
@@ -237,7 +237,7 @@ fn every_kernel_file_is_in_the_list() {
 }
 
 /// The symbols of CUDA's libraries that a program calls: cudarc keeps the address of each in a static of the function of its name, of
-/// which the linker has kept those that are used.
+/// which the linker retains those that are used.
 fn called_symbols(program: &[u8]) -> BTreeSet<String> {
     let text = program.split(|byte| !byte.is_ascii_alphanumeric() && *byte != b'_');
     let names = text.filter_map(|word| std::str::from_utf8(word).ok());

@@ -94,7 +94,7 @@ fn doctor_shows_what_runs_are_compared_with() {
 
 #[test]
 fn an_allocation_that_is_refused_is_a_sentence() {
-    // A text that is read whole, beyond what the process may take.
+    // A text that is read entirely, beyond the process's memory limit.
     let home = Home::with_model();
     let text = home.path("long.txt");
     fs::File::create(&text).unwrap().set_len(3_000_000_000).unwrap();
@@ -162,7 +162,7 @@ fn a_source_that_shrinks_while_it_is_mapped_is_named() {
     }
 }
 
-/// The same length and another content: what was computed mixes two versions, and nothing of it is kept.
+/// The same length with other content: the result would mix two versions, and nothing of it remains.
 #[test]
 fn a_source_that_is_written_to_during_a_run_leaves_nothing() {
     let home = Home::new();

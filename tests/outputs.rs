@@ -37,7 +37,7 @@ fn refused(home: &Home, line: &str, code: i32, parts: &[&str]) {
     assert!(tree(&home.path("")) == before, "`atom {line}` changed something");
 }
 
-/// A home with a model in `p/src`, next to things that nobody can make again.
+/// A home with a model in `p/src`, next to files that cannot be recreated.
 fn precious() -> Home {
     let home = Home::with_model();
     fs::create_dir_all(home.path("p/.git")).unwrap();

@@ -28,7 +28,7 @@ fn home_of(flags: &str) -> Home {
     home
 }
 
-/// Blocks that the work directory holds whole.
+/// Blocks that are complete in the work directory.
 fn blocks_done(home: &Home) -> usize {
     let log = std::fs::read_to_string(home.path(WORK).join("done.jsonl")).unwrap_or_default();
     log.split_inclusive('\n')
@@ -151,7 +151,7 @@ fn ctrl_c_stops_between_blocks_and_names_the_command_that_goes_on() {
     assert_same_files(&home.path("expected"), &home.path("out"));
 }
 
-/// The hint holds there too: a run with nothing to go on with is a whole run.
+/// The hint is right there too: a run with nothing to resume is a full run.
 #[test]
 fn ctrl_c_before_the_first_block_leaves_nothing() {
     let home = home();
@@ -261,9 +261,9 @@ fn a_finished_tensor_of_any_kind_that_was_changed_is_found() {
     let line = format!("{QUANTIZE} --out out");
     kill(start(&home, &line, || blocks_done(&home) >= 2));
     let shard = home.path(WORK).join("checkpoint/model.safetensors");
-    let whole = fs::read(&shard).unwrap();
-    let length = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
-    let header: serde_json::Value = serde_json::from_slice(&whole[8..8 + length]).unwrap();
+    let sound = fs::read(&shard).unwrap();
+    let length = u64::from_le_bytes(sound[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&sound[8..8 + length]).unwrap();
     let log = fs::read_to_string(home.path(WORK).join("done.jsonl")).unwrap();
     for name in [
         "model.embed_tokens.weight",
@@ -275,14 +275,14 @@ fn a_finished_tensor_of_any_kind_that_was_changed_is_found() {
     ] {
         assert!(log.contains(&format!("\"{name}\"")), "{name} is not finished yet");
         let range = |end: usize| header[name]["data_offsets"][end].as_u64().unwrap() as usize;
-        let mut zeroed = whole.clone();
+        let mut zeroed = sound.clone();
         zeroed[8 + length + range(0)..8 + length + range(1)].fill(0);
         fs::write(&shard, zeroed).unwrap();
         let parts = [name, "is not what was written", "--overwrite"];
         home.run(&line).fails(3, &parts);
         home.run(&format!("{line} --resume")).fails(3, &parts);
     }
-    fs::write(&shard, whole).unwrap();
+    fs::write(&shard, sound).unwrap();
     home.run(&line).done();
     assert_same_files(&home.path("expected"), &home.path("out"));
 }
@@ -333,7 +333,7 @@ fn what_is_there_is_replaced_only_when_asked() {
     assert!(contents(&home.path("empty")) == before);
 }
 
-/// Killed anywhere around the exchange, the output is the old checkpoint or the new one, whole.
+/// Killed anywhere around the exchange, the output is the complete old checkpoint or the complete new one.
 #[test]
 fn a_killed_replacement_leaves_the_old_checkpoint_or_the_new_one() {
     let home = home();

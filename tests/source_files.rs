@@ -390,7 +390,7 @@ fn the_file_of_a_tensor_is_named() {
     );
 }
 
-/// Other weights of the model, or of nothing, beside those that are read.
+/// Other weights of the model, or unrelated ones, next to those that are read.
 #[test]
 fn other_shards_beside_the_model_are_not_read() {
     let home = Home::new();

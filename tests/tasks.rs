@@ -1,4 +1,4 @@
-//! `atom eval-tasks` beside lm-evaluation-harness: tests/harness/*.json is what the harness itself found, made by
+//! `atom eval-tasks` compared with lm-evaluation-harness: tests/harness/*.json has the harness's own results, made by
 //! tests/harness.py, so that nothing of it is needed here.
 
 mod common;

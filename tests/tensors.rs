@@ -156,7 +156,7 @@ fn the_flags_without_biases_are_named() {
     }
 }
 
-/// A tensor that the network has no place for, and what is said of it.
+/// A tensor that the network does not use, and its message.
 #[test]
 fn each_kind_of_foreign_tensor_has_its_own_sentence_and_next_step() {
     let layer = |name: &str| format!("model.layers.0.{name}");
@@ -407,7 +407,7 @@ fn a_stored_head_unlike_the_embedding_is_used_with_a_warning() {
         home.json(&format!("{} --out d", calibrate.replace("--model model", "--model untied")));
     assert_eq!(sensitivity["sensitivity"], as_untied["sensitivity"]);
 
-    // For those who know better.
+    // At the user's request.
     assert_unchanged(perplexity(&home, "--ignore-tensors lm_head.weight"));
 }
 

@@ -55,7 +55,7 @@ fn an_evaluation_reads_the_beginning_of_its_text() {
     planned(&home, "sparse.txt", "").fails(3, &parts);
     home.run("eval-ppl --model model --dataset sparse.txt").fails(3, &parts);
 
-    // What is behind the windows need not even be text.
+    // Bytes after the windows need not even be text.
     fs::write(home.path("later.txt"), [SENTENCE.repeat(20_000).as_bytes(), b"\xff"].concat())
         .unwrap();
     assert_eq!(perplexity(evaluated(&home, "later.txt")), expected);
@@ -271,7 +271,7 @@ fn peak(home: &Home, line: &str, code: i32) -> u64 {
     let mut command = home.command(line);
     let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let mut status = 0;
-    // SAFETY: rusage is plain numbers, and the process is a child that nobody else waits for.
+    // SAFETY: rusage is plain numbers, and no other code waits for the child process.
     let usage = unsafe {
         let mut usage: libc::rusage = std::mem::zeroed();
         assert_eq!(
@@ -294,7 +294,7 @@ fn a_long_text_takes_no_more_memory_than_a_short_one() {
     let plan = "quantize --model model --samples 2 --seq-len 64 --no-eval --group 32 --outliers 16 --dry-run --calib";
     for line in [evaluate, plan] {
         let long = peak(&home, &format!("{line} long.txt"), 0);
-        // Tokenized at once, these 24 MB took 3.5 GB.
+        // Tokenized in one piece, these 24 MB took 3.5 GB.
         assert!(long < 400_000_000, "{line}: {long} bytes");
     }
 }
@@ -351,10 +351,10 @@ fn an_interruption_is_answered_while_a_text_is_tokenized() {
         interrupted(&home, &line, Duration::from_millis(700));
         assert_eq!(home.names(), before, "{line}");
     }
-    // A tokenizer whose reach is not known has the text whole.
-    let whole = with_tokenizer(|json| json["model"]["dropout"] = json!(0.1));
-    fs::write(whole.path("long.txt"), SENTENCE.repeat(30_000_000 / SENTENCE.len())).unwrap();
-    interrupted(&whole, "eval-ppl --model model --dataset long.txt", Duration::from_millis(700));
+    // A tokenizer of unknown reach gets the entire text.
+    let unknown = with_tokenizer(|json| json["model"]["dropout"] = json!(0.1));
+    fs::write(unknown.path("long.txt"), SENTENCE.repeat(30_000_000 / SENTENCE.len())).unwrap();
+    interrupted(&unknown, "eval-ppl --model model --dataset long.txt", Duration::from_millis(700));
 }
 
 #[test]

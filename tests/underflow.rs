@@ -35,7 +35,7 @@ fn what_underflows_is_refused_and_named() {
     }
 }
 
-/// A hundredth is held as well as the whole.
+/// Weights times a hundredth are quantized as well as the original ones.
 #[test]
 fn what_is_small_and_held_is_quantized() {
     let line = format!("quantize --model model {SMALL} --no-gptq --out out --json");

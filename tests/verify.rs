@@ -120,7 +120,7 @@ fn a_checkpoint_says_what_it_holds() {
 }
 
 /// Where a tensor's bytes lie in a safetensors file.
-fn place(file: &[u8], tensor: &str) -> std::ops::Range<usize> {
+fn byte_range(file: &[u8], tensor: &str) -> std::ops::Range<usize> {
     let header = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
     let entries: Value = serde_json::from_slice(&file[8..header]).unwrap();
     let offsets = &entries[tensor]["data_offsets"];
@@ -162,8 +162,8 @@ fn a_changed_byte_is_found_in_every_kind_of_tensor() {
         let path = home.path("atom/model.safetensors");
         let sound = fs::read(&path).unwrap();
         for tensor in tensors {
-            let place = place(&sound, tensor);
-            for at in [place.start, place.end - 1] {
+            let range = byte_range(&sound, tensor);
+            for at in [range.start, range.end - 1] {
                 let mut damaged = sound.clone();
                 damaged[at] ^= 0x10;
                 fs::write(&path, damaged).unwrap();
@@ -194,10 +194,10 @@ fn a_tensor_that_means_nothing_is_found_behind_a_right_hash() {
         ("model.layers.1.self_attn.key_mean", &[0, 0, 0xc0, 0x7f], "not finite"),
         ("model.norm.weight", &[1, 0x7e], "NaN"),
     ] {
-        let place = place(&sound, tensor);
+        let range = byte_range(&sound, tensor);
         let mut damaged = sound.clone();
-        damaged[place.start..place.start + bytes.len()].copy_from_slice(bytes);
-        let hash = atom::checkpoint::sha256_hex(&damaged[place]);
+        damaged[range.start..range.start + bytes.len()].copy_from_slice(bytes);
+        let hash = atom::checkpoint::sha256_hex(&damaged[range]);
         fs::write(&path, damaged).unwrap();
         edit(&json_path, |atom| atom["tensors"][tensor]["sha256"] = hash.into());
         let found = damage(&home);
@@ -359,7 +359,7 @@ fn a_limit_that_is_exceeded_is_a_failed_check() {
     assert_eq!(outcome["perplexity"], found);
     let line = format!("verify --model atom --reference model {common} --max-ppl-increase");
     home.run(&format!("{line} {}", increase + 0.01)).done();
-    // A random model may gain by chance; beside a better reference nothing may.
+    // A random model may gain by chance, but not compared with a better reference.
     let run =
         home.run(&format!("{line} 0.0001").replace("--reference model", "--reference tiny-llama"));
     let run = run.fails(1, &["atom failed verification: max-ppl-increase"]);
@@ -432,7 +432,7 @@ fn every_width_and_format_is_quantized_verified_and_run() {
     }
 }
 
-/// Untied heads are kept beside the embedding; tied ones are not stored twice.
+/// Untied heads are stored in addition to the embedding; tied ones are not stored twice.
 #[test]
 fn an_output_head_of_its_own_is_kept() {
     let home = Home::new();
@@ -451,7 +451,7 @@ fn an_output_head_of_its_own_is_kept() {
     home.run("verify --model atom --seq-len 64 --windows 1").done();
     let atom = fs::read(home.path("atom/model.safetensors")).unwrap();
     let bytes: Vec<&[u8]> = ["lm_head.weight", "model.embed_tokens.weight"]
-        .map(|name| &atom[place(&atom, name)])
+        .map(|name| &atom[byte_range(&atom, name)])
         .to_vec();
     assert!(bytes[0] != bytes[1]);
     assert_eq!(bytes[0].len(), 2 * 4096 * 64, "as the source has it, BF16");

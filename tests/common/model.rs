@@ -86,7 +86,7 @@ impl RandomModel {
         self.tensors.iter_mut().find(|tensor| tensor.name == name).unwrap()
     }
 
-    /// Writes the checkpoint; with more than one shard, tensors are dealt out in turn.
+    /// Writes the checkpoint; with more than one shard, tensors are distributed round-robin.
     pub fn write(&self, dir: &Path, dtype: Dtype, shards: usize) {
         fs::create_dir_all(dir).unwrap();
         fs::write(dir.join("config.json"), self.config.to_string()).unwrap();

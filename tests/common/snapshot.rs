@@ -40,7 +40,7 @@ pub fn difference(name: &str, text: &str) -> Option<String> {
     let shown = |line: Option<&str>| line.map_or("the end".to_owned(), |line| format!("`{line}`"));
     Some(format!(
         "{} line {at}: {} is pinned, {} is there now\n\
-         write it anew with {VARIABLE}=1 cargo test --release --test help",
+         rewrite it with {VARIABLE}=1 cargo test --release --test help",
         path.display(),
         shown(old),
         shown(new)

@@ -1,4 +1,4 @@
-/*! A stand-in for the Hub on this machine: the few addresses that the Hub's tools ask, and its misfortunes. */
+/*! A stand-in for the Hub on this machine: the few addresses that the Hub's tools request, and its failures. */
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{BufRead, BufReader, Write};
@@ -35,11 +35,11 @@ pub enum Act {
     Send(Vec<u8>),
     /// Sends these bytes one by one, with a pause before each.
     Drip(Vec<u8>, Duration),
-    /// Sends the head of these bytes at once and the body as [`Act::Drip`] does.
+    /// Sends the head of these bytes immediately and the body as [`Act::Drip`] does.
     SlowBody(Vec<u8>, Duration),
     /// Sends the first bytes, then the others again and again until the other side goes away.
     Endless(Vec<u8>, Vec<u8>),
-    /// Says nothing until the other side goes away.
+    /// Sends nothing until the other side goes away.
     Silence,
 }
 
@@ -74,7 +74,7 @@ pub struct State {
     pub stall: Option<usize>,
     /// Sends the last byte of this many bodies changed.
     pub corrupt: usize,
-    /// Knows no ranges.
+    /// Ignores ranges.
     pub no_ranges: bool,
     /// Refuses everything without the token, or with it, by status and code.
     pub denied: Option<(u16, &'static str)>,
@@ -174,7 +174,7 @@ impl StandIn {
     }
 }
 
-/// The name by which the cache keeps a content.
+/// The name of a content in the cache.
 pub fn blob_name(file: &str, content: &[u8]) -> String {
     let hexadecimal = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
     if is_large(file) {
@@ -187,17 +187,52 @@ pub fn blob_name(file: &str, content: &[u8]) -> String {
     }
 }
 
-/// Whether the Hub keeps such files elsewhere and redirects to them.
+/// Whether the Hub stores such files elsewhere and redirects to them.
 fn is_large(file: &str) -> bool {
     [".safetensors", ".parquet", ".gz"].iter().any(|end| file.ends_with(end))
+}
+
+/// Status, headers and body of an answer.
+type Answer = (String, Vec<(&'static str, String)>, Vec<u8>);
+
+/// An answer without a file, by the error code of the Hub if it has one.
+fn missing(code: Option<&str>) -> Answer {
+    let headers = code.map(|code| ("X-Error-Code", code.to_owned()));
+    ("404 No".to_owned(), headers.into_iter().collect(), Vec::new())
 }
 
 /// Answers one request and closes the connection.
 fn serve(mut stream: TcpStream, port: u16, state: &Mutex<State>) {
     let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let Some(request) = read_request(&mut reader) else { return };
+    let mut state = state.lock().unwrap();
+    state.log.push(request.clone());
+    let line = format!("{} {}", request.method, request.path);
+    let found = state.acts.iter_mut().find(|(text, times, _)| *times > 0 && line.contains(text));
+    if let Some((_, times, act)) = found {
+        *times -= 1;
+        if let Some(act) = act.clone() {
+            drop(state);
+            return play(stream, reader, act);
+        }
+    }
+    let ((status, headers, body), stalls) = answer(&mut state, &request, port);
+    let headers: Vec<(&str, &str)> =
+        headers.iter().map(|(name, value)| (*name, &**value)).collect();
+    let body = if request.method == "HEAD" { &[][..] } else { &body };
+    let _ = stream.write_all(&message(&status, &headers, body));
+    drop(state);
+    if stalls {
+        // Until the other side goes away.
+        let _ = std::io::copy(&mut reader, &mut std::io::sink());
+    }
+}
+
+/// The request line and headers; none if the connection was closed.
+fn read_request(reader: &mut BufReader<TcpStream>) -> Option<Request> {
     let mut line = String::new();
     if reader.read_line(&mut line).unwrap_or(0) == 0 {
-        return;
+        return None;
     }
     let mut words = line.split_whitespace();
     let (method, path) = (words.next().unwrap().to_owned(), words.next().unwrap().to_owned());
@@ -212,100 +247,100 @@ fn serve(mut stream: TcpStream, port: u16, state: &Mutex<State>) {
             _ => {}
         }
     }
-    let mut state = state.lock().unwrap();
     let bearer = authorization.as_deref();
-    let request = Request {
-        method: method.clone(),
-        path: path.clone(),
-        range: range.clone(),
-        token: bearer.and_then(|value| value.strip_prefix("Bearer ")).map(str::to_owned),
-        authorization: authorization.clone(),
-        sent: 0,
-    };
-    let permitted = state.token.is_some() && state.token == request.token.as_deref();
-    state.log.push(request);
-    let index = state.log.len() - 1;
-    let line = format!("{method} {path}");
-    let found = state.acts.iter_mut().find(|(text, times, _)| *times > 0 && line.contains(text));
-    if let Some((_, times, act)) = found {
-        *times -= 1;
-        if let Some(act) = act.clone() {
-            drop(state);
-            return play(stream, reader, act);
-        }
-    }
-    let mut reply = |status: &str, headers: &[(&str, &str)], body: &[u8]| {
-        let body = if method == "HEAD" { b"" } else { body };
-        let _ = stream.write_all(&message(status, headers, body));
-    };
-    let path = path.replace("%2F", "/");
-    let path = path.strip_prefix('/').unwrap();
+    let token = bearer.and_then(|value| value.strip_prefix("Bearer ")).map(str::to_owned);
+    Some(Request { method, path, range, token, authorization, sent: 0 })
+}
 
+/// The Hub's answer, and whether the connection stays open without the rest of the body.
+fn answer(state: &mut State, request: &Request, port: u16) -> (Answer, bool) {
+    let path = request.path.replace("%2F", "/");
+    let path = path.strip_prefix('/').unwrap();
     // Content of large files, on what counts as another host: `localhost`.
     let file = path.strip_prefix("cdn/");
-    if file.is_none() {
-        if let Some((status, code)) = state.denied.filter(|_| !permitted) {
-            return reply(&format!("{status} No"), &[("X-Error-Code", code)], b"denied");
-        }
-        if let Some((old, new)) = state.renamed
-            && path.contains(old)
-        {
-            let to = format!("/{}", path.replace(old, new));
-            return reply("307 Moved", &[("Location", &to)], b"");
-        }
+    if file.is_none()
+        && let Some(answer) = refused(state, request, path)
+    {
+        return (answer, false);
     }
     if let Some(rest) = path.strip_prefix("api/models/") {
-        let (repo, revision) = rest.split_once("/revision/").unwrap();
-        let prefix = format!("{repo}/");
-        let names = state.files.keys().filter_map(|file| file.strip_prefix(&prefix));
-        let siblings: Vec<_> = names.map(|name| json!({ "rfilename": name })).collect();
-        return match (siblings.is_empty(), commit(revision)) {
-            (true, _) => reply("404 No", &[("X-Error-Code", "RepoNotFound")], b""),
-            (_, None) => reply("404 No", &[("X-Error-Code", "RevisionNotFound")], b""),
-            (_, Some(commit)) => {
-                let answer = json!({ "sha": commit, "siblings": siblings }).to_string();
-                reply("200 OK", &[("Content-Type", "application/json")], answer.as_bytes())
-            }
-        };
+        return (listing(state, rest), false);
     }
-    let (key, commit) = match file {
-        Some(key) => (key.to_owned(), COMMIT),
-        None => {
-            let Some((repo, rest)) = path.split_once("/resolve/") else {
-                return reply("404 No", &[], b"");
-            };
-            let revisions = ["refs/convert/parquet", "main", "v1", COMMIT, OTHER];
-            let found = revisions.iter().find_map(|revision| {
-                Some((revision, rest.strip_prefix(revision)?.strip_prefix('/')?))
-            });
-            let Some((revision, file)) = found else {
-                return reply("404 No", &[("X-Error-Code", "RevisionNotFound")], b"");
-            };
-            (format!("{repo}/{file}"), commit(revision).unwrap())
-        }
+    let resolved = match file {
+        Some(key) => Ok((key.to_owned(), COMMIT)),
+        None => resolved(path),
+    };
+    let (key, commit) = match resolved {
+        Ok(resolved) => resolved,
+        Err(code) => return (missing(code), false),
     };
     let Some(content) = state.files.get(&key).cloned() else {
-        return reply("404 No", &[("X-Error-Code", "EntryNotFound")], b"");
+        return (missing(Some("EntryNotFound")), false);
     };
     let etag = format!("\"{}\"", blob_name(&key, &content));
     let length = state.announced.unwrap_or(content.len() as u64).to_string();
+    let commit = commit.to_owned();
     if file.is_none() && is_large(&key) {
         let host = state.elsewhere.clone().unwrap_or(format!("http://localhost:{port}"));
-        let to = format!("{host}/cdn/{key}");
-        let headers = [
-            ("Location", &*to),
+        let headers = vec![
+            ("Location", format!("{host}/cdn/{key}")),
             ("X-Repo-Commit", commit),
-            ("X-Linked-Etag", &etag),
-            ("X-Linked-Size", &length),
+            ("X-Linked-Etag", etag),
+            ("X-Linked-Size", length),
         ];
-        return reply("302 Found", &headers, b"");
+        return (("302 Found".to_owned(), headers, Vec::new()), false);
     }
-    if method == "HEAD" {
-        let headers = [("ETag", &*etag), ("X-Repo-Commit", commit), ("Content-Length", &length)];
-        return reply("200 OK", &headers, b"");
+    if request.method == "HEAD" {
+        let headers = vec![("ETag", etag), ("X-Repo-Commit", commit), ("Content-Length", length)];
+        return (("200 OK".to_owned(), headers, Vec::new()), false);
     }
+    body(state, request, &content, file.is_some())
+}
 
-    let from = range.filter(|_| !state.no_ranges).map_or(0, |range| {
+/// The answer to everything that is denied or renamed.
+fn refused(state: &State, request: &Request, path: &str) -> Option<Answer> {
+    let permitted = state.token.is_some() && state.token == request.token.as_deref();
+    if let Some((status, code)) = state.denied.filter(|_| !permitted) {
+        let headers = vec![("X-Error-Code", code.to_owned())];
+        return Some((format!("{status} No"), headers, b"denied".to_vec()));
+    }
+    let (old, new) = state.renamed.filter(|(old, _)| path.contains(old))?;
+    let to = format!("/{}", path.replace(old, new));
+    Some(("307 Moved".to_owned(), vec![("Location", to)], Vec::new()))
+}
+
+/// The files of a repository at a revision, by what follows `api/models/`.
+fn listing(state: &State, rest: &str) -> Answer {
+    let (repo, revision) = rest.split_once("/revision/").unwrap();
+    let prefix = format!("{repo}/");
+    let names = state.files.keys().filter_map(|file| file.strip_prefix(&prefix));
+    let siblings: Vec<_> = names.map(|name| json!({ "rfilename": name })).collect();
+    match (siblings.is_empty(), commit(revision)) {
+        (true, _) => missing(Some("RepoNotFound")),
+        (_, None) => missing(Some("RevisionNotFound")),
+        (_, Some(commit)) => {
+            let answer = json!({ "sha": commit, "siblings": siblings }).to_string();
+            let headers = vec![("Content-Type", "application/json".to_owned())];
+            ("200 OK".to_owned(), headers, answer.into_bytes())
+        }
+    }
+}
+
+/// The key of a file and the commit of its revision, by `REPO/resolve/REVISION/FILE`; or the Hub's error code.
+fn resolved(path: &str) -> Result<(String, &'static str), Option<&'static str>> {
+    let (repo, rest) = path.split_once("/resolve/").ok_or(None)?;
+    let revisions = ["refs/convert/parquet", "main", "v1", COMMIT, OTHER];
+    let found = revisions
+        .iter()
+        .find_map(|revision| Some((revision, rest.strip_prefix(revision)?.strip_prefix('/')?)));
+    let (revision, file) = found.ok_or(Some("RevisionNotFound"))?;
+    Ok((format!("{repo}/{file}"), commit(revision).unwrap()))
+}
+
+/// The content from the requested byte on, with the failures of the state.
+fn body(state: &mut State, request: &Request, content: &[u8], large: bool) -> (Answer, bool) {
+    let range = request.range.as_ref().filter(|_| !state.no_ranges);
+    let from = range.map_or(0, |range| {
         range.trim_start_matches("bytes=").trim_end_matches('-').parse::<usize>().unwrap()
     });
     let mut body = content[from..].to_vec();
@@ -313,26 +348,21 @@ fn serve(mut stream: TcpStream, port: u16, state: &Mutex<State>) {
         state.corrupt -= 1;
         *body.last_mut().unwrap() ^= 1;
     }
-    let whole = body.len().to_string();
-    let large = file.is_some();
+    let mut headers = vec![("Content-Length", body.len().to_string())];
     if large && let Some(after) = state.cuts.pop_front().or(state.cut_each) {
         body.truncate(after);
     }
     let stall = state.stall.filter(|after| large && body.len() > *after);
     body.truncate(stall.unwrap_or(body.len()));
-    state.log[index].sent = body.len();
-    let part = format!("bytes {from}-{}/{}", content.len() - 1, content.len());
-    if from > 0 {
-        let headers = [("Content-Length", &*whole), ("Content-Range", &part)];
-        reply("206 Partial", &headers, &body);
+    state.log.last_mut().unwrap().sent = body.len();
+    let status = if from > 0 {
+        let part = format!("bytes {from}-{}/{}", content.len() - 1, content.len());
+        headers.push(("Content-Range", part));
+        "206 Partial"
     } else {
-        reply("200 OK", &[("Content-Length", &whole)], &body);
-    }
-    drop(state);
-    if stall.is_some() {
-        // Until the other side goes away.
-        let _ = std::io::copy(&mut reader, &mut std::io::sink());
-    }
+        "200 OK"
+    };
+    ((status.to_owned(), headers, body), stall.is_some())
 }
 
 /// Does what an act says.

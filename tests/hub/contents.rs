@@ -27,7 +27,7 @@ fn damage(path: &Path, way: &str) {
 fn a_damaged_content_is_fetched_again_and_alone() {
     let scene = Scene::new();
     scene.run(DRY).done();
-    let whole = tree(&scene.cache());
+    let intact = tree(&scene.cache());
     for file in ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"] {
         for way in ["cut", "empty", "longer", "changed", "gone"] {
             let blob = scene.blob(file);
@@ -49,7 +49,7 @@ fn a_damaged_content_is_fetched_again_and_alone() {
                 assert!(run.stderr.contains(name), "{}", run.stderr);
                 assert!(run.stderr.contains("fetching it again"), "{}", run.stderr);
             }
-            assert_eq!(tree(&scene.cache()), whole, "{file}, {way}");
+            assert_eq!(tree(&scene.cache()), intact, "{file}, {way}");
         }
     }
 }

@@ -1,4 +1,4 @@
-/*! Tokens and passwords: who gets them, and that nobody reads them. */
+/*! Tokens and passwords: where they are sent, and that they are never shown. */
 
 use super::*;
 use crate::common::stand_in::Act;
@@ -50,7 +50,7 @@ fn a_token_is_not_sent_where_other_answers_redirect_to() {
         run.fails(4, &["did not answer as the Hub does: it redirects to http://127.0.0.1:"]);
         assert!(other.requests().is_empty(), "a description is taken from the Hub alone");
     }
-    // A small file may lie elsewhere: its hash was told by the Hub.
+    // A small file may lie elsewhere: its hash comes from the Hub.
     let to = format!("{}/cdn/org/model/config.json", other.endpoint());
     scene.hub.act(
         "GET /org/model/resolve/",

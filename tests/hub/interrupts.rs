@@ -47,7 +47,7 @@ fn a_dripping_hub_does_not_hold_a_run() {
 #[test]
 fn a_body_that_stalls_does_not_hold_a_run_and_its_bytes_stay() {
     let scene = Scene::new();
-    let whole = scene.weights().len();
+    let length = scene.weights().len();
     scene.hub.state().stall = Some(50_000);
     let child = scene.start(DRY, &[]);
     while fs::metadata(scene.partial()).map_or(0, |metadata| metadata.len()) < 50_000 {
@@ -58,7 +58,7 @@ fn a_body_that_stalls_does_not_hold_a_run_and_its_bytes_stay() {
     scene.sent();
     scene.run(DRY).done();
     let (sent, ranges) = scene.sent();
-    assert_eq!((sent, ranges), (whole - 50_000, vec![Some("bytes=50000-".to_owned())]));
+    assert_eq!((sent, ranges), (length - 50_000, vec![Some("bytes=50000-".to_owned())]));
 }
 
 #[test]

@@ -41,11 +41,11 @@ fn a_server_that_sends_a_byte_a_connection_ends_the_run() {
 #[test]
 fn a_bad_network_that_brings_the_file_further_is_good_enough() {
     let scene = Scene::new();
-    let whole = scene.weights().len();
+    let length = scene.weights().len();
     scene.hub.state().cut_each = Some(10_000);
     scene.run(DRY).done();
     let (sent, ranges) = scene.sent();
-    assert_eq!((sent, ranges.len()), (whole, whole.div_ceil(10_000)), "no byte came twice");
+    assert_eq!((sent, ranges.len()), (length, length.div_ceil(10_000)), "no byte came twice");
 }
 
 #[test]
