@@ -223,9 +223,17 @@ fn networks_that_are_not_the_familys_are_refused() {
                 "model_type `llama`",
             ],
         ),
+    ] {
+        assert_refused(&bundled("tiny-llama", &changes), MEASURE, parts);
+    }
+}
+
+#[test]
+fn weights_that_are_quantized_already_are_refused() {
+    for (changes, parts) in [
         (
             json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}),
-            &["quantized already, by GPTQ", "BF16, F16 or F32"],
+            &["quantized already, by GPTQ", "BF16, F16 or F32"][..],
         ),
         (json!({"quantization_config": {"quant_method": "awq"}}), &["by AWQ"]),
         (

@@ -156,6 +156,21 @@ fn the_flags_without_biases_are_named() {
     }
 }
 
+/// A tensor that the network does not use: refused with these parts of the message, and read without it.
+#[track_caller]
+fn assert_foreign(name: &str, shape: &[usize], parts: &[&str]) {
+    let home = home_of(|model| model.with(StoredTensor::f16(name, shape, |_| 0.5)));
+    let first = format!("the first is `{name}`");
+    let all = [parts, &[&first, "of model/model.safetensors"]].concat();
+    let before = home.names();
+    home.run("eval-ppl --model model --seq-len 64 --windows 1").fails(3, &all);
+    home.run(&format!("{QUANTIZE} --model model --out out --dry-run")).fails(3, &all);
+    assert_eq!(home.names(), before);
+    let ignored = home
+        .run(&format!("eval-ppl --model model --seq-len 64 --windows 1 --ignore-tensors {name}"));
+    ignored.done();
+}
+
 /// A tensor that the network does not use, and its message.
 #[test]
 fn each_kind_of_foreign_tensor_has_its_own_sentence_and_next_step() {
@@ -232,22 +247,12 @@ fn each_kind_of_foreign_tensor_has_its_own_sentence_and_next_step() {
         ("model.pooler.dense".to_owned(), &[4], &["tensors of a use that is not known"]),
         ("scalar".to_owned(), &[], &["tensors of a use that is not known", "`scalar`, F16 []"]),
     ] {
-        let home = home_of(|model| model.with(StoredTensor::f16(&name, shape, |_| 0.5)));
-        let first = format!("the first is `{name}`");
-        let all = [parts, &[&first, "of model/model.safetensors"]].concat();
-        let before = home.names();
-        home.run("eval-ppl --model model --seq-len 64 --windows 1").fails(3, &all);
-        home.run(&format!("{QUANTIZE} --model model --out out --dry-run")).fails(3, &all);
-        assert_eq!(home.names(), before);
-        let ignored = home.run(&format!(
-            "eval-ppl --model model --seq-len 64 --windows 1 --ignore-tensors {name}"
-        ));
-        ignored.done();
+        assert_foreign(&name, shape, parts);
     }
 }
 
 #[test]
-fn kinds_are_told_together() {
+fn kinds_are_reported_together() {
     let home = home_of(|model| {
         model
             .with(StoredTensor::f16("score.weight", &[2, HIDDEN], |_| 1.0))

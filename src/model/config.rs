@@ -103,7 +103,7 @@ impl<'a> Config<'a> {
         const RIGHT: &str = "a number above zero";
         let number = self.number(key).map_err(|_| self.wrong(key, RIGHT))?;
         match number {
-            // As f32, which all arithmetic is in.
+            // Compared as f32, the type of all arithmetic.
             Some(number) if number as f32 <= 0.0 => Err(self.wrong(key, RIGHT)),
             number => Ok(number),
         }

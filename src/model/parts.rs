@@ -160,7 +160,7 @@ pub enum RouterKind {
 pub struct SharedExpert {
     /// Channels between its projections.
     pub intermediate: usize,
-    /// Whether its output is multiplied by the sigmoid of a gate of its own.
+    /// Whether its output is multiplied by the sigmoid of its own gate.
     pub gated: bool,
 }
 

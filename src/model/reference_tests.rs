@@ -55,7 +55,7 @@ fn read(config: &Value) -> Result<Value, String> {
     Ok(found)
 }
 
-/// Whether both say the same; numbers as f32, which everything is computed in.
+/// Whether both say the same; numbers as f32, the type of all arithmetic.
 fn same(a: &Value, b: &Value) -> bool {
     match (a, b) {
         (Value::Number(a), Value::Number(b)) => {
@@ -74,7 +74,7 @@ fn same(a: &Value, b: &Value) -> bool {
 fn with(base: &Value, changes: &Value) -> Value {
     let mut changed = base.clone();
     changed.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-    // A window that hides no token is none.
+    // A window that limits no text is none.
     if changed["windows"][0].as_u64().is_some_and(|window| window >= 1 << 30) {
         changed["windows"][0] = Value::Null;
     }

@@ -36,7 +36,7 @@ impl FloatFormat {
     }
 }
 
-/// `2^120`: what the exponents of f32 and E4M3 count from differs by it.
+/// `2^120`, by the difference of the exponent biases of f32 (127) and E4M3 (7).
 const BIAS: f32 = f32::from_bits((127 + 120) << 23);
 
 /// The bits of a value of E4M3.
@@ -45,7 +45,7 @@ pub fn e4m3_bits(value: f32) -> u8 {
     magnitude as u8 | if value < 0.0 { 0x80 } else { 0 }
 }
 
-/// The value that E4M3's bits stand for; NaN for the two codes that are none (0x7f and 0xff).
+/// The value that E4M3's bits stand for; NaN for the codes 0x7f and 0xff.
 pub fn e4m3_value(bits: u8) -> f32 {
     if bits & 0x7f == 0x7f {
         return f32::NAN;

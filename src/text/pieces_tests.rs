@@ -215,62 +215,64 @@ fn tokenizers() -> Vec<(&'static str, Value, bool)> {
     ]
 }
 
+/// Parts of random texts.
+const PARTS: &[&str] = &[
+    " ",
+    "  ",
+    "\n",
+    "\n\n\n",
+    "\r\n",
+    "\t",
+    "a",
+    "the",
+    " the",
+    " of",
+    "The river",
+    ".",
+    "...",
+    "aaaa",
+    "'s",
+    "'S",
+    "123",
+    "4567890",
+    "é",
+    "e\u{301}",
+    "中文",
+    "日本語テキスト",
+    "👩\u{200d}👩\u{200d}👧",
+    "🇩🇪🇫🇷",
+    "\u{200b}",
+    "\u{a0}",
+    "ﬁ",
+    "Ω",
+    "<s>",
+    "</s>",
+    "<mask>",
+    "<right>",
+    " <both> ",
+    "river",
+    "<|im_start|>",
+    "xyxyxy",
+    "\"",
+    "\"quoted text\"",
+    "//",
+    "/\n",
+    "ABCdef",
+    "\0",
+    "_",
+    "-",
+    "▁",
+    "<0x0A>",
+];
+
 /// Texts with no place, or many odd ones, where they can be cut.
 fn texts() -> Vec<(&'static str, String)> {
     let repeated = |text: &str| text.repeat(12_000 / text.len());
     let mut many = String::new();
     let mut random = PythonRandom::new(1);
-    let parts = [
-        " ",
-        "  ",
-        "\n",
-        "\n\n\n",
-        "\r\n",
-        "\t",
-        "a",
-        "the",
-        " the",
-        " of",
-        "The river",
-        ".",
-        "...",
-        "aaaa",
-        "'s",
-        "'S",
-        "123",
-        "4567890",
-        "é",
-        "e\u{301}",
-        "中文",
-        "日本語テキスト",
-        "👩\u{200d}👩\u{200d}👧",
-        "🇩🇪🇫🇷",
-        "\u{200b}",
-        "\u{a0}",
-        "ﬁ",
-        "Ω",
-        "<s>",
-        "</s>",
-        "<mask>",
-        "<right>",
-        " <both> ",
-        "river",
-        "<|im_start|>",
-        "xyxyxy",
-        "\"",
-        "\"quoted text\"",
-        "//",
-        "/\n",
-        "ABCdef",
-        "\0",
-        "_",
-        "-",
-        "▁",
-        "<0x0A>",
-    ];
     while many.len() < 12_000 {
         let times = if random.randint(0, 40) == 0 { random.randint(1, 400) } else { 1 };
-        let part = parts[random.randint(0, parts.len() as u64 - 1) as usize];
+        let part = PARTS[random.randint(0, PARTS.len() as u64 - 1) as usize];
         many.push_str(&part.repeat(times as usize));
     }
     let mut numbers = String::new();

@@ -1,4 +1,4 @@
-/*! What is said of tensors that the network does not use, and of those that it lacks. */
+/*! Messages about tensors that the network does not use, and about missing ones. */
 
 use std::collections::{BTreeSet, HashSet};
 
