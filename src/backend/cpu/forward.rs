@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::attention::{self, AttentionShape, placed_windows, whole_windows};
+use super::attention::{self, consecutive_windows, placed_windows};
 use super::gemm::par_gemm;
 use super::gemm_pack::{Panels, Rows};
 use super::integer::{self, IntegerLinear};
@@ -90,22 +90,12 @@ impl Forward for Cpu {
             Some(placement) => placed_windows(placement, spec.seq_len),
             None => {
                 rows = (0..q.rows as u32).collect();
-                whole_windows(&rows, spec.seq_len)
+                consecutive_windows(&rows, spec.seq_len)
             }
         };
-        attention::attention_of(
-            self.isa,
-            AttentionShape::of(spec),
-            &windows,
-            &spec.kv,
-            &spec.cos,
-            &spec.sin,
-            &q.data,
-            &k.data,
-            &v.data,
-            key_mean.map(|mean| &mean.data[..]),
-            &mut out.data,
-        );
+        let qkv = Qkv { q: &q.data[..], k: &k.data[..], v: &v.data[..] };
+        let key_mean = key_mean.map(|mean| &mean.data[..]);
+        attention::attention(self.isa, spec, &windows, qkv, key_mean, &mut out.data);
         Ok(out)
     }
 

@@ -6,10 +6,25 @@ element has its own chain of fused products, so a tile's shape never shows in th
 use super::gemm_pack::PANEL;
 use super::isa::Isa;
 
-/// A kernel: `(depth, a, a_step, b, c, c_stride, accumulate)` with `a` `[depth, R]`, its rows `a_step`
-/// apart, `b` `[depth, PANEL]` of which the first columns of the kernel's width are used, and C's
-/// tile `[R, width]`, which is read only if `accumulate`.
-pub(super) type Kernel = unsafe fn(usize, *const f32, usize, *const f32, *mut f32, usize, bool);
+/// The rows of A that a kernel of height R reads, `[depth, R]`.
+#[derive(Clone, Copy)]
+pub(super) struct Source {
+    pub start: *const f32,
+    /// Values from one step of depth to the next.
+    pub step: usize,
+}
+
+/// The tile of C, `[R, width]`, that a kernel writes.
+#[derive(Clone, Copy)]
+pub(super) struct Target {
+    pub start: *mut f32,
+    /// Values from row to row.
+    pub stride: usize,
+}
+
+/// A kernel: `(depth, a, b, c, accumulate)` with `b` `[depth, PANEL]`, of which the first columns of the kernel's width are
+/// used, and `c`, which is read only if `accumulate`. Pairs of a pointer and a number are passed in registers.
+pub(super) type Kernel = unsafe fn(usize, Source, *const f32, Target, bool);
 
 /// The kernels of one instruction set.
 pub(super) struct Kernels {
@@ -41,11 +56,9 @@ static PORTABLE: Kernels =
 /// `a`, `b` and `c` must be valid for the shapes that [`Kernel`] names.
 unsafe fn portable<const R: usize>(
     depth: usize,
-    a: *const f32,
-    a_step: usize,
+    Source { start: a, step: a_step }: Source,
     b: *const f32,
-    c: *mut f32,
-    c_stride: usize,
+    Target { start: c, stride: c_stride }: Target,
     accumulate: bool,
 ) {
     let mut tile = [[0.0f32; 16]; R];
@@ -71,7 +84,7 @@ unsafe fn portable<const R: usize>(
     }
 }
 
-/// Asks for some lines of `values`, from value `first` on, to be brought into L2.
+/// Prefetches some lines of `values`, from value `first` on, into L2.
 #[inline(always)]
 pub(super) fn prefetch(values: &[f32], first: usize, lines: usize) {
     #[cfg(target_arch = "x86_64")]
@@ -86,7 +99,7 @@ pub(super) fn prefetch(values: &[f32], first: usize, lines: usize) {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Kernels, PANEL};
+    use super::{Kernels, PANEL, Source, Target};
 
     /// 6 x 64: 24 of 32 registers accumulate, so the latency of 4 cycles on two units is covered
     /// three times, and a step of 24 products loads only 10 times, four of them from L1.
@@ -106,11 +119,9 @@ mod x86 {
     #[target_feature(enable = "avx512f")]
     unsafe fn avx512<const R: usize>(
         depth: usize,
-        mut a: *const f32,
-        a_step: usize,
+        Source { start: mut a, step: a_step }: Source,
         mut b: *const f32,
-        c: *mut f32,
-        c_stride: usize,
+        Target { start: c, stride: c_stride }: Target,
         accumulate: bool,
     ) {
         const W: usize = PANEL / 16;
@@ -155,11 +166,9 @@ mod x86 {
     #[target_feature(enable = "avx2,fma")]
     unsafe fn avx2<const R: usize>(
         depth: usize,
-        mut a: *const f32,
-        a_step: usize,
+        Source { start: mut a, step: a_step }: Source,
         mut b: *const f32,
-        c: *mut f32,
-        c_stride: usize,
+        Target { start: c, stride: c_stride }: Target,
         accumulate: bool,
     ) {
         let mut tile = [[_mm256_setzero_ps(); 2]; R];

@@ -1,4 +1,4 @@
-/*! H += X^T X, the matrix that GPTQ solves with, at half the price of a product.
+/*! H += X^T X, the matrix that GPTQ solves with, at half the cost of a product.
 
 Tokens are added one after the other to every element, so neither threads nor the size of the
 batches that X comes in show in H. */
@@ -8,12 +8,12 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::gemm::{DEPTH, PANEL, Panels, Part, Shared, range, tiles};
-use super::gemm_kernels::{Kernels, kernels};
+use super::gemm_kernels::{Kernels, Source, Target, kernels};
 use super::isa::Isa;
 
 /// H += X^T X for X `[tokens, n]`, half of the work: only the lower triangle (j <= i) of H `[n, n]`
 /// is read and written. Tokens are added in ascending order, whatever the thread count, so X in
-/// pieces gives the same bits as X at once.
+/// pieces gives the same bits as the entire X.
 ///
 /// # Panics
 /// If X or H is smaller than its shape.
@@ -65,14 +65,15 @@ impl Gram<'_> {
         unsafe {
             let c = self.h.at(rows.start * n + column * PANEL);
             if row != column {
-                self.multiply(row, column, tokens, c, n);
+                self.multiply(row, column, tokens, Target { start: c, stride: n });
                 return;
             }
             let mut corner = [0.0f32; PANEL * PANEL];
             for i in 0..rows.len() {
                 c.add(i * n).copy_to_nonoverlapping(&mut corner[i * PANEL], i + 1);
             }
-            self.multiply(row, column, tokens, corner.as_mut_ptr(), PANEL);
+            let start = corner.as_mut_ptr();
+            self.multiply(row, column, tokens, Target { start, stride: PANEL });
             for i in 0..rows.len() {
                 c.add(i * n).copy_from_nonoverlapping(&corner[i * PANEL], i + 1);
             }
@@ -81,14 +82,7 @@ impl Gram<'_> {
 
     /// # Safety
     /// C must be valid for the rows of panel `row` and PANEL columns.
-    unsafe fn multiply(
-        &self,
-        row: usize,
-        column: usize,
-        tokens: Range<usize>,
-        c: *mut f32,
-        c_stride: usize,
-    ) {
+    unsafe fn multiply(&self, row: usize, column: usize, tokens: Range<usize>, c: Target) {
         let [left, right] = [row, column]
             .map(|panel| &self.x.panel(panel)[tokens.start * PANEL..tokens.end * PANEL]);
         for (tile, height) in tiles(range(row, PANEL, self.n).len(), self.kernels.by_height.len()) {
@@ -96,9 +90,9 @@ impl Gram<'_> {
                 let kernel = self.kernels.by_height[height - 1];
                 // SAFETY: both panels hold PANEL values for each token, and the caller vouches for C.
                 unsafe {
-                    let (a, b) = (left.as_ptr().add(tile), right.as_ptr().add(first));
-                    let c = c.add(tile * c_stride + first);
-                    kernel(tokens.len(), a, PANEL, b, c, c_stride, true);
+                    let a = Source { start: left.as_ptr().add(tile), step: PANEL };
+                    let c = Target { start: c.start.add(tile * c.stride + first), ..c };
+                    kernel(tokens.len(), a, right.as_ptr().add(first), c, true);
                 }
             }
         }

@@ -7,7 +7,7 @@ use super::cache::PAGE_TOKENS;
 use super::tensor::Activation;
 use super::tests::{Random, close, device};
 use crate::backend::cpu::Cpu;
-use crate::backend::cpu::attention::keys_of_cache;
+use crate::backend::cpu::attention::{CachedHead, keys_of_cache};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::{AttentionSpec, Forward, Matrix, Memory, Qkv};
 use crate::quant::hadamard;
@@ -135,15 +135,13 @@ fn codes_are_those_of_the_cpu_and_decoding_is_its_attention() {
                         let mean = mean
                             .as_ref()
                             .map_or(&[][..], |mean| &mean.data[head * head_dim..][..head_dim]);
-                        keys_of_cache(
-                            Isa::detect().unwrap(),
-                            &mut keys,
+                        let cached = CachedHead {
                             head_dim,
-                            &KvFormat::FULL,
-                            &spec.cos,
-                            &spec.sin,
-                            mean,
-                        );
+                            format: &KvFormat::FULL,
+                            cos: &spec.cos,
+                            sin: &spec.sin,
+                        };
+                        keys_of_cache(Isa::detect().unwrap(), &mut keys, &cached, mean);
                         for (side, mut x) in [keys, own(&v[sequence])].into_iter().enumerate() {
                             for (token, x) in x.chunks_mut(head_dim).enumerate().take(length) {
                                 if format.rotate {

@@ -12,13 +12,13 @@ tokens of the job; the sums in f32 wait in the job's scratch between runs. */
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod job;
 mod layout;
 pub mod plain;
 mod portable;
 #[cfg(test)]
 mod tests;
 
-use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 pub use layout::IntegerLinear;
@@ -27,11 +27,8 @@ use super::isa::Isa;
 use crate::quant::codebook::Codebook;
 use crate::quant::number::RowFormat;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
-use layout::{BYTE_OFFSET, CHUNK, CHUNK_LINES, Line, NIBBLE_OFFSET, Outliers, PANEL, STEP};
-
-/// Channels whose unpacked codes are multiplied with all tokens of a job before the next ones are
-/// unpacked: 16 KB for a panel, a third of the first-level cache.
-const RUN_CHANNELS: usize = 512;
+use job::{Destination, Jobs, Output};
+use layout::{BYTE_OFFSET, CHUNK, Line, NIBBLE_OFFSET, Outliers, PANEL, STEP};
 
 /// Most tokens in a job: their sums take 24 KB, and unpacking costs 1 % of the products.
 const JOB_TOKENS: usize = 192;
@@ -124,182 +121,15 @@ pub fn linear(isa: Isa, x: &QuantizedRows, w: &IntegerLinear, y: &mut [f32]) {
     let tiles = x.tokens.div_ceil(tile_tokens);
     let job_panels = w.panels().div_ceil(wanted.div_ceil(tiles)).max(1);
     let bands = w.panels().div_ceil(job_panels);
-    let output = Output { start: y.as_mut_ptr(), rows: w.rows };
+    let jobs = Jobs { isa, x, prepared, w, output: Output::new(y, w.rows) };
     (0..tiles * bands).into_par_iter().for_each(|job| {
         // Neighbouring jobs share the tokens, which are then in the cache that cores share.
         let (tile, band) = (job / bands, job % bands);
         let tokens = tile * tile_tokens..((tile + 1) * tile_tokens).min(x.tokens);
         let panels = band * job_panels..((band + 1) * job_panels).min(w.panels());
-        run(isa, x, &prepared, w, tokens, panels, &output);
+        // SAFETY: no two jobs share both tokens and panels.
+        unsafe { jobs.run(tokens, panels) };
     });
-}
-
-/// The output matrix, which jobs write in disjoint rectangles.
-struct Output {
-    start: *mut f32,
-    rows: usize,
-}
-
-// SAFETY: a job writes only its own tokens and panels, and no two jobs share both.
-unsafe impl Sync for Output {}
-
-/// Where the sums of one job's panel belong. The output lies outside the cache, so the kernels
-/// store each tile when it is done: its few lines travel while the next tile computes.
-struct Destination {
-    /// The first token's first row of the panel.
-    first: *mut f32,
-    /// Distance between tokens.
-    stride: usize,
-    /// Rows of the panel that exist.
-    width: usize,
-    /// Tokens of the job.
-    tokens: usize,
-}
-
-impl Destination {
-    /// The place of `panel` for `tokens`.
-    ///
-    /// # Safety
-    /// They lie within the output, and no other thread writes there while the result is used.
-    unsafe fn new(output: &Output, panel: usize, tokens: &std::ops::Range<usize>) -> Self {
-        Self {
-            // SAFETY: the caller's promise.
-            first: unsafe { output.start.add(tokens.start * output.rows + panel * PANEL) },
-            stride: output.rows,
-            width: (output.rows - panel * PANEL).min(PANEL),
-            tokens: tokens.len(),
-        }
-    }
-
-    /// Stores the sums of some tokens, from the job's token `token` on.
-    #[inline(always)]
-    fn store(&self, token: usize, acc: &[[f32; PANEL]]) {
-        assert!(token + acc.len() <= self.tokens);
-        for (token, acc) in (token..).zip(acc) {
-            // SAFETY: the token and `width` rows belong to this job, as `new` was promised.
-            unsafe {
-                let out = self.first.add(token * self.stride);
-                if self.width == PANEL {
-                    out.cast::<[f32; PANEL]>().write(*acc);
-                } else {
-                    out.copy_from_nonoverlapping(acc.as_ptr(), self.width);
-                }
-            }
-        }
-    }
-}
-
-/// One job: all of `panels` for `tokens`.
-fn run(
-    isa: Isa,
-    x: &QuantizedRows,
-    prepared: &Prepared,
-    w: &IntegerLinear,
-    tokens: std::ops::Range<usize>,
-    panels: std::ops::Range<usize>,
-    output: &Output,
-) {
-    let RowFormat { numbers, groups: all_groups, outlier_channels, .. } = w.format.row;
-    let group_size = numbers.group_size;
-    let run_groups = (RUN_CHANNELS / group_size).clamp(1, all_groups.max(1));
-    let unpacked_lines = run_groups * group_size / CHUNK * CHUNK_LINES;
-    let mut unpacked = vec![Line([0; 64]); if w.nibbles { unpacked_lines } else { 0 }];
-    let mut scales = aligned_rows(run_groups.max(outlier_channels));
-    let scales: &mut [[f32; PANEL]] = bytemuck::cast_slice_mut(&mut scales);
-    let mut acc = aligned_rows(tokens.len());
-    let acc: &mut [[f32; PANEL]] = bytemuck::cast_slice_mut(&mut acc);
-    let grouped = w.format.row.grouped_channels();
-    for panel in panels {
-        acc.fill([0.0; PANEL]);
-        // SAFETY: panel and tokens belong to this job alone.
-        let out = unsafe { Destination::new(output, panel, &tokens) };
-        if all_groups == 0 && outlier_channels == 0 {
-            out.store(0, acc);
-        }
-        let mut group = 0;
-        while group < all_groups {
-            let groups = group..(group + run_groups).min(all_groups);
-            let first = panel * all_groups + group;
-            let scales = &mut scales[..groups.len()];
-            w.scales[first * PANEL..][..groups.len() * PANEL]
-                .convert_to_f32_slice(scales.as_flattened_mut());
-            let mut codes = w.group_lines(panel, groups.clone());
-            if w.nibbles {
-                let unpacked = &mut unpacked[..codes.len() * CHUNK_LINES];
-                unpack(isa, codes, unpacked);
-                codes = unpacked;
-            }
-            let place = tokens.start * all_groups + group;
-            let block = IntegerBlock {
-                nibbles: w.nibbles,
-                group_chunks: group_size / CHUNK,
-                codes: bytemuck::cast_slice(codes),
-                scales,
-                x_codes: &x.codes[tokens.start * grouped + group * group_size..],
-                codes_stride: grouped,
-                x_scales: &x.scales[place..],
-                starts: &prepared.starts[place..],
-                groups_stride: all_groups,
-            };
-            let last = groups.end == all_groups && outlier_channels == 0;
-            integer(isa, &block, acc, last.then_some(&out));
-            group = groups.end;
-        }
-        match (&x.outliers, &w.outliers) {
-            (
-                OutlierRows::Int8 { scales: x_scales, .. },
-                Outliers::Int8 { codes, scales: w_scales },
-            ) if outlier_channels > 0 => {
-                let chunks = prepared.outlier_stride / CHUNK;
-                let lines = &codes[panel * chunks * CHUNK_LINES..][..chunks * CHUNK_LINES];
-                let scales = &mut scales[..1];
-                w_scales[panel * PANEL..][..PANEL].convert_to_f32_slice(scales.as_flattened_mut());
-                let block = IntegerBlock {
-                    nibbles: false,
-                    group_chunks: chunks,
-                    codes: bytemuck::cast_slice(lines),
-                    scales,
-                    x_codes: &prepared.outlier_codes[tokens.start * prepared.outlier_stride..],
-                    codes_stride: prepared.outlier_stride,
-                    x_scales: &x_scales[tokens.start..],
-                    starts: &prepared.outlier_starts[tokens.start..],
-                    groups_stride: 1,
-                };
-                integer(isa, &block, acc, Some(&out));
-            }
-            (OutlierRows::Fp8(values), Outliers::Fp8 { numbers: weights, scales: w_scales })
-                if outlier_channels > 0 =>
-            {
-                let channels = outlier_channels;
-                let unpacked = &mut scales[..channels];
-                weights[panel * channels * PANEL..][..channels * PANEL]
-                    .convert_to_f32_slice(unpacked.as_flattened_mut());
-                let mut row_scales = [0.0; PANEL];
-                w_scales[panel * PANEL..][..PANEL].convert_to_f32_slice(&mut row_scales);
-                for (weight, scale) in
-                    unpacked.iter_mut().flat_map(|w| w.iter_mut().zip(&row_scales))
-                {
-                    *weight *= scale;
-                }
-                let x = &values[tokens.start * channels..tokens.end * channels];
-                float(isa, &FloatBlock { weights: unpacked, x }, acc, Some(&out));
-            }
-            (OutlierRows::F16(values), Outliers::F16(weights)) if outlier_channels > 0 => {
-                let channels = outlier_channels;
-                let unpacked = &mut scales[..channels];
-                weights[panel * channels * PANEL..][..channels * PANEL]
-                    .convert_to_f32_slice(unpacked.as_flattened_mut());
-                let x = &values[tokens.start * channels..tokens.end * channels];
-                float(isa, &FloatBlock { weights: unpacked, x }, acc, Some(&out));
-            }
-            _ => {}
-        }
-    }
-}
-
-/// Room for `count` rows of 32 values that start on a cache line each.
-fn aligned_rows(count: usize) -> Vec<Line> {
-    vec![Line([0; 64]); count * size_of::<[f32; PANEL]>() / size_of::<Line>()]
 }
 
 /// Sums the codes of each group and pads the outliers.
