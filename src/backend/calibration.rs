@@ -1,4 +1,4 @@
-//! Sums over the calibration tokens.
+//! Gram matrices, cross-covariances and other sums over the calibration tokens.
 
 use super::{AttentionSpec, Forward};
 use crate::Result;

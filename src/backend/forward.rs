@@ -18,7 +18,7 @@ pub struct Placement {
     pub rows: Vec<u32>,
 }
 
-/// What attention needs to know of a model.
+/// What attention depends on.
 #[derive(Clone, Debug)]
 pub struct AttentionSpec {
     /// Query heads.

@@ -22,7 +22,7 @@ pub trait Tensor: Send + Sync {
 
 /// The memory of a device.
 ///
-/// A backend may run ahead of its caller: what it was asked for is done when a method returns values
+/// A backend may run ahead of its caller: its work is done when a method returns values
 /// to the host, or [`wait`](Self::wait) returns.
 pub trait Memory: Sync {
     /// Hidden states `[tokens, hidden]` between the blocks, and vectors as one row.
@@ -40,7 +40,7 @@ pub trait Memory: Sync {
     /// Bytes that a batch's activations inside a block may take, counted as f32: enough that each
     /// operation fills the device. Results do not depend on it.
     fn batch_bytes(&self) -> usize;
-    /// Bytes of hidden states that an evaluation may hold at once. Results do not depend on it.
+    /// Bytes of hidden states that an evaluation may hold together. Results do not depend on it.
     fn stream_bytes(&self) -> usize;
 
     /// Copies a host matrix to the device.
@@ -76,7 +76,7 @@ pub trait Memory: Sync {
     }
     /// Frees what the backend keeps for reuse.
     fn trim(&self) {}
-    /// Returns when all that was asked for is done.
+    /// Returns when all work is done.
     fn wait(&self) -> Result<()> {
         Ok(())
     }

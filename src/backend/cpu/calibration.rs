@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::gram::gram_add;
-use super::{CHUNK, Cpu, Hessian, ROWS, Tensor, attention, drift};
+use super::{CHUNK, Cpu, Hessian, ROWS, Tensor, attention, cross_covariance};
 use crate::Result;
 use crate::backend::{AttentionSpec, Calibration, Matrix, Memory};
 
@@ -42,7 +42,7 @@ impl Calibration for Cpu {
     }
 
     fn add_cross_covariance(&self, cross: &mut Matrix, y: &Tensor, x: &Tensor) -> Result<()> {
-        drift::add(self.isa, cross, &y.data, &x.data, x.rows);
+        cross_covariance::add(self.isa, cross, &y.data, &x.data, x.rows);
         Ok(())
     }
 

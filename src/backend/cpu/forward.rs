@@ -101,7 +101,7 @@ impl Forward for Cpu {
 
     fn permute(&self, x: &Tensor, site: &SiteFormat) -> Result<Tensor> {
         let mut y = self.tensor(x.rows, site.width());
-        quantize::arrange_rows(self.isa, &x.data, x.rows, site, &mut y.data);
+        quantize::permute_rows(self.isa, &x.data, x.rows, site, &mut y.data);
         Ok(y)
     }
 

@@ -26,7 +26,7 @@ pub(super) const DEPTH: usize = 96;
 const DEEP: usize = 16 * DEPTH;
 /// Values of a block of A at most: 600 KiB of L2.
 const BLOCK: usize = 600 << 8;
-/// Rows that go to a thread at once, a multiple of all kernels' heights.
+/// Rows of a task, a multiple of all kernels' heights.
 const HEIGHT: usize = 240;
 
 thread_local! {

@@ -136,8 +136,8 @@ fn parts_and_transposed_rows_give_the_same_bits() {
     let a_rows: Vec<f32> = (0..m * k).map(|i| a[i % k * m + i / k]).collect();
     let panels = Panels::from_columns(&b, k, n, n);
     for isa in Isa::available() {
-        let mut whole = vec![f32::NAN; m * n];
-        gemm(isa, Rows::new(&a_rows, m, k), &panels, &mut whole, n, false);
+        let mut expected = vec![f32::NAN; m * n];
+        gemm(isa, Rows::new(&a_rows, m, k), &panels, &mut expected, n, false);
         let mut pieces = vec![f32::NAN; m * n];
         for columns in [0..64, 64..128, 128..150] {
             for depth in [0..20, 20..50] {
@@ -146,6 +146,6 @@ fn parts_and_transposed_rows_give_the_same_bits() {
                 gemm(isa, left, part, &mut pieces[columns.start..], n, depth.start > 0);
             }
         }
-        assert_eq!(bits(&pieces), bits(&whole), "{isa:?}");
+        assert_eq!(bits(&pieces), bits(&expected), "{isa:?}");
     }
 }

@@ -1,4 +1,4 @@
-/*! The GPTQ sweep in column blocks: bit for bit what `quant::gptq::sweep_plain` gives.
+/*! The GPTQ sweep in column blocks: bit for bit what `quant::gptq::sweep_plain` returns.
 
 Rows are independent, so each block's columns are swept row by row in parallel, and its errors then
 reach the columns after it as one matrix product. Both use `w = fma(-error, u, w)` in ascending order

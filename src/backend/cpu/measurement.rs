@@ -11,20 +11,20 @@ use crate::quant::rows::QuantizedRows;
 
 /// Rows that pass the output head together: its columns are read once for all of them.
 const HEAD_ROWS: usize = 240;
-/// Columns of the output head whose logits are made at once, so that they stay in L2.
+/// Columns of the output head whose logits are made together, so that they stay in L2.
 const HEAD_COLUMNS: usize = 1024;
 
-/// Rows whose whole logits a thread holds, twice, for their divergence.
+/// Rows whose logits over all tokens a thread holds, twice, for their divergence.
 const DIVERGENCE_ROWS: usize = 24;
 
 /// `|x - y|^2 / |y|^2`.
 fn relative_squared_error(x: &[f32], y: &[f32]) -> f64 {
-    let (mut change, mut whole) = (0.0, 0.0);
+    let (mut change, mut total) = (0.0, 0.0);
     for (x, y) in x.iter().zip(y) {
         change += (f64::from(*x) - f64::from(*y)).powi(2);
-        whole += f64::from(*y).powi(2);
+        total += f64::from(*y).powi(2);
     }
-    if change == 0.0 { 0.0 } else { change / whole }
+    if change == 0.0 { 0.0 } else { change / total }
 }
 
 /// A token's cross entropy while the logits come in parts.
@@ -60,8 +60,8 @@ impl Loss {
     fn look(&mut self, logits: &[f32], first: usize) {
         // In lanes, so that no comparison waits for the one before.
         let mut lanes = [f32::NEG_INFINITY; 32];
-        let (whole, rest) = logits.as_chunks::<32>();
-        for logits in whole {
+        let (chunks, rest) = logits.as_chunks::<32>();
+        for logits in chunks {
             for (lane, logit) in lanes.iter_mut().zip(logits) {
                 *lane = if *logit > *lane { *logit } else { *lane };
             }
@@ -79,9 +79,9 @@ impl Loss {
 }
 
 impl Cpu {
-    /// The losses of `targets`, `(row of x, token)` each; with `MOST` the likeliest token is looked for too. The logits of a
+    /// The losses of `targets`, `(row of x, token)` each; with `ARGMAX` the argmax is found too. The logits of a
     /// row are made once for all targets of it that follow one another.
-    fn losses<const MOST: bool>(
+    fn losses<const ARGMAX: bool>(
         &self,
         x: &Tensor,
         head: &Panels,
@@ -109,7 +109,7 @@ impl Cpu {
                             losses.iter_mut().zip(logits.chunks(width)).zip(by_row)
                         {
                             losses[0].add(elementwise::log_sum_exp(self.isa, logits));
-                            if MOST {
+                            if ARGMAX {
                                 losses[0].look(logits, first);
                             }
                             for (loss, (_, token)) in losses.iter_mut().zip(*targets) {

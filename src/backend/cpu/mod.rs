@@ -3,7 +3,7 @@ set or the number of threads. Its integer path is the specification of what a ch
 
 pub mod attention;
 mod calibration;
-mod drift;
+mod cross_covariance;
 pub mod elementwise;
 mod factor;
 mod forward;
@@ -31,15 +31,15 @@ use isa::Isa;
 use tensor::Pool;
 pub use tensor::Tensor;
 
-/// Rows that go to a thread at once.
+/// Rows of a task.
 const ROWS: usize = 64;
-/// Values that go to a thread at once.
+/// Values of a task.
 const CHUNK: usize = 1 << 15;
 
-/// Hands freed memory back to the system.
+/// Returns freed memory to the system.
 fn hand_back() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: it gives free pages back and changes nothing else.
+    // SAFETY: it returns free pages and changes nothing else.
     unsafe {
         libc::malloc_trim(0);
     }
@@ -62,14 +62,14 @@ impl Cpu {
         Self { isa, pool: Arc::default() }
     }
 
-    /// `W += share (W C_in + C_out) H^-1`, arranged, with the factor of the damped Hessian.
+    /// `W += share (W C_in + C_out) H^-1`, permuted, with the factor of the damped Hessian.
     pub(crate) fn correct(
         &self,
         weights: &mut Matrix,
         error: &AccumulatedError<Matrix>,
         factor: &[f32],
     ) {
-        drift::correct(self.isa, weights, error, factor);
+        cross_covariance::correct(self.isa, weights, error, factor);
     }
 
     fn tensor(&self, rows: usize, columns: usize) -> Tensor {

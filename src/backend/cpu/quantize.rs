@@ -67,15 +67,15 @@ pub fn quantize_rows(
     for first in (0..tokens).step_by(TILE_TOKENS) {
         tiles.push(rest.split_off(TILE_TOKENS.min(tokens - first), tokens - first));
     }
-    let places = Places::new(format);
+    let slots = Slots::new(format);
     let sound = tiles.into_par_iter().all(|tile| match isa {
         // SAFETY: the token is proof that the processor has the set.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512(_) => unsafe { quantize_tile_avx512(tile, format, &places) },
+        Isa::Avx512(_) => unsafe { quantize_tile_avx512(tile, format, &slots) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2(_) => unsafe { quantize_tile_avx2(tile, format, &places) },
-        _ => quantize_tile(tile, format, &places),
+        Isa::Avx2(_) => unsafe { quantize_tile_avx2(tile, format, &slots) },
+        _ => quantize_tile(tile, format, &slots),
     });
     if !sound {
         // It finds the first value that is wrong and says so.
@@ -98,29 +98,29 @@ pub fn quantize_rows(
 }
 
 /// Brings rows `[tokens, channels]` into the site's order and transforms their groups,
-/// `[tokens, width]`: the bits of [`SiteFormat::permute`]. Writes all of `arranged`.
+/// `[tokens, width]`: the bits of [`SiteFormat::permute`]. Writes all of `permuted`.
 ///
 /// # Panics
-/// If `x` is not `[tokens, channels]`, `arranged` not `[tokens, width]`, or the format fails
+/// If `x` is not `[tokens, channels]`, `permuted` not `[tokens, width]`, or the format fails
 /// [`SiteFormat::check`].
-pub fn arrange_rows(isa: Isa, x: &[f32], tokens: usize, format: &SiteFormat, arranged: &mut [f32]) {
+pub fn permute_rows(isa: Isa, x: &[f32], tokens: usize, format: &SiteFormat, permuted: &mut [f32]) {
     assert_eq!(x.len(), tokens * format.channels, "length of x");
-    assert_eq!(arranged.len(), tokens * format.width(), "length of arranged");
+    assert_eq!(permuted.len(), tokens * format.width(), "length of permuted");
     if isa == Isa::Plain {
-        arranged.copy_from_slice(&format.permute_rows_plain(x, tokens));
+        permuted.copy_from_slice(&format.permute_rows_plain(x, tokens));
         return;
     }
-    let places = Places::new(format);
+    let slots = Slots::new(format);
     if format.channels > 0 {
         let rows = x.par_chunks_exact(format.channels).with_min_len(TILE_TOKENS);
-        rows.zip(arranged.par_chunks_exact_mut(format.width())).for_each(|(row, out)| match isa {
+        rows.zip(permuted.par_chunks_exact_mut(format.width())).for_each(|(row, out)| match isa {
             // SAFETY: the token is proof that the processor has the set.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(_) => unsafe { arrange_avx512(row, format, &places, out) },
+            Isa::Avx512(_) => unsafe { permute_avx512(row, format, &slots, out) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2(_) => unsafe { arrange_avx2(row, format, &places, out) },
-            _ => arrange(row, format, &places, out),
+            Isa::Avx2(_) => unsafe { permute_avx2(row, format, &slots, out) },
+            _ => permute(row, format, &slots, out),
         });
     }
 }
@@ -150,16 +150,16 @@ pub fn dequantize_rows(isa: Isa, rows: &QuantizedRows, values: &mut [f32]) {
 }
 
 /// A channel order ready to gather with: checked once, so that the gather need not.
-struct Places {
-    /// The channel of each place, 0 for padding; each below `channels`.
+struct Slots {
+    /// The channel of each slot, 0 for padding; each below `channels`.
     sources: Vec<u32>,
-    /// The places of padding.
+    /// The slots of padding.
     padding: Vec<usize>,
     /// Channels of the rows to gather from.
     channels: usize,
 }
 
-impl Places {
+impl Slots {
     fn new(format: &SiteFormat) -> Self {
         let channels = format.channels;
         assert_eq!(format.width(), format.row.width());
@@ -169,7 +169,7 @@ impl Places {
             assert!((source as usize) < channels, "a channel order beyond the channels");
             source
         };
-        let padding = (0..format.width()).filter(|&place| format.order[place] == PADDING);
+        let padding = (0..format.width()).filter(|&slot| format.order[slot] == PADDING);
         Self {
             sources: format.order.iter().map(source).collect(),
             padding: padding.collect(),
@@ -212,15 +212,15 @@ impl<'a> Tile<'a> {
 
 /// Quantizes a tile; false if a value or a scale is not finite.
 #[inline(always)]
-fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool {
+fn quantize_tile(tile: Tile<'_>, format: &SiteFormat, slots: &Slots) -> bool {
     let RowFormat { numbers, groups, outlier_channels: outliers, outlier_format } = format.row;
     let grouped = format.row.grouped_channels();
     let limits = numbers.limits();
-    let mut arranged = vec![0.0; format.width()];
+    let mut permuted = vec![0.0; format.width()];
     let mut halves = vec![f16::ZERO; outliers];
     for (token, row) in tile.x.chunks_exact(format.channels.max(1)).enumerate() {
-        arrange(row, format, places, &mut arranged);
-        let (values, tail) = arranged.split_at(grouped);
+        permute(row, format, slots, &mut permuted);
+        let (values, tail) = permuted.split_at(grouped);
         let codes = tile.codes[token * grouped..][..grouped].chunks_exact_mut(numbers.group_size);
         let values = values.chunks_exact(numbers.group_size);
         let scales = &mut tile.scales[token * groups..][..groups];
@@ -288,11 +288,11 @@ fn encode(
 
 /// [`SiteFormat::permute`].
 #[inline(always)]
-fn arrange(row: &[f32], format: &SiteFormat, places: &Places, out: &mut [f32]) {
-    assert_eq!((row.len(), out.len()), (places.channels, places.sources.len()));
-    gather(row, places, out);
-    for &place in &places.padding {
-        out[place] = 0.0;
+fn permute(row: &[f32], format: &SiteFormat, slots: &Slots, out: &mut [f32]) {
+    assert_eq!((row.len(), out.len()), (slots.channels, slots.sources.len()));
+    gather(row, slots, out);
+    for &slot in &slots.padding {
+        out[slot] = 0.0;
     }
     if format.transform == Transform::Hadamard {
         let grouped = &mut out[..format.row.grouped_channels()];
@@ -311,10 +311,10 @@ fn arrange(row: &[f32], format: &SiteFormat, places: &Places, out: &mut [f32]) {
 /// set: the gather instructions of the wider ones are several times slower than these loads, on
 /// Zen 4 by design and on Intel since the microcode that closes its gather leak.
 #[inline(never)]
-fn gather(row: &[f32], places: &Places, out: &mut [f32]) {
-    assert_eq!((row.len(), out.len()), (places.channels, places.sources.len()));
-    for (value, &source) in out.iter_mut().zip(&places.sources) {
-        // SAFETY: `Places::new` checked every source against `channels`, the length of `row`.
+fn gather(row: &[f32], slots: &Slots, out: &mut [f32]) {
+    assert_eq!((row.len(), out.len()), (slots.channels, slots.sources.len()));
+    for (value, &source) in out.iter_mut().zip(&slots.sources) {
+        // SAFETY: `Slots::new` checked every source against `channels`, the length of `row`.
         *value = unsafe { *row.get_unchecked(source as usize) };
     }
 }
@@ -326,8 +326,8 @@ fn dequantize(rows: &QuantizedRows, token: usize, out: &mut [f32]) {
     let size = numbers.group_size;
     let (grouped, tail) = out.split_at_mut(groups * size);
     for (group, out) in grouped.chunks_exact_mut(size).enumerate() {
-        let place = token * groups + group;
-        decode(numbers.codebook, &rows.codes[place * size..][..size], rows.scales[place], out);
+        let at = token * groups + group;
+        decode(numbers.codebook, &rows.codes[at * size..][..size], rows.scales[at], out);
     }
     let own = token * outliers..(token + 1) * outliers;
     match &rows.outliers {
@@ -369,9 +369,9 @@ macro_rules! for_instruction_sets {
 
 for_instruction_sets! {
     quantize_tile, quantize_tile_avx2, quantize_tile_avx512
-        (tile: Tile<'_>, format: &SiteFormat, places: &Places) -> bool;
-    arrange, arrange_avx2, arrange_avx512
-        (row: &[f32], format: &SiteFormat, places: &Places, out: &mut [f32]);
+        (tile: Tile<'_>, format: &SiteFormat, slots: &Slots) -> bool;
+    permute, permute_avx2, permute_avx512
+        (row: &[f32], format: &SiteFormat, slots: &Slots, out: &mut [f32]);
     dequantize, dequantize_avx2, dequantize_avx512
         (rows: &QuantizedRows, token: usize, out: &mut [f32]);
 }

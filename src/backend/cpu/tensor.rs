@@ -29,7 +29,7 @@ impl Pool {
         buffer
     }
 
-    fn give(&self, buffer: Vec<f32>) {
+    fn put_back(&self, buffer: Vec<f32>) {
         self.free.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
     }
 
@@ -45,7 +45,7 @@ pub struct Tensor {
     pub(super) columns: usize,
     pub(super) data: Vec<f32>,
     /// Where the buffer came from and returns to. None for one that was allocated elsewhere: the
-    /// pool would grow by each of them, since nobody takes them out as often as they come.
+    /// pool would grow by each of them, since fewer are taken out than come.
     pool: Option<Arc<Pool>>,
 }
 
@@ -77,7 +77,7 @@ impl Rows for Tensor {
 impl Drop for Tensor {
     fn drop(&mut self) {
         if let Some(pool) = &self.pool {
-            pool.give(std::mem::take(&mut self.data));
+            pool.put_back(std::mem::take(&mut self.data));
         }
     }
 }

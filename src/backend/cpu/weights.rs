@@ -1,4 +1,4 @@
-/*! Source weights on their way to panels and codes: converted, arranged, compared. */
+/*! Source weights on their way to panels and codes: converted, permuted, compared. */
 
 use std::sync::{Mutex, PoisonError};
 
@@ -80,8 +80,8 @@ pub(super) fn energy_error(
     let mut sum = |weights: &[f32]| -> f64 {
         weights
             .chunks(site.width())
-            .map(|arranged| {
-                row.copy_from_slice(arranged);
+            .map(|permuted| {
+                row.copy_from_slice(permuted);
                 if site.transform == Transform::Hadamard {
                     // The transform is its own inverse: back to single channels.
                     for group in

@@ -109,8 +109,8 @@ unsafe fn integer_tile<const TOKENS: usize>(
         for (group, scales) in block.scales.iter().enumerate() {
             let mut sums = [[_mm256_setzero_si256(); 2]; TOKENS];
             for (token, sums) in sums.iter_mut().enumerate() {
-                let place = (first + token) * block.groups_stride + group;
-                *sums = [_mm256_set1_epi32(*block.starts.get_unchecked(place)); 2];
+                let at = (first + token) * block.groups_stride + group;
+                *sums = [_mm256_set1_epi32(*block.starts.get_unchecked(at)); 2];
             }
             if block.nibbles {
                 add_nibbles(block.group_chunks, weights, x, block.codes_stride, &mut sums);
@@ -120,8 +120,8 @@ unsafe fn integer_tile<const TOKENS: usize>(
             weights = weights.add(block.group_chunks * CHUNK_BYTES);
             x = x.add(block.group_chunks * CHUNK);
             for (token, (acc, sums)) in acc.iter_mut().zip(sums).enumerate() {
-                let place = (first + token) * block.groups_stride + group;
-                let scale = _mm256_set1_ps(*block.x_scales.get_unchecked(place));
+                let at = (first + token) * block.groups_stride + group;
+                let scale = _mm256_set1_ps(*block.x_scales.get_unchecked(at));
                 for (part, sums) in sums.into_iter().enumerate() {
                     let row = half + part * LANES;
                     let scale = _mm256_mul_ps(scale, _mm256_loadu_ps(scales[row..].as_ptr()));

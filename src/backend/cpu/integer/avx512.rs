@@ -24,12 +24,12 @@ macro_rules! tiles {
                 prefetch(out, first, acc.len());
             }
             match acc.len() {
-                1 => $kernel::<1>($block, first, whole(acc)),
-                2 => $kernel::<2>($block, first, whole(acc)),
-                3 => $kernel::<3>($block, first, whole(acc)),
-                4 => $kernel::<4>($block, first, whole(acc)),
-                5 => $kernel::<5>($block, first, whole(acc)),
-                _ => $kernel::<TILE>($block, first, whole(acc)),
+                1 => $kernel::<1>($block, first, tile_of(acc)),
+                2 => $kernel::<2>($block, first, tile_of(acc)),
+                3 => $kernel::<3>($block, first, tile_of(acc)),
+                4 => $kernel::<4>($block, first, tile_of(acc)),
+                5 => $kernel::<5>($block, first, tile_of(acc)),
+                _ => $kernel::<TILE>($block, first, tile_of(acc)),
             }
             if let Some(out) = $out {
                 out.store(first, acc);
@@ -38,25 +38,25 @@ macro_rules! tiles {
     };
 }
 
-/// Fetches the lines where a tile's sums will be stored, while the tile computes: the stores would
+/// Prefetches the lines where a tile's sums will be stored, while the tile computes: the stores would
 /// otherwise wait for them.
 #[inline(always)]
 fn prefetch(out: &Destination, first: usize, tokens: usize) {
     for token in first..first + tokens {
-        let place = out.first.wrapping_add(token * out.stride).cast::<i8>();
+        let line = out.first.wrapping_add(token * out.stride).cast::<i8>();
         // SAFETY: a prefetch may name any address.
         unsafe {
-            _mm_prefetch::<_MM_HINT_ET0>(place);
-            _mm_prefetch::<_MM_HINT_ET0>(place.wrapping_add(64));
+            _mm_prefetch::<_MM_HINT_ET0>(line);
+            _mm_prefetch::<_MM_HINT_ET0>(line.wrapping_add(64));
             // The third line of a row that does not start on one.
-            _mm_prefetch::<_MM_HINT_ET0>(place.wrapping_add(127));
+            _mm_prefetch::<_MM_HINT_ET0>(line.wrapping_add(127));
         }
     }
 }
 
 /// The sums of a tile, whose number the compiler must know to keep them in registers.
 #[inline(always)]
-fn whole<const TOKENS: usize>(acc: &mut [[f32; PANEL]]) -> &mut [[f32; PANEL]; TOKENS] {
+fn tile_of<const TOKENS: usize>(acc: &mut [[f32; PANEL]]) -> &mut [[f32; PANEL]; TOKENS] {
     acc.first_chunk_mut().expect("the tile kernel is chosen by this length")
 }
 
@@ -133,8 +133,8 @@ unsafe fn integer_tile<const TOKENS: usize>(
                 // name any address.
                 let next = x.wrapping_add((TILE + token) * block.codes_stride);
                 _mm_prefetch::<_MM_HINT_T0>(next);
-                let place = (first + token) * block.groups_stride + group;
-                *sums = [_mm512_set1_epi32(*block.starts.get_unchecked(place)); 2];
+                let at = (first + token) * block.groups_stride + group;
+                *sums = [_mm512_set1_epi32(*block.starts.get_unchecked(at)); 2];
             }
             for _ in 0..block.group_chunks / (STEP / CHUNK) {
                 let tokens: [*const i8; TOKENS] =
@@ -156,8 +156,8 @@ unsafe fn integer_tile<const TOKENS: usize>(
             let left = _mm512_loadu_ps(scales.as_ptr());
             let right = _mm512_loadu_ps(scales[16..].as_ptr());
             for (token, (floats, sums)) in floats.iter_mut().zip(sums).enumerate() {
-                let place = (first + token) * block.groups_stride + group;
-                let scale = _mm512_set1_ps(*block.x_scales.get_unchecked(place));
+                let at = (first + token) * block.groups_stride + group;
+                let scale = _mm512_set1_ps(*block.x_scales.get_unchecked(at));
                 let [sum, other] = sums.map(|sums| _mm512_cvtepi32_ps(sums));
                 floats[0] = _mm512_fmadd_ps(_mm512_mul_ps(scale, left), sum, floats[0]);
                 floats[1] = _mm512_fmadd_ps(_mm512_mul_ps(scale, right), other, floats[1]);

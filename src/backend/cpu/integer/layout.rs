@@ -200,8 +200,9 @@ fn fill(lines: &mut [Line], codes: &[i8], linear: &QuantizedLinear, panel: usize
     let channels = codes.len() / linear.rows.max(1);
     let chunks: &mut [[[u8; CHUNK]; PANEL]] = bytemuck::cast_slice_mut(lines);
     for row in 0..PANEL {
-        let place = panel * PANEL + row;
-        let own = if place < linear.rows { &codes[place * channels..][..channels] } else { &[] };
+        let own_row = panel * PANEL + row;
+        let own =
+            if own_row < linear.rows { &codes[own_row * channels..][..channels] } else { &[] };
         for (chunk, chunks) in chunks.iter_mut().enumerate() {
             chunks[row] = std::array::from_fn(|lane| {
                 let code = own.get(chunk * CHUNK + lane).copied().unwrap_or(0);

@@ -6,7 +6,7 @@ multiply-add a group, in order. They only choose which outputs to compute side b
 
 One job is some tokens times some panels of 32 rows. For each panel and each run of groups whose
 unpacked codes fit the first-level cache, the codes are unpacked once and multiplied with all
-tokens of the job; the sums in f32 wait in the job's scratch between runs. */
+tokens of the job; the sums in f32 stay in the job's scratch between runs. */
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -70,7 +70,7 @@ struct FloatBlock<'a> {
 struct Prepared {
     /// `-offset * sum of codes`, `[tokens, groups]`: takes back what the weights' offset adds.
     starts: Vec<i32>,
-    /// INT8 outlier codes with channels of zero up to a whole chunk, `[tokens, channels]`.
+    /// INT8 outlier codes with channels of zero up to a full chunk, `[tokens, channels]`.
     outlier_codes: Vec<i8>,
     /// Channels in [`Self::outlier_codes`].
     outlier_stride: usize,

@@ -1,4 +1,4 @@
-/*! The panel kernels without intrinsics: for other processors, and to read beside the fast ones. */
+/*! The panel kernels without intrinsics: for other processors, and to compare with the fast ones. */
 
 use super::layout::{CHUNK, Line, PANEL, unpack};
 use super::{Destination, FloatBlock, IntegerBlock, group_starts};
@@ -12,8 +12,8 @@ pub(super) fn integer(
     let chunks: &[[[u8; CHUNK]; PANEL]] = bytemuck::cast_slice(block.codes);
     for (token, acc) in acc.iter_mut().enumerate() {
         for (group, chunks) in chunks.chunks_exact(block.group_chunks).enumerate() {
-            let place = token * block.groups_stride + group;
-            let mut sums = [block.starts[place]; PANEL];
+            let at = token * block.groups_stride + group;
+            let mut sums = [block.starts[at]; PANEL];
             let first = token * block.codes_stride + group * block.group_chunks * CHUNK;
             let codes = &block.x_codes[first..][..block.group_chunks * CHUNK];
             for (weights, x) in chunks.iter().zip(codes.as_chunks::<CHUNK>().0) {
@@ -25,7 +25,7 @@ pub(super) fn integer(
             }
             let scales = &block.scales[group];
             for ((acc, sum), scale) in acc.iter_mut().zip(sums).zip(scales) {
-                *acc = (block.x_scales[place] * scale).mul_add(sum as f32, *acc);
+                *acc = (block.x_scales[at] * scale).mul_add(sum as f32, *acc);
             }
         }
     }

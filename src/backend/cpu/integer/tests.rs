@@ -225,7 +225,7 @@ fn every_outlier_block_gives_the_same_bits() {
 }
 
 #[test]
-fn fp4_gives_the_same_bits_beside_itself_and_integers() {
+fn fp4_gives_the_same_bits_against_itself_and_integers() {
     use Codebook::{Fp4, Fp4Bnb, Int};
     for codebook in [(Fp4, Fp4), (Int, Fp4), (Fp4, Int), (Fp4Bnb, Fp4Bnb), (Int, Fp4Bnb)] {
         for (groups, group_size) in [(9, 16), (3, 48), (1, 176), (2, 576)] {

@@ -60,15 +60,15 @@ fn check(tokens: usize, format: &SiteFormat) {
     format.check().unwrap();
     let x = activations(tokens, format.channels);
     let expected = quantize_rows_plain(&x, tokens, format).unwrap();
-    let arranged = format.permute_rows_plain(&x, tokens);
+    let permuted = format.permute_rows_plain(&x, tokens);
     let restored = dequantize_rows_plain(&expected);
     for isa in Isa::available() {
         let rows = quantize_rows(isa, &x, tokens, format).unwrap();
         assert_eq!(rows, expected, "{isa:?} {format:?}");
         assert_eq!(bits(&rows.scales), bits(&expected.scales));
-        let mut found = vec![f32::NAN; arranged.len()];
-        arrange_rows(isa, &x, tokens, format, &mut found);
-        assert_eq!(bits(&found), bits(&arranged), "{isa:?}");
+        let mut found = vec![f32::NAN; permuted.len()];
+        permute_rows(isa, &x, tokens, format, &mut found);
+        assert_eq!(bits(&found), bits(&permuted), "{isa:?}");
         found.fill(f32::NAN);
         dequantize_rows(isa, &rows, &mut found);
         assert_eq!(bits(&found), bits(&restored), "{isa:?}");
@@ -123,11 +123,11 @@ fn every_format_gives_the_same_bits() {
 #[test]
 fn errors_are_those_of_the_definition() {
     let format = format(100, 32, 10);
-    for (place, value) in [(2 * 100, f32::NAN), (57, f32::NEG_INFINITY), (1999, 1e30)] {
+    for (at, value) in [(2 * 100, f32::NAN), (57, f32::NEG_INFINITY), (1999, 1e30)] {
         for outlier_format in [OutlierFormat::Int8, OutlierFormat::Fp8, OutlierFormat::F16] {
             let format = format.clone().with(|format| format.row.outlier_format = outlier_format);
             let mut x = activations(20, 100);
-            x[place] = value;
+            x[at] = value;
             let expected = quantize_rows_plain(&x, 20, &format).unwrap_err();
             for isa in Isa::available() {
                 let error = quantize_rows(isa, &x, 20, &format).unwrap_err();

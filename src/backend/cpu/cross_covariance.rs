@@ -1,4 +1,4 @@
-/*! Sums of `y^T x`, and the correction of weights by them. */
+/*! Cross-covariances `y^T x`, and the correction of weights for the accumulated error. */
 
 use std::ops::Range;
 
@@ -7,26 +7,30 @@ use super::gemm_pack::{PANEL, Panels, Rows};
 use super::isa::Isa;
 use crate::backend::{AccumulatedError, Matrix};
 
-/// Columns of a right-hand side that are packed at once.
+/// Columns of a right-hand side that are packed together.
 const COLUMNS: usize = 16 * PANEL;
 
-/// `C += y^T x` for `tokens` rows of both, in order: batches give the bits of all tokens at once.
+/// `C += y^T x` for `tokens` rows of both, in order: batches give the same bits as one pass over all tokens.
 pub(super) fn add(isa: Isa, cross: &mut Matrix, y: &[f32], x: &[f32], tokens: usize) {
     let Matrix { rows, columns, data } = cross;
     let panels = Panels::from_columns(x, tokens, *columns, *columns);
     par_gemm(isa, Rows::transposed(y, *rows), &panels, data, *columns, true);
 }
 
-/// `W += share (W C_in + C_out) H^-1` for `weights` `[out, channels]`, arranged. `factor` is `U`,
+/// `W += share (W C_in + C_out) H^-1` for `weights` `[out, channels]`, permuted. `factor` is `U`,
 /// `U^T U = H^-1`, the damped Hessian's.
 pub(super) fn correct(
     isa: Isa,
     weights: &mut Matrix,
-    drift: &AccumulatedError<Matrix>,
+    error: &AccumulatedError<Matrix>,
     factor: &[f32],
 ) {
     let Matrix { rows, columns: n, .. } = *weights;
-    assert_eq!(drift.inputs.data.len(), n * n, "channels of the drift and of the weights");
+    assert_eq!(
+        error.inputs.data.len(),
+        n * n,
+        "channels of the accumulated error and of the weights"
+    );
     // The right-hand sides are packed some columns at a time: a packed copy of all of them would be as
     // large as the Hessian.
     let times = |left: &[f32], pack: &dyn Fn(Range<usize>) -> Panels| {
@@ -40,9 +44,13 @@ pub(super) fn correct(
     let columns_of = |matrix: &[f32], columns: Range<usize>| {
         Panels::from_columns(&matrix[columns.start..], n, columns.len(), n)
     };
-    let mut wanted = times(&weights.data, &|columns| columns_of(&drift.inputs.data, columns));
-    if let Some(outputs) = &drift.outputs {
-        assert_eq!(outputs.data.len(), rows * n, "outputs of the drift and of the weights");
+    let mut wanted = times(&weights.data, &|columns| columns_of(&error.inputs.data, columns));
+    if let Some(outputs) = &error.outputs {
+        assert_eq!(
+            outputs.data.len(),
+            rows * n,
+            "outputs of the accumulated error and of the weights"
+        );
         wanted.iter_mut().zip(&outputs.data).for_each(|(wanted, lost)| *wanted += lost);
     }
     let half = times(&wanted, &|columns| {
@@ -51,7 +59,7 @@ pub(super) fn correct(
     drop(wanted);
     let change = times(&half, &|columns| columns_of(factor, columns));
     for (weight, change) in weights.data.iter_mut().zip(change) {
-        *weight = drift.share.mul_add(change, *weight);
+        *weight = error.share.mul_add(change, *weight);
     }
 }
 
@@ -64,7 +72,7 @@ mod tests {
     /// The corrected weights give on `x` what the source's gave on `x0`, when that can be had at all:
     /// here `x0 = A x`, and `r = B x`.
     #[test]
-    fn a_linear_drift_is_undone() {
+    fn a_linear_error_is_undone() {
         let (tokens, n, rows) = (300, 24, 7);
         let x = random(tokens * n, 1);
         let [a, b, w] = [n * n, rows * n, rows * n].map(|len| random(len, len as u64));
@@ -83,18 +91,18 @@ mod tests {
         let (u, _) = factor(&mut h, n, 1e-6).unwrap();
         let cross = |rows| Matrix { rows, columns: n, data: vec![0.0; rows * n] };
         for (share, isa) in Isa::available().into_iter().flat_map(|isa| [(1.0, isa), (0.5, isa)]) {
-            let mut drift =
+            let mut error =
                 AccumulatedError { inputs: cross(n), outputs: Some(cross(rows)), share };
             // In two batches.
             let cut = tokens / 3;
             for part in [0..cut, cut..tokens] {
                 let of = |y: &[f32], width: usize| y[part.start * width..part.end * width].to_vec();
-                add(isa, &mut drift.inputs, &of(&d, n), &of(&x, n), part.len());
-                let outputs = drift.outputs.as_mut().unwrap();
+                add(isa, &mut error.inputs, &of(&d, n), &of(&x, n), part.len());
+                let outputs = error.outputs.as_mut().unwrap();
                 add(isa, outputs, &of(&r, rows), &of(&x, n), part.len());
             }
             let mut weights = Matrix { rows, columns: n, data: w.clone() };
-            correct(isa, &mut weights, &drift, &u);
+            correct(isa, &mut weights, &error, &u);
             for (i, got) in weights.data.iter().enumerate() {
                 let (row, j) = (i / n, i % n);
                 let full: f32 = (0..n).map(|k| w[row * n + k] * a[k * n + j]).sum::<f32>() + b[i];
