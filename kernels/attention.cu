@@ -1,4 +1,4 @@
-// Causal attention over whole windows, on what prepare.cu gives.
+// Causal attention over entire windows, on what prepare.cu makes.
 //
 // HEAD_DIM  channels of a head, even, 2 to 256
 // ROTATED   1: values come in the basis of a Hadamard transform, outputs leave it
@@ -27,15 +27,15 @@ static constexpr int TILES_M = QUERY_ROWS / 64;
 static constexpr int KEY_TILES = KEY_ROWS / 8;
 static constexpr int DEPTH = PADDED_HEAD / 16;
 static constexpr int OUT_TILES = PADDED_HEAD / 8;
-/// Whether a warp's queries stay in registers; for wide heads the outputs take their place.
+/// Whether a warp's queries stay in registers; for wide heads the outputs take their registers.
 static constexpr bool HOLDS_QUERIES = PADDED_HEAD <= 64;
 
 /// Where 16-byte piece `piece` of row `row` lies, in bytes.
-static __device__ __forceinline__ u32 place(u32 row, u32 piece) {
+static __device__ __forceinline__ u32 offset_of(u32 row, u32 piece) {
     return row * PITCH + (PADDED_HEAD % 64 == 0 ? piece ^ (row & 7) : piece) * 16;
 }
 
-/// The place after `place(row, piece)` with `steps` more 16-value columns; `steps` is a constant, and
+/// The offset after `offset_of(row, piece)` with `steps` more 16-value columns; `steps` is a constant, and
 /// `piece` 0 or 1.
 static __device__ __forceinline__ u32 further(u32 address, int steps) {
     // The swizzle works on address bits 4 to 6. Buffers begin at multiples of 128.
@@ -52,7 +52,7 @@ template <int ROWS> static __device__ __forceinline__ void copy_rows(u32 to, con
     for (int i = 0; i < (ALL + THREADS - 1) / THREADS; i++) {
         const u32 index = thread + i * THREADS, row = index / PIECES, piece = index % PIECES;
         if (ALL % THREADS == 0 || index < ALL)
-            copy16(to + place(row, piece), from + row * PADDED_HEAD + piece * 8, int(row) < end);
+            copy16(to + offset_of(row, piece), from + row * PADDED_HEAD + piece * 8, int(row) < end);
     }
 }
 
@@ -129,9 +129,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     //     keys, two right operands:       matrices 0 1 are columns 0..8 and 8..16, 2 3 the next 8 keys;
     //     values, transposed, two of them: matrices 0 1 are keys 0..8 and 8..16, 2 3 the next 8 columns.
     const int first_row = warp * 16 * TILES_M;
-    const u32 query_at = queries + place(first_row + lane % 16, lane / 16);
-    const u32 key_at = keys + place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    const u32 value_at = values + place(lane % 16, lane / 16);
+    const u32 query_at = queries + offset_of(first_row + lane % 16, lane / 16);
+    const u32 key_at = keys + offset_of(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const u32 value_at = values + offset_of(lane % 16, lane / 16);
 
     u32 held[HOLDS_QUERIES ? DEPTH : 1][TILES_M][4];
     if (HOLDS_QUERIES) {
@@ -168,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     for (int tile = 0; tile < tiles; tile++) {
         const int first_key = tile * KEY_ROWS;
         const u32 stage = tile % 2 * TILE_BYTES;
-        // This tile has arrived for every warp, and every warp has left the one before it, so its place
+        // This tile has arrived for every warp, and every warp has left the one before it, so its memory
         // is free for the next.
         copy_wait<0>();
         __syncthreads();

@@ -29,8 +29,8 @@ typedef Held<QUANTIZED>::Code Code;
 #define CODE_PITCH (HEAD_DIM + 4)
 
 /// Adds tokens to sequences. Those of sequence i are rows `rows[i]` to `rows[i + 1]` of k and v (`row_stride`
-/// values from row to row, a multiple of four), which come behind the `held[i]` tokens that it has; cos and sin:
-/// [positions, HEAD_DIM / 2]; mean: [kv_heads, HEAD_DIM] or null, taken from the embedded keys; pool: [pages,
+/// values from row to row, a multiple of four), which come after the `held[i]` tokens that it has; cos and sin:
+/// [positions, HEAD_DIM / 2]; mean: [kv_heads, HEAD_DIM] or null, subtracted from the embedded keys; pool: [pages,
 /// kv_heads, PAGE_BYTES]; table: [sequences, table_stride], the pages of each sequence.
 extern "C" __global__ void __launch_bounds__(THREADS)
     append(const half* k, const half* v, long long row_stride, const float* cos, const float* sin, const float* mean,
@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int side = 0; side < 2; side++) {
 #pragma unroll 1
         for (int token = slot, first = first_slot; first < PAGE_TOKENS; token += SLOTS, first += SLOTS) {
-            // Warps with nothing to do are left out whole, since shuffles name all lanes.
+            // Entire warps with nothing to do are left out, since shuffles name all lanes.
             if (first + 32 / HEAD_LANES <= from || first >= to) continue;
             const bool there = token >= from && token < to;
             const int position = page * PAGE_TOKENS + token;
@@ -78,8 +78,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             if (ROTATED) transform(x);
             const Grid grid = grid_of(x, clip);
             if (there && threadIdx.x % HEAD_LANES == 0) {
-                numbers[side == 0 ? key_scale_place(token) : value_scale_place(token)] = to_half(grid.scale);
-                numbers[side == 0 ? key_scale_place(token) + 1 : value_zero_place(token)] = to_half(grid.zero);
+                numbers[side == 0 ? key_scale_at(token) : value_scale_at(token)] = to_half(grid.scale);
+                numbers[side == 0 ? key_scale_at(token) + 1 : value_zero_at(token)] = to_half(grid.zero);
             }
 #pragma unroll
             for (int i = 0; i < HELD; i++)
@@ -97,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int index = threadIdx.x; index < 2 * WORDS; index += THREADS) {
         const int side = index / WORDS, at = index % WORDS;
-        // What word_place says, the other way round.
+        // The inverse of word_at.
         const int chunk = QUANTIZED ? at / 128 * 4 : 0, width = QUANTIZED ? (TILES - chunk < 4 ? TILES - chunk : 4) : 4;
         const int lane = QUANTIZED ? at % 128 / width : at / 4 % 32;
         const int tile = QUANTIZED ? chunk + at % 128 % width : at / 128, which = at % 4;

@@ -7,7 +7,7 @@
 // TILE_HEADS  query heads of a tile: 1 or 8
 // WARPS     warps of a block
 // GROUP     pages that a warp works on together
-// RESIDENT  blocks that a multiprocessor has room for
+// BLOCKS_PER_SM  occupancy: thread blocks per SM
 // BULK      1: pages are copied by one instruction each
 // MOST_STAGES  groups of pages that a warp has in flight at most
 // PART_PITCH  floats from row to row of outputs: after a head's come its maximum and its sum. Lanes that write 8 channels of 8 heads meet
@@ -18,10 +18,10 @@
 // TILE_HEADS query heads of a key and value head.
 //
 //     a sequence's pages  | split 0                 | split 1                 | ...          a block each
-//     a split's pages     | 0 0 | 1 1 | 2 2 | .. | 7 7 | 0 0 | 1 1 | ..                      GROUP pages in turn to its warps
+//     a split's pages     | 0 0 | 1 1 | 2 2 | .. | 7 7 | 0 0 | 1 1 | ..                      GROUP pages after another to its warps
 //
 // Each warp copies its own pages, `stages` groups of them in flight, and holds its own running maximum, sums and
-// outputs; nothing waits for another warp until the end. Tokens are the rows of the matrix instruction and query
+// outputs; no warp waits for another one until the end. Tokens are the rows of the matrix instruction and query
 // heads its columns, of which there are eight:
 //
 //     scores  [16 tokens, 8 heads]    += keys   [16 tokens, 16 channels] queries [16 channels, 8 heads]
@@ -37,7 +37,7 @@
 //
 // Warps' parts are added in order, then splits' parts by the block that is last to finish, in order again.
 
-#if !defined(SINGLE) || !defined(TILE_HEADS) || !defined(WARPS) || !defined(GROUP) || !defined(RESIDENT) || !defined(BULK) || \
+#if !defined(SINGLE) || !defined(TILE_HEADS) || !defined(WARPS) || !defined(GROUP) || !defined(BLOCKS_PER_SM) || !defined(BULK) || \
     !defined(MOST_STAGES) || !defined(PART_PITCH)
 #error "a constant is missing: src/backend/cuda/kernels/decode.rs declares them"
 #endif
@@ -72,7 +72,7 @@ static __device__ __forceinline__ void load_words(u32 (&words)[TILES], const u8*
 }
 
 /// Register fragments of a tile of codes, each times 2^-24, of registers 1 and 3 times 2^-20.
-static __device__ __forceinline__ void spread(u32 (&a)[4], u32 word) {
+static __device__ __forceinline__ void unpack_word(u32 (&a)[4], u32 word) {
     const u32 upper = word >> 8;
     a[0] = word & 0x000f000f, a[1] = word & 0x00f000f0, a[2] = upper & 0x000f000f, a[3] = upper & 0x00f000f0;
 }
@@ -122,19 +122,19 @@ static __device__ __forceinline__ void keep(const float (&x)[HELD], float maximu
 /// `split_pages` pages. parts: [sequences, gridDim.y, splits, TILE_HEADS, PART_PITCH], finished: [sequences, gridDim.y],
 /// zero before and after, neither of them used where there is one split. Scores are multiplied by `scale`, which is
 /// positive.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     decode_attention(const half* q, long long query_stride, const float* cos, const float* sin, const u8* pool, const int* table,
                      int table_stride, const int* lengths, half* out, float* parts, u32* finished, int heads, int kv_heads,
                      int split_pages, int stages, float scale) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ __align__(16) half queries[8 * QUERY_PITCH];
-    // A warp's number from a lane of it, so that the compiler knows it for all.
+    // A warp's number from a lane of it: the compiler sees that all have the same.
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), g = lane / 4, t = lane % 4;
     const int sequence = blockIdx.z, split = blockIdx.x, tiles = int(gridDim.y) / kv_heads;
     const int kv_head = int(blockIdx.y) / tiles, tile = int(blockIdx.y) % tiles, group = heads / kv_heads;
     const int first_head = kv_head * group + tile * TILE_HEADS, head_count = min(group - tile * TILE_HEADS, TILE_HEADS);
-    // A lane has the numbers of the warp's next pages, GROUP in turn, 32 at a time, and of the 32 after them, so that
-    // nothing waits for the table; the first ones, not even for the length.
+    // A lane has the numbers of the warp's next pages, GROUP after another, 32 at a time, and of the 32 after them, so that
+    // no load waits for the table; the first ones, not even for the length.
     const int first_page = split * split_pages, table_pages = table_stride - first_page;
     const int* own_table = table + (long long)sequence * table_stride + first_page;
     auto page_number = [&](int i) {
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
     // Table and lengths come from the host: what follows, from kernels.
     pdl_wait();
-    // The query's loads go first: behind those of the pages they would wait for all of them.
+    // The query's loads go first: after those of the pages they would wait for all of them.
     constexpr int SLOTS = THREADS / HEAD_LANES;
     float x[HELD];
     load_head(x, q + sequence * query_stride + (first_head + int(threadIdx.x) / HEAD_LANES) * HEAD_DIM, int(threadIdx.x) / HEAD_LANES < head_count);
@@ -284,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
                 for (int step = 0; step < TILES; step++) {
                     u32 a[4];
-                    spread(a, words[step]);
+                    unpack_word(a, words[step]);
                     mma_half(step % 2 ? odd : even, a, query[step][0], query[step][1]);
                 }
                 const uint2 keys = *reinterpret_cast<const uint2*>(blob + 2 * SIDE_BYTES + 8 * g);
@@ -389,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
                 for (int j = 0; j < TILES; j++) {
                     u32 a[4];
-                    spread(a, words[j]);
+                    unpack_word(a, words[j]);
                     mma_half(o[j], a, b0, b1);
                 }
             } else {
@@ -407,7 +407,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         if (++stage == stages) stage = 0, phase ^= 1;
     }
 
-    // The warp's part, in the stages' place: every copy has arrived, and every warp has read its own.
+    // The warp's part, in the stages' memory: every copy has arrived, and every warp has read its own.
     __syncthreads();
     float* rows = reinterpret_cast<float*>(memory);
     const float lowered = QUANTIZED ? __uint_as_float(largest - (14u << 23)) : 1.0f / 16384.0f;
@@ -457,18 +457,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         }
         __syncthreads();
         if (before != u32(splits - 1)) return;
-        // Each head's splits go to as many warps as there are for it, in turn; a lane has four channels.
+        // Each head's splits go to as many warps as there are for it, one after another; a lane has four channels.
         joined = max(WARPS / head_count, 1);
 #pragma unroll 1
         for (int head = warp % head_count, slice = warp / head_count; slice < joined && head < head_count; head += WARPS) {
             const float* from = shared_parts + head * PART_PITCH;
             float x[4] = {}, most = LOWEST, all = 0.0f;
-            constexpr int AT_ONCE = 8;
+            constexpr int TOGETHER = 8;
 #pragma unroll 1
-            for (int first_part = slice; first_part < splits; first_part += AT_ONCE * joined) {
-                float4 values[AT_ONCE], ends[AT_ONCE];
+            for (int first_part = slice; first_part < splits; first_part += TOGETHER * joined) {
+                float4 values[TOGETHER], ends[TOGETHER];
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) {
+                for (int i = 0; i < TOGETHER; i++) {
                     ends[i] = make_float4(LOWEST, 0.0f, 0.0f, 0.0f), values[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                     if (first_part + i * joined >= splits) continue;
                     const float4* row = reinterpret_cast<const float4*>(from + (first_part + i * joined) * (TILE_HEADS * PART_PITCH));
@@ -477,14 +477,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                 }
                 float now = most;
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) now = fmaxf(now, ends[i].x);
+                for (int i = 0; i < TOGETHER; i++) now = fmaxf(now, ends[i].x);
                 const float shrink = power_of_two(most - now);
                 most = now;
                 all *= shrink;
 #pragma unroll
                 for (int e = 0; e < 4; e++) x[e] *= shrink;
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) {
+                for (int i = 0; i < TOGETHER; i++) {
                     const float weight = power_of_two(ends[i].x - now);
                     all = fmaf(weight, ends[i].y, all);
                     x[0] = fmaf(weight, values[i].x, x[0]);

@@ -133,8 +133,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_bias_half(half* y, con
     for (int i = threadIdx.x; i < n; i += THREADS) y[i] = to_half(to_float(y[i]) + bias[i]);
 }
 
-/// RMSNorm of each of `heads` vectors of `n` values, in place; one warp a vector.
-extern "C" __global__ void __launch_bounds__(THREADS) head_norm(half* x, const float* weight, int heads, int n, float epsilon) {
+/// QK-norm: RMSNorm of each of `heads` vectors of `n` values, in place; one warp a vector.
+extern "C" __global__ void __launch_bounds__(THREADS) qk_norm(half* x, const float* weight, int heads, int n, float epsilon) {
     const int head = (int)(blockIdx.x * (THREADS / 32) + threadIdx.x / 32), lane = threadIdx.x % 32;
     if (head >= heads) return;
     x += (long long)head * n;

@@ -3,9 +3,9 @@
 // is computed as the CPU computes it (src/backend/cpu/elementwise.rs), so codes and scales are its bits.
 //
 // A slot is where the order puts a channel; a panel is 128 of them, one or more groups, the last panel filled up
-// with zeros; INT8 outliers are one or two panels behind the others, without a transform. A thread block stays on
-// its SM and takes units of TOKENS rows. Where an order picks from all over a row, one warp stages whole units in a ring in
-// shared memory, which the others leave behind them; rows in the site's order need no unit, and each warp stages its own next
+// with zeros; INT8 outliers are one or two panels after the others, without a transform. A thread block stays on
+// its SM and takes units of TOKENS rows. Where an order picks from all over a row, one warp stages entire units in a ring in
+// shared memory, from which the others read; rows in the site's order need no unit, and each warp stages its own next
 // panel. A warp makes 8 rows' panels at a time:
 //
 //     lane   0 .. 7    slots  0 ..  31     of TOKENS rows, and of 8 / TOKENS panels
@@ -16,7 +16,7 @@
 // Rows begin 128 / TOKENS bytes apart (modulo 128), so that lanes of different rows never meet in a bank, and a
 // thread's 32 values make most of a transform without another thread's. What a butterfly at a distance of 32 or
 // 64 needs is handed over by halves: the butterfly before it leaves in registers 0-15 what a lane keeps and in
-// 16-31 what it gives away, which costs it a sign. Register r of lane (A, B), bits of a place in brackets:
+// 16-31 what it passes on, which costs it a sign. Register r of lane (A, B), bits of a slot in brackets:
 //
 //     loaded                          r0 r1 r2 r3 r4 [0 1 2 3 4]     A B [5 6]
 //     distances 1 2 4 8, then 16      r0 r1 r2 r3 r4 [0 1 2 3 4]     A B [5 6]
@@ -28,7 +28,7 @@
 // FROM       NORM: RMSNorm of f32 rows; HALF: f16 rows as they are; SILU: f16 rows of gate and up
 // GROUP      channels of a group: 32, 64 or 128
 // TRANSFORM  1: Hadamard transform of each group
-// ORDERED    1: the order is given; 0 (with SILU): rows are in the site's order, padding included
+// ORDERED    1: the kernel permutes; 0 (with SILU): rows are in the site's order, padding included
 // TOKENS     rows of a unit: 1, 2, 4 or 8; 8 where rows are in the site's order
 // TILED      1: codes as the product for Hopper reads them; 0: rows of codes
 // MAGNITUDES 1: codes as signs and magnitudes, with TILED; 0: in two's complement
@@ -67,7 +67,7 @@ static_assert(PANEL == 128 && SCALE_GROUPS == 8, "what the product for Hopper re
 #define MAKERS (WARPS - SUMMERS - 1)
 #define THREADS (32 * WARPS)
 #if !ORDERED
-static_assert(FROM == 2 && TOKENS == 8, "panels are staged by whole warps");
+static_assert(FROM == 2 && TOKENS == 8, "panels are staged by entire warps");
 #endif
 /// Panels that a warp makes at a time.
 #define SETS (8 / TOKENS)
@@ -137,7 +137,7 @@ template <bool USUAL> static __device__ __forceinline__ float silu_mul(float gat
     return quotient * up;
 }
 
-/// A thread's place in its warp.
+/// A thread's position in its warp.
 struct Lane {
     int row, set, part;
 
@@ -309,7 +309,7 @@ static __device__ __forceinline__ float quick_scale(float absmax, float clip, fl
     quotient = fmaf(fmaf(-top, quotient, x), inverse_top, quotient);
     return to_float(to_half(quotient));
 }
-/// As inverse_of: one step of Newton's from within an ulp gives the rounded reciprocal of every number but those with
+/// As inverse_of: one step of Newton's from within an ulp returns the rounded reciprocal of every number but those with
 /// all bits of the significand set, which f16 has not.
 static __device__ __forceinline__ float quick_inverse(float scale) {
     float near = near_reciprocal(scale);
@@ -427,7 +427,7 @@ static __device__ __forceinline__ void group_codes(float (&v)[32], int part, int
     }
 }
 
-/// The codes of a warp's panels of outliers, whose values `load` gives: all of them are looked at for the scale before the first
+/// The codes of a warp's panels of outliers, whose values `load` returns: all of them are read for the scale before the first
 /// becomes codes.
 template <class Load> static __device__ __forceinline__ void outlier_codes(int part, int token, bool there, const Shape& shape, const Target& target, Load load) {
     int panels = shape.outlier_panels();
@@ -461,14 +461,14 @@ template <class Load> static __device__ __forceinline__ void outlier_codes(int p
 /// Whether rows are staged by the copy engine: one instruction a row instead of one for 16 bytes.
 #define BULK (__CUDA_ARCH__ >= 900)
 
-/// The stages in shared memory, in turn: barriers of rows that arrived, of rows that are done with, and of sums;
+/// The stages in shared memory, in the ring's order: barriers of rows that arrived, of rows that are done with, and of sums;
 /// then the norms' factors, the order, the norm's weights, and the rows.
 static_assert(HEAD_BYTES == 3 * 8 * MOST_STAGES + 4 * 8 * MOST_STAGES, "barriers and factors");
 
 struct Ring {
     int stages, stage_bytes;
     int stage, parity;      // of the current unit; the parity is that of its arrival
-    int rows_at;            // behind the order and the norm's weights
+    int rows_at;            // after the order and the norm's weights
 
     __device__ __forceinline__ Ring(int stages, int stage_bytes, int rows_at) : stages(stages), stage_bytes(stage_bytes), stage(0), parity(0), rows_at(rows_at) {}
     __device__ __forceinline__ void advance() {
@@ -534,7 +534,7 @@ static __device__ __forceinline__ void stage_units(const In* x, const void* othe
 /// What a warp does that makes codes: of each unit every MAKERS-th task, which is SETS panels or the outliers.
 static __device__ __forceinline__ void make(const int* slots, const float* weights, const Shape& shape, int slice_panels, const Target& target, int warp, Ring ring) {
     Lane lane;
-    int stride = row_stride(shape.columns), place = lane.part * 32;
+    int stride = row_stride(shape.columns), slot = lane.part * 32;
     int first = blockIdx.y * slice_panels, last = min(first + slice_panels, shape.panels());
     int panel_tasks = (last - first + SETS - 1) / SETS;
     int tasks = panel_tasks + (shape.outliers > 0 && blockIdx.y == gridDim.y - 1);
@@ -555,11 +555,11 @@ static __device__ __forceinline__ void make(const int* slots, const float* weigh
             if (task < panel_tasks) {
                 int own = first + task * SETS + lane.set, panel = min(own, last - 1);
                 float v[32];
-                source.load(v, panel * PANEL + place);
+                source.load(v, panel * PANEL + slot);
                 group_codes(v, lane.part, token, panel, token < shape.tokens && own < last, shape, target);
             } else {
                 outlier_codes(lane.part, token, token < shape.tokens && lane.set == 0, shape, target,
-                              [&](float (&v)[32], int panel) { source.load(v, (shape.panels() + panel) * PANEL + place); });
+                              [&](float (&v)[32], int panel) { source.load(v, (shape.panels() + panel) * PANEL + slot); });
             }
         }
         __syncwarp();
@@ -624,13 +624,13 @@ static __device__ __forceinline__ void stage_panel(const half* gate, const half*
     copy_commit();
 }
 
-/// What every warp does: panels of TOKENS rows, the next one on its way.
+/// What every warp does: panels of TOKENS rows, with the next one in flight.
 static __device__ __forceinline__ void make(const half* gate, const half* up, const Shape& shape, const Target& target, int warp) {
     Lane lane;
     int part = lane.part, slots = shape.panels() + (shape.outliers > 0);
     bool vectors = shape.columns % 8 == 0;
     u8* stages = shared_bytes + 2 * warp * STAGE_BYTES;
-    // Item i is the slot i % slots of unit i / slots; the slot behind the panels is the outliers.
+    // Item i is the slot i % slots of unit i / slots; the slot after the panels is the outliers.
     int step = gridDim.x * (blockDim.x / 32), units_a_step = step / slots, slots_a_step = step % slots;
     int item = warp * gridDim.x + blockIdx.x, row = item / slots * TOKENS, slot = item % slots;
     auto staged = [&](int slot) { return vectors && slot < shape.panels(); };
@@ -695,7 +695,7 @@ static __device__ __forceinline__ void make(const half* gate, const half* up, co
 #endif
 
 /// Codes of `[tokens, columns]`: `x`, of SILU the gates, and `other`, the weights of NORM in the order of `slots` or SILU's rows
-/// of up. `slots` holds the channel of each slot, -1 for none, in whole panels: those of the groups, then the outliers'. `bad`
+/// of up. `slots` holds the channel of each slot, -1 for none, in entire panels: those of the groups, then the outliers'. `bad`
 /// becomes the least row with a scale that is not finite. Ordered, block (b, s) takes every gridDim.x-th unit of TOKENS rows and
 /// of it the panels s * slice_panels and on, with `stages` units in flight.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
@@ -705,7 +705,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
 ) {
     Shape shape{tokens, columns, groups, outliers};
     Target target{clip, top, inverse_top, signed_scales, least, greatest, codes, scales, scale_stride, outlier_codes, outlier_scales, padded_outliers, bad};
-    // The shuffle tells the compiler that a warp's lanes go one way.
+    // The shuffle: the compiler sees that a warp does not diverge.
     int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 #if ORDERED
     int rows = TOKENS * (FROM == SILU ? 2 : 1), stride = row_stride(columns), all_slots = (shape.panels() + shape.outlier_panels()) * PANEL;

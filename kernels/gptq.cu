@@ -4,12 +4,12 @@
 // update is
 //     w'_j = w_j + sum over i < j of (w_i - q_i) R_ij,      q_j = the code nearest to w'_j,
 // where w is the weight before any update. It is the same sequence of decisions as gptq.py's, which
-// spreads (w'_i - q_i) / U_ii by the rows of U, U^T U = H^-1: both say that each column is set to its
+// propagates (w'_i - q_i) / U_ii by the rows of U, U^T U = H^-1: both say that each column is set to its
 // best value given the errors of those before it. R comes from one Cholesky factorization: with J the
-// reversal of rows and columns, J H J = L L^T gives R = J L J divided by its diagonal, column by column.
+// reversal of rows and columns, J H J = L L^T yields R = J L J divided by its diagonal, column by column.
 //
 // Columns go in blocks of at most 128: a warp sweeps its rows inside a block in registers, and a matrix
-// product carries the block's w - q to the columns behind it (src/backend/cuda/gptq.rs).
+// product propagates the block's w - q to the columns after it (src/backend/cuda/gptq.rs).
 
 // FP4  1: codes are FP4, doubled numbers of E2M1, 0: integers
 
@@ -104,14 +104,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) wide_group_scales(
     }
 }
 
-/// A warp's share of a span: column i is in lane i % 32, register i / 32.
+/// A warp's part of a span: column i is in lane i % 32, register i / 32.
 template <int ROWS> struct Span {
     float v[ROWS][4];
 };
 
-/// Visits columns `start` to `end` in order: `target` gives a column what it becomes, from the value it
+/// Visits columns `start` to `end` in order: `target` returns what a column becomes, from the value it
 /// has by then, and what that loses of the weight before any update goes to the columns after it.
-template <int ROWS, class Target> static __device__ __forceinline__ void spread(
+template <int ROWS, class Target> static __device__ __forceinline__ void propagate(
     Span<ROWS>& w, const Span<ROWS>& original, const float* tile, int start, int end, int feedback, Target target
 ) {
     int lane = threadIdx.x % 32;
@@ -136,7 +136,7 @@ template <int ROWS, class Target> static __device__ __forceinline__ void spread(
     }
 }
 
-/// Sweeps columns `first` to `first + count` (at most SPAN). `weights` carries every update from the
+/// Sweeps columns `first` to `first + count` (at most SPAN). `weights` includes every update from the
 /// columns before them, `original` none; both `[rows, width]`. Leaves codes, the scales of groups that
 /// begin in the span (unless `wide`: then the span's one scale is there already), and w - q in
 /// `difference` `[rows, SPAN]`. With `feedback` 0 each column is rounded on its own.
@@ -146,8 +146,8 @@ template <int ROWS, class Target> static __device__ __forceinline__ void spread(
 /// the damping out of it. As a product with H it would be a small difference of large numbers.
 ///
 /// A group's scale is taken from the values its columns would have if none of them were rounded, as
-/// gptq.py's update leaves them at that moment: what earlier columns lost, spread over the group in its
-/// order. `unrounded` (not null) asks for these values of the whole span instead of codes.
+/// gptq.py's update leaves them at that moment: what earlier columns lost, propagated over the group in its
+/// order. `unrounded` (not null) takes these values of the entire span instead of codes.
 template <int ROWS> static __device__ __forceinline__ void sweep(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
     int group_size, int groups, int wide, int feedback, Grid grid, i8* codes, float* scales, float* difference,
@@ -183,7 +183,7 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
     }
     auto itself = [](int, int, int, float value) { return value; };
     if (unrounded) {
-        spread(w, before, tile, 0, count, feedback, itself);
+        propagate(w, before, tile, 0, count, feedback, itself);
 #pragma unroll
         for (int row = 0; row < ROWS; row++) {
 #pragma unroll
@@ -226,7 +226,7 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
             }
         }
         float inverse = inverse_of(scale);
-        spread(w, before, tile, start, end, feedback, [&](int row, int c, int from, float value) {
+        propagate(w, before, tile, start, end, feedback, [&](int row, int c, int from, float value) {
             float code_of_value = grid.code(value, inverse), q = code_of_value * scale;
             if (lane == from) {
                 code[row][c] = (int)code_of_value;
@@ -283,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sweep_row_pairs(
 }
 
 /// The outlier block, the last `outliers` columns of `weights` `[rows, width]`: INT8 codes
-/// `[rows, padded]` with zeros behind and one scale a row; or with `values` (not null) FP8's numbers
+/// `[rows, padded]` with zeros after them and one scale a row; or with `values` (not null) FP8's numbers
 /// times one scale a row, or without `scales` (null) values rounded to f16. A warp a row.
 extern "C" __global__ void __launch_bounds__(THREADS) outlier_block(
     const float* weights, int rows, int width, int outliers, int padded, float ratio, i8* codes, float* scales, float* values, u32* bad
@@ -336,11 +336,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) outlier_errors(
         float residue[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         for (int i = 0; i < min(outliers, base + 128); i++) {
             float lost = weights[row * width + first + i] - rounded(i);
-            const float* spread = r + (long long)(first + i) * width + first;
+            const float* coefficients = r + (long long)(first + i) * width + first;
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 int j = base + 32 * k + lane;
-                if (j > i && j < outliers) residue[k] = fmaf(lost, spread[j], residue[k]);
+                if (j > i && j < outliers) residue[k] = fmaf(lost, coefficients[j], residue[k]);
             }
         }
 #pragma unroll
@@ -384,7 +384,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) subtract(float* x, const f
 
 /// Scales `[ceil(rows / rows_per_scale), groups]` as the integer product reads them: one a row,
 /// `[groups, stride]`.
-extern "C" __global__ void __launch_bounds__(THREADS) spread_scales(
+extern "C" __global__ void __launch_bounds__(THREADS) expand_scales(
     const float* scales, int rows, int groups, int rows_per_scale, int stride, float* to
 ) {
     long long i = (long long)blockIdx.x * THREADS + threadIdx.x;

@@ -1,7 +1,7 @@
 // Heads in registers: which lane holds which value, rotary embedding, the basis that heads are quantized in, and
-// the grid of their codes. What cache, decode and prepare have in common; each file includes it behind common.cuh.
+// the grid of their codes. What cache, decode and prepare have in common; each file includes it after common.cuh.
 //
-// Two ways. Where heads are whole quads of values in either half (and, if they are transformed, powers
+// Two ways. Where heads are entire quads of values in either half (and, if they are transformed, powers
 // of two), a lane holds the same quad of both halves: the rotary embedding needs no other lane, two
 // bytes become eight an access, and a head of 128 takes half a warp, so that shuffles and whatever is
 // computed once a head serve two. Any other shape goes a warp a head, a value a lane.
@@ -60,7 +60,7 @@ static __device__ __forceinline__ float code_of(const Grid& grid, float x) {
     return clamp(nearest(x * grid.inverse) + grid.zero, TOP);
 }
 
-/// What the cache gives back for a head: codes of KV_BITS bits on their grid.
+/// What the cache returns for a head: codes of KV_BITS bits on their grid.
 template <int COUNT> static __device__ __forceinline__ void round_trip(float (&x)[COUNT], float clip) {
     Grid grid = grid_of(x, clip);
 #pragma unroll

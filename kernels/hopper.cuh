@@ -5,7 +5,7 @@
 // of two such numbers, and their sums over a group, keep within the 14 bits that the tensor cores' FP8
 // accumulators hold (up to 2^14 for groups of 128: 8 * 8 * 128 = 8192), so that a group's sum is the exact
 // integer, already as a float. Codes of 8 bits, and the INT8 outliers, take the s8 instruction instead, and so do all
-// codes of few tokens, by `mma.sync` (BY_WARPS).
+// codes of up to 16 tokens, by `mma.sync` (BY_WARPS).
 //
 // The weights are the left operand: 64 rows of them times TOKENS tokens. They come packed, in the order in
 // which threads hold them (hopper_layout.cu makes it), are unpacked in registers, and never exist as bytes in memory.
@@ -16,20 +16,20 @@
 //     TOKENS    of a tile: 8, 16, 32 or 64 in product_stream.cu, 128 in product_tiles.cu
 //     BLOCKS    blocks of 64 rows in a tile
 //     STAGES    stages that shared memory holds
-//     PANELS    times 128 places in a stage: 1 or 2; 1 in product_tiles.cu
+//     PANELS    panels of 128 slots in a stage: 1 or 2; 1 in product_tiles.cu
 //     X_BITS    4: sign and magnitude; 8: two's complement
 //     W_BITS    4 or 8: bits in which weights are packed
 //     W_FP4     1: weights are FP4, doubled
-//     BY_WARPS  1: few tokens, not multiplied by wgmma (product_stream.cu)
-//     THREADS   consumers: threads that multiply, a warpgroup for 64 rows
-//     PRODUCERS threads whose warps copy
+//     BY_WARPS  1: products by mma.sync and not by wgmma (product_stream.cu)
+//     THREADS   threads of the consumer (MMA) warpgroups, one for 64 rows
+//     PRODUCERS threads of the producer warps
 //     OUT       0: y is f32; 1: y is f16; 2, in product_tiles.cu: y is f32, and results are added to it
 //
-// Operands: tokens in panels of 128 places, a row's sixteenths exchanged (the chunk c of token t is at c ^ t % 8),
+// Operands: tokens in panels of 128 slots, a row's sixteenths exchanged (the chunk c of token t is at c ^ t % 8),
 // `padded` to a multiple of 8:
 //     x   [panels][padded][128], sx [ceil(groups / 8)][padded][8] in f16, finite also where there is no group
 //     xo  [ceil(halves / 2)][padded][128] s8, sxo [padded] in f32
-// and weights in blocks of 64 rows and 128 places, what lies beyond rows and channels being zero:
+// and weights in blocks of 64 rows and 128 slots, what lies beyond rows and channels being zero:
 //     w   [ceil(rows / 64)][panels][BLOCK_BYTES]: the codes, then [128 / GROUP][64] scales in f16
 //     wo  [ceil(rows / 64)][halves][OUTLIER_BYTES]: s8 codes of 64 outlier channels, then the rows' scales in f16
 // y is [tokens, rows].
@@ -58,11 +58,11 @@ static_assert(PANEL == 128 && BLOCK_ROWS == 64 && SCALE_GROUPS == 8 && OUTLIER_P
 /// An address in shared memory as descriptions have it, without the block's rank in its cluster.
 static __device__ __forceinline__ u32 place_of(u32 address) { return (address & 0x3ffff) >> 4; }
 /// The lower half of what describes tokens at a multiple of 1024 in shared memory: rows of 128 bytes, swizzled, eight
-/// rows after eight rows. 32 places further on, it is greater by 2.
+/// rows after eight rows. 32 slots further on, it is greater by 2.
 static __device__ __forceinline__ u32 describe(u32 address) { return place_of(address) | 1 << 16; }
 
 #if !BY_WARPS && TOKENS != 32 && TOKENS != 64 && TOKENS != 128
-#error "there is no tile of so many tokens"
+#error "there is no tile of TOKENS tokens"
 #endif
 
 // ---- Weights ----
@@ -83,32 +83,32 @@ static __device__ __forceinline__ void unpack(u32 word, u32& x, u32& y) {
     x |= x_signs;
     y |= y_signs;
 #else
-    // Minus is all bits turned, and one more; a zero has no sign.
+    // The negative is all bits inverted, and one more; a zero has no sign.
     x = (x ^ sign_bytes(x_signs)) + (x_signs >> 7);
     y = (y ^ sign_bytes(y_signs)) + (y_signs >> 7);
 #endif
 }
 #else
 static __device__ __forceinline__ void unpack(u32 word, u32& x, u32& y) {
-    const u32 turned = __funnelshift_l(word, word, 4);
+    const u32 rotated = __funnelshift_l(word, word, 4);
 #if BY_FLOAT
     x = word & 0x87878787;
-    y = turned & 0x87878787;
+    y = rotated & 0x87878787;
     x += (x & 0x80808080) >> 7;
     y += (y & 0x80808080) >> 7;
 #else
     x = (word & 0x07070707) ^ sign_bytes(word);
-    y = (turned & 0x07070707) ^ sign_bytes(turned);
+    y = (rotated & 0x07070707) ^ sign_bytes(rotated);
 #endif
 }
 #endif
 #endif
 
-/// What STEPS times 32 places of the weights are to a thread: as they lie in a block, and as left operands.
+/// A thread's part of STEPS times 32 slots of the weights: as they lie in a block, and as left operands.
 template <int STEPS> struct Words {
     u32 v[STEPS * W_BITS / 2];
 
-    /// Those from the 32 places `first` of the block's 128 on.
+    /// Those from the 32 slots `first` of the block's 128 on.
     __device__ __forceinline__ void load(u32 block, int first) {
         const u32 own = block + threadIdx.x % 128 * 16;
 #if W_BITS == 4
@@ -129,7 +129,7 @@ template <int STEPS> struct Words {
             v[4 * i + 3] = four.w;
         }
     }
-    /// As left operands those from the 32 places `first` on, so many as there is room for.
+    /// As left operands those from the 32 slots `first` on, as many as `a` holds.
     template <int COUNT> __device__ __forceinline__ void unpack_to(u32 (&a)[COUNT], int first) const {
 #pragma unroll
         for (int i = 0; i < COUNT * W_BITS / 8; i++) {
@@ -182,7 +182,7 @@ typedef half Output;
 typedef float Output;
 #endif
 
-// ---- The road of a stage ----
+// ---- The ring of stages ----
 
 struct Operands {
     const i8* x;
@@ -194,8 +194,8 @@ struct Operands {
     int tokens, padded, rows, panels, halves;
 };
 
-/// A place in the ring of stages: where the stage and its barriers are. Who takes every STRIDE-th stage begins at one of
-/// the first STRIDE.
+/// A slot of the ring of stages: where the stage and its barriers are. A warpgroup that takes every STRIDE-th stage begins at one
+/// of the first STRIDE.
 template <int STRIDE> struct Ring {
     u32 here, full, end, phase;
 
@@ -219,13 +219,13 @@ template <int STRIDE> struct Ring {
     __device__ __forceinline__ void wait() const { barrier_wait(full, phase); }
 };
 
-/// Gives back the stage of an `empty` barrier; called by entire warps.
+/// Releases the stage of an `empty` barrier; called by entire warps.
 static __device__ __forceinline__ void release(u32 empty) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(empty);
 }
 
-/// Sets up the barriers; the entire thread block calls it. A stage is given back by `warps` warps.
+/// Sets up the barriers; the entire thread block calls it. `warps` warps release a stage.
 static __device__ __forceinline__ void make_ring(u32 barriers, int warps) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
@@ -250,13 +250,13 @@ static __device__ __forceinline__ void load_outliers(u32* a, u32 block) {
 }
 
 #if !BY_WARPS
-/// Times 32 places of a group that are unpacked together.
+/// Steps of 32 slots of a group that are unpacked together.
 #define STEPS_A_PART (GROUP == 128 ? 2 : STEPS_A_GROUP)
 #define PARTS_A_GROUP (STEPS_A_GROUP / STEPS_A_PART)
 /// The left operands of a group.
 typedef u32 Left[PARTS_A_GROUP][4 * STEPS_A_PART];
 
-/// Starts the products of group `group` of a panel: of its weights, which are in `words` from the 32 places `first` on, with the
+/// Starts the products of group `group` of a panel: of its weights, which are in `words` from the 32 slots `first` on, with the
 /// tokens' codes; and of the scales, which are of rank one: the tokens' 16 columns are twice the same eight groups. A product of
 /// two f16 numbers is exact in f32. While some are multiplied, the next are unpacked.
 template <int STEPS>
@@ -321,7 +321,7 @@ static __device__ __forceinline__ void promote_outliers(float (&total)[HELD], co
         for (int i = 0; i < 4; i++) {
             float& to = total[4 * j + i];
             to = fmaf((i % 2 ? s.y : s.x) * (i / 2 ? high : low), __int2float_rn((int)sums[4 * j + i]), to);
-            // One after the other: all scales at once would not fit into the registers.
+            // One after the other: all scales together would not fit into the registers.
             keep_apart(to);
         }
     }

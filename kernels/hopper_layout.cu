@@ -1,9 +1,9 @@
 // What the products for Hopper read (hopper.cuh), from rows of codes, and back. What lies beyond the last row or channel
 // becomes zero.
 //
-// In a block of 64 rows and 128 places, thread t of a warpgroup holds, of rows g = t / 32 * 16 + t % 32 / 4 and g + 8,
-// four places 4 * (t % 4) and on of every 16: the left operand of wgmma. Step s of 32 places has four registers:
-// row g, row g + 8, and both again 16 places on. Of 4 bits, two registers make a word.
+// In a block of 64 rows and 128 slots, thread t of a warpgroup holds, of rows g = t / 32 * 16 + t % 32 / 4 and g + 8,
+// four slots 4 * (t % 4) and on of every 16: the left operand of wgmma. Step s of 32 slots has four registers:
+// row g, row g + 8, and both again 16 slots on. Of 4 bits, two registers make a word.
 //
 // Macros: W_BITS 4 or 8, W_FP4, GROUP (32, 64 or 128); sizes of blocks and panels.
 
@@ -26,9 +26,9 @@ struct Rows {
 
     /// Which row of the codes and scales is row `row`, or -1.
     __device__ __forceinline__ int own(int row) const { return row >= rows ? -1 : order ? order[row] : row; }
-    __device__ __forceinline__ int at(int row, long long place) const {
+    __device__ __forceinline__ int at(int row, long long slot) const {
         const int own = this->own(row);
-        return own >= 0 && place < width ? codes[own * width + place] : 0;
+        return own >= 0 && slot < width ? codes[own * width + slot] : 0;
     }
 };
 
@@ -45,15 +45,15 @@ static __device__ __forceinline__ u32 low_bits_of(int code) {
 }
 
 /// Four codes of row `row` as bytes, and eight codes of rows `row` and `row + 8` as a word.
-static __device__ __forceinline__ u32 bytes_of(const Rows& from, int row, long long place) {
+static __device__ __forceinline__ u32 bytes_of(const Rows& from, int row, long long slot) {
     u32 bytes = 0;
-    for (int i = 0; i < 4; i++) bytes |= (u32)(from.at(row, place + i) & 255) << 8 * i;
+    for (int i = 0; i < 4; i++) bytes |= (u32)(from.at(row, slot + i) & 255) << 8 * i;
     return bytes;
 }
-static __device__ __forceinline__ u32 word_of(const Rows& from, int row, long long place) {
+static __device__ __forceinline__ u32 word_of(const Rows& from, int row, long long slot) {
     u32 word = 0;
     for (int i = 0; i < 4; i++) {
-        int x = from.at(row, place + i), y = from.at(row + 8, place + i);
+        int x = from.at(row, slot + i), y = from.at(row + 8, slot + i);
         word |= sign_of(x) << (8 * i + 7) | sign_of(y) << (8 * i + 3);
 #if W_FP4
         word |= low_bits_of(x) << 4 * i | low_bits_of(y) << (4 * i + 16);
@@ -74,13 +74,13 @@ extern "C" __global__ void __launch_bounds__(PACK_THREADS)
     const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
     u8* block = blocks + ((long long)blockIdx.y * gridDim.x + panel) * BLOCK_BYTES;
     for (int step = 0; step < 4; step++) {
-        const long long place = panel * 128ll + step * 32 + thread % 4 * 4;
+        const long long slot = panel * 128ll + step * 32 + thread % 4 * 4;
 #if W_BITS == 4
         *reinterpret_cast<uint2*>(block + step / 2 * 2048 + thread * 16 + step % 2 * 8) =
-            make_uint2(word_of(from, row, place), word_of(from, row, place + 16));
+            make_uint2(word_of(from, row, slot), word_of(from, row, slot + 16));
 #else
         *reinterpret_cast<uint4*>(block + step * 2048 + thread * 16) =
-            make_uint4(bytes_of(from, row, place), bytes_of(from, row + 8, place), bytes_of(from, row, place + 16), bytes_of(from, row + 8, place + 16));
+            make_uint4(bytes_of(from, row, slot), bytes_of(from, row + 8, slot), bytes_of(from, row, slot + 16), bytes_of(from, row + 8, slot + 16));
 #endif
     }
     if (thread < 64) {
@@ -99,9 +99,9 @@ extern "C" __global__ void __launch_bounds__(PACK_THREADS) pack_outliers(const i
     const int thread = threadIdx.x, row = blockIdx.y * 64 + thread / 32 * 16 + thread % 32 / 4;
     u8* block = blocks + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * OUTLIER_BYTES;
     for (int step = 0; step < 2; step++) {
-        const long long place = blockIdx.x * 64ll + step * 32 + thread % 4 * 4;
+        const long long slot = blockIdx.x * 64ll + step * 32 + thread % 4 * 4;
         *reinterpret_cast<uint4*>(block + step * 2048 + thread * 16) =
-            make_uint4(bytes_of(from, row, place), bytes_of(from, row + 8, place), bytes_of(from, row, place + 16), bytes_of(from, row + 8, place + 16));
+            make_uint4(bytes_of(from, row, slot), bytes_of(from, row + 8, slot), bytes_of(from, row, slot + 16), bytes_of(from, row + 8, slot + 16));
     }
     if (thread < 64) {
         const int own = from.own(blockIdx.y * 64 + thread);
@@ -115,7 +115,7 @@ static __device__ __forceinline__ long long chunk_at(int panel, int padded, int 
 }
 
 /// Panels [panels][padded][128] of rows of codes [tokens, width]; with `magnitudes` as signs and magnitudes. A thread for each
-/// 16 places: panels * padded * 8.
+/// 16 slots: panels * padded * 8.
 extern "C" __global__ void __launch_bounds__(THREADS)
     tile_codes(const i8* codes, int tokens, int width, int padded, int panels, int magnitudes, u8* to) {
     const long long own = (long long)blockIdx.x * THREADS + threadIdx.x;
@@ -131,13 +131,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     *reinterpret_cast<uint4*>(to + chunk_at(panel, padded, token, chunk)) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-/// The way back, to rows of `width` codes; a byte a thread.
+/// The inverse, to rows of `width` codes; a byte a thread.
 extern "C" __global__ void __launch_bounds__(THREADS)
     untile_codes(const u8* from, int tokens, int width, int padded, int magnitudes, i8* codes) {
     const long long own = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (own >= (long long)tokens * width) return;
-    const int token = int(own / width), place = int(own % width);
-    const int byte = from[chunk_at(place / 128, padded, token, place % 128 / 16) + place % 16];
+    const int token = int(own / width), slot = int(own % width);
+    const int byte = from[chunk_at(slot / 128, padded, token, slot % 128 / 16) + slot % 16];
     codes[own] = i8(magnitudes && byte > 127 ? 128 - byte : byte);
 }
 
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) tile_scales(const float* s
         to[own * 8 + i] = to_half(first + i < groups && token < tokens ? scales[(long long)(first + i) * stride + token] : 0.0f);
 }
 
-/// The way back; a scale a thread.
+/// The inverse; a scale a thread.
 extern "C" __global__ void __launch_bounds__(THREADS) untile_scales(const half* from, int groups, int stride, int tokens, int padded, float* scales) {
     const long long own = (long long)blockIdx.x * THREADS + threadIdx.x;
     const int token = int(own % stride), group = int(own / stride);

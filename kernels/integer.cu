@@ -2,7 +2,7 @@
 // specification: for each output, group by group in ascending order,
 // acc = fma(s_x s_w, the exact integer dot product, acc), and last the outlier block.
 //
-// Macros: GROUP (a multiple of 16, up to a whole row), OUT_HALF (0: y is f32; 1: f16) and NIBBLES (1: codes of groups are
+// Macros: GROUP (a multiple of 16, up to an entire row), OUT_HALF (0: y is f32; 1: f16) and NIBBLES (1: codes of groups are
 // two a byte, the first in the lower half, and are multiplied by the INT4 tensor cores that sm_80 to sm_89 have; GROUP
 // is then a multiple of 32). UNIT: bytes of a group. GROUPS_A_STAGE: a stage holds several groups where they are short, else an equal part
 // of one group, in 128 bytes a row. STAGE_BYTES: codes and scales of a tile of tokens and a tile of rows. STAGES: how many there are.
@@ -31,7 +31,7 @@
 #define DEPTH (UNIT <= 128 && UNIT % 32 != 0 ? 16 : 32)
 
 static_assert(TILE == 128 && FLOAT_TILE == 64 && THREADS == 256, "a warp makes 64 x 32 results, a thread 4 x 4 of floating-point outliers");
-static_assert(UNIT >= 16 && UNIT % 16 == 0, "groups are whole 16-byte pieces");
+static_assert(UNIT >= 16 && UNIT % 16 == 0, "groups are multiples of 16-byte pieces");
 static_assert(STAGES >= 2, "a stage is multiplied while another one is copied");
 
 // ---- Matrix instructions ----
@@ -60,7 +60,7 @@ struct Codes {
     u32 w[2][4];
 };
 
-/// Loads step `step` of a stage: `x_at` and `w_at` are this lane's places in the first step.
+/// Loads step `step` of a stage: `x_at` and `w_at` are this lane's addresses in the first step.
 template <int DEEP> static __device__ __forceinline__ void load_codes(Codes& codes, u32 x_at, u32 w_at, int step) {
     // The swizzle works on address bits 4 to 6, and stages begin at multiples of 128.
     if (DEEP == 32) {
@@ -91,7 +91,7 @@ static __device__ __forceinline__ void multiply(int (&d)[4], const Codes& codes,
         mma_codes_16(d, codes.x[m / 2][m % 2 * 2], codes.x[m / 2][m % 2 * 2 + 1], codes.w[0][n], c0, c1, c2, c3);
 }
 
-/// This lane's place in the first step of a tile, `first` rows into it.
+/// This lane's address in the first step of a tile, `first` rows into it.
 template <int DEEP, bool LEFT> static __device__ __forceinline__ u32 place_of_lane(int first, int lane) {
     int row = DEEP == 16 ? lane : LEFT ? lane % 16 : lane % 8 + lane / 16 * 8;
     int piece = DEEP == 16 ? 0 : LEFT ? lane / 16 : lane / 8 % 2;
@@ -100,7 +100,7 @@ template <int DEEP, bool LEFT> static __device__ __forceinline__ u32 place_of_la
 
 // ---- The product ----
 
-/// Where a thread stands: warps are 2 along the tokens and 4 along the rows of a tile. Made anew
+/// Where a thread stands: warps are 2 along the tokens and 4 along the rows of a tile. Computed again
 /// wherever it is used, to leave the registers to the sums.
 struct Stand {
     int lane, token, row;
@@ -132,7 +132,7 @@ static __device__ __forceinline__ void load_scales(Scales& scales, const float* 
 }
 
 /// acc = fma(s_x s_w, sum, acc) for the results of 16 tokens. Where a group takes several stages, its sums
-/// begin anew here.
+/// begin again here.
 static __device__ __forceinline__ void promote(float (&acc)[4][4], int (&sums)[4][4], const Scales& scales, int m) {
 #pragma unroll
     for (int n = 0; n < 4; n++) {
@@ -239,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
 #pragma unroll 1
     for (int stage = 0; stage < group_stages; stage++) {
-        // This stage has arrived for every warp, and every warp has left the one before it, whose place
+        // This stage has arrived for every warp, and every warp has left the one before it, whose memory
         // the next copy takes.
         copy_wait<STAGES - 2>();
         __syncthreads();
@@ -252,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         constexpr int STEPS_A_GROUP = UNIT <= 128 ? UNIT / DEPTH : SPAN / DEPTH;
 #pragma unroll
         for (int step = 0; step < SPAN / DEPTH; step++) {
-            // Where each step ends a group, loads stay behind barriers: scales and codes of several steps
+            // Where each step ends a group, loads stay after barriers: scales and codes of several steps
             // would not fit into the registers.
             if (STEPS_A_GROUP == 1) __syncwarp();
             Codes codes;
@@ -273,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     else
                         multiply<DEPTH, NIBBLES>(sum, codes, m, n, sum[0], sum[1], sum[2], sum[3]);
                 }
-                // The sums of a group are promoted behind its last products, result by result, so that
+                // The sums of a group are promoted after its last products, result by result, so that
                 // the tensor cores and the float units work at the same time.
                 if (last && m > 0) promote(acc[m - 1], sums[m - 1], scales, m - 1);
             }

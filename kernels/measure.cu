@@ -45,9 +45,9 @@ extern "C" __global__ void copy(const uint4* from, long long count, uint4* to) {
     }
 }
 
-/// 32 bits of a place, by the finalizer of MurmurHash3.
-static __device__ __forceinline__ u32 hashed(u32 place, u32 seed) {
-    u32 bits = place * 0x9e3779b9u + seed * 0x85ebca6bu;
+/// 32 bits of a position, by the finalizer of MurmurHash3.
+static __device__ __forceinline__ u32 hashed(u32 at, u32 seed) {
+    u32 bits = at * 0x9e3779b9u + seed * 0x85ebca6bu;
     bits = (bits ^ bits >> 16) * 0x85ebca6bu;
     bits = (bits ^ bits >> 13) * 0xc2b2ae35u;
     return bits ^ bits >> 16;
@@ -55,29 +55,29 @@ static __device__ __forceinline__ u32 hashed(u32 place, u32 seed) {
 
 /// Values in -1..1, two a word.
 extern "C" __global__ void random_half(u32* to, int words, u32 seed) {
-    int place = blockIdx.x * blockDim.x + threadIdx.x;
-    if (place >= words) return;
-    u32 bits = hashed(place, seed);
+    int at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= words) return;
+    u32 bits = hashed(at, seed);
     const float unit = 1.0f / 32768.0f;
-    to[place] = pack_half2(float(short(bits)) * unit, float(short(bits >> 16)) * unit);
+    to[at] = pack_half2(float(short(bits)) * unit, float(short(bits >> 16)) * unit);
 }
 
 /// Bytes, four a word: INT8.
 extern "C" __global__ void random_int8(u32* to, int words, u32 seed) {
-    int place = blockIdx.x * blockDim.x + threadIdx.x;
-    if (place < words) to[place] = hashed(place, seed);
+    int at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < words) to[at] = hashed(at, seed);
 }
 
 /// Numbers of E4M3 below 4, half of them at least 2, a quarter at least 1, and so on.
 extern "C" __global__ void random_fp8(u32* to, int words, u32 seed) {
-    int place = blockIdx.x * blockDim.x + threadIdx.x;
-    if (place >= words) return;
+    int at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= words) return;
     u32 word = 0;
 #pragma unroll
     for (int byte = 0; byte < 4; ++byte) {
-        u32 bits = hashed(4u * place + byte, seed);
+        u32 bits = hashed(4u * at + byte, seed);
         u32 exponent = 8 - min(__clz(bits), 8);
         word |= ((bits & 0x80) | exponent << 3 | (bits & 7)) << (8 * byte);
     }
-    to[place] = word;
+    to[at] = word;
 }

@@ -19,7 +19,7 @@
 //                 | 4 x {zero points of tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9} of values          (f16; 16 * HEAD_DIM + 128 bytes)
 //     else:       key words | value words                                                          (64 * HEAD_DIM bytes)
 //
-// A lane loads the words of four tiles at once where there are four.
+// A lane loads the words of four tiles together where there are four.
 
 #if !defined(PAGE_TOKENS) || !defined(WIDEST_HEAD) || !defined(SIDE_BYTES) || !defined(PAGE_BYTES)
 #error "a constant is missing: src/backend/cuda/kernels/cache.rs declares them"
@@ -35,13 +35,13 @@ static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= WIDEST_HEAD && PAGE_TOKENS == 16
 static_assert(SIDE_BYTES == TILES * TILE_WORDS * 128, "keys, and values: a word or four a lane and tile");
 
 /// Where a lane's word of a tile lies, in words from the side's first: register `which` of f16, 0 of codes.
-static __device__ __forceinline__ int word_place(int tile, int lane, int which) {
+static __device__ __forceinline__ int word_at(int tile, int lane, int which) {
     if (!QUANTIZED) return (tile * 32 + lane) * 4 + which;
     const int first = tile / 4 * 4, width = TILES - first < 4 ? TILES - first : 4;
     return first * 32 + lane * width + tile % 4;
 }
 
-// Where a token's numbers lie behind the codes, in f16.
-static __device__ __forceinline__ int key_scale_place(int token) { return (token % 8 * 2 + token / 8) * 2; }
-static __device__ __forceinline__ int value_scale_place(int token) { return 32 + token % 8 * 2 + token / 8; }
-static __device__ __forceinline__ int value_zero_place(int token) { return 48 + token % 8 / 2 * 4 + token / 8 * 2 + token % 2; }
+// Where a token's numbers lie after the codes, in f16.
+static __device__ __forceinline__ int key_scale_at(int token) { return (token % 8 * 2 + token / 8) * 2; }
+static __device__ __forceinline__ int value_scale_at(int token) { return 32 + token % 8 * 2 + token / 8; }
+static __device__ __forceinline__ int value_zero_at(int token) { return 48 + token % 8 / 2 * 4 + token / 8 * 2 + token % 2; }

@@ -1,9 +1,9 @@
 // A site's channel order, its transform and its quantization (docs/format.md; src/quant/site.rs is the
-// definition, and these kernels give its bits). Also the way back from codes to values.
+// definition, and these kernels compute its bits). Also the way back from codes to values.
 //
 // One thread block a row: the row is staged in shared memory, since the order picks from all over
-// it, and each warp makes whole groups. Lane l holds the group's values l * LANE_VALUES and on, so
-// that codes leave in whole words, and the transform's butterflies are registers for small distances
+// it, and each warp makes entire groups. Lane l holds the group's values l * LANE_VALUES and on, so
+// that codes are stored in entire words, and the transform's butterflies are registers for small distances
 // and shuffles for the others.
 //
 // GROUP      channels of a group, a multiple of 16
@@ -11,12 +11,13 @@
 // IN         half, bf16 or float: the row's type
 // THREADS    threads of a block
 // IN_REGISTERS  1: groups are worked on in registers; 0: in shared memory
-// PAIRED     1: `quantize` takes two rows a block (see Span); IN has 16 bits, GROUP is 32, 64, 128 or 256
+// CODES      1: `quantize` is compiled; IN is half
+// PAIRED     1: `quantize` takes two rows a block (see Span); GROUP is 32, 64, 128 or 256
 // FP4        1: `quantize` makes FP4 codes, doubled numbers of E2M1; 0: integers
 // FP8        1: outliers that are no codes are FP8 (E4M3) times a scale; 0: f16
 
 #if !defined(GROUP) || !defined(TRANSFORM) || !defined(IN) || !defined(THREADS) || !defined(PAIRED) || !defined(FP4) || \
-    !defined(FP8) || !defined(IN_REGISTERS) || !defined(ROW_MULTIPLE) || !defined(PAIR_HEAD_WORDS)
+    !defined(FP8) || !defined(CODES) || !defined(IN_REGISTERS) || !defined(ROW_MULTIPLE) || !defined(PAIR_HEAD_WORDS)
 #error "a constant is missing: src/backend/cuda/kernels/permute.rs declares them"
 #endif
 
@@ -38,7 +39,7 @@ struct Row {
     const IN* values;
     const int* order;
 
-    __device__ __forceinline__ float at(int place) const { return pick(order[place]); }
+    __device__ __forceinline__ float at(int slot) const { return pick(order[slot]); }
     __device__ __forceinline__ float pick(int channel) const { return channel < 0 ? 0.0f : to_float(values[channel]); }
 };
 
@@ -57,7 +58,7 @@ static __device__ __forceinline__ Row stage(const IN* row, const int* order, int
 }
 
 #if IN_REGISTERS
-/// A warp's share of one group, transformed.
+/// A warp's part of one group, transformed.
 struct Group {
     float v[LANE_VALUES];
 
@@ -180,6 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) permute_to_float(
     permute(x, order, channels, groups, outliers, staged, y);
 }
 
+#if CODES
 /// The code of a value in a group: as code_of, or FP4.
 static __device__ __forceinline__ u32 group_code(float value, float inverse, float least, float greatest) {
 #if FP4
@@ -190,10 +192,10 @@ static __device__ __forceinline__ u32 group_code(float value, float inverse, flo
 }
 
 #if PAIRED
-/// Values of a span: 256 places of the order, of two rows.
+/// Values of a span: 256 slots of the order, of two rows.
 #define SPAN 256
 
-/// Stages two rows, the values of a channel beside each other in one word: one access to shared memory
+/// Stages two rows, the values of a channel next to each other in one word: one access to shared memory
 /// then gathers for both rows, and the order is read once for both. Word -1, which is what an order's
 /// -1 picks, is zero.
 static __device__ __forceinline__ const u32* stage_pair(const IN* first, const IN* second, int channels, u32* shared) {
@@ -228,27 +230,27 @@ static __device__ __forceinline__ const u32* stage_pair(const IN* first, const I
     return row;
 }
 
-/// A warp's share of a pair of rows: the groups of one span, transformed.
+/// A warp's part of a pair of rows: the groups of one span, transformed.
 ///
-/// Shuffles and gathers from shared memory, not arithmetic, are what a group waits for. With sixteen
+/// Shuffles and gathers from shared memory, not arithmetic, limit the speed. With sixteen
 /// neighbouring values of one row in a lane four of the butterflies' distances are registers, the
 /// groups of eight lanes (for GROUP 128) share each remaining shuffle and each division, and codes
 /// leave sixteen bytes at a time. But the order is read, and the words of both rows are gathered, best
-/// with the places of lanes side by side. Between the two forms lie two exchanges, made with 16-bit
+/// with the slots of lanes side by side. Between the two forms lie two exchanges, made with 16-bit
 /// values still packed, so that each costs a quarter of what a butterfly of distance 4 would:
 ///
-///     bits of a place, and the row   registers       lanes
+///     bits of a slot, and the row   registers       lanes
 ///     gathered                       0 1 7 row       2 3 4 5 6
-///     place 7 against place 2        0 1 2 row       7 3 4 5 6
-///     row against place 3            0 1 2 3         7 row 4 5 6
+///     slot 7 against slot 2        0 1 2 row       7 3 4 5 6
+///     row against slot 3            0 1 2 3         7 row 4 5 6
 struct Span {
     float v[16];
 
     __device__ __forceinline__ static int row() { return threadIdx.x >> 1 & 1; }
-    /// The place of the first value, from the span's first on.
-    __device__ __forceinline__ static int place() { return (threadIdx.x & 1) * 128 + (threadIdx.x >> 2 & 7) * 16; }
+    /// The slot of the first value, from the span's first on.
+    __device__ __forceinline__ static int slot() { return (threadIdx.x & 1) * 128 + (threadIdx.x >> 2 & 7) * 16; }
 
-    /// The span that begins at place `first`; zeros from place `end` on.
+    /// The span that begins at slot `first`; zeros from slot `end` on.
     __device__ __forceinline__ void load(const u32* words, const int* order, int first, int end) {
         const u32 all = 0xffffffffu;
         int lane = threadIdx.x % 32, near = first + lane * 4, far = near + 128;
@@ -322,14 +324,14 @@ struct Span {
     }
 };
 
-/// What rows[row] of the pair holds at a place of the order.
+/// What rows[row] of the pair holds at a slot of the order.
 static __device__ __forceinline__ float at(const u32* words, int channel, int row) {
     return to_float(IN{(u16)(words[channel] >> (16 * row))});
 }
 #endif
 
 /// Quantizes `[tokens, channels]`: codes `[tokens, groups * GROUP]`, scales `[groups, scale_stride]`; the
-/// outliers' codes `[tokens, padded_outliers]` with zeros behind and scales `[tokens]`, or with
+/// outliers' codes `[tokens, padded_outliers]` with zeros after them and scales `[tokens]`, or with
 /// `float_outliers` their values `[tokens, outliers]`, and FP8's scales. `bad` becomes the least row that
 /// holds a value that is not finite or beyond f16. One block a row; with PAIRED one block two rows,
 /// `staged` says how many rows there are, and shared memory holds a word a channel after PAIR_HEAD_WORDS.
@@ -341,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     bool sound = true;
 #if PAIRED
-    // The last row may have no other beside it; it is then its own other.
+    // The last row may have no partner; it is then its own.
     long long pair = 2ll * blockIdx.x;
     bool both = pair + 1 < staged;
     const u32* words = stage_pair(x + pair * channels, x + (pair + both) * channels, channels, reinterpret_cast<u32*>(shared_bytes));
@@ -354,15 +356,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
         float scale = group_scale(span.peak(), clip, top, signed_scales);
         float inverse = inverse_of(scale);
         sound = sound && is_finite(scale);
-        int place = first + Span::place();
-        if (stored && place < end) {
-            if (place % GROUP == 0) scales[(long long)(place / GROUP) * scale_stride + token] = scale;
+        int slot = first + Span::slot();
+        if (stored && slot < end) {
+            if (slot % GROUP == 0) scales[(long long)(slot / GROUP) * scale_stride + token] = scale;
             u32 packed[4];
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 packed[i] = pack_codes(group_code(span.v[4 * i], inverse, least, greatest), group_code(span.v[4 * i + 1], inverse, least, greatest),
                                        group_code(span.v[4 * i + 2], inverse, least, greatest), group_code(span.v[4 * i + 3], inverse, least, greatest));
-            *reinterpret_cast<uint4*>(codes + token * end + place) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+            *reinterpret_cast<uint4*>(codes + token * end + slot) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
         }
     }
     if (!sound) atomicMin(bad, (u32)token);
@@ -435,6 +437,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
     }
     if (!sound) atomicMin(bad, (u32)token);
 }
+#endif
 
 template <class Out> static __device__ __forceinline__ void dequantize(
     const i8* codes, const float* scales, const i8* outlier_codes, const float* outlier_scales, const float* outlier_values,
@@ -513,11 +516,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) energy_errors(
         });
     }
     for (int i = threadIdx.x; i < outliers; i += THREADS) {
-        int place = groups * GROUP + i;
+        int slot = groups * GROUP + i;
         float value = outlier_values ? outlier_values[own * outliers + i]
                                      : (float)outlier_codes[own * padded_outliers + i] * outlier_scales[own];
-        double error = value - row.at(place);
-        lost += energy[order[place]] * (error * error);
+        double error = value - row.at(slot);
+        lost += energy[order[slot]] * (error * error);
     }
     for (int i = threadIdx.x; i < channels; i += THREADS) {
         double value = to_float(row.values[i]);

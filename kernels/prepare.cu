@@ -1,7 +1,7 @@
 // Queries, keys and values as the products of attention see them: rotary embedding, the basis that heads are
-// quantized in, what the cache gives back.
+// quantized in, what the cache returns.
 //
-// Heads lie in registers as heads.cuh says. With QUADS, several heads of a token are loaded at once, for enough
+// Heads lie in registers as heads.cuh says. With QUADS, several heads of a token are loaded together, for enough
 // bytes in flight, and share the cosines and sines.
 //
 // HEAD_DIM    channels of a head, even, 2 to 256
@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     prepare<Role::Query>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip, mean);
 }
 
-/// As prepare_queries, for keys as the cache gives them back; `mean` [heads, HEAD_DIM], if not null, is taken
+/// As prepare_queries, for keys as the cache returns them; `mean` [heads, HEAD_DIM], if not null, is subtracted
 /// from the embedded keys first (with AFTER_ROPE).
 extern "C" __global__ void __launch_bounds__(THREADS)
     prepare_keys(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
@@ -158,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     prepare<Role::Key>(x, row_stride, cos, sin, out, tokens, heads, seq_len, clip, mean);
 }
 
-/// As prepare_queries, for values as the cache gives them back, still rotated; cos and sin are unused.
+/// As prepare_queries, for values as the cache returns them, still rotated; cos and sin are unused.
 extern "C" __global__ void __launch_bounds__(THREADS)
     prepare_values(const half* x, long long row_stride, const float* cos, const float* sin, half* out, int tokens, int heads,
                    int seq_len, float clip, const float* mean) {

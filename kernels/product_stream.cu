@@ -1,43 +1,43 @@
-// Few tokens: the weights are read once, and everything is about having enough of them in flight.
+// Decode: the weights are read once, and speed depends on having enough of them in flight.
 //
-// A tile is 64 * BLOCKS rows and all tokens. A cluster of gridDim.y thread blocks shares its stages, in equal
-// runs, and in a block SPLIT warpgroups take the run's stages in turn. In the end each block of the cluster takes some of the
-// tokens and adds up their totals from the shared memory of all, in the order of blocks and warpgroups. Macros and operands:
-// hopper.cuh, and
+// A tile is 64 * BLOCKS rows and all tokens. Split-K: each of the gridDim.y thread blocks of a cluster takes an equal run of its
+// stages. Slice-K: in a block SLICES warpgroups take the run's stages one after another. In the cluster reduction at the end each
+// block takes some of the tokens and adds their totals from the shared memory of all, in the order of blocks and warpgroups.
+// Macros and operands: hopper.cuh, and
 //
-//     SPLIT    warpgroups that take a run's stages in turn
-//     PER_SM   thread blocks that an SM should hold
-//     EARLY    stages whose weights are prefetched before the PDL wait
-//     BY_WARPS 1: warps multiply by themselves, by `mma.sync`, codes in two's complement. Its operands and sums lie in the
-//              registers as those of `wgmma`, but it is synchronous, and fewer registers are held
+//     SLICES        warpgroups of slice-K
+//     BLOCKS_PER_SM occupancy: thread blocks that an SM should hold
+//     PREFETCHED    stages whose weights are prefetched before the PDL wait
+//     BY_WARPS      1: products by `mma.sync`, codes in two's complement. Its operands and sums lie in the
+//                   registers as those of `wgmma`, but it is synchronous, and fewer registers are held
 //
 // A copy costs the warp that issues it some 140 cycles, whatever its size, which is why a stage holds several panels: their
 // weights, and the tokens' codes, lie one after the other in device memory.
 
-#if !defined(SPLIT) || !defined(PER_SM) || !defined(EARLY)
+#if !defined(SLICES) || !defined(BLOCKS_PER_SM) || !defined(PREFETCHED)
 #error "a constant is missing: src/backend/cuda/kernels/product.rs declares them"
 #endif
-static_assert(THREADS == 128 * BLOCKS * SPLIT, "a warpgroup for each block of rows of each part");
+static_assert(THREADS == 128 * BLOCKS * SLICES, "a warpgroup for each block of rows of each slice");
 
-#define GIVES_REGISTERS (PRODUCERS == 128)
+#define RELEASES_REGISTERS (PRODUCERS == 128)
 
 /// Groups of a stage that are added together.
-#define AT_ONCE (BY_WARPS && PANELS * GROUPS_A_STAGE % 2 == 0 ? 2 : 1)
-static_assert(!BY_WARPS || X_BITS == 8, "few tokens' codes are in two's complement");
+#define TOGETHER (BY_WARPS && PANELS * GROUPS_A_STAGE % 2 == 0 ? 2 : 1)
+static_assert(!BY_WARPS || X_BITS == 8, "codes of products by mma.sync are in two's complement");
 
 /// A token's totals of a tile's rows, as a warpgroup leaves them; four more, so that lanes meet different banks.
 #define TOTALS (64 * BLOCKS + 4)
-static_assert(EARLY <= STAGES, "only free stages are prefetched");
-static_assert(STAGES % SPLIT == 0, "a warpgroup sees every round of its places in the ring, and no other's");
-static_assert(SPLIT * TOKENS * TOTALS * 4 <= STAGES * STAGE_BYTES, "totals take the stages' memory");
+static_assert(PREFETCHED <= STAGES, "only free stages are prefetched");
+static_assert(STAGES % SLICES == 0, "a warpgroup sees every round of its ring slots, and no other's");
+static_assert(SLICES * TOKENS * TOTALS * 4 <= STAGES * STAGE_BYTES, "totals take the stages' memory");
 
 /// A stage's panels, of all there are.
 static __device__ __forceinline__ int panels_of(const Operands& of, int stage) { return min(PANELS, of.panels - stage * PANELS); }
 
-/// Issues `part` of SHARES of the copies of a stage's weights, when it is free, and announces all that it will hold. `units`
+/// Issues the part of warp `part` of WARPS of the copies of a stage's weights, when it is free, and announces all that it will hold. `units`
 /// stages hold the groups, the others 64 outlier channels each.
-template <int SHARES> static __device__ __forceinline__ void issue_weights(const Operands& of, const Ring<1>& ring, int tile, int units, int stage, int part) {
-    // A tile at the end may have fewer blocks of rows: the last one is copied again, and its results are not written.
+template <int WARPS> static __device__ __forceinline__ void issue_weights(const Operands& of, const Ring<1>& ring, int tile, int units, int stage, int part) {
+    // The last tile may have fewer blocks of rows: its last one is copied again, and those results are not written.
     const int last_block = (of.rows + 63) / 64 - 1, half = stage - units;
     const bool outliers = half >= 0;
     const int count = outliers ? 1 : panels_of(of, stage), bytes = outliers ? OUTLIER_BYTES : count * BLOCK_BYTES;
@@ -46,7 +46,7 @@ template <int SHARES> static __device__ __forceinline__ void issue_weights(const
     if (part == 0) barrier_expect_elected(ring.full, BLOCKS * bytes + of.padded * (count * 128 + (outliers ? 4 : 16)));
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
-        if ((i + 1) % SHARES != part) continue;
+        if ((i + 1) % WARPS != part) continue;
         const long long block = min(tile * BLOCKS + i, last_block);
         const i8* from = outliers ? of.wo + (block * of.halves + half) * OUTLIER_BYTES : of.w + (block * of.panels + stage * PANELS) * BLOCK_BYTES;
         copy_bulk_elected(ring.here + WEIGHTS + i * PANELS * BLOCK_BYTES, from, bytes, ring.full);
@@ -65,16 +65,16 @@ static __device__ __forceinline__ void issue_tokens(const Operands& of, const Ri
     }
 }
 
-/// What the producer warps issue: the first EARLY stages' weights while the kernels before may still be at work, then everything.
-template <int SHARES> static __device__ __forceinline__ void copy_stages(const Operands& of, Ring<1> ring, int tile, int units, int begin, int end, int part) {
-    const int early = min(begin + EARLY, end);
+/// What the producer warps issue: the first PREFETCHED stages' weights while the kernels before may still run, then everything.
+template <int WARPS> static __device__ __forceinline__ void copy_stages(const Operands& of, Ring<1> ring, int tile, int units, int begin, int end, int part) {
+    const int prefetched = min(begin + PREFETCHED, end);
     Ring<1> ahead = ring;
 #pragma unroll 1
-    for (int stage = begin; stage < early; stage++, ahead.next()) issue_weights<SHARES>(of, ahead, tile, units, stage, part);
+    for (int stage = begin; stage < prefetched; stage++, ahead.next()) issue_weights<WARPS>(of, ahead, tile, units, stage, part);
     if (part == 0) pdl_wait();
 #pragma unroll 1
     for (int stage = begin; stage < end; stage++, ring.next()) {
-        if (stage >= early) issue_weights<SHARES>(of, ring, tile, units, stage, part);
+        if (stage >= prefetched) issue_weights<WARPS>(of, ring, tile, units, stage, part);
         if (part == 0) issue_tokens(of, ring, units, stage);
     }
 }
@@ -86,7 +86,7 @@ static __device__ __forceinline__ void mma_codes(u32* d, const u32* a, u32 b0, u
     mma_codes_32(sums, reinterpret_cast<const u32(&)[4]>(*a), b0, b1, sums[0], sums[1], sums[2], sums[3]);
 }
 
-/// Adds the products of STEPS times 32 places of a warp's 16 rows, `a`, with the tokens' codes from the 32 places `first` of the
+/// Adds the products of STEPS times 32 slots of a warp's 16 rows, `a`, with the tokens' codes from the 32 slots `first` of the
 /// panel at `codes` on. Operands and sums lie in the registers as those of `wgmma` do.
 template <int STEPS> static __device__ __forceinline__ void multiply(u32 (&sums)[HELD], const u32* a, u32 codes, int first) {
     const int lane = threadIdx.x % 32, swizzle = lane % 8;
@@ -119,7 +119,7 @@ template <int STEPS> static __device__ __forceinline__ void multiply(u32 (&sums)
 #endif
 }
 
-/// Scales of AT_ONCE groups from `index` on, a multiple of it, of a thread's tokens.
+/// Scales of TOGETHER groups from `index` on, a multiple of it, of a thread's tokens.
 struct TokenScales {
     u32 pairs[TOKENS / 4];
 
@@ -128,7 +128,7 @@ struct TokenScales {
 #pragma unroll
         for (int i = 0; i < TOKENS / 4; i++) {
             pairs[i] = load_shared_32(own + (i / 2 * 8 + i % 2) * 16);
-            if (AT_ONCE == 1) pairs[i] >>= index % 2 * 16;
+            if (TOGETHER == 1) pairs[i] >>= index % 2 * 16;
         }
     }
     /// Their products with those of a thread's rows, of the first or second group.
@@ -162,14 +162,14 @@ static __device__ __forceinline__ void multiply_outliers(u32 (&sums)[HELD], u32 
 }
 #endif
 
-/// Adds AT_ONCE of a stage's `groups` to the totals, from `first` on; of all there are, that is group `index`. `blocks` are the
+/// Adds TOGETHER of a stage's `groups` to the totals, from `first` on; of all there are, that is group `index`. `blocks` are the
 /// stage's weights, `panel_bytes` those of a panel of its tokens.
 static __device__ __forceinline__ void add_groups(float (&total)[HELD], u32 blocks, u32 token_scales, u32 token_codes, int panel_bytes, int first, int groups, u32 index) {
 #if BY_WARPS
     const TokenScales own(token_scales, index);
 #endif
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
+    for (int i = 0; i < TOGETHER; i++) {
         const int panel = (first + i) / GROUPS_A_STAGE, group = (first + i) % GROUPS_A_STAGE;
         const u32 block = blocks + panel * BLOCK_BYTES, codes = token_codes + panel * panel_bytes;
         u32 sums[HELD], scales[HELD];
@@ -210,7 +210,7 @@ static __device__ __forceinline__ void store_four(Output* y, int token, int row,
 
 /// Grid (ceil(rows / (64 * BLOCKS)), splits) in clusters of (1, splits, 1); THREADS + PRODUCERS threads, and
 /// STAGES * STAGE_BYTES + 1024 bytes of dynamic shared memory. At most TOKENS tokens.
-extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, PER_SM)
+extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, BLOCKS_PER_SM)
     integer_stream(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int tokens,
                    int padded, int rows, int panels, int halves) {
     extern __shared__ u8 memory[];
@@ -220,10 +220,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, PER_SM)
     make_ring(shared_address(barriers), 4 * BLOCKS);
     const int units = (panels + PANELS - 1) / PANELS, all = units + halves, splits = gridDim.y, rank = blockIdx.y;
     const int begin = all * rank / splits, end = all * (rank + 1) / splits;
-    // The shuffle tells the compiler that a warp goes one way.
+    // The shuffle: the compiler sees that a warp does not diverge.
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     if (warp >= THREADS / 32) {
-#if GIVES_REGISTERS
+#if RELEASES_REGISTERS
         release_registers<56>();
 #endif
         const Ring<1> ring(stages, shared_address(barriers), 0);
@@ -234,24 +234,24 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, PER_SM)
         }
         return;
     }
-#if GIVES_REGISTERS
+#if RELEASES_REGISTERS
     take_registers<152>();
 #endif
-    const int thread = threadIdx.x % 128, group = threadIdx.x / 128, own = group % BLOCKS, turn = group / BLOCKS;
-    Ring<SPLIT> ring(stages, shared_address(barriers), turn);
+    const int thread = threadIdx.x % 128, group = threadIdx.x / 128, own = group % BLOCKS, slice = group / BLOCKS;
+    Ring<SLICES> ring(stages, shared_address(barriers), slice);
     float total[HELD];
 #pragma unroll
     for (int i = 0; i < HELD; i++) total[i] = 0.0f;
-    int stage = begin + turn;
+    int stage = begin + slice;
 #pragma unroll 1
-    for (; stage < min(end, units); stage += SPLIT) {
+    for (; stage < min(end, units); stage += SLICES) {
         ring.wait();
-        // The same in all of a warp's threads, as this tells the compiler: it keeps addresses of operands in uniform registers.
+        // The same in all of a warp's threads, as the compiler sees by the shuffle: it keeps addresses of operands in uniform registers.
         const u32 here = __shfl_sync(0xffffffffu, ring.here, 0), blocks = here + WEIGHTS + own * PANELS * BLOCK_BYTES;
         const int groups = panels_of(of, stage) * GROUPS_A_STAGE;
         // Not unrolled: more than one group of 64 tokens take more registers than there are.
 #pragma unroll 1
-        for (int first = 0; first < groups; first += AT_ONCE)
+        for (int first = 0; first < groups; first += TOGETHER)
             add_groups(total, blocks, here, here + TOKEN_CODES, padded * 128, first, groups, stage * PANELS * GROUPS_A_STAGE + first);
         release(ring.empty());
         ring.next();
@@ -259,11 +259,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, PER_SM)
     rescale(total);
     u32 sums[HELD];
 #pragma unroll 1
-    for (bool add = false; stage < end; stage += SPLIT, add = true) {
+    for (bool add = false; stage < end; stage += SLICES, add = true) {
         ring.wait();
         const u32 here = ring.here, block = here + WEIGHTS + own * PANELS * BLOCK_BYTES;
         multiply_outliers(sums, here, block, (stage - units) % 2, add);
-        if (stage + SPLIT >= end) promote_outliers(total, sums, here, block);
+        if (stage + SLICES >= end) promote_outliers(total, sums, here, block);
         release(ring.empty());
         ring.next();
     }
@@ -272,19 +272,19 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, PER_SM)
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         const int token = i / 4 * 8 + thread % 4 * 2 + i % 2, row = own * 64 + thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
-        store_shared(stages + ((turn * TOKENS + token) * TOTALS + row) * 4, total[i]);
+        store_shared(stages + ((slice * TOKENS + token) * TOTALS + row) * 4, total[i]);
     }
     if (splits > 1)
         cluster_barrier();
     else
         group_barrier(1, THREADS);
-    const int share = (TOKENS + splits - 1) / splits, first = rank * share, mine = min(share, tokens - first);
+    const int each = (TOKENS + splits - 1) / splits, first = rank * each, mine = min(each, tokens - first);
     for (int index = threadIdx.x; index < mine * 16 * BLOCKS; index += THREADS) {
         const int token = first + index / (16 * BLOCKS), row = index % (16 * BLOCKS) * 4;
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
-        for (int part = 0; part < splits * SPLIT; part++) {
-            const float4 v = load_remote(stages + ((part % SPLIT * TOKENS + token) * TOTALS + row) * 4, part / SPLIT);
+        for (int part = 0; part < splits * SLICES; part++) {
+            const float4 v = load_remote(stages + ((part % SLICES * TOKENS + token) * TOTALS + row) * 4, part / SLICES);
             sum.x += v.x;
             sum.y += v.y;
             sum.z += v.z;
@@ -292,6 +292,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, PER_SM)
         }
         store_four(y, token, blockIdx.x * BLOCKS * 64 + row, rows, sum);
     }
-    // Nobody leaves while others read.
+    // No block leaves while others read its shared memory.
     if (splits > 1) cluster_barrier();
 }

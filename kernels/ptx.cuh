@@ -82,9 +82,9 @@ static __device__ __forceinline__ u32 sign_bytes(u32 x) {
     return signs;
 }
 
-// ---- What the compiler knows ----
+// ---- Hints to the compiler ----
 
-/// Makes the compiler forget what it knows about a value, so that what is computed from it stays where it is written: in a loop, say,
+/// Hides a value's origin from the compiler, so that what is computed from it stays where it is written: in a loop, say,
 /// instead of in registers that the loop needs.
 static __device__ __forceinline__ void keep_apart(u32& x) { asm volatile("" : "+r"(x)); }
 static __device__ __forceinline__ void keep_apart(long long& x) { asm volatile("" : "+l"(x)); }
@@ -98,7 +98,7 @@ template <int COUNT> static __device__ __forceinline__ void pin(u32 (&d)[COUNT])
 
 // ---- Loads, stores and atomic operations ----
 
-/// A load that is issued where it is written, so that what follows need not wait for what comes before.
+/// A load that is issued where it is written, and not after what comes before.
 static __device__ __forceinline__ int load_now(const int* from) {
     int x;
     asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(x) : "l"(from));
@@ -178,7 +178,7 @@ template <int PENDING> static __device__ __forceinline__ void copy_wait() {
 
 // ---- Matrices ----
 
-/// Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
+/// Four 8x8 matrices of 16-bit values; lane i holds the address of row i % 8 of matrix i / 8.
 static __device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
@@ -187,7 +187,7 @@ static __device__ __forceinline__ void load_matrices_transposed(u32 (&to)[4], u3
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
 }
-/// Two 8x8 matrices, of which lanes 0 to 15 give the addresses.
+/// Two 8x8 matrices, of which lanes 0 to 15 hold the addresses.
 static __device__ __forceinline__ void load_two_matrices(u32 (&to)[2], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(address) : "memory");
 }
@@ -310,7 +310,7 @@ static __device__ __forceinline__ float4 load_remote(u32 address, int rank) {
     return v;
 }
 
-/// Two 8x8 matrices of 16-bit values, transposed; lanes 0 to 15 give the addresses.
+/// Two 8x8 matrices of 16-bit values, transposed; lanes 0 to 15 hold the addresses.
 static __device__ __forceinline__ void store_matrices_transposed(u32 address, u32 first, u32 second) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(first), "r"(second) : "memory");
 }

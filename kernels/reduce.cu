@@ -165,29 +165,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) dot_parts(const float* a, 
 
 /// `|x - y|^2 / |y|^2` of rows `[columns]`; 0 where nothing changed. One block a row.
 extern "C" __global__ void __launch_bounds__(THREADS) relative_squared_errors(const float* x, const float* y, int columns, double* errors) {
-    __shared__ double change_of[THREADS / 32], whole_of[THREADS / 32];
+    __shared__ double change_of[THREADS / 32], total_of[THREADS / 32];
     x += (long long)blockIdx.x * columns;
     y += (long long)blockIdx.x * columns;
-    double change = 0.0, whole = 0.0;
+    double change = 0.0, total = 0.0;
     for (int i = threadIdx.x; i < columns; i += THREADS) {
         double difference = (double)x[i] - (double)y[i];
         change += difference * difference;
-        whole += (double)y[i] * (double)y[i];
+        total += (double)y[i] * (double)y[i];
     }
     change = warp_sum(change);
-    whole = warp_sum(whole);
+    total = warp_sum(total);
     if (threadIdx.x % 32 == 0) {
         change_of[threadIdx.x / 32] = change;
-        whole_of[threadIdx.x / 32] = whole;
+        total_of[threadIdx.x / 32] = total;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        change = whole = 0.0;
+        change = total = 0.0;
         for (int i = 0; i < THREADS / 32; i++) {
             change += change_of[i];
-            whole += whole_of[i];
+            total += total_of[i];
         }
-        errors[blockIdx.x] = change == 0.0 ? 0.0 : change / whole;
+        errors[blockIdx.x] = change == 0.0 ? 0.0 : change / total;
     }
 }
 

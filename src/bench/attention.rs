@@ -1,7 +1,7 @@
-/*! `atom bench attention`: one new token of each sequence over the paged cache in codes, beside the same kernel
-over pages of f16 and beside a plain read of the same bytes.
+/*! `atom bench attention`: one new token of each sequence over the paged cache in codes, compared with the same kernel
+over pages of f16 and with a plain read of the same bytes.
 
-Everything is on random data and by medians of graph replays, over caches that are used in turn, so that none is in
+Everything is on random data and by medians of graph replays, over caches that are used one after another, so that none is in
 L2 when its turn comes. */
 
 use serde::Serialize;
@@ -18,7 +18,7 @@ use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::{Error, Result};
 
-/// Bytes of the read and the copy that the device's rates are told by. A cache of so many drives itself out of L2.
+/// Bytes of the read and the copy that the device's rates are measured by. A cache of so many drives itself out of L2.
 const STREAMED_BYTES: usize = 1 << 30;
 /// Bytes of the keys that are added at a time.
 const ADDED_BYTES: usize = 256 << 20;
@@ -36,7 +36,7 @@ pub struct AttentionModel {
     pub head_dim: usize,
 }
 
-/// The models that `atom bench attention` knows.
+/// The models of `atom bench attention`.
 pub const ATTENTION_MODELS: [AttentionModel; 4] = [
     AttentionModel { name: "llama-2-7b", heads: 32, kv_heads: 32, head_dim: 128 },
     AttentionModel { name: "llama-2-13b", heads: 40, kv_heads: 40, head_dim: 128 },
@@ -119,7 +119,7 @@ impl AttentionOutcome {
         let series = Series::by_name(self.rows.iter().filter_map(point));
         let fact = |key: &str| self.facts.get(key).and_then(|value| value.as_str()).unwrap_or("");
         Chart {
-            title: format!("Decoding over {} beside f16, {}", fact("format"), fact("device")),
+            title: format!("Decoding over {} against f16, {}", fact("format"), fact("device")),
             x_title: "tokens of each sequence".to_owned(),
             y_title: "times as fast".to_owned(),
             doubling_x: true,
@@ -203,7 +203,7 @@ fn measure(
     let token_bytes = cuda.paged_cache(&spec, 1, 0, None)?.token_bytes();
     let bytes = batch * context * token_bytes;
     let sets = if bytes < STREAMED_BYTES { rotation(bytes) } else { 1 };
-    if (sets * bytes + 3 * ADDED_BYTES) as u64 > cuda.limit_bytes() {
+    if (sets * bytes + 3 * ADDED_BYTES) as u64 > cuda.gpu().limit_bytes() {
         return Ok(None);
     }
     let caches =

@@ -60,7 +60,7 @@ impl Timer<'_> {
         let sets = rotation(bytes);
         let from = self.cuda.random(Random::Int8, sets * bytes, 0)?;
         // A word a block, of which there are less than words of 16 bytes.
-        let sums = self.cuda.room(bytes / 4)?;
+        let sums = self.cuda.gpu().alloc(bytes / 4)?;
         let read = |choice: usize, set: usize| {
             self.cuda.read(&from, set * bytes, bytes, SPREADS[choice], &sums)
         };
@@ -71,7 +71,7 @@ impl Timer<'_> {
     pub(super) fn copy(&self, bytes: usize) -> Result<f64> {
         let sets = rotation(2 * bytes);
         let from = self.cuda.random(Random::Int8, sets * bytes, 0)?;
-        let to = self.cuda.room(sets * bytes)?;
+        let to = self.cuda.gpu().alloc(sets * bytes)?;
         let copy = |choice: usize, set: usize| {
             self.cuda.copy(&from, set * bytes, bytes, SPREADS[choice], &to)
         };

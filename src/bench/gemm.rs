@@ -1,8 +1,8 @@
-/*! `atom bench gemm`: the integer product at the shapes of known models, beside cuBLASLt's products in f16, INT8
-and FP8 and beside a plain read of the same bytes.
+/*! `atom bench gemm`: the integer product at the shapes of known models, compared with cuBLASLt's products in f16, INT8
+and FP8 and with a plain read of the same bytes.
 
-Everything is on random data and by medians of graph replays, over operand sets that are used in turn, so that
-none is in L2 when its turn comes. Of cuBLASLt's kernels the fastest counts, found by trying those that its
+Everything is on random data and by medians of graph replays, over operand sets that are used one after another, so that
+none is in L2 when it is used again. Of cuBLASLt's kernels the fastest counts, found by trying those that its
 heuristic names: a user who takes the first is slower. Clocks are left as they are. */
 
 use serde::Serialize;
@@ -15,7 +15,7 @@ use super::{BenchOutcome, GemmModel};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::gpu::Buffer;
 use crate::backend::cuda::measure::Random;
-use crate::backend::cuda::product::Precision;
+use crate::backend::cuda::product::{Operand, Precision, Product as CublasProduct};
 use crate::backend::cuda::tensor::{Packed, Rows, Site};
 use crate::backend::cuda::timing::rotation;
 use crate::backend::{Memory, Quantization, Unquantized};
@@ -25,11 +25,11 @@ use crate::quant::number::{LinearFormat, NumberFormat, RowFormat};
 use crate::quant::site::SiteFormat;
 use crate::{Error, Result};
 
-/// Up to so many tokens a product is bound by memory, and its share of a read's rate is told.
+/// Up to so many tokens a product is bound by memory, and its part of a read's rate is reported.
 const FEW_TOKENS: usize = 64;
 /// Kernels of cuBLASLt that are tried.
 const CHOICES: usize = 8;
-/// Bytes of the read and the copy that the device's rates are told by.
+/// Bytes of the read and the copy that the device's rates are measured by.
 const STREAMED_BYTES: usize = 1 << 30;
 
 /// What is measured.
@@ -89,7 +89,7 @@ impl GemmSettings {
         Ok((site, weights))
     }
 
-    /// FP4 has 4 bits; other widths beside it are integers, as in a recipe.
+    /// FP4 has 4 bits; other widths next to it are integers, as in a recipe.
     fn codebook_of(&self, bits: u8) -> Codebook {
         if bits == 4 { self.codebook } else { Codebook::Int }
     }
@@ -163,7 +163,7 @@ impl GemmOutcome {
         let series = Series::by_name(self.rows.iter().filter_map(point));
         let fact = |key: &str| self.facts.get(key).and_then(|value| value.as_str()).unwrap_or("");
         Chart {
-            title: format!("{} beside cuBLASLt fp16, {}", fact("format"), fact("device")),
+            title: format!("{} against cuBLASLt fp16, {}", fact("format"), fact("device")),
             x_title: "tokens".to_owned(),
             y_title: "times as fast".to_owned(),
             doubling_x: true,
@@ -181,7 +181,7 @@ pub fn gemm(cuda: &Cuda, settings: &GemmSettings, progress: &dyn Progress) -> Re
     let mut rows = Vec::new();
     progress.begin("bench gemm", linears.len());
     for (name, n, k) in linears {
-        let times = measure(&timer, settings, [n, k], progress)?;
+        let times = measure(&timer, settings, n, k, progress)?;
         rows.extend(times.into_iter().map(|times| times.row(&name)));
         progress.advance(&name);
     }
@@ -244,7 +244,8 @@ impl Times {
 fn measure(
     timer: &Timer,
     settings: &GemmSettings,
-    [n, k]: [usize; 2],
+    n: usize,
+    k: usize,
     progress: &dyn Progress,
 ) -> Result<Vec<Times>> {
     let (site_format, weight_format) = settings.formats(k)?;
@@ -256,7 +257,7 @@ fn measure(
         let site = timer.cuda.site(&site_format)?;
         let of_weights = least_bytes(&site_format, &weight_format, Product { m: 0, n, k });
         let weights = (0..rotation(of_weights))
-            .map(|set| packed(timer.cuda, &site, weight_format, [n, k], set))
+            .map(|set| packed(timer.cuda, &site, weight_format, n, k, set))
             .collect::<Result<Vec<_>>>()?;
         timer.settle()?;
         for times in &mut times {
@@ -293,7 +294,8 @@ fn packed(
     cuda: &Cuda,
     site: &Site,
     format: LinearFormat,
-    [rows, columns]: [usize; 2],
+    rows: usize,
+    columns: usize,
     seed: usize,
 ) -> Result<Packed> {
     let weight = &cuda.random_weight(rows, columns, seed)?;
@@ -302,7 +304,7 @@ fn packed(
     cuda.pack(&quantized, None)
 }
 
-/// As many as are used in turn, but no more than there are weights.
+/// As many as are used one after another, but no more than there are weights.
 fn sets<T>(bytes: usize, weights: usize, make: impl Fn(usize) -> Result<T>) -> Result<Vec<T>> {
     (0..rotation(bytes).min(weights)).map(make).collect()
 }
@@ -317,9 +319,9 @@ fn integer(
     let activations =
         |set| cuda.quantize(&cuda.random_activations(m, k, set)?, site, "random values");
     let x: Vec<Rows> = sets(m * k, weights.len(), activations)?;
-    let to: Vec<Buffer> = sets(2 * m * n, weights.len(), |_| cuda.room(2 * m * n))?;
+    let to: Vec<Buffer> = sets(2 * m * n, weights.len(), |_| cuda.gpu().alloc(2 * m * n))?;
     timer.seconds(weights.len(), |set| {
-        cuda.run_integer(&x[set % x.len()], &weights[set], &to[set % to.len()])
+        cuda.integer_into(&x[set % x.len()], &weights[set], &to[set % to.len()], true)
     })
 }
 
@@ -335,109 +337,26 @@ fn library(
     let (inputs, outputs) = precision.bytes();
     let (x_bytes, to_bytes) = (inputs * m * k, outputs * m * n);
     let x = sets(x_bytes, weights.len(), |set| cuda.random(random, x_bytes, set))?;
-    let to = sets(to_bytes, weights.len(), |_| cuda.room(to_bytes))?;
-    let product = |set: usize| {
-        let operands = [&weights[set], &x[set % x.len()], &to[set % to.len()]];
-        Cuda::library_product(precision, [m, n, k], operands)
+    let to = sets(to_bytes, weights.len(), |_| cuda.gpu().alloc(to_bytes))?;
+    let operand = |memory, stride, transposed| Operand { memory, stride, transposed };
+    // Column-major: `y^T = w x^T`.
+    let product = |set: usize| CublasProduct {
+        m: n,
+        n: m,
+        k,
+        a: operand((&weights[set]).into(), k, true),
+        b: operand((&x[set % x.len()]).into(), k, false),
+        c: operand((&to[set % to.len()]).into(), n, false),
+        add: false,
+        precision,
     };
-    let plan = cuda.library_plan(&product(0), CHOICES)?;
+    let products = cuda.products();
+    let plan = products.plan(&product(0), CHOICES)?;
     timer.fastest(plan.choices(), weights.len(), |choice, set| {
-        cuda.run_library(&product(set), &plan, choice)
+        products.run_choice(&product(set), &plan, choice)
     })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::bench::GEMM_MODELS;
-
-    fn settings() -> GemmSettings {
-        GemmSettings {
-            models: vec![GEMM_MODELS[0]],
-            tokens: vec![1, 64],
-            group_size: 128,
-            outliers: 128,
-            codebook: Codebook::Int,
-            bits: 4,
-            act_bits: 4,
-        }
-    }
-
-    #[test]
-    fn the_least_bytes_are_codes_scales_outliers_and_results() {
-        let (site, weights) = settings().formats(4096).unwrap();
-        let bytes = least_bytes(&site, &weights, Product { m: 3, n: 100, k: 4096 });
-        // 31 groups of 64 bytes and a scale, 128 outliers and theirs.
-        let row = 31 * (64 + 2) + 128 + 2;
-        assert_eq!(bytes, 103 * row + 2 * 300);
-        let wide = GemmSettings { bits: 8, outliers: 0, ..settings() };
-        let (site, weights) = wide.formats(4096).unwrap();
-        assert_eq!(least_bytes(&site, &weights, Product { m: 0, n: 1, k: 4096 }), 4096 + 64);
-    }
-
-    #[test]
-    fn formats_that_there_are_not_are_wrong_usage() {
-        for (wrong, part) in [
-            (GemmSettings { bits: 5, ..settings() }, "5 bits"),
-            (GemmSettings { bits: 3, act_bits: 16, ..settings() }, "16 bits"),
-            (GemmSettings { group_size: 17, ..settings() }, "17"),
-            (GemmSettings { outliers: 4096, ..settings() }, "leave nothing"),
-        ] {
-            let error = wrong.formats(4096).unwrap_err();
-            assert_eq!(error.kind(), crate::Kind::Usage);
-            assert!(error.message().contains(part), "{error}");
-        }
-        let fp4 = GemmSettings { codebook: Codebook::Fp4, act_bits: 8, ..settings() };
-        let (site, weights) = fp4.formats(4096).unwrap();
-        assert_eq!(
-            (site.row.numbers.codebook, weights.row.numbers.codebook),
-            (Codebook::Int, Codebook::Fp4)
-        );
-    }
-
-    #[test]
-    fn ratios_are_of_times_and_a_chart_has_a_line_a_linear() {
-        let times = |m, ours| Times {
-            product: Product { m, n: 1000, k: 500 },
-            ours,
-            library: [Some(4e-6), None, Some(1e-6)],
-            read: Some(1e-6),
-        };
-        let rows: Vec<GemmRow> = [("a", 1, 2e-6), ("a", 2, 1e-6), ("b", 1, 4e-6)]
-            .map(|(name, m, ours)| times(m, ours).row(name))
-            .into();
-        assert_eq!((rows[0].us, rows[0].vs_fp16, rows[0].vs_int8), (2.0, Some(2.0), None));
-        assert_eq!((rows[0].vs_fp8, rows[0].read_share), (Some(0.5), Some(0.5)));
-        assert!((rows[0].tflops - 0.5).abs() < 1e-9);
-        let facts = [("format".to_owned(), json!("w4a4"))].into_iter().collect();
-        let outcome = GemmOutcome { rows, facts };
-        assert_eq!(outcome.outcome().rows.len(), 3);
-        assert_eq!(outcome.chart().svg().matches("<polyline").count(), 2);
-    }
-
-    #[test]
-    fn products_are_measured_beside_their_baselines() {
-        let test = "products_are_measured_beside_their_baselines";
-        let Some(cuda) = crate::backend::cuda::device_of_tests(test) else { return };
-        let linears: &[(&str, usize, usize)] = &[("small", 512, 320)];
-        let models = vec![GemmModel { name: "test", linears }];
-        for (codebook, act_bits, outliers) in [(Codebook::Int, 4, 64), (Codebook::Fp4, 8, 0)] {
-            let settings = GemmSettings {
-                models: models.clone(),
-                group_size: 64,
-                codebook,
-                act_bits,
-                outliers,
-                ..settings()
-            };
-            let outcome = gemm(&cuda, &settings, &crate::progress::Silent).unwrap();
-            assert_eq!(outcome.rows.len(), 2);
-            for row in &outcome.rows {
-                assert!(
-                    row.us > 0.0 && row.vs_fp16.is_some() && row.read_share.is_some(),
-                    "{row:?}"
-                );
-            }
-        }
-    }
-}
+#[path = "gemm_tests.rs"]
+mod tests;

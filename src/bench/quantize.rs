@@ -1,5 +1,5 @@
-/*! `atom bench quantize`: the whole pipeline on a synthetic checkpoint, from files to a file, and each
-stage beside what the device does with a block's products alone. */
+/*! `atom bench quantize`: the entire pipeline on a synthetic checkpoint, from files to a file, and each
+stage compared with what the device does with a block's products alone. */
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -39,7 +39,7 @@ impl KernelTimes for Cpu {
 
 impl KernelTimes for Cuda {
     fn kernel_seconds(&self) -> Vec<(String, f64)> {
-        self.kernel_seconds()
+        self.gpu().kernel_seconds()
     }
 }
 
@@ -110,8 +110,8 @@ pub fn quantize<B: Backend + KernelTimes>(
     }
     figures.push(figure("seconds a block", json!(outcome.seconds / blocks)));
     if known.blocks != architecture.blocks {
-        let whole = outcome.seconds / blocks * known.blocks as f64;
-        figures.push(figure(&format!("seconds a block x {}", known.blocks), json!(whole)));
+        let total = outcome.seconds / blocks * known.blocks as f64;
+        figures.push(figure(&format!("seconds a block x {}", known.blocks), json!(total)));
     }
     figures.extend(sizes(&outcome).map(|(name, value)| figure(name, value)));
     figures.extend(evaluation(backend, &source, model, rate, progress)?);
@@ -204,18 +204,18 @@ fn stage_operations(
             // Attention's outputs, and those of an MLP that is no expert.
             let mlp_channels = if sparse { 0 } else { sites[MLP_ACT].channels };
             let added = (sites[ATTN_OUT].channels + mlp_channels) as f64;
-            let drift = if corrected { 2.0 * squares + 2.0 * hidden * added } else { 0.0 };
+            let correction = if corrected { 2.0 * squares + 2.0 * hidden * added } else { 0.0 };
             let source = if sparse { 0.0 } else { (blocks - 1.0) * tokens * mlp_act };
-            Some(blocks * tokens * (both + squares + drift) + source)
+            Some(blocks * tokens * (both + squares + correction) + source)
         }
         "hessians" => Some(blocks * tokens * (pass - mlp_act + squares)),
         "gptq" => {
             let site = |site: &SiteSpec| {
                 let rows: usize = site.linears.iter().map(|linear| linear.rows).sum();
                 let n = site.channels as f64;
-                // The factor, the sweep, and the quadratic form of the weights; the drift's product and solution.
-                let drift = if corrected { 4.0 } else { 0.0 };
-                n.powi(3) / 3.0 + (3.0 + drift) * rows as f64 * n * n
+                // The factor, the sweep, and the quadratic form of the weights; the accumulated error's product and solution.
+                let correction = if corrected { 4.0 } else { 0.0 };
+                n.powi(3) / 3.0 + (3.0 + correction) * rows as f64 * n * n
             };
             Some(blocks * sites.iter().map(site).sum::<f64>())
         }

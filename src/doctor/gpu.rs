@@ -92,7 +92,7 @@ fn opened(device: &Device, memory_bytes: Option<u64>, lacking: Status) -> Vec<Ch
     let detail = format!(
         "{}, {} {may}; codes of 4 bits by {}",
         described(device),
-        units::bytes(cuda.limit_bytes()),
+        units::bytes(cuda.gpu().limit_bytes()),
         cuda.multiplies_by()
     );
     vec![Check::ok(&name, detail), arithmetic::on_gpu(&name, &cuda)]

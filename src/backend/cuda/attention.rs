@@ -67,7 +67,7 @@ impl Cuda {
         let AttentionSpec { head_dim, seq_len, ref kv, .. } = *spec;
         if head_dim > WIDEST_HEAD {
             return Err(Error::machine(format!(
-                "attention on a GPU knows heads of up to {WIDEST_HEAD} channels, not {head_dim}"
+                "attention on a GPU supports heads of up to {WIDEST_HEAD} channels, not {head_dim}"
             ))
             .hint("run with --device cpu"));
         }

@@ -2,7 +2,7 @@
 sequence attends to them (cache.cu, decode.cu; pages.cuh has the layout).
 
 A page holds [`PAGE_TOKENS`] tokens of all key and value heads of one layer; a table names the pages of each sequence. Keys
-are held behind the rotary embedding: keys that a recipe quantizes before it would have to be embedded again whenever
+are held after the rotary embedding: keys that a recipe quantizes before it would have to be embedded again whenever
 they are read, so such recipes are refused. */
 
 use super::Cuda;
@@ -17,12 +17,13 @@ use crate::{Error, Result};
 /// Keys and values of some sequences in one layer.
 pub struct PagedCache {
     spec: AttentionSpec,
-    /// What is taken from the embedded keys, `[1, kv_heads * head_dim]`.
+    /// What is subtracted from the embedded keys, `[1, kv_heads * head_dim]`.
     key_mean: Option<Hidden>,
     cos: Buffer,
     sin: Buffer,
-    /// `[pages, kv_heads, page_bytes]`.
+    /// `[pool_pages, kv_heads, page_bytes]`.
     pool: Buffer,
+    pool_pages: usize,
     /// Pages that no sequence has, the next one last.
     free: Vec<i32>,
     /// `[sequences, pages_each]`, on the host and on the device.
@@ -70,7 +71,7 @@ impl PagedCache {
         self.pool.download(first..first + bytes)
     }
 
-    /// Leaves sequences whole, however long they are.
+    /// Leaves sequences in one split, however long they are.
     #[cfg(test)]
     pub(super) fn unsplit(&mut self) {
         self.plan = Plan { splits: 1, split_pages: self.pages_each, ..self.plan };
@@ -83,7 +84,7 @@ impl PagedCache {
 }
 
 impl Cuda {
-    /// An empty cache of `pages` pages for `sequences` sequences of up to `spec.seq_len` tokens. `key_mean` is taken from the
+    /// An empty cache of `pages` pages for `sequences` sequences of up to `spec.seq_len` tokens. `key_mean` is subtracted from the
     /// embedded keys where the format says so.
     ///
     /// # Errors
@@ -104,7 +105,7 @@ impl Cuda {
         }
         if kv.is_quantized() && !kv.after_rope {
             return Err(refused(
-                "the paged cache holds keys behind the rotary embedding, but the recipe quantizes them before it".to_owned(),
+                "the paged cache holds keys after the rotary embedding, but the recipe quantizes them before it".to_owned(),
             ));
         }
         if kv.is_quantized() && kv.bits > 4 {
@@ -115,7 +116,7 @@ impl Cuda {
         }
         if spec.sliding_window.is_some_and(|reach| reach < seq_len) {
             return Err(refused(
-                "the paged cache is read whole, without a sliding window".to_owned(),
+                "the paged cache is read entirely, without a sliding window".to_owned(),
             ));
         }
         assert!(heads.is_multiple_of(kv_heads) && kv.is_centered() == key_mean.is_some());
@@ -135,6 +136,7 @@ impl Cuda {
             cos: self.gpu.upload(&spec.cos)?,
             sin: self.gpu.upload(&spec.sin)?,
             pool: self.gpu.alloc(pool_bytes)?,
+            pool_pages: pages,
             free: (0..i32::try_from(pages).expect("pages are counted in 31 bits")).rev().collect(),
             table: vec![0; sequences * pages_each],
             device_table: self.gpu.zeros(4 * sequences * pages_each)?,
@@ -223,6 +225,8 @@ impl Cuda {
             kv_heads,
             clip: kv.clip,
             pages: Pages { kv_bits, ..cache.program.pages },
+            seq_len,
+            pool_pages: cache.pool_pages,
             sequences: added.len(),
             tokens,
             touched_pages: most,
@@ -230,7 +234,7 @@ impl Cuda {
         self.plan_decode(cache)
     }
 
-    /// Divides the work anew for sequences as long as they are now.
+    /// Divides the work again for sequences as long as they are now.
     fn plan_decode(&self, cache: &mut PagedCache) -> Result<()> {
         let units = cache.lengths.len() * cache.head_tiles();
         let longest = cache.lengths.iter().max().map_or(0, |tokens| tokens.div_ceil(PAGE_TOKENS));
@@ -252,7 +256,7 @@ impl Cuda {
 
     /// The same into a tensor that is there.
     pub fn decode_into(&self, cache: &PagedCache, q: &Activation, out: &Activation) -> Result<()> {
-        let AttentionSpec { heads, kv_heads, head_dim, .. } = cache.spec;
+        let AttentionSpec { heads, kv_heads, head_dim, seq_len, .. } = cache.spec;
         let sequences = cache.lengths.len();
         assert!(q.rows == sequences && q.columns == heads * head_dim);
         assert!(out.rows == q.rows && out.columns == q.columns);
@@ -275,6 +279,8 @@ impl Cuda {
             stages,
             scale: 1.0 / (head_dim as f32).sqrt(),
             program: cache.program,
+            seq_len,
+            pool_pages: cache.pool_pages,
             sequences,
             head_tiles: cache.head_tiles(),
             splits,
@@ -304,7 +310,7 @@ impl Plan {
                 continue;
             }
             let blocks = units * splits;
-            let waves = blocks.div_ceil(multiprocessors * program.resident);
+            let waves = blocks.div_ceil(multiprocessors * program.blocks_per_sm);
             let bytes = blocks.div_ceil(multiprocessors) * own * program.pages.bytes();
             let join = if splits > 1 { JOIN_US + JOIN_SPLIT_US * splits as f64 } else { 0.0 };
             let us = bytes as f64 / READ_BYTES + waves as f64 * WAVE_US + join;
@@ -313,7 +319,7 @@ impl Plan {
             }
         }
         let (_, splits, split_pages) = best.expect("one split is always possible");
-        let room = program.shared_bytes / program.resident;
+        let room = program.shared_bytes / program.blocks_per_sm;
         let stages =
             if program.bulk { (room / program.stage_bytes()).clamp(1, MOST_STAGES) } else { 2 };
         Self { splits, split_pages, stages }

@@ -1,5 +1,5 @@
-//! The paged cache beside the CPU: its codes are those of `quant::kv`, and what a last token attends to is what
-//! attention over a whole window gives it. Fresh device memory is NaN, so unused parts of pages are as well.
+//! The paged cache compared with the CPU: its codes are those of `quant::kv`, and what a last token attends to is what
+//! attention over an entire window computes. Fresh device memory is NaN, so unused parts of pages are as well.
 
 use half::f16;
 
@@ -36,7 +36,7 @@ fn spec(
     }
 }
 
-/// Rows of the sequences' tokens `from..to`, one sequence behind the other.
+/// Rows of the sequences' tokens `from..to`, one sequence after the other.
 fn rows(sequences: &[Matrix], parts: &[(usize, usize)]) -> Matrix {
     let columns = sequences[0].columns;
     let part = |(sequence, (from, to)): (&Matrix, &(usize, usize))| {
@@ -46,8 +46,8 @@ fn rows(sequences: &[Matrix], parts: &[(usize, usize)]) -> Matrix {
     Matrix { rows: data.len() / columns, columns, data }
 }
 
-/// The word that holds a token's channel of a page's keys or values, and its place in the word, by the layout in pages.cuh.
-fn place(head_dim: usize, values: bool, token: usize, channel: usize) -> (usize, usize) {
+/// The word that holds a token's channel of a page's keys or values, and its part of the word, by the layout in pages.cuh.
+fn word_and_part(head_dim: usize, values: bool, token: usize, channel: usize) -> (usize, usize) {
     let (row, column) = if values { (channel % 16, token) } else { (token, channel % 16) };
     let lane = row % 8 * 4 + column % 8 / 2;
     let part = column % 2 * 4 + column / 8 * 2 + row / 8;
@@ -60,7 +60,7 @@ fn place(head_dim: usize, values: bool, token: usize, channel: usize) -> (usize,
 fn codes_of(page: &[u8], head_dim: usize, values: bool, token: usize) -> (Vec<u8>, f32, u8) {
     let side = 8 * head_dim;
     let code = |channel| {
-        let (word, part) = place(head_dim, values, token, channel);
+        let (word, part) = word_and_part(head_dim, values, token, channel);
         let byte = page[usize::from(values) * side + 4 * word + part / 2];
         if part % 2 == 0 { byte & 15 } else { byte >> 4 }
     };
@@ -113,7 +113,7 @@ fn codes_are_those_of_the_cpu_and_decoding_is_its_attention() {
             let on_device = mean.clone().map(|mean| cuda.upload(mean).unwrap());
             let mut cache = cuda.paged_cache(&spec, lengths.len(), 40, on_device).unwrap();
             // Most, then some, then the last tokens, one at a time.
-            let upto = |share: usize| lengths.map(|length| (length * share / 3).min(length - 1));
+            let upto = |thirds: usize| lengths.map(|length| (length * thirds / 3).min(length - 1));
             let stops = [[0; 5], upto(1), upto(2), upto(3), lengths];
             for stop in stops.windows(2) {
                 let parts: Vec<(usize, usize)> = stop[0].into_iter().zip(stop[1]).collect();
@@ -188,7 +188,7 @@ fn a_long_sequence_gives_the_same_in_one_part_as_in_many() {
         return;
     };
     let mut random = Random(13);
-    // More than 32 pages a warp where it is in one part, and not whole groups of them.
+    // More than 32 pages a warp where it is in one part, and not entire groups of them.
     let length = 5003;
     for (heads, format) in [(8, INT4), (2, INT4), (8, KvFormat::FULL), (2, KvFormat::FULL)] {
         let spec = spec(heads, 2, 64, length, format);

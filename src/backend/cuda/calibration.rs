@@ -1,4 +1,5 @@
-//! Sums over calibration tokens. The larger ones stand in files of their own, under the same names.
+//! Gram matrices, cross-covariances and other sums over calibration tokens. The larger operations stand in files of their
+//! own, under the same names.
 
 use super::Cuda;
 use super::gpu::Buffer;
@@ -42,40 +43,42 @@ impl Calibration for Cuda {
     }
 
     fn difference(&self, x: &Activation, y: &Activation) -> Result<Activation> {
-        let shapes = [x, y].map(|x| [x.rows, x.columns]);
-        self.subtracted(Float::Half, [x.half(), y.half()], shapes)
+        let [x, y] = [x, y].map(|x| Values { buffer: x.half(), rows: x.rows, columns: x.columns });
+        self.subtracted(Float::Half, x, y)
     }
 
     fn hidden_difference(&self, x: &Hidden, y: &Hidden) -> Result<Activation> {
-        let shapes = [x, y].map(|x| [x.rows, x.columns]);
-        self.subtracted(Float::Single, [x.float(), y.float()], shapes)
+        let [x, y] = [x, y].map(|x| Values { buffer: x.float(), rows: x.rows, columns: x.columns });
+        self.subtracted(Float::Single, x, y)
     }
 
     fn scale_rows(&self, x: &mut Activation, weights: &[f32]) -> Result<()> {
-        let shares = self.gpu.upload(weights)?;
+        let weights = self.gpu.upload(weights)?;
         self.kernels.launch(&ScaleRows {
             x: x.half().into(),
-            weights: (&shares).into(),
+            weights: (&weights).into(),
             n: x.columns,
             rows: x.rows,
         })
     }
 }
 
+/// A tensor's values, of either type.
+struct Values<'a> {
+    buffer: &'a Buffer,
+    rows: usize,
+    columns: usize,
+}
+
 impl Cuda {
-    /// The first less the second, in f16.
-    fn subtracted(
-        &self,
-        element: Float,
-        [left, right]: [&Buffer; 2],
-        [shape, other]: [[usize; 2]; 2],
-    ) -> Result<Activation> {
-        assert_eq!(shape, other, "the difference of unlike tensors");
-        let [rows, columns] = shape;
+    /// `x - y`, in f16.
+    fn subtracted(&self, element: Float, x: Values<'_>, y: Values<'_>) -> Result<Activation> {
+        let Values { rows, columns, .. } = x;
+        assert_eq!((rows, columns), (y.rows, y.columns), "the difference of unlike tensors");
         let to = self.half(rows, columns)?;
         self.kernels.launch(&Difference {
-            x: left.into(),
-            y: right.into(),
+            x: x.buffer.into(),
+            y: y.buffer.into(),
             count: (rows * columns) as i64,
             to: to.half().into(),
             element,

@@ -33,14 +33,14 @@ impl Compiler {
     /// The compiler for a device, with the user's cache.
     ///
     /// # Errors
-    /// A machine error if NVRTC is not there, does not know the device, or makes code that the
+    /// A machine error if NVRTC is not there, does not support the device, or makes code that the
     /// device's driver cannot load.
     pub fn for_device(device: &Device) -> Result<Self> {
         let version = libraries::nvrtc()?;
         libraries::loads(device.driver, version)?;
         let Some(architecture) = architecture(device.capability, &supported()?) else {
             return Err(Error::machine(format!(
-                "NVRTC {version} does not know {} of compute capability {}",
+                "NVRTC {version} does not support {} of compute capability {}",
                 device.name, device.capability
             ))
             .hint("install a newer NVRTC, or run with --device cpu"));
@@ -90,7 +90,7 @@ impl Compiler {
         Ok(cubin)
     }
 
-    /// Machine code of `source` and the compiler's log, which tells each kernel's registers, stack
+    /// Machine code of `source` and the compiler's log, which reports each kernel's registers, stack
     /// and spills. The cache is neither read nor written.
     ///
     /// # Errors
@@ -120,7 +120,7 @@ impl Compiler {
             Ok(()) => {}
             Err(nvrtcResult::NVRTC_ERROR_BUILTIN_OPERATION_FAILURE) => {
                 return Err(Error::machine(log.trim_end())
-                    .context(format!("NVRTC {} is not whole", self.version))
+                    .context(format!("NVRTC {} is incomplete", self.version))
                     .hint(format!(
                         "name the directory that holds libnvrtc and libnvrtc-builtins in {}",
                         libraries::VARIABLE
@@ -174,10 +174,10 @@ fn architecture(capability: Version, supported: &[i32]) -> Option<String> {
     Some(format!("sm_{chosen}{alone}"))
 }
 
-/// Architectures that NVRTC knows: 90 is `sm_90`.
+/// Architectures that NVRTC supports: 90 is `sm_90`.
 fn supported() -> Result<Vec<i32>> {
     let failed = |code: nvrtcResult| {
-        Error::machine(format!("NVRTC does not tell what it compiles for: {code:?}"))
+        Error::machine(format!("NVRTC does not report what it compiles for: {code:?}"))
             .hint("install a newer NVRTC, or run with --device cpu")
     };
     let mut count = 0;
@@ -191,7 +191,7 @@ fn supported() -> Result<Vec<i32>> {
     }
 }
 
-/// A program of NVRTC's, given back when dropped.
+/// A program of NVRTC's, destroyed when dropped.
 struct Program(sys::nvrtcProgram);
 
 impl Program {
@@ -223,7 +223,7 @@ impl Program {
         self.read(sys::nvrtcGetCUBINSize, sys::nvrtcGetCUBIN)
     }
 
-    /// What a pair of calls gives: the size of a buffer, then its content.
+    /// What a pair of calls returns: the size of a buffer, then its content.
     fn read(
         &self,
         size: unsafe fn(sys::nvrtcProgram, *mut usize) -> nvrtcResult,
@@ -266,7 +266,7 @@ fn read_cached(path: &Path) -> Option<Vec<u8>> {
     (Sha256::digest(&cubin)[..] == bytes[..]).then_some(cubin)
 }
 
-/// Writes a cubin, after its SHA-256, whole or not at all: another process may read it meanwhile.
+/// Writes a cubin, after its SHA-256, entirely or not at all: another process may read it meanwhile.
 fn write_cached(directory: &Path, path: &Path, cubin: &[u8]) -> std::io::Result<()> {
     use std::io::Write;
     fs::create_dir_all(directory)?;

@@ -89,9 +89,9 @@ fn an_error_shows_the_compilers_log() {
 }
 
 #[test]
-fn the_log_tells_of_registers_and_spills() {
-    let Some((compiler, _home)) = compiler("the_log_tells_of_registers_and_spills") else { return };
-    // A program that was never compiled: NVRTC may know one again, even from an earlier run, and then tells nothing.
+fn the_log_reports_registers_and_spills() {
+    let Some((compiler, _home)) = compiler("the_log_reports_registers_and_spills") else { return };
+    // A program that was never compiled: NVRTC may recognize one, even from an earlier run, and then reports nothing.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos();
     let (_, log) = compiler.compile("scale", SOURCE, &factor(&format!("{now}.0f"))).unwrap();
     assert!(log.contains("0 bytes spill stores") && log.contains("registers"), "{log}");

@@ -1,6 +1,7 @@
-/*! What kernels find wrong with activations: written to the host's memory, and looked at when the host waits anyway.
+/*! Deferred error flags: what kernels find wrong with activations is written to the host's memory, which the host reads when it
+waits anyway.
 
-Asking after each kernel would leave the device idle until the host has the answer and gives it work again. */
+To synchronize after each kernel would leave the device idle until the host issues work again. */
 
 use std::sync::{Mutex, PoisonError};
 
@@ -71,15 +72,15 @@ impl DeferredErrors {
         std::mem::take(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner).pending)
     }
 
-    /// Gives back the flags of kernels that are done.
+    /// Resets the flags of kernels that are done, for reuse.
     ///
     /// # Errors
-    /// An input error that names the first site and row with a fault, if there is one.
+    /// An input error that names the first site and row with an error, if there is one.
     pub(super) fn settle(&self, done: Vec<Pending>) -> Result<()> {
         let mut first = Ok(());
         for Pending { flag, site } in &done {
             let at = self.flags.0.wrapping_add(*flag);
-            // SAFETY: the kernel that writes it is done; the device does not show in the program.
+            // SAFETY: the kernel that writes it is done; the compiler does not see the device's writes.
             let row = unsafe { at.read_volatile() };
             if row != NOTHING && first.is_ok() {
                 first = Err(Error::input(format!(

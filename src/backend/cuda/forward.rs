@@ -1,14 +1,15 @@
 //! A block's operations. The larger ones stand in files of their own, under the same names.
 
-use super::Cuda;
-use super::fused::Columns;
+use super::fused::{Columns, SiteCodes};
 use super::gpu::Buffer;
 use super::kernels::elementwise::{
-    Add, AddBias, AddRows, Embed, HeadNorm, RmsNorm, Select, SiluMul, SiluMulPermuted,
+    Add, AddBias, AddRows, Embed, QkNorm, RmsNorm, Select, SiluMul, SiluMulPermuted,
 };
 use super::kernels::{Float, product};
 use super::product::Precision;
+use super::quantize::{PermutedRows, SourceRows};
 use super::tensor::{Activation, Dense, Form, Hidden, Layout, Packed, Rows, Site, Slots, Weight};
+use super::{Cuda, Part};
 use crate::Result;
 use crate::backend::{AttentionSpec, Forward, Placement, Qkv};
 
@@ -20,6 +21,7 @@ impl Forward for Cuda {
 
     fn embed(&self, table: &Weight, tokens: &[u32]) -> Result<Hidden> {
         let (rows, columns) = (tokens.len(), table.columns);
+        check_rows(tokens, table.rows);
         let y = self.gpu.alloc(4 * rows * columns)?;
         let tokens = self.gpu.upload(tokens)?;
         self.kernels.launch(&Embed {
@@ -36,13 +38,15 @@ impl Forward for Cuda {
 
     fn select_hidden(&self, x: &Hidden, rows: &[u32]) -> Result<Hidden> {
         let to = self.gpu.alloc(4 * rows.len() * x.columns)?;
-        self.select(Float::Single, x.float(), x.columns, rows, &to)?;
+        let from = SourceRows { values: x.float().into(), element: Float::Single, rows: x.rows };
+        self.select(from, x.columns, rows, &to)?;
         Ok(Hidden::new(rows.len(), x.columns, to))
     }
 
     fn select_rows(&self, x: &Activation, rows: &[u32]) -> Result<Activation> {
         let to = self.half(rows.len(), x.columns)?;
-        self.select(Float::Half, x.half(), x.columns, rows, to.half())?;
+        let from = SourceRows { values: x.half().into(), element: Float::Half, rows: x.rows };
+        self.select(from, x.columns, rows, to.half())?;
         Ok(to)
     }
 
@@ -61,7 +65,7 @@ impl Forward for Cuda {
 
     fn qk_norm(&self, x: &mut Activation, weight: &Hidden, epsilon: f32) -> Result<()> {
         let heads = x.count() / weight.columns;
-        self.kernels.launch(&HeadNorm {
+        self.kernels.launch(&QkNorm {
             x: x.half().into(),
             weight: weight.float().into(),
             heads,
@@ -112,8 +116,9 @@ impl Forward for Cuda {
 
     fn permute(&self, x: &Activation, site: &Site) -> Result<Activation> {
         let y = self.half(x.rows, site.format.width())?;
-        let (from, to) = ((x.half().into(), Float::Half), (y.half().into(), Float::Half));
-        self.permute_rows(from, x.rows, site, to)?;
+        let element = Float::Half;
+        let from = SourceRows { values: x.half().into(), element, rows: x.rows };
+        self.permute_rows(from, site, PermutedRows { values: y.half().into(), element })?;
         Ok(y)
     }
 
@@ -129,8 +134,9 @@ impl Forward for Cuda {
         site: &Site,
         name: &str,
     ) -> Result<Rows> {
+        let codes = SiteCodes { site, layout: Layout::Tiled, name };
         if self.takes_tiles(&site.format.row)
-            && let Some(rows) = self.norm_rows(x, weight, epsilon, site, Layout::Tiled, name)?
+            && let Some(rows) = self.norm_rows(x, weight, epsilon, codes)?
         {
             return Ok(rows);
         }
@@ -145,8 +151,9 @@ impl Forward for Cuda {
         name: &str,
     ) -> Result<Rows> {
         let columns = if gate.slots.is_some() { Columns::Slots } else { Columns::Channels };
+        let codes = SiteCodes { site, layout: Layout::Tiled, name };
         if self.takes_tiles(&site.format.row)
-            && let Some(rows) = self.silu_rows(&gate, up, columns, site, Layout::Tiled, name)?
+            && let Some(rows) = self.silu_rows(&gate, up, columns, codes)?
         {
             return Ok(rows);
         }
@@ -159,12 +166,12 @@ impl Forward for Cuda {
 
     fn product(&self, x: &Activation, weight: &Dense) -> Result<Activation> {
         let y = self.half(x.rows, weight.rows)?;
-        self.multiply(x, weight, y.half(), Precision::HalfToHalf, false)?;
+        self.multiply(Part::all(x), weight, y.half(), Precision::HalfToHalf, false)?;
         Ok(y)
     }
 
     fn add_product(&self, x: &mut Hidden, y: &Activation, weight: &Dense) -> Result<()> {
-        self.multiply(y, weight, x.float(), Precision::HalfToFloat, true)
+        self.multiply(Part::all(y), weight, x.float(), Precision::HalfToFloat, true)
     }
 
     fn integer_product(&self, x: &Rows, weight: &Packed) -> Result<Activation> {
@@ -174,9 +181,9 @@ impl Forward for Cuda {
     }
 
     fn add_integer_product(&self, x: &mut Hidden, y: &Rows, weight: &Packed) -> Result<()> {
-        // The other product's kernel has no such sum.
+        // Only the product of prefill adds to what is there.
         if let (Form::Blocks(blocks), Layout::Tiled) = (&weight.form, y.layout)
-            && product::is_for_many(y.tokens)
+            && product::is_prefill(y.tokens)
         {
             return self.tiled_product(y, blocks, weight.rows, x.float(), product::Output::Added);
         }
@@ -208,13 +215,15 @@ impl Forward for Cuda {
         rows: &[u32],
         weights: &[f32],
     ) -> Result<()> {
-        let (of, shares) = (self.gpu.upload(rows)?, self.gpu.upload(weights)?);
+        check_rows(rows, x.rows);
+        let (targets, weights) = (self.gpu.upload(rows)?, self.gpu.upload(weights)?);
         self.kernels.launch(&AddRows {
             x: x.float().into(),
             y: y.half().into(),
-            rows: (&of).into(),
-            weights: (&shares).into(),
+            rows: (&targets).into(),
+            weights: (&weights).into(),
             n: x.columns,
+            target_rows: x.rows,
             count: rows.len(),
         })
     }
@@ -224,20 +233,27 @@ impl Cuda {
     /// The rows of `from` that `rows` names.
     fn select(
         &self,
-        element: Float,
-        from: &Buffer,
+        from: SourceRows<'_>,
         columns: usize,
         rows: &[u32],
         to: &Buffer,
     ) -> Result<()> {
+        check_rows(rows, from.rows);
         let named = self.gpu.upload(rows)?;
         self.kernels.launch(&Select {
-            x: from.into(),
+            x: from.values,
             rows: (&named).into(),
             columns,
             y: to.into(),
-            element,
+            element: from.element,
+            source_rows: from.rows,
             count: rows.len(),
         })
     }
+}
+
+/// Kernels take rows as they are named.
+fn check_rows(rows: &[u32], count: usize) {
+    let last = rows.iter().max();
+    assert!(last.is_none_or(|last| (*last as usize) < count), "row {last:?} of {count}");
 }

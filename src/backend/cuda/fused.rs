@@ -1,4 +1,4 @@
-/*! From a norm, from gate and up, or from what attention gives to codes: one kernel each, the CPU's bits. */
+/*! Codes of a norm, of gate and up, or of attention's output: one kernel each, the CPU's bits. */
 
 use super::Cuda;
 use super::gpu::Buffer;
@@ -23,6 +23,14 @@ pub(super) enum Columns {
     Channels,
     /// Slots of the site's order, padding and outliers included: the weights' rows were permuted.
     Slots,
+}
+
+/// Codes to be made: of which site, by its name in errors, and how they lie.
+#[derive(Clone, Copy)]
+pub(super) struct SiteCodes<'a> {
+    pub(super) site: &'a Site,
+    pub(super) layout: Layout,
+    pub(super) name: &'a str,
 }
 
 /// What a row becomes codes from.
@@ -51,7 +59,7 @@ fn panels(format: &RowFormat) -> [usize; 2] {
     [format.grouped_channels(), format.outlier_channels].map(|slots| slots.div_ceil(PANEL))
 }
 
-/// One value a place: `of` a channel, or `none`.
+/// One value a slot: `of` a channel, or `none`.
 fn by_slots<T: Copy>(format: &SiteFormat, none: T, of: impl Fn(usize) -> T) -> Vec<T> {
     let [grouped, outliers] = panels(&format.row);
     let mut values = vec![none; (grouped + outliers) * PANEL];
@@ -67,7 +75,7 @@ fn by_slots<T: Copy>(format: &SiteFormat, none: T, of: impl Fn(usize) -> T) -> V
 }
 
 impl Cuda {
-    /// A site's order in whole panels; none where its codes are not made here.
+    /// A site's order in entire panels; none where its codes are not made here.
     pub(super) fn slots(&self, format: &SiteFormat) -> Result<Option<Buffer>> {
         if !supports(&format.row) {
             return Ok(None);
@@ -76,7 +84,7 @@ impl Cuda {
         self.gpu.upload(&slots).map(Some)
     }
 
-    /// A norm's weight `[1, channels]` for a site behind it.
+    /// A norm's weight `[1, channels]` for the site after it.
     fn norm_weight(&self, weight: &Hidden, site: &Site) -> Result<NormWeight> {
         let channels = weight.float().download::<f32>(0..4 * weight.count())?;
         let slots = by_slots(&site.format, 0.0, |channel| channels[channel]);
@@ -90,10 +98,9 @@ impl Cuda {
         x: &Hidden,
         weight: &Hidden,
         epsilon: f32,
-        site: &Site,
-        layout: Layout,
-        name: &str,
+        codes: SiteCodes<'_>,
     ) -> Result<Option<Rows>> {
+        let site = codes.site;
         if site.norm.get().is_none() {
             // Another thread may have been faster; both have the same.
             let _ = site.norm.set(self.norm_weight(weight, site)?);
@@ -102,22 +109,16 @@ impl Cuda {
         let columns = Columns::Channels;
         let (rows, width) = (x.rows, x.columns);
         let source = Source { kind: Kind::Norm, rows, width, values, other, epsilon, columns };
-        self.fused_quantize(&source, site, layout, name)
+        self.fused_quantize(&source, codes)
     }
 
     /// The codes of f16 rows; none as above.
-    pub(super) fn half_rows(
-        &self,
-        x: &Activation,
-        site: &Site,
-        layout: Layout,
-        name: &str,
-    ) -> Result<Option<Rows>> {
+    pub(super) fn half_rows(&self, x: &Activation, codes: SiteCodes<'_>) -> Result<Option<Rows>> {
         let (values, columns) = (x.half(), Columns::Channels);
         let (rows, width) = (x.rows, x.columns);
         let source =
             Source { kind: Kind::Half, rows, width, values, other: None, epsilon: 0.0, columns };
-        self.fused_quantize(&source, site, layout, name)
+        self.fused_quantize(&source, codes)
     }
 
     /// The codes of `silu(gate) * up`; none as above.
@@ -126,24 +127,20 @@ impl Cuda {
         gate: &Activation,
         up: &Activation,
         columns: Columns,
-        site: &Site,
-        layout: Layout,
-        name: &str,
+        codes: SiteCodes<'_>,
     ) -> Result<Option<Rows>> {
         assert_eq!((gate.rows, gate.columns), (up.rows, up.columns));
         assert_eq!(gate.slots.is_some(), up.slots.is_some());
         let (values, other) = (&gate.data, Some(&up.data));
         let (rows, width) = (gate.rows, gate.columns);
         let source = Source { kind: Kind::Silu, rows, width, values, other, epsilon: 0.0, columns };
-        self.fused_quantize(&source, site, layout, name)
+        self.fused_quantize(&source, codes)
     }
 
     fn fused_quantize(
         &self,
         source: &Source<'_>,
-        site: &Site,
-        layout: Layout,
-        name: &str,
+        SiteCodes { site, layout, name }: SiteCodes<'_>,
     ) -> Result<Option<Rows>> {
         let format = &site.format;
         let &Source { kind, rows: count, width, values, other, epsilon, columns } = source;

@@ -1,8 +1,8 @@
-//! Codes made in one kernel beside those of the CPU's separate steps, bit by bit, over odd shapes.
+//! Codes made in one kernel compared with those of the CPU's separate steps, bit by bit, over odd shapes.
 
 use half::f16;
 
-use super::fused::Columns;
+use super::fused::{Columns, SiteCodes};
 use super::tensor::{Activation, Layout, Rows, Site};
 use super::tests::{Random, device, site};
 use super::*;
@@ -15,7 +15,7 @@ use crate::quant::site::{PADDING, SiteFormat, Transform};
 
 const EPSILON: f32 = 1e-5;
 
-/// Sites that the kernels take: all groups, formats and widths of code, whole and partial panels.
+/// Sites that the kernels take: all groups, formats and widths of code, full and partial panels.
 fn sites(random: &mut Random) -> Vec<SiteFormat> {
     use Transform::{Hadamard, None};
     [
@@ -80,11 +80,11 @@ fn what(tokens: usize, format: &SiteFormat) -> String {
 }
 
 #[test]
-fn codes_behind_a_norm_are_the_cpus_bits() {
-    let Some(cuda) = device("codes_behind_a_norm_are_the_cpus_bits") else { return };
+fn codes_after_a_norm_are_the_cpus_bits() {
+    let Some(cuda) = device("codes_after_a_norm_are_the_cpus_bits") else { return };
     let cpu = Cpu::new().unwrap();
     let mut random = Random(21);
-    // Many rows go round the ring of stages; rows that are no whole quads are staged one by one.
+    // Many rows go round the ring of stages; rows that are no full quads are staged one by one.
     let more = [large(4096, 1700, &mut random), large(1102, 9, &mut random)];
     for (format, counts) in few(&mut random).chain(more) {
         for tokens in counts {
@@ -98,7 +98,7 @@ fn codes_behind_a_norm_are_the_cpus_bits() {
             let expected = cpu.quantize(&norm, &format, "").unwrap();
             let (x, weight) = (cuda.upload(x).unwrap(), cuda.upload(weight).unwrap());
             compare(&cuda, &format, &expected, &what(tokens, &format), |site, layout| {
-                cuda.norm_rows(&x, &weight, EPSILON, site, layout, "").unwrap()
+                cuda.norm_rows(&x, &weight, EPSILON, SiteCodes { site, layout, name: "" }).unwrap()
             });
         }
     }
@@ -117,7 +117,7 @@ fn codes_of_halves_are_the_cpus_bits() {
             let expected = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format, "").unwrap();
             let x = cuda.half_tensor(&x);
             compare(&cuda, &format, &expected, &what(tokens, &format), |site, layout| {
-                cuda.half_rows(&x, site, layout, "").unwrap()
+                cuda.half_rows(&x, SiteCodes { site, layout, name: "" }).unwrap()
             });
         }
     }
@@ -154,7 +154,8 @@ fn codes_of_gate_and_up_are_the_cpus_bits() {
                 });
                 let what = format!("{}, {columns:?}", what(tokens, &format));
                 compare(&cuda, &format, &expected, &what, |site, layout| {
-                    cuda.silu_rows(&gate, &up, columns, site, layout, "").unwrap()
+                    cuda.silu_rows(&gate, &up, columns, SiteCodes { site, layout, name: "" })
+                        .unwrap()
                 });
             }
         }
@@ -181,7 +182,7 @@ fn every_gate_has_the_cpus_bits() {
     let expected = cpu.quantize(&product.unwrap(), &format, "").unwrap();
     let (gate, up) = (cuda.half_tensor(&gate), cuda.half_tensor(&up));
     compare(&cuda, &format, &expected, "every gate", |site, layout| {
-        cuda.silu_rows(&gate, &up, Columns::Channels, site, layout, "").unwrap()
+        cuda.silu_rows(&gate, &up, Columns::Channels, SiteCodes { site, layout, name: "" }).unwrap()
     });
 }
 
@@ -202,18 +203,18 @@ fn the_first_row_that_is_not_sound_is_named() {
         }
         let (float, half) = (cuda.upload(x.clone()).unwrap(), cuda.half_tensor(&x));
         let up = cuda.half_tensor(&fine);
-        let check = |run: &dyn Fn(&str) -> Result<Option<Rows>>| {
-            run("this").unwrap().unwrap();
+        let codes = SiteCodes { site: &site, layout: Layout::Tiled, name: "this" };
+        let check = |run: &dyn Fn(SiteCodes<'_>) -> Result<Option<Rows>>| {
+            run(codes).unwrap().unwrap();
             let error = cuda.wait().err().unwrap();
             assert!(error.message().contains("of this: "), "{error}");
             assert!(error.message().contains("token 17 "), "{error}");
         };
-        let layout = Layout::Tiled;
-        check(&|name| cuda.norm_rows(&float, &weight, EPSILON, &site, layout, name));
-        check(&|name| cuda.half_rows(&half, &site, layout, name));
+        check(&|codes| cuda.norm_rows(&float, &weight, EPSILON, codes));
+        check(&|codes| cuda.half_rows(&half, codes));
         let columns = Columns::Channels;
-        check(&|name| cuda.silu_rows(&half, &up, columns, &site, layout, name));
-        check(&|name| cuda.silu_rows(&up, &half, columns, &site, layout, name));
+        check(&|codes| cuda.silu_rows(&half, &up, columns, codes));
+        check(&|codes| cuda.silu_rows(&up, &half, columns, codes));
     }
 }
 
@@ -228,6 +229,7 @@ fn what_the_kernels_do_not_take_is_left_to_others() {
         let format = site(1000, group, outliers, 4, Transform::None, outlier_format, &mut random);
         let site = cuda.site(&format).unwrap();
         let x: Activation = cuda.half_tensor(&random.activations(3, 1000));
-        assert!(cuda.half_rows(&x, &site, Layout::Tiled, "").unwrap().is_none());
+        let codes = SiteCodes { site: &site, layout: Layout::Tiled, name: "" };
+        assert!(cuda.half_rows(&x, codes).unwrap().is_none());
     }
 }

@@ -1,23 +1,23 @@
 /*! One GPU: its context, its streams, its memory.
 
-Work goes to one stream, `main`, in the order it is given; memory comes from the driver's pool in
+Work goes to one stream, `main`, in the order of the calls; memory comes from the driver's pool in
 that order too, so a buffer that is dropped can be reused by what comes after without waiting. Two
-more streams copy: `up` for weights that are read ahead, `down` for results that are written behind. */
+more streams copy: `up` for weights that are read ahead, `down` for results that are written back. */
+
+mod buffer;
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::mem::MaybeUninit;
-use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use cudarc::driver::result::{self, mem_pool};
-use cudarc::driver::sys::{
-    self, CUdevice_attribute, CUdeviceptr, CUmemPool_attribute, CUresult, CUstream,
-};
+use cudarc::driver::sys::{self, CUdevice_attribute, CUmemPool_attribute, CUresult, CUstream};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
-use rayon::prelude::*;
+
+pub(super) use buffer::PendingCopy;
+pub use buffer::{Buffer, Pinned};
 
 use super::deferred_errors::DeferredErrors;
 use super::driver_error::failed;
@@ -47,7 +47,7 @@ pub struct Gpu {
     trace: Option<Mutex<BTreeMap<String, f64>>>,
 }
 
-/// The environment variable that has every kernel timed. Each is waited for, so the whole is slower.
+/// The environment variable that has every kernel timed. Each is synchronized, so that all is slower.
 pub const TRACE_VARIABLE: &str = "ATOM_GPU_TRACE";
 
 /// The device's memory pool.
@@ -59,7 +59,7 @@ unsafe impl Send for Pool {}
 // SAFETY: as above.
 unsafe impl Sync for Pool {}
 
-/// A place in the main stream's work.
+/// A position in the main stream's work.
 pub struct Mark(CudaEvent);
 
 /// Which stream a copy goes to.
@@ -98,7 +98,7 @@ impl Gpu {
         // Memory stays in the pool until it is trimmed.
         let mut keep = u64::MAX;
         set(CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, (&raw mut keep).cast())?;
-        // Memory that kernels may still use is not given to a copy, which would wait for them.
+        // A copy does not reuse memory that kernels may still use: it would wait for them.
         let mut wait = 0i32;
         let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES;
         set(attribute, (&raw mut wait).cast())?;
@@ -159,7 +159,7 @@ impl Gpu {
         self.own(stream).cu_stream()
     }
 
-    /// Returns when all that a stream was given is done.
+    /// Returns when all work of a stream is done.
     ///
     /// # Errors
     /// The driver's; where kernels are done, an input error if one has found activations that are not finite.
@@ -167,14 +167,14 @@ impl Gpu {
         if stream != Stream::Main {
             return self.synchronize(stream);
         }
-        // What another thread asks for from now on may not be done when the stream is.
+        // What another thread issues from now on may not be done when the stream is.
         let done = self.deferred.take();
         self.synchronize(stream)?;
         self.deferred.settle(done)
     }
 
-    /// Where a kernel of the main stream that quantizes a site's activations says which row is not finite; who waits is
-    /// told.
+    /// Where a kernel of the main stream that quantizes a site's activations stores which row is not finite; [`wait`](Self::wait)
+    /// returns it as an error.
     pub(super) fn error_flag(&self, site: &str) -> Result<Out<'_, u32>> {
         loop {
             if let Some(flag) = self.deferred.flag(site) {
@@ -191,17 +191,17 @@ impl Gpu {
             .map_err(|error| failed("a kernel or copy", error))
     }
 
-    /// A mark behind all that the main stream was given so far.
+    /// A mark after all work of the main stream so far.
     pub fn mark(&self) -> Result<Mark> {
         self.main.record_event(None).map(Mark).map_err(|error| failed("cuEventRecord", error))
     }
 
-    /// What `stream` is given from now on comes after the mark.
+    /// Work of `stream` from now on comes after the mark.
     pub fn after(&self, mark: &Mark, stream: Stream) -> Result<()> {
         self.own(stream).wait(&mark.0).map_err(|error| failed("cuStreamWaitEvent", error))
     }
 
-    /// Gives work to the main stream; where kernels are timed, waits for it and books its seconds.
+    /// Issues work to the main stream; where kernels are timed, waits for it and adds its seconds.
     pub fn traced(
         &self,
         name: impl FnOnce() -> String,
@@ -217,7 +217,7 @@ impl Gpu {
         Ok(())
     }
 
-    /// Whether every kernel is waited for.
+    /// Whether every kernel is synchronized.
     pub(super) fn is_traced(&self) -> bool {
         self.trace.is_some()
     }
@@ -257,7 +257,7 @@ impl Gpu {
         } else {
             // SAFETY: the stream is alive.
             unsafe { result::malloc_async(self.stream(stream), bytes) }.or_else(|_| {
-                // Memory that other sizes have left in the pool may do when it is whole again.
+                // Memory that other sizes have left in the pool may suffice in one piece.
                 self.trim();
                 // SAFETY: as above.
                 unsafe { result::malloc_async(self.stream(stream), bytes) }
@@ -285,13 +285,13 @@ impl Gpu {
             return failed("cuMemAllocAsync", error);
         }
         Error::machine(format!(
-            "{} has too little memory: {needed} bytes were needed beside {used} in use, {} may be used",
+            "{} has too little memory: {needed} bytes were needed in addition to {used} in use, {} may be used",
             self.device.name, self.limit_bytes
         ))
         .hint("use fewer --samples, end what else uses the GPU, or run with --device cpu")
     }
 
-    /// Gives unused memory back to the driver.
+    /// Returns unused memory to the driver.
     pub fn trim(&self) {
         if self.synchronize(Stream::Main).is_ok() {
             // SAFETY: the pool is the device's. A failure leaves the pool as it was.
@@ -325,216 +325,5 @@ impl Gpu {
             failed(&format!("allocating {bytes} bytes of pinned host memory"), error)
         })?;
         Ok(Pinned { gpu: Arc::clone(self), pointer: pointer.cast(), bytes, written: 0 })
-    }
-}
-
-/// Device memory, given back to the pool when dropped.
-pub struct Buffer {
-    gpu: Arc<Gpu>,
-    pointer: CUdeviceptr,
-    bytes: usize,
-}
-
-impl Buffer {
-    /// Where it begins.
-    pub fn pointer(&self) -> CUdeviceptr {
-        self.pointer
-    }
-
-    /// How large it is.
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    /// Sets every byte.
-    pub fn fill(&self, byte: u8, stream: Stream) -> Result<()> {
-        self.gpu.bind()?;
-        // SAFETY: the memory is ours.
-        unsafe { result::memset_d8_async(self.pointer, byte, self.bytes, self.gpu.stream(stream)) }
-            .map_err(|error| failed("cuMemsetD8Async", error))
-    }
-
-    /// The values in a range of bytes, after all that the main stream was given so far.
-    pub fn download<T: bytemuck::Pod>(&self, range: Range<usize>) -> Result<Vec<T>> {
-        self.download_on(Stream::Main, range)
-    }
-
-    /// The values in a range of bytes, after all that a stream was given so far.
-    pub fn download_on<T: bytemuck::Pod>(
-        &self,
-        stream: Stream,
-        range: Range<usize>,
-    ) -> Result<Vec<T>> {
-        self.gpu.bind()?;
-        assert!(range.end <= self.bytes && range.len().is_multiple_of(size_of::<T>()));
-        let mut values = vec![T::zeroed(); range.len() / size_of::<T>()];
-        if !values.is_empty() {
-            let from = self.pointer + range.start as u64;
-            // SAFETY: the range lies in the buffer, and the values are not touched before the wait.
-            unsafe { result::memcpy_dtoh_async(&mut values, from, self.gpu.stream(stream)) }
-                .map_err(|error| failed("cuMemcpyDtoHAsync", error))?;
-        }
-        self.gpu.wait(stream)?;
-        Ok(values)
-    }
-
-    /// Copies another buffer's first bytes.
-    pub fn copy_from(&self, other: &Self, bytes: usize) -> Result<()> {
-        self.gpu.bind()?;
-        assert!(bytes <= self.bytes && bytes <= other.bytes);
-        // SAFETY: both hold so many bytes.
-        unsafe {
-            let stream = self.gpu.main.cu_stream();
-            result::memcpy_dtod_async(self.pointer, other.pointer, bytes, stream)
-        }
-        .map_err(|error| failed("cuMemcpyDtoDAsync", error))
-    }
-
-    /// Starts a copy of what is written of pinned memory to `offset`, on a stream.
-    pub(super) fn copy_up(
-        &self,
-        offset: usize,
-        from: Pinned,
-        stream: Stream,
-    ) -> Result<PendingCopy<'_>> {
-        self.start_up(offset, &from, stream)?;
-        Ok(PendingCopy { pinned: Some(from), written: None, stream, buffer: self })
-    }
-
-    /// Copies what is written of pinned memory to `offset`, on the main stream, and returns when that is done.
-    pub(super) fn copy_all_up(&self, offset: usize, from: &Pinned) -> Result<()> {
-        let started = self.start_up(offset, from, Stream::Main);
-        // Also after a failure: the driver may read `from` until then.
-        self.gpu.wait(Stream::Main).and(started)
-    }
-
-    fn start_up(&self, offset: usize, from: &Pinned, stream: Stream) -> Result<()> {
-        self.gpu.bind()?;
-        let from = from.as_slice();
-        assert!(offset + from.len() <= self.bytes);
-        let to = self.pointer + offset as u64;
-        // SAFETY: the buffer holds so many bytes behind the offset; the callers keep `from` until the copy is done.
-        unsafe { result::memcpy_htod_async(to, from, self.gpu.stream(stream)) }
-            .map_err(|error| failed("cuMemcpyHtoDAsync", error))
-    }
-
-    /// Starts a copy of `bytes` from `offset` to pinned memory, on a stream.
-    pub(super) fn copy_down(
-        &self,
-        offset: usize,
-        to: Pinned,
-        bytes: usize,
-        stream: Stream,
-    ) -> Result<PendingCopy<'_>> {
-        self.gpu.bind()?;
-        assert!(bytes <= to.bytes && offset + bytes <= self.bytes);
-        let from = self.pointer + offset as u64;
-        // SAFETY: both hold so many bytes, and the pending copy keeps both until it is done.
-        let started = unsafe {
-            sys::cuMemcpyDtoHAsync_v2(to.pointer.cast(), from, bytes, self.gpu.stream(stream))
-        };
-        started.result().map_err(|error| failed("cuMemcpyDtoHAsync", error))?;
-        Ok(PendingCopy { pinned: Some(to), written: Some(bytes), stream, buffer: self })
-    }
-}
-
-/// A copy in flight between a buffer and pinned memory, which it owns. Dropping it waits.
-#[must_use]
-pub(super) struct PendingCopy<'a> {
-    pinned: Option<Pinned>,
-    /// Bytes that the copy writes of the pinned memory; none where it reads.
-    written: Option<usize>,
-    stream: Stream,
-    buffer: &'a Buffer,
-}
-
-impl PendingCopy<'_> {
-    /// Waits for the copy; the pinned memory.
-    ///
-    /// # Errors
-    /// The driver's, and as [`Gpu::wait`].
-    pub(super) fn wait(mut self) -> Result<Pinned> {
-        self.buffer.gpu.wait(self.stream)?;
-        let mut pinned = self.pinned.take().expect("taken here alone");
-        pinned.written = self.written.unwrap_or(pinned.written);
-        Ok(pinned)
-    }
-}
-
-impl Drop for PendingCopy<'_> {
-    fn drop(&mut self) {
-        if self.pinned.is_some() {
-            // A failure means that the device is lost, or that a kernel found an error: the copy is not under way any more.
-            let _ = self.buffer.gpu.synchronize(self.stream);
-        }
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        self.gpu.used_bytes.fetch_sub(self.bytes as u64, Ordering::Relaxed);
-        if self.gpu.bind().is_ok() {
-            // SAFETY: the memory is ours, and work on it was given to this stream before. A failure
-            // shows at the next call, since the device is lost then.
-            let _ = unsafe { result::free_async(self.pointer, self.gpu.main.cu_stream()) };
-        }
-    }
-}
-
-/// Pinned host memory: copies between it and the device are asynchronous.
-pub struct Pinned {
-    gpu: Arc<Gpu>,
-    pointer: *mut u8,
-    bytes: usize,
-    /// Bytes from the first on that were written.
-    written: usize,
-}
-
-// SAFETY: it is plain memory, owned.
-unsafe impl Send for Pinned {}
-// SAFETY: shared references give no way to write.
-unsafe impl Sync for Pinned {}
-
-impl Pinned {
-    /// Bytes that a thread copies at once.
-    const PART_BYTES: usize = 1 << 20;
-
-    /// Writes its first bytes, which are then all that is written.
-    pub(super) fn write(&mut self, from: &[u8]) {
-        assert!(from.len() <= self.bytes);
-        // SAFETY: the memory is ours, and bytes that may be uninitialized are what it holds.
-        let to = unsafe {
-            std::slice::from_raw_parts_mut(self.pointer.cast::<MaybeUninit<u8>>(), from.len())
-        };
-        to.par_chunks_mut(Self::PART_BYTES).zip(from.par_chunks(Self::PART_BYTES)).for_each(
-            |(to, from)| {
-                to.write_copy_of_slice(from);
-            },
-        );
-        self.written = from.len();
-    }
-
-    /// What is written.
-    pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: so many bytes were written, by the host or by a copy that is done.
-        unsafe { std::slice::from_raw_parts(self.pointer, self.written) }
-    }
-
-    /// Copies what is written.
-    pub(super) fn read(&self, to: &mut [u8]) {
-        let from = self.as_slice();
-        assert_eq!(from.len(), to.len());
-        to.par_chunks_mut(Self::PART_BYTES)
-            .zip(from.par_chunks(Self::PART_BYTES))
-            .for_each(|(to, from)| to.copy_from_slice(from));
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        if self.gpu.bind().is_ok() {
-            // SAFETY: the memory is ours, and a copy that uses it owns it.
-            let _ = unsafe { result::free_host(self.pointer.cast::<c_void>()) };
-        }
     }
 }

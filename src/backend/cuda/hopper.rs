@@ -161,8 +161,8 @@ impl Cuda {
         Ok(Outliers { channels: *channels, codes, scales: Some(own), values: None })
     }
 
-    /// `x w^T` `[tokens, rows]` into `to`. With as many tokens as a whole tile's the sums are those of
-    /// the specification bit by bit; with fewer, a row's groups are added up in several parts.
+    /// `x w^T` `[tokens, rows]` into `to`. In prefill the sums are those of
+    /// the specification bit by bit; in decode a row's groups are summed in several parts (split-K).
     pub(super) fn tiled_product(
         &self,
         x: &Rows,
@@ -173,7 +173,7 @@ impl Cuda {
     ) -> Result<()> {
         assert_eq!(x.layout, Layout::Tiled);
         let Rows { tokens, format, scale_stride, .. } = *x;
-        // Magnitudes meet weights of 8 bits in two's complement.
+        // Products with weights of 8 bits take two's complement.
         let widened = (x.in_magnitudes() && blocks.wide).then(|| self.widened(x)).transpose()?;
         let codes = widened.as_ref().unwrap_or(&x.codes);
         let wide = [!x.in_magnitudes() || blocks.wide, blocks.wide];
@@ -200,7 +200,7 @@ impl Cuda {
             tiling,
             cluster: 1,
         };
-        if tiling.is_for_many() {
+        if tiling.is_prefill() {
             let Stream { x, sx, xo, sxo, w, wo, y, padded, halves, .. } = stream;
             return self.kernels.launch(&Tiles {
                 x,
@@ -222,7 +222,7 @@ impl Cuda {
         let (tiles, stages) = (stream.tiles(), stream.tile_stages());
         let mut stream =
             Stream { cluster: tiling.cluster(tiles, stages, multiprocessors), ..stream };
-        while stream.cluster > 1 && self.kernels.resident_clusters(&stream)? < tiles {
+        while stream.cluster > 1 && self.kernels.active_clusters(&stream)? < tiles {
             stream.cluster -= 1;
         }
         self.kernels.launch(&stream)

@@ -1,10 +1,11 @@
-//! The product on Hopper's tensor cores beside the CPU's, over odd shapes, and its layouts there and back.
+//! The product on Hopper's tensor cores compared with the CPU's, over odd shapes, and its layouts there and back.
 
 use half::f16;
 
-use super::fused::Columns;
+use super::fused::{Columns, SiteCodes};
+use super::quantization_tests::random_codes;
 use super::tensor::{Activation, Form, Layout};
-use super::tests::{Random, device, random_codes, site};
+use super::tests::{Random, device, site};
 use super::*;
 use crate::backend::cpu::Cpu;
 use crate::backend::{Forward, Matrix, Memory, Quantization};
@@ -154,7 +155,7 @@ fn compare(
     }
 }
 
-/// Gate and up with their rows in the order of the site behind them give it the codes that they give it otherwise.
+/// Gate and up with their rows in the order of the site after them yield the same codes as without.
 #[test]
 fn rows_in_the_order_of_the_next_site_change_no_code() {
     let Some(cuda) = hopper("rows_in_the_order_of_the_next_site_change_no_code") else { return };
@@ -175,20 +176,21 @@ fn rows_in_the_order_of_the_next_site_change_no_code() {
             // So that products of gate and up stay within f16.
             x.data.iter_mut().for_each(|value| *value /= 256.0);
             let x = cuda.quantize(&cuda.half_tensor(&x), &site, "").unwrap();
-            let [in_places, in_channels] = [Some(&next), None].map(|feeds| {
+            let [in_slots, in_channels] = [Some(&next), None].map(|feeds| {
                 linears.each_ref().map(|linear| {
                     let quantized = cuda.restore(linear.clone()).unwrap();
                     cuda.integer_product(&x, &cuda.pack(&quantized, feeds).unwrap()).unwrap()
                 })
             });
-            assert!(in_places[0].slots.is_some() && in_channels[0].slots.is_none());
+            assert!(in_slots[0].slots.is_some() && in_channels[0].slots.is_none());
             let codes = |[gate, up]: &[Activation; 2]| {
                 let columns = if gate.slots.is_some() { Columns::Slots } else { Columns::Channels };
-                let rows = cuda.silu_rows(gate, up, columns, &next, Layout::Tiled, "");
+                let codes = SiteCodes { site: &next, layout: Layout::Tiled, name: "" };
+                let rows = cuda.silu_rows(gate, up, columns, codes);
                 cuda.rows_on_host(&rows.unwrap().unwrap())
             };
             let expected = codes(&in_channels);
-            assert!(codes(&in_places) == expected, "{tokens} of {shape:?}: codes");
+            assert!(codes(&in_slots) == expected, "{tokens} of {shape:?}: codes");
             let values =
                 |[gate, up]: [Activation; 2]| cuda.values(&cuda.silu_mul(gate, &up).unwrap());
             let all = linears.each_ref().map(|linear| {
@@ -198,12 +200,12 @@ fn rows_in_the_order_of_the_next_site_change_no_code() {
             let [gate, up] = all;
             let fused = cuda.silu_quantize(gate, &up, &next, "").unwrap();
             assert!(cuda.rows_on_host(&fused) == expected, "{tokens} of {shape:?}: chosen");
-            assert!(values(in_places) == values(in_channels), "{tokens} of {shape:?}: values");
+            assert!(values(in_slots) == values(in_channels), "{tokens} of {shape:?}: values");
         }
     }
 }
 
-/// Groups of very different scales beside each other: no product of scales may lose bits to a larger one.
+/// Groups of very different scales next to each other: no product of scales may lose bits to a larger one.
 #[test]
 fn scales_far_apart_are_multiplied_exactly() {
     let Some(cuda) = hopper("scales_far_apart_are_multiplied_exactly") else { return };

@@ -7,7 +7,7 @@ use super::Cuda;
 use super::gpu::Buffer;
 use super::kernels::Float;
 use super::kernels::elementwise::Convert;
-use super::kernels::gptq::SpreadScales;
+use super::kernels::gptq::ExpandScales;
 use super::kernels::integer::{
     AddFloatOutliers, IntegerProduct, PackNibbles, Program, UnpackNibbles,
 };
@@ -144,7 +144,7 @@ impl Cuda {
         }
         let stride = rows.next_multiple_of(SCALE_MULTIPLE);
         let scales = self.gpu.alloc(4 * stride * groups)?;
-        self.kernels.launch(&SpreadScales {
+        self.kernels.launch(&ExpandScales {
             scales: weight.scales(),
             rows,
             groups,
@@ -183,15 +183,9 @@ impl Cuda {
     }
 
     /// The same into memory that is there. Outliers in f16 and FP8 are added to f32 sums, so that `half` is not for
-    /// them. Nothing is allocated if `x` lies as [`quantize`](Self::quantize) gives it and no codes of 8 bits meet
-    /// others.
-    pub(super) fn integer_into(
-        &self,
-        x: &Rows,
-        weight: &Packed,
-        to: &Buffer,
-        half: bool,
-    ) -> Result<()> {
+    /// them. Nothing is allocated if `x` lies as [`quantize`](Self::quantize) returns it and codes of 8 bits are not multiplied
+    /// with others.
+    pub fn integer_into(&self, x: &Rows, weight: &Packed, to: &Buffer, half: bool) -> Result<()> {
         let (tokens, rows) = (x.tokens, weight.rows);
         let RowFormat { numbers, groups, outlier_channels, .. } = x.format;
         let own = &weight.format.row;

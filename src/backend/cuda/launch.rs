@@ -187,7 +187,7 @@ impl Kernels {
         Self { gpu, compiler, loaded: Mutex::default(), last_has_pdl: Mutex::new(false) }
     }
 
-    /// A kernel of a family for given macros, which may take so many bytes of shared memory.
+    /// A kernel of a family for these macros, which may take `shared_bytes` of shared memory.
     fn function(
         &self,
         family: &Family,
@@ -242,7 +242,7 @@ impl Kernels {
         if let Some(module) = loaded.modules.get(&program) {
             return Ok(*module);
         }
-        // SAFETY: the image is a whole cubin, made for this device.
+        // SAFETY: the image is an entire cubin, made for this device.
         let module = unsafe { result::module::load_data(cubin.as_ptr().cast::<c_void>()) }
             .map_err(|error| failed(&format!("loading `{program}`"), error))?;
         loaded.modules.insert(program, Module(module));
@@ -259,9 +259,9 @@ impl Kernels {
         self.gpu.traced(|| entry.to_owned(), || self.launch_on(Stream::Main, kernel))
     }
 
-    /// How many clusters of a launch the device holds at once: fewer than its multiprocessors would, since a cluster stays within
+    /// How many clusters of a launch the device holds simultaneously: fewer than its multiprocessors would, since a cluster stays within
     /// a part of the device.
-    pub fn resident_clusters<K: Launch>(&self, kernel: &K) -> Result<usize> {
+    pub fn active_clusters<K: Launch>(&self, kernel: &K) -> Result<usize> {
         let geometry = kernel.geometry();
         let Geometry { threads, shared_bytes, cluster, .. } = geometry;
         let entry = K::ENTRIES[kernel.entry()];
@@ -305,7 +305,7 @@ impl Kernels {
         }
     }
 
-    /// Launches a kernel on a given stream.
+    /// Launches a kernel on a stream.
     pub fn launch_on<K: Launch>(&self, stream: Stream, kernel: &K) -> Result<()> {
         let geometry = kernel.geometry();
         let Geometry { grid, shared_bytes, cluster, .. } = geometry;

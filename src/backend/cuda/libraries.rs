@@ -17,9 +17,9 @@ use crate::{Error, Result};
 
 /// The oldest driver that has every call we make: `cuEventElapsedTime_v2` is the youngest.
 const OLDEST_DRIVER: Version = Version { major: 12, minor: 8 };
-/// The name under which users know that driver.
+/// The name of that driver for users.
 const OLDEST_DRIVER_RELEASE: &str = "570";
-/// The oldest NVRTC that knows compute capability 9.0.
+/// The oldest NVRTC that supports compute capability 9.0.
 const OLDEST_NVRTC: Version = Version { major: 12, minor: 0 };
 /// The oldest devices that have the instructions of the kernels: `cp.async` and integer
 /// tensor-core products 32 deep.
@@ -343,7 +343,7 @@ pub fn cusolver() -> Result<()> {
     }
 }
 
-/// Checks a library of the toolkit, of which `open` gives a handle.
+/// Checks a library of the toolkit, of which `open` returns a handle.
 fn check(
     name: &str,
     file: &str,

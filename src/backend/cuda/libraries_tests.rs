@@ -8,7 +8,7 @@ use super::*;
 use crate::Kind;
 use crate::backend::cuda::skipped;
 
-/// Set in the processes that [`probe`] starts: the number of the device to ask for.
+/// Set in the processes that [`probe`] starts: the number of the device to open.
 const PROBE: &str = "ATOM_TEST_PROBE";
 
 /// Not a test by itself: prints what [`device`] answers, for [`probe`].
@@ -24,7 +24,7 @@ fn probe_of_the_other_tests() {
     }
 }
 
-/// What a process says that asks for `cuda:<ordinal>` with libraries of `directory`.
+/// What a process reports that opens `cuda:<ordinal>` with libraries of `directory`.
 fn probe(directory: &Path, ordinal: usize) -> String {
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "backend::cuda::libraries::tests::probe_of_the_other_tests"])
@@ -102,7 +102,7 @@ impl Fake {
     }
 }
 
-/// What a process says that asks for `cuda:<ordinal>` of a made-up driver.
+/// What a process reports that opens `cuda:<ordinal>` of a made-up driver.
 fn probe_fake(test: &str, fake: &Fake, ordinal: usize) -> Option<String> {
     fake.build(test).map(|directory| probe(directory.path(), ordinal))
 }

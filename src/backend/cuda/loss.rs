@@ -1,4 +1,4 @@
-/*! Sums over tokens, over channels and over the vocabulary. */
+/*! Losses, divergences and other sums over tokens, channels and the vocabulary. */
 
 use super::gpu::Buffer;
 use super::kernels::reduce::{
@@ -11,7 +11,7 @@ use super::{Cuda, Part};
 use crate::Result;
 use crate::backend::Prediction;
 
-/// Bytes of logits held at once.
+/// Bytes of logits held together.
 const LOGITS_BYTES: usize = 256 << 20;
 /// Tokens whose squares one block sums.
 const ENERGY_TOKENS: usize = 512;
@@ -71,7 +71,7 @@ impl Cuda {
         tokens: &[u32],
     ) -> Result<Vec<Prediction>> {
         let argmax = self.gpu.alloc(4 * x.rows)?;
-        let nats = self.nats(x, head, tokens, |logits, Part { first, count }| {
+        let nats = self.nats(x, head, tokens, |logits, Part { first, count, .. }| {
             self.kernels.launch(&Argmax {
                 logits: logits.into(),
                 vocabulary: head.rows,
@@ -92,7 +92,7 @@ impl Cuda {
         x: &Activation,
         head: &Dense,
         targets: &[u32],
-        look: impl Fn(&Buffer, Part) -> Result<()>,
+        look: impl Fn(&Buffer, Part<'_>) -> Result<()>,
     ) -> Result<Vec<f64>> {
         let (rows, vocabulary) = (x.rows, head.rows);
         assert_eq!(rows, targets.len(), "a target for each row");
@@ -102,8 +102,8 @@ impl Cuda {
         let nats = self.gpu.alloc(8 * rows)?;
         for first in (0..rows).step_by(part) {
             let count = part.min(rows - first);
-            let rows = Part { first, count };
-            self.multiply_part(x, rows, head, &logits, Precision::HalfToFloat, false)?;
+            let part = Part { x, first, count };
+            self.multiply(part, head, &logits, Precision::HalfToFloat, false)?;
             self.kernels.launch(&CrossEntropy {
                 logits: (&logits).into(),
                 targets: In::from(&targets).skip(first),
@@ -111,7 +111,7 @@ impl Cuda {
                 nats: Out::from(&nats).skip(first),
                 rows: count,
             })?;
-            look(&logits, Part { first, count })?;
+            look(&logits, part)?;
         }
         nats.download::<f64>(0..8 * rows)
     }
@@ -144,8 +144,8 @@ impl Cuda {
         for first in (0..rows).step_by(part) {
             let count = part.min(rows - first);
             for (x, logits) in [(x, &changed), (original, &logits)] {
-                let rows = Part { first, count };
-                self.multiply_part(x, rows, head, logits, Precision::HalfToFloat, false)?;
+                let part = Part { x, first, count };
+                self.multiply(part, head, logits, Precision::HalfToFloat, false)?;
             }
             self.kernels.launch(&KlDivergence {
                 changed: (&changed).into(),

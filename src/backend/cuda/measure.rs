@@ -1,13 +1,11 @@
-/*! Random operands on the device, plain reads and copies of memory, and the operations that are measured
-beside them, none of which allocates. */
+/*! Random operands on the device, and plain reads and copies of memory, none of which allocates. */
 
 use super::Cuda;
 use super::gpu::Buffer;
 use super::kernels::measure::{CopyMemory, LOADS, RandomValues, ReadMemory};
 use super::launch::Geometry;
-use super::product::{Operand, Planned, Precision, Product};
 use super::slice::{In, Out};
-use super::tensor::{Activation, Packed, Rows, Weight};
+use super::tensor::{Activation, Weight};
 use crate::Result;
 use crate::checkpoint::Dtype;
 
@@ -17,18 +15,18 @@ use crate::checkpoint::Dtype;
 pub struct Spread {
     /// Threads of a block.
     threads: usize,
-    /// Blocks an SM has at a time; none for as many as it takes that each thread loads 8 times 16 bytes.
-    resident: Option<usize>,
+    /// Blocks per SM; none for as many as it takes that each thread loads 8 times 16 bytes.
+    blocks_per_sm: Option<usize>,
 }
 
 /// Spreads to choose from.
 pub const SPREADS: [Spread; 6] = [
-    Spread { threads: 256, resident: None },
-    Spread { threads: 512, resident: None },
-    Spread { threads: 1024, resident: None },
-    Spread { threads: 256, resident: Some(4) },
-    Spread { threads: 512, resident: Some(2) },
-    Spread { threads: 512, resident: Some(4) },
+    Spread { threads: 256, blocks_per_sm: None },
+    Spread { threads: 512, blocks_per_sm: None },
+    Spread { threads: 1024, blocks_per_sm: None },
+    Spread { threads: 256, blocks_per_sm: Some(4) },
+    Spread { threads: 512, blocks_per_sm: Some(2) },
+    Spread { threads: 512, blocks_per_sm: Some(4) },
 ];
 
 /// Kinds of random values.
@@ -43,16 +41,6 @@ pub enum Random {
 }
 
 impl Cuda {
-    /// Memory for results.
-    pub fn room(&self, bytes: usize) -> Result<Buffer> {
-        self.gpu.alloc(bytes)
-    }
-
-    /// Bytes of memory that may be used.
-    pub fn limit_bytes(&self) -> u64 {
-        self.gpu.limit_bytes()
-    }
-
     /// Random values of so many bytes, the same for the same seed.
     pub fn random(&self, kind: Random, bytes: usize, seed: usize) -> Result<Buffer> {
         let buffer = self.gpu.alloc(bytes)?;
@@ -100,7 +88,7 @@ impl Cuda {
         })
     }
 
-    /// Copies `bytes` of `from` at `offset`, both multiples of 16, to the same place of `to`.
+    /// Copies `bytes` of `from` at `offset`, both multiples of 16, to the same offset of `to`.
     pub fn copy(
         &self,
         from: &Buffer,
@@ -117,54 +105,12 @@ impl Cuda {
     }
 
     fn spread(&self, spread: Spread, bytes: usize) -> Result<Geometry> {
-        let Spread { threads, resident } = spread;
+        let Spread { threads, blocks_per_sm } = spread;
         let needed = (bytes / 16).div_ceil(threads * LOADS).max(1);
-        let blocks = match resident {
+        let blocks = match blocks_per_sm {
             Some(blocks) => (blocks * self.gpu.multiprocessors).min(needed),
             None => needed,
         };
         Ok(Geometry::line(blocks, threads))
-    }
-
-    /// What cuBLASLt is asked for to compute `x w^T` `[tokens, rows]` from `x` `[tokens, channels]` and `w`
-    /// `[rows, channels]`.
-    pub fn library_product<'a>(
-        precision: Precision,
-        [tokens, rows, channels]: [usize; 3],
-        [weight, x, to]: [&'a Buffer; 3],
-    ) -> Product<'a> {
-        let (inputs, outputs) = precision.bytes();
-        assert!(rows * channels * inputs <= weight.bytes());
-        assert!(tokens * channels * inputs <= x.bytes() && tokens * rows * outputs <= to.bytes());
-        let operand = |buffer: &'a Buffer, stride, transposed| Operand {
-            memory: buffer.into(),
-            stride,
-            transposed,
-        };
-        Product {
-            m: rows,
-            n: tokens,
-            k: channels,
-            a: operand(weight, channels, true),
-            b: operand(x, channels, false),
-            c: operand(to, rows, false),
-            add: false,
-            precision,
-        }
-    }
-
-    /// Up to `most` of cuBLASLt's kernels for a product, those first that it thinks fastest.
-    pub fn library_plan(&self, product: &Product<'_>, most: usize) -> Result<Planned> {
-        self.products.plan(product, most)
-    }
-
-    /// A product by one of the planned kernels.
-    pub fn run_library(&self, product: &Product<'_>, plan: &Planned, choice: usize) -> Result<()> {
-        self.products.run_choice(product, plan, choice)
-    }
-
-    /// `x w^T` by the integer path in f16, into memory that is there.
-    pub fn run_integer(&self, x: &Rows, weight: &Packed, to: &Buffer) -> Result<()> {
-        self.integer_into(x, weight, to, true)
     }
 }

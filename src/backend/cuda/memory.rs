@@ -85,7 +85,7 @@ impl Memory for Cuda {
         let weight = Weight { rows, columns, dtype: tensor.dtype, data };
         match self.convert(&weight, None, Stream::Up)? {
             None => Ok(weight),
-            // It says which value is wrong, and where.
+            // The check on the host names the value.
             Some(_) => Err(tensor.check_finite(&|| Ok(())).err().unwrap_or_else(|| {
                 Error::machine(format!("tensor `{}` changed on its way to the GPU", tensor.name))
             })),

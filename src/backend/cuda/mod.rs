@@ -1,7 +1,7 @@
 /*! The CUDA backend: kernels compiled at run time for the device at hand, products by cuBLASLt.
 
 The program links to nothing of CUDA and runs where nothing of it is installed: every library is
-opened when a CUDA device is asked for, and what is missing then is an error that says so.
+opened with a CUDA device, and what is missing then is an error that says so.
 
 Hidden states are f32 and every other activation is f16; products have f32 sums. Codes, scales and the
 integer product are those of the CPU, bit for bit, for the same activations. */
@@ -12,8 +12,8 @@ pub mod cache;
 mod cache_tests;
 mod calibration;
 pub mod compile;
+mod cross_covariance;
 mod deferred_errors;
-mod drift;
 mod driver_error;
 mod forward;
 mod fused;
@@ -32,12 +32,18 @@ pub mod libraries;
 mod loss;
 pub mod measure;
 mod measurement;
+#[cfg(test)]
+mod measurement_tests;
 mod memory;
+mod output_error;
 pub mod product;
 mod quantization;
+#[cfg(test)]
+mod quantization_tests;
 mod quantize;
 mod search;
 mod slice;
+pub mod solver;
 mod staging;
 pub mod tensor;
 #[cfg(test)]
@@ -57,6 +63,7 @@ use kernels::elementwise::Convert;
 use launch::Kernels;
 use product::{Operand, Precision, Product, Products};
 use slice::In;
+use solver::Solver;
 use staging::Staging;
 use tensor::{Activation, Dense, Weight};
 
@@ -65,6 +72,7 @@ pub struct Cuda {
     gpu: Arc<Gpu>,
     kernels: Kernels,
     products: Products,
+    solver: Solver,
     uploads: Mutex<Staging>,
     downloads: Mutex<Staging>,
     rope: Mutex<Option<RopeTables>>,
@@ -94,6 +102,7 @@ impl Cuda {
             narrow,
             kernels: Kernels::new(Arc::clone(&gpu), compiler),
             products: Products::new(Arc::clone(&gpu))?,
+            solver: Solver::new(Arc::clone(&gpu))?,
             uploads: Mutex::new(Staging::new(Arc::clone(&gpu), Stream::Up)?),
             downloads: Mutex::new(Staging::new(Arc::clone(&gpu), Stream::Down)?),
             rope: Mutex::default(),
@@ -103,9 +112,14 @@ impl Cuda {
         })
     }
 
-    /// Seconds of each kernel so far, where they are timed.
-    pub fn kernel_seconds(&self) -> Vec<(String, f64)> {
-        self.gpu.kernel_seconds()
+    /// The device and its memory.
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// Products of full precision.
+    pub fn products(&self) -> &Products {
+        &self.products
     }
 
     /// An activation whose values are still to be written.
@@ -133,31 +147,17 @@ impl Cuda {
     /// `x w^T` into `to` `[x's rows, w's rows]`, or added to it.
     fn multiply(
         &self,
-        x: &Activation,
-        weight: &Dense,
-        to: &Buffer,
-        precision: Precision,
-        add: bool,
-    ) -> Result<()> {
-        let rows = Part { first: 0, count: x.rows };
-        self.multiply_part(x, rows, weight, to, precision, add)
-    }
-
-    /// The same for some rows of `x`, the first of which gives the first of `to`.
-    fn multiply_part(
-        &self,
-        x: &Activation,
-        rows: Part,
+        Part { x, first, count }: Part<'_>,
         weight: &Dense,
         to: &Buffer,
         precision: Precision,
         add: bool,
     ) -> Result<()> {
         let operand = |memory, transposed| Operand { memory, stride: weight.columns, transposed };
-        let x = In::from(x.half()).skip(2 * rows.first * weight.columns);
+        let x = In::from(x.half()).skip(2 * first * weight.columns);
         self.products.run(&Product {
             m: weight.rows,
-            n: rows.count,
+            n: count,
             k: weight.columns,
             a: operand((&*weight.data).into(), true),
             b: operand(x, false),
@@ -168,11 +168,19 @@ impl Cuda {
     }
 }
 
-/// Some rows of a tensor.
+/// Some rows of an activation.
 #[derive(Clone, Copy)]
-struct Part {
+struct Part<'a> {
+    x: &'a Activation,
     first: usize,
     count: usize,
+}
+
+impl<'a> Part<'a> {
+    /// Every row.
+    fn all(x: &'a Activation) -> Self {
+        Self { x, first: 0, count: x.rows }
+    }
 }
 
 #[cfg(test)]

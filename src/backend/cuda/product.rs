@@ -1,11 +1,10 @@
-/*! Matrix products by cuBLASLt, and Cholesky factorizations by cuSOLVER.
+/*! Matrix products by cuBLASLt.
 
-Everything here is row-major for its callers. The libraries are column-major, where a row-major matrix
-is its own transpose: `y = x w^T` is asked for as `y^T = w x^T`. */
+Everything here is row-major for its callers. The library is column-major, where a row-major matrix
+is its own transpose: `y = x w^T` is computed as `y^T = w x^T`. */
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::cublaslt::result as lt;
@@ -13,13 +12,12 @@ use cudarc::cublaslt::sys::{
     self as lts, cublasComputeType_t as Compute, cublasLtMatmulDescAttributes_t as DescAttribute,
     cublasLtMatmulPreferenceAttributes_t as Preference, cudaDataType_t as DataType,
 };
-use cudarc::cusolver::sys as solver;
 
 use super::gpu::{Buffer, Gpu, Stream};
 use super::slice::In;
 use crate::{Error, Result};
 
-/// Room that cuBLASLt may use; 32 MB is what NVIDIA recommends for Hopper.
+/// Memory that cuBLASLt may use; 32 MB is what NVIDIA recommends for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
 
 /// A matrix in device memory, column-major: entry (i, j) is element `i + j * stride` of its memory.
@@ -74,7 +72,7 @@ pub struct Product<'a> {
 /// An operand as a kernel sees it: its stride, whether it is transposed, and its alignment in bytes.
 type Form = (usize, bool, u32);
 
-/// What decides the kernel that cuBLASLt takes.
+/// What the choice of cuBLASLt's kernel depends on.
 type Key = (usize, usize, usize, [Form; 3], bool, Precision);
 
 impl Product<'_> {
@@ -103,7 +101,7 @@ impl Product<'_> {
     }
 }
 
-/// A product that cuBLASLt knows kernels for, those first that it thinks fastest.
+/// A product with the kernels that cuBLASLt has for it, the fastest by its heuristic first.
 pub struct Planned {
     description: lts::cublasLtMatmulDesc_t,
     layouts: [lts::cublasLtMatrixLayout_t; 3],
@@ -134,11 +132,10 @@ impl Drop for Planned {
     }
 }
 
-/// The two libraries, opened for a device.
+/// The library, opened for a device.
 pub struct Products {
     gpu: Arc<Gpu>,
     handle: LtHandle,
-    solver: Mutex<SolverHandle>,
     workspace: Buffer,
     /// The scale of FP8 operands: 1, in f32.
     one: Buffer,
@@ -153,28 +150,14 @@ unsafe impl Send for LtHandle {}
 // SAFETY: as above.
 unsafe impl Sync for LtHandle {}
 
-/// cuSOLVER's handle, which one thread may use at a time.
-struct SolverHandle(solver::cusolverDnHandle_t);
-
-// SAFETY: any thread may be that one.
-unsafe impl Send for SolverHandle {}
-
 impl Products {
-    /// Opens both libraries, which must be there.
+    /// Opens the library, which must be there.
     pub fn new(gpu: Arc<Gpu>) -> Result<Self> {
         gpu.bind()?;
         let handle = lt::create_handle().map_err(|error| failed("cublasLtCreate", error))?;
-        let mut solver = ptr::null_mut();
-        // SAFETY: the library is there; the call writes one handle.
-        let made = unsafe { solver::cusolverDnCreate(&mut solver) };
-        solved("cusolverDnCreate", made)?;
-        // SAFETY: handle and stream are alive; both bindings name the same driver type.
-        let set = unsafe { solver::cusolverDnSetStream(solver, gpu.stream(Stream::Main).cast()) };
-        solved("cusolverDnSetStream", set)?;
         let workspace = gpu.alloc(WORKSPACE_BYTES)?;
         let one = gpu.upload(&[1f32])?;
-        let (handle, solver) = (LtHandle(handle), Mutex::new(SolverHandle(solver)));
-        Ok(Self { gpu, handle, solver, workspace, one, planned: Mutex::default() })
+        Ok(Self { gpu, handle: LtHandle(handle), workspace, one, planned: Mutex::default() })
     }
 
     /// Computes a product on the main stream.
@@ -200,7 +183,7 @@ impl Products {
                 let plan = self.plan(product, 1)?;
                 if plan.choices() == 0 {
                     let none = lts::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED;
-                    return Err(failed("choosing a kernel of cuBLASLt", lt::CublasError(none)));
+                    return Err(unplanned(lt::CublasError(none)));
                 }
                 Arc::clone(self.planned().entry(key).or_insert_with(|| Arc::new(plan)))
             }
@@ -212,14 +195,10 @@ impl Products {
         self.planned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn solver(&self) -> MutexGuard<'_, SolverHandle> {
-        self.solver.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Computes a product on the main stream by one of the kernels that were planned for its shape.
     ///
     /// # Errors
-    /// A machine error, also where the kernel turns out not to know the shape.
+    /// A machine error, also where the kernel does not support the shape.
     pub fn run_choice(&self, product: &Product<'_>, plan: &Planned, choice: usize) -> Result<()> {
         self.gpu.bind()?;
         product.check();
@@ -254,18 +233,23 @@ impl Products {
         .map_err(|error| failed("cublasLtMatmul", error))
     }
 
-    /// Asks cuBLASLt for up to `most` kernels; none where it knows none for the shape.
+    /// Up to `most` kernels of cuBLASLt by its heuristic; none where it has none for the shape.
     pub fn plan(&self, product: &Product<'_>, most: usize) -> Result<Planned> {
         self.gpu.bind()?;
+        let mut planned = self.described(product)?;
+        planned.algorithms = self.heuristic(&planned, product.forms(), most)?;
+        Ok(planned)
+    }
+
+    /// A product's description and layouts, without kernels.
+    fn described(&self, product: &Product<'_>) -> Result<Planned> {
         let Product { m, n, k, a, b, precision, .. } = *product;
-        let forms = product.forms();
         let (input, output, compute, scale) = precision.types();
-        let failed = |error| failed("choosing a kernel of cuBLASLt", error);
-        let description = lt::create_matmul_desc(compute, scale).map_err(failed)?;
+        let description = lt::create_matmul_desc(compute, scale).map_err(unplanned)?;
         let describe = |attribute, value: *const c_void, bytes| {
             // SAFETY: each attribute is given as the number or the address it is.
             unsafe { lt::set_matmul_desc_attribute(description, attribute, value, bytes) }
-                .map_err(failed)
+                .map_err(unplanned)
         };
         for (attribute, operand) in [
             (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSA, a),
@@ -285,21 +269,31 @@ impl Products {
             let attribute = DescAttribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM;
             describe(attribute, (&raw const fast).cast(), size_of::<i8>())?;
         }
+        let forms = product.forms();
         let layout = |data, (rows, columns): (usize, usize), stride: usize, transposed| {
             let (rows, columns) = if transposed { (columns, rows) } else { (rows, columns) };
             lt::create_matrix_layout(data, rows as u64, columns as u64, stride as i64)
         };
         let layouts = [
-            layout(input, (m, k), forms[0].0, forms[0].1).map_err(failed)?,
-            layout(input, (k, n), forms[1].0, forms[1].1).map_err(failed)?,
-            layout(output, (m, n), forms[2].0, false).map_err(failed)?,
+            layout(input, (m, k), forms[0].0, forms[0].1).map_err(unplanned)?,
+            layout(input, (k, n), forms[1].0, forms[1].1).map_err(unplanned)?,
+            layout(output, (m, n), forms[2].0, false).map_err(unplanned)?,
         ];
-        let mut planned = Planned { description, layouts, algorithms: Vec::new() };
-        let preference = lt::create_matmul_pref().map_err(failed)?;
+        Ok(Planned { description, layouts, algorithms: Vec::new() })
+    }
+
+    /// Up to `most` kernels for operands of these forms.
+    fn heuristic(
+        &self,
+        planned: &Planned,
+        forms: [Form; 3],
+        most: usize,
+    ) -> Result<Vec<lts::cublasLtMatmulAlgo_t>> {
+        let preference = lt::create_matmul_pref().map_err(unplanned)?;
         let prefer = |attribute, value: *const c_void, bytes| {
             // SAFETY: each attribute is given as the number it is.
             unsafe { lt::set_matmul_pref_attribute(preference, attribute, value, bytes) }
-                .map_err(failed)
+                .map_err(unplanned)
         };
         let workspace = WORKSPACE_BYTES;
         prefer(
@@ -318,23 +312,24 @@ impl Products {
         {
             prefer(attribute, (&raw const alignment).cast(), size_of::<u32>())?;
         }
+        let [a, b, c] = planned.layouts;
         let mut found = Vec::with_capacity(most);
         let mut count = 0;
-        // SAFETY: all descriptions are alive, and there is room for as many results as are asked for.
+        // SAFETY: all descriptions are alive, and `found` has room for `most` results.
         let status = unsafe {
             let status = lts::cublasLtMatmulAlgoGetHeuristic(
                 self.handle.0,
-                description,
-                layouts[0],
-                layouts[1],
-                layouts[2],
-                layouts[2],
+                planned.description,
+                a,
+                b,
+                c,
+                c,
                 preference,
                 most as i32,
                 found.as_mut_ptr(),
                 &mut count,
             );
-            // Results behind the count were not written, and after a failure none were.
+            // Results after `count` were not written, and after a failure none were.
             let written = if status.result().is_ok() { count.max(0) as usize } else { 0 };
             found.set_len(written.min(most));
             status
@@ -342,79 +337,10 @@ impl Products {
         // SAFETY: made above, and used no more.
         let _ = unsafe { lt::destroy_matmul_pref(preference) };
         if status != lts::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
-            status.result().map_err(failed)?;
+            status.result().map_err(unplanned)?;
         }
         let usable = found.into_iter().filter(|found| found.state.result().is_ok());
-        planned.algorithms.extend(usable.map(|found| found.algo));
-        Ok(planned)
-    }
-
-    /// Replaces the lower triangle of `matrix` `[n, n]` (row-major) by `L`, `L L^T = matrix`; false if
-    /// it is not positive definite.
-    pub fn cholesky(&self, matrix: &Buffer, n: usize) -> Result<bool> {
-        self.gpu.bind()?;
-        // Row-major and lower is column-major and upper.
-        let upper = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
-        let size = i32::try_from(n)
-            .map_err(|_| Error::machine(format!("a Hessian of {n} channels is too large")))?;
-        assert!(In::<f32>::from(matrix).holds(n * n), "a matrix of {n} x {n}");
-        let pointer = matrix.pointer() as *mut f32;
-        let solver = self.solver();
-        let mut work = 0;
-        // SAFETY: the matrix holds n * n values; the call writes one integer.
-        let asked = unsafe {
-            solver::cusolverDnSpotrf_bufferSize(solver.0, upper, size, pointer, size, &mut work)
-        };
-        solved("cusolverDnSpotrf_bufferSize", asked)?;
-        let workspace = self.gpu.alloc(4 * work.max(1) as usize)?;
-        let info = self.gpu.zeros(4)?;
-        // SAFETY: workspace and info are as large as was asked for.
-        let factorize = || unsafe {
-            solver::cusolverDnSpotrf(
-                solver.0,
-                upper,
-                size,
-                pointer,
-                size,
-                workspace.pointer() as *mut f32,
-                work,
-                info.pointer() as *mut i32,
-            )
-        };
-        let name = || format!("cholesky {n}");
-        self.gpu.traced(name, || solved("cusolverDnSpotrf", factorize()))?;
-        Ok(info.download::<i32>(0..4)?[0] == 0)
-    }
-
-    /// Replaces each row `b` of `right` `[rows, n]` by `(L L^T)^-1 b`, with `L` the lower triangle of
-    /// `factor` `[n, n]` as [`cholesky`](Self::cholesky) leaves it.
-    pub fn solve(&self, factor: &Buffer, n: usize, right: &Buffer, rows: usize) -> Result<()> {
-        self.gpu.bind()?;
-        assert!(In::<f32>::from(factor).holds(n * n), "a factor of {n} x {n}");
-        assert!(In::<f32>::from(right).holds(rows * n), "{rows} rows of {n}");
-        let solver = self.solver();
-        let upper = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
-        let size = |n: usize| {
-            i32::try_from(n).map_err(|_| Error::machine(format!("{n} channels are too many")))
-        };
-        let (n, rows) = (size(n)?, size(rows)?);
-        let info = self.gpu.zeros(4)?;
-        // SAFETY: the buffers hold n * n and rows * n values; the call writes one integer.
-        let solve = || unsafe {
-            solver::cusolverDnSpotrs(
-                solver.0,
-                upper,
-                n,
-                rows,
-                factor.pointer() as *const f32,
-                n,
-                right.pointer() as *mut f32,
-                n,
-                info.pointer() as *mut i32,
-            )
-        };
-        let name = || format!("solve {n}");
-        self.gpu.traced(name, || solved("cusolverDnSpotrs", solve()))
+        Ok(usable.map(|found| found.algo).collect())
     }
 }
 
@@ -424,12 +350,8 @@ impl Drop for Products {
             return;
         }
         self.planned().clear();
-        let solver = self.solver().0;
-        // SAFETY: both were made here and are used no more.
-        unsafe {
-            let _ = lt::destroy_handle(self.handle.0);
-            let _ = solver::cusolverDnDestroy(solver);
-        }
+        // SAFETY: it was made here and is used no more.
+        let _ = unsafe { lt::destroy_handle(self.handle.0) };
     }
 }
 
@@ -461,15 +383,11 @@ impl Precision {
     }
 }
 
+fn unplanned(error: lt::CublasError) -> Error {
+    failed("choosing a kernel of cuBLASLt", error)
+}
+
 fn failed(call: &str, error: lt::CublasError) -> Error {
     Error::machine(format!("{call} failed: {error}"))
         .hint("`nvidia-smi` says whether the GPU is well; or run with --device cpu")
-}
-
-fn solved(call: &str, status: solver::cusolverStatus_t) -> Result<()> {
-    if status == solver::cusolverStatus_t::CUSOLVER_STATUS_SUCCESS {
-        return Ok(());
-    }
-    Err(Error::machine(format!("{call} failed: {status:?}"))
-        .hint("`nvidia-smi` says whether the GPU is well; or run with --device cpu"))
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use half::f16;
 
 use super::Cuda;
+use super::fused::SiteCodes;
 use super::gpu::Buffer;
 use super::kernels::Float;
 use super::kernels::permute::{Dequantize, Permutation, Permute, Quantize};
@@ -23,43 +24,63 @@ use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::number::{LinearFormat, OutlierFormat, RowFormat};
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 
+/// Rows `[rows, channels]` in the source's order.
+pub(super) struct SourceRows<'a> {
+    pub(super) values: In<'a, Any>,
+    pub(super) element: Float,
+    pub(super) rows: usize,
+}
+
+/// Where rows `[rows, width]` in a site's order are written.
+pub(super) struct PermutedRows<'a> {
+    pub(super) values: Out<'a, Any>,
+    pub(super) element: Float,
+}
+
+impl Weight {
+    pub(super) fn source(&self) -> SourceRows<'_> {
+        let values = (&*self.data).into();
+        SourceRows { values, element: self.element(), rows: self.rows }
+    }
+}
+
 impl Cuda {
-    /// Rows `[rows, channels]` in the site's order, transformed; `from` and `to` with the type of their values.
+    /// Rows in the site's order, transformed.
     pub(super) fn permute_rows(
         &self,
-        (x, element): (In<'_, Any>, Float),
-        rows: usize,
+        from: SourceRows<'_>,
         site: &Site,
-        (y, to): (Out<'_, Any>, Float),
+        to: PermutedRows<'_>,
     ) -> Result<()> {
         let format = &site.format;
-        let permutation = Permutation::new(format, element);
+        let permutation = Permutation::new(format, from.element);
         self.kernels.launch(&Permute {
-            x,
+            x: from.values,
             order: (&*site.order).into(),
             channels: format.channels,
             groups: format.row.groups,
             outliers: format.row.outlier_channels,
             staged: permutation.staged,
-            y,
+            y: to.values,
             permutation,
-            to,
-            rows,
+            to: to.element,
+            rows: from.rows,
         })
     }
 
     /// A weight in the site's order, transformed: f16 or f32.
     pub(super) fn permuted(&self, weight: &Weight, site: &Site, element: Float) -> Result<Buffer> {
         let to = self.gpu.alloc(element.bytes() * weight.rows * site.format.width())?;
-        let from = ((&*weight.data).into(), weight.element());
-        self.permute_rows(from, weight.rows, site, ((&to).into(), element))?;
+        let values = (&to).into();
+        self.permute_rows(weight.source(), site, PermutedRows { values, element })?;
         Ok(to)
     }
 
     /// Codes of rows in the layout that the products of their site read.
     pub fn quantize(&self, x: &Activation, site: &Site, name: &str) -> Result<Rows> {
         if self.takes_tiles(&site.format.row)
-            && let Some(rows) = self.half_rows(x, site, Layout::Tiled, name)?
+            && let Some(rows) =
+                self.half_rows(x, SiteCodes { site, layout: Layout::Tiled, name })?
         {
             return Ok(rows);
         }
@@ -191,7 +212,7 @@ impl Cuda {
         Ok(Rows { layout, format, tokens, codes, scales, scale_stride, outliers })
     }
 
-    /// INT8 outliers `[rows, channels]` with zeros behind each row.
+    /// INT8 outliers `[rows, channels]` with zeros after each row.
     fn padded_codes(&self, codes: &[i8], rows: usize, channels: usize) -> Result<Buffer> {
         let padded = channels.next_multiple_of(OUTLIER_MULTIPLE);
         let mut wide = vec![0i8; rows * padded];

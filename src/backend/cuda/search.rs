@@ -26,11 +26,11 @@ const DRIVER_PLACES: [&str; 2] = ["/usr/local/nvidia/lib64", "/usr/lib/wsl/lib"]
 pub(super) fn preload(libraries: &[&str]) {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     let chosen = variable(VARIABLE).map(PathBuf::from);
-    let places = places(&variable);
+    let directories = directories(&variable);
     for library in libraries {
         let path = chosen.as_deref().and_then(|chosen| newest(chosen, library));
         if !path.is_some_and(|path| open(&path)) {
-            open_first(library, &places);
+            open_first(library, &directories);
         }
     }
 }
@@ -48,7 +48,7 @@ pub fn opened(library: &str) -> Option<PathBuf> {
 
 fn opened_in(maps: &str, library: &str) -> Option<PathBuf> {
     let start = format!("lib{library}.so");
-    // The path is all behind the fifth column, and may have spaces itself.
+    // The path is all after the fifth column, and may have spaces itself.
     let mut paths = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
     let is_named = |path: &&Path| {
         path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&start))
@@ -57,11 +57,11 @@ fn opened_in(maps: &str, library: &str) -> Option<PathBuf> {
 }
 
 /// Opens a library where it is found first. One of the same name that is open, or that the loader
-/// finds, as `LD_LIBRARY_PATH` may tell it, goes before.
-fn open_first(library: &str, places: &[PathBuf]) {
-    places
+/// finds, also by `LD_LIBRARY_PATH`, goes before.
+fn open_first(library: &str, directories: &[PathBuf]) {
+    directories
         .iter()
-        .filter_map(|place| newest(place, library))
+        .filter_map(|directory| newest(directory, library))
         .find(|path| path.file_name().is_some_and(|name| open(name.as_ref())) || open(path));
 }
 
@@ -74,18 +74,18 @@ fn open(path: &Path) -> bool {
 }
 
 /// Directories that may hold CUDA's libraries, in the order they are looked through.
-fn places(variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
-    let mut places = Vec::new();
-    places.extend(variable("CUDA_HOME").map(|home| PathBuf::from(home).join("lib64")));
-    places.push(PathBuf::from("/usr/local/cuda/lib64"));
+fn directories(variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
+    let mut directories = Vec::new();
+    directories.extend(variable("CUDA_HOME").map(|home| PathBuf::from(home).join("lib64")));
+    directories.push(PathBuf::from("/usr/local/cuda/lib64"));
     for packages in python_packages(variable) {
-        places.extend(PACKAGES.iter().map(|package| packages.join("nvidia").join(package)));
+        directories.extend(PACKAGES.iter().map(|package| packages.join("nvidia").join(package)));
     }
-    places
+    directories
 }
 
 /// Package directories of the active environment, or else of the `python3` on the path. Python is
-/// not run: its packages lie at known places from its own.
+/// not run: its packages lie in known directories next to its own.
 fn python_packages(variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
     let mut prefixes: Vec<PathBuf> = Vec::new();
     if let Some(environment) = variable("VIRTUAL_ENV") {
@@ -183,14 +183,14 @@ mod tests {
             "VIRTUAL_ENV" => Some(dir.path().into()),
             _ => None,
         };
-        let found = places(&environment);
+        let found = directories(&environment);
         assert_eq!(found[..2], ["/opt/cuda/lib64", "/usr/local/cuda/lib64"].map(PathBuf::from));
         assert_eq!(found[2], packages.join("nvidia/cu13/lib"));
         assert_eq!(found.len(), 2 + PACKAGES.len());
     }
 
     #[test]
-    fn packages_are_found_beside_the_python_on_the_path() {
+    fn packages_are_found_next_to_the_python_on_the_path() {
         let dir = tempfile::tempdir().unwrap();
         let (base, environment) = (dir.path().join("base"), dir.path().join("environment"));
         for prefix in [&base, &environment] {

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use super::fused::NormWeight;
 use super::gpu::{Buffer, Mark, Pinned};
 use super::kernels::Float;
-use super::kernels::product::FEW_TOKENS;
+use super::kernels::product::MMA_TOKENS;
 use super::slice::In;
 use crate::backend::Tensor;
 use crate::checkpoint::Dtype;
@@ -37,7 +37,7 @@ pub struct Activation {
     pub(super) slots: Option<Slots>,
 }
 
-/// The slots of a site's order, as rows of weights and columns of what they give.
+/// The slots of a site's order, as rows of weights and columns of their outputs.
 #[derive(Clone)]
 pub(super) struct Slots {
     /// The channel of each, -1 for padding, whose values are zeros.
@@ -56,14 +56,14 @@ pub(super) enum Home {
     Host,
 }
 
-/// A share of the device memory that offloaded hidden states take together.
+/// A part of the device memory that offloaded hidden states take together.
 pub(super) struct Resident {
     bytes: u64,
     all: Arc<AtomicU64>,
 }
 
 impl Resident {
-    /// A share, if no more than `limit` bytes are taken with it.
+    /// A part, if no more than `limit` bytes are taken with it.
     pub(super) fn take(bytes: u64, all: &Arc<AtomicU64>, limit: u64) -> Option<Self> {
         if all.fetch_add(bytes, Ordering::Relaxed) + bytes > limit {
             all.fetch_sub(bytes, Ordering::Relaxed);
@@ -141,7 +141,7 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// The type as kernels know it.
+    /// The type in the kernels' terms.
     pub(super) fn element(&self) -> Float {
         match self.dtype {
             Dtype::F16 => Float::Half,
@@ -162,23 +162,23 @@ pub struct Dense {
 pub struct Site {
     pub(super) format: SiteFormat,
     pub(super) order: Arc<Buffer>,
-    /// The order in whole panels, where `fused` makes the site's codes.
+    /// The order in entire panels, where `fused` makes the site's codes.
     pub(super) slots: Option<Buffer>,
-    /// The weight of the norm before it, in that order: a site stands behind one norm at most.
+    /// The weight of the norm before it, in that order: a site comes after one norm at most.
     pub(super) norm: OnceLock<NormWeight>,
 }
 
 /// Outlier channels are stored so many at a time: the depth of an integer matrix instruction.
 pub(super) const OUTLIER_MULTIPLE: usize = 32;
 
-/// Scales lie in rows of a multiple of so many, which kernels load at once.
+/// Scales lie in rows of a multiple of so many, which kernels load together.
 pub(super) const SCALE_MULTIPLE: usize = 4;
 
 /// The outlier channels of activations or weights, or none.
 pub(super) struct Outliers {
     /// How many.
     pub(super) channels: usize,
-    /// INT8 codes `[rows, padded]`, zeros behind; none for the others.
+    /// INT8 codes `[rows, padded]`, zeros after them; none for the others.
     pub(super) codes: Option<Buffer>,
     /// INT8's and FP8's scales, one a row.
     pub(super) scales: Option<Buffer>,
@@ -237,7 +237,7 @@ pub struct Rows {
 impl Rows {
     /// Whether codes in tiles are signs and magnitudes, as the FP8 instruction takes them, and not in two's complement.
     pub(super) fn in_magnitudes(&self) -> bool {
-        self.format.numbers.bits < 8 && self.tokens > FEW_TOKENS
+        self.format.numbers.bits < 8 && self.tokens > MMA_TOKENS
     }
 
     /// Whether outliers are held as floating-point values.
@@ -268,7 +268,7 @@ pub struct Quantized {
 }
 
 impl Quantized {
-    /// Its first scale's place, counted in rows of scales.
+    /// Its first row of scales.
     pub(super) fn first_scale(&self) -> usize {
         self.first_row / self.format.rows_per_scale
     }

@@ -1,24 +1,19 @@
-//! Every operation beside the CPU's, over odd shapes. Fresh device memory is filled with NaN (gpu.rs),
+//! Every operation compared with the CPU's, over odd shapes. Fresh device memory is filled with NaN (gpu.rs),
 //! so what a kernel does not write shows.
 
 use half::f16;
 
-use super::tensor::{Activation, Hessian, Hidden, Layout, Quantized, Rows, Values};
+use super::tensor::{Activation, Hidden, Layout, Rows, Values};
 use super::*;
 use crate::backend::cpu::Cpu;
-use crate::backend::{
-    AccumulatedError, AttentionSpec, Calibration, Damping, Forward, Matrix, Measurement, Memory,
-    Qkv, Quantization, Unquantized,
-};
+use crate::backend::{AttentionSpec, Calibration, Forward, Matrix, Memory, Qkv, Quantization};
 use crate::checkpoint::{Dtype, Tensor as Stored};
 use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
-use crate::quant::linear::QuantizedLinear;
-use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
+use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
 use crate::quant::rows::QuantizedRows;
 use crate::quant::site::{SiteFormat, Transform};
-use crate::quant::weights::dequantize;
 
 /// The first device; none, loudly, where there is no driver. Whatever else is missing fails.
 pub(crate) fn device(test: &str) -> Option<Cuda> {
@@ -52,7 +47,7 @@ impl Random {
 
     /// Activations of a few directions and some noise: feedback from channel to channel is most of what
     /// GPTQ does on them.
-    fn correlated(&mut self, rows: usize, columns: usize) -> Matrix {
+    pub(super) fn correlated(&mut self, rows: usize, columns: usize) -> Matrix {
         const DIRECTIONS: usize = 8;
         let own = self.activations(rows, columns);
         let directions = self.values(DIRECTIONS * columns);
@@ -95,11 +90,6 @@ impl OnHost for Activation {
     }
 }
 
-/// A target for each row.
-fn targets(tokens: &[u32]) -> Vec<(u32, u32)> {
-    (0..).zip(tokens.iter().copied()).collect()
-}
-
 impl Cuda {
     pub(super) fn half_tensor(&self, matrix: &Matrix) -> Activation {
         self.upload_activation(matrix.clone()).unwrap()
@@ -109,7 +99,7 @@ impl Cuda {
         tensor.on_host(self).data
     }
 
-    /// Codes and scales, after a look at what lies behind the outliers.
+    /// Codes and scales, after a check of the padding after the outliers.
     pub(super) fn rows_on_host(&self, rows: &Rows) -> QuantizedRows {
         if let (Some(codes), Layout::RowMajor) = (&rows.outliers.codes, rows.layout) {
             let (channels, padded) = (rows.outliers.channels, rows.outliers.padded());
@@ -133,7 +123,7 @@ pub(super) fn close(found: &[f32], expected: &[f32], share: f32, what: &str) {
     }
 }
 
-fn bytes_of(values: &[f32], dtype: Dtype) -> Vec<u8> {
+pub(super) fn bytes_of(values: &[f32], dtype: Dtype) -> Vec<u8> {
     match dtype {
         Dtype::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
         Dtype::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
@@ -167,7 +157,7 @@ pub(super) fn site(
 }
 
 /// Sites of odd widths, groups and outliers.
-fn sites(random: &mut Random) -> Vec<SiteFormat> {
+pub(super) fn sites(random: &mut Random) -> Vec<SiteFormat> {
     let fp4 = fp4_sites(random);
     use OutlierFormat::{F16, Fp8, Int8};
     use Transform::{Hadamard, None};
@@ -196,7 +186,7 @@ fn sites(random: &mut Random) -> Vec<SiteFormat> {
     .collect()
 }
 
-/// Sites whose activations are FP4: two rows a block, one, groups in shared memory, a whole row.
+/// Sites whose activations are FP4: two rows a block, one, groups in shared memory, an entire row.
 fn fp4_sites(random: &mut Random) -> Vec<SiteFormat> {
     use OutlierFormat::{F16, Fp8, Int8};
     use Transform::{Hadamard, None};
@@ -254,14 +244,14 @@ fn norms_activations_and_sums_agree_with_the_cpu() {
 
         // Of rows, from the last on, every second one.
         let taken: Vec<u32> = (0..rows as u32).rev().step_by(2).collect();
-        let shares = random.values(taken.len());
+        let weights = random.values(taken.len());
         let own = cuda.select_rows(&cuda.half_tensor(&y), &taken).unwrap();
         let of_host = cpu.select_rows(&cpu.upload(y.clone()).unwrap(), &taken).unwrap();
         assert_eq!(cuda.values(&own), of_host.values(), "rows {what}");
         let (mut host, mut device) =
             (cpu.upload(x.clone()).unwrap(), cuda.upload(x.clone()).unwrap());
-        cpu.add_rows(&mut host, &of_host, &taken, &shares).unwrap();
-        cuda.add_rows(&mut device, &own, &taken, &shares).unwrap();
+        cpu.add_rows(&mut host, &of_host, &taken, &weights).unwrap();
+        cuda.add_rows(&mut device, &own, &taken, &weights).unwrap();
         close(&cuda.values(&device), host.values(), 1e-6, &format!("sum of rows {what}"));
 
         for head_dim in [columns, columns / 2].into_iter().filter(|n| *n > 0 && columns % n == 0) {
@@ -336,116 +326,6 @@ fn weights_that_are_not_finite_are_named() {
 }
 
 #[test]
-fn codes_and_scales_are_the_cpus_bits() {
-    let Some(cuda) = device("codes_and_scales_are_the_cpus_bits") else { return };
-    let cpu = Cpu::new().unwrap();
-    let mut random = Random(3);
-    for format in sites(&mut random) {
-        for tokens in [1, 6, 67] {
-            let what =
-                format!("{tokens} of {} in {}", format.channels, format.row.numbers.group_size);
-            let mut x = random.activations(tokens, format.channels);
-            // A group of zeros.
-            x.data[..format.channels.min(16)].fill(0.0);
-            let site = cuda.site(&format).unwrap();
-            let host = cpu.upload(x.clone()).unwrap();
-            let expected = cpu.quantize(&host, &format, "").unwrap();
-            let tensor = cuda.half_tensor(&x);
-            let rows = cuda.quantize(&tensor, &site, "").unwrap();
-            assert_eq!(cuda.rows_on_host(&rows), expected, "{what}");
-            let values = cuda.dequantize(&rows).unwrap();
-            let expected = cpu.dequantize(&expected).unwrap();
-            close(&cuda.values(&values), expected.values(), 5e-4, &what);
-            let permuted = cuda.permute(&tensor, &site).unwrap();
-            let expected = cpu.permute(&host, &format).unwrap();
-            close(&cuda.values(&permuted), expected.values(), 5e-4, &what);
-        }
-    }
-    let format = &sites(&mut random)[1];
-    let mut x = random.activations(4, 64);
-    x.data[2 * 64 + 3] = f32::NAN;
-    let site = cuda.site(format).unwrap();
-    // Whoever waits is told, once, of the first.
-    let _sound = cuda.quantize(&cuda.half_tensor(&random.activations(4, 64)), &site, "a").unwrap();
-    for name in ["b", "c"] {
-        let _unsound = cuda.quantize(&cuda.half_tensor(&x), &site, name).unwrap();
-    }
-    let error = cuda.wait().err().unwrap();
-    assert!(error.message().contains("activations of b: the activation of token 2 "), "{error}");
-    cuda.wait().unwrap();
-    // More kernels than there are cells.
-    for _ in 0..1100 {
-        let _rows =
-            cuda.quantize(&cuda.half_tensor(&random.activations(1, 64)), &site, "d").unwrap();
-    }
-    cuda.wait().unwrap();
-}
-
-/// A weight of random codes behind a site.
-pub(super) fn random_codes(
-    format: &LinearFormat,
-    rows: usize,
-    random: &mut Random,
-) -> QuantizedLinear {
-    let weights = random.values(rows * format.row.width());
-    crate::quant::weights::round_to_nearest(&weights, rows, format, 0.85).unwrap()
-}
-
-#[test]
-fn integer_products_are_the_cpus_bits() {
-    let Some(mut cuda) = device("integer_products_are_the_cpus_bits") else { return };
-    // Every device computes with nibbles, if need be by other instructions.
-    for narrow in [Narrow::Bytes, Narrow::Nibbles] {
-        cuda.narrow = narrow;
-        products_are_the_cpus_bits(&cuda);
-    }
-}
-
-fn products_are_the_cpus_bits(cuda: &Cuda) {
-    let cpu = Cpu::new().unwrap();
-    let mut random = Random(4);
-    for (at, format) in sites(&mut random).into_iter().enumerate() {
-        let site = cuda.site(&format).unwrap();
-        for (tokens, rows) in [(1, 1), (1, 130), (17, 3), (129, 65), (300, 257)] {
-            if format.channels > 4000 && tokens > 20 {
-                continue;
-            }
-            let numbers = format.row.numbers;
-            let bits = if numbers.codebook == Codebook::Fp4 { 4 } else { [4, 3, 8, 2][at % 4] };
-            // FP4 weights behind FP4 activations and behind some of the integers.
-            let fp4 = bits == 4 && (numbers.codebook == Codebook::Fp4 || at % 8 == 0);
-            let codebook = if fp4 { Codebook::Fp4 } else { Codebook::Int };
-            let weights = format.row.weights(bits, codebook, 1 + at % 2);
-            let linear = random_codes(&weights, rows, &mut random);
-            let x = random.activations(tokens, format.channels);
-            let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format, "").unwrap();
-            let expected = cpu.integer_product(&host, &cpu.pack(&linear, None).unwrap()).unwrap();
-            let x = cuda.quantize(&cuda.half_tensor(&x), &site, "").unwrap();
-            let quantized = cuda.restore(linear.clone()).unwrap();
-            let packed = cuda.pack(&quantized, None).unwrap();
-            let what = format!("{tokens} x {rows}, {format:?}");
-            let narrow = numbers.bits <= 4 && numbers.codebook == Codebook::Int;
-            let paired = narrow && numbers.group_size % 32 == 0 && cuda.narrow == Narrow::Nibbles;
-            assert_eq!(x.layout == Layout::Nibbles, paired, "{what}");
-            let found = cuda.integer(&x, &packed, false).unwrap();
-            let found = found.download::<f32>(0..4 * tokens * rows).unwrap();
-            assert_eq!(found, expected.values(), "{what}");
-            let found = cuda.values(&cuda.integer_product(&x, &packed).unwrap());
-            let expected: Vec<f32> =
-                expected.values().iter().map(|v| f16::from_f32(*v).to_f32()).collect();
-            assert_eq!(found, expected, "{what}, in f16");
-
-            let dense = cuda.dense_of(&quantized).unwrap();
-            let bits = dense.data.download::<u16>(0..2 * rows * format.width()).unwrap();
-            let values: Vec<f32> =
-                bits.into_iter().map(|bits| f16::from_bits(bits).to_f32()).collect();
-            close(&values, &dequantize(&linear), 5e-4, &what);
-            assert_eq!(cuda.fetch(quantized).unwrap(), linear, "{what}");
-        }
-    }
-}
-
-#[test]
 fn attention_agrees_with_the_cpu() {
     let Some(cuda) = device("attention_agrees_with_the_cpu") else { return };
     let cpu = Cpu::new().unwrap();
@@ -516,336 +396,8 @@ fn attention_agrees_with_the_cpu() {
     }
 }
 
-#[test]
-fn losses_agree_with_the_cpu() {
-    let Some(cuda) = device("losses_agree_with_the_cpu") else { return };
-    let cpu = Cpu::new().unwrap();
-    let mut random = Random(6);
-    for (windows, seq_len, hidden, vocabulary) in
-        [(1, 2, 64, 3), (3, 17, 172, 1000), (2, 100, 64, 32007)]
-    {
-        let rows = windows * seq_len;
-        let bytes = bytes_of(&random.values(vocabulary * hidden), Dtype::F16);
-        let shape = [vocabulary, hidden];
-        let stored = Stored::in_memory("head", Dtype::F16, &shape, &bytes);
-        let x = Matrix { rows, columns: hidden, data: random.values(rows * hidden) };
-        let tokens: Vec<u32> = (0..rows).map(|i| (i * 7919 % vocabulary) as u32).collect();
-        let head = cpu.dense(&cpu.load(stored).unwrap(), None).unwrap();
-        let host = cpu.upload(x.clone()).unwrap();
-        let expected = cpu.cross_entropy(&host, &head, &tokens, seq_len).unwrap();
-        let head = cuda.dense(&cuda.load(stored).unwrap(), None).unwrap();
-        let found = cuda.cross_entropy(&cuda.half_tensor(&x), &head, &tokens, seq_len).unwrap();
-        assert_eq!(found.len(), expected.len());
-        for (found, expected) in found.iter().zip(&expected) {
-            assert!(
-                (found - expected).abs() < 1e-4 * expected.abs().max(1.0),
-                "{found} {expected}"
-            );
-        }
-    }
-}
-
-#[test]
-fn predictions_of_selected_rows_agree_with_the_cpu() {
-    let Some(cuda) = device("predictions_of_selected_rows_agree_with_the_cpu") else { return };
-    let cpu = Cpu::new().unwrap();
-    let mut random = Random(13);
-    for (rows, hidden, vocabulary) in [(1, 16, 3), (5, 64, 1000), (33, 172, 32_007)] {
-        let bytes = bytes_of(&random.values(vocabulary * hidden), Dtype::F16);
-        let shape = [vocabulary, hidden];
-        let stored = Stored::in_memory("head", Dtype::F16, &shape, &bytes);
-        let x = Matrix { rows, columns: hidden, data: random.values(rows * hidden) };
-        let selected: Vec<u32> = (0..3 * rows).map(|i| (i * 7 % rows) as u32).collect();
-        let head = cpu.dense(&cpu.load(stored).unwrap(), None).unwrap();
-        let host = cpu.select_rows(&cpu.upload(x.clone()).unwrap(), &selected).unwrap();
-        let floats = cuda.select_hidden(&cuda.upload(x.clone()).unwrap(), &selected).unwrap();
-        assert_eq!(cuda.values(&floats), host.values());
-        let halves = cuda.select_rows(&cuda.half_tensor(&x), &selected).unwrap();
-        // A row's likeliest token, some other, and the likeliest of the row before.
-        let every: Vec<u32> = (0..vocabulary as u32).collect();
-        let likeliest = |row: usize| {
-            let row = cpu.select_rows(&host, &vec![row as u32; vocabulary]).unwrap();
-            let found = cpu.predict(&row, &head, &targets(&every)).unwrap();
-            found.iter().position(|prediction| prediction.argmax).unwrap() as u32
-        };
-        let tokens: Vec<u32> = (0..3 * rows)
-            .map(|row| if row % 2 == 0 { likeliest(row) } else { (row * 7919 % vocabulary) as u32 })
-            .collect();
-        let expected = cpu.predict(&host, &head, &targets(&tokens)).unwrap();
-        let head = cuda.dense(&cuda.load(stored).unwrap(), None).unwrap();
-        let found = cuda.predict(&halves, &head, &targets(&tokens)).unwrap();
-        assert_eq!(found.len(), expected.len());
-        for (found, expected) in found.iter().zip(&expected) {
-            let (found_nats, nats) = (found.nats, expected.nats);
-            assert!((found_nats - nats).abs() < 1e-3 * nats.abs().max(1.0), "{found_nats} {nats}");
-            assert_eq!(found.argmax, expected.argmax);
-        }
-        assert!(expected.iter().step_by(2).all(|prediction| prediction.argmax));
-    }
-    // Of equal logits the first counts, wherever in the row they stand.
-    let vocabulary = 3000;
-    let mut weights = vec![0f32; vocabulary];
-    weights[700] = 1.0;
-    weights[2900] = 1.0;
-    let bytes = bytes_of(&weights, Dtype::F16);
-    let shape = [vocabulary, 1];
-    let head = cuda.load(Stored::in_memory("head", Dtype::F16, &shape, &bytes)).unwrap();
-    let head = cuda.dense(&head, None).unwrap();
-    let x = cuda.half_tensor(&Matrix { rows: 3, columns: 1, data: vec![1.0, 1.0, -1.0] });
-    let found = cuda.predict(&x, &head, &targets(&[700, 2900, 0])).unwrap();
-    let argmax: Vec<bool> = found.iter().map(|prediction| prediction.argmax).collect();
-    assert_eq!(argmax, [true, false, true]);
-}
-
-#[test]
-fn changes_and_divergences_agree_with_the_cpu() {
-    let Some(cuda) = device("changes_and_divergences_agree_with_the_cpu") else { return };
-    let cpu = Cpu::new().unwrap();
-    let mut random = Random(11);
-    for (rows, hidden, vocabulary) in
-        [(1, 16, 3), (5, 64, 1000), (33, 576, 4099), (700, 32, 50_000)]
-    {
-        let original = Matrix { rows, columns: hidden, data: random.values(rows * hidden) };
-        let changed =
-            original.data.iter().map(|x| f16::from_f32(x + random.value() / 8.0).to_f32());
-        let mut changed = Matrix { rows, columns: hidden, data: changed.collect() };
-        // A row that stays as it is.
-        changed.data[..hidden].copy_from_slice(&original.data[..hidden]);
-        let on_cpu = |matrix: &Matrix| cpu.upload(matrix.clone()).unwrap();
-        let on_gpu = |matrix: &Matrix| cuda.upload(matrix.clone()).unwrap();
-        let expected = cpu.relative_squared_error(&on_cpu(&changed), &on_cpu(&original)).unwrap();
-        let found = cuda.relative_squared_error(&on_gpu(&changed), &on_gpu(&original)).unwrap();
-        assert_eq!(found.len(), rows);
-        assert_eq!((found[0], expected[0]), (0.0, 0.0));
-        for (found, expected) in found.iter().zip(&expected) {
-            assert!((found - expected).abs() <= 1e-9 * expected, "{found} {expected}");
-        }
-
-        let shape = [vocabulary, hidden];
-        let bytes: Vec<u8> = (0..vocabulary * hidden)
-            .flat_map(|_| f16::from_f32(random.value() / (hidden as f32).sqrt()).to_le_bytes())
-            .collect();
-        let stored = Stored::in_memory("head", Dtype::F16, &shape, &bytes);
-        let head = cpu.dense(&cpu.load(stored).unwrap(), None).unwrap();
-        let expected = cpu.kl_divergence(&on_cpu(&changed), &on_cpu(&original), &head).unwrap();
-        let head = cuda.dense(&cuda.load(stored).unwrap(), None).unwrap();
-        let (changed, original) = (cuda.half_tensor(&changed), cuda.half_tensor(&original));
-        let found = cuda.kl_divergence(&changed, &original, &head).unwrap();
-        assert_eq!(found.len(), rows);
-        for (found, expected) in found.iter().zip(&expected) {
-            assert!((found - expected).abs() <= 2e-6 + 1e-3 * expected, "{found} {expected}");
-        }
-    }
-}
-
-#[test]
-fn hessians_and_their_factors_are_what_they_are_called() {
-    let Some(cuda) = device("hessians_and_their_factors_are_what_they_are_called") else { return };
-    let mut random = Random(7);
-    for (n, tokens) in [(1, 5), (33, 200), (172, 300), (576, 900)] {
-        let hessian = cuda.gram(n).unwrap();
-        let mut sum = vec![0f64; n * n];
-        for _ in 0..2 {
-            let x = Matrix { rows: tokens, columns: n, data: random.values(tokens * n) };
-            cuda.add_gram(&hessian, &cuda.half_tensor(&x)).unwrap();
-            for row in x.data.chunks(n) {
-                for (i, a) in row.iter().enumerate() {
-                    for (j, b) in row.iter().enumerate() {
-                        sum[i * n + j] += f64::from(*a) * f64::from(*b);
-                    }
-                }
-            }
-        }
-        let (factor, damping) = cuda.cholesky(&hessian, 0.01).unwrap().unwrap();
-        assert_eq!(damping, Damping { share: 0.01, failures: 0 });
-        let found = hessian.data.download::<f32>(0..4 * n * n).unwrap();
-        let expected: Vec<f32> = sum.iter().map(|v| *v as f32).collect();
-        close(&found, &expected, 1e-4, &format!("H of {n}"));
-
-        // H R^-T = R D is upper triangular: solve by columns of R from the right.
-        let r = factor.data.download::<f32>(0..4 * n * n).unwrap();
-        let damp = 0.01 * (0..n).map(|i| sum[i * n + i]).sum::<f64>() / n as f64;
-        let mut m = sum.clone();
-        (0..n).for_each(|i| m[i * n + i] += damp);
-        let most = m.iter().fold(0f64, |most, v| most.max(v.abs()));
-        for j in (0..n).rev() {
-            for i in 0..j {
-                let above = f64::from(r[i * n + j]);
-                for row in 0..n {
-                    m[row * n + i] -= m[row * n + j] * above;
-                }
-            }
-        }
-        for i in 1..n {
-            for j in 0..i {
-                assert!(m[i * n + j].abs() < 2e-4 * most, "{n}: {i} {j} {}", m[i * n + j]);
-            }
-        }
-    }
-
-    // Eigenvalues 3 and -1: damping must exceed 1. A channel that no token used does not matter.
-    let matrix = |values: [f32; 4]| Hessian { n: 2, data: cuda.gpu.upload(&values).unwrap() };
-    let (_, damping) = cuda.cholesky(&matrix([1.0, 2.0, 0.0, 1.0]), 0.05).unwrap().unwrap();
-    assert_eq!(damping, Damping { share: 0.05 * 30.0, failures: 3 });
-    assert!(cuda.cholesky(&matrix([1.0, 2.0, 0.0, 1.0]), 0.001).unwrap().is_none());
-    assert!(cuda.cholesky(&matrix([4.0, 0.0, 0.0, 0.0]), 0.01).unwrap().is_some());
-}
-
-fn matrix_row(random: &mut Random, columns: usize) -> Matrix {
+pub(super) fn matrix_row(random: &mut Random, columns: usize) -> Matrix {
     Matrix { rows: 1, columns, data: random.values(columns) }
-}
-
-#[test]
-fn drift_is_corrected_as_on_the_cpu() {
-    let Some(cuda) = device("drift_is_corrected_as_on_the_cpu") else { return };
-    let cpu = Cpu::new().unwrap();
-    let mut random = Random(12);
-    let mut all = sites(&mut random);
-    all.retain(|format| format.channels <= 2100);
-    for format in all {
-        let (width, channels, rows) = (format.width(), format.channels, 77);
-        let tokens = 2 * width + 3;
-        let x = random.correlated(tokens, channels);
-        let mut x0 = x.clone();
-        x0.data
-            .iter_mut()
-            .for_each(|x| *x = f16::from_f32(*x * 1.1 + 0.1 * random.value()).to_f32());
-        let mut state =
-            || Matrix { rows: tokens, columns: rows, data: random.values(tokens * rows) };
-        let (before, after) = (state(), state());
-
-        let host = |m: &Matrix| cpu.upload(m.clone()).unwrap();
-        let host_seen = cpu.permute(&host(&x), &format).unwrap();
-        let wanted = cpu.permute(&host(&x0), &format).unwrap();
-        let mut host_hessian = cpu.gram(width).unwrap();
-        cpu.add_gram(&mut host_hessian, &host_seen).unwrap();
-        let (host_factor, _) = cpu.cholesky(&mut host_hessian, 0.01).unwrap().unwrap();
-        let mut host_drift = AccumulatedError {
-            inputs: cpu.cross_covariance(width, width).unwrap(),
-            outputs: Some(cpu.cross_covariance(rows, width).unwrap()),
-            share: 0.5,
-        };
-        let difference = cpu.difference(&wanted, &host_seen).unwrap();
-        cpu.add_cross_covariance(&mut host_drift.inputs, &difference, &host_seen).unwrap();
-        let lost = cpu.hidden_difference(&host(&before), &host(&after)).unwrap();
-        cpu.add_cross_covariance(host_drift.outputs.as_mut().unwrap(), &lost, &host_seen).unwrap();
-
-        let site = cuda.site(&format).unwrap();
-        let seen = cuda.permute(&cuda.half_tensor(&x), &site).unwrap();
-        let wanted = cuda.permute(&cuda.half_tensor(&x0), &site).unwrap();
-        let hessian = cuda.gram(width).unwrap();
-        cuda.add_gram(&hessian, &seen).unwrap();
-        let (factor, _) = cuda.cholesky(&hessian, 0.01).unwrap().unwrap();
-        let mut drift = AccumulatedError {
-            inputs: cuda.cross_covariance(width, width).unwrap(),
-            outputs: Some(cuda.cross_covariance(rows, width).unwrap()),
-            share: 0.5,
-        };
-        let difference = cuda.difference(&wanted, &seen).unwrap();
-        cuda.add_cross_covariance(&drift.inputs, &difference, &seen).unwrap();
-        let states = [before, after].map(|m| cuda.upload(m).unwrap());
-        let lost = cuda.hidden_difference(&states[0], &states[1]).unwrap();
-        cuda.add_cross_covariance(drift.outputs.as_mut().unwrap(), &lost, &seen).unwrap();
-
-        let weights = random.values(rows * width);
-        let mut expected = Matrix { rows, columns: width, data: weights.clone() };
-        cpu.correct(&mut expected, &host_drift, &host_factor);
-        let corrected = cuda.gpu.upload(&weights).unwrap();
-        cuda.correct(&corrected, rows, &drift, &factor).unwrap();
-        let found = corrected.download::<f32>(0..4 * rows * width).unwrap();
-        // Directions that hardly occur are as good as free: what counts is the output on the tokens.
-        let outputs = |left: &[f32], right: &[f32]| -> f64 {
-            let change: Vec<f32> = left.iter().zip(right).map(|(a, b)| a - b).collect();
-            let token = |x: &[f32]| -> f64 {
-                let row = |row: &[f32]| row.iter().zip(x).map(|(w, x)| w * x).sum::<f32>();
-                change.chunks(width).map(|w| f64::from(row(w)).powi(2)).sum()
-            };
-            host_seen.values().chunks(width).map(token).sum()
-        };
-        let (wrong, made) = (outputs(&found, &expected.data), outputs(&expected.data, &weights));
-        let share = (wrong / made).sqrt();
-        assert!(made > 0.0 && share < 0.02, "{format:?}: {share} of the correction is another");
-    }
-}
-
-#[test]
-fn gptq_makes_the_cpus_decisions() {
-    let Some(cuda) = device("gptq_makes_the_cpus_decisions") else { return };
-    let cpu = Cpu::new().unwrap();
-    let mut random = Random(8);
-    let mut all = sites(&mut random);
-    all.retain(|format| format.channels <= 2100);
-    let mut ratios = Vec::new();
-    for (at, format) in all.into_iter().enumerate() {
-        let (width, channels) = (format.width(), format.channels);
-        let tokens = 2 * width + 3;
-        let x = random.correlated(tokens, channels);
-        let host = cpu.permute(&cpu.upload(x.clone()).unwrap(), &format).unwrap();
-        let mut host_hessian = cpu.gram(width).unwrap();
-        cpu.add_gram(&mut host_hessian, &host).unwrap();
-        let site = cuda.site(&format).unwrap();
-        let arranged = cuda.permute(&cuda.half_tensor(&x), &site).unwrap();
-        let hessian = cuda.gram(width).unwrap();
-        cuda.add_gram(&hessian, &arranged).unwrap();
-        let (host_factor, _) = cpu.cholesky(&mut host_hessian, 0.01).unwrap().unwrap();
-        let (factor, _) = cuda.cholesky(&hessian, 0.01).unwrap().unwrap();
-
-        // Two linears of one format, and one of another.
-        let shapes = [[64, channels], [135, channels], [77, channels]];
-        let bytes: Vec<Vec<u8>> =
-            shapes.iter().map(|s| bytes_of(&random.values(s[0] * s[1]), Dtype::BF16)).collect();
-        let stored: Vec<Stored<'_>> = shapes
-            .iter()
-            .zip(&bytes)
-            .map(|(shape, bytes)| Stored::in_memory("w", Dtype::BF16, shape, bytes))
-            .collect();
-        let weights: Vec<Weight> = stored.iter().map(|s| cuda.load(*s).unwrap()).collect();
-        let formats = [4, 4, 3].map(|bits| {
-            let codebook = if bits == 4 { format.row.numbers.codebook } else { Codebook::Int };
-            format.row.weights(bits, codebook, 1 + at % 2)
-        });
-        let mut host_linears = Vec::new();
-        let mut linears = Vec::new();
-        for ((stored, weight), format) in stored.iter().zip(&weights).zip(formats) {
-            host_linears.push(Unquantized { name: "w", weight: stored, format, clip: 0.85 });
-            linears.push(Unquantized { name: "w", weight, format, clip: 0.85 });
-        }
-        let expected = cpu.gptq(&host_linears, &format, &host_hessian, &host_factor, None).unwrap();
-        let sweep = || cuda.gptq(&linears, &site, &hessian, &factor, None).unwrap();
-        let (found, again) = (sweep(), sweep());
-        for ((((expected, host_error), (found, error)), (second, _)), (stored, weight)) in
-            expected.iter().zip(found).zip(again).zip(stored.iter().zip(&weights))
-        {
-            let what = format!("{format:?}, {} rows", expected.rows);
-            let product = cpu.output_error(&host_hessian, &format, stored, expected).unwrap();
-            assert!((host_error / product - 1.0).abs() < 1e-6, "{what}: {host_error} {product}");
-            // Hessians differ in the last bits, a few codes with them, and all that follows those.
-            assert!((error / host_error - 1.0).abs() < 0.1, "{what}: {error} {host_error}");
-            ratios.push(error / host_error);
-            // What the sweep has added up is what a product with the Hessian gives.
-            let again = Quantized { lost: None, ..found };
-            let product = cuda.output_error(&hessian, &site, weight, &again).unwrap();
-            assert!((error / product - 1.0).abs() < 2e-3, "{what}: {error} {product}");
-            let found = cuda.fetch(again).unwrap();
-            assert_eq!(found, cuda.fetch(second).unwrap(), "{what}: a second run differs");
-            let equal = found.codes.iter().zip(&expected.codes).filter(|(a, b)| a == b).count();
-            let share = equal as f64 / expected.codes.len() as f64;
-            assert!(share > 0.9, "{what}: {share} of the codes are equal");
-        }
-
-        let energy: Vec<f64> = (0..channels).map(|_| f64::from(random.next() % 1000)).collect();
-        for (host_linear, linear) in host_linears.iter().zip(&linears) {
-            let expected = cpu.round(host_linear, &format).unwrap();
-            let found = cuda.round(linear, &site).unwrap();
-            let host_error =
-                cpu.energy_error(&energy, &format, host_linear.weight, &expected).unwrap();
-            let error = cuda.energy_error(&energy, &site, linear.weight, &found).unwrap();
-            assert!((error - host_error).abs() <= 1e-5 * host_error, "{error} {host_error}");
-            assert_eq!(cuda.fetch(found).unwrap(), expected, "{format:?} rounded");
-        }
-    }
-    let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
-    assert!((mean - 1.0).abs() < 0.01, "errors are {mean} of the CPU's: {ratios:?}");
 }
 
 #[test]
@@ -881,18 +433,4 @@ fn what_does_not_fit_is_offloaded_or_refused() {
     let small = Cuda::open(0, Some(200 << 20)).unwrap();
     assert!(small.gpu.alloc(300 << 20).is_err() && small.gpu.alloc(100 << 20).is_ok());
     assert!(Cuda::open(0, Some(1 << 50)).is_err());
-}
-
-#[test]
-fn codes_without_kernels_are_refused() {
-    let Some(cuda) = device("codes_without_kernels_are_refused") else { return };
-    let mut random = Random(10);
-    let format = sites(&mut random)[1].clone();
-    let format = format.with(|format| format.row.numbers.codebook = Codebook::Fp4Bnb);
-    let weights = format.row.weights(4, Codebook::Fp4Bnb, 1);
-    let linear = random_codes(&weights, 3, &mut random);
-    for error in [cuda.site(&format).err().unwrap(), cuda.restore(linear).err().unwrap()] {
-        assert_eq!(error.kind(), crate::Kind::Machine);
-        assert!(error.message().contains("no kernels for fp4-bnb"), "{error}");
-    }
 }

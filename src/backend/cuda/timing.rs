@@ -9,18 +9,18 @@ use super::driver_error::failed;
 use super::gpu::{Stream, TRACE_VARIABLE};
 use crate::{Error, Result};
 
-/// Replays of a measurement, behind one that warms up.
+/// Replays of a measurement, after one that warms up.
 pub const REPLAYS: usize = 15;
-/// Replays that tell the fastest of several from the others.
+/// Replays by which the fastest of several is found.
 pub const TRIAL_REPLAYS: usize = 3;
-/// Seconds that a replay takes at least: beside them the graph's start is nothing.
+/// Seconds that a replay takes at least: compared with them the graph's start is negligible.
 const REPLAY_SECONDS: f64 = 1e-3;
 /// Calls of a graph at most, so that it is made in no time.
 const CALLS: usize = 512;
 /// Bytes that are touched before an operand is used again: several times the L2 of any device.
 const ROTATED_BYTES: usize = 320 << 20;
 
-/// How many operand sets of `bytes` each have to be used in turn for none to be in L2 when its turn comes.
+/// How many operand sets of `bytes` each have to be used one after another for none to be in L2 when it is used again.
 /// Not more than a graph holds.
 pub fn rotation(bytes: usize) -> usize {
     ROTATED_BYTES.div_ceil(bytes.max(1)).clamp(2, CALLS)
@@ -34,17 +34,17 @@ fn passes(sets: usize, seconds: f64) -> usize {
 
 impl Cuda {
     /// Seconds of one call of `work`, by each of so many replays. It gets the number of the operand set to use, `0..sets`
-    /// in turn, and gives kernels to the main stream without allocating.
+    /// one after another, and issues kernels to the main stream without allocating.
     ///
     /// # Errors
-    /// A usage error where every kernel is waited for to be traced.
+    /// A usage error where every kernel is synchronized to be traced.
     pub fn replays(
         &self,
         sets: usize,
         replays: usize,
         work: impl Fn(usize) -> Result<()>,
     ) -> Result<Vec<f64>> {
-        // Kernels are compiled, and cuBLASLt asked for its own.
+        // Compiles kernels, and plans those of cuBLASLt.
         work(0)?;
         let pass = self.replay(sets, 1, 1, &work)?[0] * sets as f64;
         self.replay(sets, passes(sets, pass), replays, &work)
@@ -68,9 +68,9 @@ impl Cuda {
         stream
             .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
             .map_err(timed)?;
-        let given = (0..passes * sets).try_for_each(|call| work(call % sets));
+        let issued = (0..passes * sets).try_for_each(|call| work(call % sets));
         let graph = stream.end_capture(CUgraphInstantiate_flags(0));
-        given?;
+        issued?;
         let Some(graph) = graph.map_err(timed)? else {
             return Ok(vec![0.0; replays]);
         };
@@ -129,7 +129,7 @@ mod tests {
         });
         assert_eq!(failed.unwrap_err().message(), "no");
         assert_eq!(calls.get(), 2);
-        // The stream is whole again.
+        // The stream works again.
         assert!(cuda.replays(3, REPLAYS, work).is_ok());
     }
 }

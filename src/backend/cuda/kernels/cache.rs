@@ -71,10 +71,10 @@ kernel! {
         k: In<'a, half::f16>[tokens.saturating_sub(1) * row_stride as usize + kv_heads * pages.head_dim],
         v: In<'a, half::f16>[tokens.saturating_sub(1) * row_stride as usize + kv_heads * pages.head_dim],
         row_stride: i64,
-        cos: In<'a, f32>,
-        sin: In<'a, f32>,
+        cos: In<'a, f32>[seq_len * pages.head_dim / 2],
+        sin: In<'a, f32>[seq_len * pages.head_dim / 2],
         mean: Option<In<'a, f32>>[kv_heads * pages.head_dim],
-        pool: Out<'a, u8>,
+        pool: Out<'a, u8>[pool_pages * kv_heads * pages.bytes()],
         table: In<'a, i32>[sequences * table_stride],
         table_stride: usize,
         rows: In<'a, i32>[sequences + 1],
@@ -84,6 +84,9 @@ kernel! {
     }
     launch {
         pages: Pages,
+        /// Tokens of a sequence at most.
+        seq_len: usize,
+        pool_pages: usize,
         sequences: usize,
         /// New tokens of all sequences.
         tokens: usize,

@@ -44,12 +44,12 @@ pub(super) const FAMILY: Family = Family {
 pub(in crate::backend::cuda) struct Program {
     pub(in crate::backend::cuda) pages: Pages,
     pub(in crate::backend::cuda) warps: usize,
-    /// Pages that a warp works on at once.
+    /// Pages that a warp takes together.
     pub(in crate::backend::cuda) group_pages: usize,
     /// Query heads of a tile.
     pub(in crate::backend::cuda) tile_heads: usize,
-    /// Thread blocks that a multiprocessor has room for.
-    pub(in crate::backend::cuda) resident: usize,
+    /// Occupancy: thread blocks per SM.
+    pub(in crate::backend::cuda) blocks_per_sm: usize,
     /// Whether pages are copied by one instruction each, so that the stages may be of any number.
     pub(in crate::backend::cuda) bulk: bool,
     /// Shared memory of a multiprocessor for stages.
@@ -68,7 +68,7 @@ impl Program {
             warps: if short || large { 8 } else { 4 },
             group_pages: if short { 2 } else { 1 },
             tile_heads: if single { 1 } else { TILE_HEADS },
-            resident: if short && large { 2 } else { 1 },
+            blocks_per_sm: if short && large { 2 } else { 1 },
             bulk: capability.major >= 9,
             shared_bytes: if large { 210_000 } else { 90_000 },
         }
@@ -99,7 +99,7 @@ impl Program {
             "TILE_HEADS": self.tile_heads,
             "WARPS": self.warps,
             "GROUP": self.group_pages,
-            "RESIDENT": self.resident,
+            "BLOCKS_PER_SM": self.blocks_per_sm,
             "BULK": flag(self.bulk),
             "MOST_STAGES": MOST_STAGES,
             "PART_PITCH": self.part_pitch(),
@@ -113,9 +113,9 @@ kernel! {
     DecodeAttention<'a> = ["decode_attention"] {
         q: In<'a, half::f16>[sequences.saturating_sub(1) * query_stride as usize + heads * program.pages.head_dim],
         query_stride: i64,
-        cos: In<'a, f32>,
-        sin: In<'a, f32>,
-        pool: In<'a, u8>,
+        cos: In<'a, f32>[seq_len * program.pages.head_dim / 2],
+        sin: In<'a, f32>[seq_len * program.pages.head_dim / 2],
+        pool: In<'a, u8>[pool_pages * kv_heads * program.pages.bytes()],
         table: In<'a, i32>[sequences * table_stride],
         table_stride: usize,
         lengths: In<'a, i32>[sequences],
@@ -130,9 +130,12 @@ kernel! {
     }
     launch {
         program: Program,
+        /// Tokens of a sequence at most.
+        seq_len: usize,
+        pool_pages: usize,
         sequences: usize,
         head_tiles: usize,
-        /// Parts of each sequence.
+        /// Splits of each sequence.
         splits: usize,
     }
 }

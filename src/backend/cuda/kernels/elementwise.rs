@@ -29,7 +29,7 @@ pub(super) const FAMILY: Family = Family {
         SiluMulPermuted,
         Add,
         AddBias,
-        HeadNorm,
+        QkNorm,
         ScaleRows,
         AddRows,
         Convert,
@@ -82,13 +82,14 @@ kernel! {
 kernel! {
     /// Rows that `rows` names.
     Select<'a> = ["select_half", "select_float"] {
-        x: In<'a, Any>,
+        x: In<'a, Any>[source_rows * columns * element.bytes()],
         rows: In<'a, u32>[count],
         columns: usize,
         y: Out<'a, Any>[count * columns * element.bytes()],
     }
     launch {
         element: Float,
+        source_rows: usize,
         count: usize,
     }
 }
@@ -158,8 +159,8 @@ kernel! {
 }
 
 kernel! {
-    /// RMSNorm of each of `heads` vectors, in place.
-    HeadNorm<'a> = ["head_norm"] {
+    /// RMSNorm of each head of queries or keys, `heads` vectors in all, in place.
+    QkNorm<'a> = ["qk_norm"] {
         x: Out<'a, f16>[heads * n],
         weight: In<'a, f32>[n],
         heads: usize,
@@ -181,13 +182,16 @@ kernel! {
 kernel! {
     /// `x[rows[i]] += weights[i] * y[i]`.
     AddRows<'a> = ["add_rows_half"] {
-        x: Out<'a, f32>,
+        x: Out<'a, f32>[target_rows * n],
         y: In<'a, f16>[count * n],
         rows: In<'a, u32>[count],
         weights: In<'a, f32>[count],
         n: usize,
     }
-    launch { count: usize }
+    launch {
+        target_rows: usize,
+        count: usize,
+    }
 }
 
 kernel! {
@@ -219,7 +223,7 @@ launches! {
     SiluMulPermuted: |kernel| 0, Geometry::line(kernel.rows, THREADS);
     Add: |kernel| 0, Geometry::over((kernel.count as usize).div_ceil(ADDED), THREADS);
     AddBias: |kernel| 0, Geometry::line(kernel.rows, THREADS);
-    HeadNorm: |kernel| 0, Geometry::line(kernel.heads.div_ceil(THREADS / 32), THREADS);
+    QkNorm: |kernel| 0, Geometry::line(kernel.heads.div_ceil(THREADS / 32), THREADS);
     ScaleRows: |kernel| 0, Geometry::line(kernel.rows, THREADS);
     AddRows: |kernel| 0, Geometry::line(kernel.count, THREADS);
     Convert: |kernel| kernel.element as usize, {

@@ -86,6 +86,20 @@ impl Program {
         if self.kind == Kind::Silu && self.ordered { GATHERING_SILU_WARPS } else { WARPS }
     }
 
+    /// Slots of entire panels.
+    fn slots(&self, groups: usize, outliers: usize) -> usize {
+        ((groups * self.group).div_ceil(PANEL) + outliers.div_ceil(PANEL)) * PANEL
+    }
+
+    /// Bytes of a norm's weight, a number a slot, or of `values` values of up.
+    fn other_bytes(&self, values: usize, groups: usize, outliers: usize) -> usize {
+        match self.kind {
+            Kind::Norm => 4 * self.slots(groups, outliers),
+            Kind::Silu => 2 * values,
+            Kind::Half => 0,
+        }
+    }
+
     fn defines(&self) -> Defines {
         let own = defines! {
             "FROM": self.kind as u8,
@@ -212,8 +226,8 @@ kernel! {
     /// Codes of rows.
     FusedQuantize<'a> = ["fused_quantize"] {
         x: In<'a, Any>[tokens * columns * if program.kind == Kind::Norm { 4 } else { 2 }],
-        other: Option<In<'a, Any>>,
-        slots: Option<In<'a, i32>>[((groups * program.group).div_ceil(PANEL) + outliers.div_ceil(PANEL)) * PANEL],
+        other: Option<In<'a, Any>>[program.other_bytes(tokens * columns, groups, outliers)],
+        slots: Option<In<'a, i32>>[program.slots(groups, outliers)],
         tokens: usize,
         columns: usize,
         groups: usize,

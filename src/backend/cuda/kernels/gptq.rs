@@ -29,7 +29,7 @@ pub(super) const FAMILY: Family = Family {
         ReverseColumns,
         AddReversed,
         Subtract,
-        SpreadScales,
+        ExpandScales,
     ],
 };
 
@@ -237,7 +237,7 @@ kernel! {
 
 kernel! {
     /// Scales as the integer product reads them, one a row.
-    SpreadScales<'a> = ["spread_scales"] {
+    ExpandScales<'a> = ["expand_scales"] {
         scales: In<'a, f32>[rows.div_ceil(rows_per_scale) * groups],
         rows: usize,
         groups: usize,
@@ -272,5 +272,5 @@ launches! {
     ReverseColumns: |kernel| rows_in_x(kernel.rows, kernel.n);
     AddReversed: |kernel| rows_in_x(kernel.rows, kernel.n);
     Subtract: |kernel| Geometry::over(kernel.count as usize, THREADS);
-    SpreadScales: |kernel| Geometry::over(kernel.rows * kernel.groups, THREADS);
+    ExpandScales: |kernel| Geometry::over(kernel.rows * kernel.groups, THREADS);
 }

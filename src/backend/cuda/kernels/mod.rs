@@ -26,7 +26,7 @@ pub type Defines = Vec<(&'static str, String)>;
 /// Threads of a block in the kernels that do not say otherwise.
 const THREADS: usize = 256;
 
-/// A file of kernels: one source for every shape, told apart by macros.
+/// A file of kernels: one source for every shape, with macros.
 pub struct Family {
     /// The file's name without `.cu`.
     pub name: &'static str,
@@ -34,7 +34,7 @@ pub struct Family {
     pub source: &'static str,
     /// The one architecture it is for; none for any.
     pub only: Option<&'static str>,
-    /// The tensor-core instruction that the machine code must contain, such as `HMMA`; of products for few tokens another.
+    /// The tensor-core instruction that the machine code must contain, such as `HMMA`; of products by `mma.sync` another.
     pub tensor_core: Option<&'static str>,
     /// Whether its kernels use programmatic dependent launch (PDL): each may begin while a kernel of such a family ends, on Hopper and
     /// later ones. It calls `pdl_wait` (ptx.cuh) before it touches what others write, and writes nothing that another one reads
@@ -199,3 +199,24 @@ pub const FAMILIES: &[Family] = &[
     product::TILES,
     reduce::FAMILY,
 ];
+
+#[cfg(test)]
+mod dump_for_now {
+    #[test]
+    fn dump_for_now() {
+        let Some(to) = std::env::var_os("DUMP_TO") else { return };
+        let mut all = Vec::new();
+        for family in super::FAMILIES {
+            for (arch, major, minor) in [("sm_80", 8, 0), ("sm_90a", 9, 0)] {
+                if family.only.is_some_and(|only| only != arch) {
+                    continue;
+                }
+                let version = super::Version { major, minor };
+                for defines in (family.variants)(version) {
+                    all.push(serde_json::json!({"name": family.name, "arch": arch, "defines": defines, "source": family.source}));
+                }
+            }
+        }
+        std::fs::write(to, serde_json::to_vec(&all).unwrap()).unwrap();
+    }
+}

@@ -7,7 +7,7 @@ use crate::quant::site::{SiteFormat, Transform};
 
 /// Groups that are worked on in registers.
 const IN_REGISTERS: [usize; 6] = [32, 64, 128, 256, 512, 1024];
-/// Groups of which `quantize` takes two rows of 16-bit values a block.
+/// Groups of which `quantize` takes two rows a block.
 const PAIRED: [usize; 4] = [32, 64, 128, 256];
 /// Shared memory that a row may be staged in: eight thread blocks fit an SM next to each other.
 const STAGED_BYTES: usize = 24 << 10;
@@ -38,16 +38,18 @@ pub(super) const FAMILY: Family = Family {
             fp8: false,
         };
         let half = program(128, true, Float::Half, 256, true);
-        let odd = program(48, true, Float::Single, 256, false);
+        let odd = program(48, true, Float::Half, 256, false);
         let all = [
             half,
             Program { paired: false, ..half },
             program(128, false, Float::Single, 256, false),
             program(32, false, Float::Half, 256, true),
             program(256, true, Float::Half, 256, true),
-            program(64, true, Float::Bf16, 256, true),
+            program(64, true, Float::Bf16, 256, false),
+            program(64, true, Float::Half, 256, true),
             program(1024, true, Float::Half, 256, false),
-            program(48, true, Float::Half, 256, false),
+            program(48, true, Float::Single, 256, false),
+            odd,
             program(176, false, Float::Bf16, 256, false),
             Program { fp4: true, fp8: true, ..half },
             Program { fp4: true, ..odd },
@@ -62,6 +64,7 @@ pub(super) const FAMILY: Family = Family {
 struct Program {
     group: usize,
     hadamard: bool,
+    /// Type of the rows; `quantize` takes f16 only.
     element: Float,
     threads: usize,
     /// Whether `quantize` takes two rows a block.
@@ -76,6 +79,7 @@ impl Program {
             "GROUP": self.group,
             "TRANSFORM": flag(self.hadamard),
             "IN": self.element.name(),
+            "CODES": flag(self.element == Float::Half),
             "THREADS": self.threads,
             "PAIRED": flag(self.paired),
             "FP4": flag(self.fp4),
@@ -115,7 +119,7 @@ impl Permutation {
         // A word a channel.
         let pair_bytes = 4 * (format.channels.next_multiple_of(4) + PAIR_HEAD_WORDS);
         let paired =
-            element != Float::Single && PAIRED.contains(&group_size) && pair_bytes <= PAIR_BYTES;
+            element == Float::Half && PAIRED.contains(&group_size) && pair_bytes <= PAIR_BYTES;
         let program = Program {
             group: group_size,
             hadamard: format.transform == Transform::Hadamard,

@@ -1,4 +1,4 @@
-/*! Sums of `y^T x`, and the correction of weights by them. */
+/*! Cross-covariances `y^T x`, and the correction of weights for the accumulated error. */
 
 use super::Cuda;
 use super::gpu::Buffer;
@@ -17,7 +17,10 @@ impl Cuda {
         x: &Activation,
     ) -> Result<()> {
         let Cross { rows, columns, ref data } = *cross;
-        assert!(y.columns == rows && x.columns == columns && x.rows == y.rows, "shapes of a sum");
+        assert!(
+            y.columns == rows && x.columns == columns && x.rows == y.rows,
+            "shapes of a cross-covariance"
+        );
         let operand = |memory, stride, transposed| Operand { memory, stride, transposed };
         self.products.run(&Product {
             m: columns,
@@ -36,16 +39,22 @@ impl Cuda {
         &self,
         weights: &Buffer,
         rows: usize,
-        drift: &AccumulatedError<Cross>,
+        error: &AccumulatedError<Cross>,
         factor: &Factor,
     ) -> Result<()> {
         let n = factor.n;
-        let AccumulatedError { inputs, outputs, share } = drift;
-        assert!(inputs.rows == n && inputs.columns == n, "channels of the drift and the factor");
+        let AccumulatedError { inputs, outputs, share } = error;
+        assert!(
+            inputs.rows == n && inputs.columns == n,
+            "channels of the accumulated error and the factor"
+        );
         let wanted = match outputs {
             None => self.gpu.zeros(4 * rows * n)?,
             Some(outputs) => {
-                assert!(outputs.rows == rows && outputs.columns == n, "outputs of the drift");
+                assert!(
+                    outputs.rows == rows && outputs.columns == n,
+                    "outputs of the accumulated error"
+                );
                 let wanted = self.gpu.alloc(4 * rows * n)?;
                 wanted.copy_from(&outputs.data, 4 * rows * n)?;
                 wanted
@@ -71,7 +80,7 @@ impl Cuda {
             rows,
         })?;
         drop(wanted);
-        self.products.solve(&factor.data, n, &reversed, rows)?;
+        self.solver.solve(&factor.data, n, &reversed, rows)?;
         self.kernels.launch(&AddReversed {
             weights: weights.into(),
             change: (&reversed).into(),
