@@ -11,7 +11,7 @@ pub struct GemmModel {
     pub linears: &'static [(&'static str, usize, usize)],
 }
 
-/// The models that `atom bench gemm` knows.
+/// The models of `atom bench gemm`.
 pub const GEMM_MODELS: [GemmModel; 4] = [
     GemmModel {
         name: "llama-2-7b",

@@ -2,7 +2,7 @@
 
 Weights are random, of a known model's shapes; everything between the embedding and the last norm runs, as in
 evaluation. Two blocks with weights of their own take turns for as many as the model has, so that neither's weights
-are in a cache when it comes; the two paths take turns as well, each run behind a rest: it would else be measured at the
+are in a cache when it comes; the two paths take turns as well, each run after a rest: it would otherwise be measured at the
 clock that the run before has brought a GPU down to. */
 
 use std::time::Instant;
@@ -150,7 +150,7 @@ pub fn prefill<B: Backend>(
     Ok(outcome)
 }
 
-/// Seconds of all blocks, behind a rest.
+/// Seconds of all blocks, after a rest.
 fn run<B: Backend>(
     backend: &B,
     attention: &AttentionSpec,
@@ -184,7 +184,7 @@ fn pair<B: Backend>(
         let order = backend.site(&format)?;
         let feeds = (at == MLP_IN).then(|| settings.format(specs[MLP_ACT].channels));
         let feeds = feeds.map(|format| backend.site(&format)).transpose()?;
-        let (mut whole, mut packed) = (Vec::new(), Vec::new());
+        let (mut unquantized, mut packed) = (Vec::new(), Vec::new());
         for (nth, linear) in spec.linears.iter().enumerate() {
             let bytes = random_weight(linear, seed << 8 | (at << 4 | nth) as u64);
             let shape = [linear.rows, linear.columns];
@@ -195,9 +195,9 @@ fn pair<B: Backend>(
             let own = Unquantized { name, weight: &weight, format: weights, clip: 1.0 };
             let rounded = backend.round(&own, &order)?;
             packed.push(Linear::Packed(backend.pack(&rounded, feeds.as_ref())?));
-            whole.push(Linear::Dense(backend.dense(&weight, None)?));
+            unquantized.push(Linear::Dense(backend.dense(&weight, None)?));
         }
-        dense.push(site((at, spec), Treatment::Source, whole));
+        dense.push(site((at, spec), Treatment::Source, unquantized));
         quantized.push(site((at, spec), Treatment::Quantized(order), packed));
     }
     Ok((block(backend, architecture, dense)?, block(backend, architecture, quantized)?))

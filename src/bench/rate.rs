@@ -15,7 +15,7 @@ use crate::model::sites::{SiteKind, SiteSpec};
 /// than one that was just woken, and everything that is compared with this rate runs longer still.
 const SECONDS: f64 = 3.0;
 
-/// Multiplications and additions a second of the products of one block, all its linears in turn, on
+/// Multiplications and additions a second of the products of one block, all its linears one after another, on
 /// `tokens` random tokens.
 pub fn products<B: Backend>(
     backend: &B,

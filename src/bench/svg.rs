@@ -55,7 +55,7 @@ const COLOURS: [&str; 7] =
 const DASHES: [&str; 3] = ["", " stroke-dasharray=\"7 4\"", " stroke-dasharray=\"2 3\""];
 
 impl Chart {
-    /// The picture as a whole file.
+    /// The picture as a complete file.
     pub fn svg(&self) -> String {
         let points = || self.series.iter().flat_map(|series| &series.points);
         let x_of = |x: f64| if self.doubling_x { x.log2() } else { x };
@@ -86,17 +86,17 @@ impl Chart {
             text(&mut svg, (LEFT - 6.0, height + 4.0), "end", "", &short(y));
         }
         for x in self.x_ticks(low, high) {
-            let place = across(x);
-            line(&mut svg, (place, TOP), (place, bottom), "#eee", "");
-            text(&mut svg, (place, bottom + 18.0), "middle", "", &short(x));
+            let at = across(x);
+            line(&mut svg, (at, TOP), (at, bottom), "#eee", "");
+            text(&mut svg, (at, bottom + 18.0), "middle", "", &short(x));
         }
         svg.push_str(&format!(
             "<rect x=\"{LEFT}\" y=\"{TOP}\" width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"none\" stroke=\"#999\"/>\n"
         ));
         text(&mut svg, (middle, 26.0), "middle", " font-weight=\"bold\"", &self.title);
         text(&mut svg, (middle, bottom + 40.0), "middle", "", &self.x_title);
-        let turned = format!(" transform=\"rotate(-90 18 {:.1})\"", TOP + HEIGHT / 2.0);
-        text(&mut svg, (18.0, TOP + HEIGHT / 2.0), "middle", &turned, &self.y_title);
+        let rotated = format!(" transform=\"rotate(-90 18 {:.1})\"", TOP + HEIGHT / 2.0);
+        text(&mut svg, (18.0, TOP + HEIGHT / 2.0), "middle", &rotated, &self.y_title);
         if let Some((y, what)) = &self.mark {
             let height = up(*y);
             line(&mut svg, (LEFT, height), (right, height), "#444", " stroke-dasharray=\"5 4\"");
@@ -105,14 +105,14 @@ impl Chart {
         for (index, series) in self.series.iter().enumerate() {
             let colour = COLOURS[index % COLOURS.len()];
             let dash = DASHES[index / COLOURS.len() % DASHES.len()];
-            let places = series.points.iter().map(|(x, y)| (across(*x), up(*y)));
+            let positions = series.points.iter().map(|(x, y)| (across(*x), up(*y)));
             let joined: Vec<String> =
-                places.clone().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
+                positions.clone().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
             svg.push_str(&format!(
                 "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"{dash}/>\n",
                 joined.join(" ")
             ));
-            for (x, y) in places {
+            for (x, y) in positions {
                 svg.push_str(&format!(
                     "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\" fill=\"{colour}\"/>\n"
                 ));

@@ -205,7 +205,7 @@ fn write_random(file: &mut impl Write, seed: u64, shape: &[usize]) -> Result<()>
         (first..first + len)
             .into_par_iter()
             .map(|at| {
-                // A multiplicative hash of the place: the same weights however they are made.
+                // A multiplicative hash of the position: the same weights however they are made.
                 let hash = (at as u64 ^ (seed << 40)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
                 let uniform = ((hash ^ (hash >> 29)) as u32) as f32 / u32::MAX as f32 - 0.5;
                 f16::from_f32(uniform * scale).to_le_bytes()
@@ -220,7 +220,7 @@ fn write_random(file: &mut impl Write, seed: u64, shape: &[usize]) -> Result<()>
 mod tests {
     use super::*;
 
-    /// Parameters as the models' cards give them, in millions; of `llama-3.2-1b`, whose head is its embedding, with a head.
+    /// Parameters as the models' cards state them, in millions; of `llama-3.2-1b`, whose head is its embedding, with a head.
     const PARAMETERS: [(&str, f64); 17] = [
         ("llama-7b", 6_738.0),
         ("llama-13b", 13_016.0),
