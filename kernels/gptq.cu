@@ -209,7 +209,7 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
         } else {
             Span<ROWS> values = w;
             // Nothing is lost before the first column.
-            if (feedback && first + start > 0) spread(values, before, tile, start, end, 1, itself);
+            if (feedback && first + start > 0) propagate(values, before, tile, start, end, 1, itself);
             u32 most = 0;
 #pragma unroll
             for (int row = 0; row < ROWS; row++) {

@@ -16,7 +16,7 @@ use crate::backend::cuda::Cuda;
 use crate::backend::cuda::gpu::Buffer;
 use crate::backend::cuda::measure::Random;
 use crate::backend::cuda::product::{Operand, Precision, Product as CublasProduct};
-use crate::backend::cuda::tensor::{Packed, Rows, Site};
+use crate::backend::cuda::tensor::{DeviceRows, DeviceSite, PackedLinear};
 use crate::backend::cuda::timing::rotation;
 use crate::backend::{Memory, Quantization, Unquantized};
 use crate::progress::Progress;
@@ -292,12 +292,12 @@ const BASELINES: [(Precision, Random); 3] = [
 /// A random weight, quantized and laid out for the kernels.
 fn packed(
     cuda: &Cuda,
-    site: &Site,
+    site: &DeviceSite,
     format: LinearFormat,
     rows: usize,
     columns: usize,
     seed: usize,
-) -> Result<Packed> {
+) -> Result<PackedLinear> {
     let weight = &cuda.random_weight(rows, columns, seed)?;
     let linear = Unquantized { name: "a random weight", weight, format, clip: 1.0 };
     let quantized = cuda.round(&linear, site)?;
@@ -311,14 +311,14 @@ fn sets<T>(bytes: usize, weights: usize, make: impl Fn(usize) -> Result<T>) -> R
 
 fn integer(
     timer: &Timer,
-    site: &Site,
-    weights: &[Packed],
+    site: &DeviceSite,
+    weights: &[PackedLinear],
     Product { m, n, k }: Product,
 ) -> Result<f64> {
     let cuda = timer.cuda;
     let activations =
         |set| cuda.quantize(&cuda.random_activations(m, k, set)?, site, "random values");
-    let x: Vec<Rows> = sets(m * k, weights.len(), activations)?;
+    let x: Vec<DeviceRows> = sets(m * k, weights.len(), activations)?;
     let to: Vec<Buffer> = sets(2 * m * n, weights.len(), |_| cuda.gpu().alloc(2 * m * n))?;
     timer.seconds(weights.len(), |set| {
         cuda.integer_into(&x[set % x.len()], &weights[set], &to[set % to.len()], true)

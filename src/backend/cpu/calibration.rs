@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::gram::gram_add;
-use super::{CHUNK, Cpu, Hessian, ROWS, Tensor, attention, cross_covariance};
+use super::{CHUNK, Cpu, Hessian, HostTensor, ROWS, attention, cross_covariance};
 use crate::Result;
 use crate::backend::{AttentionSpec, Calibration, Matrix, Memory};
 
@@ -11,7 +11,7 @@ impl Calibration for Cpu {
     type Gram = Hessian;
     type CrossCovariance = Matrix;
 
-    fn add_energy(&self, x: &Tensor, energy: &mut [f64]) -> Result<()> {
+    fn add_energy(&self, x: &HostTensor, energy: &mut [f64]) -> Result<()> {
         // Columns in parallel and tokens in order, so that no sum depends on threads or batches.
         energy.par_chunks_mut(ROWS).enumerate().for_each(|(chunk, energy)| {
             for row in x.data.chunks(x.columns) {
@@ -23,7 +23,7 @@ impl Calibration for Cpu {
         Ok(())
     }
 
-    fn add_key_sums(&self, spec: &AttentionSpec, k: &Tensor, sums: &mut [f64]) -> Result<()> {
+    fn add_key_sums(&self, spec: &AttentionSpec, k: &HostTensor, sums: &mut [f64]) -> Result<()> {
         attention::add_keys(self.isa, spec, &k.data, sums);
         Ok(())
     }
@@ -32,7 +32,7 @@ impl Calibration for Cpu {
         Ok(Hessian { n: channels, lower: vec![0.0; channels * channels] })
     }
 
-    fn add_gram(&self, gram: &mut Hessian, x: &Tensor) -> Result<()> {
+    fn add_gram(&self, gram: &mut Hessian, x: &HostTensor) -> Result<()> {
         gram_add(self.isa, &x.data, x.rows, x.columns, &mut gram.lower);
         Ok(())
     }
@@ -41,12 +41,17 @@ impl Calibration for Cpu {
         Ok(Matrix { rows, columns, data: vec![0.0; rows * columns] })
     }
 
-    fn add_cross_covariance(&self, cross: &mut Matrix, y: &Tensor, x: &Tensor) -> Result<()> {
+    fn add_cross_covariance(
+        &self,
+        cross: &mut Matrix,
+        y: &HostTensor,
+        x: &HostTensor,
+    ) -> Result<()> {
         cross_covariance::add(self.isa, cross, &y.data, &x.data, x.rows);
         Ok(())
     }
 
-    fn difference(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    fn difference(&self, x: &HostTensor, y: &HostTensor) -> Result<HostTensor> {
         let mut difference = self.duplicate(x)?;
         difference.data.par_chunks_mut(CHUNK).zip(y.data.par_chunks(CHUNK)).for_each(|(x, y)| {
             for (x, y) in x.iter_mut().zip(y) {
@@ -56,11 +61,11 @@ impl Calibration for Cpu {
         Ok(difference)
     }
 
-    fn hidden_difference(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    fn hidden_difference(&self, x: &HostTensor, y: &HostTensor) -> Result<HostTensor> {
         self.difference(x, y)
     }
 
-    fn scale_rows(&self, x: &mut Tensor, weights: &[f32]) -> Result<()> {
+    fn scale_rows(&self, x: &mut HostTensor, weights: &[f32]) -> Result<()> {
         x.data.par_chunks_mut(x.columns).zip(weights).for_each(|(row, weight)| {
             row.iter_mut().for_each(|value| *value *= weight);
         });

@@ -6,7 +6,7 @@ use super::attention::{self, consecutive_windows, placed_windows};
 use super::gemm::par_gemm;
 use super::gemm_pack::{Panels, Rows};
 use super::integer::{self, IntegerLinear};
-use super::{CHUNK, Cpu, ROWS, Tensor, elementwise, quantize};
+use super::{CHUNK, Cpu, HostTensor, ROWS, elementwise, quantize};
 use crate::backend::{AttentionSpec, Forward, Matrix, Placement, Qkv};
 use crate::checkpoint;
 use crate::quant::rows::QuantizedRows;
@@ -19,7 +19,7 @@ impl Forward for Cpu {
     type Packed = IntegerLinear;
     type Site = SiteFormat;
 
-    fn embed(&self, table: &checkpoint::Tensor<'_>, tokens: &[u32]) -> Result<Tensor> {
+    fn embed(&self, table: &checkpoint::Tensor<'_>, tokens: &[u32]) -> Result<HostTensor> {
         let columns = table.shape[1];
         let mut data = vec![0.0; tokens.len() * columns];
         data.par_chunks_mut(columns).zip(tokens).try_for_each(|(row, &token)| {
@@ -28,14 +28,14 @@ impl Forward for Cpu {
             Ok::<(), Error>(())
         })?;
         table.release();
-        Ok(Tensor::from_matrix(Matrix { rows: tokens.len(), columns, data }))
+        Ok(HostTensor::from_matrix(Matrix { rows: tokens.len(), columns, data }))
     }
 
-    fn select_hidden(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+    fn select_hidden(&self, x: &HostTensor, rows: &[u32]) -> Result<HostTensor> {
         self.select_rows(x, rows)
     }
 
-    fn select_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+    fn select_rows(&self, x: &HostTensor, rows: &[u32]) -> Result<HostTensor> {
         let n = x.columns;
         let mut y = self.tensor(rows.len(), n);
         y.data.par_chunks_mut(n * ROWS).zip(rows.par_chunks(ROWS)).for_each(|(y, rows)| {
@@ -46,7 +46,7 @@ impl Forward for Cpu {
         Ok(y)
     }
 
-    fn rms_norm(&self, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<Tensor> {
+    fn rms_norm(&self, x: &HostTensor, weight: &HostTensor, epsilon: f32) -> Result<HostTensor> {
         let mut y = self.tensor(x.rows, x.columns);
         let n = x.columns;
         y.data.par_chunks_mut(n * ROWS).zip(x.data.par_chunks(n * ROWS)).for_each(|(y, x)| {
@@ -57,7 +57,7 @@ impl Forward for Cpu {
         Ok(y)
     }
 
-    fn qk_norm(&self, x: &mut Tensor, weight: &Tensor, epsilon: f32) -> Result<()> {
+    fn qk_norm(&self, x: &mut HostTensor, weight: &HostTensor, epsilon: f32) -> Result<()> {
         x.data.par_chunks_mut(x.columns).for_each(|row| {
             let mut normed = vec![0.0; weight.columns];
             for head in row.chunks_mut(weight.columns) {
@@ -68,7 +68,7 @@ impl Forward for Cpu {
         Ok(())
     }
 
-    fn silu_mul(&self, mut gate: Tensor, up: &Tensor) -> Result<Tensor> {
+    fn silu_mul(&self, mut gate: HostTensor, up: &HostTensor) -> Result<HostTensor> {
         gate.data
             .par_chunks_mut(CHUNK)
             .zip(up.data.par_chunks(CHUNK))
@@ -80,9 +80,9 @@ impl Forward for Cpu {
         &self,
         spec: &AttentionSpec,
         placement: Option<&Placement>,
-        qkv: Qkv<Tensor>,
-        key_mean: Option<&Tensor>,
-    ) -> Result<Tensor> {
+        qkv: Qkv<HostTensor>,
+        key_mean: Option<&HostTensor>,
+    ) -> Result<HostTensor> {
         let Qkv { q, k, v } = &qkv;
         let mut out = self.tensor(q.rows, q.columns);
         let rows: Vec<u32>;
@@ -99,21 +99,21 @@ impl Forward for Cpu {
         Ok(out)
     }
 
-    fn permute(&self, x: &Tensor, site: &SiteFormat) -> Result<Tensor> {
+    fn permute(&self, x: &HostTensor, site: &SiteFormat) -> Result<HostTensor> {
         let mut y = self.tensor(x.rows, site.width());
         quantize::permute_rows(self.isa, &x.data, x.rows, site, &mut y.data);
         Ok(y)
     }
 
-    fn quantize(&self, x: &Tensor, site: &SiteFormat, name: &str) -> Result<QuantizedRows> {
+    fn quantize(&self, x: &HostTensor, site: &SiteFormat, name: &str) -> Result<QuantizedRows> {
         quantize::quantize_rows(self.isa, &x.data, x.rows, site)
             .map_err(|error| error.context(format!("activations of {name}")))
     }
 
     fn norm_quantize(
         &self,
-        x: &Tensor,
-        weight: &Tensor,
+        x: &HostTensor,
+        weight: &HostTensor,
         epsilon: f32,
         site: &SiteFormat,
         name: &str,
@@ -123,15 +123,15 @@ impl Forward for Cpu {
 
     fn silu_quantize(
         &self,
-        gate: Tensor,
-        up: &Tensor,
+        gate: HostTensor,
+        up: &HostTensor,
         site: &SiteFormat,
         name: &str,
     ) -> Result<QuantizedRows> {
         self.quantize(&self.silu_mul(gate, up)?, site, name)
     }
 
-    fn dequantize(&self, x: &QuantizedRows) -> Result<Tensor> {
+    fn dequantize(&self, x: &QuantizedRows) -> Result<HostTensor> {
         let mut y = self.tensor(
             x.tokens,
             x.format.groups * x.format.numbers.group_size + x.format.outlier_channels,
@@ -140,18 +140,18 @@ impl Forward for Cpu {
         Ok(y)
     }
 
-    fn product(&self, x: &Tensor, weight: &Panels) -> Result<Tensor> {
+    fn product(&self, x: &HostTensor, weight: &Panels) -> Result<HostTensor> {
         let mut y = self.tensor(x.rows, weight.n());
         let rows = Rows::new(&x.data, x.rows, x.columns);
         par_gemm(self.isa, rows, weight, &mut y.data, weight.n(), false);
         Ok(y)
     }
 
-    fn add_product(&self, x: &mut Tensor, y: &Tensor, weight: &Panels) -> Result<()> {
+    fn add_product(&self, x: &mut HostTensor, y: &HostTensor, weight: &Panels) -> Result<()> {
         self.add(x, &self.product(y, weight)?)
     }
 
-    fn integer_product(&self, x: &QuantizedRows, weight: &IntegerLinear) -> Result<Tensor> {
+    fn integer_product(&self, x: &QuantizedRows, weight: &IntegerLinear) -> Result<HostTensor> {
         let mut y = self.tensor(x.tokens, weight.rows());
         integer::linear(self.isa, x, weight, &mut y.data);
         Ok(y)
@@ -159,14 +159,14 @@ impl Forward for Cpu {
 
     fn add_integer_product(
         &self,
-        x: &mut Tensor,
+        x: &mut HostTensor,
         y: &QuantizedRows,
         weight: &IntegerLinear,
     ) -> Result<()> {
         self.add(x, &self.integer_product(y, weight)?)
     }
 
-    fn add_bias(&self, y: &mut Tensor, bias: &Tensor) -> Result<()> {
+    fn add_bias(&self, y: &mut HostTensor, bias: &HostTensor) -> Result<()> {
         y.data.par_chunks_mut(bias.columns).for_each(|row| {
             for (y, bias) in row.iter_mut().zip(bias.data.iter()) {
                 *y += bias;
@@ -175,7 +175,7 @@ impl Forward for Cpu {
         Ok(())
     }
 
-    fn add(&self, x: &mut Tensor, y: &Tensor) -> Result<()> {
+    fn add(&self, x: &mut HostTensor, y: &HostTensor) -> Result<()> {
         x.data.par_chunks_mut(CHUNK).zip(y.data.par_chunks(CHUNK)).for_each(|(x, y)| {
             for (x, y) in x.iter_mut().zip(y) {
                 *x += y;
@@ -184,7 +184,13 @@ impl Forward for Cpu {
         Ok(())
     }
 
-    fn add_rows(&self, x: &mut Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Result<()> {
+    fn add_rows(
+        &self,
+        x: &mut HostTensor,
+        y: &HostTensor,
+        rows: &[u32],
+        weights: &[f32],
+    ) -> Result<()> {
         let n = x.columns;
         for ((row, weight), y) in rows.iter().zip(weights).zip(y.data.chunks(n)) {
             for (x, y) in x.data[*row as usize * n..][..n].iter_mut().zip(y) {

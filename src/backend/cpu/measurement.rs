@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::gemm::gemm;
 use super::gemm_pack::{Panels, Rows};
-use super::{Cpu, Tensor, elementwise};
+use super::{Cpu, HostTensor, elementwise};
 use crate::Result;
 use crate::backend::{Measurement, Prediction};
 use crate::quant::rows::QuantizedRows;
@@ -83,7 +83,7 @@ impl Cpu {
     /// row are made once for all targets of it that follow one another.
     fn losses<const ARGMAX: bool>(
         &self,
-        x: &Tensor,
+        x: &HostTensor,
         head: &Panels,
         targets: &[(usize, usize)],
     ) -> Vec<Loss> {
@@ -134,7 +134,7 @@ impl Cpu {
 impl Measurement for Cpu {
     fn cross_entropy(
         &self,
-        x: &Tensor,
+        x: &HostTensor,
         head: &Panels,
         tokens: &[u32],
         seq_len: usize,
@@ -149,7 +149,7 @@ impl Measurement for Cpu {
 
     fn predict(
         &self,
-        x: &Tensor,
+        x: &HostTensor,
         head: &Panels,
         targets: &[(u32, u32)],
     ) -> Result<Vec<Prediction>> {
@@ -165,12 +165,17 @@ impl Measurement for Cpu {
         Ok(predictions)
     }
 
-    fn relative_squared_error(&self, x: &Tensor, original: &Tensor) -> Result<Vec<f64>> {
+    fn relative_squared_error(&self, x: &HostTensor, original: &HostTensor) -> Result<Vec<f64>> {
         let rows = x.data.par_chunks(x.columns).zip(original.data.par_chunks(x.columns));
         Ok(rows.map(|(x, y)| relative_squared_error(x, y)).collect())
     }
 
-    fn kl_divergence(&self, x: &Tensor, original: &Tensor, head: &Panels) -> Result<Vec<f64>> {
+    fn kl_divergence(
+        &self,
+        x: &HostTensor,
+        original: &HostTensor,
+        head: &Panels,
+    ) -> Result<Vec<f64>> {
         let (hidden, vocabulary) = (x.columns, head.n());
         let part = DIVERGENCE_ROWS * hidden;
         let parts = x.data.par_chunks(part).zip(original.data.par_chunks(part));

@@ -1,13 +1,13 @@
 //! Activations in host memory.
 
-use super::{Cpu, Tensor, hand_back};
+use super::{Cpu, HostTensor, hand_back};
 use crate::Result;
 use crate::backend::{Matrix, Memory};
 use crate::checkpoint;
 
 impl Memory for Cpu {
-    type Hidden = Tensor;
-    type Activation = Tensor;
+    type Hidden = HostTensor;
+    type Activation = HostTensor;
     type Weight<'a> = checkpoint::Tensor<'a>;
 
     const ON_HOST: bool = true;
@@ -26,23 +26,23 @@ impl Memory for Cpu {
         1 << 30
     }
 
-    fn upload(&self, matrix: Matrix) -> Result<Tensor> {
-        Ok(Tensor::from_matrix(matrix))
+    fn upload(&self, matrix: Matrix) -> Result<HostTensor> {
+        Ok(HostTensor::from_matrix(matrix))
     }
 
-    fn upload_activation(&self, matrix: Matrix) -> Result<Tensor> {
+    fn upload_activation(&self, matrix: Matrix) -> Result<HostTensor> {
         self.upload(matrix)
     }
 
-    fn download(&self, x: &Tensor) -> Result<Matrix> {
+    fn download(&self, x: &HostTensor) -> Result<Matrix> {
         Ok(Matrix { rows: x.rows, columns: x.columns, data: x.values().to_vec() })
     }
 
-    fn download_activation(&self, x: &Tensor) -> Result<Matrix> {
+    fn download_activation(&self, x: &HostTensor) -> Result<Matrix> {
         self.download(x)
     }
 
-    fn duplicate(&self, x: &Tensor) -> Result<Tensor> {
+    fn duplicate(&self, x: &HostTensor) -> Result<HostTensor> {
         let mut copy = self.tensor(x.rows, x.columns);
         copy.data.copy_from_slice(&x.data);
         Ok(copy)

@@ -28,8 +28,8 @@ use super::{AccumulatedError, Matrix};
 use crate::Result;
 pub use hessian::Hessian;
 use isa::Isa;
+pub use tensor::HostTensor;
 use tensor::Pool;
-pub use tensor::Tensor;
 
 /// Rows of a task.
 const ROWS: usize = 64;
@@ -72,7 +72,7 @@ impl Cpu {
         cross_covariance::correct(self.isa, weights, error, factor);
     }
 
-    fn tensor(&self, rows: usize, columns: usize) -> Tensor {
-        Tensor::unwritten(&self.pool, rows, columns)
+    fn tensor(&self, rows: usize, columns: usize) -> HostTensor {
+        HostTensor::unwritten(&self.pool, rows, columns)
     }
 }

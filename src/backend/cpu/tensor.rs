@@ -6,7 +6,7 @@ its backend's pool. */
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::backend::{Matrix, Tensor as Rows};
+use crate::backend::{Matrix, Tensor};
 use crate::checkpoint::Dtype;
 
 /// Buffers of dropped tensors.
@@ -40,7 +40,7 @@ impl Pool {
 }
 
 /// Activations `[rows, columns]`, row-major.
-pub struct Tensor {
+pub struct HostTensor {
     pub(super) rows: usize,
     pub(super) columns: usize,
     pub(super) data: Vec<f32>,
@@ -49,7 +49,7 @@ pub struct Tensor {
     pool: Option<Arc<Pool>>,
 }
 
-impl Tensor {
+impl HostTensor {
     /// A tensor whose values are still to be written: every operation writes all of its output.
     pub(super) fn unwritten(pool: &Arc<Pool>, rows: usize, columns: usize) -> Self {
         Self { rows, columns, data: pool.take(rows * columns), pool: Some(Arc::clone(pool)) }
@@ -66,7 +66,7 @@ impl Tensor {
     }
 }
 
-impl Rows for Tensor {
+impl Tensor for HostTensor {
     const DTYPE: Dtype = Dtype::F32;
 
     fn rows(&self) -> usize {
@@ -74,7 +74,7 @@ impl Rows for Tensor {
     }
 }
 
-impl Drop for Tensor {
+impl Drop for HostTensor {
     fn drop(&mut self) {
         if let Some(pool) = &self.pool {
             pool.put_back(std::mem::take(&mut self.data));
@@ -90,8 +90,8 @@ mod tests {
     fn the_pool_holds_what_was_taken_from_it_and_no_more() {
         let pool = Arc::new(Pool::default());
         for _ in 0..3 {
-            drop(Tensor::unwritten(&pool, 4, 8));
-            drop(Tensor::from_matrix(Matrix { rows: 4, columns: 8, data: vec![0.0; 32] }));
+            drop(HostTensor::unwritten(&pool, 4, 8));
+            drop(HostTensor::from_matrix(Matrix { rows: 4, columns: 8, data: vec![0.0; 32] }));
         }
         assert_eq!(pool.free.lock().unwrap().len(), 1);
     }

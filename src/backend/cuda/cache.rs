@@ -34,7 +34,7 @@ pub struct PagedCache {
     lengths: Vec<usize>,
     device_lengths: Buffer,
     program: decode::Program,
-    plan: Plan,
+    plan: DecodePlan,
     /// What splits leave for the last of them, and how many have.
     parts: Buffer,
     finished: Buffer,
@@ -42,7 +42,7 @@ pub struct PagedCache {
 
 /// How the work of a token is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Plan {
+struct DecodePlan {
     /// Parts of each sequence.
     splits: usize,
     /// Pages of a part.
@@ -74,7 +74,7 @@ impl PagedCache {
     /// Leaves sequences in one split, however long they are.
     #[cfg(test)]
     pub(super) fn unsplit(&mut self) {
-        self.plan = Plan { splits: 1, split_pages: self.pages_each, ..self.plan };
+        self.plan = DecodePlan { splits: 1, split_pages: self.pages_each, ..self.plan };
     }
 
     fn head_tiles(&self) -> usize {
@@ -144,13 +144,13 @@ impl Cuda {
             lengths: vec![0; sequences],
             device_lengths: self.gpu.zeros(4 * sequences)?,
             program,
-            plan: Plan::new(&program, self.gpu.multiprocessors, 1, 0),
+            plan: DecodePlan::new(&program, self.gpu.multiprocessors, 1, 0),
             parts: self.gpu.alloc(0)?,
             finished: self.gpu.alloc(0)?,
         };
         cache.finished = self.gpu.zeros(4 * sequences * cache.head_tiles())?;
         let units = sequences * cache.head_tiles();
-        cache.plan = Plan::new(&program, self.gpu.multiprocessors, units, 0);
+        cache.plan = DecodePlan::new(&program, self.gpu.multiprocessors, units, 0);
         Ok(cache)
     }
 
@@ -238,7 +238,7 @@ impl Cuda {
     fn plan_decode(&self, cache: &mut PagedCache) -> Result<()> {
         let units = cache.lengths.len() * cache.head_tiles();
         let longest = cache.lengths.iter().max().map_or(0, |tokens| tokens.div_ceil(PAGE_TOKENS));
-        cache.plan = Plan::new(&cache.program, self.gpu.multiprocessors, units, longest);
+        cache.plan = DecodePlan::new(&cache.program, self.gpu.multiprocessors, units, longest);
         let bytes = units * cache.plan.splits * cache.program.part_bytes();
         if cache.plan.splits > 1 && cache.parts.bytes() < bytes {
             cache.parts = self.gpu.alloc(bytes)?;
@@ -260,7 +260,7 @@ impl Cuda {
         let sequences = cache.lengths.len();
         assert!(q.rows == sequences && q.columns == heads * head_dim);
         assert!(out.rows == q.rows && out.columns == q.columns);
-        let Plan { splits, split_pages, stages } = cache.plan;
+        let DecodePlan { splits, split_pages, stages } = cache.plan;
         self.kernels.launch(&DecodeAttention {
             q: q.half().into(),
             query_stride: q.columns as i64,
@@ -288,7 +288,7 @@ impl Cuda {
     }
 }
 
-impl Plan {
+impl DecodePlan {
     /// The division of `units` times up to `pages` pages that takes the least time by a model of the chip: it reads so
     /// many bytes a microsecond, every wave of blocks begins and ends with work that reads nothing, and parts
     /// have to be put together.
@@ -337,15 +337,15 @@ mod tests {
     }
 
     /// On an H200.
-    fn plan(units: usize, pages: usize) -> Plan {
-        Plan::new(&program(), 132, units, pages)
+    fn plan(units: usize, pages: usize) -> DecodePlan {
+        DecodePlan::new(&program(), 132, units, pages)
     }
 
     #[test]
     fn splits_cover_the_pages_and_none_is_empty() {
         for units in [1, 7, 8, 32, 256, 2048] {
             for pages in [0, 1, 2, 15, 16, 17, 100, 256, 513, 2048, 8192] {
-                let Plan { splits, split_pages, stages } = plan(units, pages);
+                let DecodePlan { splits, split_pages, stages } = plan(units, pages);
                 assert!(splits * split_pages >= pages && (splits - 1) * split_pages < pages.max(1));
                 assert!((1..=MOST_STAGES).contains(&stages));
                 assert!(2 * program().block_bytes(stages) <= 227 << 10, "{units} {pages}");

@@ -3,7 +3,7 @@
 
 use half::f16;
 
-use super::cache::PAGE_TOKENS;
+use super::cache::{PAGE_TOKENS, PagedCache};
 use super::tensor::Activation;
 use super::tests::{Random, close, device};
 use crate::backend::cpu::Cpu;
@@ -77,6 +77,40 @@ fn codes_of(page: &[u8], head_dim: usize, values: bool, token: usize) -> (Vec<u8
     ((0..head_dim).map(code).collect(), number(scale), number(zero) as u8)
 }
 
+/// Compares a sequence's codes with those of the CPU, from its keys and values before the rotary embedding.
+fn check_codes(
+    cache: &PagedCache,
+    spec: &AttentionSpec,
+    sequence: usize,
+    keys_and_values: [&Matrix; 2],
+    mean: Option<&Matrix>,
+    what: &str,
+) {
+    let AttentionSpec { kv_heads, head_dim, kv, ref cos, ref sin, .. } = *spec;
+    for head in 0..kv_heads {
+        let own = keys_and_values.map(|x| -> Vec<f32> {
+            let rows = x.data.chunks(kv_heads * head_dim);
+            rows.flat_map(|row| row[head * head_dim..][..head_dim].to_vec()).collect()
+        });
+        let [mut keys, values] = own;
+        let mean = mean.map_or(&[][..], |mean| &mean.data[head * head_dim..][..head_dim]);
+        let unquantized = CachedHead { head_dim, format: &KvFormat::FULL, cos, sin };
+        keys_of_cache(Isa::detect().unwrap(), &mut keys, &unquantized, mean);
+        for (side, mut x) in [keys, values].into_iter().enumerate() {
+            for (token, x) in x.chunks_mut(head_dim).enumerate() {
+                if kv.rotate {
+                    hadamard::transform(x);
+                }
+                let mut codes = vec![0; head_dim];
+                let (scale, zero) = kv::quantize(&kv, x, &mut codes);
+                let page = cache.page(sequence, token / PAGE_TOKENS, head).unwrap();
+                let found = codes_of(&page, head_dim, side == 1, token % PAGE_TOKENS);
+                assert_eq!(found, (codes, scale, zero), "{what}, token {token}");
+            }
+        }
+    }
+}
+
 #[test]
 fn codes_are_those_of_the_cpu_and_decoding_is_its_attention() {
     let test = "codes_are_those_of_the_cpu_and_decoding_is_its_attention";
@@ -124,42 +158,9 @@ fn codes_are_those_of_the_cpu_and_decoding_is_its_attention() {
             assert_eq!(cache.lengths(), lengths, "{what}");
 
             if format.is_quantized() {
-                for (sequence, length) in lengths.into_iter().enumerate() {
-                    for head in 0..kv_heads {
-                        let own = |x: &Matrix| -> Vec<f32> {
-                            let rows = x.data.chunks(kv_heads * head_dim);
-                            rows.flat_map(|row| row[head * head_dim..][..head_dim].to_vec())
-                                .collect()
-                        };
-                        let mut keys = own(&k[sequence]);
-                        let mean = mean
-                            .as_ref()
-                            .map_or(&[][..], |mean| &mean.data[head * head_dim..][..head_dim]);
-                        let cached = CachedHead {
-                            head_dim,
-                            format: &KvFormat::FULL,
-                            cos: &spec.cos,
-                            sin: &spec.sin,
-                        };
-                        keys_of_cache(Isa::detect().unwrap(), &mut keys, &cached, mean);
-                        for (side, mut x) in [keys, own(&v[sequence])].into_iter().enumerate() {
-                            for (token, x) in x.chunks_mut(head_dim).enumerate().take(length) {
-                                if format.rotate {
-                                    hadamard::transform(x);
-                                }
-                                let mut codes = vec![0; head_dim];
-                                let (scale, zero) = kv::quantize(&format, x, &mut codes);
-                                let page = cache.page(sequence, token / PAGE_TOKENS, head).unwrap();
-                                let found =
-                                    codes_of(&page, head_dim, side == 1, token % PAGE_TOKENS);
-                                assert_eq!(
-                                    found,
-                                    (codes, scale, zero),
-                                    "{what}, token {token} of {length}"
-                                );
-                            }
-                        }
-                    }
+                for sequence in 0..lengths.len() {
+                    let [k, v] = [&k[sequence], &v[sequence]];
+                    check_codes(&cache, &spec, sequence, [k, v], mean.as_ref(), &what);
                 }
             }
 

@@ -5,13 +5,13 @@ use super::Cuda;
 use super::gpu::Buffer;
 use super::kernels::Float;
 use super::kernels::elementwise::{Difference, ScaleRows};
-use super::tensor::{Activation, Cross, Hessian, Hidden};
+use super::tensor::{Activation, CrossCovariance, Hessian, Hidden};
 use crate::Result;
 use crate::backend::{AttentionSpec, Calibration};
 
 impl Calibration for Cuda {
     type Gram = Hessian;
-    type CrossCovariance = Cross;
+    type CrossCovariance = CrossCovariance;
 
     fn add_energy(&self, x: &Activation, energy: &mut [f64]) -> Result<()> {
         self.add_energy(x, energy)
@@ -29,13 +29,13 @@ impl Calibration for Cuda {
         self.add_gram(gram, x)
     }
 
-    fn cross_covariance(&self, rows: usize, columns: usize) -> Result<Cross> {
-        Ok(Cross { rows, columns, data: self.gpu.zeros(4 * rows * columns)? })
+    fn cross_covariance(&self, rows: usize, columns: usize) -> Result<CrossCovariance> {
+        Ok(CrossCovariance { rows, columns, data: self.gpu.zeros(4 * rows * columns)? })
     }
 
     fn add_cross_covariance(
         &self,
-        cross: &mut Cross,
+        cross: &mut CrossCovariance,
         y: &Activation,
         x: &Activation,
     ) -> Result<()> {

@@ -1,10 +1,10 @@
-/*! Cross-covariances `y^T x`, and the correction of weights for the accumulated error. */
+/*! CrossCovariance-covariances `y^T x`, and the correction of weights for the accumulated error. */
 
 use super::Cuda;
 use super::gpu::Buffer;
 use super::kernels::gptq::{AddReversed, ReverseColumns};
 use super::product::{Operand, Precision, Product};
-use super::tensor::{Activation, Cross, Factor};
+use super::tensor::{Activation, CrossCovariance, Factor};
 use crate::Result;
 use crate::backend::AccumulatedError;
 
@@ -12,11 +12,11 @@ impl Cuda {
     /// `C += y^T x`. In column-major order it is `X Y^T` with `X` `[columns, tokens]`.
     pub(super) fn add_cross_covariance(
         &self,
-        cross: &Cross,
+        cross: &CrossCovariance,
         y: &Activation,
         x: &Activation,
     ) -> Result<()> {
-        let Cross { rows, columns, ref data } = *cross;
+        let CrossCovariance { rows, columns, ref data } = *cross;
         assert!(
             y.columns == rows && x.columns == columns && x.rows == y.rows,
             "shapes of a cross-covariance"
@@ -39,7 +39,7 @@ impl Cuda {
         &self,
         weights: &Buffer,
         rows: usize,
-        error: &AccumulatedError<Cross>,
+        error: &AccumulatedError<CrossCovariance>,
         factor: &Factor,
     ) -> Result<()> {
         let n = factor.n;

@@ -8,16 +8,19 @@ use super::kernels::elementwise::{
 use super::kernels::{Float, product};
 use super::product::Precision;
 use super::quantize::{PermutedRows, SourceRows};
-use super::tensor::{Activation, Dense, Form, Hidden, Layout, Packed, Rows, Site, Slots, Weight};
+use super::tensor::{
+    Activation, Dense, DeviceRows, DeviceSite, Hidden, Layout, PackedForm, PackedLinear, Slots,
+    Weight,
+};
 use super::{Cuda, Part};
 use crate::Result;
 use crate::backend::{AttentionSpec, Forward, Placement, Qkv};
 
 impl Forward for Cuda {
-    type Rows = Rows;
+    type Rows = DeviceRows;
     type Dense = Dense;
-    type Packed = Packed;
-    type Site = Site;
+    type Packed = PackedLinear;
+    type Site = DeviceSite;
 
     fn embed(&self, table: &Weight, tokens: &[u32]) -> Result<Hidden> {
         let (rows, columns) = (tokens.len(), table.columns);
@@ -114,7 +117,7 @@ impl Forward for Cuda {
         self.select_rows(&self.attention_of_windows(spec, &qkv, key_mean)?, rows)
     }
 
-    fn permute(&self, x: &Activation, site: &Site) -> Result<Activation> {
+    fn permute(&self, x: &Activation, site: &DeviceSite) -> Result<Activation> {
         let y = self.half(x.rows, site.format.width())?;
         let element = Float::Half;
         let from = SourceRows { values: x.half().into(), element, rows: x.rows };
@@ -122,7 +125,7 @@ impl Forward for Cuda {
         Ok(y)
     }
 
-    fn quantize(&self, x: &Activation, site: &Site, name: &str) -> Result<Rows> {
+    fn quantize(&self, x: &Activation, site: &DeviceSite, name: &str) -> Result<DeviceRows> {
         self.quantize(x, site, name)
     }
 
@@ -131,9 +134,9 @@ impl Forward for Cuda {
         x: &Hidden,
         weight: &Hidden,
         epsilon: f32,
-        site: &Site,
+        site: &DeviceSite,
         name: &str,
-    ) -> Result<Rows> {
+    ) -> Result<DeviceRows> {
         let codes = SiteCodes { site, layout: Layout::Tiled, name };
         if self.takes_tiles(&site.format.row)
             && let Some(rows) = self.norm_rows(x, weight, epsilon, codes)?
@@ -147,9 +150,9 @@ impl Forward for Cuda {
         &self,
         gate: Activation,
         up: &Activation,
-        site: &Site,
+        site: &DeviceSite,
         name: &str,
-    ) -> Result<Rows> {
+    ) -> Result<DeviceRows> {
         let columns = if gate.slots.is_some() { Columns::Slots } else { Columns::Channels };
         let codes = SiteCodes { site, layout: Layout::Tiled, name };
         if self.takes_tiles(&site.format.row)
@@ -160,7 +163,7 @@ impl Forward for Cuda {
         self.quantize(&self.silu_mul(gate, up)?, site, name)
     }
 
-    fn dequantize(&self, x: &Rows) -> Result<Activation> {
+    fn dequantize(&self, x: &DeviceRows) -> Result<Activation> {
         self.dequantize(x)
     }
 
@@ -174,18 +177,29 @@ impl Forward for Cuda {
         self.multiply(Part::all(y), weight, x.float(), Precision::HalfToFloat, true)
     }
 
-    fn integer_product(&self, x: &Rows, weight: &Packed) -> Result<Activation> {
+    fn integer_product(&self, x: &DeviceRows, weight: &PackedLinear) -> Result<Activation> {
         let data = self.integer(x, weight, true)?;
         let slots = weight.slots.clone();
         Ok(Activation { slots, ..Activation::new(x.tokens, weight.rows, data) })
     }
 
-    fn add_integer_product(&self, x: &mut Hidden, y: &Rows, weight: &Packed) -> Result<()> {
+    fn add_integer_product(
+        &self,
+        x: &mut Hidden,
+        y: &DeviceRows,
+        weight: &PackedLinear,
+    ) -> Result<()> {
         // Only the product of prefill adds to what is there.
-        if let (Form::Blocks(blocks), Layout::Tiled) = (&weight.form, y.layout)
+        if let (PackedForm::Blocks(blocks), Layout::Tiled) = (&weight.form, y.layout)
             && product::is_prefill(y.tokens)
         {
-            return self.tiled_product(y, blocks, weight.rows, x.float(), product::Output::Added);
+            return self.tiled_product(
+                y,
+                blocks,
+                weight.rows,
+                x.float(),
+                product::ProductOutput::Added,
+            );
         }
         let product = self.integer_product(y, weight)?;
         self.add(x, &product)

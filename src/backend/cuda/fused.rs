@@ -2,9 +2,9 @@
 
 use super::Cuda;
 use super::gpu::Buffer;
-use super::kernels::fused::{FusedQuantize, Kind, Plan, Program, Room, Shape};
+use super::kernels::fused::{FusedPlan, FusedQuantize, Kind, Program, Room, Shape};
 use super::kernels::hopper_layout::{PANEL, padded_tokens, tiled_scale_bytes};
-use super::tensor::{Activation, Hidden, Layout, Outliers, Rows, SCALE_MULTIPLE, Site};
+use super::tensor::{Activation, DeviceRows, DeviceSite, Hidden, Layout, Outliers, SCALE_MULTIPLE};
 use crate::Result;
 use crate::backend::Producer;
 use crate::quant::codebook::Codebook;
@@ -28,13 +28,13 @@ pub(super) enum Columns {
 /// Codes to be made: of which site, by its name in errors, and how they lie.
 #[derive(Clone, Copy)]
 pub(super) struct SiteCodes<'a> {
-    pub(super) site: &'a Site,
+    pub(super) site: &'a DeviceSite,
     pub(super) layout: Layout,
     pub(super) name: &'a str,
 }
 
 /// What a row becomes codes from.
-struct Source<'a> {
+struct FusedSource<'a> {
     kind: Kind,
     rows: usize,
     width: usize,
@@ -85,7 +85,7 @@ impl Cuda {
     }
 
     /// A norm's weight `[1, channels]` for the site after it.
-    fn norm_weight(&self, weight: &Hidden, site: &Site) -> Result<NormWeight> {
+    fn norm_weight(&self, weight: &Hidden, site: &DeviceSite) -> Result<NormWeight> {
         let channels = weight.float().download::<f32>(0..4 * weight.count())?;
         let slots = by_slots(&site.format, 0.0, |channel| channels[channel]);
         self.gpu.upload(&slots).map(NormWeight)
@@ -99,7 +99,7 @@ impl Cuda {
         weight: &Hidden,
         epsilon: f32,
         codes: SiteCodes<'_>,
-    ) -> Result<Option<Rows>> {
+    ) -> Result<Option<DeviceRows>> {
         let site = codes.site;
         if site.norm.get().is_none() {
             // Another thread may have been faster; both have the same.
@@ -108,16 +108,27 @@ impl Cuda {
         let (values, other) = (x.float(), site.norm.get().map(|norm| &norm.0));
         let columns = Columns::Channels;
         let (rows, width) = (x.rows, x.columns);
-        let source = Source { kind: Kind::Norm, rows, width, values, other, epsilon, columns };
+        let source = FusedSource { kind: Kind::Norm, rows, width, values, other, epsilon, columns };
         self.fused_quantize(&source, codes)
     }
 
     /// The codes of f16 rows; none as above.
-    pub(super) fn half_rows(&self, x: &Activation, codes: SiteCodes<'_>) -> Result<Option<Rows>> {
+    pub(super) fn half_rows(
+        &self,
+        x: &Activation,
+        codes: SiteCodes<'_>,
+    ) -> Result<Option<DeviceRows>> {
         let (values, columns) = (x.half(), Columns::Channels);
         let (rows, width) = (x.rows, x.columns);
-        let source =
-            Source { kind: Kind::Half, rows, width, values, other: None, epsilon: 0.0, columns };
+        let source = FusedSource {
+            kind: Kind::Half,
+            rows,
+            width,
+            values,
+            other: None,
+            epsilon: 0.0,
+            columns,
+        };
         self.fused_quantize(&source, codes)
     }
 
@@ -128,22 +139,23 @@ impl Cuda {
         up: &Activation,
         columns: Columns,
         codes: SiteCodes<'_>,
-    ) -> Result<Option<Rows>> {
+    ) -> Result<Option<DeviceRows>> {
         assert_eq!((gate.rows, gate.columns), (up.rows, up.columns));
         assert_eq!(gate.slots.is_some(), up.slots.is_some());
         let (values, other) = (&gate.data, Some(&up.data));
         let (rows, width) = (gate.rows, gate.columns);
-        let source = Source { kind: Kind::Silu, rows, width, values, other, epsilon: 0.0, columns };
+        let source =
+            FusedSource { kind: Kind::Silu, rows, width, values, other, epsilon: 0.0, columns };
         self.fused_quantize(&source, codes)
     }
 
     fn fused_quantize(
         &self,
-        source: &Source<'_>,
+        source: &FusedSource<'_>,
         SiteCodes { site, layout, name }: SiteCodes<'_>,
-    ) -> Result<Option<Rows>> {
+    ) -> Result<Option<DeviceRows>> {
         let format = &site.format;
-        let &Source { kind, rows: count, width, values, other, epsilon, columns } = source;
+        let &FusedSource { kind, rows: count, width, values, other, epsilon, columns } = source;
         let plan = self.fused_plan(format, kind, columns, count);
         let (Some(slots), Some(plan)) = (&site.slots, plan) else { return Ok(None) };
         let ordered = columns == Columns::Channels;
@@ -198,20 +210,20 @@ impl Cuda {
         kind: Kind,
         columns: Columns,
         rows: usize,
-    ) -> Option<Plan> {
+    ) -> Option<FusedPlan> {
         let room = Room {
             multiprocessors: self.gpu.multiprocessors,
             shared_bytes: self.gpu.block_shared_bytes,
         };
         let shape = Shape { kind, rows, channels: format.channels, panels: panels(&format.row) };
         match columns {
-            Columns::Channels => Plan::gathering(shape, room),
-            Columns::Slots => Some(Plan::permuted(shape, room)),
+            Columns::Channels => FusedPlan::gathering(shape, room),
+            Columns::Slots => Some(FusedPlan::permuted(shape, room)),
         }
     }
 
     /// Whether `rows` rows become a site's codes in one step with the norm or SiLU before it.
-    pub(super) fn fuses(&self, producer: Producer, site: &Site, rows: usize) -> bool {
+    pub(super) fn fuses(&self, producer: Producer, site: &DeviceSite, rows: usize) -> bool {
         let kind = match producer {
             Producer::Norm => Kind::Norm,
             Producer::Silu => Kind::Silu,
@@ -222,7 +234,7 @@ impl Cuda {
     }
 
     /// Room for codes and scales.
-    fn rows_of(&self, tokens: usize, format: &RowFormat, layout: Layout) -> Result<Rows> {
+    fn rows_of(&self, tokens: usize, format: &RowFormat, layout: Layout) -> Result<DeviceRows> {
         let RowFormat { numbers, groups, .. } = *format;
         let [panels, outlier_panels] = panels(format);
         let (scale_stride, codes, scales, outliers);
@@ -245,7 +257,7 @@ impl Cuda {
             scales = self.gpu.alloc(4 * scale_stride * groups)?;
             outliers = self.outliers(format, tokens)?;
         }
-        Ok(Rows {
+        Ok(DeviceRows {
             layout,
             format: *format,
             tokens,

@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::fused::{Columns, SiteCodes};
-use super::tensor::{Activation, Layout, Rows, Site};
+use super::tensor::{Activation, DeviceRows, DeviceSite, Layout};
 use super::tests::{Random, device, site};
 use super::*;
 use crate::backend::cpu::Cpu;
@@ -60,7 +60,7 @@ fn compare(
     format: &SiteFormat,
     expected: &QuantizedRows,
     what: &str,
-    make: impl Fn(&Site, Layout) -> Option<Rows>,
+    make: impl Fn(&DeviceSite, Layout) -> Option<DeviceRows>,
 ) {
     let site = cuda.site(format).unwrap();
     for layout in [Layout::RowMajor, Layout::Tiled] {
@@ -204,7 +204,7 @@ fn the_first_row_that_is_not_sound_is_named() {
         let (float, half) = (cuda.upload(x.clone()).unwrap(), cuda.half_tensor(&x));
         let up = cuda.half_tensor(&fine);
         let codes = SiteCodes { site: &site, layout: Layout::Tiled, name: "this" };
-        let check = |run: &dyn Fn(SiteCodes<'_>) -> Result<Option<Rows>>| {
+        let check = |run: &dyn Fn(SiteCodes<'_>) -> Result<Option<DeviceRows>>| {
             run(codes).unwrap().unwrap();
             let error = cuda.wait().err().unwrap();
             assert!(error.message().contains("of this: "), "{error}");

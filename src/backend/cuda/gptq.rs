@@ -11,7 +11,9 @@ use super::kernels::gptq::{OutlierBlock, OutlierErrors, SPAN, Sweep, WideGroupSc
 use super::product::{Operand, Precision, Product};
 use super::quantize::PermutedRows;
 use super::slice::{In, Out};
-use super::tensor::{Codes, Cross, Factor, OutlierSlices, Quantized, Site, Weight};
+use super::tensor::{
+    Codes, CrossCovariance, DeviceLinear, DeviceSite, Factor, OutlierSlices, Weight,
+};
 use crate::backend::{AccumulatedError, Quantization, Unquantized};
 use crate::quant::codebook::Codebook;
 use crate::quant::grid::{Grid, ScaleRule};
@@ -78,10 +80,10 @@ impl Cuda {
     pub(super) fn sweep_all(
         &self,
         linears: &[Unquantized<Weight>],
-        site: &Site,
+        site: &DeviceSite,
         factor: &Factor,
-        error: Option<&AccumulatedError<Cross>>,
-    ) -> Result<Vec<Quantized>> {
+        error: Option<&AccumulatedError<CrossCovariance>>,
+    ) -> Result<Vec<DeviceLinear>> {
         // Rows that share a scale must not lie in two linears.
         let together = |a: &Unquantized<Weight>, b: &Unquantized<Weight>| {
             (a.format, a.clip) == (b.format, b.clip)
@@ -95,7 +97,7 @@ impl Cuda {
     }
 
     /// Rounding to nearest.
-    pub fn round(&self, linear: &Unquantized<Weight>, site: &Site) -> Result<Quantized> {
+    pub fn round(&self, linear: &Unquantized<Weight>, site: &DeviceSite) -> Result<DeviceLinear> {
         let mut quantized = self.sweep(std::slice::from_ref(linear), site, None, None)?;
         Ok(quantized.remove(0))
     }
@@ -104,10 +106,10 @@ impl Cuda {
     fn sweep(
         &self,
         linears: &[Unquantized<Weight>],
-        site: &Site,
+        site: &DeviceSite,
         factor: Option<&Factor>,
-        error: Option<&AccumulatedError<Cross>>,
-    ) -> Result<Vec<Quantized>> {
+        error: Option<&AccumulatedError<CrossCovariance>>,
+    ) -> Result<Vec<DeviceLinear>> {
         let stack = self.stack(linears, site)?;
         if let (Some(factor), Some(error)) = (factor, error) {
             self.correct(&stack.original, stack.rows, error, factor)?;
@@ -202,7 +204,7 @@ impl Cuda {
         })
     }
 
-    fn stack(&self, linears: &[Unquantized<Weight>], site: &Site) -> Result<Stack> {
+    fn stack(&self, linears: &[Unquantized<Weight>], site: &DeviceSite) -> Result<Stack> {
         let Unquantized { format, clip, .. } = linears[0];
         self.check_codebook(format.row.numbers.codebook)?;
         let width = format.row.width();
@@ -339,7 +341,7 @@ fn parts(
     codes: Codes,
     errors: Option<&[f64]>,
     bad: usize,
-) -> Result<Vec<Quantized>> {
+) -> Result<Vec<DeviceLinear>> {
     let mut first_row = 0;
     let shared = Arc::new(codes);
     linears
@@ -356,7 +358,7 @@ fn parts(
             let own = errors.map(|errors| &errors[first_row..first_row + rows]);
             let lost = own.map(|own| own.iter().sum());
             let quantized =
-                Quantized { format, first_row, rows, shared: Arc::clone(&shared), lost };
+                DeviceLinear { format, first_row, rows, shared: Arc::clone(&shared), lost };
             first_row += rows;
             Ok(quantized)
         })

@@ -10,10 +10,10 @@ use super::kernels::hopper_layout::{
     BLOCK_ROWS, OUTLIER_BYTES, OUTLIER_PART, PANEL, PackOutliers, PackWeights, Packing, TileCodes,
     TileScales, UntileCodes, UntileScales, WidenCodes, padded_tokens, tiled_scale_bytes,
 };
-use super::kernels::product::{Output, Stream, Tiles, Tiling};
+use super::kernels::product::{ProductOutput, Stream, Tiles, Tiling};
 use super::slice::In;
 use super::tensor::{
-    Blocks, Layout, OutlierSlices, Outliers, Quantized, Rows, SCALE_MULTIPLE, Site,
+    Blocks, DeviceLinear, DeviceRows, DeviceSite, Layout, OutlierSlices, Outliers, SCALE_MULTIPLE,
 };
 use crate::Result;
 use crate::quant::codebook::Codebook;
@@ -34,7 +34,11 @@ impl Cuda {
     }
 
     /// Weights as the kernels read them; a row for each slot of `feeds`, where their outputs are to lie in its order.
-    pub(super) fn blocks(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Blocks> {
+    pub(super) fn blocks(
+        &self,
+        weight: &DeviceLinear,
+        feeds: Option<&DeviceSite>,
+    ) -> Result<Blocks> {
         let LinearFormat { row, rows_per_scale } = weight.format;
         let RowFormat { numbers, groups, .. } = row;
         let NumberFormat { bits, codebook, group_size, .. } = numbers;
@@ -79,8 +83,8 @@ impl Cuda {
     }
 
     /// Rows in tiles.
-    pub(super) fn tiled(&self, x: &Rows) -> Result<Rows> {
-        let &Rows { tokens, format, scale_stride, .. } = x;
+    pub(super) fn tiled(&self, x: &DeviceRows) -> Result<DeviceRows> {
+        let &DeviceRows { tokens, format, scale_stride, .. } = x;
         let groups = format.groups;
         let padded = padded_tokens(tokens);
         let tile = |codes: &Buffer, width: usize, magnitudes: bool| -> Result<Buffer> {
@@ -109,12 +113,19 @@ impl Cuda {
         })?;
         let outliers =
             self.outliers_in(x, padded, |codes| tile(codes, x.outliers.padded(), false))?;
-        Ok(Rows { layout: Layout::Tiled, codes, scales, scale_stride: padded, outliers, ..*x })
+        Ok(DeviceRows {
+            layout: Layout::Tiled,
+            codes,
+            scales,
+            scale_stride: padded,
+            outliers,
+            ..*x
+        })
     }
 
     /// Tiles as rows.
-    pub(super) fn untiled(&self, x: &Rows) -> Result<Rows> {
-        let &Rows { tokens, format, scale_stride: padded, .. } = x;
+    pub(super) fn untiled(&self, x: &DeviceRows) -> Result<DeviceRows> {
+        let &DeviceRows { tokens, format, scale_stride: padded, .. } = x;
         let groups = format.groups;
         let untile = |from: &Buffer, width: usize, magnitudes: bool| -> Result<Buffer> {
             let to = self.gpu.alloc(tokens * width)?;
@@ -141,13 +152,13 @@ impl Cuda {
         })?;
         let outliers =
             self.outliers_in(x, tokens, |codes| untile(codes, x.outliers.padded(), false))?;
-        Ok(Rows { layout: Layout::RowMajor, codes, scales, scale_stride, outliers, ..*x })
+        Ok(DeviceRows { layout: Layout::RowMajor, codes, scales, scale_stride, outliers, ..*x })
     }
 
     /// The INT8 outliers of rows with their codes in another layout, and room for `count` scales.
     fn outliers_in(
         &self,
-        x: &Rows,
+        x: &DeviceRows,
         count: usize,
         convert: impl Fn(&Buffer) -> Result<Buffer>,
     ) -> Result<Outliers> {
@@ -165,14 +176,14 @@ impl Cuda {
     /// the specification bit by bit; in decode a row's groups are summed in several parts (split-K).
     pub(super) fn tiled_product(
         &self,
-        x: &Rows,
+        x: &DeviceRows,
         blocks: &Blocks,
         rows: usize,
         to: &Buffer,
-        output: Output,
+        output: ProductOutput,
     ) -> Result<()> {
         assert_eq!(x.layout, Layout::Tiled);
-        let Rows { tokens, format, scale_stride, .. } = *x;
+        let DeviceRows { tokens, format, scale_stride, .. } = *x;
         // Products with weights of 8 bits take two's complement.
         let widened = (x.in_magnitudes() && blocks.wide).then(|| self.widened(x)).transpose()?;
         let codes = widened.as_ref().unwrap_or(&x.codes);
@@ -229,7 +240,7 @@ impl Cuda {
     }
 
     /// The codes in two's complement.
-    fn widened(&self, x: &Rows) -> Result<Buffer> {
+    fn widened(&self, x: &DeviceRows) -> Result<Buffer> {
         let bytes = x.codes.bytes();
         let to = self.gpu.alloc(bytes)?;
         self.kernels.launch(&WidenCodes {

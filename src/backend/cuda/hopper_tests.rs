@@ -4,7 +4,7 @@ use half::f16;
 
 use super::fused::{Columns, SiteCodes};
 use super::quantization_tests::random_codes;
-use super::tensor::{Activation, Form, Layout};
+use super::tensor::{Activation, Layout, PackedForm};
 use super::tests::{Random, device, site};
 use super::*;
 use crate::backend::cpu::Cpu;
@@ -121,7 +121,7 @@ fn compare(
         assert_eq!(rows_on_device.layout, Layout::Tiled, "{what}");
         assert!(cuda.rows_on_host(&rows_on_device) == host, "codes of {what}");
         let packed = cuda.pack(&cuda.restore(linear.clone()).unwrap(), None).unwrap();
-        assert!(matches!(packed.form, Form::Blocks(_)), "{what}");
+        assert!(matches!(packed.form, PackedForm::Blocks(_)), "{what}");
 
         let float = |rows| {
             let found = cuda.integer(rows, &packed, false).unwrap();

@@ -11,10 +11,13 @@ use super::kernels::gptq::ExpandScales;
 use super::kernels::integer::{
     AddFloatOutliers, IntegerProduct, PackNibbles, Program, UnpackNibbles,
 };
-use super::kernels::product::Output;
+use super::kernels::product::ProductOutput;
 use super::libraries::Version;
 use super::slice::In;
-use super::tensor::{Form, Layout, Outliers, Packed, Quantized, Rows, SCALE_MULTIPLE, Site, Slots};
+use super::tensor::{
+    DeviceLinear, DeviceRows, DeviceSite, Layout, Outliers, PackedForm, PackedLinear,
+    SCALE_MULTIPLE, Slots,
+};
 use crate::Result;
 use crate::quant::codebook::Codebook;
 use crate::quant::number::{NumberFormat, RowFormat};
@@ -71,19 +74,19 @@ impl Cuda {
     }
 
     /// Rows as the products of their site read them.
-    pub(super) fn laid_out(&self, rows: Rows, format: &RowFormat) -> Result<Rows> {
+    pub(super) fn laid_out(&self, rows: DeviceRows, format: &RowFormat) -> Result<DeviceRows> {
         match self.narrow {
             Narrow::Wgmma if self.takes_tiles(format) => self.tiled(&rows),
             Narrow::Nibbles if takes_nibbles(&format.numbers) => {
                 let codes = self.nibbles((&rows.codes).into(), rows.codes.bytes())?;
-                Ok(Rows { layout: Layout::Nibbles, codes, ..rows })
+                Ok(DeviceRows { layout: Layout::Nibbles, codes, ..rows })
             }
             _ => Ok(rows),
         }
     }
 
     /// Rows of codes as bytes, from any other layout.
-    pub(super) fn row_major(&self, x: &Rows) -> Result<Rows> {
+    pub(super) fn row_major(&self, x: &DeviceRows) -> Result<DeviceRows> {
         if x.layout == Layout::Tiled {
             return self.untiled(x);
         }
@@ -97,7 +100,7 @@ impl Cuda {
         })?;
         let scales = self.gpu.alloc(x.scales.bytes())?;
         scales.copy_from(&x.scales, x.scales.bytes())?;
-        Ok(Rows {
+        Ok(DeviceRows {
             layout: Layout::RowMajor,
             codes,
             scales,
@@ -131,16 +134,17 @@ impl Cuda {
     }
 
     /// A weight as the product reads it. Where `feeds` takes outputs in its order, rows are in that.
-    pub fn pack(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Packed> {
-        let Quantized { format, first_row, rows, .. } = *weight;
+    pub fn pack(&self, weight: &DeviceLinear, feeds: Option<&DeviceSite>) -> Result<PackedLinear> {
+        let DeviceLinear { format, first_row, rows, .. } = *weight;
         let groups = format.row.groups;
         if self.takes_tiles(&format.row) {
-            let takes = |site: &&Site| self.takes_tiles(&site.format.row) && site.slots.is_some();
+            let takes =
+                |site: &&DeviceSite| self.takes_tiles(&site.format.row) && site.slots.is_some();
             let feeds = feeds.filter(takes);
-            let form = Form::Blocks(self.blocks(weight, feeds)?);
+            let form = PackedForm::Blocks(self.blocks(weight, feeds)?);
             let slots = feeds.map(|site| Slots { order: Arc::clone(&site.order), channels: rows });
             let rows = feeds.map_or(rows, |site| site.format.width());
-            return Ok(Packed { format, rows, form, slots });
+            return Ok(PackedLinear { format, rows, form, slots });
         }
         let stride = rows.next_multiple_of(SCALE_MULTIPLE);
         let scales = self.gpu.alloc(4 * stride * groups)?;
@@ -153,16 +157,21 @@ impl Cuda {
             to: (&scales).into(),
         })?;
         let shared = Arc::clone(&weight.shared);
-        let weight = Quantized { format, first_row, rows, shared, lost: None };
+        let weight = DeviceLinear { format, first_row, rows, shared, lost: None };
         let paired = self.narrow == Narrow::Nibbles && takes_nibbles(&format.row.numbers);
         let bytes = rows * format.row.grouped_channels();
         let nibbles = paired.then(|| self.nibbles(weight.codes(), bytes)).transpose()?;
-        let form = Form::Rows { weight, scales, nibbles };
-        Ok(Packed { format, rows, form, slots: None })
+        let form = PackedForm::Rows { weight, scales, nibbles };
+        Ok(PackedLinear { format, rows, form, slots: None })
     }
 
     /// `x w^T` by the integer path, in f16 or in f32.
-    pub(super) fn integer(&self, x: &Rows, weight: &Packed, half: bool) -> Result<Buffer> {
+    pub(super) fn integer(
+        &self,
+        x: &DeviceRows,
+        weight: &PackedLinear,
+        half: bool,
+    ) -> Result<Buffer> {
         let count = x.tokens * weight.rows;
         let half_now = half && !x.has_float_outliers();
         let y = self.gpu.alloc(if half_now { 2 } else { 4 } * count)?;
@@ -185,7 +194,13 @@ impl Cuda {
     /// The same into memory that is there. Outliers in f16 and FP8 are added to f32 sums, so that `half` is not for
     /// them. Nothing is allocated if `x` lies as [`quantize`](Self::quantize) returns it and codes of 8 bits are not multiplied
     /// with others.
-    pub fn integer_into(&self, x: &Rows, weight: &Packed, to: &Buffer, half: bool) -> Result<()> {
+    pub fn integer_into(
+        &self,
+        x: &DeviceRows,
+        weight: &PackedLinear,
+        to: &Buffer,
+        half: bool,
+    ) -> Result<()> {
         let (tokens, rows) = (x.tokens, weight.rows);
         let RowFormat { numbers, groups, outlier_channels, .. } = x.format;
         let own = &weight.format.row;
@@ -194,18 +209,18 @@ impl Cuda {
             (own.numbers.group_size, own.groups, own.outlier_channels)
         );
         assert!(!(half && x.has_float_outliers()), "sums that are to be added to are f32");
-        let output = if half { Output::Half } else { Output::Float };
+        let output = if half { ProductOutput::Half } else { ProductOutput::Float };
         let (own, scales, codes) = match (&weight.form, x.layout) {
-            (Form::Blocks(blocks), Layout::Tiled) => {
+            (PackedForm::Blocks(blocks), Layout::Tiled) => {
                 return self.tiled_product(x, blocks, rows, to, output);
             }
-            (Form::Blocks(blocks), Layout::RowMajor) => {
+            (PackedForm::Blocks(blocks), Layout::RowMajor) => {
                 return self.tiled_product(&self.tiled(x)?, blocks, rows, to, output);
             }
-            (Form::Rows { weight, scales, nibbles: Some(nibbles) }, Layout::Nibbles) => {
+            (PackedForm::Rows { weight, scales, nibbles: Some(nibbles) }, Layout::Nibbles) => {
                 (weight, scales, nibbles.into())
             }
-            (Form::Rows { weight, scales, .. }, Layout::RowMajor) => {
+            (PackedForm::Rows { weight, scales, .. }, Layout::RowMajor) => {
                 (weight, scales, weight.codes())
             }
             _ => return self.integer_into(&self.row_major(x)?, weight, to, half),

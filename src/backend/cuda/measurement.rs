@@ -2,7 +2,7 @@
 //! names.
 
 use super::Cuda;
-use super::tensor::{Activation, Dense, Hidden, Rows, Site};
+use super::tensor::{Activation, Dense, DeviceRows, DeviceSite, Hidden};
 use crate::Result;
 use crate::backend::{Forward, Measurement, Prediction, Producer};
 use crate::quant::rows::QuantizedRows;
@@ -41,15 +41,15 @@ impl Measurement for Cuda {
         self.kl_divergence(x, original, head)
     }
 
-    fn fuses(&self, producer: Producer, site: &Site, tokens: usize) -> bool {
+    fn fuses(&self, producer: Producer, site: &DeviceSite, tokens: usize) -> bool {
         self.fuses(producer, site, tokens)
     }
 
-    fn fetch_rows(&self, x: &Rows) -> Result<QuantizedRows> {
+    fn fetch_rows(&self, x: &DeviceRows) -> Result<QuantizedRows> {
         self.fetch_rows(x)
     }
 
-    fn restore_rows(&self, x: &QuantizedRows) -> Result<Rows> {
+    fn restore_rows(&self, x: &QuantizedRows) -> Result<DeviceRows> {
         self.restore_rows(x)
     }
 }

@@ -8,7 +8,7 @@ use super::kernels::permute::{EnergyErrors, Permutation};
 use super::kernels::reduce::DotParts;
 use super::product::{Operand, Precision, Product};
 use super::slice::In;
-use super::tensor::{Hessian, Quantized, Site, Weight};
+use super::tensor::{DeviceLinear, DeviceSite, Hessian, Weight};
 use crate::Result;
 use crate::backend;
 
@@ -23,9 +23,9 @@ impl Cuda {
     pub(super) fn output_error(
         &self,
         hessian: &Hessian,
-        site: &Site,
+        site: &DeviceSite,
         weight: &Weight,
-        quantized: &Quantized,
+        quantized: &DeviceLinear,
     ) -> Result<f64> {
         let original = self.permuted(weight, site, Float::Single)?;
         let total = self.energy_of(&original, weight.rows, hessian, Precision::Tensor32)?;
@@ -86,9 +86,9 @@ impl Cuda {
     pub(super) fn energy_error(
         &self,
         energy: &[f64],
-        site: &Site,
+        site: &DeviceSite,
         weight: &Weight,
-        quantized: &Quantized,
+        quantized: &DeviceLinear,
     ) -> Result<f64> {
         let format = &site.format;
         let energy = self.gpu.upload(energy)?;

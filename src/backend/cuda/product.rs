@@ -70,10 +70,10 @@ pub struct Product<'a> {
 }
 
 /// An operand as a kernel sees it: its stride, whether it is transposed, and its alignment in bytes.
-type Form = (usize, bool, u32);
+type OperandForm = (usize, bool, u32);
 
 /// What the choice of cuBLASLt's kernel depends on.
-type Key = (usize, usize, usize, [Form; 3], bool, Precision);
+type Key = (usize, usize, usize, [OperandForm; 3], bool, Precision);
 
 impl Product<'_> {
     /// Checks that the operands are as large as the product reads and writes.
@@ -90,7 +90,7 @@ impl Product<'_> {
         }
     }
 
-    fn forms(&self) -> [Form; 3] {
+    fn forms(&self) -> [OperandForm; 3] {
         let form = |operand: Operand<'_>, bytes: usize| {
             // The address decides which instructions can load it, and so does the distance of columns.
             let alignment = operand.memory.pointer() | (operand.stride * bytes) as u64 | 256;
@@ -286,7 +286,7 @@ impl Products {
     fn heuristic(
         &self,
         planned: &Planned,
-        forms: [Form; 3],
+        forms: [OperandForm; 3],
         most: usize,
     ) -> Result<Vec<lts::cublasLtMatmulAlgo_t>> {
         let preference = lt::create_matmul_pref().map_err(unplanned)?;

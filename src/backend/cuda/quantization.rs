@@ -6,7 +6,9 @@ use std::sync::{Arc, OnceLock};
 use super::Cuda;
 use super::gpu::Stream;
 use super::kernels::Float;
-use super::tensor::{Cross, Dense, Factor, Hessian, Packed, Quantized, Site, Weight};
+use super::tensor::{
+    CrossCovariance, Dense, DeviceLinear, DeviceSite, Factor, Hessian, PackedLinear, Weight,
+};
 use crate::backend::{AccumulatedError, Damping, Quantization, Unquantized};
 use crate::checkpoint::Dtype;
 use crate::quant::codebook::Codebook;
@@ -15,7 +17,7 @@ use crate::quant::site::SiteFormat;
 use crate::{Error, Result};
 
 impl Quantization for Cuda {
-    type Quantized = Quantized;
+    type Quantized = DeviceLinear;
     type Factor = Factor;
 
     fn check_codebook(&self, codebook: Codebook) -> Result<()> {
@@ -26,16 +28,16 @@ impl Quantization for Cuda {
         Ok(())
     }
 
-    fn site(&self, format: &SiteFormat) -> Result<Site> {
+    fn site(&self, format: &SiteFormat) -> Result<DeviceSite> {
         if format.row.numbers.bits < 16 {
             self.check_codebook(format.row.numbers.codebook)?;
         }
         let slots = self.slots(format)?;
         let order = Arc::new(self.gpu.upload(&format.order)?);
-        Ok(Site { format: format.clone(), order, slots, norm: OnceLock::new() })
+        Ok(DeviceSite { format: format.clone(), order, slots, norm: OnceLock::new() })
     }
 
-    fn dense(&self, weight: &Weight, site: Option<&Site>) -> Result<Dense> {
+    fn dense(&self, weight: &Weight, site: Option<&DeviceSite>) -> Result<Dense> {
         if let Some(site) = site {
             let data = Arc::new(self.permuted(weight, site, Float::Half)?);
             return Ok(Dense { rows: weight.rows, columns: site.format.width(), data });
@@ -56,12 +58,12 @@ impl Quantization for Cuda {
         }
     }
 
-    fn dense_of(&self, weight: &Quantized) -> Result<Dense> {
+    fn dense_of(&self, weight: &DeviceLinear) -> Result<Dense> {
         let data = Arc::new(self.dequantized(weight, Float::Half)?);
         Ok(Dense { rows: weight.rows, columns: weight.format.row.width(), data })
     }
 
-    fn pack(&self, weight: &Quantized, feeds: Option<&Site>) -> Result<Packed> {
+    fn pack(&self, weight: &DeviceLinear, feeds: Option<&DeviceSite>) -> Result<PackedLinear> {
         self.pack(weight, feeds)
     }
 
@@ -72,29 +74,29 @@ impl Quantization for Cuda {
     fn gptq(
         &self,
         linears: &[Unquantized<Weight>],
-        site: &Site,
+        site: &DeviceSite,
         gram: &Hessian,
         factor: &Factor,
-        error: Option<&AccumulatedError<Cross>>,
-    ) -> Result<Vec<(Quantized, f64)>> {
+        error: Option<&AccumulatedError<CrossCovariance>>,
+    ) -> Result<Vec<(DeviceLinear, f64)>> {
         let quantized = self.sweep_all(linears, site, factor, error)?;
-        let with_error = |(linear, quantized): (&Unquantized<Weight>, Quantized)| {
+        let with_error = |(linear, quantized): (&Unquantized<Weight>, DeviceLinear)| {
             let error = self.output_error(gram, site, linear.weight, &quantized)?;
             Ok((quantized, error))
         };
         linears.iter().zip(quantized).map(with_error).collect()
     }
 
-    fn round(&self, linear: &Unquantized<Weight>, site: &Site) -> Result<Quantized> {
+    fn round(&self, linear: &Unquantized<Weight>, site: &DeviceSite) -> Result<DeviceLinear> {
         self.round(linear, site)
     }
 
     fn output_error(
         &self,
         gram: &Hessian,
-        site: &Site,
+        site: &DeviceSite,
         weight: &Weight,
-        quantized: &Quantized,
+        quantized: &DeviceLinear,
     ) -> Result<f64> {
         self.output_error(gram, site, weight, quantized)
     }
@@ -102,18 +104,18 @@ impl Quantization for Cuda {
     fn energy_error(
         &self,
         energy: &[f64],
-        site: &Site,
+        site: &DeviceSite,
         weight: &Weight,
-        quantized: &Quantized,
+        quantized: &DeviceLinear,
     ) -> Result<f64> {
         self.energy_error(energy, site, weight, quantized)
     }
 
-    fn fetch(&self, weight: Quantized) -> Result<QuantizedLinear> {
+    fn fetch(&self, weight: DeviceLinear) -> Result<QuantizedLinear> {
         self.fetch(weight)
     }
 
-    fn restore(&self, weight: QuantizedLinear) -> Result<Quantized> {
+    fn restore(&self, weight: QuantizedLinear) -> Result<DeviceLinear> {
         self.restore(weight)
     }
 }

@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::tensor::{Hessian, Layout, Quantized};
+use super::tensor::{DeviceLinear, Hessian, Layout};
 use super::tests::{Random, bytes_of, close, device, sites};
 use super::*;
 use crate::backend::cpu::Cpu;
@@ -306,7 +306,7 @@ fn gptq_makes_the_cpus_decisions() {
             assert!((error / host_error - 1.0).abs() < 0.1, "{what}: {error} {host_error}");
             ratios.push(error / host_error);
             // What the sweep has added up is what a product with the Hessian returns.
-            let again = Quantized { lost: None, ..found };
+            let again = DeviceLinear { lost: None, ..found };
             let product = cuda.output_error(&hessian, &site, weight, &again).unwrap();
             assert!((error / product - 1.0).abs() < 2e-3, "{what}: {error} {product}");
             let found = cuda.fetch(again).unwrap();

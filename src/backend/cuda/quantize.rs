@@ -12,8 +12,8 @@ use super::kernels::Float;
 use super::kernels::permute::{Dequantize, Permutation, Permute, Quantize};
 use super::slice::{Any, In, Out};
 use super::tensor::{
-    Activation, Codes, Layout, OUTLIER_MULTIPLE, Outliers, Quantized, Rows, SCALE_MULTIPLE, Site,
-    Weight,
+    Activation, Codes, DeviceLinear, DeviceRows, DeviceSite, Layout, OUTLIER_MULTIPLE, Outliers,
+    SCALE_MULTIPLE, Weight,
 };
 use crate::Result;
 use crate::backend::Quantization;
@@ -49,7 +49,7 @@ impl Cuda {
     pub(super) fn permute_rows(
         &self,
         from: SourceRows<'_>,
-        site: &Site,
+        site: &DeviceSite,
         to: PermutedRows<'_>,
     ) -> Result<()> {
         let format = &site.format;
@@ -69,7 +69,12 @@ impl Cuda {
     }
 
     /// A weight in the site's order, transformed: f16 or f32.
-    pub(super) fn permuted(&self, weight: &Weight, site: &Site, element: Float) -> Result<Buffer> {
+    pub(super) fn permuted(
+        &self,
+        weight: &Weight,
+        site: &DeviceSite,
+        element: Float,
+    ) -> Result<Buffer> {
         let to = self.gpu.alloc(element.bytes() * weight.rows * site.format.width())?;
         let values = (&to).into();
         self.permute_rows(weight.source(), site, PermutedRows { values, element })?;
@@ -77,7 +82,7 @@ impl Cuda {
     }
 
     /// Codes of rows in the layout that the products of their site read.
-    pub fn quantize(&self, x: &Activation, site: &Site, name: &str) -> Result<Rows> {
+    pub fn quantize(&self, x: &Activation, site: &DeviceSite, name: &str) -> Result<DeviceRows> {
         if self.takes_tiles(&site.format.row)
             && let Some(rows) =
                 self.half_rows(x, SiteCodes { site, layout: Layout::Tiled, name })?
@@ -88,13 +93,13 @@ impl Cuda {
     }
 
     /// Codes by `permute.cu`, in rows.
-    fn permuted_codes(&self, x: &Activation, site: &Site, name: &str) -> Result<Rows> {
+    fn permuted_codes(&self, x: &Activation, site: &DeviceSite, name: &str) -> Result<DeviceRows> {
         let format = &site.format;
         let RowFormat { numbers, groups, .. } = format.row;
         let tokens = x.rows;
         let outliers = self.outliers(&format.row, tokens)?;
         let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
-        let rows = Rows {
+        let rows = DeviceRows {
             layout: Layout::RowMajor,
             format: format.row,
             tokens,
@@ -153,11 +158,11 @@ impl Cuda {
     }
 
     /// Quantized activations on the host.
-    pub(super) fn fetch_rows(&self, rows: &Rows) -> Result<QuantizedRows> {
+    pub(super) fn fetch_rows(&self, rows: &DeviceRows) -> Result<QuantizedRows> {
         if rows.layout != Layout::RowMajor {
             return self.fetch_rows(&self.row_major(rows)?);
         }
-        let Rows { tokens, format, scale_stride, .. } = *rows;
+        let DeviceRows { tokens, format, scale_stride, .. } = *rows;
         let groups = format.groups;
         let codes = rows.codes.download::<i8>(0..tokens * format.grouped_channels())?;
         let scales = rows.scales.download::<f32>(0..4 * scale_stride * groups)?;
@@ -183,7 +188,7 @@ impl Cuda {
     }
 
     /// Quantized activations from the host.
-    pub(super) fn restore_rows(&self, rows: &QuantizedRows) -> Result<Rows> {
+    pub(super) fn restore_rows(&self, rows: &QuantizedRows) -> Result<DeviceRows> {
         let QuantizedRows { tokens, format, .. } = *rows;
         let RowFormat { groups, outlier_channels, .. } = format;
         let scale_stride = tokens.next_multiple_of(SCALE_MULTIPLE);
@@ -209,7 +214,7 @@ impl Cuda {
         let codes = self.gpu.upload(&rows.codes)?;
         let scales = self.gpu.upload(&scales)?;
         let layout = Layout::RowMajor;
-        Ok(Rows { layout, format, tokens, codes, scales, scale_stride, outliers })
+        Ok(DeviceRows { layout, format, tokens, codes, scales, scale_stride, outliers })
     }
 
     /// INT8 outliers `[rows, channels]` with zeros after each row.
@@ -222,7 +227,7 @@ impl Cuda {
         self.gpu.upload(&wide)
     }
 
-    pub(super) fn dequantize(&self, x: &Rows) -> Result<Activation> {
+    pub(super) fn dequantize(&self, x: &DeviceRows) -> Result<Activation> {
         if x.layout != Layout::RowMajor {
             return self.dequantize(&self.row_major(x)?);
         }
@@ -250,7 +255,7 @@ impl Cuda {
     }
 
     /// The weights that codes stand for `[rows, width]`, in f16 or in f32.
-    pub(super) fn dequantized(&self, weight: &Quantized, element: Float) -> Result<Buffer> {
+    pub(super) fn dequantized(&self, weight: &DeviceLinear, element: Float) -> Result<Buffer> {
         let LinearFormat { row, rows_per_scale } = weight.format;
         let to = self.gpu.alloc(element.bytes() * weight.rows * row.width())?;
         let outliers = weight.outliers();
@@ -275,7 +280,7 @@ impl Cuda {
     }
 
     /// A quantized weight on the host. On a stream of its own.
-    pub(super) fn fetch(&self, weight: Quantized) -> Result<QuantizedLinear> {
+    pub(super) fn fetch(&self, weight: DeviceLinear) -> Result<QuantizedLinear> {
         let (rows, format) = (weight.rows, weight.format);
         let RowFormat { groups, outlier_channels, .. } = format.row;
         let grouped = format.row.grouped_channels();
@@ -326,7 +331,7 @@ impl Cuda {
         Ok(QuantizedLinear { rows, format, codes, scales, outliers: outlier_block })
     }
 
-    pub(super) fn restore(&self, weight: QuantizedLinear) -> Result<Quantized> {
+    pub(super) fn restore(&self, weight: QuantizedLinear) -> Result<DeviceLinear> {
         let QuantizedLinear { rows, format, .. } = weight;
         self.check_codebook(format.row.numbers.codebook)?;
         let channels = format.row.outlier_channels;
@@ -357,7 +362,7 @@ impl Cuda {
         let codes = self.gpu.upload(&weight.codes)?;
         let scales = floats(&weight.scales)?;
         let shared = Arc::new(Codes { codes, scales, outliers, ready: self.gpu.mark()? });
-        Ok(Quantized { format, first_row: 0, rows, shared, lost: None })
+        Ok(DeviceLinear { format, first_row: 0, rows, shared, lost: None })
     }
 
     /// The ratio of scale to absmax of INT8 and FP8 outliers.

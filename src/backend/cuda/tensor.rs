@@ -159,7 +159,7 @@ pub struct Dense {
 }
 
 /// A site's format, its order on the device.
-pub struct Site {
+pub struct DeviceSite {
     pub(super) format: SiteFormat,
     pub(super) order: Arc<Buffer>,
     /// The order in entire panels, where `fused` makes the site's codes.
@@ -224,7 +224,7 @@ pub(super) enum Layout {
 }
 
 /// Quantized activations.
-pub struct Rows {
+pub struct DeviceRows {
     pub(super) layout: Layout,
     pub(super) format: RowFormat,
     pub(super) tokens: usize,
@@ -234,7 +234,7 @@ pub struct Rows {
     pub(super) outliers: Outliers,
 }
 
-impl Rows {
+impl DeviceRows {
     /// Whether codes in tiles are signs and magnitudes, as the FP8 instruction takes them, and not in two's complement.
     pub(super) fn in_magnitudes(&self) -> bool {
         self.format.numbers.bits < 8 && self.tokens > MMA_TOKENS
@@ -258,7 +258,7 @@ pub(super) struct Codes {
 }
 
 /// A quantized linear: its part of some codes. The first row begins a scale of its own.
-pub struct Quantized {
+pub struct DeviceLinear {
     pub(super) format: LinearFormat,
     pub(super) first_row: usize,
     pub(super) rows: usize,
@@ -267,7 +267,7 @@ pub struct Quantized {
     pub(super) lost: Option<f64>,
 }
 
-impl Quantized {
+impl DeviceLinear {
     /// Its first row of scales.
     pub(super) fn first_scale(&self) -> usize {
         self.first_row / self.format.rows_per_scale
@@ -295,18 +295,18 @@ impl Quantized {
 }
 
 /// A quantized linear as an integer product reads it.
-pub struct Packed {
+pub struct PackedLinear {
     pub(super) format: LinearFormat,
     pub(super) rows: usize,
-    pub(super) form: Form,
+    pub(super) form: PackedForm,
     /// What its rows are, where they are not the source's.
     pub(super) slots: Option<Slots>,
 }
 
-/// How a [`Packed`] linear lies in memory.
-pub(super) enum Form {
+/// How a [`PackedLinear`] linear lies in memory.
+pub(super) enum PackedForm {
     /// Rows of codes, scales `[groups, scale_stride]`; where the device multiplies nibbles, the groups' codes as such.
-    Rows { weight: Quantized, scales: Buffer, nibbles: Option<Buffer> },
+    Rows { weight: DeviceLinear, scales: Buffer, nibbles: Option<Buffer> },
     /// Blocks of 64 rows.
     Blocks(Blocks),
 }
@@ -330,7 +330,7 @@ pub struct Hessian {
 }
 
 /// A running sum of `y^T x`, `[rows, columns]`.
-pub struct Cross {
+pub struct CrossCovariance {
     pub(super) rows: usize,
     pub(super) columns: usize,
     pub(super) data: Buffer,

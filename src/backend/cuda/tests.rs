@@ -3,7 +3,7 @@
 
 use half::f16;
 
-use super::tensor::{Activation, Hidden, Layout, Rows, Values};
+use super::tensor::{Activation, DeviceRows, Hidden, Layout, Values};
 use super::*;
 use crate::backend::cpu::Cpu;
 use crate::backend::{AttentionSpec, Calibration, Forward, Matrix, Memory, Qkv, Quantization};
@@ -100,7 +100,7 @@ impl Cuda {
     }
 
     /// Codes and scales, after a check of the padding after the outliers.
-    pub(super) fn rows_on_host(&self, rows: &Rows) -> QuantizedRows {
+    pub(super) fn rows_on_host(&self, rows: &DeviceRows) -> QuantizedRows {
         if let (Some(codes), Layout::RowMajor) = (&rows.outliers.codes, rows.layout) {
             let (channels, padded) = (rows.outliers.channels, rows.outliers.padded());
             let codes = codes.download::<i8>(0..rows.tokens * padded).unwrap();

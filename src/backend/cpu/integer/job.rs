@@ -14,15 +14,15 @@ use crate::quant::rows::{OutlierRows, QuantizedRows};
 const RUN_CHANNELS: usize = 512;
 
 /// The output matrix, which jobs write in disjoint rectangles.
-pub(super) struct Output {
+pub(super) struct OutputMatrix {
     start: *mut f32,
     rows: usize,
 }
 
 // SAFETY: a job writes only its own tokens and panels, and no two jobs share both.
-unsafe impl Sync for Output {}
+unsafe impl Sync for OutputMatrix {}
 
-impl Output {
+impl OutputMatrix {
     /// `y` `[tokens, rows]`.
     pub(super) fn new(y: &mut [f32], rows: usize) -> Self {
         Self { start: y.as_mut_ptr(), rows }
@@ -47,7 +47,7 @@ impl Destination {
     ///
     /// # Safety
     /// They lie within the output, and no other thread writes there while the result is used.
-    unsafe fn new(output: &Output, panel: usize, tokens: &Range<usize>) -> Self {
+    unsafe fn new(output: &OutputMatrix, panel: usize, tokens: &Range<usize>) -> Self {
         Self {
             // SAFETY: the caller's promise.
             first: unsafe { output.start.add(tokens.start * output.rows + panel * PANEL) },
@@ -81,7 +81,7 @@ pub(super) struct Jobs<'a> {
     pub(super) x: &'a QuantizedRows,
     pub(super) prepared: Prepared,
     pub(super) w: &'a IntegerLinear,
-    pub(super) output: Output,
+    pub(super) output: OutputMatrix,
 }
 
 /// The memory of a job.

@@ -27,7 +27,7 @@ use super::isa::Isa;
 use crate::quant::codebook::Codebook;
 use crate::quant::number::RowFormat;
 use crate::quant::rows::{OutlierRows, QuantizedRows};
-use job::{Destination, Jobs, Output};
+use job::{Destination, Jobs, OutputMatrix};
 use layout::{BYTE_OFFSET, CHUNK, Line, NIBBLE_OFFSET, Outliers, PANEL, STEP};
 
 /// Most tokens in a job: their sums take 24 KB, and unpacking costs 1 % of the products.
@@ -121,7 +121,7 @@ pub fn linear(isa: Isa, x: &QuantizedRows, w: &IntegerLinear, y: &mut [f32]) {
     let tiles = x.tokens.div_ceil(tile_tokens);
     let job_panels = w.panels().div_ceil(wanted.div_ceil(tiles)).max(1);
     let bands = w.panels().div_ceil(job_panels);
-    let jobs = Jobs { isa, x, prepared, w, output: Output::new(y, w.rows) };
+    let jobs = Jobs { isa, x, prepared, w, output: OutputMatrix::new(y, w.rows) };
     (0..tiles * bands).into_par_iter().for_each(|job| {
         // Neighbouring jobs share the tokens, which are then in the cache that cores share.
         let (tile, band) = (job / bands, job % bands);

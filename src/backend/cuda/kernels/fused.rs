@@ -137,7 +137,7 @@ const STAGE_BYTES: usize = 2 * PERMUTED_TOKENS * STAGE_STRIDE;
 
 /// How fused.cu is launched.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::backend::cuda) struct Plan {
+pub(in crate::backend::cuda) struct FusedPlan {
     /// Rows of a unit.
     pub(in crate::backend::cuda) tokens: usize,
     pub(in crate::backend::cuda) slice_panels: usize,
@@ -163,7 +163,7 @@ pub(in crate::backend::cuda) struct Shape {
     pub(in crate::backend::cuda) panels: [usize; 2],
 }
 
-impl Plan {
+impl FusedPlan {
     /// For rows that come permuted: each warp stages panels of its own.
     pub(in crate::backend::cuda) fn permuted(shape: Shape, room: Room) -> Self {
         let [panels, outlier_panels] = shape.panels;

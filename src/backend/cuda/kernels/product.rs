@@ -8,7 +8,7 @@ use super::hopper_layout::{BLOCK_ROWS, OUTLIER_BYTES, OUTLIER_PART, PANEL, SCALE
 use super::{Defines, Family, declared, kernel, source};
 use crate::backend::cuda::launch::{Geometry, Launch};
 use crate::backend::cuda::slice::{Any, In, Out};
-pub(in crate::backend::cuda) use tiling::{MMA_TOKENS, Output, Tiling, is_prefill};
+pub(in crate::backend::cuda) use tiling::{MMA_TOKENS, ProductOutput, Tiling, is_prefill};
 
 pub(super) const STREAM: Family = Family {
     name: "product_stream",
@@ -17,7 +17,7 @@ pub(super) const STREAM: Family = Family {
     tensor_core: Some("IGMMA"),
     pdl: true,
     variants: |_| {
-        use Output::{Float, Half};
+        use ProductOutput::{Float, Half};
         let tiling = |tokens, group, wide, fp4, output| {
             Tiling { fp4, output, ..Tiling::of(tokens, 12288, group, wide, 132) }.defines()
         };
@@ -52,7 +52,7 @@ pub(super) const TILES: Family = Family {
     tensor_core: Some("IGMMA"),
     pdl: true,
     variants: |_| {
-        use Output::{Added, Float, Half};
+        use ProductOutput::{Added, Float, Half};
         let tiling = |group, wide, fp4, output| {
             Tiling { fp4, output, ..Tiling::of(1024, 12288, group, wide, 132) }.defines()
         };
@@ -80,7 +80,7 @@ kernel! {
         sxo: Option<In<'a, f32>>[padded],
         w: In<'a, i8>[rows.div_ceil(BLOCK_ROWS) * panels * tiling.packing().block_bytes()],
         wo: Option<In<'a, i8>>[rows.div_ceil(BLOCK_ROWS) * halves * OUTLIER_BYTES],
-        y: Out<'a, Any>[tokens * rows * if tiling.output == Output::Half { 2 } else { 4 }],
+        y: Out<'a, Any>[tokens * rows * if tiling.output == ProductOutput::Half { 2 } else { 4 }],
         tokens: usize,
         padded: usize,
         rows: usize,
@@ -129,7 +129,7 @@ kernel! {
         sxo: Option<In<'a, f32>>[padded],
         w: In<'a, i8>[rows.div_ceil(BLOCK_ROWS) * panels * tiling.packing().block_bytes()],
         wo: Option<In<'a, i8>>[rows.div_ceil(BLOCK_ROWS) * halves * OUTLIER_BYTES],
-        y: Out<'a, Any>[tokens * rows * if tiling.output == Output::Half { 2 } else { 4 }],
+        y: Out<'a, Any>[tokens * rows * if tiling.output == ProductOutput::Half { 2 } else { 4 }],
         tokens: usize,
         padded: usize,
         rows: usize,

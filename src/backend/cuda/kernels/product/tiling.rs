@@ -37,12 +37,12 @@ pub(in crate::backend::cuda) struct Tiling {
     /// Whether weights are FP4.
     pub(super) fp4: bool,
     /// What results become.
-    pub(super) output: Output,
+    pub(super) output: ProductOutput,
 }
 
 /// What a product's results become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::backend::cuda) enum Output {
+pub(in crate::backend::cuda) enum ProductOutput {
     /// f32 values.
     Float,
     /// f16 values.
@@ -81,12 +81,12 @@ impl Tiling {
             prefetched: prefetched_stages(tokens, rows, blocks_per_sm, multiprocessors),
             wide,
             fp4: false,
-            output: Output::Half,
+            output: ProductOutput::Half,
         }
     }
 
     /// The same for weights that may be FP4, and for other results.
-    pub(in crate::backend::cuda) fn with(self, fp4: bool, output: Output) -> Self {
+    pub(in crate::backend::cuda) fn with(self, fp4: bool, output: ProductOutput) -> Self {
         Self { fp4, output, ..self }
     }
 
