@@ -49,7 +49,7 @@ impl Cuda {
             kv_heads,
             scale: 1.0 / (head_dim as f32).sqrt(),
             reach: spec.sliding_window.unwrap_or(seq_len),
-            program: attention::Program { head_dim, rotated, windowed },
+            program: attention::AttentionProgram { head_dim, rotated, windowed },
             windows,
         })?;
         Ok(out)
@@ -100,7 +100,12 @@ impl Cuda {
             clip: kv.clip,
             mean: mean.map(|mean| mean.float().into()),
             role,
-            program: prepare::Program { head_dim, kv_bits, rotated, after_rope: kv.after_rope },
+            program: prepare::PrepareProgram {
+                head_dim,
+                kv_bits,
+                rotated,
+                after_rope: kv.after_rope,
+            },
         })?;
         Ok(to)
     }

@@ -33,7 +33,7 @@ pub struct PagedCache {
     /// Tokens of each sequence.
     lengths: Vec<usize>,
     device_lengths: Buffer,
-    program: decode::Program,
+    program: decode::DecodeProgram,
     plan: DecodePlan,
     /// What splits leave for the last of them, and how many have.
     parts: Buffer,
@@ -127,7 +127,7 @@ impl Cuda {
             rotated: quantized && kv.rotate,
         };
         let capability = self.gpu.device.capability;
-        let program = decode::Program::new(pages_held, heads == kv_heads, capability);
+        let program = decode::DecodeProgram::new(pages_held, heads == kv_heads, capability);
         let pages_each = seq_len.div_ceil(PAGE_TOKENS);
         let pool_bytes = pages * kv_heads * program.pages.bytes();
         let mut cache = PagedCache {
@@ -292,7 +292,12 @@ impl DecodePlan {
     /// The division of `units` times up to `pages` pages that takes the least time by a model of the chip: it reads so
     /// many bytes a microsecond, every wave of blocks begins and ends with work that reads nothing, and parts
     /// have to be put together.
-    fn new(program: &decode::Program, multiprocessors: usize, units: usize, pages: usize) -> Self {
+    fn new(
+        program: &decode::DecodeProgram,
+        multiprocessors: usize,
+        units: usize,
+        pages: usize,
+    ) -> Self {
         /// Bytes that a multiprocessor reads in a microsecond.
         const READ_BYTES: f64 = 33e3;
         const WAVE_US: f64 = 3.0;
@@ -331,9 +336,9 @@ mod tests {
     use super::*;
     use crate::backend::cuda::libraries::Version;
 
-    fn program() -> decode::Program {
+    fn program() -> decode::DecodeProgram {
         let pages = Pages { head_dim: 128, kv_bits: 4, rotated: true };
-        decode::Program::new(pages, true, Version { major: 9, minor: 0 })
+        decode::DecodeProgram::new(pages, true, Version { major: 9, minor: 0 })
     }
 
     /// On an H200.

@@ -43,12 +43,14 @@ impl Calibration for Cuda {
     }
 
     fn difference(&self, x: &Activation, y: &Activation) -> Result<Activation> {
-        let [x, y] = [x, y].map(|x| Values { buffer: x.half(), rows: x.rows, columns: x.columns });
+        let [x, y] =
+            [x, y].map(|x| TensorValues { buffer: x.half(), rows: x.rows, columns: x.columns });
         self.subtracted(Float::Half, x, y)
     }
 
     fn hidden_difference(&self, x: &Hidden, y: &Hidden) -> Result<Activation> {
-        let [x, y] = [x, y].map(|x| Values { buffer: x.float(), rows: x.rows, columns: x.columns });
+        let [x, y] =
+            [x, y].map(|x| TensorValues { buffer: x.float(), rows: x.rows, columns: x.columns });
         self.subtracted(Float::Single, x, y)
     }
 
@@ -64,7 +66,7 @@ impl Calibration for Cuda {
 }
 
 /// A tensor's values, of either type.
-struct Values<'a> {
+struct TensorValues<'a> {
     buffer: &'a Buffer,
     rows: usize,
     columns: usize,
@@ -72,8 +74,13 @@ struct Values<'a> {
 
 impl Cuda {
     /// `x - y`, in f16.
-    fn subtracted(&self, element: Float, x: Values<'_>, y: Values<'_>) -> Result<Activation> {
-        let Values { rows, columns, .. } = x;
+    fn subtracted(
+        &self,
+        element: Float,
+        x: TensorValues<'_>,
+        y: TensorValues<'_>,
+    ) -> Result<Activation> {
+        let TensorValues { rows, columns, .. } = x;
         assert_eq!((rows, columns), (y.rows, y.columns), "the difference of unlike tensors");
         let to = self.half(rows, columns)?;
         self.kernels.launch(&Difference {

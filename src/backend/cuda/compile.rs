@@ -110,7 +110,7 @@ impl Compiler {
         let c_string = |text: &str| {
             CString::new(text).map_err(|_| broken("a zero byte stands in it".to_owned()))
         };
-        let program = Program::new(&c_string(source)?, &c_string(&format!("{name}.cu"))?)
+        let program = NvrtcProgram::new(&c_string(source)?, &c_string(&format!("{name}.cu"))?)
             .map_err(|code| broken(format!("nvrtcCreateProgram failed: {code:?}")))?;
         let c_options =
             options.iter().map(|option| c_string(option)).collect::<Result<Vec<_>>>()?;
@@ -192,9 +192,9 @@ fn supported() -> Result<Vec<i32>> {
 }
 
 /// A program of NVRTC's, destroyed when dropped.
-struct Program(sys::nvrtcProgram);
+struct NvrtcProgram(sys::nvrtcProgram);
 
-impl Program {
+impl NvrtcProgram {
     fn new(source: &CStr, name: &CStr) -> Result<Self, nvrtcResult> {
         let mut program = ptr::null_mut();
         // SAFETY: both strings end with a zero and are copied; there are no headers.
@@ -240,7 +240,7 @@ impl Program {
     }
 }
 
-impl Drop for Program {
+impl Drop for NvrtcProgram {
     fn drop(&mut self) {
         // SAFETY: the program is alive, and this is its end.
         let _ = unsafe { sys::nvrtcDestroyProgram(&mut self.0) };

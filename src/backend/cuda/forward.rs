@@ -12,7 +12,7 @@ use super::tensor::{
     Activation, Dense, DeviceRows, DeviceSite, Hidden, Layout, PackedForm, PackedLinear, Slots,
     Weight,
 };
-use super::{Cuda, Part};
+use super::{ActivationPart, Cuda};
 use crate::Result;
 use crate::backend::{AttentionSpec, Forward, Placement, Qkv};
 
@@ -169,12 +169,12 @@ impl Forward for Cuda {
 
     fn product(&self, x: &Activation, weight: &Dense) -> Result<Activation> {
         let y = self.half(x.rows, weight.rows)?;
-        self.multiply(Part::all(x), weight, y.half(), Precision::HalfToHalf, false)?;
+        self.multiply(ActivationPart::all(x), weight, y.half(), Precision::HalfToHalf, false)?;
         Ok(y)
     }
 
     fn add_product(&self, x: &mut Hidden, y: &Activation, weight: &Dense) -> Result<()> {
-        self.multiply(Part::all(y), weight, x.float(), Precision::HalfToFloat, true)
+        self.multiply(ActivationPart::all(y), weight, x.float(), Precision::HalfToFloat, true)
     }
 
     fn integer_product(&self, x: &DeviceRows, weight: &PackedLinear) -> Result<Activation> {

@@ -36,7 +36,7 @@ fn cut(columns: Range<usize>) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// Weights that are swept together, permuted and corrected for the accumulated error, row under row.
-struct Stack {
+struct WeightStack {
     format: LinearFormat,
     clip: f32,
     rows: usize,
@@ -56,15 +56,15 @@ struct Feedback<'a> {
 }
 
 /// The operands of every step of a sweep.
-struct Step<'a> {
-    stack: &'a Stack,
+struct SweepStep<'a> {
+    stack: &'a WeightStack,
     /// None to round to nearest.
     feedback: Option<&'a Feedback<'a>>,
     codes: &'a Codes,
     bad: &'a Buffer,
 }
 
-impl Step<'_> {
+impl SweepStep<'_> {
     /// The weights that are swept.
     fn weights(&self) -> &Buffer {
         self.feedback.map_or(&self.stack.original, |feedback| &feedback.updated)
@@ -114,7 +114,7 @@ impl Cuda {
         if let (Some(factor), Some(error)) = (factor, error) {
             self.correct(&stack.original, stack.rows, error, factor)?;
         }
-        let Stack { format, rows, .. } = stack;
+        let WeightStack { format, rows, .. } = stack;
         let row = format.row;
         let mut codes = Codes {
             codes: self.gpu.alloc(rows * row.grouped_channels())?,
@@ -125,7 +125,8 @@ impl Cuda {
         let bad = self.gpu.alloc(4)?;
         bad.fill(0xff, Stream::Main)?;
         let feedback = factor.map(|factor| self.feedback(factor, &stack)).transpose()?;
-        let step = Step { stack: &stack, feedback: feedback.as_ref(), codes: &codes, bad: &bad };
+        let step =
+            SweepStep { stack: &stack, feedback: feedback.as_ref(), codes: &codes, bad: &bad };
         self.sweep_groups(&step)?;
         if row.outlier_channels > 0 {
             self.quantize_outliers(&step)?;
@@ -136,7 +137,7 @@ impl Cuda {
         parts(linears, format, codes, errors.as_deref(), bad as usize)
     }
 
-    fn feedback<'a>(&self, factor: &'a Factor, stack: &Stack) -> Result<Feedback<'a>> {
+    fn feedback<'a>(&self, factor: &'a Factor, stack: &WeightStack) -> Result<Feedback<'a>> {
         let (rows, width) = (stack.rows, stack.format.row.width());
         assert_eq!(factor.n, width, "channels of the factor and of the weights");
         let updated = self.gpu.alloc(4 * rows * width)?;
@@ -146,7 +147,7 @@ impl Cuda {
     }
 
     /// Sweeps all columns, and rounds those of the groups.
-    fn sweep_groups(&self, step: &Step<'_>) -> Result<()> {
+    fn sweep_groups(&self, step: &SweepStep<'_>) -> Result<()> {
         let row = step.stack.format.row;
         let (width, group_size) = (row.width(), row.numbers.group_size);
         let weights = step.weights();
@@ -169,8 +170,8 @@ impl Cuda {
     }
 
     /// Quantizes the outliers, and adds what they cost to the rows' errors.
-    fn quantize_outliers(&self, step: &Step<'_>) -> Result<()> {
-        let Stack { format, rows, ref original, .. } = *step.stack;
+    fn quantize_outliers(&self, step: &SweepStep<'_>) -> Result<()> {
+        let WeightStack { format, rows, ref original, .. } = *step.stack;
         let RowFormat { outlier_channels, outlier_format, .. } = format.row;
         let (width, outliers) = (format.row.width(), &step.codes.outliers);
         let weights = step.weights();
@@ -204,7 +205,7 @@ impl Cuda {
         })
     }
 
-    fn stack(&self, linears: &[Unquantized<Weight>], site: &DeviceSite) -> Result<Stack> {
+    fn stack(&self, linears: &[Unquantized<Weight>], site: &DeviceSite) -> Result<WeightStack> {
         let Unquantized { format, clip, .. } = linears[0];
         self.check_codebook(format.row.numbers.codebook)?;
         let width = format.row.width();
@@ -218,18 +219,18 @@ impl Cuda {
             self.permute_rows(weight.source(), site, to)?;
             first += weight.rows;
         }
-        Ok(Stack { format, clip, rows, original })
+        Ok(WeightStack { format, clip, rows, original })
     }
 
     /// Sweeps a span of `weights`; with `unrounded` without rounding, into it.
     fn sweep_span(
         &self,
-        step: &Step<'_>,
+        step: &SweepStep<'_>,
         weights: &Buffer,
         span: &Range<usize>,
         unrounded: Option<&Buffer>,
     ) -> Result<()> {
-        let Stack { format, rows, original, .. } = step.stack;
+        let WeightStack { format, rows, original, .. } = step.stack;
         let LinearFormat { row, rows_per_scale } = *format;
         let RowFormat { numbers, groups, .. } = row;
         let group_size = numbers.group_size;
@@ -267,7 +268,7 @@ impl Cuda {
     /// `w[:, end..until] += (w - q)[:, span] R[span, end..until]`, with `end` the span's: the error goes on to later columns.
     fn propagate(
         &self,
-        step: &Step<'_>,
+        step: &SweepStep<'_>,
         weights: &Buffer,
         span: &Range<usize>,
         until: usize,
@@ -291,8 +292,8 @@ impl Cuda {
     }
 
     /// The scales of a group that is wider than a span and begins at `first`.
-    fn wide_scales(&self, step: &Step<'_>, first: usize) -> Result<()> {
-        let Stack { format, rows, .. } = step.stack;
+    fn wide_scales(&self, step: &SweepStep<'_>, first: usize) -> Result<()> {
+        let WeightStack { format, rows, .. } = step.stack;
         let LinearFormat { row, rows_per_scale } = *format;
         let (group_size, groups) = (row.numbers.group_size, row.groups);
         let (rows, width) = (*rows, row.width());

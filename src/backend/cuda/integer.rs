@@ -9,7 +9,7 @@ use super::kernels::Float;
 use super::kernels::elementwise::Convert;
 use super::kernels::gptq::ExpandScales;
 use super::kernels::integer::{
-    AddFloatOutliers, IntegerProduct, PackNibbles, Program, UnpackNibbles,
+    AddFloatOutliers, IntegerProduct, IntegerProgram, PackNibbles, UnpackNibbles,
 };
 use super::kernels::product::ProductOutput;
 use super::libraries::Version;
@@ -227,7 +227,7 @@ impl Cuda {
         };
         let (of_x, of_w) = (x.outliers.from(0), own.outliers());
         let paired = x.layout == Layout::Nibbles;
-        let program = Program { group: numbers.group_size, half, nibbles: paired };
+        let program = IntegerProgram { group: numbers.group_size, half, nibbles: paired };
         self.kernels.launch(&IntegerProduct {
             x: (&x.codes).into(),
             sx: (&x.scales).into(),

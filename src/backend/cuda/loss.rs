@@ -7,7 +7,7 @@ use super::kernels::reduce::{
 use super::product::Precision;
 use super::slice::{In, Out};
 use super::tensor::{Activation, Dense, Hidden};
-use super::{Cuda, Part};
+use super::{ActivationPart, Cuda};
 use crate::Result;
 use crate::backend::Prediction;
 
@@ -71,7 +71,7 @@ impl Cuda {
         tokens: &[u32],
     ) -> Result<Vec<Prediction>> {
         let argmax = self.gpu.alloc(4 * x.rows)?;
-        let nats = self.nats(x, head, tokens, |logits, Part { first, count, .. }| {
+        let nats = self.nats(x, head, tokens, |logits, ActivationPart { first, count, .. }| {
             self.kernels.launch(&Argmax {
                 logits: logits.into(),
                 vocabulary: head.rows,
@@ -92,7 +92,7 @@ impl Cuda {
         x: &Activation,
         head: &Dense,
         targets: &[u32],
-        look: impl Fn(&Buffer, Part<'_>) -> Result<()>,
+        look: impl Fn(&Buffer, ActivationPart<'_>) -> Result<()>,
     ) -> Result<Vec<f64>> {
         let (rows, vocabulary) = (x.rows, head.rows);
         assert_eq!(rows, targets.len(), "a target for each row");
@@ -102,7 +102,7 @@ impl Cuda {
         let nats = self.gpu.alloc(8 * rows)?;
         for first in (0..rows).step_by(part) {
             let count = part.min(rows - first);
-            let part = Part { x, first, count };
+            let part = ActivationPart { x, first, count };
             self.multiply(part, head, &logits, Precision::HalfToFloat, false)?;
             self.kernels.launch(&CrossEntropy {
                 logits: (&logits).into(),
@@ -144,7 +144,7 @@ impl Cuda {
         for first in (0..rows).step_by(part) {
             let count = part.min(rows - first);
             for (x, logits) in [(x, &changed), (original, &logits)] {
-                let part = Part { x, first, count };
+                let part = ActivationPart { x, first, count };
                 self.multiply(part, head, logits, Precision::HalfToFloat, false)?;
             }
             self.kernels.launch(&KlDivergence {

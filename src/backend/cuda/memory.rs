@@ -7,7 +7,7 @@ use half::f16;
 
 use super::Cuda;
 use super::gpu::Stream;
-use super::tensor::{Activation, Hidden, Home, Resident, Values, Weight};
+use super::tensor::{Activation, Hidden, HiddenValues, Home, Resident, Weight};
 use crate::backend::{Matrix, Memory};
 use crate::checkpoint;
 use crate::{Error, Result};
@@ -50,8 +50,8 @@ impl Memory for Cuda {
         let Hidden { rows, columns, .. } = *x;
         let bytes = 4 * x.count();
         let data = match &x.values {
-            Values::Resident(buffer) => buffer.download(0..bytes)?,
-            Values::Offloaded(host) => bytemuck::cast_slice(host.as_slice()).to_vec(),
+            HiddenValues::Resident(buffer) => buffer.download(0..bytes)?,
+            HiddenValues::Offloaded(host) => bytemuck::cast_slice(host.as_slice()).to_vec(),
         };
         Ok(Matrix { rows, columns, data })
     }
@@ -67,8 +67,8 @@ impl Memory for Cuda {
         let bytes = 4 * x.count();
         let copy = self.gpu.alloc(bytes)?;
         match &x.values {
-            Values::Resident(buffer) => copy.copy_from(buffer, bytes)?,
-            Values::Offloaded(host) => copy.copy_all_up(0, host)?,
+            HiddenValues::Resident(buffer) => copy.copy_from(buffer, bytes)?,
+            HiddenValues::Offloaded(host) => copy.copy_all_up(0, host)?,
         }
         Ok(Hidden::new(x.rows, x.columns, copy))
     }
@@ -115,16 +115,16 @@ impl Memory for Cuda {
         if matches!(x.home, Home::Host) {
             let host = self.gpu.pinned(bytes)?;
             let host = x.float().copy_down(0, host, bytes, Stream::Main)?.wait()?;
-            x.values = Values::Offloaded(host);
+            x.values = HiddenValues::Offloaded(host);
         }
         Ok(())
     }
 
     fn reload(&self, x: &mut Hidden) -> Result<()> {
-        if let Values::Offloaded(host) = &x.values {
+        if let HiddenValues::Offloaded(host) = &x.values {
             let buffer = self.gpu.alloc(4 * x.count())?;
             buffer.copy_all_up(0, host)?;
-            x.values = Values::Resident(buffer);
+            x.values = HiddenValues::Resident(buffer);
         }
         Ok(())
     }

@@ -147,7 +147,7 @@ impl Cuda {
     /// `x w^T` into `to` `[x's rows, w's rows]`, or added to it.
     fn multiply(
         &self,
-        Part { x, first, count }: Part<'_>,
+        ActivationPart { x, first, count }: ActivationPart<'_>,
         weight: &Dense,
         to: &Buffer,
         precision: Precision,
@@ -170,13 +170,13 @@ impl Cuda {
 
 /// Some rows of an activation.
 #[derive(Clone, Copy)]
-struct Part<'a> {
+struct ActivationPart<'a> {
     x: &'a Activation,
     first: usize,
     count: usize,
 }
 
-impl<'a> Part<'a> {
+impl<'a> ActivationPart<'a> {
     /// Every row.
     fn all(x: &'a Activation) -> Self {
         Self { x, first: 0, count: x.rows }

@@ -17,12 +17,12 @@ use crate::quant::site::SiteFormat;
 pub struct Hidden {
     pub(super) rows: usize,
     pub(super) columns: usize,
-    pub(super) values: Values,
+    pub(super) values: HiddenValues,
     pub(super) home: Home,
 }
 
 /// Where hidden states are.
-pub(super) enum Values {
+pub(super) enum HiddenValues {
     Resident(Buffer),
     /// In pinned host memory.
     Offloaded(Pinned),
@@ -81,7 +81,7 @@ impl Drop for Resident {
 
 impl Hidden {
     pub(super) fn new(rows: usize, columns: usize, buffer: Buffer) -> Self {
-        Self { rows, columns, values: Values::Resident(buffer), home: Home::Undecided }
+        Self { rows, columns, values: HiddenValues::Resident(buffer), home: Home::Undecided }
     }
 
     pub(super) fn count(&self) -> usize {
@@ -94,8 +94,8 @@ impl Hidden {
     /// If they are offloaded.
     pub(super) fn float(&self) -> &Buffer {
         match &self.values {
-            Values::Resident(buffer) => buffer,
-            Values::Offloaded(_) => panic!("hidden states are reloaded before they are used"),
+            HiddenValues::Resident(buffer) => buffer,
+            HiddenValues::Offloaded(_) => panic!("hidden states are reloaded before they are used"),
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use half::f16;
 
-use super::tensor::{Activation, DeviceRows, Hidden, Layout, Values};
+use super::tensor::{Activation, DeviceRows, Hidden, HiddenValues, Layout};
 use super::*;
 use crate::backend::cpu::Cpu;
 use crate::backend::{AttentionSpec, Calibration, Forward, Matrix, Memory, Qkv, Quantization};
@@ -410,8 +410,8 @@ fn what_does_not_fit_is_offloaded_or_refused() {
     let mut tensors: Vec<Hidden> = (0..2).map(|_| cuda.upload(matrix.clone()).unwrap()).collect();
     for _ in 0..2 {
         tensors.iter_mut().for_each(|tensor| cuda.offload(tensor).unwrap());
-        assert!(matches!(tensors[0].values, Values::Resident(_)), "20 of 30 KB");
-        assert!(matches!(tensors[1].values, Values::Offloaded(_)), "40 of 30 KB");
+        assert!(matches!(tensors[0].values, HiddenValues::Resident(_)), "20 of 30 KB");
+        assert!(matches!(tensors[1].values, HiddenValues::Offloaded(_)), "40 of 30 KB");
         let copy = cuda.duplicate(&tensors[1]).unwrap();
         assert_eq!(cuda.values(&copy), matrix.data);
         for tensor in &mut tensors {

@@ -26,7 +26,9 @@ pub(super) const FAMILY: Family = Family {
             (256, true, false),
             (256, true, true),
         ]
-        .map(|(head_dim, rotated, windowed)| Program { head_dim, rotated, windowed }.defines())
+        .map(|(head_dim, rotated, windowed)| {
+            AttentionProgram { head_dim, rotated, windowed }.defines()
+        })
         .to_vec()
     },
     kernels: declared![FlashAttention],
@@ -34,7 +36,7 @@ pub(super) const FAMILY: Family = Family {
 
 /// What the file is compiled for.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::backend::cuda) struct Program {
+pub(in crate::backend::cuda) struct AttentionProgram {
     pub(in crate::backend::cuda) head_dim: usize,
     /// Whether values come in the basis of a Hadamard transform.
     pub(in crate::backend::cuda) rotated: bool,
@@ -42,7 +44,7 @@ pub(in crate::backend::cuda) struct Program {
     pub(in crate::backend::cuda) windowed: bool,
 }
 
-impl Program {
+impl AttentionProgram {
     /// Queries of a block. Wide heads leave registers for half as many queries a warp, and so do windows.
     fn query_rows(&self) -> usize {
         if padded(self.head_dim) <= if self.windowed { 64 } else { 128 } { 128 } else { 64 }
@@ -86,7 +88,7 @@ kernel! {
         reach: usize,
     }
     launch {
-        program: Program,
+        program: AttentionProgram,
         windows: usize,
     }
 }

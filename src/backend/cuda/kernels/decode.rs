@@ -32,7 +32,7 @@ pub(super) const FAMILY: Family = Family {
         ]
         .map(|(head_dim, quantized, rotated, single)| {
             let pages = Pages { head_dim, kv_bits: if quantized { 4 } else { 16 }, rotated };
-            Program::new(pages, single, capability).defines()
+            DecodeProgram::new(pages, single, capability).defines()
         })
         .to_vec()
     },
@@ -41,7 +41,7 @@ pub(super) const FAMILY: Family = Family {
 
 /// What the file is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::backend::cuda) struct Program {
+pub(in crate::backend::cuda) struct DecodeProgram {
     pub(in crate::backend::cuda) pages: Pages,
     pub(in crate::backend::cuda) warps: usize,
     /// Pages that a warp takes together.
@@ -56,7 +56,7 @@ pub(in crate::backend::cuda) struct Program {
     pub(in crate::backend::cuda) shared_bytes: usize,
 }
 
-impl Program {
+impl DecodeProgram {
     /// For pages on a device; `single` where a key and value head serves one query head.
     pub(in crate::backend::cuda) fn new(pages: Pages, single: bool, capability: Version) -> Self {
         // Chips with 227 KiB of shared memory a block, and those with 99 or more.
@@ -129,7 +129,7 @@ kernel! {
         scale: f32,
     }
     launch {
-        program: Program,
+        program: DecodeProgram,
         /// Tokens of a sequence at most.
         seq_len: usize,
         pool_pages: usize,

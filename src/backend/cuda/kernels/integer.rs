@@ -31,7 +31,7 @@ pub(super) const FAMILY: Family = Family {
             (96, false, true),
             (10880, true, true),
         ]
-        .map(|(group, half, nibbles)| Program { group, half, nibbles }.defines())
+        .map(|(group, half, nibbles)| IntegerProgram { group, half, nibbles }.defines())
         .to_vec()
     },
     kernels: declared![IntegerProduct, AddFloatOutliers, PackNibbles, UnpackNibbles],
@@ -39,7 +39,7 @@ pub(super) const FAMILY: Family = Family {
 
 /// What the file is compiled for.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::backend::cuda) struct Program {
+pub(in crate::backend::cuda) struct IntegerProgram {
     pub(in crate::backend::cuda) group: usize,
     /// Whether results are f16 instead of f32.
     pub(in crate::backend::cuda) half: bool,
@@ -47,7 +47,7 @@ pub(in crate::backend::cuda) struct Program {
     pub(in crate::backend::cuda) nibbles: bool,
 }
 
-impl Program {
+impl IntegerProgram {
     /// Bytes of a group.
     fn unit(&self) -> usize {
         self.group / if self.nibbles { 2 } else { 1 }
@@ -85,7 +85,7 @@ impl Program {
 }
 
 /// Any program of this file: kernels that are the same in all.
-const NIBBLES: Program = Program { group: 32, half: false, nibbles: true };
+const NIBBLES: IntegerProgram = IntegerProgram { group: 32, half: false, nibbles: true };
 
 kernel! {
     /// `y = x w^T` in the bits of the specification.
@@ -104,7 +104,7 @@ kernel! {
         groups: usize,
         op: usize,
     }
-    launch { program: Program }
+    launch { program: IntegerProgram }
 }
 
 impl Launch for IntegerProduct<'_> {
@@ -131,7 +131,7 @@ kernel! {
         rows: usize,
         o: usize,
     }
-    launch { program: Program }
+    launch { program: IntegerProgram }
 }
 
 impl Launch for AddFloatOutliers<'_> {

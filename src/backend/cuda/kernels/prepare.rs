@@ -24,7 +24,7 @@ pub(super) const FAMILY: Family = Family {
             (256, 4, true, true),
         ]
         .map(|(head_dim, kv_bits, rotated, after_rope)| {
-            Program { head_dim, kv_bits, rotated, after_rope }.defines()
+            PrepareProgram { head_dim, kv_bits, rotated, after_rope }.defines()
         })
         .to_vec()
     },
@@ -33,7 +33,7 @@ pub(super) const FAMILY: Family = Family {
 
 /// What the file is compiled for.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::backend::cuda) struct Program {
+pub(in crate::backend::cuda) struct PrepareProgram {
     pub(in crate::backend::cuda) head_dim: usize,
     /// 16 where nothing is quantized.
     pub(in crate::backend::cuda) kv_bits: u8,
@@ -43,7 +43,7 @@ pub(in crate::backend::cuda) struct Program {
     pub(in crate::backend::cuda) after_rope: bool,
 }
 
-impl Program {
+impl PrepareProgram {
     fn defines(&self) -> Defines {
         let own = defines! {
             "AFTER_ROPE": flag(self.after_rope),
@@ -78,7 +78,7 @@ kernel! {
     }
     launch {
         role: Role,
-        program: Program,
+        program: PrepareProgram,
     }
 }
 
@@ -94,7 +94,7 @@ impl Launch for Prepare<'_> {
     }
 
     fn geometry(&self) -> Geometry {
-        let Program { head_dim, rotated, .. } = self.program;
+        let PrepareProgram { head_dim, rotated, .. } = self.program;
         let together = if heads::in_quads(head_dim, rotated) { QUAD_HEADS } else { 1 };
         let tasks = self.tokens * self.heads.div_ceil(together);
         Geometry::line(tasks.div_ceil(THREADS / heads::lanes(head_dim, rotated)), THREADS)
