@@ -197,8 +197,8 @@ fn pair<B: Backend>(
             packed.push(Linear::Packed(backend.pack(&rounded, feeds.as_ref())?));
             unquantized.push(Linear::Dense(backend.dense(&weight, None)?));
         }
-        dense.push(site((at, spec), Treatment::Source, unquantized));
-        quantized.push(site((at, spec), Treatment::Quantized(order), packed));
+        dense.push(site(at, spec, Treatment::Source, unquantized));
+        quantized.push(site(at, spec, Treatment::Quantized(order), packed));
     }
     Ok((block(backend, architecture, dense)?, block(backend, architecture, quantized)?))
 }
@@ -211,7 +211,8 @@ fn random_weight(linear: &LinearSpec, seed: u64) -> Vec<u8> {
 }
 
 fn site<B: Backend>(
-    (at, spec): (usize, &SiteSpec),
+    at: usize,
+    spec: &SiteSpec,
     treatment: Treatment<B>,
     linears: Vec<Linear<B>>,
 ) -> Site<B> {
