@@ -40,7 +40,7 @@ static __device__ __forceinline__ float group_scale(u32 peak, float clip, float 
 }
 
 /// The code, in two's complement, in the lowest byte. The limits are integers, so that clamping first
-/// and rounding then gives what rounding first does; and the sum with 1.5 * 2^23 rounds to an integer,
+/// and rounding then is the same as rounding first; and the sum with 1.5 * 2^23 rounds to an integer,
 /// ties to even, that its lowest bits hold. Conversions would take four times as long as additions.
 static __device__ __forceinline__ u32 code_of(float value, float inverse, float least, float greatest) {
     return __float_as_uint(fminf(fmaxf(value * inverse, least), greatest) + 12582912.0f);

@@ -13,7 +13,7 @@
 //     column of the pair  odd      odd      odd      odd     even    even   even   even
 //
 // So `word & 0x000f000f` is register 0 as two f16 of code * 2^-24, exactly: subnormal numbers, which the tensor
-// cores multiply like any other. `word & 0x00f000f0` is register 1, 16 times as large; a shift by 8 gives the others.
+// cores multiply like any other. `word & 0x00f000f0` is register 1, 16 times as large; a shift by 8 yields the others.
 //
 //     QUANTIZED:  key words | value words | 8 x {scale, zero point of token g, of g + 8} of keys | 8 x {scale of g, of g + 8} of values
 //                 | 4 x {zero points of tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9} of values          (f16; 16 * HEAD_DIM + 128 bytes)

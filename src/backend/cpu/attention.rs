@@ -1,9 +1,9 @@
 /*! Causal attention over entire windows, as the quantized KV cache would see it.
 
 Keys and values make the round trip through the cache's format, so the result is what attention
-over a stored cache gives. Scores and outputs are matrix products of [`super::gemm`], a tile of
+over a stored cache computes. Scores and outputs are matrix products of [`super::gemm`], a tile of
 queries against all keys up to the tile's last position; scores after a row's own position are
-exactly zero. Tasks only divide the work, so every thread count gives the same bits. */
+exactly zero. Tasks only divide the work, so every thread count has the same bits. */
 
 use std::cell::Cell;
 use std::ops::Range;

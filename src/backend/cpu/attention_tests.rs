@@ -194,11 +194,11 @@ fn a_row_in_several_windows_gives_the_bits_of_each() {
                 rows.flat_map(|row| x[*row as usize * width..][..width].to_vec()).collect()
             };
             let (q, k, v) = (place(q, 128), place(k, 64), place(v, 64));
-            let whole = attention_of_all(isa, &spec, Qkv { q: &q, k: &k, v: &v });
+            let expected = attention_of_all(isa, &spec, Qkv { q: &q, k: &k, v: &v });
             for (row, place) in placement.rows.iter().enumerate() {
                 let ours = &ours[row * 128..][..128];
-                match whole.get(*place as usize * 128..).map(|whole| &whole[..128]) {
-                    Some(whole) => assert_eq!(ours, whole, "{isa:?} row {row}"),
+                match expected.get(*place as usize * 128..).map(|expected| &expected[..128]) {
+                    Some(expected) => assert_eq!(ours, expected, "{isa:?} row {row}"),
                     None => assert!(ours[0].is_nan()),
                 }
             }

@@ -10,7 +10,7 @@ use crate::backend::{AccumulatedError, Matrix};
 /// Columns of a right-hand side that are packed together.
 const COLUMNS: usize = 16 * PANEL;
 
-/// `C += y^T x` for `tokens` rows of both, in order: batches give the same bits as one pass over all tokens.
+/// `C += y^T x` for `tokens` rows of both, in order: batches have the same bits as one pass over all tokens.
 pub(super) fn add(isa: Isa, cross: &mut Matrix, y: &[f32], x: &[f32], tokens: usize) {
     let Matrix { rows, columns, data } = cross;
     let panels = Panels::from_columns(x, tokens, *columns, *columns);
@@ -69,7 +69,7 @@ mod tests {
     use super::super::gemm::tests::random;
     use super::*;
 
-    /// The corrected weights give on `x` what the source's gave on `x0`, when that can be had at all:
+    /// The outputs of the corrected weights on `x` are those of the source's on `x0`, where that is possible:
     /// here `x0 = A x`, and `r = B x`.
     #[test]
     fn a_linear_error_is_undone() {

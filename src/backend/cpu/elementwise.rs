@@ -2,7 +2,7 @@
 
 Each function has one body, compiled once per instruction set. Sums run in 16 fixed lanes (value i
 in lane i mod 16) that are folded in halves, products and additions are never fused, and the
-exponential is our own polynomial, so every set gives the same bits. */
+exponential is our own polynomial, so every set computes the same bits. */
 
 use super::isa::Isa;
 

@@ -2,7 +2,7 @@
 
 Each element of C is `c = fma(a[m][k], b[k][n], c)` with k strictly ascending, from 0 or from the
 old C. Blocks, tiles, instruction sets and threads only choose which elements are worked on when,
-so all of them give the same bits; `plain_gemm` is the definition.
+so all of them compute the same bits; `plain_gemm` is the definition.
 
 The blocks are Goto's: a block of A is packed once and stays in L2, a panel's block of B stays in
 L1 while all tiles of A pass over it, and a tile of C lives in registers. A panel's blocks follow one

@@ -13,7 +13,7 @@ use super::isa::Isa;
 
 /// H += X^T X for X `[tokens, n]`, half of the work: only the lower triangle (j <= i) of H `[n, n]`
 /// is read and written. Tokens are added in ascending order, whatever the thread count, so X in
-/// pieces gives the same bits as the entire X.
+/// pieces has the same bits as the entire X.
 ///
 /// # Panics
 /// If X or H is smaller than its shape.

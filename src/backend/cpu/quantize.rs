@@ -278,7 +278,7 @@ fn encode(
     }
     for (code, value) in codes.iter_mut().zip(values) {
         let value = value * inverse;
-        // Clamping first gives the same code, as the limits are integers. These comparisons are
+        // Clamping first results in the same code, as the limits are integers. These comparisons are
         // one instruction each.
         let value = if value > least { value } else { least };
         let value = if value < greatest { value } else { greatest };

@@ -207,7 +207,7 @@ impl NvrtcProgram {
 
     fn compile(&self, options: &[CString]) -> Result<(), nvrtcResult> {
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
-        // SAFETY: the program is alive, and the strings behind the pointers outlive the call.
+        // SAFETY: the program is alive, and the strings that the pointers refer to outlive the call.
         let code =
             unsafe { sys::nvrtcCompileProgram(self.0, options.len() as c_int, options.as_ptr()) };
         success(code)

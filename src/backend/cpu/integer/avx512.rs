@@ -54,7 +54,7 @@ fn prefetch(out: &Destination, first: usize, tokens: usize) {
     }
 }
 
-/// The sums of a tile, whose number the compiler must know to keep them in registers.
+/// The sums of a tile, whose number must be a constant for the compiler to keep them in registers.
 #[inline(always)]
 fn tile_of<const TOKENS: usize>(acc: &mut [[f32; PANEL]]) -> &mut [[f32; PANEL]; TOKENS] {
     acc.first_chunk_mut().expect("the tile kernel is chosen by this length")

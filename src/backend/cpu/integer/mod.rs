@@ -1,6 +1,6 @@
 /*! Quantized activations times quantized weights, in integers: what an Atom checkpoint computes.
 
-[`plain`] is the specification. The fast kernels give the same bits because nothing in it is left
+[`plain`] is the specification. The fast kernels compute the same bits because nothing in it is left
 open: the dot product of a group is exact, and what follows is one product and one fused
 multiply-add a group, in order. They only choose which outputs to compute side by side.
 

@@ -1,4 +1,4 @@
-/*! Every kernel gives the bits of [`plain::linear`], whatever the shape, codes and thread count. */
+/*! Every kernel computes the bits of [`plain::linear`], whatever the shape, codes and thread count. */
 
 use half::f16;
 

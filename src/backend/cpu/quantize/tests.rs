@@ -1,4 +1,4 @@
-/*! The fast functions give the bits of `quant::site` for every shape, format and magnitude. */
+/*! The fast functions compute the bits of `quant::site` for every shape, format and magnitude. */
 
 use proptest::prelude::ProptestConfig;
 
