@@ -35,9 +35,12 @@ fn sites(random: &mut Random) -> Vec<SiteFormat> {
     .enumerate()
     .map(|(at, (channels, group, outliers, bits, transform))| {
         let outlier_format = OutlierFormat::Int8;
-        let format = site(channels, group, outliers, bits, transform, outlier_format, random);
+        let format = site(channels, group, outliers, transform, outlier_format, random);
         let codebook = if bits == 4 && at % 3 == 2 { Codebook::Fp4 } else { Codebook::Int };
-        format.with(|format| format.row.numbers.codebook = codebook)
+        format.with(|format| {
+            format.row.numbers.bits = bits;
+            format.row.numbers.codebook = codebook;
+        })
     })
     .collect()
 }
@@ -49,7 +52,7 @@ fn few(random: &mut Random) -> impl Iterator<Item = (SiteFormat, Vec<usize>)> + 
 
 /// A site with many tokens, or of an odd width.
 fn large(channels: usize, tokens: usize, random: &mut Random) -> (SiteFormat, Vec<usize>) {
-    let format = site(channels, 128, 100, 4, Transform::Hadamard, OutlierFormat::Int8, random);
+    let format = site(channels, 128, 100, Transform::Hadamard, OutlierFormat::Int8, random);
     (format, vec![tokens])
 }
 
@@ -168,7 +171,8 @@ fn every_gate_has_the_cpus_bits() {
     let Some(cuda) = device("every_gate_has_the_cpus_bits") else { return };
     let cpu = Cpu::new().unwrap();
     let mut random = Random(24);
-    let format = site(4096, 32, 0, 8, Transform::None, OutlierFormat::Int8, &mut random);
+    let format = site(4096, 32, 0, Transform::None, OutlierFormat::Int8, &mut random)
+        .with(|format| format.row.numbers.bits = 8);
     let gates = (0..=u16::MAX).map(f16::from_bits).filter(|gate| gate.is_finite());
     let mut data = vec![0.0; 512 * 4096];
     // The order spreads a row's channels over its groups; one in 32 is not zero.
@@ -226,7 +230,7 @@ fn what_the_kernels_do_not_take_is_left_to_others() {
     for (group, outliers, outlier_format) in
         [(48, 0, Int8), (256, 4, Int8), (64, 4, F16), (64, 4, Fp8), (64, 257, Int8)]
     {
-        let format = site(1000, group, outliers, 4, Transform::None, outlier_format, &mut random);
+        let format = site(1000, group, outliers, Transform::None, outlier_format, &mut random);
         let site = cuda.site(&format).unwrap();
         let x: Activation = cuda.half_tensor(&random.activations(3, 1000));
         let codes = SiteCodes { site: &site, layout: Layout::Tiled, name: "" };

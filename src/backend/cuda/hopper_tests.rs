@@ -56,7 +56,8 @@ fn formats(
 ) -> (SiteFormat, LinearFormat) {
     let transform = Transform::Hadamard;
     let outlier_format = OutlierFormat::Int8;
-    let site = site(channels, group, outliers, act_bits, transform, outlier_format, random);
+    let site = site(channels, group, outliers, transform, outlier_format, random)
+        .with(|format| format.row.numbers.bits = act_bits);
     let codebook = |bits| if fp4 && bits == 4 { Codebook::Fp4 } else { Codebook::Int };
     let site = site.with(|site| site.row.numbers.codebook = codebook(act_bits));
     let weights = site.row.weights(bits, codebook(bits), rows_per_scale);

@@ -131,11 +131,11 @@ pub(super) fn bytes_of(values: &[f32], dtype: Dtype) -> Vec<u8> {
     }
 }
 
+/// A site of 4-bit integers.
 pub(super) fn site(
     channels: usize,
     group_size: usize,
     outliers: usize,
-    bits: u8,
     transform: Transform,
     outlier_format: OutlierFormat,
     random: &mut Random,
@@ -145,7 +145,7 @@ pub(super) fn site(
     let signed = channels.is_multiple_of(16) || outliers == 4;
     let scale = if signed { ScaleFormat::SignedF16 } else { ScaleFormat::F16 };
     let row = RowFormat {
-        numbers: NumberFormat { bits, codebook: Codebook::Int, group_size, scale },
+        numbers: NumberFormat { bits: 4, codebook: Codebook::Int, group_size, scale },
         groups: (channels - outliers).div_ceil(group_size),
         outlier_channels: outliers,
         outlier_format,
@@ -180,7 +180,8 @@ pub(super) fn sites(random: &mut Random) -> Vec<SiteFormat> {
     ]
     .into_iter()
     .map(|(channels, group, outliers, bits, transform, format)| {
-        site(channels, group, outliers, bits, transform, format, random)
+        site(channels, group, outliers, transform, format, random)
+            .with(|format| format.row.numbers.bits = bits)
     })
     .chain(fp4)
     .collect()
@@ -201,7 +202,7 @@ fn fp4_sites(random: &mut Random) -> Vec<SiteFormat> {
     ]
     .into_iter()
     .map(|(channels, group, outliers, transform, format)| {
-        site(channels, group, outliers, 4, transform, format, random)
+        site(channels, group, outliers, transform, format, random)
             .with(|format| format.row.numbers.codebook = Codebook::Fp4)
     })
     .collect()
