@@ -14,7 +14,7 @@ pub const PANEL: usize = 64;
 /// Rows that are transposed into a panel together: one cache line of it.
 const STRIP: usize = 16;
 
-/// One cache line, which keeps panels aligned to whole AVX-512 loads.
+/// One cache line, which keeps panels aligned to AVX-512 loads.
 #[derive(Clone, Copy, Zeroable, Pod)]
 #[repr(C, align(64))]
 struct Line([f32; STRIP]);
@@ -44,7 +44,7 @@ impl Panels {
         panels
     }
 
-    /// As [`Panels::from_rows`], where `row(i, out)` writes row `i` of W, `[k]`. Rows are asked for
+    /// As [`Panels::from_rows`], where `row(i, out)` writes row `i` of W, `[k]`. It is called
     /// in any order and from several threads.
     pub fn from_rows_with(n: usize, k: usize, row: impl Fn(usize, &mut [f32]) + Sync) -> Self {
         let mut panels = Self::default();
