@@ -35,6 +35,8 @@ mod measurement;
 #[cfg(test)]
 mod measurement_tests;
 mod memory;
+#[cfg(test)]
+mod memory_tests;
 mod output_error;
 pub mod product;
 mod quantization;
