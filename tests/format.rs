@@ -5,10 +5,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use atom::checkpoint::plan::{BlockPlan, SitePlan};
 use atom::checkpoint::{AtomCheckpoint, Destination, Inputs, Options, TensorSpec, Writer};
 use atom::hub;
 use atom::network::read_sites;
-use atom::pipeline::plan::{BlockPlan, SitePlan};
 use atom::quant::hadamard;
 use atom::quant::linear::QuantizedLinear;
 use atom::quant::site::{SiteFormat, Transform};

@@ -3,12 +3,11 @@
 use serde::Serialize;
 
 use crate::checkpoint::linear::specs;
-use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec};
+use crate::checkpoint::plan::bits_per_weight;
+use crate::checkpoint::{AtomCheckpoint, Manifest, Provenance, Source, TensorSpec};
 use crate::hub::Hub;
-use crate::model::Architecture;
+use crate::model::{Architecture, read_manifest};
 use crate::network::{Model, check_counts};
-use crate::pipeline::plan::bits_per_weight;
-use crate::pipeline::{Manifest, Provenance};
 use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
@@ -130,7 +129,7 @@ fn inspect_source(source: &Source) -> Result<InspectOutcome> {
 
 fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
     let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
-    let manifest = Manifest::read(checkpoint, &architecture)?;
+    let manifest = read_manifest(checkpoint, &architecture)?;
     let Manifest { kv, blocks, recipe, source, calibration, tool_version, .. } = manifest;
     let mut linears = Vec::new();
     for site in blocks.iter().flatten() {

@@ -2,12 +2,11 @@
 
 use super::verify::{Check, check};
 use crate::checkpoint::linear::{from_tensors, order_spec, read_order, specs};
-use crate::checkpoint::{AtomCheckpoint, Stored, TensorSpec};
+use crate::checkpoint::plan::{BlockPlan, LinearPlan, SitePlan};
+use crate::checkpoint::{AtomCheckpoint, Manifest, Stored, TensorSpec};
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::network::{expect, key_mean_spec, read_key_mean};
-use crate::pipeline::Manifest;
-use crate::pipeline::plan::{BlockPlan, LinearPlan, SitePlan};
 use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::{Error, Result};

@@ -3,9 +3,9 @@
 use crate::Result;
 use crate::backend::Backend;
 use crate::checkpoint::linear::{from_tensors, read_floats, read_order};
+use crate::checkpoint::plan::{BlockPlan, SitePlan};
 use crate::checkpoint::{Dtype, Stored, TensorSpec};
 use crate::model::Architecture;
-use crate::pipeline::plan::{BlockPlan, SitePlan};
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::SiteFormat;

@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 
-use super::plan::{BlockPlan, SitePlan, bits_per_weight, plan_block};
+use super::plan::plan_block;
 use super::sensitivity::{BlockSensitivity, Sensitivity, SiteSensitivity};
+use crate::checkpoint::plan::{BlockPlan, SitePlan, bits_per_weight};
 use crate::model::Architecture;
 use crate::quant::allocation::{self, Choice};
 use crate::recipe::Recipe;

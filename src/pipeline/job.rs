@@ -5,13 +5,13 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
-use super::calibration::Provenance;
-use super::manifest::{Manifest, SourceRecord};
 use super::output::Output;
-use super::plan::{BlockPlan, bits_per_weight};
 use crate::Result;
 use crate::checkpoint::linear::{order_spec, specs};
-use crate::checkpoint::{FORMAT_VERSION, Options, SideFile, Source, TensorSpec};
+use crate::checkpoint::plan::{BlockPlan, bits_per_weight};
+use crate::checkpoint::{
+    FORMAT_VERSION, Manifest, Options, Provenance, SideFile, Source, SourceRecord, TensorSpec,
+};
 use crate::model::Architecture;
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::network::memory::Windows;

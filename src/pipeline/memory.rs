@@ -1,9 +1,9 @@
 /*! How much memory quantization and calibration take at their peak. */
 
 use super::job::{CalibrationInput, Job};
-use super::plan::{BlockPlan, SitePlan};
 use super::sensitivity::EFFECT_TOKENS;
 use crate::checkpoint::Tensors;
+use crate::checkpoint::plan::{BlockPlan, SitePlan};
 use crate::model::Architecture;
 use crate::model::sites::{ATTN_OUT, EMBEDDING, MLP_ACT, MLP_IN};
 use crate::network::memory::{BlockBytes, NetworkBytes, SourceBytes, Windows, Workspace};

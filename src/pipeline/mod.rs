@@ -14,7 +14,6 @@ mod fallbacks;
 #[cfg(test)]
 mod fused_tests;
 mod job;
-mod manifest;
 mod memory;
 pub mod outcome;
 mod output;
@@ -32,9 +31,8 @@ mod underflow;
 mod writing;
 
 pub use calibrate::{Measuring, calibrate};
-pub use calibration::{CALIBRATION_FILE, CalibrationData, Provenance};
+pub use calibration::{CALIBRATION_FILE, CalibrationData};
 pub use energies::{Energies, Statistics};
-pub use manifest::{Manifest, SourceRecord};
 pub use output::Output;
 pub use pack::{Packing, pack};
 pub use planning::{Planning, plan};

@@ -2,9 +2,9 @@
 
 use super::energies::Energies;
 use super::fallbacks::{Fallback, Fallbacks};
-use super::plan::SitePlan;
 use crate::Result;
 use crate::backend::{AccumulatedError, AttentionSpec, Backend, Unquantized};
+use crate::checkpoint::plan::SitePlan;
 use crate::model::Architecture;
 use crate::model::sites::SiteSpec;
 use crate::network::QuantizedSite;

@@ -22,11 +22,12 @@ The cost of a choice is `carry` times its effects: nats that a token's loss may 
 use serde::{Deserialize, Serialize};
 
 use super::energies::Energies;
-use super::plan::{BlockPlan, SitePlan, plan_block};
+use super::plan::plan_block;
 use super::quantizer::{formats, round_all};
 use crate::Result;
 use crate::backend::{AttentionSpec, Backend, Unquantized};
 use crate::checkpoint::Tensors;
+use crate::checkpoint::plan::{BlockPlan, SitePlan};
 use crate::model::Architecture;
 use crate::model::block::{Block, Observer, Seen, Site};
 use crate::model::sites::SiteSpec;

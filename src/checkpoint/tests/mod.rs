@@ -1,6 +1,7 @@
 /*! The room from outside: what its readers and its writer do with good and bad directories. */
 
 mod linear;
+mod manifest;
 mod resume;
 mod source;
 mod write;

@@ -1,8 +1,11 @@
 use serde_json::{Value, json};
 
-use super::*;
-use crate::pipeline::plan::{bits_per_weight, plan_network};
-use crate::recipe::Group;
+use crate::Result;
+use crate::checkpoint::plan::bits_per_weight;
+use crate::checkpoint::{FORMAT_VERSION, Manifest, Provenance, SourceRecord};
+use crate::model::Architecture;
+use crate::pipeline::plan::plan_network;
+use crate::recipe::{Group, Recipe};
 
 fn manifest() -> Manifest {
     let config = json!({"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
@@ -36,8 +39,7 @@ fn manifest() -> Manifest {
 }
 
 fn read(content: &Value) -> Result<Manifest> {
-    let manifest = Manifest::deserialize(content);
-    manifest.map_err(|error| Error::input(error.to_string()))?.check()
+    Manifest::parse(content)
 }
 
 #[test]
