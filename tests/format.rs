@@ -62,11 +62,11 @@ fn shard(checkpoint: &AtomCheckpoint, out: &Path) {
         Writer::create(&destination, specs.collect(), &Value::Null, options, &|| Ok(())).unwrap();
     let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.bytes.to_vec()));
     writer.write_block("all", tensors.collect(), Value::Null).unwrap();
-    writer.finish(checkpoint.config(), checkpoint.content().clone(), &[]).unwrap();
+    writer.finish(checkpoint.config(), &checkpoint.manifest().unwrap(), &[]).unwrap();
 }
 
 fn plan(checkpoint: &AtomCheckpoint) -> Vec<BlockPlan> {
-    serde_json::from_value(checkpoint.content()["blocks"].clone()).unwrap()
+    checkpoint.manifest().unwrap().blocks
 }
 
 /// A linear as this crate reads it, `[out, channels]` in the source's channel order.

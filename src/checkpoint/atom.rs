@@ -118,11 +118,6 @@ impl AtomCheckpoint {
         Manifest::parse(&self.atom)
     }
 
-    /// The content of `atom.json` as it is, an object.
-    pub fn content(&self) -> &Value {
-        &self.atom
-    }
-
     /// What messages call one of its files.
     pub fn path_of(&self, file: &str) -> String {
         self.files.path_of(file)

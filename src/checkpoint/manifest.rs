@@ -71,9 +71,4 @@ impl Manifest {
         }
         Ok(self)
     }
-
-    /// The manifest as the content of `atom.json`.
-    pub fn content(&self) -> Value {
-        serde_json::to_value(self).expect("a manifest has only JSON types")
-    }
 }

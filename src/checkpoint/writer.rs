@@ -12,12 +12,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use serde_json::{Map, Value};
 
 use super::atom::is_atom;
 use super::destination::Destination;
 use super::dtype::TensorSpec;
-use super::envelope::{ATOM, with_own_hash};
+use super::envelope::{ATOM, Envelope, Hash, atom_text};
 use super::fingerprint::{sha256_hex, sha256_of, sha256_of_file};
 use super::layout::{Layout, Place};
 use super::output::{
@@ -27,7 +28,7 @@ use super::output::{
 use super::shards::INDEX;
 use super::side_files::SideFile;
 use super::work::{DoneBlock, Restart, Work, is_locked, locked_by_another, unfinished};
-use super::{FORMAT_VERSION, Stored};
+use super::{FORMAT_VERSION, Manifest, Stored};
 use crate::{Error, Kind, Result};
 
 /// An error once the user asked the run to stop.
@@ -81,16 +82,26 @@ pub struct Writer {
     hashes: BTreeMap<String, String>,
 }
 
+/// What decides an output's bytes.
+#[derive(Serialize)]
+struct WholeJob<'a> {
+    format_version: u64,
+    job: &'a Value,
+    max_shard_bytes: u64,
+    /// Type and shape of each tensor by name, in the order they are stored.
+    tensors: Map<String, Value>,
+}
+
 /// What decides an output's bytes, as a run that continues it must have it.
 fn whole_job(tensors: &[TensorSpec], job: &Value, options: Options) -> Value {
-    let specs: Map<String, Value> =
-        tensors.iter().map(|spec| (spec.name.clone(), spec.form().into())).collect();
-    json!({
-        "format_version": FORMAT_VERSION,
-        "job": job,
-        "max_shard_bytes": options.max_shard_bytes,
-        "tensors": specs,
-    })
+    let tensors = tensors.iter().map(|spec| (spec.name.clone(), spec.form().into())).collect();
+    let job = WholeJob {
+        format_version: FORMAT_VERSION,
+        job,
+        max_shard_bytes: options.max_shard_bytes,
+        tensors,
+    };
+    serde_json::to_value(job).expect("a job has only JSON types")
 }
 
 /// Whether a run of another job may be thrown away.
@@ -335,12 +346,12 @@ impl Writer {
     }
 
     /// Completes the checkpoint and gives it its name; returns its size in bytes. `config` becomes
-    /// `config.json`; `content` becomes `atom.json`, with hashes of all tensors, of every other file and of itself
+    /// `config.json`; `manifest` becomes `atom.json`, with hashes of all tensors, of every other file and of itself
     /// added; the side files are copied as they are.
     pub fn finish(
         self,
         config: &Value,
-        mut content: Value,
+        manifest: &Manifest,
         side_files: &[SideFile],
     ) -> Result<u64> {
         let mut missing: Vec<&String> =
@@ -352,9 +363,6 @@ impl Writer {
                 missing.len(),
                 self.layout.places.len()
             )));
-        }
-        if !content.is_object() {
-            return Err(Error::input("the content of atom.json is not an object"));
         }
         let directory = self.work.checkpoint();
         let mut files = BTreeMap::new();
@@ -368,19 +376,20 @@ impl Writer {
             }
             let path = directory.join(name);
             side_file.copy_to(&path)?;
-            files.insert(name.clone(), sha256_of_file(&path)?);
+            files.insert(name.clone(), Hash { sha256: sha256_of_file(&path)? });
         }
         let mut write = |name: &str, bytes: &[u8]| {
-            files.insert(name.to_owned(), sha256_hex(bytes));
+            files.insert(name.to_owned(), Hash { sha256: sha256_hex(bytes) });
             write_synced(&directory.join(name), bytes)
         };
         if let Some(index) = self.layout.index() {
             write(INDEX, format!("{index:#}\n").as_bytes())?;
         }
         write("config.json", format!("{config:#}\n").as_bytes())?;
-        content["tensors"] = hash_objects(&self.hashes);
-        content["files"] = hash_objects(&files);
-        write_synced(&directory.join(ATOM), with_own_hash(content).as_bytes())?;
+        let hashes = self.hashes.iter();
+        let tensors = hashes.map(|(name, hash)| (name.clone(), Hash { sha256: hash.clone() }));
+        let envelope = Envelope { tensors: tensors.collect(), files, sha256: None };
+        write_synced(&directory.join(ATOM), atom_text(manifest, &envelope).as_bytes())?;
         for (path, file) in &self.shards {
             file.sync_all().map_err(|error| failed("write", path, &error))?;
         }
@@ -409,12 +418,6 @@ fn not_as_written(name: &str, path: &Path) -> Error {
 /// Bytes of disk that a whole checkpoint takes.
 fn needed_bytes(layout: &Layout, options: Options) -> u64 {
     layout.file_bytes().saturating_add(options.side_bytes).saturating_add(JSON_BYTES)
-}
-
-/// `{name: {"sha256": hash}}`.
-fn hash_objects(hashes: &BTreeMap<String, String>) -> Value {
-    let object = |(name, hash): (&String, &String)| (name.clone(), json!({ "sha256": hash }));
-    hashes.iter().map(object).collect::<Map<_, _>>().into()
 }
 
 impl Stored for Writer {

@@ -1,6 +1,6 @@
 /*! What a checkpoint holds, told from its headers alone. */
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::linear::specs;
 use crate::checkpoint::plan::bits_per_weight;
@@ -170,12 +170,19 @@ fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
     })
 }
 
+/// What a `config.json` calls its network.
+#[derive(Default, Deserialize)]
+struct NetworkNames {
+    architectures: Option<Vec<String>>,
+    model_type: Option<String>,
+}
+
+/// The class of the network, or its family where no class is named.
 fn architecture_name(config: &serde_json::Value) -> String {
-    config["architectures"][0]
-        .as_str()
-        .or(config["model_type"].as_str())
-        .unwrap_or("unknown")
-        .to_owned()
+    let NetworkNames { architectures, model_type } =
+        NetworkNames::deserialize(config).unwrap_or_default();
+    let class = architectures.into_iter().flatten().next();
+    class.or(model_type).unwrap_or_else(|| "unknown".to_owned())
 }
 
 fn kv_in_words(kv: &KvFormat) -> String {

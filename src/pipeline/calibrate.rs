@@ -99,7 +99,7 @@ pub(super) fn measure<B: Backend>(
         progress.advance("");
         Ok(())
     })?;
-    let sensitivity = sensor.map(|sensor| sensor.finish(input.kept_bytes()?)).transpose()?;
+    let sensitivity = sensor.map(|sensor| sensor.finish(input.unquantized_bytes()?)).transpose()?;
     progress.end();
     Ok(CalibrationData {
         model: source.name().to_owned(),

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::plan::{BlockPlan, LinearPlan, SitePlan, group_size};
@@ -45,12 +45,19 @@ pub const PLAN_VERSION: u32 = 1;
 /// What a [`PlanFile`] is written as.
 pub const PLAN_FILE: FileKind = FileKind { name: "a plan", recognizes: is_plan };
 
+/// What only a plan has, of any version.
+#[derive(Deserialize)]
+struct PlanOutline {
+    #[serde(rename = "plan_version")]
+    _version: u64,
+    #[serde(rename = "blocks")]
+    _blocks: Vec<IgnoredAny>,
+}
+
 /// Whether a file is JSON with the version of a plan.
 fn is_plan(path: &Path) -> bool {
     let read = fs_err::File::open(path).map(std::io::BufReader::new);
-    let plan: Option<serde_json::Value> =
-        read.ok().and_then(|file| serde_json::from_reader(file).ok());
-    plan.is_some_and(|plan| plan["plan_version"].is_u64() && plan["blocks"].is_array())
+    read.is_ok_and(|file| serde_json::from_reader::<_, PlanOutline>(file).is_ok())
 }
 
 /// The plan of a block by `recipe`.

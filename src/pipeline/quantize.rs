@@ -10,7 +10,7 @@ use super::outcome::{DryRun, QuantizeOutcome, StageSeconds};
 use super::output::Output;
 use super::plan::plan_network;
 use super::prepare::{Calibration, Texts};
-use super::run::{finished_blocks, run};
+use super::run::run;
 use crate::Result;
 use crate::backend::Backend;
 use crate::checkpoint::plan::bits_per_weight;
@@ -74,7 +74,7 @@ pub fn dry_run<B: Backend>(
     source.side_files()?.left_out.iter().for_each(|why| progress.warn(why));
     check_codebook(backend, &job.blocks)?;
     job.input.check_tensors()?;
-    job.input.check_kept(progress)?;
+    job.input.check_unquantized(progress)?;
     let specs = job.tensor_specs()?;
     let out_bytes: u64 = specs.iter().map(TensorSpec::bytes).sum();
     let destination = output.protecting(source, []);
@@ -95,7 +95,7 @@ pub fn dry_run<B: Backend>(
         memory_bytes,
         needed_disk_bytes: found.needed_bytes,
         free_disk_bytes: found.free_bytes.unwrap_or(u64::MAX),
-        finished_blocks: finished_blocks(&found.done),
+        finished_blocks: job.finished_blocks(&found.done),
     })
 }
 
@@ -117,7 +117,7 @@ pub fn quantize_to_target<B: Backend>(
     let workspace = Workspace::of(backend);
     memory::check(calibration_bytes(&job.input, workspace, Some(plan), text_bytes), progress)?;
     job.input.check_tensors()?;
-    job.input.check_kept(progress)?;
+    job.input.check_unquantized(progress)?;
     let measuring = Measuring { recipe, outlier_counts };
     let data = measure(backend, &job.input, Some(&measuring), progress)?;
     backend.trim();

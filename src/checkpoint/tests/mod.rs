@@ -10,6 +10,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use manifest::manifest;
+
 use super::{Destination, Dtype, Inputs, TensorSpec};
 use crate::Error;
 
