@@ -18,6 +18,7 @@ mod layout;
 pub mod linear;
 mod manifest;
 mod naming;
+mod options;
 mod origin;
 mod output;
 mod output_file;
@@ -43,6 +44,7 @@ pub use fingerprint::sha256_hex;
 pub(crate) use json::text as utf8_text;
 pub use manifest::{Manifest, SourceRecord};
 pub use naming::RowRange;
+pub use options::{DEFAULT_SHARD_BYTES, Options};
 pub use origin::HubOrigin;
 pub use output::free_bytes;
 pub use output_file::{FileKind, OutputFile};
@@ -54,7 +56,7 @@ pub use side_files::{SideFile, SideFiles};
 pub use source::Source;
 pub use tensor::Tensor;
 pub use work::DoneBlock;
-pub use writer::{DEFAULT_SHARD_BYTES, Options, Preview, Writer};
+pub use writer::{Preview, Writer};
 
 use std::borrow::Cow;
 

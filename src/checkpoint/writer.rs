@@ -12,8 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::atom::is_atom;
 use super::destination::Destination;
@@ -21,6 +20,7 @@ use super::dtype::TensorSpec;
 use super::envelope::{ATOM, Envelope, Hash, atom_text};
 use super::fingerprint::{sha256_hex, sha256_of, sha256_of_file};
 use super::layout::{Layout, Place};
+use super::options::{Options, whole_job};
 use super::output::{
     check_space, exchange, failed, free_bytes, open_plain, replace, reserve, sync_directory,
     write_synced,
@@ -28,34 +28,14 @@ use super::output::{
 use super::shards::INDEX;
 use super::side_files::SideFile;
 use super::work::{DoneBlock, Restart, Work, is_locked, locked_by_another, unfinished};
-use super::{FORMAT_VERSION, Manifest, Stored};
+use super::{Manifest, Stored};
 use crate::{Error, Kind, Result};
 
 /// An error once the user asked the run to stop.
 type CheckStop<'a> = &'a (dyn Fn() -> Result<()> + Sync);
 
-/// The largest shard unless told otherwise: 5 GB of tensors, as the Hub's tools write them.
-pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
-
 /// Room kept for `atom.json`, `config.json` and the index of shards.
 const JSON_BYTES: u64 = 8 << 20;
-
-/// How to write.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// Insist on the unfinished run that is there: it is never thrown away.
-    pub resume: bool,
-    /// Bytes of tensors in a shard, at most; a larger tensor has a shard of its own.
-    pub max_shard_bytes: u64,
-    /// Bytes of the files that are copied next to the shards.
-    pub side_bytes: u64,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { resume: false, max_shard_bytes: DEFAULT_SHARD_BYTES, side_bytes: 0 }
-    }
-}
 
 /// What a [`Writer`] would find, asked without writing anything.
 pub struct Preview {
@@ -80,28 +60,6 @@ pub struct Writer {
     done: Vec<DoneBlock>,
     /// SHA-256 of each tensor written so far.
     hashes: BTreeMap<String, String>,
-}
-
-/// What decides an output's bytes.
-#[derive(Serialize)]
-struct WholeJob<'a> {
-    format_version: u64,
-    job: &'a Value,
-    max_shard_bytes: u64,
-    /// Type and shape of each tensor by name, in the order they are stored.
-    tensors: Map<String, Value>,
-}
-
-/// What decides an output's bytes, as a run that continues it must have it.
-fn whole_job(tensors: &[TensorSpec], job: &Value, options: Options) -> Value {
-    let tensors = tensors.iter().map(|spec| (spec.name.clone(), spec.form().into())).collect();
-    let job = WholeJob {
-        format_version: FORMAT_VERSION,
-        job,
-        max_shard_bytes: options.max_shard_bytes,
-        tensors,
-    };
-    serde_json::to_value(job).expect("a job has only JSON types")
 }
 
 /// Whether a run of another job may be thrown away.

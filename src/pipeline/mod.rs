@@ -6,6 +6,7 @@ quantized blocks, on which GPTQ's Hessians are. Memory is one block and the
 streams, never the model. */
 
 pub mod allocate;
+pub mod allocated;
 mod block_loop;
 mod calibrate;
 mod calibration;
@@ -25,6 +26,7 @@ mod quantize;
 mod quantizer;
 mod run;
 pub mod sensitivity;
+mod sensor;
 mod strategy;
 mod timing;
 mod underflow;

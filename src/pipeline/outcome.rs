@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::allocate::Allocated;
+use super::allocated::Allocated;
 use super::sensitivity::Sensitivity;
 use crate::model::Architecture;
 use crate::recipe::Recipe;

@@ -5,6 +5,7 @@ use half::f16;
 use super::bounds::{attention_error, half_ulp, magnitude};
 use super::*;
 use crate::backend::{AttentionSpec, Memory, Quantization};
+use crate::checkpoint::Dtype;
 use crate::model::block::{Site, Treatment};
 use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
@@ -216,7 +217,8 @@ fn three() -> (QuantizedRows, QuantizedLinear) {
 fn a_result_may_be_off_by_the_bound_and_by_the_rounding_of_f16() {
     let (rows, linear) = three();
     let share = |found: f32, half| {
-        let (worst, fault) = product_error((&rows, &linear), &[found], &[3.0], half);
+        let results = if half { Dtype::F16 } else { Dtype::F32 };
+        let (worst, fault) = product_error(&rows, &linear, &[found], &[3.0], results);
         assert_eq!(fault.is_some(), worst > 1.0);
         worst
     };
@@ -254,7 +256,7 @@ fn attention_may_be_off_by_what_its_heads_allow() {
     let share = |at: usize, off: f32, mean: Option<&[f32]>| {
         let mut found = expected;
         found[at] += off;
-        attention_error(&spec, [&q, &k, &v], mean, (&found, &expected))
+        attention_error(&spec, Qkv { q: &q, k: &k, v: &v }, mean, &found, &expected)
     };
     assert_eq!(share(0, 0.0, None), 0.0);
     // 2^-8 and twice 2^-10 * 5 * 8 / 2, of 2.
