@@ -131,7 +131,7 @@ impl<'a, B: Backend> Comparison<'a, B> {
         let mut findings = Findings::default();
         let mut operands: Vec<Matrix> = Vec::new();
         let (reference, block) = (self.reference, self.block);
-        self.behind_norm(ATTN_IN, &reference.download(x)?, &block.attn_norm, &mut findings)?;
+        self.after_norm(ATTN_IN, &reference.download(x)?, &block.attn_norm, &mut findings)?;
         let mut see = |seen, x: &<Cpu as Memory>::Activation| {
             match seen {
                 Seen::Entering(at) => {
@@ -163,13 +163,13 @@ impl<'a, B: Backend> Comparison<'a, B> {
         let [own_gate, own_up] = [&gate, &up].map(|x| reference.download_activation(x));
         let z = reference.silu_mul(gate, &up)?;
         block.sites[MLP_ACT].apply_onto(reference, z, x, observer)?;
-        self.behind_norm(MLP_IN, &hidden, &block.mlp_norm, &mut findings)?;
-        self.behind_silu(rounded(own_gate?), rounded(own_up?), &mut findings)?;
+        self.after_norm(MLP_IN, &hidden, &block.mlp_norm, &mut findings)?;
+        self.after_silu(rounded(own_gate?), rounded(own_up?), &mut findings)?;
         Ok(findings)
     }
 
     /// Where the device makes a site's codes in one step with the norm before it.
-    fn behind_norm(
+    fn after_norm(
         &self,
         at: usize,
         hidden: &Matrix,
@@ -190,7 +190,7 @@ impl<'a, B: Backend> Comparison<'a, B> {
     }
 
     /// The same with SiLU, for mlp_act.
-    fn behind_silu(&self, gate: Matrix, up: Matrix, findings: &mut Findings) -> Result<()> {
+    fn after_silu(&self, gate: Matrix, up: Matrix, findings: &mut Findings) -> Result<()> {
         let Some(on_device) = &self.device_sites[MLP_ACT] else { return Ok(()) };
         let (reference, device) = (self.reference, self.device);
         if !device.fuses(Producer::Silu, &on_device.order, gate.rows) {

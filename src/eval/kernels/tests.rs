@@ -47,9 +47,9 @@ fn site(
     let format = SiteFormat { channels, order, row, clip: 0.95, transform: Transform::Hadamard };
     let linears = rows.iter().enumerate().map(|(at, &rows)| {
         let weights = random(rows * channels, at as u64);
-        let arranged = format.permute_rows_plain(&weights, rows);
+        let permuted = format.permute_rows_plain(&weights, rows);
         let weights = row.weights(4, codebook, 1);
-        Some(round_to_nearest(&arranged, rows, &weights, 1.0).unwrap())
+        Some(round_to_nearest(&permuted, rows, &weights, 1.0).unwrap())
     });
     let linears = linears.collect();
     QuantizedSite { format, linears }
