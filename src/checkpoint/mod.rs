@@ -2,7 +2,7 @@
 
 This room knows names, element types, shapes and bytes, and never what the numbers mean. Reading
 maps the files, so nothing is loaded before it is asked for and a block's pages can be given back.
-Writing happens in a work directory beside the output and ends in one rename, so that the output
+Writing happens in a work directory next to the output and ends in one rename, so that the output
 is there whole or not at all. `docs/format.md` is the written form of what [`Writer`] and
 [`linear`] put on disk. */
 

@@ -27,7 +27,7 @@ impl Default for Options {
 
 /// What decides an output's bytes.
 #[derive(Serialize)]
-struct WholeJob<'a> {
+struct OutputJob<'a> {
     format_version: u64,
     job: &'a Value,
     max_shard_bytes: u64,
@@ -36,9 +36,9 @@ struct WholeJob<'a> {
 }
 
 /// What decides an output's bytes, as a run that continues it must have it.
-pub(super) fn whole_job(tensors: &[TensorSpec], job: &Value, options: Options) -> Value {
+pub(super) fn output_job(tensors: &[TensorSpec], job: &Value, options: Options) -> Value {
     let tensors = tensors.iter().map(|spec| (spec.name.clone(), spec.form().into())).collect();
-    let job = WholeJob {
+    let job = OutputJob {
         format_version: FORMAT_VERSION,
         job,
         max_shard_bytes: options.max_shard_bytes,

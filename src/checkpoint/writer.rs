@@ -20,7 +20,7 @@ use super::dtype::TensorSpec;
 use super::envelope::{ATOM, Envelope, Hash, atom_text};
 use super::fingerprint::{sha256_hex, sha256_of, sha256_of_file};
 use super::layout::{Layout, Place};
-use super::options::{Options, whole_job};
+use super::options::{Options, output_job};
 use super::output::{
     check_space, exchange, failed, free_bytes, open_plain, replace, reserve, sync_directory,
     write_synced,
@@ -34,7 +34,7 @@ use crate::{Error, Kind, Result};
 /// An error once the user asked the run to stop.
 type CheckStop<'a> = &'a (dyn Fn() -> Result<()> + Sync);
 
-/// Room kept for `atom.json`, `config.json` and the index of shards.
+/// Room reserved for `atom.json`, `config.json` and the index of shards.
 const JSON_BYTES: u64 = 8 << 20;
 
 /// What a [`Writer`] would find, asked without writing anything.
@@ -82,7 +82,7 @@ impl Writer {
         if is_locked(&out) {
             return Err(locked_by_another(&out));
         }
-        let job = whole_job(&tensors, job, options);
+        let job = output_job(&tensors, job, options);
         let layout = Layout::new(tensors, options.max_shard_bytes)?;
         let found = unfinished(&out, &job, restart(destination, options))?;
         // The unfinished run has reserved its room already.
@@ -108,7 +108,7 @@ impl Writer {
         check_stop: CheckStop<'_>,
     ) -> Result<Self> {
         let out = destination.check()?;
-        let job = whole_job(&tensors, job, options);
+        let job = output_job(&tensors, job, options);
         let layout = Layout::new(tensors, options.max_shard_bytes)?;
         let (work, done) = Work::open(&out, &job, restart(destination, options))?;
         // A run that was killed while it replaced the output may have left it to be put back.
@@ -133,7 +133,7 @@ impl Writer {
                     return Err(error);
                 }
                 // It is damaged, and may be thrown away.
-                Err(_) => writer.work.begin_anew()?,
+                Err(_) => writer.work.begin_again()?,
             }
             writer.shards.clear();
             writer.done.clear();
@@ -202,7 +202,7 @@ impl Writer {
                 && header == shard.header;
             if !intact {
                 let message = format!("{} is not as the unfinished run left it", path.display());
-                return Err(Error::input(message).hint(BEGIN_ANEW));
+                return Err(Error::input(message).hint(BEGIN_AGAIN));
             }
             self.shards.push((path, file));
         }
@@ -236,7 +236,7 @@ impl Writer {
     }
 
     /// Writes the tensors of a block, `(name, little-endian bytes)`, and returns when they are on
-    /// the disk. `extra` is kept beside the block for a run that goes on from here.
+    /// the disk. `extra` is stored next to the block for a run that continues from here.
     pub fn write_block(
         &mut self,
         block: &str,
@@ -366,11 +366,12 @@ impl Writer {
     }
 }
 
-const BEGIN_ANEW: &str = "--overwrite throws the unfinished run away and begins at the first block";
+const BEGIN_AGAIN: &str =
+    "--overwrite throws the unfinished run away and begins at the first block";
 
 fn not_as_written(name: &str, path: &Path) -> Error {
     let message = format!("tensor `{name}` in {} is not what was written", path.display());
-    Error::input(message).hint(BEGIN_ANEW)
+    Error::input(message).hint(BEGIN_AGAIN)
 }
 
 /// Bytes of disk that a whole checkpoint takes.

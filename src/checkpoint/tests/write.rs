@@ -102,7 +102,7 @@ fn an_existing_output_is_replaced_only_when_asked() {
     complete(&out, true, Options::default(), false);
     assert_eq!(names_in(home.path()), ["out"]);
 
-    // What is laid beside the checkpoint while the run works is found at the end, and nothing is lost.
+    // What is put next to the checkpoint while the run works is found at the end, and nothing is lost.
     let mut writer =
         Writer::create(&to(&out, true), specs(), &json!({}), Options::default(), &|| Ok(()))
             .unwrap();
