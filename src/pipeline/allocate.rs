@@ -29,7 +29,7 @@ pub struct Allocating {
     pub outlier_counts: Option<Vec<usize>>,
 }
 
-/// Bytes of headers and of `atom.json` that a linear takes beside its tensors, at most.
+/// Bytes of headers and of `atom.json` that a linear takes next to its tensors, at most.
 const LINEAR_DESCRIPTION_BYTES: u64 = 2000;
 /// The same for a site and the tensors around it.
 const SITE_DESCRIPTION_BYTES: u64 = 1000;

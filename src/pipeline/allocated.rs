@@ -87,7 +87,7 @@ pub struct Allocated {
     pub target_bits: Option<f64>,
     /// Bytes asked for, if the target was one of size.
     pub target_bytes: Option<u64>,
-    /// Bytes of the planned checkpoint's tensors, files beside them and headers at most.
+    /// Bytes of the planned checkpoint's tensors, files next to them and headers at most.
     pub checkpoint_bytes: u64,
     /// The plan.
     pub planned: Expected,

@@ -181,7 +181,7 @@ impl BlockWork<'_> {
                 let adds = corrected && (at == ATTN_OUT || at >= MLP_ACT);
                 let cross = if corrected { square(site) } else { 0 };
                 let outputs = if adds { 4 * hidden * width } else { 0 };
-                // What attn_out sees is kept of both streams until o is done.
+                // What attn_out sees of both streams is stored until o is done.
                 let heads = if at == ATTN_OUT { 2 * 4 * tokens as u64 * q } else { 0 };
                 let chosen = if network.architecture.experts.is_some() { 2 * hidden } else { 0 };
                 // Both streams' activations, and of the site's what is seen, wanted, their difference, and the packed
@@ -216,10 +216,10 @@ impl BlockWork<'_> {
 }
 
 /// The largest of the sites, each with the linears of those before it and its own: their codes, and what
-/// else is `kept` of each site that is done.
+/// else is `remaining` of each site that is done.
 fn sites_bytes(
     plan: &[SitePlan],
-    kept: impl Fn(&BlockBytes) -> u64,
+    remaining: impl Fn(&BlockBytes) -> u64,
     of_site: impl Fn(usize, &SitePlan) -> u64,
 ) -> u64 {
     let mut done = 0;
@@ -228,7 +228,7 @@ fn sites_bytes(
         let bytes = BlockBytes::of(std::slice::from_ref(site));
         done += bytes.codes;
         most = most.max(done + of_site(at, site));
-        done += kept(&bytes);
+        done += remaining(&bytes);
     }
     most
 }

@@ -1,5 +1,5 @@
 /*! Sensitivity: what each width of a linear and each outlier count of a site would cost, measured once
-beside the calibration and reused for every target.
+next to the calibration and reused for every target.
 
 Errors of different linears cannot be compared by themselves: half of one may be noise that the
 next norm hides. So three things are measured, from near to far.
@@ -12,10 +12,10 @@ next norm hides. So three things are measured, from near to far.
   others. Squared errors of small independent changes add up, and grow with the square of the linear's error,
   so one run a linear serves every width: `effect * (e(width, outliers) / e(measured))^2`. Quantizing a
   site's activations alone has an effect of its own, measured for each outlier count.
-- **Carry.** What becomes of a block's change on its way through the blocks behind it, which damp some and
+- **Carry.** What becomes of a block's change on its way through the blocks after it, which damp some and
   amplify others. For every block, states that this block alone changed (quantized as the recipe says)
-  travel on beside the originals to the end, where their divergence from the original's predictions is
-  taken: `carry = divergence / sum of the block's effects`.
+  travel next to the originals to the end, where the KL divergence of their predictions from the original's
+  is taken: `carry = KL divergence / sum of the block's effects`.
 
 The cost of a choice is `carry` times its effects: nats that a token's loss may be expected to grow by. */
 
@@ -30,7 +30,7 @@ pub const WIDTHS: [u8; 4] = [2, 3, 4, 8];
 
 /// Tokens on which Hessians are measured: about as many as the widest sites have channels.
 pub(super) const HESSIAN_TOKENS: usize = 32_768;
-/// Tokens on which effects and divergences are measured. Each token gives a positive number of
+/// Tokens on which effects and KL divergences are measured. Each token gives a positive number of
 /// its own, so that few are enough.
 pub(super) const EFFECT_TOKENS: usize = 4_096;
 
@@ -43,7 +43,7 @@ pub struct Sensitivity {
     pub widths: Vec<u8>,
     /// Windows that Hessians were measured on.
     pub hessian_windows: usize,
-    /// Windows that effects and divergences were measured on.
+    /// Windows that effects and KL divergences were measured on.
     pub effect_windows: usize,
     /// Bytes of the tensors that stay as the source has them, whatever the plan.
     pub kept_bytes: u64,
@@ -54,7 +54,7 @@ pub struct Sensitivity {
 /// What was measured of a block.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BlockSensitivity {
-    /// Nats at the end for a unit of effect behind this block.
+    /// Nats at the end for a unit of effect after this block.
     pub carry: f64,
     /// Its sites.
     pub sites: Vec<SiteSensitivity>,
@@ -80,7 +80,7 @@ pub struct SiteSensitivity {
 }
 
 /// More bytes than any network keeps in full precision.
-const MAX_KEPT_BYTES: u64 = 1 << 50;
+const MAX_UNQUANTIZED_BYTES: u64 = 1 << 50;
 
 /// Greatest error, effect or carry that means anything: sums of products of three stay finite.
 const MAX_COST: f64 = 1e60;
@@ -179,8 +179,8 @@ impl Sensitivity {
         if self.recipe.bits != 16 && !self.widths.contains(&self.recipe.bits) {
             return wrong(format!("lacks the width of its recipe, {}", self.recipe.bits));
         }
-        if self.kept_bytes > MAX_KEPT_BYTES {
-            return wrong(format!("has {} bytes of kept tensors", self.kept_bytes));
+        if self.kept_bytes > MAX_UNQUANTIZED_BYTES {
+            return wrong(format!("has {} bytes of unquantized tensors", self.kept_bytes));
         }
         if self.blocks.len() != architecture.blocks {
             let (own, network) = (self.blocks.len(), architecture.blocks);

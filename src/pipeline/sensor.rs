@@ -147,7 +147,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
             backend.trim();
         }
         self.blocks.push(BlockSensitivity { carry: 0.0, sites });
-        self.carry_on(weights, &source, &quantized_sites)?;
+        self.advance(weights, &source, &quantized_sites)?;
         self.originals = after;
         Ok(())
     }
@@ -162,7 +162,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
         Ok(SiteSensitivity { effects: Vec::new(), source_bytes, counts: Vec::new() })
     }
 
-    /// The states behind `block`.
+    /// The states after `block`.
     fn outputs(&self, block: &Block<B>) -> Result<Vec<B::Hidden>> {
         let Subject { backend, attention, progress, .. } = self.subject;
         let outputs = self.originals.iter().map(|batch| {
@@ -174,7 +174,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
         outputs.collect()
     }
 
-    /// Mean of `|x' - x|^2 / |x|^2` over the tokens behind the block, x' with `site` in its place.
+    /// Mean of `|x' - x|^2 / |x|^2` over the tokens after the block, x' with `site` in its place.
     fn effect(
         &self,
         block: &mut Block<B>,
@@ -192,7 +192,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
         Ok(mean(&changes))
     }
 
-    /// `sum x^T x` at the sites that are `wanted`, behind quantized activations.
+    /// `sum x^T x` at the sites that are `wanted`, on quantized activations.
     fn hessians(
         &self,
         weights: &BlockWeights<B>,
@@ -263,7 +263,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
     }
 
     /// Takes all states past the block: those that no block changed are left to the caller.
-    fn carry_on(
+    fn advance(
         &mut self,
         weights: &BlockWeights<B>,
         source: &Block<B>,
@@ -289,11 +289,11 @@ impl<'a, B: Backend> Sensor<'a, B> {
         let normed = |x: &B::Hidden| head.normed(backend, x);
         let originals = self.originals.iter().map(normed).collect::<Result<Vec<_>>>()?;
         for (block, stream) in self.blocks.iter_mut().zip(std::mem::take(&mut self.changed)) {
-            let mut divergences = Vec::new();
+            let mut divergence = Vec::new();
             for (mut batch, original) in stream.batches.into_iter().zip(&originals) {
                 progress.check_stop()?;
                 backend.reload(&mut batch)?;
-                divergences.extend(backend.kl_divergence(
+                divergence.extend(backend.kl_divergence(
                     &normed(&batch)?,
                     original,
                     &head.weight,
@@ -301,7 +301,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
             }
             let effects = block.effects();
             // A rounding error below zero would make a cost negative.
-            let divergence = mean(&divergences).max(0.0);
+            let divergence = mean(&divergence).max(0.0);
             block.carry = if effects > 0.0 { divergence / effects } else { 0.0 };
         }
         Ok(Sensitivity {
