@@ -24,6 +24,8 @@ mod planning;
 mod prepare;
 mod quantize;
 mod quantizer;
+#[cfg(test)]
+mod resume_tests;
 mod run;
 pub mod sensitivity;
 mod sensor;
