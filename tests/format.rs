@@ -5,10 +5,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use atom::checkpoint::plan::{BlockPlan, SitePlan};
 use atom::checkpoint::{AtomCheckpoint, Destination, Inputs, Options, TensorSpec, Writer};
 use atom::hub;
 use atom::network::read_sites;
-use atom::pipeline::plan::{BlockPlan, SitePlan};
 use atom::quant::hadamard;
 use atom::quant::linear::QuantizedLinear;
 use atom::quant::site::{SiteFormat, Transform};
@@ -62,11 +62,11 @@ fn shard(checkpoint: &AtomCheckpoint, out: &Path) {
         Writer::create(&destination, specs.collect(), &Value::Null, options, &|| Ok(())).unwrap();
     let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.bytes.to_vec()));
     writer.write_block("all", tensors.collect(), Value::Null).unwrap();
-    writer.finish(checkpoint.config(), checkpoint.content().clone(), &[]).unwrap();
+    writer.finish(checkpoint.config(), &checkpoint.manifest().unwrap(), &[]).unwrap();
 }
 
 fn plan(checkpoint: &AtomCheckpoint) -> Vec<BlockPlan> {
-    serde_json::from_value(checkpoint.content()["blocks"].clone()).unwrap()
+    checkpoint.manifest().unwrap().blocks
 }
 
 /// A linear as this crate reads it, `[out, channels]` in the source's channel order.

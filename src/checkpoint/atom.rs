@@ -5,13 +5,13 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::Stored;
 use super::dtype::{TensorSpec, form};
 use super::envelope::{ATOM, Envelope, has_own_hash};
 use super::files::Files;
 use super::fingerprint::sha256_hex;
 use super::shards::Shards;
 use super::tensor::Tensor;
+use super::{Manifest, Stored};
 use crate::{Error, Result};
 
 /// The version of the format that this program writes, and the newest that it reads.
@@ -110,9 +110,12 @@ impl AtomCheckpoint {
         self.files.dir()
     }
 
-    /// The content of `atom.json`, an object. [`crate::pipeline::Manifest`] is its type.
-    pub fn content(&self) -> &Value {
-        &self.atom
+    /// The content of `atom.json`.
+    ///
+    /// # Errors
+    /// Input: a field that is missing, of another type or out of its range, named.
+    pub fn manifest(&self) -> Result<Manifest> {
+        Manifest::parse(&self.atom)
     }
 
     /// What messages call one of its files.

@@ -1,6 +1,6 @@
 /*! What `atom.json` says of the files next to it: the format's version and hashes of every tensor, of every other file and of itself.
 
-The rest of `atom.json` is content that this room does not read. The hash of `atom.json` covers its bytes with
+The rest of `atom.json` is the manifest, which is read when it is needed. The hash of `atom.json` covers its bytes with
 the 64 digits of the hash replaced by zeros, so that any program can compare it. */
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,10 +9,10 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::FORMAT_VERSION;
 use super::fingerprint::sha256_hex;
 use super::shards::{INDEX, SINGLE};
 use super::side_files::is_side_file;
+use super::{FORMAT_VERSION, Manifest};
 use crate::{Error, Result};
 
 /// The file that makes a directory an Atom checkpoint.
@@ -28,8 +28,8 @@ pub(super) struct Hash {
     pub(super) sha256: String,
 }
 
-/// The part of `atom.json` that this room reads.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+/// The hashes in `atom.json`, next to the [`Manifest`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Envelope {
     /// Of every tensor, by name.
     pub(super) tensors: BTreeMap<String, Hash>,
@@ -38,7 +38,7 @@ pub(super) struct Envelope {
     #[serde(default)]
     pub(super) files: BTreeMap<String, Hash>,
     /// Of `atom.json` itself; likewise.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) sha256: Option<String>,
 }
 
@@ -86,8 +86,23 @@ impl Envelope {
     }
 }
 
+/// The whole `atom.json`.
+#[derive(Serialize)]
+struct AtomFile<'a> {
+    #[serde(flatten)]
+    manifest: &'a Manifest,
+    #[serde(flatten)]
+    envelope: &'a Envelope,
+}
+
+/// The text of an `atom.json`: the manifest, the hashes, and its own hash as the last field.
+pub(super) fn atom_text(manifest: &Manifest, envelope: &Envelope) -> String {
+    let file = AtomFile { manifest, envelope };
+    with_own_hash(serde_json::to_value(file).expect("a manifest has only JSON types"))
+}
+
 /// The text of an `atom.json` of this content, which gets its own hash as the last field.
-pub(super) fn with_own_hash(mut atom: Value) -> String {
+fn with_own_hash(mut atom: Value) -> String {
     atom[OWN_HASH] = NO_HASH.into();
     let text = format!("{atom:#}\n");
     let hash = sha256_hex(text.as_bytes());

@@ -147,7 +147,7 @@ fn other_form(files: &Files) -> Option<Error> {
     let fits = |form: &Form, name: &str| {
         name.starts_with(form.prefix)
             && name.ends_with(form.suffix)
-            // Settings of a training run, beside the weights of any form.
+            // Settings of a training run, next to the weights of any form.
             && !name.starts_with("training_args")
     };
     let found = FORMS

@@ -2,7 +2,7 @@
 
 This room knows names, element types, shapes and bytes, and never what the numbers mean. Reading
 maps the files, so nothing is loaded before it is asked for and a block's pages can be given back.
-Writing happens in a work directory beside the output and ends in one rename, so that the output
+Writing happens in a work directory next to the output and ends in one rename, so that the output
 is there whole or not at all. `docs/format.md` is the written form of what [`Writer`] and
 [`linear`] put on disk. */
 
@@ -16,12 +16,16 @@ pub(crate) mod foreign;
 mod json;
 mod layout;
 pub mod linear;
+mod manifest;
 mod naming;
+mod options;
 mod origin;
 mod output;
 mod output_file;
 pub mod packing;
 mod pattern;
+pub mod plan;
+mod provenance;
 mod regular;
 mod shards;
 mod side_files;
@@ -38,18 +42,21 @@ pub use dtype::{Dtype, TensorSpec};
 pub(crate) use fingerprint::hex;
 pub use fingerprint::sha256_hex;
 pub(crate) use json::text as utf8_text;
+pub use manifest::{Manifest, SourceRecord};
 pub use naming::RowRange;
+pub use options::{DEFAULT_SHARD_BYTES, Options};
 pub use origin::HubOrigin;
 pub use output::free_bytes;
 pub use output_file::{FileKind, OutputFile};
 pub(crate) use pattern::fits;
+pub use provenance::{DataFile, Provenance, SetUsed};
 pub(crate) use regular::read_named;
 pub(crate) use side_files::is_side_file;
 pub use side_files::{SideFile, SideFiles};
 pub use source::Source;
 pub use tensor::Tensor;
 pub use work::DoneBlock;
-pub use writer::{DEFAULT_SHARD_BYTES, Options, Preview, Writer};
+pub use writer::{Preview, Writer};
 
 use std::borrow::Cow;
 

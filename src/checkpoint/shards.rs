@@ -89,7 +89,7 @@ impl Shards {
             let names = files.names()?;
             let mut names: Vec<String> =
                 names.into_iter().filter(|name| name.ends_with(".safetensors")).collect();
-            // The same weights in Meta's or Mistral's form lie beside those of transformers.
+            // The same weights in Meta's or Mistral's form lie next to those of transformers.
             let consolidated = |name: &String| name.starts_with("consolidated");
             if !names.iter().all(consolidated) {
                 names.retain(|name| !consolidated(name));

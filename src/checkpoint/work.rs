@@ -85,7 +85,7 @@ impl Work {
     }
 
     /// Throws away what an unfinished run has left; the lock is kept.
-    pub(super) fn begin_anew(&mut self) -> Result<()> {
+    pub(super) fn begin_again(&mut self) -> Result<()> {
         clear(&self.dir)?;
         fs_err::create_dir(self.checkpoint())?;
         self.done_log = open_log(&self.dir)?;
@@ -285,12 +285,12 @@ fn lock(out: &Path) -> Result<File> {
     }
 }
 
-const BEGIN_ANEW: &str = "--overwrite throws it away and begins at the first block";
+const BEGIN_AGAIN: &str = "--overwrite throws it away and begins at the first block";
 
 /// Refuses to continue another job, and says what differs and how far that job is.
 fn same_job(dir: &Path, path: &Path, job: &Value) -> Result<()> {
     let old: Value = serde_json::from_slice(&fs_err::read(path)?).map_err(|error| {
-        Error::input(format!("{} is damaged: {error}", path.display())).hint(BEGIN_ANEW)
+        Error::input(format!("{} is damaged: {error}", path.display())).hint(BEGIN_AGAIN)
     })?;
     // Through text and back, as the old one went, so that equal numbers stay equal.
     let new: Value = serde_json::from_str(&job.to_string())
@@ -314,7 +314,7 @@ fn same_job(dir: &Path, path: &Path, job: &Value) -> Result<()> {
         differences[..shown].join("; ")
     );
     Err(Error::input(message).hint(format!(
-        "give the settings of that run to continue it, or another --out; {BEGIN_ANEW}"
+        "give the settings of that run to continue it, or another --out; {BEGIN_AGAIN}"
     )))
 }
 
@@ -360,7 +360,7 @@ fn read_done(path: &Path) -> Result<Unfinished> {
             _ if good + line.len() == text.len() => break,
             _ => {
                 let message = format!("{} is damaged at byte {good}", path.display());
-                return Err(Error::input(message).hint(BEGIN_ANEW));
+                return Err(Error::input(message).hint(BEGIN_AGAIN));
             }
         }
         good += line.len();

@@ -12,14 +12,15 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 use super::atom::is_atom;
 use super::destination::Destination;
 use super::dtype::TensorSpec;
-use super::envelope::{ATOM, with_own_hash};
+use super::envelope::{ATOM, Envelope, Hash, atom_text};
 use super::fingerprint::{sha256_hex, sha256_of, sha256_of_file};
 use super::layout::{Layout, Place};
+use super::options::{Options, output_job};
 use super::output::{
     check_space, exchange, failed, free_bytes, open_plain, replace, reserve, sync_directory,
     write_synced,
@@ -27,34 +28,14 @@ use super::output::{
 use super::shards::INDEX;
 use super::side_files::SideFile;
 use super::work::{DoneBlock, Restart, Work, is_locked, locked_by_another, unfinished};
-use super::{FORMAT_VERSION, Stored};
+use super::{Manifest, Stored};
 use crate::{Error, Kind, Result};
 
 /// An error once the user asked the run to stop.
 type CheckStop<'a> = &'a (dyn Fn() -> Result<()> + Sync);
 
-/// The largest shard unless told otherwise: 5 GB of tensors, as the Hub's tools write them.
-pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
-
-/// Room kept for `atom.json`, `config.json` and the index of shards.
+/// Room reserved for `atom.json`, `config.json` and the index of shards.
 const JSON_BYTES: u64 = 8 << 20;
-
-/// How to write.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// Insist on the unfinished run that is there: it is never thrown away.
-    pub resume: bool,
-    /// Bytes of tensors in a shard, at most; a larger tensor has a shard of its own.
-    pub max_shard_bytes: u64,
-    /// Bytes of the files that are copied next to the shards.
-    pub side_bytes: u64,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { resume: false, max_shard_bytes: DEFAULT_SHARD_BYTES, side_bytes: 0 }
-    }
-}
 
 /// What a [`Writer`] would find, asked without writing anything.
 pub struct Preview {
@@ -81,18 +62,6 @@ pub struct Writer {
     hashes: BTreeMap<String, String>,
 }
 
-/// What decides an output's bytes, as a run that continues it must have it.
-fn whole_job(tensors: &[TensorSpec], job: &Value, options: Options) -> Value {
-    let specs: Map<String, Value> =
-        tensors.iter().map(|spec| (spec.name.clone(), spec.form().into())).collect();
-    json!({
-        "format_version": FORMAT_VERSION,
-        "job": job,
-        "max_shard_bytes": options.max_shard_bytes,
-        "tensors": specs,
-    })
-}
-
 /// Whether a run of another job may be thrown away.
 fn restart(destination: &Destination, options: Options) -> Restart {
     if destination.overwrite && !options.resume { Restart::Discard } else { Restart::Refuse }
@@ -113,7 +82,7 @@ impl Writer {
         if is_locked(&out) {
             return Err(locked_by_another(&out));
         }
-        let job = whole_job(&tensors, job, options);
+        let job = output_job(&tensors, job, options);
         let layout = Layout::new(tensors, options.max_shard_bytes)?;
         let found = unfinished(&out, &job, restart(destination, options))?;
         // The unfinished run has reserved its room already.
@@ -139,7 +108,7 @@ impl Writer {
         check_stop: CheckStop<'_>,
     ) -> Result<Self> {
         let out = destination.check()?;
-        let job = whole_job(&tensors, job, options);
+        let job = output_job(&tensors, job, options);
         let layout = Layout::new(tensors, options.max_shard_bytes)?;
         let (work, done) = Work::open(&out, &job, restart(destination, options))?;
         // A run that was killed while it replaced the output may have left it to be put back.
@@ -164,7 +133,7 @@ impl Writer {
                     return Err(error);
                 }
                 // It is damaged, and may be thrown away.
-                Err(_) => writer.work.begin_anew()?,
+                Err(_) => writer.work.begin_again()?,
             }
             writer.shards.clear();
             writer.done.clear();
@@ -233,7 +202,7 @@ impl Writer {
                 && header == shard.header;
             if !intact {
                 let message = format!("{} is not as the unfinished run left it", path.display());
-                return Err(Error::input(message).hint(BEGIN_ANEW));
+                return Err(Error::input(message).hint(BEGIN_AGAIN));
             }
             self.shards.push((path, file));
         }
@@ -267,7 +236,7 @@ impl Writer {
     }
 
     /// Writes the tensors of a block, `(name, little-endian bytes)`, and returns when they are on
-    /// the disk. `extra` is kept beside the block for a run that goes on from here.
+    /// the disk. `extra` is stored next to the block for a run that continues from here.
     pub fn write_block(
         &mut self,
         block: &str,
@@ -335,12 +304,12 @@ impl Writer {
     }
 
     /// Completes the checkpoint and gives it its name; returns its size in bytes. `config` becomes
-    /// `config.json`; `content` becomes `atom.json`, with hashes of all tensors, of every other file and of itself
+    /// `config.json`; `manifest` becomes `atom.json`, with hashes of all tensors, of every other file and of itself
     /// added; the side files are copied as they are.
     pub fn finish(
         self,
         config: &Value,
-        mut content: Value,
+        manifest: &Manifest,
         side_files: &[SideFile],
     ) -> Result<u64> {
         let mut missing: Vec<&String> =
@@ -352,9 +321,6 @@ impl Writer {
                 missing.len(),
                 self.layout.places.len()
             )));
-        }
-        if !content.is_object() {
-            return Err(Error::input("the content of atom.json is not an object"));
         }
         let directory = self.work.checkpoint();
         let mut files = BTreeMap::new();
@@ -368,19 +334,20 @@ impl Writer {
             }
             let path = directory.join(name);
             side_file.copy_to(&path)?;
-            files.insert(name.clone(), sha256_of_file(&path)?);
+            files.insert(name.clone(), Hash { sha256: sha256_of_file(&path)? });
         }
         let mut write = |name: &str, bytes: &[u8]| {
-            files.insert(name.to_owned(), sha256_hex(bytes));
+            files.insert(name.to_owned(), Hash { sha256: sha256_hex(bytes) });
             write_synced(&directory.join(name), bytes)
         };
         if let Some(index) = self.layout.index() {
             write(INDEX, format!("{index:#}\n").as_bytes())?;
         }
         write("config.json", format!("{config:#}\n").as_bytes())?;
-        content["tensors"] = hash_objects(&self.hashes);
-        content["files"] = hash_objects(&files);
-        write_synced(&directory.join(ATOM), with_own_hash(content).as_bytes())?;
+        let hashes = self.hashes.iter();
+        let tensors = hashes.map(|(name, hash)| (name.clone(), Hash { sha256: hash.clone() }));
+        let envelope = Envelope { tensors: tensors.collect(), files, sha256: None };
+        write_synced(&directory.join(ATOM), atom_text(manifest, &envelope).as_bytes())?;
         for (path, file) in &self.shards {
             file.sync_all().map_err(|error| failed("write", path, &error))?;
         }
@@ -399,22 +366,17 @@ impl Writer {
     }
 }
 
-const BEGIN_ANEW: &str = "--overwrite throws the unfinished run away and begins at the first block";
+const BEGIN_AGAIN: &str =
+    "--overwrite throws the unfinished run away and begins at the first block";
 
 fn not_as_written(name: &str, path: &Path) -> Error {
     let message = format!("tensor `{name}` in {} is not what was written", path.display());
-    Error::input(message).hint(BEGIN_ANEW)
+    Error::input(message).hint(BEGIN_AGAIN)
 }
 
 /// Bytes of disk that a whole checkpoint takes.
 fn needed_bytes(layout: &Layout, options: Options) -> u64 {
     layout.file_bytes().saturating_add(options.side_bytes).saturating_add(JSON_BYTES)
-}
-
-/// `{name: {"sha256": hash}}`.
-fn hash_objects(hashes: &BTreeMap<String, String>) -> Value {
-    let object = |(name, hash): (&String, &String)| (name.clone(), json!({ "sha256": hash }));
-    hashes.iter().map(object).collect::<Map<_, _>>().into()
 }
 
 impl Stored for Writer {

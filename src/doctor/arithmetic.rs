@@ -128,8 +128,8 @@ impl Example {
 
     /// Beyond the bound for another order of sums. A backend in f32 has the specification's own order.
     fn product_fault(&self, found: &[f32], half: bool) -> Option<String> {
-        let operands = (&self.rows, &self.linear);
-        let (_, fault) = product_error(operands, found, &self.product, half);
+        let results = if half { Dtype::F16 } else { Dtype::F32 };
+        let (_, fault) = product_error(&self.rows, &self.linear, found, &self.product, results);
         fault.or_else(|| {
             let equal = |(found, right): (&f32, &f32)| found.to_bits() == right.to_bits();
             let differ = found.iter().zip(&self.product).filter(|pair| !equal(*pair)).count();

@@ -1,14 +1,13 @@
 /*! What a checkpoint holds, told from its headers alone. */
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::linear::specs;
-use crate::checkpoint::{AtomCheckpoint, Source, TensorSpec};
+use crate::checkpoint::plan::bits_per_weight;
+use crate::checkpoint::{AtomCheckpoint, Manifest, Provenance, Source, TensorSpec};
 use crate::hub::Hub;
-use crate::model::Architecture;
+use crate::model::{Architecture, read_manifest};
 use crate::network::{Model, check_counts};
-use crate::pipeline::plan::bits_per_weight;
-use crate::pipeline::{Manifest, Provenance};
 use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
@@ -130,7 +129,7 @@ fn inspect_source(source: &Source) -> Result<InspectOutcome> {
 
 fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
     let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
-    let manifest = Manifest::read(checkpoint, &architecture)?;
+    let manifest = read_manifest(checkpoint, &architecture)?;
     let Manifest { kv, blocks, recipe, source, calibration, tool_version, .. } = manifest;
     let mut linears = Vec::new();
     for site in blocks.iter().flatten() {
@@ -171,12 +170,19 @@ fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
     })
 }
 
+/// What a `config.json` calls its network.
+#[derive(Default, Deserialize)]
+struct NetworkNames {
+    architectures: Option<Vec<String>>,
+    model_type: Option<String>,
+}
+
+/// The class of the network, or its family where no class is named.
 fn architecture_name(config: &serde_json::Value) -> String {
-    config["architectures"][0]
-        .as_str()
-        .or(config["model_type"].as_str())
-        .unwrap_or("unknown")
-        .to_owned()
+    let NetworkNames { architectures, model_type } =
+        NetworkNames::deserialize(config).unwrap_or_default();
+    let class = architectures.into_iter().flatten().next();
+    class.or(model_type).unwrap_or_else(|| "unknown".to_owned())
 }
 
 fn kv_in_words(kv: &KvFormat) -> String {

@@ -1,13 +1,11 @@
 /*! Whether a checkpoint is what was written: its files, the plan, and every tensor. */
 
 use super::verify::{Check, check};
-use crate::checkpoint::linear::{from_tensors, order_spec, read_order, specs};
-use crate::checkpoint::{AtomCheckpoint, Stored, TensorSpec};
+use crate::checkpoint::linear::{from_tensors, read_order};
+use crate::checkpoint::plan::{BlockPlan, LinearPlan, SitePlan};
+use crate::checkpoint::{AtomCheckpoint, Manifest, Stored};
 use crate::model::Architecture;
-use crate::model::sites::{EMBEDDING, FINAL_NORM};
-use crate::network::{expect, key_mean_spec, read_key_mean};
-use crate::pipeline::Manifest;
-use crate::pipeline::plan::{BlockPlan, LinearPlan, SitePlan};
+use crate::network::{PlannedTensor, expect, planned_tensors, read_key_mean};
 use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::{Error, Result};
@@ -20,16 +18,17 @@ pub(super) fn tensor_checks(
     progress: &dyn Progress,
 ) -> Vec<Check> {
     let Manifest { kv, blocks, .. } = manifest;
+    let planned = planned_tensors(architecture, blocks, kv);
     let mut checks = Vec::new();
     progress.begin("verify", blocks.len());
-    checks.push(check("shapes", shapes(checkpoint, architecture, kv, blocks)));
+    checks.push(check("shapes", shapes(checkpoint, &planned)));
     checks.push(check("checksums", checksums(checkpoint, progress)));
     checks.push(check("orders", orders(checkpoint, blocks, progress)));
     checks.push(check("codes", codes(checkpoint, blocks, progress)));
     if kv.is_centered() {
         checks.push(check("mean keys", mean_keys(checkpoint, architecture, kv)));
     }
-    checks.push(check("kept tensors", kept(checkpoint, architecture, blocks, progress)));
+    checks.push(check("kept tensors", unquantized(checkpoint, &planned, progress)));
     progress.end();
     checks
 }
@@ -44,31 +43,15 @@ pub(super) fn files(checkpoint: &AtomCheckpoint) -> Result<String> {
     Ok("not covered: this checkpoint was written before atom.json, config.json and the tokenizer had hashes".to_owned())
 }
 
-/// Every tensor the plan asks for is there with its type and shape, and none besides.
-fn shapes(
-    checkpoint: &AtomCheckpoint,
-    architecture: &Architecture,
-    kv: &KvFormat,
-    blocks: &[BlockPlan],
-) -> Result<String> {
-    let mut expected: Vec<TensorSpec> = Vec::new();
-    if kv.is_centered() {
-        expected.extend((0..blocks.len()).map(|block| key_mean_spec(architecture, block)));
-    }
-    for site in blocks.iter().flatten() {
-        expected.push(order_spec(&site.name, site.width()));
-        for linear in quantized(site) {
-            expected.extend(specs(&linear.name, linear.rows, &site.weights(linear)));
+/// Every planned tensor is there with its type and shape, and no other.
+fn shapes(checkpoint: &AtomCheckpoint, planned: &[PlannedTensor]) -> Result<String> {
+    for tensor in planned {
+        match tensor {
+            PlannedTensor::Made(spec) => drop(checkpoint.fetch(spec)?),
+            PlannedTensor::Unquantized { name, shape } => drop(expect(checkpoint, name, shape)?),
         }
     }
-    for spec in &expected {
-        checkpoint.fetch(spec)?;
-    }
-    let kept = kept_tensors(architecture, blocks);
-    for (name, shape) in &kept {
-        expect(checkpoint, name, shape)?;
-    }
-    let (needed, found) = (expected.len() + kept.len(), checkpoint.names().count());
+    let (needed, found) = (planned.len(), checkpoint.names().count());
     if needed == found {
         Ok(format!("{found} tensors"))
     } else {
@@ -142,39 +125,21 @@ fn codes(
 }
 
 /// Tensors that stayed as they were hold numbers only.
-fn kept(
+fn unquantized(
     checkpoint: &AtomCheckpoint,
-    architecture: &Architecture,
-    blocks: &[BlockPlan],
+    planned: &[PlannedTensor],
     progress: &dyn Progress,
 ) -> Result<String> {
-    let kept = kept_tensors(architecture, blocks);
-    for (name, _) in &kept {
-        let tensor = checkpoint.tensor(name)?;
-        tensor.check_finite(&|| progress.check_stop())?;
-        tensor.release();
-    }
-    Ok(format!("{} tensors in full precision are finite", kept.len()))
-}
-
-fn kept_tensors(architecture: &Architecture, blocks: &[BlockPlan]) -> Vec<(String, Vec<usize>)> {
-    let hidden = architecture.hidden;
-    let table = vec![architecture.vocabulary, hidden];
-    let mut kept =
-        vec![(EMBEDDING.to_owned(), table.clone()), (FINAL_NORM.to_owned(), vec![hidden])];
-    if !architecture.tied {
-        kept.push((architecture.head_name().to_owned(), table));
-    }
-    for (index, block) in blocks.iter().enumerate() {
-        kept.extend(architecture.unquantized_tensors(index));
-        for site in block {
-            let whole = site.linears.iter().filter(|linear| linear.bits == 16);
-            kept.extend(whole.map(|linear| {
-                (format!("{}.weight", linear.name), vec![linear.rows, site.channels])
-            }));
+    let mut tensors = 0;
+    for planned in planned {
+        if let PlannedTensor::Unquantized { name, .. } = planned {
+            let tensor = checkpoint.tensor(name)?;
+            tensor.check_finite(&|| progress.check_stop())?;
+            tensor.release();
+            tensors += 1;
         }
     }
-    kept
+    Ok(format!("{tensors} tensors in full precision are finite"))
 }
 
 fn quantized(site: &SitePlan) -> impl Iterator<Item = &LinearPlan> {

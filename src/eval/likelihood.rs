@@ -1,6 +1,6 @@
 /*! Log likelihoods of many short texts, all of them carried through the blocks together. */
 
-use super::beginnings::{Batch, batches};
+use super::prefix_sharing::{Batch, batches};
 use crate::backend::{AttentionSpec, Backend};
 use crate::model::Architecture;
 use crate::network::{OutputHead, Runnable, Stream, attention_spec, prefetch};
@@ -13,11 +13,11 @@ use crate::{Error, Result};
 pub(super) struct Likelihood {
     /// The sum of its tokens' log likelihoods, in nats; at most 0.
     pub(super) log: f64,
-    /// Whether each of its tokens is the likeliest there.
+    /// Whether each of its tokens is the argmax there.
     pub(super) greedy: bool,
 }
 
-/// The likelihood of each text of each question, and how many tokens were computed for them: texts that begin alike share these.
+/// The likelihood of each text of each question, and how many tokens were computed for them: a common prefix counts once.
 ///
 /// # Errors
 /// Besides the backend's, if a likelihood is not finite.
@@ -27,8 +27,8 @@ pub(super) fn likelihoods<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<(Vec<Likelihood>, usize)> {
     let Runnable { backend, architecture, .. } = model;
-    let batches = batches(questions, |rows, places| {
-        batch_bytes(architecture, rows, places) >= backend.batch_bytes()
+    let batches = batches(questions, |rows, positions| {
+        batch_bytes(architecture, rows, positions) >= backend.batch_bytes()
     });
     let parts = parts(&batches, backend.stream_bytes() / (4 * architecture.hidden));
     progress.begin(&format!("evaluate {}", model.name), parts.len() * (architecture.blocks + 1));
@@ -47,10 +47,10 @@ pub(super) fn likelihoods<B: Backend>(
 }
 
 /// What activations inside a block take, counted as f32.
-fn batch_bytes(architecture: &Architecture, rows: usize, places: usize) -> usize {
+fn batch_bytes(architecture: &Architecture, rows: usize, positions: usize) -> usize {
     let heads = (architecture.heads + architecture.kv_heads) * architecture.head_dim;
     let channels = 4 * architecture.hidden + 2 * heads + 2 * architecture.intermediate;
-    4 * (rows * channels + places * 2 * heads)
+    4 * (rows * channels + positions * 2 * heads)
 }
 
 /// Runs of batches whose hidden states fit in memory: of at most `rows` rows, and of one batch at least.
@@ -81,9 +81,9 @@ fn score<B: Backend>(
         part.iter().map(|batch| attention_spec(architecture, model.kv, batch.seq_len)).collect();
     let windows =
         part.iter().map(|batch| batch_bytes(architecture, 0, batch.placement.windows.len()));
-    let beside = windows.max().unwrap_or(0) as u64;
+    let window_bytes = windows.max().unwrap_or(0) as u64;
     let tokens = part.iter().map(|batch| &batch.tokens[..]);
-    let mut stream = Stream::embed_batches(*backend, *tensors, architecture, tokens, beside)?;
+    let mut stream = Stream::embed_batches(*backend, *tensors, architecture, tokens, window_bytes)?;
     let load = |index| model.load(index);
     prefetch(0..architecture.blocks, load, |index, next| {
         let block = model.block(next()?)?;

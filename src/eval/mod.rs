@@ -1,11 +1,11 @@
 /*! Measurements over any model that can run: perplexity, accuracy on tasks, and integrity. */
 
-mod beginnings;
 mod inspect;
 mod integrity;
 mod kernels;
 mod likelihood;
 mod perplexity;
+mod prefix_sharing;
 mod tasks;
 #[cfg(test)]
 mod unchanged_tests;

@@ -81,7 +81,7 @@ impl<B: Backend> Run<'_, B> {
         let Self { model, progress, .. } = self;
         let Runnable { backend, architecture, name, .. } = model;
         let seq_len = self.evaluation.seq_len;
-        // The text's memory is not to stand beside the blocks'.
+        // The memory of the text is free before that of the blocks is taken.
         backend.trim();
         model.check_memory(Windows { tokens: tokens.len(), seq_len }, *progress)?;
         let attention = attention_spec(architecture, model.kv, seq_len);
@@ -100,7 +100,7 @@ impl<B: Backend> Run<'_, B> {
                 progress.advance("");
                 Ok(())
             })?;
-            // The blocks' memory is not to stand beside the head's.
+            // The memory of the blocks is free before that of the head is taken.
             backend.trim();
             self.window_means(stream, tokens, &mut means)?;
             progress.advance("");

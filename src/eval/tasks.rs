@@ -1,4 +1,4 @@
-/*! Zero-shot accuracy: which of a question's choices a model finds likeliest, measured as lm-evaluation-harness
+/*! Zero-shot accuracy: which of a question's choices has the greatest likelihood, measured as lm-evaluation-harness
 measures it. */
 
 use std::time::Instant;
@@ -74,11 +74,11 @@ pub struct Sample {
     pub row: usize,
     /// Each choice's log likelihood, in nats.
     pub log_likelihoods: Vec<f64>,
-    /// Whether each token of a choice is the likeliest.
+    /// Whether each token of a choice is the argmax.
     pub greedy: Vec<bool>,
     /// The right choice.
     pub gold: usize,
-    /// The likeliest choice.
+    /// The choice of the greatest likelihood.
     pub answer: usize,
     /// Whether the row counts as answered rightly.
     pub right: bool,

@@ -117,7 +117,7 @@ fn a_limit_names_the_tasks_that_miss_it() {
 }
 
 #[test]
-fn the_likeliest_token_is_the_first_of_the_greatest() {
+fn the_argmax_is_the_first_of_the_greatest() {
     let cpu = Cpu::new().unwrap();
     // Logits of row r are the head's column r: 3000 tokens, so that they come in parts.
     let mut head = vec![0f32; 3000 * 2];

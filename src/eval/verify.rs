@@ -9,10 +9,9 @@ use super::perplexity::PerplexityOutcome;
 use super::{atom_perplexity, perplexity_of};
 use crate::Result;
 use crate::backend::Backend;
-use crate::checkpoint::AtomCheckpoint;
-use crate::model::Architecture;
+use crate::checkpoint::{AtomCheckpoint, Manifest};
+use crate::model::{Architecture, read_manifest};
 use crate::network::{Model, caution, check_codebook};
-use crate::pipeline::Manifest;
 use crate::progress::Progress;
 use crate::text::Evaluation;
 
@@ -100,7 +99,7 @@ pub fn verify<B: Backend>(
     verification.check_texts(intact, progress)?;
     let seq_len = verification.evaluation.map_or(0, |evaluation| evaluation.seq_len);
     caution(checkpoint, &architecture, seq_len, progress);
-    let manifest = Manifest::read(checkpoint, &architecture);
+    let manifest = read_manifest(checkpoint, &architecture);
     let planned = manifest.as_ref().map(|Manifest { blocks, .. }| {
         let sites = blocks.iter().flatten().count();
         format!("{} blocks, {sites} sites, as config.json has them", blocks.len())

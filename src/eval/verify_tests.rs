@@ -1,6 +1,15 @@
 //! What is held against which limit.
 
+use std::path::Path;
+
 use super::*;
+use crate::backend::cpu::Cpu;
+use crate::checkpoint::{Destination, Inputs};
+use crate::hub;
+use crate::pipeline::{Calibration, Output, Quantization, quantize};
+use crate::progress::Silent;
+use crate::recipe::{Group, Recipe};
+use crate::text::{Split, TextSet};
 
 fn measured(perplexity: f64) -> PerplexityOutcome {
     PerplexityOutcome {
@@ -62,4 +71,76 @@ fn one_failed_check_fails_the_outcome() {
     assert!(all.ok);
     all.add(vec![check(false), check(true)]);
     assert!(!all.ok && all.checks.len() == 3);
+}
+
+/// tiny-llama by rounding, in `out`.
+fn checkpoint(out: &Path) -> AtomCheckpoint {
+    let source = hub::tiny_llama().unwrap();
+    let text = TextSet::sample(Split::Calibration);
+    let calibration = Calibration { text, samples: 1, seq_len: 16, seed: 0 };
+    let destination =
+        Destination { out: out.to_owned(), overwrite: false, inputs: Inputs::default() };
+    let quantization = Quantization {
+        source: &source,
+        calibration: &calibration,
+        recipe: &Recipe {
+            group: Group::Size(32),
+            outliers: 16,
+            gptq: false,
+            ..Recipe::default_recipe()
+        },
+        output: &Output { destination, resume: false },
+        evaluation: None,
+    };
+    quantize(&Cpu::new().unwrap(), &quantization, &Silent).unwrap();
+    AtomCheckpoint::open(out).unwrap()
+}
+
+fn verified(checkpoint: &AtomCheckpoint, kernels: &KernelCheck) -> VerifyOutcome {
+    let verification = Verification {
+        checkpoint,
+        kernels,
+        evaluation: None,
+        reference: None,
+        limits: Limits::default(),
+    };
+    verify(&Cpu::new().unwrap(), &verification, &Silent).unwrap()
+}
+
+#[test]
+fn kernels_are_compared_where_that_is_asked_for_and_the_checkpoint_is_sound() {
+    let home = tempfile::tempdir().unwrap();
+    let out = home.path().join("out");
+    let on = KernelCheck::On(Evaluation {
+        text: TextSet::sample(Split::Evaluation),
+        seq_len: 16,
+        windows: Some(1),
+    });
+    let kernels = |outcome: &VerifyOutcome| {
+        let check = outcome.checks.iter().find(|check| check.name == "kernels");
+        check.map(|check| (check.ok, check.detail.clone()))
+    };
+    let sound = checkpoint(&out);
+    let outcome = verified(&sound, &on);
+    assert!(outcome.ok && outcome.kernels_unchecked.is_none());
+    let (ok, detail) = kernels(&outcome).unwrap();
+    assert!(ok);
+    assert!(
+        detail.starts_with("4 blocks on 16 tokens: codes of 16 sites identical, 28 products"),
+        "{detail}"
+    );
+
+    let outcome = verified(&sound, &KernelCheck::Off("not wanted".to_owned()));
+    assert!(outcome.ok && kernels(&outcome).is_none());
+    assert_eq!(outcome.kernels_unchecked.as_deref(), Some("not wanted"));
+
+    // What a damaged checkpoint computes says nothing.
+    drop(sound);
+    let shard = out.join("model.safetensors");
+    let mut bytes = fs_err::read(&shard).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs_err::write(&shard, bytes).unwrap();
+    let outcome = verified(&AtomCheckpoint::open(&out).unwrap(), &on);
+    assert!(!outcome.ok && kernels(&outcome).is_none());
+    assert_eq!(outcome.kernels_unchecked.as_deref(), Some("the checkpoint is not sound"));
 }

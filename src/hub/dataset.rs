@@ -1,33 +1,12 @@
 /*! Single files of data sets. */
 
-use std::path::PathBuf;
-
-use serde::{Deserialize, Serialize};
-
 use super::cache::check_names;
 use super::client::{At, RepoKind, is_commit};
 use super::content::{Condition, sha256_of};
 use super::download::{self, Wanted};
 use super::{Hub, cache_of};
+use crate::checkpoint::DataFile;
 use crate::{Error, Result};
-
-/// A file of a data set on this machine, and where it came from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DataFile {
-    /// Where it lies: in the Hub's cache, under its own name.
-    #[serde(skip)]
-    pub path: PathBuf,
-    /// The repository.
-    pub repo: String,
-    /// Its name in the repository.
-    pub file: String,
-    /// The revision that was asked for.
-    pub revision: String,
-    /// The commit that it meant.
-    pub commit: String,
-    /// SHA-256 of the file, lower-case hexadecimal.
-    pub sha256: String,
-}
 
 pub(super) fn fetch(hub: &Hub<'_>, repo: &str, revision: &str, file: &str) -> Result<DataFile> {
     let at = At { kind: RepoKind::Dataset, repo, revision };

@@ -21,6 +21,7 @@ mod names;
 mod refusal;
 mod settings;
 
+use crate::checkpoint::DataFile;
 use crate::progress::Progress;
 use crate::{Error, Result};
 use cache::Repository;
@@ -29,7 +30,6 @@ use failure::Failure;
 use settings::Settings;
 
 pub(crate) use address::masked;
-pub use dataset::DataFile;
 pub use names::{ALIASES, Resolved, TINY_LLAMA, resolve, source, tiny_llama};
 
 /// The cache that the Hub's tools share; none where there is not even a home directory.

@@ -8,6 +8,7 @@ mod config;
 pub mod experts;
 mod families;
 mod parts;
+mod planned;
 mod quantized;
 #[cfg(test)]
 mod reference_tests;
@@ -18,3 +19,4 @@ mod support;
 mod window;
 
 pub use architecture::Architecture;
+pub use planned::{check_plan, read_manifest};

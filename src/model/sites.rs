@@ -66,6 +66,17 @@ pub struct SiteSpec {
     pub linears: Vec<LinearSpec>,
 }
 
+/// A tensor outside the blocks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OuterTensor {
+    /// What it is: `embedding`, `norm` or `head`.
+    pub part: &'static str,
+    /// Its name.
+    pub name: &'static str,
+    /// Its shape.
+    pub shape: Vec<usize>,
+}
+
 impl Architecture {
     /// The prefix of block `block`'s tensors.
     pub fn block_name(&self, block: usize) -> String {
@@ -94,6 +105,19 @@ impl Architecture {
     pub fn router_name(&self, block: usize) -> Option<String> {
         let experts = self.experts_of(block)?;
         Some(format!("{}.{}.gate.weight", self.block_name(block), experts.names.part))
+    }
+
+    /// The tensors outside the blocks, the embedding first; a tied head is no other tensor. None is quantized.
+    pub fn outer_tensors(&self) -> Vec<OuterTensor> {
+        let table = || vec![self.vocabulary, self.hidden];
+        let mut outer = vec![
+            OuterTensor { part: "embedding", name: EMBEDDING, shape: table() },
+            OuterTensor { part: "norm", name: FINAL_NORM, shape: vec![self.hidden] },
+        ];
+        if !self.tied {
+            outer.push(OuterTensor { part: "head", name: HEAD, shape: table() });
+        }
+        outer
     }
 
     /// Name and shape of the tensors of block `block` that are unquantized: norms, biases, the router.
@@ -162,13 +186,8 @@ impl Architecture {
 
     /// Name and shape of every tensor a source must hold.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let mut tensors = vec![
-            (EMBEDDING.to_owned(), vec![self.vocabulary, self.hidden]),
-            (FINAL_NORM.to_owned(), vec![self.hidden]),
-        ];
-        if !self.tied {
-            tensors.push((HEAD.to_owned(), vec![self.vocabulary, self.hidden]));
-        }
+        let outer = self.outer_tensors().into_iter();
+        let mut tensors: Vec<_> = outer.map(|outer| (outer.name.to_owned(), outer.shape)).collect();
         for block in 0..self.blocks {
             tensors.extend(self.unquantized_tensors(block));
             for linear in self.sites(block).iter().flat_map(|site| &site.linears) {

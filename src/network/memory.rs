@@ -11,11 +11,11 @@ that fits is never refused. */
 use super::stream::windows_per_batch;
 use crate::backend::Backend;
 use crate::checkpoint::linear::specs;
+use crate::checkpoint::plan::{BlockPlan, SitePlan};
 use crate::checkpoint::{TensorSpec, Tensors};
 use crate::machine::{self, Bound, Memory};
 use crate::model::Architecture;
 use crate::model::sites::MLP_ACT;
-use crate::pipeline::plan::{BlockPlan, SitePlan};
 use crate::progress::Progress;
 use crate::units;
 use crate::{Error, Result};

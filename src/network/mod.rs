@@ -25,7 +25,10 @@ pub use head::OutputHead;
 pub use model::Model;
 pub use prefetch::{no_thread, prefetch};
 pub use runnable::{LoadedBlock, Runnable, StoredBlock};
-pub use stored::{QuantizedSite, check_codebook, key_mean_spec, read_key_mean, read_sites};
+pub use stored::{
+    PlannedTensor, QuantizedSite, check_codebook, key_mean_spec, planned_block, planned_tensors,
+    read_key_mean, read_sites,
+};
 pub use stream::Stream;
 pub use tensors::{expect, vector};
 pub use weights::BlockWeights;

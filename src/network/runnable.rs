@@ -7,11 +7,10 @@ use super::model::Model;
 use super::stored::{QuantizedSite, check_codebook, read_key_mean, read_sites};
 use super::weights::BlockWeights;
 use crate::backend::Backend;
-use crate::checkpoint::{AtomCheckpoint, Source, Tensors};
-use crate::model::Architecture;
+use crate::checkpoint::plan::BlockPlan;
+use crate::checkpoint::{AtomCheckpoint, Manifest, Source, Tensors};
 use crate::model::block::Block;
-use crate::pipeline::Manifest;
-use crate::pipeline::plan::BlockPlan;
+use crate::model::{Architecture, read_manifest};
 use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
@@ -78,7 +77,7 @@ impl<'a, B: Backend> Runnable<'a, B> {
     pub fn atom(backend: &'a B, checkpoint: &'a AtomCheckpoint) -> Result<Self> {
         let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
         check_files(checkpoint)?;
-        let Manifest { kv, blocks, .. } = Manifest::read(checkpoint, &architecture)?;
+        let Manifest { kv, blocks, .. } = read_manifest(checkpoint, &architecture)?;
         check_codebook(backend, &blocks)?;
         Ok(Self {
             backend,

@@ -2,10 +2,10 @@
 
 use crate::Result;
 use crate::backend::Backend;
-use crate::checkpoint::linear::{from_tensors, read_floats, read_order};
+use crate::checkpoint::linear::{from_tensors, order_spec, read_floats, read_order, specs};
+use crate::checkpoint::plan::{BlockPlan, SitePlan};
 use crate::checkpoint::{Dtype, Stored, TensorSpec};
 use crate::model::Architecture;
-use crate::pipeline::plan::{BlockPlan, SitePlan};
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::SiteFormat;
@@ -41,6 +41,68 @@ pub fn check_codebook<B: Backend>(backend: &B, blocks: &[BlockPlan]) -> Result<(
         quantized.into_iter().try_for_each(|(_, codebook)| backend.check_codebook(codebook))?;
     }
     Ok(())
+}
+
+/// A tensor that a plan puts into a checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PlannedTensor {
+    /// Stays as the source has it.
+    Unquantized {
+        /// Its name.
+        name: String,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+    /// Made by calibration or quantization.
+    Made(TensorSpec),
+}
+
+/// The tensors of a checkpoint, in the order they are stored.
+pub fn planned_tensors(
+    architecture: &Architecture,
+    blocks: &[BlockPlan],
+    kv: &KvFormat,
+) -> Vec<PlannedTensor> {
+    let outer = architecture.outer_tensors().into_iter();
+    let mut outer = outer.map(|outer| unquantized((outer.name.to_owned(), outer.shape)));
+    // The embedding is stored before the blocks, the others after them.
+    let mut planned: Vec<_> = outer.next().into_iter().collect();
+    for (index, plan) in blocks.iter().enumerate() {
+        planned.extend(planned_block(architecture, index, plan, kv));
+    }
+    planned.extend(outer);
+    planned
+}
+
+/// The tensors of block `index` by its plan, in the order they are stored.
+pub fn planned_block(
+    architecture: &Architecture,
+    index: usize,
+    plan: &[SitePlan],
+    kv: &KvFormat,
+) -> Vec<PlannedTensor> {
+    let others = architecture.unquantized_tensors(index).into_iter();
+    let mut planned: Vec<_> = others.map(unquantized).collect();
+    if kv.is_centered() {
+        planned.push(PlannedTensor::Made(key_mean_spec(architecture, index)));
+    }
+    for site in plan {
+        planned.push(PlannedTensor::Made(order_spec(&site.name, site.width())));
+        for linear in &site.linears {
+            if linear.bits == 16 {
+                let shape = vec![linear.rows, site.channels];
+                planned.push(unquantized((format!("{}.weight", linear.name), shape)));
+            } else {
+                let made = specs(&linear.name, linear.rows, &site.weights(linear));
+                planned.extend(made.into_iter().map(PlannedTensor::Made));
+            }
+        }
+    }
+    planned
+}
+
+fn unquantized((name, shape): (String, Vec<usize>)) -> PlannedTensor {
+    PlannedTensor::Unquantized { name, shape }
 }
 
 /// The tensor of a block's mean keys.

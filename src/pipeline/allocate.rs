@@ -1,9 +1,9 @@
 /*! Bits where they matter: from a calibration's sensitivity and a target to the plan of every block. */
 
-use serde::Serialize;
-
-use super::plan::{BlockPlan, SitePlan, bits_per_weight, plan_block};
+use super::allocated::{Allocated, Expected, Favoured, OutlierShare, WidthShare};
+use super::plan::plan_block;
 use super::sensitivity::{BlockSensitivity, Sensitivity, SiteSensitivity};
+use crate::checkpoint::plan::{BlockPlan, SitePlan, bits_per_weight};
 use crate::model::Architecture;
 use crate::quant::allocation::{self, Choice};
 use crate::recipe::Recipe;
@@ -29,73 +29,10 @@ pub struct Allocating {
     pub outlier_counts: Option<Vec<usize>>,
 }
 
-/// Bytes of headers and of `atom.json` that a linear takes beside its tensors, at most.
+/// Bytes of headers and of `atom.json` that a linear takes next to its tensors, at most.
 const LINEAR_DESCRIPTION_BYTES: u64 = 2000;
 /// The same for a site and the tensors around it.
 const SITE_DESCRIPTION_BYTES: u64 = 1000;
-
-/// A plan's size and what it may be expected to cost.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Expected {
-    /// Average bits a weight of the linears.
-    pub bits_per_weight: f64,
-    /// Nats that the loss of a token may be expected to grow by: about the growth of ln perplexity.
-    pub nats: f64,
-}
-
-/// How many linears have a width.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct WidthShare {
-    /// The width.
-    pub bits: u8,
-    /// Linears of that width.
-    pub linears: usize,
-    /// Their weights.
-    pub weights: u64,
-}
-
-/// How many sites have an outlier count.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct OutlierShare {
-    /// The outlier count.
-    pub outliers: usize,
-    /// Sites with so many.
-    pub sites: usize,
-}
-
-/// A linear and its width.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Favoured {
-    /// Its name.
-    pub name: String,
-    /// Its width.
-    pub bits: u8,
-    /// Nats it would have cost at the recipe's width.
-    pub nats: f64,
-}
-
-/// What the solver decided.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Allocated {
-    /// Average bits asked for, if the target was one of bits.
-    pub target_bits: Option<f64>,
-    /// Bytes asked for, if the target was one of size.
-    pub target_bytes: Option<u64>,
-    /// Bytes of the planned checkpoint's tensors, files beside them and headers at most.
-    pub checkpoint_bytes: u64,
-    /// The plan.
-    pub planned: Expected,
-    /// The recipe's width and outlier count everywhere.
-    pub uniform: Expected,
-    /// The least that any plan within the target could be expected to cost: what the solver proved.
-    pub least_nats: f64,
-    /// Linears by width, ascending.
-    pub widths: Vec<WidthShare>,
-    /// Sites by outlier count, ascending.
-    pub outliers: Vec<OutlierShare>,
-    /// Linears that got the most bits, the most sensitive first.
-    pub favoured: Vec<Favoured>,
-}
 
 /// The blocks' plans that the target allows and that cost least.
 ///
@@ -161,8 +98,8 @@ pub fn allocate(
         planned: Expected { bits_per_weight: bits_per_weight(&blocks), nats: found.cost },
         uniform: Expected { bits_per_weight: bits_per_weight(&usual), nats: uniform_nats },
         least_nats: found.bound,
-        widths: width_shares(&blocks),
-        outliers: outlier_shares(&blocks),
+        widths: WidthShare::of(&blocks),
+        outliers: OutlierShare::of(&blocks),
         favoured: favoured(&blocks, measured()),
     };
     Ok((blocks, allocated))
@@ -401,36 +338,6 @@ fn too_small(target: Target, least: u64, weights: u64, described: u64) -> Error 
             .hint(format!("ask for --target-size {least} or more, {hint}"))
         }
     }
-}
-
-fn width_shares(blocks: &[BlockPlan]) -> Vec<WidthShare> {
-    let mut shares: Vec<WidthShare> = Vec::new();
-    for site in blocks.iter().flatten() {
-        for linear in &site.linears {
-            let weights = (linear.rows * site.channels) as u64;
-            match shares.iter_mut().find(|share| share.bits == linear.bits) {
-                Some(share) => {
-                    share.linears += 1;
-                    share.weights += weights;
-                }
-                None => shares.push(WidthShare { bits: linear.bits, linears: 1, weights }),
-            }
-        }
-    }
-    shares.sort_by_key(|share| share.bits);
-    shares
-}
-
-fn outlier_shares(blocks: &[BlockPlan]) -> Vec<OutlierShare> {
-    let mut shares: Vec<OutlierShare> = Vec::new();
-    for site in blocks.iter().flatten() {
-        match shares.iter_mut().find(|share| share.outliers == site.outlier_channels) {
-            Some(share) => share.sites += 1,
-            None => shares.push(OutlierShare { outliers: site.outlier_channels, sites: 1 }),
-        }
-    }
-    shares.sort_by_key(|share| share.outliers);
-    shares
 }
 
 /// Linears named by a report.

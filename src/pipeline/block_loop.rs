@@ -165,7 +165,7 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
 
 fn worst_of(errors: &[(String, f64)]) -> String {
     match errors.iter().max_by(|a, b| a.1.total_cmp(&b.1)) {
-        None => "kept as it was".to_owned(),
+        None => "unquantized".to_owned(),
         Some((name, error)) => {
             let short = name.rsplit('.').next().unwrap_or(name);
             format!("worst output error {error:.3} ({short})")

@@ -9,7 +9,7 @@ use super::memory::{SensitivityPlan, calibration_bytes};
 use super::outcome::{FileOutcome, Measured, count_linears};
 use super::plan::plan_network;
 use super::prepare::{Calibration, Texts};
-use super::sensitivity::{Sensor, Subject};
+use super::sensor::{Sensor, Subject};
 use crate::Result;
 use crate::backend::Backend;
 use crate::checkpoint::{OutputFile, Source};
@@ -99,7 +99,7 @@ pub(super) fn measure<B: Backend>(
         progress.advance("");
         Ok(())
     })?;
-    let sensitivity = sensor.map(|sensor| sensor.finish(input.kept_bytes()?)).transpose()?;
+    let sensitivity = sensor.map(|sensor| sensor.finish(input.unquantized_bytes()?)).transpose()?;
     progress.end();
     Ok(CalibrationData {
         model: source.name().to_owned(),

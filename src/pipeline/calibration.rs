@@ -10,29 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use super::energies::{Energies, Statistics};
 use super::sensitivity::Sensitivity;
-use crate::checkpoint::{FileKind, read_named, sha256_hex};
+use crate::checkpoint::{FileKind, Provenance, read_named, sha256_hex};
 use crate::model::Architecture;
 use crate::network::{check_counts, key_mean_spec};
-use crate::text::SetUsed;
 use crate::{Error, Result};
-
-/// Where calibration windows came from; part of a checkpoint's provenance.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Provenance {
-    /// Name of the text set.
-    pub dataset: String,
-    /// SHA-256 of its text.
-    pub sha256: String,
-    /// Windows.
-    pub samples: usize,
-    /// Tokens in a window.
-    pub seq_len: usize,
-    /// Seed of the draw.
-    pub seed: u64,
-    /// The sets of a mix, or the one set of the Hub that it was.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub sets: Vec<SetUsed>,
-}
 
 /// What `atom calibrate` writes: a safetensors file with the windows, every block's statistics, and the
 /// sensitivity if it was measured.

@@ -106,7 +106,7 @@ fn a_sound_file_is_read_and_planned_with() {
     plan(&put_together(&header, &rest)).unwrap();
 }
 
-/// Widths of 256 linears behind one activation: 4^256 combinations.
+/// Widths of 256 linears on one activation: 4^256 combinations.
 #[test]
 fn bits_are_allocated_to_the_linears_of_many_experts() {
     let (data, architecture) = calibration_of(json!({"model_type": "qwen3_moe",
@@ -157,7 +157,7 @@ fn arrays_that_do_not_fit_the_network_are_named() {
         (format!("{sensitivity}/blocks/0/carry"), json!(-1.0), "has the carry -1"),
         (format!("{sensitivity}/widths"), json!([2, 3, 4, 4]), "has the widths"),
         (format!("{sensitivity}/widths"), json!([2, 3]), "lacks the width of its recipe, 4"),
-        (format!("{sensitivity}/kept_bytes"), json!(u64::MAX), "bytes of kept tensors"),
+        (format!("{sensitivity}/kept_bytes"), json!(u64::MAX), "bytes of unquantized tensors"),
         (format!("{sensitivity}/recipe/clip_kv"), json!(7), "its sensitivity's recipe"),
         ("/__metadata__/atom_calibration/provenance/samples".into(), json!(u64::MAX), "`windows`"),
         (

@@ -61,7 +61,7 @@ impl Seen {
                 "rounded to nearest, since fewer than {wanted} calibration tokens (`expert_tokens`) came to \
                  them: give more with --samples"
             ),
-            Fallback::NoCorrection => "without a correction of the drift of their inputs, since there are fewer \
+            Fallback::NoCorrection => "without a correction of the accumulated error of their inputs, since there are fewer \
                                 calibration tokens than channels: give more with --samples or --seq-len"
                 .to_owned(),
             Fallback::NoFactor => "rounded to nearest instead of GPTQ, since their Hessians have no Cholesky \

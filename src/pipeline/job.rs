@@ -3,21 +3,22 @@ manifest. */
 
 use std::collections::HashMap;
 
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 
-use super::calibration::Provenance;
-use super::manifest::{Manifest, SourceRecord};
 use super::output::Output;
-use super::plan::{BlockPlan, bits_per_weight};
 use crate::Result;
-use crate::checkpoint::linear::{order_spec, specs};
-use crate::checkpoint::{FORMAT_VERSION, Options, SideFile, Source, TensorSpec};
+use crate::checkpoint::plan::{BlockPlan, bits_per_weight};
+use crate::checkpoint::{
+    DoneBlock, FORMAT_VERSION, Manifest, Options, Provenance, SideFile, Source, SourceRecord,
+    TensorSpec,
+};
 use crate::model::Architecture;
-use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::network::memory::Windows;
-use crate::network::{expect, key_mean_spec};
+use crate::network::{PlannedTensor, expect, planned_tensors};
 use crate::progress::Progress;
-use crate::recipe::Recipe;
+use crate::quant::codebook::Codebook;
+use crate::recipe::{Group, Recipe};
 
 /// A model, and the windows it is calibrated on.
 pub struct CalibrationInput<'a> {
@@ -47,10 +48,10 @@ impl CalibrationInput<'_> {
         Ok(())
     }
 
-    /// Refuses a NaN or infinity in a tensor that is kept: such tensors are few, and the output head
+    /// Refuses a NaN or infinity in a tensor that is never quantized: such tensors are few, and the output head
     /// would otherwise be looked at after all the work.
-    pub fn check_kept(&self, progress: &dyn Progress) -> Result<()> {
-        for name in self.kept_names() {
+    pub fn check_unquantized(&self, progress: &dyn Progress) -> Result<()> {
+        for name in self.never_quantized() {
             let tensor = self.source.tensor(&name)?;
             tensor.check_finite(&|| progress.check_stop())?;
             tensor.release();
@@ -60,48 +61,60 @@ impl CalibrationInput<'_> {
 
     /// Bytes of what is in the output whatever the plan: the tensors that are not linears, and the files
     /// next to the shards.
-    pub fn kept_bytes(&self) -> Result<u64> {
+    pub fn unquantized_bytes(&self) -> Result<u64> {
         let mut bytes = self.source.side_files()?.copied.iter().map(SideFile::bytes).sum();
-        for name in self.kept_names() {
-            bytes += self.kept(&name)?.bytes();
+        for name in self.never_quantized() {
+            bytes += self.unquantized(&name)?.bytes();
         }
         Ok(bytes)
     }
 
-    /// The tensors that are not linears; a tied head once.
-    fn kept_names(&self) -> Vec<String> {
+    /// The names of the tensors that no plan quantizes: all but the linears' weights.
+    fn never_quantized(&self) -> Vec<String> {
+        let outer = self.architecture.outer_tensors().into_iter();
         let blocks = 0..self.architecture.blocks;
         let others = blocks.flat_map(|block| self.architecture.unquantized_tensors(block));
-        let mut names = vec![EMBEDDING.to_owned(), FINAL_NORM.to_owned()];
-        if !self.architecture.tied {
-            names.push(self.architecture.head_name().to_owned());
-        }
-        names.extend(others.map(|(name, _)| name));
-        names
+        outer.map(|outer| outer.name.to_owned()).chain(others.map(|(name, _)| name)).collect()
     }
 
     /// A tensor that stays as the source has it.
-    fn kept(&self, name: &str) -> Result<TensorSpec> {
+    fn unquantized(&self, name: &str) -> Result<TensorSpec> {
         let tensor = self.source.tensor(name)?;
         Ok(TensorSpec::new(name, tensor.dtype, tensor.shape))
     }
 
-    /// Tensors that stay as they are, with their bytes.
-    pub fn copies(
-        &self,
-        names: impl IntoIterator<Item = String>,
-        progress: &dyn Progress,
-    ) -> Result<Vec<(String, Vec<u8>)>> {
-        names
-            .into_iter()
-            .map(|name| {
-                let tensor = self.source.tensor(&name)?;
-                // A NaN here would spoil the model as surely as one in a linear.
-                tensor.check_finite(&|| progress.check_stop())?;
-                Ok((name, tensor.copied()))
-            })
-            .collect()
+    /// The name and bytes of a tensor that stays as the source has it.
+    pub fn copy(&self, name: &str, progress: &dyn Progress) -> Result<(String, Vec<u8>)> {
+        let tensor = self.source.tensor(name)?;
+        // A NaN here would spoil the model as surely as one in a linear.
+        tensor.check_finite(&|| progress.check_stop())?;
+        Ok((name.to_owned(), tensor.copied()))
     }
+}
+
+/// What decides the bytes of an output besides its tensors' names and shapes.
+#[derive(Serialize)]
+struct Identity<'a> {
+    tool_version: &'static str,
+    source: String,
+    recipe: &'a Recipe,
+    calibration: &'a Provenance,
+    blocks: &'a [BlockPlan],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    ignored_tensors: &'a [String],
+}
+
+/// The part of the output's `config.json` by which other programs recognize a quantized checkpoint.
+#[derive(Serialize)]
+struct QuantizationConfig {
+    quant_method: &'static str,
+    format_version: u64,
+    bits: u8,
+    act_bits: u8,
+    kv_bits: u8,
+    format: Codebook,
+    group: Group,
+    outliers: usize,
 }
 
 /// Everything a run is decided by.
@@ -117,30 +130,18 @@ pub struct Job<'a> {
 impl Job<'_> {
     /// The output's tensors, in the order they are stored.
     pub fn tensor_specs(&self) -> Result<Vec<TensorSpec>> {
-        let mut all = vec![self.input.kept(EMBEDDING)?];
-        for (index, block) in self.blocks.iter().enumerate() {
-            for (name, _) in self.input.architecture.unquantized_tensors(index) {
-                all.push(self.input.kept(&name)?);
-            }
-            if self.recipe.kv().is_centered() {
-                all.push(key_mean_spec(&self.input.architecture, index));
-            }
-            for site in block {
-                all.push(order_spec(&site.name, site.width()));
-                for linear in &site.linears {
-                    if linear.bits == 16 {
-                        all.push(self.input.kept(&format!("{}.weight", linear.name))?);
-                    } else {
-                        all.extend(specs(&linear.name, linear.rows, &site.weights(linear)));
-                    }
-                }
-            }
-        }
-        all.push(self.input.kept(FINAL_NORM)?);
-        if !self.input.architecture.tied {
-            all.push(self.input.kept(self.input.architecture.head_name())?);
-        }
-        Ok(all)
+        let planned = planned_tensors(&self.input.architecture, &self.blocks, &self.recipe.kv());
+        let specs = planned.into_iter().map(|tensor| match tensor {
+            PlannedTensor::Unquantized { name, .. } => self.input.unquantized(&name),
+            PlannedTensor::Made(spec) => Ok(spec),
+        });
+        specs.collect()
+    }
+
+    /// How many of the units that were written are blocks.
+    pub fn finished_blocks(&self, done: &[DoneBlock]) -> usize {
+        let outer = self.input.architecture.outer_tensors();
+        done.iter().filter(|done| outer.iter().all(|outer| outer.part != done.block)).count()
     }
 
     /// How the output is written.
@@ -151,37 +152,38 @@ impl Job<'_> {
 
     /// What a resumed run must agree on.
     pub fn identity(&self) -> Result<Value> {
-        let mut identity = json!({
-            "tool_version": env!("CARGO_PKG_VERSION"),
-            "source": self.input.source.fingerprint()?,
-            "recipe": self.recipe,
-            "calibration": self.input.provenance,
-            "blocks": self.blocks,
-        });
-        if !self.input.ignored.is_empty() {
-            identity["ignored_tensors"] = json!(self.input.ignored);
-        }
-        Ok(identity)
+        let identity = Identity {
+            tool_version: env!("CARGO_PKG_VERSION"),
+            source: self.input.source.fingerprint()?,
+            recipe: &self.recipe,
+            calibration: &self.input.provenance,
+            blocks: &self.blocks,
+            ignored_tensors: &self.input.ignored,
+        };
+        Ok(serde_json::to_value(identity).expect("an identity has only JSON types"))
     }
 
     /// `config.json` of the output.
     pub fn config(&self) -> Value {
+        const TIED: &str = "tie_word_embeddings";
         let mut config = self.input.source.config().clone();
-        if !self.input.architecture.tied && config.get("tie_word_embeddings") == Some(&json!(true))
-        {
+        if !self.input.architecture.tied && config.get(TIED) == Some(&Value::Bool(true)) {
             // The stored head is another than the embedding, whatever the source says.
-            config["tie_word_embeddings"] = json!(false);
+            config[TIED] = Value::Bool(false);
         }
-        config["quantization_config"] = json!({
-            "quant_method": "atom",
-            "format_version": FORMAT_VERSION,
-            "bits": self.recipe.bits,
-            "act_bits": self.recipe.act_bits,
-            "kv_bits": self.recipe.kv_bits,
-            "format": self.recipe.format,
-            "group": self.recipe.group,
-            "outliers": self.recipe.outliers,
-        });
+        let Recipe { bits, act_bits, kv_bits, format, group, outliers, .. } = self.recipe;
+        let quantization = QuantizationConfig {
+            quant_method: "atom",
+            format_version: FORMAT_VERSION,
+            bits,
+            act_bits,
+            kv_bits,
+            format,
+            group,
+            outliers,
+        };
+        config["quantization_config"] =
+            serde_json::to_value(quantization).expect("settings have only JSON types");
         config
     }
 

@@ -1,11 +1,11 @@
 /*! How much memory quantization and calibration take at their peak. */
 
 use super::job::{CalibrationInput, Job};
-use super::plan::{BlockPlan, SitePlan};
 use super::sensitivity::EFFECT_TOKENS;
 use crate::checkpoint::Tensors;
+use crate::checkpoint::plan::{BlockPlan, SitePlan};
 use crate::model::Architecture;
-use crate::model::sites::{ATTN_OUT, EMBEDDING, MLP_ACT, MLP_IN};
+use crate::model::sites::{ATTN_OUT, MLP_ACT, MLP_IN};
 use crate::network::memory::{BlockBytes, NetworkBytes, SourceBytes, Windows, Workspace};
 use crate::recipe::Recipe;
 
@@ -24,9 +24,9 @@ pub(super) fn quantize_bytes(
 ) -> u64 {
     let CalibrationInput { source, architecture, .. } = &job.input;
     let network = NetworkBytes { architecture, workspace };
-    let kept = kept_bytes(*source, architecture);
+    let outer = outer_bytes(*source, architecture);
     // The embedding and the head are copied to the output, one after the other, before the first block.
-    let start = kept.max(text_bytes);
+    let start = outer.max(text_bytes);
     let work = BlockWork {
         network,
         recipe: &job.recipe,
@@ -38,7 +38,7 @@ pub(super) fn quantize_bytes(
         true => {
             // Blocks wait on the device; one is fetched and written.
             let BlockBytes { codes, stored, .. } = BlockBytes::of(plan);
-            kept + codes + stored
+            outer + codes + stored
         }
     });
     let quantizing = workspace.base() + start.max(quantizing.max().unwrap_or(0));
@@ -94,12 +94,11 @@ fn measuring_bytes(network: &NetworkBytes<'_>, dense: u64, windows: Windows) -> 
     dense + network.activations(pooled, seq_len)
 }
 
-/// The largest tensor that is kept as it is.
-fn kept_bytes(tensors: &dyn Tensors, architecture: &Architecture) -> u64 {
-    let names = [EMBEDDING, architecture.head_name()];
-    let bytes =
-        names.map(|name| tensors.tensor(name).map_or(0, |tensor| tensor.bytes.len() as u64));
-    bytes.into_iter().max().unwrap_or(0)
+/// Bytes of the largest tensor outside the blocks.
+fn outer_bytes(tensors: &dyn Tensors, architecture: &Architecture) -> u64 {
+    let outer = architecture.outer_tensors().into_iter();
+    let bytes = outer.map(|outer| tensors.tensor(outer.name).map_or(0, |t| t.bytes.len() as u64));
+    bytes.max().unwrap_or(0)
 }
 
 /// The work on a block.
@@ -182,7 +181,7 @@ impl BlockWork<'_> {
                 let adds = corrected && (at == ATTN_OUT || at >= MLP_ACT);
                 let cross = if corrected { square(site) } else { 0 };
                 let outputs = if adds { 4 * hidden * width } else { 0 };
-                // What attn_out sees is kept of both streams until o is done.
+                // What attn_out sees of both streams is stored until o is done.
                 let heads = if at == ATTN_OUT { 2 * 4 * tokens as u64 * q } else { 0 };
                 let chosen = if network.architecture.experts.is_some() { 2 * hidden } else { 0 };
                 // Both streams' activations, and of the site's what is seen, wanted, their difference, and the packed
@@ -217,10 +216,10 @@ impl BlockWork<'_> {
 }
 
 /// The largest of the sites, each with the linears of those before it and its own: their codes, and what
-/// else is `kept` of each site that is done.
+/// else is `remaining` of each site that is done.
 fn sites_bytes(
     plan: &[SitePlan],
-    kept: impl Fn(&BlockBytes) -> u64,
+    remaining: impl Fn(&BlockBytes) -> u64,
     of_site: impl Fn(usize, &SitePlan) -> u64,
 ) -> u64 {
     let mut done = 0;
@@ -229,7 +228,7 @@ fn sites_bytes(
         let bytes = BlockBytes::of(std::slice::from_ref(site));
         done += bytes.codes;
         most = most.max(done + of_site(at, site));
-        done += kept(&bytes);
+        done += remaining(&bytes);
     }
     most
 }

@@ -6,6 +6,7 @@ quantized blocks, on which GPTQ's Hessians are. Memory is one block and the
 streams, never the model. */
 
 pub mod allocate;
+pub mod allocated;
 mod block_loop;
 mod calibrate;
 mod calibration;
@@ -14,7 +15,6 @@ mod fallbacks;
 #[cfg(test)]
 mod fused_tests;
 mod job;
-mod manifest;
 mod memory;
 pub mod outcome;
 mod output;
@@ -24,17 +24,19 @@ mod planning;
 mod prepare;
 mod quantize;
 mod quantizer;
+#[cfg(test)]
+mod resume_tests;
 mod run;
 pub mod sensitivity;
+mod sensor;
 mod strategy;
 mod timing;
 mod underflow;
 mod writing;
 
 pub use calibrate::{Measuring, calibrate};
-pub use calibration::{CALIBRATION_FILE, CalibrationData, Provenance};
+pub use calibration::{CALIBRATION_FILE, CalibrationData};
 pub use energies::{Energies, Statistics};
-pub use manifest::{Manifest, SourceRecord};
 pub use output::Output;
 pub use pack::{Packing, pack};
 pub use planning::{Planning, plan};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::allocate::Allocated;
+use super::allocated::Allocated;
 use super::sensitivity::Sensitivity;
 use crate::model::Architecture;
 use crate::recipe::Recipe;
@@ -155,7 +155,7 @@ pub struct Measured {
     pub outlier_counts: Vec<usize>,
     /// Windows that Hessians were measured on.
     pub hessian_windows: usize,
-    /// Windows that effects and divergences were measured on.
+    /// Windows that effects and KL divergences were measured on.
     pub effect_windows: usize,
     /// Nats that the recipe's width and outlier count everywhere are expected to cost a token.
     pub uniform_nats: f64,

@@ -1,92 +1,17 @@
-/*! The plan: what becomes of every site and linear. Readable, editable, and stored in the
-checkpoint, which is loaded by it. */
+/*! The plan: what a recipe makes of every site and linear, and the file that holds it, which is there to be read and edited. */
 
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::linear::{order_spec, specs};
-use crate::checkpoint::{FileKind, TensorSpec, read_named, utf8_text};
+use crate::checkpoint::plan::{BlockPlan, LinearPlan, SitePlan, group_size};
+use crate::checkpoint::{FileKind, read_named, utf8_text};
 use crate::model::Architecture;
 use crate::model::sites::{LinearSpec, SiteSpec};
-use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
-use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
-use crate::quant::order::channel_order;
-use crate::quant::ranges::{BITS, CLIP, GROUP_SIZE, ROWS_PER_SCALE};
-use crate::quant::site::{SiteFormat, Transform};
-use crate::recipe::{Group, Order, Recipe};
+use crate::recipe::Recipe;
 use crate::{Error, Result};
-
-/// What becomes of a linear.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LinearPlan {
-    /// Full name without `.weight`.
-    pub name: String,
-    /// Output features.
-    pub rows: usize,
-    /// Bits of a code: 2, 3, 4, 8, or 16 to leave the linear as it is.
-    pub bits: u8,
-    /// What codes stand for.
-    #[serde(rename = "format", default)]
-    pub codebook: Codebook,
-    /// Adjacent rows that share a scale.
-    pub rows_per_scale: usize,
-    /// Clip ratio of the groups.
-    #[serde(serialize_with = "crate::decimal::serialize")]
-    pub clip: f32,
-    /// Relative output error, once it is quantized.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub error: Option<f64>,
-}
-
-impl LinearPlan {
-    /// Gives it codes of `bits` bits: integers where its kind of number has no such width.
-    pub fn set_width(&mut self, bits: u8) {
-        self.bits = bits;
-        if bits < 16 && !self.codebook.has_bits(bits) {
-            self.codebook = Codebook::Int;
-        }
-    }
-}
-
-/// What becomes of a site's activation, and of the linears it feeds.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SitePlan {
-    /// Full name.
-    pub name: String,
-    /// Input features.
-    pub channels: usize,
-    /// Channels in a group.
-    pub group_size: usize,
-    /// Channels in the outlier block.
-    pub outlier_channels: usize,
-    /// How outliers are held.
-    pub outlier_format: OutlierFormat,
-    /// Whether channels are sorted by energy.
-    pub order: Order,
-    /// Bits of an activation code, 16 for floating point.
-    pub bits: u8,
-    /// What the activation's codes stand for.
-    #[serde(rename = "format", default)]
-    pub codebook: Codebook,
-    /// Clip ratio of the groups.
-    #[serde(serialize_with = "crate::decimal::serialize")]
-    pub clip: f32,
-    /// Whether scales are signed, in activations and weights.
-    #[serde(default)]
-    pub signed_scales: bool,
-    /// Transform of each group.
-    pub transform: Transform,
-    /// The linears it feeds, in the model's order.
-    pub linears: Vec<LinearPlan>,
-}
-
-/// The sites of one block.
-pub type BlockPlan = Vec<SitePlan>;
 
 /// The calibration a plan was made from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -120,12 +45,19 @@ pub const PLAN_VERSION: u32 = 1;
 /// What a [`PlanFile`] is written as.
 pub const PLAN_FILE: FileKind = FileKind { name: "a plan", recognizes: is_plan };
 
+/// What only a plan has, of any version.
+#[derive(Deserialize)]
+struct PlanOutline {
+    #[serde(rename = "plan_version")]
+    _version: u64,
+    #[serde(rename = "blocks")]
+    _blocks: Vec<IgnoredAny>,
+}
+
 /// Whether a file is JSON with the version of a plan.
 fn is_plan(path: &Path) -> bool {
     let read = fs_err::File::open(path).map(std::io::BufReader::new);
-    let plan: Option<serde_json::Value> =
-        read.ok().and_then(|file| serde_json::from_reader(file).ok());
-    plan.is_some_and(|plan| plan["plan_version"].is_u64() && plan["blocks"].is_array())
+    read.is_ok_and(|file| serde_json::from_reader::<_, PlanOutline>(file).is_ok())
 }
 
 /// The plan of a block by `recipe`.
@@ -156,13 +88,6 @@ pub fn plan_block(recipe: &Recipe, sites: &[SiteSpec]) -> Result<BlockPlan> {
         .collect()
 }
 
-fn group_size(group: Group, channels: usize, outliers: usize) -> usize {
-    match group {
-        Group::Size(size) => size,
-        Group::Row => channels.saturating_sub(outliers).next_multiple_of(16).max(16),
-    }
-}
-
 fn plan_linear(recipe: &Recipe, linear: &LinearSpec) -> LinearPlan {
     LinearPlan {
         name: linear.name.clone(),
@@ -173,184 +98,6 @@ fn plan_linear(recipe: &Recipe, linear: &LinearSpec) -> LinearPlan {
         clip: recipe.clip_weight,
         error: None,
     }
-}
-
-impl SitePlan {
-    fn check(&self) -> Result<()> {
-        let Self { name, channels, group_size, outlier_channels, .. } = self;
-        if outlier_channels >= channels {
-            return Err(Error::input(format!(
-                "{outlier_channels} outlier channels are as many as or more than the {channels} channels of {name}"
-            ))
-            .hint(format!("choose --outliers below {channels}")));
-        }
-        // A row's group may be rounded up to a multiple of 16.
-        if *group_size > channels.next_multiple_of(16) || !GROUP_SIZE.holds(*group_size) {
-            return Err(Error::input(format!(
-                "a group of {group_size} does not fit the {channels} channels of {name}"
-            ))
-            .hint(format!("choose --group as a multiple of 16 up to {channels}, or `row`")));
-        }
-        let bits_and_clip = |name: &str, bits: u8, clip: f32| {
-            BITS.check_named(format_args!("{name}: {bits} bits"), bits)?;
-            CLIP.check_named(format_args!("{name}: clip ratio {clip}"), clip)
-        };
-        for LinearPlan { name, bits, clip, rows_per_scale, .. } in &self.linears {
-            bits_and_clip(name, *bits, *clip)?;
-            ROWS_PER_SCALE.check(format_args!("{name}: rows_per_scale"), *rows_per_scale)?;
-        }
-        bits_and_clip(name, self.bits, self.clip)?;
-        let formats =
-            self.linears.iter().map(|linear| (&linear.name, linear.bits, linear.codebook));
-        let wrong =
-            |(_, bits, codebook): &(&String, u8, Codebook)| *bits < 16 && !codebook.has_bits(*bits);
-        if let Some((name, bits, codebook)) =
-            formats.chain([(name, self.bits, self.codebook)]).find(wrong)
-        {
-            return Err(Error::input(format!(
-                "{name}: there are no {} codes of {bits} bits",
-                codebook.name()
-            ))
-            .hint("fp4 and fp4-bnb have 4 bits; the format of 2, 3 and 8 bits is int"));
-        }
-        let wide = |codebook: Codebook| codebook == Codebook::Fp4Bnb;
-        if self.bits < 16
-            && wide(self.codebook)
-            && self.linears.iter().any(|linear| linear.bits < 16 && !wide(linear.codebook))
-        {
-            return Err(Error::input(format!(
-                "{name}: activations of fp4-bnb feed weights of another format"
-            ))
-            .hint("activations of fp4-bnb need weights of fp4-bnb, which take any activations"));
-        }
-        Ok(())
-    }
-
-    /// The site with another outlier count; none if so many would be most of its channels.
-    pub fn with_outliers(&self, outliers: usize, group: Group) -> Option<Self> {
-        if outliers == self.outlier_channels {
-            return Some(self.clone());
-        }
-        let group_size = group_size(group, self.channels, outliers);
-        let fits = outliers <= self.channels / 2;
-        fits.then(|| Self { outlier_channels: outliers, group_size, ..self.clone() })
-    }
-
-    /// Groups before the outlier block.
-    pub fn groups(&self) -> usize {
-        (self.channels - self.outlier_channels).div_ceil(self.group_size)
-    }
-
-    /// Channels with padding.
-    pub fn width(&self) -> usize {
-        self.row().width()
-    }
-
-    /// The site's format under the channel order `order`.
-    pub fn format(&self, order: Vec<i32>) -> SiteFormat {
-        let &Self { channels, clip, transform, .. } = self;
-        SiteFormat { channels, order, row: self.row(), clip, transform }
-    }
-
-    /// How a row of the site's activation is held.
-    pub fn row(&self) -> RowFormat {
-        let &Self { bits, codebook, group_size, outlier_channels, outlier_format, .. } = self;
-        let scale = if self.signed_scales { ScaleFormat::SignedF16 } else { ScaleFormat::F16 };
-        let numbers = NumberFormat { bits, codebook, group_size, scale };
-        RowFormat { numbers, groups: self.groups(), outlier_channels, outlier_format }
-    }
-
-    /// The channel order for channels of the given calibrated energies.
-    pub fn order(&self, energy: &[f64]) -> Vec<i32> {
-        channel_order(energy, self.order == Order::Energy, self.outlier_channels, self.group_size)
-    }
-
-    /// How the weights of one of its linears are held.
-    pub fn weights(&self, linear: &LinearPlan) -> LinearFormat {
-        self.row().weights(linear.bits, linear.codebook, linear.rows_per_scale)
-    }
-
-    /// Bytes of the tensors it is stored as; `source_bytes` are those of each linear left alone.
-    pub fn stored_bytes(&self, source_bytes: &[u64]) -> u64 {
-        let linears = self.linears.iter().zip(source_bytes).map(|(linear, source)| {
-            let specs = || specs(&linear.name, linear.rows, &self.weights(linear));
-            if linear.bits == 16 { *source } else { specs().iter().map(TensorSpec::bytes).sum() }
-        });
-        linears.sum::<u64>() + order_spec(&self.name, self.width()).bytes()
-    }
-
-    /// Bits all its linears take, scales and outliers included, and their weights' count. A linear
-    /// that is left alone counts 16 bits a weight, the site's channel order once.
-    pub fn bits_and_weights(&self) -> (u64, u64) {
-        let mut bits = 32 * self.width() as u64;
-        let mut weights = 0;
-        for linear in &self.linears {
-            weights += (linear.rows * self.channels) as u64;
-            if linear.bits == 16 {
-                bits += 16 * (linear.rows * self.channels) as u64;
-                continue;
-            }
-            let groups = self.groups();
-            let outlier_bits = match self.outlier_format {
-                _ if self.outlier_channels == 0 => 0,
-                OutlierFormat::Int8 | OutlierFormat::Fp8 => 8 * self.outlier_channels + 16,
-                OutlierFormat::F16 => 16 * self.outlier_channels,
-            };
-            let row = groups * self.group_size * usize::from(linear.bits) + outlier_bits;
-            let scales = linear.rows.div_ceil(linear.rows_per_scale) * groups * 16;
-            bits += (linear.rows * row + scales) as u64;
-        }
-        (bits, weights)
-    }
-}
-
-/// Average bits a weight of the linears takes, scales, outliers and channel orders included.
-pub fn bits_per_weight(blocks: &[BlockPlan]) -> f64 {
-    let (bits, weights) = blocks
-        .iter()
-        .flatten()
-        .map(SitePlan::bits_and_weights)
-        .fold((0, 0), |(bits, weights), (b, w)| (bits + b, weights + w));
-    bits as f64 / weights.max(1) as f64
-}
-
-/// Refuses a plan that does not fit the network, naming the first difference.
-pub fn check_plan(architecture: &Architecture, blocks: &[BlockPlan]) -> Result<()> {
-    if blocks.len() != architecture.blocks {
-        return Err(Error::input(format!(
-            "the plan has {} blocks, the model {}",
-            blocks.len(),
-            architecture.blocks
-        )));
-    }
-    for (index, block) in blocks.iter().enumerate() {
-        let sites = architecture.sites(index);
-        if block.len() != sites.len() {
-            return Err(Error::input(format!(
-                "the plan's block {index} has {} sites instead of {}",
-                block.len(),
-                sites.len()
-            )));
-        }
-        for (plan, site) in block.iter().zip(&sites) {
-            let planned = plan.linears.iter().map(|linear| (&linear.name, linear.rows));
-            let expected = site.linears.iter().map(|linear| (&linear.name, linear.rows));
-            if plan.name != site.name || plan.channels != site.channels || !planned.eq(expected) {
-                return Err(Error::input(format!(
-                    "the plan's site {} does not match the model's {}",
-                    plan.name, site.name
-                ))
-                .hint("names, channels, rows and linears of a plan must stay as `atom plan` wrote them"));
-            }
-            plan.check()?;
-        }
-    }
-    if blocks.iter().flatten().flat_map(|site| &site.linears).all(|linear| linear.bits == 16) {
-        return Err(Error::input(
-            "the plan leaves every linear at 16 bits: nothing would be quantized",
-        ));
-    }
-    Ok(())
 }
 
 /// The plan of a whole network by `recipe`.
@@ -402,6 +149,9 @@ impl PlanFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::plan::bits_per_weight;
+    use crate::quant::codebook::Codebook;
+    use crate::recipe::Group;
 
     fn site(channels: usize) -> SiteSpec {
         SiteSpec {

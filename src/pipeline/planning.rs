@@ -6,8 +6,9 @@ use std::time::Instant;
 use super::allocate::{Allocating, allocate};
 use super::calibration::CalibrationData;
 use super::outcome::{FileOutcome, count_linears};
-use super::plan::{CalibrationFile, PLAN_VERSION, PlanFile, bits_per_weight, plan_network};
+use super::plan::{CalibrationFile, PLAN_VERSION, PlanFile, plan_network};
 use crate::checkpoint::OutputFile;
+use crate::checkpoint::plan::bits_per_weight;
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 

@@ -1,12 +1,11 @@
 /*! What stands before the first product of every stage: the network, the windows, and the checks of text and
 memory. */
 
-use super::calibration::Provenance;
 use super::job::{CalibrationInput, Job};
 use super::memory::quantize_bytes;
 use crate::Result;
 use crate::backend::Backend;
-use crate::checkpoint::Source;
+use crate::checkpoint::{Provenance, Source};
 use crate::model::Architecture;
 use crate::model::sites::EMBEDDING;
 use crate::network::memory::{self, Windows, Workspace};

@@ -8,11 +8,12 @@ use super::job::Job;
 use super::memory::{SensitivityPlan, calibration_bytes};
 use super::outcome::{DryRun, QuantizeOutcome, StageSeconds};
 use super::output::Output;
-use super::plan::{bits_per_weight, plan_network};
+use super::plan::plan_network;
 use super::prepare::{Calibration, Texts};
-use super::run::{finished_blocks, run};
+use super::run::run;
 use crate::Result;
 use crate::backend::Backend;
+use crate::checkpoint::plan::bits_per_weight;
 use crate::checkpoint::{Source, TensorSpec, Writer};
 use crate::network::memory::{self, Workspace};
 use crate::network::{check_codebook, network};
@@ -73,7 +74,7 @@ pub fn dry_run<B: Backend>(
     source.side_files()?.left_out.iter().for_each(|why| progress.warn(why));
     check_codebook(backend, &job.blocks)?;
     job.input.check_tensors()?;
-    job.input.check_kept(progress)?;
+    job.input.check_unquantized(progress)?;
     let specs = job.tensor_specs()?;
     let out_bytes: u64 = specs.iter().map(TensorSpec::bytes).sum();
     let destination = output.protecting(source, []);
@@ -94,7 +95,7 @@ pub fn dry_run<B: Backend>(
         memory_bytes,
         needed_disk_bytes: found.needed_bytes,
         free_disk_bytes: found.free_bytes.unwrap_or(u64::MAX),
-        finished_blocks: finished_blocks(&found.done),
+        finished_blocks: job.finished_blocks(&found.done),
     })
 }
 
@@ -116,7 +117,7 @@ pub fn quantize_to_target<B: Backend>(
     let workspace = Workspace::of(backend);
     memory::check(calibration_bytes(&job.input, workspace, Some(plan), text_bytes), progress)?;
     job.input.check_tensors()?;
-    job.input.check_kept(progress)?;
+    job.input.check_unquantized(progress)?;
     let measuring = Measuring { recipe, outlier_counts };
     let data = measure(backend, &job.input, Some(&measuring), progress)?;
     backend.trim();

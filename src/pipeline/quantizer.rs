@@ -2,9 +2,9 @@
 
 use super::energies::Energies;
 use super::fallbacks::{Fallback, Fallbacks};
-use super::plan::SitePlan;
 use crate::Result;
 use crate::backend::{AccumulatedError, AttentionSpec, Backend, Unquantized};
+use crate::checkpoint::plan::SitePlan;
 use crate::model::Architecture;
 use crate::model::sites::SiteSpec;
 use crate::network::QuantizedSite;
@@ -45,8 +45,8 @@ pub struct BlockQuantizer<'a, B: Backend> {
     pub progress: &'a dyn Progress,
 }
 
-/// What a site's linears are quantized by.
-pub(super) struct SiteSums<B: Backend> {
+/// The Gram matrix and the cross-covariances that a site's linears are quantized by.
+pub(super) struct SiteMatrices<B: Backend> {
     /// The Hessian; without it linears are rounded to nearest.
     pub(super) hessian: Option<B::Gram>,
     /// The accumulated error that weights make up for, where it is corrected.
@@ -80,11 +80,11 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         &self,
         work: &SiteWork<B>,
         format: &SiteFormat,
-        sums: SiteSums<B>,
+        matrices: SiteMatrices<B>,
     ) -> Result<QuantizedLinears<B>> {
         let backend = self.backend;
         let site = backend.site(format)?;
-        let SiteSums { mut hessian, correction } = sums;
+        let SiteMatrices { mut hessian, correction } = matrices;
         let factor = match &mut hessian {
             None => None,
             Some(hessian) => self.factor(hessian, &work.spec.name)?,

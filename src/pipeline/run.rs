@@ -10,15 +10,13 @@ use super::block_loop::{Surroundings, Written, quantize_blocks};
 use super::energies::Statistics;
 use super::fallbacks::Fallbacks;
 use super::job::Job;
-use super::manifest::Manifest;
 use super::outcome::{LinearOutcome, QuantizeOutcome};
 use super::output::Output;
-use super::plan::bits_per_weight;
 use super::timing::Timing;
 use super::writing::Writing;
-pub(super) use super::writing::finished_blocks;
 use crate::backend::Backend;
-use crate::checkpoint::{DoneBlock, TensorSpec, Writer};
+use crate::checkpoint::plan::bits_per_weight;
+use crate::checkpoint::{DoneBlock, Manifest, TensorSpec, Writer};
 use crate::machine::peak_rss_bytes;
 use crate::network::{check_codebook, no_thread};
 use crate::progress::Progress;
@@ -37,14 +35,14 @@ pub(super) fn run<B: Backend>(
     let source = job.input.source;
     check_codebook(backend, &job.blocks)?;
     job.input.check_tensors()?;
-    job.input.check_kept(progress)?;
+    job.input.check_unquantized(progress)?;
     let destination = output.protecting(source, []);
     let options = job.options(output)?;
     let (specs, identity) = (job.tensor_specs()?, job.identity()?);
     let out_bytes = specs.iter().map(TensorSpec::bytes).sum();
     let check_stop = || progress.check_stop();
     let mut writer = Writer::create(&destination, specs, &identity, options, &check_stop)?;
-    announce_resumed(writer.done(), job.blocks.len(), progress);
+    announce_resumed(job, writer.done(), progress);
     let written = write_tensors(backend, job, &mut writer, known, &mut timing, progress);
     // A weight that was written to meanwhile may be in the streams and not in the fingerprint: no block is kept.
     if let Err(changed) = source.check_unchanged() {
@@ -55,7 +53,7 @@ pub(super) fn run<B: Backend>(
     let Written { errors, resumed_blocks } = match written {
         Ok(written) => written,
         Err(error) => {
-            give_up(writer, &error, progress);
+            give_up(job, writer, &error, progress);
             return Err(error);
         }
     };
@@ -63,9 +61,7 @@ pub(super) fn run<B: Backend>(
     let side_files = source.side_files()?;
     side_files.left_out.iter().for_each(|why| progress.warn(why));
     let manifest = job.manifest(&errors)?;
-    timing.measure("write", || {
-        writer.finish(&job.config(), manifest.content(), &side_files.copied)
-    })?;
+    timing.measure("write", || writer.finish(&job.config(), &manifest, &side_files.copied))?;
     Ok(QuantizeOutcome {
         out,
         model: source.name().to_owned(),
@@ -95,18 +91,19 @@ fn linears_of(manifest: &Manifest) -> Vec<LinearOutcome> {
 }
 
 /// Says how far the run is that is continued, if one is.
-fn announce_resumed(done: &[DoneBlock], blocks: usize, progress: &dyn Progress) {
+fn announce_resumed(job: &Job<'_>, done: &[DoneBlock], progress: &dyn Progress) {
     if !done.is_empty() {
+        let blocks = job.blocks.len();
         progress.info(&format!(
             "continuing an unfinished run of the same job: {} of {blocks} blocks are finished",
-            finished_blocks(done)
+            job.finished_blocks(done)
         ));
     }
 }
 
 /// Keeps finished blocks for another run; without any, nothing is kept.
-fn give_up(writer: Writer, error: &Error, progress: &dyn Progress) {
-    match finished_blocks(writer.done()) {
+fn give_up(job: &Job<'_>, writer: Writer, error: &Error, progress: &dyn Progress) {
+    match job.finished_blocks(writer.done()) {
         0 => writer.discard(),
         done if error.kind() != Kind::Interrupted => progress.info(&format!(
             "{done} finished blocks are kept; the same command, or --resume, continues after them"
@@ -128,13 +125,13 @@ fn write_tensors<B: Backend>(
     // In the host's memory, a copy of the embedding must not exist next to a block's Hessians; next to
     // the work of a GPU it costs nothing.
     if B::ON_HOST {
-        timing.measure("write", || writing.kept())?;
+        timing.measure("write", || writing.outer_tensors())?;
     }
     std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel(1);
         let write = || {
             if !B::ON_HOST {
-                writing.kept()?;
+                writing.outer_tensors()?;
             }
             writing.blocks(backend, receiver)
         };

@@ -7,8 +7,8 @@ be held like that. Groups that contribute next to nothing may be as small as the
 use rayon::prelude::*;
 
 use super::energies::Energies;
-use super::plan::SitePlan;
 use crate::checkpoint::Tensor;
+use crate::checkpoint::plan::SitePlan;
 use crate::model::Architecture;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::number::OutlierFormat;

@@ -1,4 +1,4 @@
-/*! Writing a checkpoint next to the arithmetic: the tensors that are kept, and blocks as they are finished. */
+/*! Writing a checkpoint next to the arithmetic: the tensors outside the blocks, and blocks as they are finished. */
 
 use std::sync::mpsc::Receiver;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,18 +13,10 @@ use super::underflow::check_weights;
 use crate::backend::Backend;
 use crate::checkpoint::linear::{order_tensor, to_tensors};
 use crate::checkpoint::{DoneBlock, Writer};
-use crate::model::sites::{EMBEDDING, FINAL_NORM};
-use crate::network::read_sites;
+use crate::model::sites::OuterTensor;
+use crate::network::{PlannedTensor, planned_block, read_sites};
 use crate::progress::Progress;
 use crate::{Error, Result};
-
-/// What is written besides the blocks: the embedding, the last norm, and the head if it is another.
-const KEPT: [&str; 3] = ["embedding", "norm", "head"];
-
-/// How many of the units that were written are blocks.
-pub(super) fn finished_blocks(done: &[DoneBlock]) -> usize {
-    done.iter().filter(|done| !KEPT.contains(&done.block.as_str())).count()
-}
 
 /// A checkpoint that several threads write and read.
 pub(super) struct Writing<'a, 'w> {
@@ -55,14 +47,11 @@ impl<'a, 'w> Writing<'a, 'w> {
     }
 
     /// Writes the tensors that are not of a block.
-    pub(super) fn kept(&self) -> Result<()> {
-        let architecture = &self.job.input.architecture;
-        for (unit, name) in KEPT.into_iter().zip([EMBEDDING, FINAL_NORM, architecture.head_name()])
-        {
-            let tied_head = unit == KEPT[2] && architecture.tied;
-            if !tied_head && self.done(unit).is_none() {
-                let tensors = self.job.input.copies([name.to_owned()], self.progress)?;
-                self.writer().write_block(unit, tensors, Value::Null)?;
+    pub(super) fn outer_tensors(&self) -> Result<()> {
+        for OuterTensor { part, name, .. } in self.job.input.architecture.outer_tensors() {
+            if self.done(part).is_none() {
+                let tensor = self.job.input.copy(name, self.progress)?;
+                self.writer().write_block(part, vec![tensor], Value::Null)?;
             }
         }
         Ok(())
@@ -78,9 +67,12 @@ impl<'a, 'w> Writing<'a, 'w> {
         for FinishedBlock { index, block, statistics } in blocks {
             let QuantizedBlock { sites, errors } = block;
             let Statistics { key_mean, energies } = statistics;
-            let others = input.architecture.unquantized_tensors(index);
-            let names = others.into_iter().map(|(name, _)| name);
-            let mut tensors = input.copies(names, self.progress)?;
+            let mut tensors = Vec::new();
+            for planned in planned_block(&input.architecture, index, &plans[index], &recipe.kv()) {
+                if let PlannedTensor::Unquantized { name, .. } = planned {
+                    tensors.push(input.copy(&name, self.progress)?);
+                }
+            }
             if recipe.kv().is_centered() {
                 let bytes = key_mean.iter().flat_map(|value| value.to_le_bytes()).collect();
                 tensors.push((input.architecture.key_mean_name(index), bytes));
@@ -90,16 +82,11 @@ impl<'a, 'w> Writing<'a, 'w> {
                 let order = &quantized.format.order;
                 tensors.push(order_tensor(&site.name, order));
                 for (linear, weights) in site.linears.iter().zip(quantized.linears) {
-                    let name = format!("{}.weight", linear.name);
-                    match weights {
-                        Some(weights) => {
-                            let weights = backend.fetch(weights)?;
-                            let source = input.source.tensor(&name)?;
-                            check_weights(&linear.name, &weights, &source, order, energy)?;
-                            tensors.extend(to_tensors(&linear.name, &weights));
-                        }
-                        None => tensors.extend(input.copies([name], self.progress)?),
-                    }
+                    let Some(weights) = weights else { continue };
+                    let weights = backend.fetch(weights)?;
+                    let source = input.source.tensor(&format!("{}.weight", linear.name))?;
+                    check_weights(&linear.name, &weights, &source, order, energy)?;
+                    tensors.extend(to_tensors(&linear.name, &weights));
                 }
             }
             let name = input.architecture.block_name(index);

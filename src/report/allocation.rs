@@ -2,7 +2,7 @@
 calibrations, plans and runs. */
 
 use super::layout::{Facts, Side, Table};
-use crate::pipeline::allocate::Allocated;
+use crate::pipeline::allocated::Allocated;
 use crate::pipeline::outcome::Measured;
 use crate::units;
 
@@ -87,7 +87,7 @@ pub(crate) fn tables(allocated: &Allocated) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::allocate::{Expected, Favoured, OutlierShare, WidthShare};
+    use crate::pipeline::allocated::{Expected, Favoured, OutlierShare, WidthShare};
 
     #[test]
     fn an_allocation_is_told_in_lines_and_tables() {

@@ -28,7 +28,7 @@ mod windows;
 pub use evaluation::Evaluation;
 pub use python_random::PythonRandom;
 pub use rows::rows;
-pub use set::{CalibrationWindows, SetUsed, TextSet};
+pub use set::{CalibrationWindows, TextSet};
 pub use tokenizer::{Tokenizer, check_tokens};
 
 /// The use of a text: named sets have a different part for each.

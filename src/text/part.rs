@@ -16,8 +16,8 @@ use super::pieces::{PIECE_BYTES, Pieces};
 use super::rows::{FileFormat, each_row};
 use super::windows::{calibration_starts, check_size, evaluation_count};
 use super::{Split, Tokenizer};
-use crate::checkpoint::hex;
-use crate::hub::{DataFile, Hub};
+use crate::checkpoint::{DataFile, hex};
+use crate::hub::Hub;
 use crate::progress::Progress;
 use crate::{Error, Kind, Result};
 

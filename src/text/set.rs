@@ -11,13 +11,11 @@ those before and after a long run are the same even if the file changes. */
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use serde::{Deserialize, Serialize};
-
 use super::part::{Part, SAMPLE};
 use super::windows::check_asked;
 use super::{Split, Tokenizer};
-use crate::checkpoint::sha256_hex;
-use crate::hub::{DataFile, Hub};
+use crate::checkpoint::{SetUsed, sha256_hex};
+use crate::hub::Hub;
 use crate::progress::Progress;
 use crate::{Error, Result};
 
@@ -48,20 +46,6 @@ pub struct CalibrationWindows {
     pub sha256: String,
     /// The sets, if there are several or one came from the Hub; else empty.
     pub sets: Vec<SetUsed>,
-}
-
-/// A set that calibration windows were drawn from; part of a checkpoint's provenance.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SetUsed {
-    /// Its name or path.
-    pub name: String,
-    /// SHA-256 of its text.
-    pub sha256: String,
-    /// Windows drawn from it.
-    pub samples: usize,
-    /// The file on the Hub, if it came from there.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub file: Option<DataFile>,
 }
 
 /// Upper bound of the memory for tokenizing a text of any length that can be cut into pieces (`pieces.rs`): two

@@ -9,6 +9,7 @@ use super::tests::{Random, device, site};
 use super::*;
 use crate::backend::cpu::Cpu;
 use crate::backend::{Forward, Matrix, Memory, Quantization};
+use crate::checkpoint::Dtype;
 use crate::eval::product_error;
 use crate::quant::codebook::Codebook;
 use crate::quant::number::{LinearFormat, OutlierFormat};
@@ -132,7 +133,7 @@ fn compare(
         if tokens > 64 {
             assert!(found == expected, "{what}: bits");
         } else {
-            let (_, fault) = product_error((&host, &linear), &found, expected, false);
+            let (_, fault) = product_error(&host, &linear, &found, expected, Dtype::F32);
             assert_eq!(fault, None, "{what}");
         }
         assert!(float(&rows_on_device) == found, "{what}: again");

@@ -115,7 +115,7 @@ fn a_linear_comes_back_from_the_work_and_from_the_finished_checkpoint() {
     let message = "tensor `model.layers.0.self_attn.q_proj.weight_codes` is U8 [5, 24], \
                    expected U8 [6, 24]";
     assert_eq!(from_tensors(&writer, PREFIX, 6, &format).unwrap_err().message(), message);
-    writer.finish(&json!({}), json!({"format_version": 1}), &[]).unwrap();
+    writer.finish(&json!({}), &manifest(), &[]).unwrap();
 
     let checkpoint = AtomCheckpoint::open(&out).unwrap();
     assert_eq!(from_tensors(&checkpoint, PREFIX, rows, &format).unwrap(), *linear);

@@ -1,6 +1,7 @@
 /*! The room from outside: what its readers and its writer do with good and bad directories. */
 
 mod linear;
+mod manifest;
 mod resume;
 mod source;
 mod write;
@@ -8,6 +9,8 @@ mod write;
 use std::path::Path;
 
 use serde_json::Value;
+
+use manifest::manifest;
 
 use super::{Destination, Dtype, Inputs, TensorSpec};
 use crate::Error;

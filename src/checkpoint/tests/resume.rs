@@ -36,7 +36,7 @@ fn an_interrupted_run_goes_on_at_the_next_block() {
         "tensor `b.order` is not written yet"
     );
     writer.write_block("b", block_b(), Value::Null).unwrap();
-    writer.finish(&json!({}), json!({"format_version": 1}), &[]).unwrap();
+    writer.finish(&json!({}), &manifest(), &[]).unwrap();
     assert!(!work.exists());
     let resumed = AtomCheckpoint::open(&out).unwrap();
     resumed.names().for_each(|name| resumed.verify_tensor(name, &|| Ok(())).unwrap());
@@ -48,7 +48,7 @@ fn an_interrupted_run_goes_on_at_the_next_block() {
             .unwrap();
     writer.write_block("a", block_a(), Value::Null).unwrap();
     writer.write_block("b", block_b(), Value::Null).unwrap();
-    writer.finish(&json!({}), json!({"format_version": 1}), &[]).unwrap();
+    writer.finish(&json!({}), &manifest(), &[]).unwrap();
     for file in ["model.safetensors", "atom.json", "config.json"] {
         assert_eq!(fs_err::read(out.join(file)).unwrap(), fs_err::read(whole.join(file)).unwrap());
     }
@@ -270,7 +270,7 @@ fn a_replacement_that_was_killed_after_the_exchange_is_completed() {
     let mut writer =
         Writer::create(&to(&out, false), specs(), &job(), Options::default(), &|| Ok(())).unwrap();
     writer.write_block("b", block_b(), Value::Null).unwrap();
-    writer.finish(&json!({}), json!({"format_version": 1}), &[]).unwrap();
+    writer.finish(&json!({}), &manifest(), &[]).unwrap();
     let finished = fs_err::read(out.join("model.safetensors")).unwrap();
 
     // The same again in place of another checkpoint, stopped between the exchange and what follows it.

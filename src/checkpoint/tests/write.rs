@@ -18,7 +18,7 @@ fn complete(out: &Path, overwrite: bool, options: Options, b_first: bool) -> u64
     assert!(!out.join("atom.json").exists() || overwrite);
     let side_files = [SideFile::in_memory("tokenizer.json", "{}")];
     let config = json!({"model_type": "llama", "quantization_config": {"quant_method": "atom"}});
-    writer.finish(&config, json!({"format_version": 1, "recipe": {}}), &side_files).unwrap()
+    writer.finish(&config, &manifest(), &side_files).unwrap()
 }
 
 fn names_in(dir: &Path) -> Vec<String> {
@@ -102,7 +102,7 @@ fn an_existing_output_is_replaced_only_when_asked() {
     complete(&out, true, Options::default(), false);
     assert_eq!(names_in(home.path()), ["out"]);
 
-    // What is laid beside the checkpoint while the run works is found at the end, and nothing is lost.
+    // What is put next to the checkpoint while the run works is found at the end, and nothing is lost.
     let mut writer =
         Writer::create(&to(&out, true), specs(), &json!({}), Options::default(), &|| Ok(()))
             .unwrap();
@@ -110,7 +110,7 @@ fn an_existing_output_is_replaced_only_when_asked() {
     writer.write_block("b", block_b(), Value::Null).unwrap();
     write(&out.join("thesis.tex"), "mine");
     let before = contents(&out);
-    let error = error_of(writer.finish(&json!({}), json!({"format_version": 1}), &[]));
+    let error = error_of(writer.finish(&json!({}), &manifest(), &[]));
     assert!(error.message().contains("holds thesis.tex"), "{error}");
     assert_eq!(contents(&out), before);
     fs_err::remove_file(out.join("thesis.tex")).unwrap();
@@ -118,7 +118,7 @@ fn an_existing_output_is_replaced_only_when_asked() {
         Writer::create(&to(&out, true), specs(), &json!({}), Options::default(), &|| Ok(()))
             .unwrap();
     assert_eq!(writer.done().len(), 2);
-    writer.finish(&json!({}), json!({"format_version": 1}), &[]).unwrap();
+    writer.finish(&json!({}), &manifest(), &[]).unwrap();
     assert_eq!(names_in(home.path()), ["out"]);
 }
 
@@ -141,7 +141,7 @@ fn wrong_blocks_are_refused_and_an_unfinished_output_does_not_appear() {
     write("b", "b.order", 16).unwrap();
     assert_eq!(write("b", "a.weight_codes", 3).unwrap_err(), "block `b` is written already");
     assert_eq!(write("c", "b.order", 16).unwrap_err(), "tensor `b.order` is written already");
-    let error = error_of(writer.finish(&json!({}), json!({}), &[]));
+    let error = error_of(writer.finish(&json!({}), &manifest(), &[]));
     assert_eq!(error.message(), "2 of 3 tensors were not written, the first is `a.weight_codes`");
     assert!(!out.exists());
 }

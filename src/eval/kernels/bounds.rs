@@ -11,7 +11,8 @@ else is rounded. */
 
 use half::f16;
 
-use crate::backend::AttentionSpec;
+use crate::backend::{AttentionSpec, Qkv};
+use crate::checkpoint::Dtype;
 use crate::quant::float::e4m3_value;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::number::RowFormat;
@@ -62,13 +63,16 @@ pub(crate) fn code_fault(found: &QuantizedRows, expected: &QuantizedRows) -> Opt
     (!faults.is_empty()).then(|| faults.join(", "))
 }
 
-/// The greatest error of a product in units of its bound, and what is wrong if that is more than 1.
+/// The greatest error of a product in units of its bound, and what is wrong if that is more than 1. The device's
+/// results are of the type `results`.
 pub(crate) fn product_error(
-    (x, weight): (&QuantizedRows, &QuantizedLinear),
+    x: &QuantizedRows,
+    weight: &QuantizedLinear,
     found: &[f32],
     expected: &[f32],
-    half: bool,
+    results: Dtype,
 ) -> (f64, Option<String>) {
+    let half = results == Dtype::F16;
     let (mut worst, mut wrong, mut first) = (0f64, 0, 0);
     if found.len() != expected.len() {
         return (f64::INFINITY, Some(format!("{} results", found.len())));
@@ -178,11 +182,13 @@ pub(super) fn half_ulp(magnitude: f32) -> f64 {
 /// The greatest error of attention on these queries, keys and values, each in units of what is allowed there.
 pub(super) fn attention_error(
     spec: &AttentionSpec,
-    [q, k, v]: [&[f32]; 3],
+    operands: Qkv<&[f32]>,
     mean: Option<&[f32]>,
-    (found, expected): (&[f32], &[f32]),
+    found: &[f32],
+    expected: &[f32],
 ) -> f64 {
     let AttentionSpec { heads, kv_heads, head_dim, .. } = *spec;
+    let Qkv { q, k, v } = operands;
     if found.len() != expected.len() {
         return f64::INFINITY;
     }

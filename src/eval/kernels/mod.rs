@@ -15,7 +15,7 @@ use super::verify::Check;
 use crate::Result;
 use crate::backend::cpu::Cpu;
 use crate::backend::{AttentionSpec, Backend, Forward, Matrix, Memory, Producer, Qkv, Tensor};
-use crate::checkpoint::{AtomCheckpoint, Dtype};
+use crate::checkpoint::AtomCheckpoint;
 use crate::model::block::{Block, Linear, Observer, Seen};
 use crate::model::sites::{ATTN_IN, ATTN_OUT, EMBEDDING, MLP_ACT, MLP_IN};
 use crate::network::{
@@ -131,7 +131,7 @@ impl<'a, B: Backend> Comparison<'a, B> {
         let mut findings = Findings::default();
         let mut operands: Vec<Matrix> = Vec::new();
         let (reference, block) = (self.reference, self.block);
-        self.behind_norm(ATTN_IN, &reference.download(x)?, &block.attn_norm, &mut findings)?;
+        self.after_norm(ATTN_IN, &reference.download(x)?, &block.attn_norm, &mut findings)?;
         let mut see = |seen, x: &<Cpu as Memory>::Activation| {
             match seen {
                 Seen::Entering(at) => {
@@ -144,8 +144,9 @@ impl<'a, B: Backend> Comparison<'a, B> {
             }
             if seen == Seen::Values {
                 let operands = std::mem::take(&mut operands);
-                let operands = operands.try_into().expect("queries, keys and values");
-                self.attention(attention, operands, &mut findings)?;
+                let operands = operands.try_into();
+                let [q, k, v]: [Matrix; 3] = operands.expect("queries, keys and values");
+                self.attention(attention, &Qkv { q, k, v }, &mut findings)?;
             }
             Ok(())
         };
@@ -162,13 +163,13 @@ impl<'a, B: Backend> Comparison<'a, B> {
         let [own_gate, own_up] = [&gate, &up].map(|x| reference.download_activation(x));
         let z = reference.silu_mul(gate, &up)?;
         block.sites[MLP_ACT].apply_onto(reference, z, x, observer)?;
-        self.behind_norm(MLP_IN, &hidden, &block.mlp_norm, &mut findings)?;
-        self.behind_silu(rounded(own_gate?), rounded(own_up?), &mut findings)?;
+        self.after_norm(MLP_IN, &hidden, &block.mlp_norm, &mut findings)?;
+        self.after_silu(rounded(own_gate?), rounded(own_up?), &mut findings)?;
         Ok(findings)
     }
 
     /// Where the device makes a site's codes in one step with the norm before it.
-    fn behind_norm(
+    fn after_norm(
         &self,
         at: usize,
         hidden: &Matrix,
@@ -189,7 +190,7 @@ impl<'a, B: Backend> Comparison<'a, B> {
     }
 
     /// The same with SiLU, for mlp_act.
-    fn behind_silu(&self, gate: Matrix, up: Matrix, findings: &mut Findings) -> Result<()> {
+    fn after_silu(&self, gate: Matrix, up: Matrix, findings: &mut Findings) -> Result<()> {
         let Some(on_device) = &self.device_sites[MLP_ACT] else { return Ok(()) };
         let (reference, device) = (self.reference, self.device);
         if !device.fuses(Producer::Silu, &on_device.order, gate.rows) {
@@ -249,9 +250,9 @@ impl<'a, B: Backend> Comparison<'a, B> {
             let right =
                 reference.download_activation(&reference.integer_product(&expected, own)?)?;
             let product = device.download_activation(&device.integer_product(&rows, packed)?)?;
-            let operands = (&expected, quantized);
-            let half = B::Activation::DTYPE == Dtype::F16;
-            let (error, fault) = product_error(operands, &product.data, &right.data, half);
+            let results = B::Activation::DTYPE;
+            let (error, fault) =
+                product_error(&expected, quantized, &product.data, &right.data, results);
             findings.linears += 1;
             if error > findings.product {
                 (findings.product, findings.worst) = (error, name.clone());
@@ -266,23 +267,24 @@ impl<'a, B: Backend> Comparison<'a, B> {
     fn attention(
         &self,
         spec: &AttentionSpec,
-        operands: [Matrix; 3],
+        operands: &Qkv<Matrix>,
         findings: &mut Findings,
     ) -> Result<()> {
         let (reference, device) = (self.reference, self.device);
         let mean = self.block.key_mean.as_ref();
-        let own = on_backend(reference, &operands)?;
+        let own = on_backend(reference, operands)?;
         let expected = reference.attention(spec, None, own, mean)?;
-        let theirs = on_backend(device, &operands)?;
+        let theirs = on_backend(device, operands)?;
         let found = device.attention(spec, None, theirs, self.device_mean.as_ref())?;
         let (found, expected) =
             (device.download_activation(&found)?, reference.download_activation(&expected)?);
         let mean = mean.map(|mean| mean.values());
         let error = attention_error(
             spec,
-            operands.each_ref().map(|x| &x.data[..]),
+            Qkv { q: &operands.q.data[..], k: &operands.k.data, v: &operands.v.data },
             mean,
-            (&found.data, &expected.data),
+            &found.data,
+            &expected.data,
         );
         findings.attention = findings.attention.max(error);
         if error > 1.0 {
@@ -294,7 +296,8 @@ impl<'a, B: Backend> Comparison<'a, B> {
     }
 }
 
-fn on_backend<B: Backend>(backend: &B, [q, k, v]: &[Matrix; 3]) -> Result<Qkv<B::Activation>> {
+fn on_backend<B: Backend>(backend: &B, operands: &Qkv<Matrix>) -> Result<Qkv<B::Activation>> {
+    let Qkv { q, k, v } = operands;
     let on = |x: &Matrix| backend.upload_activation(x.clone());
     Ok(Qkv { q: on(q)?, k: on(k)?, v: on(v)? })
 }

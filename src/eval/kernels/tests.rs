@@ -5,6 +5,7 @@ use half::f16;
 use super::bounds::{attention_error, half_ulp, magnitude};
 use super::*;
 use crate::backend::{AttentionSpec, Memory, Quantization};
+use crate::checkpoint::Dtype;
 use crate::model::block::{Site, Treatment};
 use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
@@ -46,9 +47,9 @@ fn site(
     let format = SiteFormat { channels, order, row, clip: 0.95, transform: Transform::Hadamard };
     let linears = rows.iter().enumerate().map(|(at, &rows)| {
         let weights = random(rows * channels, at as u64);
-        let arranged = format.permute_rows_plain(&weights, rows);
+        let permuted = format.permute_rows_plain(&weights, rows);
         let weights = row.weights(4, codebook, 1);
-        Some(round_to_nearest(&arranged, rows, &weights, 1.0).unwrap())
+        Some(round_to_nearest(&permuted, rows, &weights, 1.0).unwrap())
     });
     let linears = linears.collect();
     QuantizedSite { format, linears }
@@ -216,7 +217,8 @@ fn three() -> (QuantizedRows, QuantizedLinear) {
 fn a_result_may_be_off_by_the_bound_and_by_the_rounding_of_f16() {
     let (rows, linear) = three();
     let share = |found: f32, half| {
-        let (worst, fault) = product_error((&rows, &linear), &[found], &[3.0], half);
+        let results = if half { Dtype::F16 } else { Dtype::F32 };
+        let (worst, fault) = product_error(&rows, &linear, &[found], &[3.0], results);
         assert_eq!(fault.is_some(), worst > 1.0);
         worst
     };
@@ -232,6 +234,75 @@ fn a_result_may_be_off_by_the_bound_and_by_the_rounding_of_f16() {
     assert!(share(f32::NAN, true).is_infinite() && share(f32::INFINITY, false).is_infinite());
     assert_eq!(half_ulp(1.0), 2f64.powi(-11));
     assert_eq!(half_ulp(0.0), 2f64.powi(-25));
+}
+
+/// `tokens` results of 2.0 each: two groups of one product of 1.0, and no outliers.
+fn twos(tokens: usize) -> (QuantizedRows, QuantizedLinear) {
+    let numbers =
+        NumberFormat { bits: 4, codebook: Codebook::Int, group_size: 16, scale: ScaleFormat::F16 };
+    let format =
+        RowFormat { numbers, groups: 2, outlier_channels: 0, outlier_format: OutlierFormat::Int8 };
+    let mut codes = vec![0i8; 32];
+    (codes[0], codes[16]) = (1, 1);
+    let rows = QuantizedRows {
+        tokens,
+        format,
+        codes: codes.repeat(tokens),
+        scales: vec![1.0; 2 * tokens],
+        outliers: OutlierRows::None,
+    };
+    let linear = QuantizedLinear {
+        rows: 1,
+        format: format.weights(4, Codebook::Int, 1),
+        codes,
+        scales: vec![f16::ONE; 2],
+        outliers: OutlierBlock::None,
+    };
+    (rows, linear)
+}
+
+/// What a device may be off by: `(2 + 2) 2^-24 (1 + 1)`.
+const BOUND_OF_TWO: f32 = 1.0 / (1 << 21) as f32;
+
+#[test]
+fn a_product_at_its_bound_holds_and_one_beyond_does_not() {
+    let (rows, linear) = twos(1);
+    let error = |found: f32| product_error(&rows, &linear, &[found], &[2.0], Dtype::F32);
+    assert_eq!(error(2.0 + BOUND_OF_TWO), (1.0, None));
+    assert_eq!(error(2.0 + BOUND_OF_TWO / 2.0), (0.5, None));
+    let (worst, fault) = error(2.0 + 1.5 * BOUND_OF_TWO);
+    assert_eq!(worst, 1.5);
+    assert!(fault.unwrap().starts_with("1 of 1 results are out of bounds"));
+    let (worst, fault) = product_error(&rows, &linear, &[2.0, 2.0], &[2.0], Dtype::F32);
+    assert_eq!((worst, fault.as_deref()), (f64::INFINITY, Some("2 results")));
+}
+
+#[test]
+fn the_worst_result_counts_and_every_wrong_one_is_counted() {
+    let (rows, linear) = twos(3);
+    let errors = |shares: [f32; 3]| {
+        let found = shares.map(|share| 2.0 + share * BOUND_OF_TWO);
+        product_error(&rows, &linear, &found, &[2.0; 3], Dtype::F32)
+    };
+    assert_eq!(errors([0.0, 0.5, 1.0]), (1.0, None));
+    assert_eq!(errors([1.0, 0.5, 0.0]), (1.0, None));
+    // A wrong one is counted after a worse one too.
+    let (worst, fault) = errors([0.0, 3.0, 2.0]);
+    assert_eq!(worst, 3.0);
+    let fault = fault.unwrap();
+    assert!(
+        fault.starts_with("2 of 3 results are out of bounds, the first, of token 1 and row 0,"),
+        "{fault}"
+    );
+
+    let many = |wrong: usize| {
+        let (rows, linear) = twos(120);
+        let found = (0..120).map(|at| if at < wrong { 3.0 } else { 2.0 });
+        let found: Vec<f32> = found.collect();
+        product_error(&rows, &linear, &found, &[2.0; 120], Dtype::F32).1.unwrap()
+    };
+    assert!(many(99).starts_with("99 of 120 results"));
+    assert!(many(100).starts_with("100 or more of 120 results"));
 }
 
 #[test]
@@ -254,7 +325,7 @@ fn attention_may_be_off_by_what_its_heads_allow() {
     let share = |at: usize, off: f32, mean: Option<&[f32]>| {
         let mut found = expected;
         found[at] += off;
-        attention_error(&spec, [&q, &k, &v], mean, (&found, &expected))
+        attention_error(&spec, Qkv { q: &q, k: &k, v: &v }, mean, &found, &expected)
     };
     assert_eq!(share(0, 0.0, None), 0.0);
     // 2^-8 and twice 2^-10 * 5 * 8 / 2, of 2.
@@ -263,4 +334,25 @@ fn attention_may_be_off_by_what_its_heads_allow() {
     assert!((share(4, 0.01, None) - 0.01 / (0.5 / 256.0)).abs() < 1e-4);
     assert!(share(9, 0.01, Some(&[1.0; 8])) < share(9, 0.01, None));
     assert!(share(15, f32::NAN, None).is_infinite());
+}
+
+#[test]
+fn findings_of_blocks_add_up_and_keep_the_worst() {
+    let found = |product: f64, worst: &str, attention: f64| Findings {
+        sites: 4,
+        linears: 7,
+        product,
+        worst: worst.to_owned(),
+        attention,
+        faults: Vec::new(),
+    };
+    let mut all = Findings::default();
+    for block in [found(0.25, "a", 0.5), found(0.5, "b", 0.125), found(0.5, "c", 0.25)] {
+        all.add(&block);
+    }
+    assert_eq!(
+        all.summary(0),
+        "codes of 12 sites identical, 21 products within 0.50 of the bound (b), attention within 0.50 of its tolerance"
+    );
+    assert_eq!(all.summary(2), "2 are wrong, of 12 sites and 21 products");
 }

@@ -4,11 +4,11 @@ mod sequential;
 mod simultaneous;
 
 use super::energies::{AfterBlock, Statistics};
-use super::plan::SitePlan;
 use super::quantizer::{BlockQuantizer, QuantizedBlock, SiteWork};
 use super::timing::Timing;
 use crate::Result;
 use crate::backend::Backend;
+use crate::checkpoint::plan::SitePlan;
 use crate::model::Architecture;
 use crate::model::block::Block;
 use crate::model::sites::SiteSpec;

@@ -2,8 +2,8 @@
 quantization error of the sites before it; the target is the original output.
 
 Both streams go through the block together, a site at a time. No product is computed twice except gate and up of the
-quantized block, whose output is too wide to be kept. Experts are sites one after the other: each sees the tokens
-that the router of the quantized block sends to it, on both streams, and its outputs are not kept. */
+quantized block, whose output is too wide to be stored. Experts are sites one after the other: each sees the tokens
+that the router of the quantized block sends to it, on both streams, and its outputs are not stored. */
 
 use super::{BlockInput, PassedBlock, Streams};
 use crate::Result;
@@ -15,7 +15,7 @@ use crate::model::sites::{ATTN_OUT, MLP_ACT, MLP_IN, SiteKind, SiteSpec};
 use crate::network::{BlockBuilder, QuantizedSite, Stream};
 use crate::pipeline::fallbacks::Fallback;
 use crate::pipeline::quantizer::{
-    BlockQuantizer, QuantizedBlock, QuantizedLinears, SiteSums, formats,
+    BlockQuantizer, QuantizedBlock, QuantizedLinears, SiteMatrices, formats,
 };
 use crate::pipeline::timing::Timing;
 use crate::quant::site::SiteFormat;
@@ -41,16 +41,16 @@ pub(super) fn quantize<B: Backend>(
     let mut pass = Pass::new(quantizer, input, streams, &formats)?;
     let mut made = QuantizedBlock::empty();
     for (at, (spec, format)) in specs.iter().zip(formats).enumerate() {
-        let sums = timing.measure("hessians", || {
-            let sums = pass.sums(at, spec, format.width())?;
+        let matrices = timing.measure("hessians", || {
+            let matrices = pass.matrices(at, spec, format.width())?;
             backend.wait()?;
-            Ok::<_, crate::Error>(sums)
+            Ok::<_, crate::Error>(matrices)
         })?;
         backend.trim();
         timing.measure("gptq", || {
             let work = input.site(at, spec);
             let QuantizedLinears { linears, errors } =
-                quantizer.quantize_site(&work, &format, sums)?;
+                quantizer.quantize_site(&work, &format, matrices)?;
             let site = QuantizedSite { format, linears };
             pass.close_site(at, &site)?;
             made.errors.extend(errors);
@@ -69,8 +69,8 @@ pub(super) fn quantize<B: Backend>(
     Ok(PassedBlock { block: made, pending: None })
 }
 
-/// Whether weights of a site that `tokens` tokens reach make up for the accumulated error of its `width` inputs: least
-/// squares with more unknowns than tokens would learn the tokens by heart.
+/// Whether the accumulated error of a site's `width` inputs is corrected, where `tokens` tokens reach the site: least
+/// squares with more unknowns than tokens would overfit.
 pub(super) fn corrects(correction: f32, tokens: usize, width: usize) -> bool {
     correction > 0.0 && tokens >= width
 }
@@ -117,9 +117,9 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
         })
     }
 
-    /// A site's Hessian and accumulated error, on the streams as they reach it. What attn_out sees is kept;
+    /// A site's Hessian and accumulated error, on the streams as they reach it. What attn_out sees is stored;
     /// without experts, the source's stream leaves the block at its last site.
-    fn sums(&mut self, at: usize, spec: &SiteSpec, width: usize) -> Result<SiteSums<B>> {
+    fn matrices(&mut self, at: usize, spec: &SiteSpec, width: usize) -> Result<SiteMatrices<B>> {
         let Self { quantizer, blocks, streams, heads, shares, is_last, .. } = self;
         let backend = quantizer.backend;
         let share_of_error = quantizer.recipe.correction;
@@ -158,7 +158,7 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
             let found = format!("{tokens} tokens for {width} channels");
             quantizer.fallbacks.note(Fallback::NoCorrection, &spec.name, &found);
         }
-        Ok(SiteSums { hessian, correction: correction.filter(|_| corrected) })
+        Ok(SiteMatrices { hessian, correction: correction.filter(|_| corrected) })
     }
 
     /// Gives the quantized block the linears of a site, laid out for products.
@@ -206,7 +206,7 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
     }
 }
 
-/// The sums of a site's accumulated error, before the first token.
+/// The cross-covariances of a site's accumulated error, before the first token.
 fn empty_correction<B: Backend>(
     quantizer: &BlockQuantizer<'_, B>,
     spec: &SiteSpec,

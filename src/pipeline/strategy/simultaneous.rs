@@ -7,7 +7,7 @@ use crate::backend::{Backend, Tensor};
 use crate::model::block::{Observer, Seen};
 use crate::network::{QuantizedSite, Stream};
 use crate::pipeline::quantizer::{
-    BlockQuantizer, QuantizedBlock, QuantizedLinears, SiteSums, formats,
+    BlockQuantizer, QuantizedBlock, QuantizedLinears, SiteMatrices, formats,
 };
 use crate::pipeline::timing::Timing;
 use crate::quant::site::SiteFormat;
@@ -34,11 +34,11 @@ pub(super) fn quantize<B: Backend>(
     let specs = quantizer.architecture.sites(input.weights.index);
     for (at, format) in formats.into_iter().enumerate() {
         quantizer.progress.check_stop()?;
-        let sums = SiteSums { hessian: hessians[at].take(), correction: None };
-        let stage = if sums.hessian.is_some() { "gptq" } else { "round" };
+        let matrices = SiteMatrices { hessian: hessians[at].take(), correction: None };
+        let stage = if matrices.hessian.is_some() { "gptq" } else { "round" };
         let work = input.site(at, &specs[at]);
         let QuantizedLinears { linears, errors } = timing.measure(stage, || {
-            let quantized = quantizer.quantize_site(&work, &format, sums)?;
+            let quantized = quantizer.quantize_site(&work, &format, matrices)?;
             backend.wait()?;
             Ok::<_, crate::Error>(quantized)
         })?;

@@ -8,6 +8,7 @@ use crate::backend::cpu::Cpu;
 use crate::checkpoint::{AtomCheckpoint, Destination, Inputs, Source};
 use crate::hub;
 use crate::pipeline::outcome::QuantizeOutcome;
+use crate::pipeline::plan::plan_network;
 use crate::pipeline::{Calibration, Output, Quantization, quantize};
 use crate::progress::Progress;
 use crate::recipe::Group;
@@ -102,6 +103,30 @@ fn too_few_tokens_leave_errors_uncorrected_with_a_warning() {
     assert!(warnings.iter().all(|warning| !warning.contains("without a correction")));
     let (uncorrected, _) = quantized(&Recipe { correction: 0.0, ..recipe() }, 1024);
     assert_ne!(errors(&corrected), errors(&uncorrected));
+}
+
+/// As many tokens as a site has channels are enough, one fewer is not: the sites that are wider are warned of.
+#[test]
+fn a_correction_begins_at_as_many_tokens_as_a_site_is_wide() {
+    let source = hub::tiny_llama().unwrap();
+    let architecture = Architecture::read(source.config(), &source.config_file()).unwrap();
+    let blocks = plan_network(&recipe(), &architecture).unwrap();
+    let width = blocks[0][0].width();
+    for tokens in [width - 1, width] {
+        let wider = || blocks.iter().flatten().filter(|site| site.width() > tokens);
+        let first = wider().next().unwrap();
+        let (_, warnings) = quantized(&recipe(), tokens);
+        let warned: Vec<_> =
+            warnings.iter().filter(|w| w.contains("without a correction")).collect();
+        let [warning] = warned[..] else { panic!("{warnings:?}") };
+        let sites = wider().count();
+        assert!(warning.starts_with(&format!("{sites} sites without a correction")), "{warning}");
+        let channels = first.width();
+        let named = format!("the first is {}: {tokens} tokens for {channels} channels", first.name);
+        assert!(warning.ends_with(&named), "{warning}");
+    }
+    // At the bound, the sites of that width are among those that are corrected.
+    assert!(blocks.iter().flatten().any(|site| site.width() > width));
 }
 
 #[test]

@@ -3,10 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::calibration::Provenance;
-use super::plan::{BlockPlan, check_plan};
-use crate::checkpoint::{AtomCheckpoint, FORMAT_VERSION, HubOrigin};
-use crate::model::Architecture;
+use super::plan::BlockPlan;
+use super::{FORMAT_VERSION, HubOrigin, Provenance};
 use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
 use crate::{Error, Result};
@@ -50,24 +48,12 @@ pub struct SourceRecord {
 }
 
 impl Manifest {
-    /// The manifest of a checkpoint, which must describe its network.
+    /// The manifest that a value of `atom.json` is.
     ///
     /// # Errors
-    /// Input: a field that is missing, of another type or out of its range, named; a plan of another network.
-    pub fn read(checkpoint: &AtomCheckpoint, architecture: &Architecture) -> Result<Self> {
-        let path = checkpoint.path_of("atom.json");
-        let manifest = Self::deserialize(checkpoint.content())
-            .map_err(|error| Error::input(error.to_string()))
-            .and_then(Self::check)
-            .and_then(|manifest| {
-                check_plan(architecture, &manifest.blocks)?;
-                Ok(manifest)
-            });
-        manifest.map_err(|error| {
-            error
-                .context(format!("{path} is damaged"))
-                .hint("copy the checkpoint again, or quantize the model again")
-        })
+    /// Input: a field that is missing, of another type or out of its range, named.
+    pub(in crate::checkpoint) fn parse(content: &Value) -> Result<Self> {
+        Self::deserialize(content).map_err(|error| Error::input(error.to_string()))?.check()
     }
 
     /// The manifest itself, if every field means something and the fields agree.
@@ -85,13 +71,4 @@ impl Manifest {
         }
         Ok(self)
     }
-
-    /// The manifest as the content of `atom.json`.
-    pub fn content(&self) -> Value {
-        serde_json::to_value(self).expect("a manifest has only JSON types")
-    }
 }
-
-#[cfg(test)]
-#[path = "manifest_tests.rs"]
-mod tests;
