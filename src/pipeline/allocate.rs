@@ -14,7 +14,7 @@ use crate::{Error, Result};
 pub enum Target {
     /// Average bits a weight of the linears, scales, outliers and orders included.
     Bits(f64),
-    /// Bytes of the whole checkpoint.
+    /// Bytes of the entire checkpoint.
     Bytes(u64),
 }
 

@@ -53,7 +53,7 @@ pub struct QuantizeOutcome {
     pub model: String,
     /// The resolved recipe.
     pub recipe: Recipe,
-    /// Wall-clock seconds of the whole run.
+    /// Wall-clock seconds of the entire run.
     pub seconds: f64,
     /// Seconds by stage, in order.
     #[serde(serialize_with = "stage_map")]

@@ -22,7 +22,7 @@ use crate::network::{check_codebook, no_thread};
 use crate::progress::Progress;
 use crate::{Error, Kind, Result};
 
-/// Quantizes and writes the whole model. What is `known` of the blocks is not measured again.
+/// Quantizes and writes the entire model. Statistics that are `known` are not measured again.
 pub(super) fn run<B: Backend>(
     backend: &B,
     job: &Job<'_>,

@@ -90,7 +90,7 @@ struct Pass<'a, 'w, B: Backend> {
     /// What attn_out sees of each batch, while o is quantized.
     heads: Vec<Pair<B::Activation>>,
     /// After attention, the tokens of each batch that the router of the quantized block sends to each expert.
-    shares: Vec<Vec<RoutedTokens>>,
+    routed: Vec<Vec<RoutedTokens>>,
     is_last: bool,
 }
 
@@ -112,7 +112,7 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
             blocks,
             streams: Pair { source, quantized },
             heads: Vec::new(),
-            shares: Vec::new(),
+            routed: Vec::new(),
             is_last: input.is_last,
         })
     }
@@ -120,7 +120,7 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
     /// A site's Hessian and accumulated error, on the streams as they reach it. What attn_out sees is stored;
     /// without experts, the source's stream leaves the block at its last site.
     fn matrices(&mut self, at: usize, spec: &SiteSpec, width: usize) -> Result<SiteMatrices<B>> {
-        let Self { quantizer, blocks, streams, heads, shares, is_last, .. } = self;
+        let Self { quantizer, blocks, streams, heads, routed, is_last, .. } = self;
         let backend = quantizer.backend;
         let share_of_error = quantizer.recipe.correction;
         let mut hessian = backend.gram(width)?;
@@ -130,11 +130,11 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
         let mut correction = correction.transpose()?;
         let mut tokens = 0;
         for_batches(quantizer, streams, |batch, states| {
-            let share = spec.expert.map(|expert| &shares[batch][expert]);
-            if share.is_some_and(RoutedTokens::is_empty) {
+            let routed = spec.expert.map(|expert| &routed[batch][expert]);
+            if routed.is_some_and(RoutedTokens::is_empty) {
                 return Ok(());
             }
-            let visit = Visit { quantizer, blocks, spec, at, share };
+            let visit = Visit { quantizer, blocks, spec, at, routed };
             let inputs = visit.inputs(&states)?;
             tokens += inputs.quantized.rows();
             let seen = visit.seen(&inputs.quantized)?;
@@ -173,7 +173,7 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
 
     /// Adds attention's output to both streams, and where there are experts, finds out the tokens of each.
     fn add_heads(&mut self) -> Result<()> {
-        let Self { quantizer, blocks, streams, heads, shares, .. } = self;
+        let Self { quantizer, blocks, streams, heads, routed, .. } = self;
         let backend = quantizer.backend;
         let mut heads = std::mem::take(heads).into_iter();
         for_batches(quantizer, streams, |_, states| {
@@ -185,7 +185,7 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
             block.sites[ATTN_OUT].apply_onto(backend, quantized, states.quantized, unobserved)?;
             if let Some(router) = &block.router {
                 let normed = backend.rms_norm(states.quantized, &block.mlp_norm, block.epsilon)?;
-                shares.push(router.route(backend, &normed)?);
+                routed.push(router.route(backend, &normed)?);
             }
             Ok(())
         })
@@ -229,7 +229,7 @@ struct Visit<'v, B: Backend> {
     spec: &'v SiteSpec,
     at: usize,
     /// The tokens that reach an expert's own site.
-    share: Option<&'v RoutedTokens>,
+    routed: Option<&'v RoutedTokens>,
 }
 
 impl<B: Backend> Visit<'_, B> {
@@ -247,17 +247,17 @@ impl<B: Backend> Visit<'_, B> {
                 block.heads(*backend, attention, after, unobserved)?,
             ],
             SiteKind::MlpIn => [norm(before, &source.mlp_norm)?, norm(after, &block.mlp_norm)?],
-            SiteKind::MlpAct => match self.spec.expert.zip(self.share) {
+            SiteKind::MlpAct => match self.spec.expert.zip(self.routed) {
                 None => [
                     source.gated(*backend, before, unobserved)?,
                     block.gated(*backend, after, unobserved)?,
                 ],
-                Some((expert, share)) => {
+                Some((expert, routed)) => {
                     let normed0 = norm(before, &source.mlp_norm)?;
                     let normed = norm(after, &block.mlp_norm)?;
                     [
-                        source.gated_of(*backend, expert, &normed0, share, unobserved)?,
-                        block.gated_of(*backend, expert, &normed, share, unobserved)?,
+                        source.gated_of(*backend, expert, &normed0, routed, unobserved)?,
+                        block.gated_of(*backend, expert, &normed, routed, unobserved)?,
                     ]
                 }
             },
@@ -265,12 +265,12 @@ impl<B: Backend> Visit<'_, B> {
         Ok(Pair { source, quantized })
     }
 
-    /// An activation of the quantized block as the site's linears see it. The output of an expert counts by the
-    /// token's share of it, so that its errors do.
+    /// An activation of the quantized block as the site's linears see it. The output of an expert is scaled by the
+    /// routing weight of the token, and so are its errors.
     fn seen(&self, x: &B::Activation) -> Result<B::Activation> {
         let backend = self.quantizer.backend;
         let mut seen = self.blocks.quantized.sites[self.at].seen(backend, x)?;
-        if let Some(RoutedTokens { weights, .. }) = self.share {
+        if let Some(RoutedTokens { weights, .. }) = self.routed {
             backend.scale_rows(&mut seen, weights)?;
         }
         Ok(seen)
@@ -288,16 +288,16 @@ impl<B: Backend> Visit<'_, B> {
         let (backend, block) = (self.quantizer.backend, &self.blocks.quantized);
         let AccumulatedError { inputs, outputs, .. } = correction;
         let mut wanted = backend.permute(x0, block.sites[self.at].order())?;
-        if let Some(RoutedTokens { weights, .. }) = self.share {
+        if let Some(RoutedTokens { weights, .. }) = self.routed {
             backend.scale_rows(&mut wanted, weights)?;
         }
         backend.add_cross_covariance(inputs, &backend.difference(&wanted, seen)?, seen)?;
         let Some(outputs) = outputs else { return Ok(()) };
         let mut lost = backend.hidden_difference(states.source, states.quantized)?;
-        if let (Some(share), Some(router)) = (self.share, &block.router) {
-            // Each of a token's experts makes up for its part.
-            let part = vec![1.0 / router.per_token as f32; share.tokens.len()];
-            lost = backend.select_rows(&lost, &share.tokens)?;
+        if let (Some(routed), Some(router)) = (self.routed, &block.router) {
+            // Each of a token's experts corrects its part.
+            let part = vec![1.0 / router.per_token as f32; routed.tokens.len()];
+            lost = backend.select_rows(&lost, &routed.tokens)?;
             backend.scale_rows(&mut lost, &part)?;
         }
         backend.add_cross_covariance(outputs, &lost, seen)
