@@ -1,9 +1,10 @@
-/*! One error type for the whole crate: a sentence, a hint, and whose fault it was.
+/*! One error type for the entire crate: a sentence, its causes, a hint, and whose fault it was.
 
 The kind decides the exit code (design: 1 a check failed, 2 usage, 3 input, 4 machine, 130
 interrupted), so a library call and the command line can never disagree about it. */
 
 use std::fmt;
+use std::io::{self, ErrorKind};
 
 /// Whose fault an error is; its discriminant is the process's exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,8 +25,8 @@ pub enum Kind {
 #[derive(Debug)]
 pub struct Error {
     kind: Kind,
-    message: String,
-    causes: Vec<String>,
+    /// The sentence and its causes.
+    chain: anyhow::Error,
     hint: Option<String>,
 }
 
@@ -35,7 +36,13 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// An error of the given kind whose message is one sentence without a final period.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), causes: Vec::new(), hint: None }
+        Self { kind, chain: anyhow::Error::msg(message.into()), hint: None }
+    }
+
+    /// An error of the given kind whose sentence is that of `error`, which stays in the chain of sources with
+    /// its own type.
+    pub fn of(kind: Kind, error: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self { kind, chain: anyhow::Error::new(error), hint: None }
     }
 
     /// Bad input: exit code 3.
@@ -70,10 +77,8 @@ impl Error {
     }
 
     /// Puts a sentence in front; the former message becomes its cause.
-    pub fn context(mut self, message: impl Into<String>) -> Self {
-        let cause = std::mem::replace(&mut self.message, message.into());
-        self.causes.insert(0, cause);
-        self
+    pub fn context(self, message: impl Into<String>) -> Self {
+        Self { chain: self.chain.context(message.into()), ..self }
     }
 
     /// The kind, which is also the exit code.
@@ -82,13 +87,13 @@ impl Error {
     }
 
     /// The sentence that says what is wrong.
-    pub fn message(&self) -> &str {
-        &self.message
+    pub fn message(&self) -> String {
+        self.chain.to_string()
     }
 
     /// What it was caused by, nearest first.
-    pub fn causes(&self) -> &[String] {
-        &self.causes
+    pub fn causes(&self) -> Vec<String> {
+        self.chain.chain().skip(1).map(ToString::to_string).collect()
     }
 
     /// What to do about it.
@@ -99,28 +104,35 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)?;
-        self.causes.iter().try_for_each(|cause| write!(f, ": {cause}"))
+        write!(f, "{:#}", self.chain)
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.chain.source()
+    }
+}
 
 /// I/O errors keep the sentence that fs-err makes (it names the path). A full disk is the
 /// machine's fault; every other one is the input's.
-impl From<std::io::Error> for Error {
-    fn from(error: std::io::Error) -> Self {
-        use std::io::ErrorKind;
-        match error.kind() {
-            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::machine(error.to_string())
-                .hint("free some disk space, or choose another place with --out"),
-            ErrorKind::FileTooLarge => Self::machine(error.to_string()).hint(
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Self {
+        let machine_hint = match error.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+                "free some disk space, or choose another place with --out"
+            }
+            ErrorKind::FileTooLarge => {
                 "raise the limit on file sizes (`ulimit -f`), or choose a place with --out whose file \
-                 system holds large files",
-            ),
-            ErrorKind::OutOfMemory => Self::machine(error.to_string())
-                .hint("raise the limit on memory (`ulimit -v`, the container's)"),
-            _ => Self::input(error.to_string()),
-        }
+                 system holds large files"
+            }
+            ErrorKind::OutOfMemory => "raise the limit on memory (`ulimit -v`, the container's)",
+            _ => return Self::of(Kind::Input, error),
+        };
+        Self::of(Kind::Machine, error).hint(machine_hint)
     }
 }
+
+#[cfg(test)]
+#[path = "error_tests.rs"]
+mod tests;

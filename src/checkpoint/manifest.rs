@@ -7,7 +7,7 @@ use super::plan::BlockPlan;
 use super::{FORMAT_VERSION, HubOrigin, Provenance};
 use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
-use crate::{Error, Result};
+use crate::{Error, Kind, Result};
 
 /// What `atom.json` says, but for the hashes, which the checkpoint room keeps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -53,7 +53,7 @@ impl Manifest {
     /// # Errors
     /// Input: a field that is missing, of another type or out of its range, named.
     pub(in crate::checkpoint) fn parse(content: &Value) -> Result<Self> {
-        Self::deserialize(content).map_err(|error| Error::input(error.to_string()))?.check()
+        Self::deserialize(content).map_err(|error| Error::of(Kind::Input, error))?.check()
     }
 
     /// The manifest itself, if every field means something and the fields agree.

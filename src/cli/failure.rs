@@ -50,9 +50,9 @@ pub fn show_usage(error: &clap::Error, typed: &[OsString]) -> ExitCode {
 
 /// The error as a person reads it.
 fn text(error: &Error) -> String {
-    let mut text = format!("{ERROR}error:{ERROR:#} {}\n", printable_lines(error.message()));
+    let mut text = format!("{ERROR}error:{ERROR:#} {}\n", printable_lines(&error.message()));
     for cause in error.causes() {
-        text.push_str(&format!("  caused by: {}\n", printable_lines(cause)));
+        text.push_str(&format!("  caused by: {}\n", printable_lines(&cause)));
     }
     if let Some(hint) = error.hint_text() {
         text.push_str(&format!("\n{HINT}hint:{HINT:#} {}\n", printable_lines(hint)));

@@ -12,7 +12,7 @@ use super::args::OverwriteFlag;
 use super::{Cli, Output};
 use crate::checkpoint::{FileKind, Inputs, OutputFile};
 use crate::report::Report;
-use crate::{Error, Result};
+use crate::{Error, Kind, Result};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -124,7 +124,7 @@ fn page(command: &clap::Command) -> Result<Page> {
     if let Some(text) = command.get_after_help() {
         after(&text.to_string()).to_writer(&mut bytes)?;
     }
-    let page = String::from_utf8(bytes).map_err(|error| Error::machine(error.to_string()))?;
+    let page = String::from_utf8(bytes).map_err(|error| Error::of(Kind::Machine, error))?;
     Ok(Page { name: man.get_filename(), page })
 }
 

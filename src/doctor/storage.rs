@@ -5,7 +5,7 @@ use std::path::Path;
 use super::Check;
 use crate::checkpoint::free_bytes;
 use crate::units;
-use crate::{Error, Result, hub};
+use crate::{Error, Kind, Result, hub};
 
 /// Below this a checkpoint of a small model may not fit.
 const LITTLE_BYTES: u64 = 1_000_000_000;
@@ -63,7 +63,7 @@ pub(super) fn existing(directory: &Path) -> Option<&Path> {
 
 /// Makes a file without a name, which is gone when it is closed.
 pub(super) fn try_to_write(directory: &Path) -> Result<()> {
-    tempfile::tempfile_in(directory).map(drop).map_err(|error| Error::machine(error.to_string()))
+    tempfile::tempfile_in(directory).map(drop).map_err(|error| Error::of(Kind::Machine, error))
 }
 
 #[cfg(test)]

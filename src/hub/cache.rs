@@ -193,7 +193,7 @@ fn open(path: &Path, options: &mut OpenOptions) -> Result<std::io::Result<File>>
 
 /// Whatever keeps the cache from being written is the machine's.
 pub(super) fn unwritable(error: std::io::Error) -> Error {
-    Error::new(Kind::Machine, error.to_string())
+    Error::of(Kind::Machine, error)
         .context("the Hub's cache cannot be written")
         .hint("free some disk space, or set HF_HUB_CACHE to a place with room that you may write")
 }

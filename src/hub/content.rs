@@ -13,7 +13,7 @@ use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 use crate::progress::Progress;
-use crate::{Error, Result};
+use crate::{Error, Kind, Result};
 
 /// Contents up to so many bytes are hashed whenever they are used.
 const SMALL_BYTES: u64 = 64 << 20;
@@ -91,7 +91,7 @@ pub(super) fn condition(
 
 /// What keeps a cache from being read is the machine's.
 fn unreadable(error: std::io::Error) -> Error {
-    Error::machine(error.to_string())
+    Error::of(Kind::Machine, error)
         .context("the Hub's cache cannot be read")
         .hint("ask who owns it to let you read it, or set HF_HUB_CACHE to another place")
 }

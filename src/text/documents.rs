@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::windows::{check_asked, check_size};
 use super::{PythonRandom, Tokenizer};
 use crate::progress::Progress;
-use crate::{Error, Result};
+use crate::{Error, Kind, Result};
 
 /// The most documents of a set; each takes 8 bytes of memory for its end.
 const MOST_DOCUMENTS: usize = 1 << 26;
@@ -62,7 +62,7 @@ impl Gathering {
 }
 
 pub(super) fn no_room(error: std::io::Error) -> Error {
-    Error::machine(error.to_string())
+    Error::of(Kind::Machine, error)
         .context("the text cannot be laid out in a temporary file")
         .hint("free some disk space, or set TMPDIR to a place with room")
 }

@@ -133,7 +133,7 @@ fn libraries_of_the_toolkit_are_there_or_named() {
     for (name, checked) in checks {
         if let Err(error) = checked {
             assert_eq!(error.kind(), Kind::Machine);
-            assert_says(error.message(), &[name, "was not found"]);
+            assert_says(&error.message(), &[name, "was not found"]);
             assert_says(error.hint_text().unwrap(), &["pip install", VARIABLE, "--device cpu"]);
         }
     }
@@ -189,6 +189,6 @@ fn a_driver_loads_machine_code_of_its_own_major_version() {
     assert!(loads(version(13, 0), version(13, 5)).is_ok());
     assert!(loads(version(13, 0), version(12, 8)).is_ok());
     let error = loads(version(12, 8), version(13, 0)).unwrap_err();
-    assert_says(error.message(), &["13.0", "12.8"]);
+    assert_says(&error.message(), &["13.0", "12.8"]);
     assert_eq!(Version::from_thousands(12080), version(12, 8));
 }

@@ -159,9 +159,10 @@ fn a_model_larger_than_the_disk_is_refused_before_anything_is_written() {
         &|| Ok(()),
     ));
     assert_eq!(error.kind(), Kind::Machine);
-    let needed = error.message().split("needs ").nth(1).unwrap().split(' ').next().unwrap();
+    let message = error.message();
+    let needed = message.split("needs ").nth(1).unwrap().split(' ').next().unwrap();
     assert!(needed.parse::<u64>().unwrap() > 1 << 61);
-    assert!(error.message().ends_with("bytes free"));
+    assert!(message.ends_with("bytes free"));
     assert!(names_in(home.path()).is_empty());
 }
 
