@@ -4,10 +4,10 @@ An output is never an input, holds none and lies in none; it replaces nothing wi
 a result of the same kind; of a directory it replaces only the files that the checkpoint there is made of. A
 link is followed once, when the path is checked, and never when something is written. */
 
-use std::ffi::CString;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{Access, access};
 
 use super::envelope::own_files;
 use crate::{Error, Result};
@@ -190,15 +190,10 @@ fn creatable(absolute: &Path, out: &Path) -> Result<PathBuf> {
 
 /// Whether entries may be made in a directory, asked without making one.
 fn may_write(dir: &Path) -> Result<()> {
-    let path = CString::new(dir.as_os_str().as_bytes())
-        .map_err(|_| Error::usage(format!("`{}` holds a zero byte", dir.display())))?;
-    // SAFETY: the path ends in a zero byte and outlives the call.
-    if unsafe { libc::access(path.as_ptr(), libc::W_OK | libc::X_OK) } == 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
-    Err(Error::input(format!("cannot write into {}: {error}", dir.display()))
-        .hint("name a directory that can be written with --out"))
+    access(dir, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
+        Error::input(format!("cannot write into {}: {error}", dir.display()))
+            .hint("name a directory that can be written with --out")
+    })
 }
 
 #[cfg(test)]

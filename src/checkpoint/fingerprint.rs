@@ -19,7 +19,7 @@ const SAMPLE_BYTES: usize = 4096;
 
 /// SHA-256 of `bytes` in hexadecimal.
 pub fn sha256_hex(bytes: &[u8]) -> String {
-    hex(Sha256::digest(bytes).as_slice())
+    hex::encode(Sha256::digest(bytes))
 }
 
 /// SHA-256 of a whole file, in hexadecimal.
@@ -49,16 +49,7 @@ pub(super) fn sha256_of(
         hash.update(&part[..length]);
         at += length as u64;
     }
-    Ok(hex(hash.finalize().as_slice()))
-}
-
-/// A digest in lower-case hexadecimal.
-pub(crate) fn hex(digest: &[u8]) -> String {
-    use std::fmt::Write;
-    digest.iter().fold(String::with_capacity(2 * digest.len()), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}"); // writing into a String cannot fail
-        text
-    })
+    Ok(hex::encode(hash.finalize()))
 }
 
 /// SHA-256 over `config.json`, `tokenizer.json` (if there is one), then each shard in name order.
@@ -91,5 +82,5 @@ pub(super) fn fingerprint(config: &[u8], tokenizer: Option<&[u8]>, shards: &[Sha
             }
         }
     }
-    hex(hash.finalize().as_slice())
+    hex::encode(hash.finalize())
 }

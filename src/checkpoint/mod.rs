@@ -39,7 +39,6 @@ mod writer;
 pub use atom::{AtomCheckpoint, FORMAT_VERSION, is_atom};
 pub use destination::{Destination, Inputs};
 pub use dtype::{Dtype, TensorSpec};
-pub(crate) use fingerprint::hex;
 pub use fingerprint::sha256_hex;
 pub(crate) use json::text as utf8_text;
 pub use manifest::{Manifest, SourceRecord};

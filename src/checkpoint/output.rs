@@ -1,13 +1,15 @@
 /*! What it takes that the output is there whole or not at all: room on the disk reserved first,
 every file and directory synced, and one rename that puts the finished directory in place. */
 
-use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+
+#[cfg(target_os = "linux")]
+use rustix::fs::{CWD, FallocateFlags, RenameFlags, renameat_with};
+#[cfg(target_os = "linux")]
+use rustix::io::Errno;
 
 use crate::{Error, Result};
 
@@ -21,14 +23,7 @@ pub(super) fn failed(action: &str, path: &Path, error: &io::Error) -> Error {
 /// say.
 pub fn free_bytes(path: &Path) -> Option<u64> {
     let path = path.ancestors().find(|path| path.exists()).unwrap_or(path);
-    let path = CString::new(path.as_os_str().as_bytes()).ok()?;
-    let mut status = std::mem::MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: the path ends in a zero byte and `status` has room for the structure.
-    if unsafe { libc::statvfs(path.as_ptr(), status.as_mut_ptr()) } != 0 {
-        return None;
-    }
-    // SAFETY: statvfs returned 0, so it has filled the structure.
-    let status = unsafe { status.assume_init() };
+    let status = rustix::fs::statvfs(path).ok()?;
     Some(status.f_bavail.saturating_mul(status.f_frsize))
 }
 
@@ -50,14 +45,10 @@ pub(super) fn reserve(file: &File, path: &Path, bytes: u64) -> Result<()> {
     file.set_len(bytes).map_err(|error| failed("size", path, &error))?;
     #[cfg(target_os = "linux")]
     if bytes > 0 {
-        let length = libc::off_t::try_from(bytes).unwrap_or(libc::off_t::MAX);
-        // SAFETY: plain integers and a descriptor that `file` keeps open.
-        if unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, length) } != 0 {
-            let error = io::Error::last_os_error();
+        match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {
             // A file system that cannot reserve: the check of free space has to do.
-            if !matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) {
-                return Err(failed("reserve the space of", path, &error));
-            }
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+            Err(error) => return Err(failed("reserve the space of", path, &error.into())),
         }
     }
     Ok(())
@@ -121,19 +112,7 @@ pub(super) fn replace(new: &Path, out: &Path, old: &Path) -> Result<()> {
 
 #[cfg(target_os = "linux")]
 pub(super) fn exchange(a: &Path, b: &Path) -> io::Result<()> {
-    let [a, b] = [a, b].map(|path| CString::new(path.as_os_str().as_bytes()));
-    let (a, b) = (a?, b?);
-    // SAFETY: both paths end in a zero byte and outlive the call.
-    let status = unsafe {
-        libc::renameat2(
-            libc::AT_FDCWD,
-            a.as_ptr(),
-            libc::AT_FDCWD,
-            b.as_ptr(),
-            libc::RENAME_EXCHANGE,
-        )
-    };
-    if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    Ok(renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE)?)
 }
 
 #[cfg(not(target_os = "linux"))]

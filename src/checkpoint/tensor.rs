@@ -9,7 +9,6 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::dtype::{Dtype, form};
-use super::fingerprint::hex;
 use crate::{Error, Result};
 
 /// Values converted by one task: 256 KiB of f32, which a core's L2 cache holds.
@@ -114,7 +113,7 @@ impl<'a> Tensor<'a> {
             hash.update(part);
             self.release_part(part);
         }
-        Ok(hex(hash.finalize().as_slice()))
+        Ok(hex::encode(hash.finalize()))
     }
 
     /// A copy of the bytes. Pages are given back as they are copied.

@@ -233,6 +233,8 @@ fn strange_name(name: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
     use super::*;
 
     const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -329,9 +331,7 @@ mod tests {
             assert!(error.message().contains("is a link"), "{error}");
         }
         let pipe = dir.path().join("pipe");
-        let name = std::ffi::CString::new(pipe.to_str().unwrap()).unwrap();
-        // SAFETY: the path ends in a zero byte.
-        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
         assert!(open_own(&pipe).unwrap_err().message().contains("is a pipe"));
         assert_eq!(open_own(dir.path()).unwrap_err().kind(), Kind::Machine);
         assert_eq!(fs_err::read_to_string(target).unwrap(), "mine");

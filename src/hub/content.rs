@@ -174,17 +174,13 @@ impl Hash {
     /// The hash: `etag` if the content has it.
     pub(super) fn finish(self, etag: &str) -> String {
         match self {
-            Self::Sha256(hash) => hexadecimal(&hash.finalize()),
+            Self::Sha256(hash) => hex::encode(hash.finalize()),
             Self::Sha1 { git, plain } => {
-                let plain = hexadecimal(&plain.finalize());
-                if plain == etag { plain } else { hexadecimal(&git.finalize()) }
+                let plain = hex::encode(plain.finalize());
+                if plain == etag { plain } else { hex::encode(git.finalize()) }
             }
         }
     }
-}
-
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// SHA-256 of a file.

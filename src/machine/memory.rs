@@ -3,6 +3,8 @@ process. */
 
 use std::path::Path;
 
+use rustix::process::{Resource, getrlimit};
+
 use super::cgroup::{self, Limit, Read};
 
 /// Bytes that are there, and those that can be had now.
@@ -44,12 +46,12 @@ impl Bound {
 /// What can be had now; none where the system does not tell.
 pub fn available() -> Option<Memory> {
     let read = |path: &Path| std::fs::read_to_string(path).ok();
-    within(&read, limit_of(libc::RLIMIT_AS), limit_of(libc::RLIMIT_DATA))
+    within(&read, limit_of(Resource::As), limit_of(Resource::Data))
 }
 
 /// Address space that this process can still take under `ulimit -v`; none without such a limit.
 pub fn address_space_left() -> Option<u64> {
-    let limit = limit_of(libc::RLIMIT_AS)?;
+    let limit = limit_of(Resource::As)?;
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     Some(limit.saturating_sub(kibibytes(&status, "VmSize").unwrap_or(0)))
 }
@@ -93,13 +95,8 @@ fn kibibytes(text: &str, name: &str) -> Option<u64> {
 }
 
 /// A limit of this process, in bytes; none if it has none.
-fn limit_of(resource: libc::__rlimit_resource_t) -> Option<u64> {
-    // SAFETY: getrlimit fills the struct it is given, for which all zeros is a valid value.
-    let limit = unsafe {
-        let mut limit: libc::rlimit = std::mem::zeroed();
-        (libc::getrlimit(resource, &mut limit) == 0).then_some(limit)?
-    };
-    (limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
+fn limit_of(resource: Resource) -> Option<u64> {
+    getrlimit(resource).current
 }
 
 #[cfg(test)]

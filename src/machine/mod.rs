@@ -16,7 +16,11 @@ pub use signals::{guard, keep_ignored};
 pub use stdout::{note_closed_stdout, stdout_was_closed};
 pub use usage::{cpu_seconds, peak_rss_bytes};
 
+use std::io::IsTerminal;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::stdio::{stderr, stdout};
 
 /// Whether a reader of JSON still waits for its object on stdout.
 static OWES_JSON: AtomicBool = AtomicBool::new(false);
@@ -33,29 +37,26 @@ fn die(text: &[&[u8]], json: &[&[u8]], code: i32) -> ! {
     static DYING: AtomicBool = AtomicBool::new(false);
     if DYING.swap(true, Ordering::SeqCst) {
         loop {
-            // SAFETY: it waits for a signal, and the other thread ends the process.
-            unsafe { libc::pause() };
+            // For a signal; the other thread ends the process.
+            rustix::event::pause();
         }
     }
-    // SAFETY: it only asks about a descriptor.
-    if unsafe { libc::isatty(2) } == 1 {
+    if stderr().is_terminal() {
         // A progress bar may stand in this line.
-        write_raw(2, b"\r\x1b[2K");
+        write_raw(stderr(), b"\r\x1b[2K");
     }
-    text.iter().for_each(|part| write_raw(2, part));
+    text.iter().for_each(|part| write_raw(stderr(), part));
     if OWES_JSON.load(Ordering::Relaxed) {
-        json.iter().for_each(|part| write_raw(1, part));
+        json.iter().for_each(|part| write_raw(stdout(), part));
     }
     // SAFETY: it ends the process without running anything else of it.
     unsafe { libc::_exit(code) }
 }
 
 /// Writes to a descriptor as much as it takes.
-fn write_raw(descriptor: i32, mut bytes: &[u8]) {
+fn write_raw(descriptor: BorrowedFd<'_>, mut bytes: &[u8]) {
     while !bytes.is_empty() {
-        // SAFETY: the pointer and the length are the slice's.
-        let written = unsafe { libc::write(descriptor, bytes.as_ptr().cast(), bytes.len()) };
-        match usize::try_from(written) {
+        match rustix::io::write(descriptor, bytes) {
             Ok(written) if written > 0 => bytes = &bytes[written..],
             _ => return,
         }

@@ -7,8 +7,7 @@ static CLOSED: AtomicBool = AtomicBool::new(false);
 
 /// Looks whether stdout is open. The program calls it before the standard library starts.
 pub extern "C" fn note_closed_stdout() {
-    // SAFETY: it only asks about a descriptor.
-    let closed = unsafe { libc::fcntl(1, libc::F_GETFD) } == -1;
+    let closed = rustix::io::fcntl_getfd(rustix::stdio::stdout()).is_err();
     CLOSED.store(closed, Ordering::Relaxed);
 }
 

@@ -56,7 +56,7 @@ impl Gathering {
         let file = self.file.into_inner().map_err(|error| no_room(error.into_error()))?;
         // SAFETY: the file has no name, so no other process can change it while it is mapped.
         let texts = unsafe { Mmap::map(&file) }.map_err(no_room)?;
-        let hash = self.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let hash = hex::encode(self.hash.finalize());
         Ok((Documents { texts, ends: self.ends }, hash))
     }
 }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use flate2::read::MultiGzDecoder;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::progress::Progress;
 use crate::{Error, Result};
@@ -274,7 +275,7 @@ fn copy_of_pipe(path: &Path, progress: &dyn Progress) -> Result<File> {
 
 /// Waits until there is something to read, for at most a tenth of a second.
 fn wait_for_bytes(pipe: &File) {
-    let mut asked = libc::pollfd { fd: pipe.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: the array has one open descriptor. The caller reads again for any result.
-    unsafe { libc::poll(&raw mut asked, 1, 100) };
+    let tenth = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+    // The caller reads again for any result.
+    let _ = poll(&mut [PollFd::new(pipe, PollFlags::IN)], Some(&tenth));
 }

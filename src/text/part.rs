@@ -16,7 +16,7 @@ use super::pieces::{PIECE_BYTES, Pieces};
 use super::rows::{FileFormat, each_row};
 use super::windows::{calibration_starts, check_size, evaluation_count};
 use super::{Split, Tokenizer};
-use crate::checkpoint::{DataFile, hex};
+use crate::checkpoint::DataFile;
 use crate::hub::Hub;
 use crate::progress::Progress;
 use crate::{Error, Kind, Result};
@@ -210,7 +210,7 @@ impl Part {
             return Err(empty(data.path()));
         }
         pieces.finish()?;
-        Ok(hex(&hash.finalize()))
+        Ok(hex::encode(hash.finalize()))
     }
 
     /// Refuses a text that is too long to be read to its end, before it is tokenized.

@@ -159,7 +159,7 @@ impl Compiler {
         add(&format!("NVRTC {}", self.version));
         self.options(defines).iter().for_each(|option| add(option));
         add(source);
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hex::encode(hash.finalize())
     }
 }
 
