@@ -7,8 +7,9 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{Dtype, Home, RandomModel, Run, SMALL, contents};
+use common::{Dtype, Home, RandomModel, Run, SMALL, contents, send};
 use fs_err as fs;
+use rustix::process::Signal;
 
 /// Sets a limit of the child, in bytes, before it runs.
 fn limited(command: &mut Command, resource: libc::__rlimit_resource_t, bytes: u64) -> &mut Command {
@@ -226,11 +227,11 @@ fn finished(line: &str, output: std::process::Output) -> Run {
 #[test]
 fn signals_that_were_ignored_at_the_start_stay_ignored() {
     for (signal, ignored) in [
-        (libc::SIGHUP, true),
-        (libc::SIGINT, true),
-        (libc::SIGTERM, true),
-        (libc::SIGHUP, false),
-        (libc::SIGINT, false),
+        (Signal::HUP, true),
+        (Signal::INT, true),
+        (Signal::TERM, true),
+        (Signal::HUP, false),
+        (Signal::INT, false),
     ] {
         let home = Home::with_model();
         let line =
@@ -239,18 +240,17 @@ fn signals_that_were_ignored_at_the_start_stay_ignored() {
         // SAFETY: signal is a plain system call, which the child may make before it runs.
         unsafe {
             command.pre_exec(move || {
-                libc::signal(signal, if ignored { libc::SIG_IGN } else { libc::SIG_DFL });
+                libc::signal(signal.as_raw(), if ignored { libc::SIG_IGN } else { libc::SIG_DFL });
                 Ok(())
             });
         }
         let mut child = command.spawn().unwrap();
         // The first lines of the log come after the handlers are set.
         wait_until(|| home.names().iter().any(|name| name.contains("out")));
-        // SAFETY: the child is not waited for yet, so that its number is its own.
-        unsafe { libc::kill(child.id() as i32, signal) };
+        send(signal, &child);
         let run = finished(&line, child.wait_with_output_in(Duration::from_secs(120)));
         let expected = if ignored { 0 } else { 130 };
-        assert_eq!(run.code, Some(expected), "{signal} {ignored}: {}", run.stderr);
+        assert_eq!(run.code, Some(expected), "{signal:?} {ignored}: {}", run.stderr);
         assert_eq!(home.path("out").is_dir(), ignored);
     }
 }

@@ -7,8 +7,9 @@ use std::path::Path;
 use std::process::Child;
 use std::time::Duration;
 
-use common::{Dtype, Home, RandomModel, Run, assert_same_files, contents};
+use common::{Dtype, Home, RandomModel, Run, assert_same_files, contents, send};
 use fs_err as fs;
+use rustix::process::Signal;
 
 /// Work enough that a run can be caught between two blocks.
 const QUANTIZE: &str = "quantize --model model --group 32 --outliers 16 --samples 32 --seq-len 128 --no-eval --threads 1";
@@ -56,8 +57,7 @@ fn kill(mut child: Child) {
 }
 
 fn interrupt(line: &str, child: Child) -> Run {
-    // SAFETY: the child has not been waited for, so the number is still its own.
-    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) }, 0);
+    send(Signal::INT, &child);
     Run::new(line, child.wait_with_output().unwrap())
 }
 
@@ -369,8 +369,7 @@ fn ctrl_c_while_perplexity_is_measured_leaves_the_checkpoint() {
     while !said.contains("evaluate") {
         assert_ne!(stderr.read_line(&mut said).unwrap(), 0, "no evaluation: {said}");
     }
-    // SAFETY: the child has not been waited for, so the number is still its own.
-    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) }, 0);
+    send(Signal::INT, &child);
     stderr.read_to_string(&mut said).unwrap();
     let mut output = child.wait_with_output().unwrap();
     output.stderr = said.into_bytes();

@@ -8,8 +8,9 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use common::{Home, Run, SMALL};
+use common::{Home, Run, SMALL, send};
 use fs_err as fs;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 const SENTENCE: &str = "One word and another word stand in this line of text .\n";
@@ -260,8 +261,7 @@ fn what_is_recorded_of_a_text_is_the_hash_of_all_of_it() {
         .done();
     let atom: Value =
         serde_json::from_slice(&fs::read(home.path("out/atom.json")).unwrap()).unwrap();
-    let digest = Sha256::digest(text.as_bytes());
-    let hash: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let hash = hex::encode(Sha256::digest(text.as_bytes()));
     assert_eq!(atom["calibration"]["sha256"], hash.as_str());
 }
 
@@ -328,8 +328,7 @@ fn interrupted(home: &Home, line: &str, after: Duration) {
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     std::thread::sleep(after);
     let begin = Instant::now();
-    // SAFETY: the child is not waited for yet, so that its number is its own.
-    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) }, 0);
+    send(Signal::INT, &child);
     let run = Run::new(line, child.wait_with_output().unwrap());
     let took = begin.elapsed();
     run.fails(130, &["interrupted"]);
@@ -366,8 +365,7 @@ fn an_interruption_is_answered_while_a_pipe_gives_nothing() {
     let mut pipe = child.stdin.take().unwrap();
     pipe.write_all(SENTENCE.as_bytes()).unwrap();
     std::thread::sleep(Duration::from_millis(700));
-    // SAFETY: the child is not waited for yet, so that its number is its own.
-    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) }, 0);
+    send(Signal::INT, &child);
     let begin = Instant::now();
     let run = Run::new("eval-ppl", child.wait_with_output().unwrap());
     run.fails(130, &["interrupted"]);

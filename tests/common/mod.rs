@@ -10,9 +10,10 @@ mod stored;
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use fs_err as fs;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -104,6 +105,12 @@ impl Home {
     pub fn json(&self, line: &str) -> Value {
         self.run(&format!("{line} --json")).done().json()
     }
+}
+
+/// Sends a signal to a child that nobody has waited for yet, so that its number is still its own.
+#[track_caller]
+pub fn send(signal: Signal, child: &Child) {
+    kill_process(Pid::from_child(child), signal).unwrap();
 }
 
 /// What a run of the program left on its streams.

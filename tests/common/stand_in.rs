@@ -176,14 +176,13 @@ impl StandIn {
 
 /// The name of a content in the cache.
 pub fn blob_name(file: &str, content: &[u8]) -> String {
-    let hexadecimal = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
     if is_large(file) {
-        hexadecimal(&Sha256::digest(content))
+        hex::encode(Sha256::digest(content))
     } else {
         let mut hash = Sha1::new();
         hash.update(format!("blob {}\0", content.len()));
         hash.update(content);
-        hexadecimal(&hash.finalize())
+        hex::encode(hash.finalize())
     }
 }
 

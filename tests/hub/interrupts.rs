@@ -5,14 +5,16 @@ use std::os::fd::AsRawFd;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
+
 use super::*;
+use crate::common::send;
 use crate::common::stand_in::Act;
 
 /// Sends Ctrl-C and checks how the run ends, and when.
 #[track_caller]
 fn interrupt(mut child: Child) {
-    // SAFETY: a signal to a process that we started and have not waited for.
-    assert_eq!(unsafe { libc::kill(child.id().try_into().unwrap(), libc::SIGINT) }, 0);
+    send(Signal::INT, &child);
     let began = Instant::now();
     let status = child.wait().unwrap();
     let took = began.elapsed();
