@@ -13,22 +13,22 @@ pub struct Allocator;
 // SAFETY: every call goes to the system's allocator unchanged; a null pointer is not returned.
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's.
+        // SAFETY: the layout is not of zero bytes, as this function's contract has it too.
         given(unsafe { System.alloc(layout) }, layout.size())
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's.
+        // SAFETY: the layout is not of zero bytes, as this function's contract has it too.
         given(unsafe { System.alloc_zeroed(layout) }, layout.size())
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // SAFETY: the caller's.
+        // SAFETY: the pointer came from `System` with this layout, since all of ours do; `size` is not 0.
         given(unsafe { System.realloc(pointer, layout, size) }, size)
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's.
+        // SAFETY: the pointer came from `System` with this layout, since all of ours do.
         unsafe { System.dealloc(pointer, layout) }
     }
 }

@@ -38,7 +38,7 @@ pub struct Watched(&'static Node);
 
 // SAFETY: a node's fields are atomic, and `next` is never changed after the node is published.
 unsafe impl Send for Watched {}
-// SAFETY: as above.
+// SAFETY: shared use is by those atomics alone.
 unsafe impl Sync for Watched {}
 
 impl Drop for Watched {
@@ -116,8 +116,8 @@ fn words(path: &Path) -> Words {
 }
 
 fn install() {
-    // SAFETY: the handler has the signature that SA_SIGINFO asks for and does only what a handler may.
-    // Threads of the standard library have a stack for handlers; on others it runs on their own.
+    // SAFETY: zeros are a value of `sigaction`. The handler has the signature that SA_SIGINFO asks for, and
+    // calls only what is safe in a handler: atomics, write, isatty, _exit. Threads of the standard library have a stack for handlers; on others it runs on their own.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = on_bus_error as *const () as usize;
@@ -146,7 +146,7 @@ extern "C" fn on_bus_error(
         }
     }
     // It is not ours: what the system does by default happens when the instruction is tried again.
-    // SAFETY: a plain system call that a handler may use.
+    // SAFETY: signal is on POSIX's list of functions that a handler may call, and SIG_DFL is no pointer to code.
     unsafe {
         libc::signal(libc::SIGBUS, libc::SIG_DFL);
     }
