@@ -17,7 +17,7 @@ use crate::text::{Evaluation, Split, TextSet};
 use crate::units;
 use crate::{Error, Result, hub};
 
-/// How the program runs and prints, whatever it does. Orders of display keep the group as it is beside
+/// How the program runs and prints, whatever it does. Orders of display keep the group as it is next to
 /// the flags of any subcommand.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Running")]
@@ -271,7 +271,7 @@ impl CalibrationFlags {
     }
 }
 
-/// The files that a text set's name stands for: itself, or behind `NAME=`, of several each.
+/// The files that a text set's name stands for: itself, or after `NAME=`, of several each.
 fn text_files(spec: &str) -> Inputs {
     let mut inputs = Inputs::default();
     for part in std::iter::once(spec).chain(spec.split(',').map(str::trim)) {

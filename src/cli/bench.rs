@@ -1,4 +1,4 @@
-/*! `atom bench`: speed, beside a baseline measured in the same run. */
+/*! `atom bench`: speed, compared with a baseline measured in the same run. */
 
 use std::io::Read;
 use std::path::{Path, PathBuf};

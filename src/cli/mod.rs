@@ -103,7 +103,7 @@ enum Command {
     Man(man::Arguments),
 }
 
-/// Runs the parsed command. `typed` is the whole command line, of which the hint of an interrupted
+/// Runs the parsed command. `typed` is the entire command line, of which the hint of an interrupted
 /// run is made.
 ///
 /// # Errors

@@ -12,7 +12,7 @@ use crate::progress::Progress;
 use crate::text::Evaluation;
 use crate::{Error, Result};
 
-/// The outcome with the change of perplexity on `evaluation`, if it is asked for, and with its time and memory.
+/// The outcome with the change of perplexity on `evaluation`, if it is requested, and with its time and memory.
 pub(crate) fn with_perplexity<B: Backend>(
     backend: &B,
     source: &Source,

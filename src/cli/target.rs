@@ -5,7 +5,7 @@ use clap::Args;
 use super::values;
 use crate::pipeline::allocate::{Allocating, Target};
 
-/// Outlier counts that are measured and tried beside the recipe's.
+/// Outlier counts that are measured and tried in addition to the recipe's.
 pub(crate) const OUTLIER_COUNTS: [usize; 4] = [0, 32, 64, 128];
 
 #[derive(Args, Debug)]

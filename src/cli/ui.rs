@@ -45,7 +45,7 @@ impl Ui {
         Self { quiet, shared: Arc::new(shared) }
     }
 
-    /// Makes the first Ctrl-C or SIGTERM ask the run to stop, and the second end it at once.
+    /// Makes the first Ctrl-C or SIGTERM ask the run to stop, and the second end it immediately.
     pub(crate) fn watch_signals(&self, resumes: bool) {
         let shared = Arc::clone(&self.shared);
         let handler = move || {
@@ -78,7 +78,7 @@ impl Shared {
         self.stage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes whole lines to stderr, above the bar if there is one.
+    /// Writes complete lines to stderr, above the bar if there is one.
     fn say(&self, lines: &str) {
         let stage = self.stage();
         match stage.as_ref().and_then(|stage| stage.bar.as_ref()) {
@@ -175,7 +175,7 @@ fn new_bar(stage: &str, steps: usize) -> ProgressBar {
     bar
 }
 
-/// Resident memory of this process, where the system tells it (Linux).
+/// Resident memory of this process, where the system reports it (Linux).
 fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;

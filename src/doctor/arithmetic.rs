@@ -1,4 +1,4 @@
-/*! A small linear on each backend, beside the plain definition: codes, the integer product, and the product
+/*! A small linear on each backend, compared with the plain definition: codes, the integer product, and the product
 in floating point.
 
 `atom verify` does the same on a checkpoint of the user's. This takes a moment and finds a machine whose
@@ -79,7 +79,7 @@ impl Example {
         let format = SiteFormat {
             channels: CHANNELS,
             // 5 has no divisor in common with their number, so that each occurs once.
-            order: (0..CHANNELS).map(|place| (place * 5 % CHANNELS) as i32).collect(),
+            order: (0..CHANNELS).map(|slot| (slot * 5 % CHANNELS) as i32).collect(),
             row: RowFormat {
                 numbers: NumberFormat {
                     bits: 4,

@@ -108,7 +108,7 @@ fn has_scheme(reference: &str) -> bool {
         && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
 }
 
-/// `reference` beside the last part of `path`, its `.` and `..` resolved.
+/// `reference` next to the last part of `path`, its `.` and `..` resolved.
 fn relative(path: &str, reference: &str) -> String {
     let (reference, query) = match reference.split_once('?') {
         Some((reference, query)) => (reference, format!("?{query}")),

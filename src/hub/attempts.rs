@@ -53,7 +53,7 @@ pub(super) struct Attempts {
 }
 
 impl Attempts {
-    /// For a question: where there is no way to the Hub, it is given up at once.
+    /// For a question: where there is no way to the Hub, it is given up immediately.
     pub(super) fn at_question(limit: Duration) -> Self {
         Self {
             failed: 0,

@@ -61,7 +61,7 @@ pub(super) struct Metadata {
     pub(super) bytes: u64,
 }
 
-/// A file's bytes on their way.
+/// A file's bytes in flight.
 pub(super) struct Opened<'a> {
     /// The byte of the file that the body begins at.
     pub(super) from: u64,
@@ -95,7 +95,7 @@ struct Sibling {
     rfilename: String,
 }
 
-/// A question: the method, and from which byte on a file is asked for.
+/// A question: the method, and the first byte of a file that is requested.
 #[derive(Clone, Copy)]
 struct Question {
     method: &'static str,
@@ -355,7 +355,7 @@ fn range_start(range: &str) -> Option<u64> {
     range.strip_prefix("bytes ")?.split('-').next()?.parse().ok()
 }
 
-/// Whether a name is a whole commit and so never means anything else.
+/// Whether a name is a full commit and so never means anything else.
 pub(super) fn is_commit(revision: &str) -> bool {
     revision.len() == 40 && is_hexadecimal(revision)
 }

@@ -1,4 +1,4 @@
-/*! Files on their way from the Hub into its cache: room for them, resumed where they were cut, checked.
+/*! Files in flight from the Hub into its cache: room for them, resumed where they were cut, checked.
 
 What came is written as it comes, so a run that is cut loses at most one MiB; the next goes on from
 there, whoever began. A file gets its name when its content has the hash that the Hub named. */
@@ -327,7 +327,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_partial_file_lies_beside_its_blob() {
+    fn a_partial_file_lies_next_to_its_blob() {
         let path = incomplete(Path::new("/c/blobs/abc"));
         assert_eq!(path, Path::new("/c/blobs/abc.incomplete"));
     }

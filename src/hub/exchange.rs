@@ -19,7 +19,7 @@ use crate::progress::Progress;
 
 /// Bytes a second below which a body counts as cut.
 const RATE: u64 = 1024;
-/// Bytes that are handed over at once, and how many of these may wait to be taken.
+/// Bytes that are handed over in one piece, and how many of these may wait to be taken.
 const CHUNK: usize = 64 << 10;
 const QUEUE: usize = 8;
 

@@ -43,7 +43,7 @@ impl Bound {
     }
 }
 
-/// What can be had now; none where the system does not tell.
+/// What can be had now; none where the system does not report it.
 pub fn available() -> Option<Memory> {
     let read = |path: &Path| std::fs::read_to_string(path).ok();
     within(&read, limit_of(Resource::As), limit_of(Resource::Data))

@@ -13,7 +13,7 @@ const HINT: Style = AnsiColor::Cyan.on_default();
 
 /// Columns of the page, so that it reads well on the narrowest of terminals; a path may be longer.
 const WIDTH: usize = 80;
-/// Columns of a status and the gap behind it.
+/// Columns of a status and the gap after it.
 const MARK: usize = 7;
 
 impl Report for DoctorOutcome {

@@ -2,7 +2,7 @@
 
 use crate::printable::printable;
 
-/// Facts, one a line, each behind its label; a fact of several lines keeps its column.
+/// Facts, one a line, each after its label; a fact of several lines keeps its column.
 #[derive(Default)]
 pub(crate) struct Facts {
     rows: Vec<(String, String)>,
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn facts_align_behind_their_labels() {
+    fn facts_align_after_their_labels() {
         let mut facts = Facts::default();
         facts.add("model", "m").add_lines("recipe", "one\ntwo");
         assert_eq!(facts.text(), "model   m\nrecipe  one\n        two\n");
