@@ -116,8 +116,9 @@ fn words(path: &Path) -> Words {
 }
 
 fn install() {
-    // SAFETY: zeros are a value of `sigaction`. The handler has the signature that SA_SIGINFO asks for, and
-    // calls only what is safe in a handler: atomics, write, isatty, _exit. Threads of the standard library have a stack for handlers; on others it runs on their own.
+    // SAFETY: zeros are a value of `sigaction`. The handler has the signature that SA_SIGINFO asks for, and uses
+    // only what is safe in a handler: atomics, write, isatty, _exit. Threads of the standard library have a
+    // stack for handlers; on others it runs on their own.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = on_bus_error as *const () as usize;
