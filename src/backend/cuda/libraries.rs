@@ -8,11 +8,11 @@ use std::fmt;
 
 use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{DriverError, result};
-use cudarc::{cublaslt, cusolver, driver, nvrtc};
+use cudarc::{cublaslt, driver, nvrtc};
 use libloading::Library;
 
-use super::search;
 pub use super::search::{VARIABLE, opened};
+use super::{cusolver, search};
 use crate::{Error, Result};
 
 /// The oldest driver that has every call we make: `cuEventElapsedTime_v2` is the youngest.
@@ -106,18 +106,9 @@ const CUBLASLT_SYMBOLS: &[&str] = &[
     "cublasLtMatrixLayoutDestroy",
 ];
 
-const CUSOLVER_SYMBOLS: &[&str] = &[
-    "cusolverDnCreate",
-    "cusolverDnDestroy",
-    "cusolverDnSetStream",
-    "cusolverDnSpotrf",
-    "cusolverDnSpotrf_bufferSize",
-    "cusolverDnSpotrs",
-];
-
-/// All symbols that are looked up before the first call.
+/// All symbols of cudarc's libraries that are looked up before the first call.
 pub fn required_symbols() -> Vec<&'static str> {
-    [DRIVER_SYMBOLS, NVRTC_SYMBOLS, CUBLASLT_SYMBOLS, CUSOLVER_SYMBOLS].concat()
+    [DRIVER_SYMBOLS, NVRTC_SYMBOLS, CUBLASLT_SYMBOLS].concat()
 }
 
 /// A version of the driver or of NVRTC, or a device's compute capability.
@@ -335,12 +326,7 @@ pub fn cublaslt() -> Result<()> {
 /// A machine error that says what is missing.
 pub fn cusolver() -> Result<()> {
     search::preload(&["nvJitLink", "cublasLt", "cublas", "cusparse", "cusolver"]);
-    // SAFETY: the checks open NVIDIA's own library.
-    unsafe {
-        check("cuSOLVER", "libcusolver", "nvidia-cusolver", CUSOLVER_SYMBOLS, || {
-            cusolver::sys::is_culib_present().then(|| cusolver::sys::culib())
-        })
-    }
+    check("cuSOLVER", "libcusolver", "nvidia-cusolver", cusolver::SYMBOLS, cusolver::library)
 }
 
 /// Checks a library of the toolkit, of which `open` returns a handle.

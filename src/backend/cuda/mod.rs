@@ -13,6 +13,7 @@ mod cache_tests;
 mod calibration;
 pub mod compile;
 mod cross_covariance;
+mod cusolver;
 mod deferred_errors;
 mod driver_error;
 mod forward;

@@ -5,8 +5,7 @@ Everything here is row-major for its callers; the library is column-major. */
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::cusolver::sys;
-
+use super::cusolver as sys;
 use super::gpu::{Buffer, Gpu, Stream};
 use super::slice::In;
 use crate::{Error, Result};
@@ -18,7 +17,7 @@ pub struct Solver {
 }
 
 /// cuSOLVER's handle, which one thread may use at a time.
-struct SolverHandle(sys::cusolverDnHandle_t);
+struct SolverHandle(sys::Handle);
 
 // SAFETY: any thread may be that one.
 unsafe impl Send for SolverHandle {}
@@ -29,10 +28,10 @@ impl Solver {
         gpu.bind()?;
         let mut handle = ptr::null_mut();
         // SAFETY: the library is there; the call writes one handle.
-        let made = unsafe { sys::cusolverDnCreate(&mut handle) };
+        let made = unsafe { (sys::calls().create)(&mut handle) };
         solved("cusolverDnCreate", made)?;
-        // SAFETY: handle and stream are alive; both bindings name the same driver type.
-        let set = unsafe { sys::cusolverDnSetStream(handle, gpu.stream(Stream::Main).cast()) };
+        // SAFETY: handle and stream are alive.
+        let set = unsafe { (sys::calls().set_stream)(handle, gpu.stream(Stream::Main)) };
         solved("cusolverDnSetStream", set)?;
         Ok(Self { gpu, handle: Mutex::new(SolverHandle(handle)) })
     }
@@ -46,7 +45,7 @@ impl Solver {
     pub fn cholesky(&self, matrix: &Buffer, n: usize) -> Result<bool> {
         self.gpu.bind()?;
         // Row-major and lower is column-major and upper.
-        let upper = sys::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
+        let upper = sys::UPPER;
         let size = i32::try_from(n)
             .map_err(|_| Error::machine(format!("a Hessian of {n} channels is too large")))?;
         assert!(In::<f32>::from(matrix).holds(n * n), "a matrix of {n} x {n}");
@@ -55,14 +54,14 @@ impl Solver {
         let mut work = 0;
         // SAFETY: the matrix holds n * n values; the call writes one integer.
         let queried = unsafe {
-            sys::cusolverDnSpotrf_bufferSize(handle.0, upper, size, pointer, size, &mut work)
+            (sys::calls().spotrf_buffer_size)(handle.0, upper, size, pointer, size, &mut work)
         };
         solved("cusolverDnSpotrf_bufferSize", queried)?;
         let workspace = self.gpu.alloc(4 * work.max(1) as usize)?;
         let info = self.gpu.zeros(4)?;
         // SAFETY: workspace and info are as large as the library requires.
         let factorize = || unsafe {
-            sys::cusolverDnSpotrf(
+            (sys::calls().spotrf)(
                 handle.0,
                 upper,
                 size,
@@ -85,7 +84,7 @@ impl Solver {
         assert!(In::<f32>::from(factor).holds(n * n), "a factor of {n} x {n}");
         assert!(In::<f32>::from(right).holds(rows * n), "{rows} rows of {n}");
         let handle = self.handle();
-        let upper = sys::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
+        let upper = sys::UPPER;
         let size = |n: usize| {
             i32::try_from(n).map_err(|_| Error::machine(format!("{n} channels are too many")))
         };
@@ -93,7 +92,7 @@ impl Solver {
         let info = self.gpu.zeros(4)?;
         // SAFETY: the buffers hold n * n and rows * n values; the call writes one integer.
         let solve = || unsafe {
-            sys::cusolverDnSpotrs(
+            (sys::calls().spotrs)(
                 handle.0,
                 upper,
                 n,
@@ -114,15 +113,15 @@ impl Drop for Solver {
     fn drop(&mut self) {
         if self.gpu.wait(Stream::Main).is_ok() {
             // SAFETY: it was made here and is used no more.
-            let _ = unsafe { sys::cusolverDnDestroy(self.handle().0) };
+            let _ = unsafe { (sys::calls().destroy)(self.handle().0) };
         }
     }
 }
 
-fn solved(call: &str, status: sys::cusolverStatus_t) -> Result<()> {
-    if status == sys::cusolverStatus_t::CUSOLVER_STATUS_SUCCESS {
+fn solved(call: &str, status: sys::Status) -> Result<()> {
+    if status == sys::SUCCESS {
         return Ok(());
     }
-    Err(Error::machine(format!("{call} failed: {status:?}"))
+    Err(Error::machine(format!("{call} failed: {}", sys::status_name(status)))
         .hint("`nvidia-smi` says whether the GPU is well; or run with --device cpu"))
 }
