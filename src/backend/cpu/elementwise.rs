@@ -26,7 +26,7 @@ macro_rules! dispatch {
             // SAFETY: the token is proof that the processor has the set.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => unsafe { avx512($($argument),*) },
-            // SAFETY: as above.
+            // SAFETY: the token is proof that the processor has the set.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(_) => unsafe { avx2($($argument),*) },
             _ => $body($($argument),*),

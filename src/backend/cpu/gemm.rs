@@ -125,7 +125,7 @@ impl Shared {
     /// # Safety
     /// `offset` must lie inside the output.
     pub(super) unsafe fn at(&self, offset: usize) -> *mut f32 {
-        // SAFETY: the caller's.
+        // SAFETY: by the contract of this function the result is inside the output, too.
         unsafe { self.0.add(offset) }
     }
 }

@@ -93,7 +93,7 @@ impl Span<'_> {
             // SAFETY: the token is proof that the processor has the set.
             Isa::Avx512(_) => unsafe { self.sweep_avx512(weights, codes, scales, errors) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
+            // SAFETY: the token is proof that the processor has the set.
             Isa::Avx2(_) => unsafe { self.sweep_avx2(weights, codes, scales, errors) },
             _ => self.sweep_body(weights, codes, scales, errors),
         }

@@ -72,7 +72,7 @@ pub fn quantize_rows(
         // SAFETY: the token is proof that the processor has the set.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512(_) => unsafe { quantize_tile_avx512(tile, format, &slots) },
-        // SAFETY: as above.
+        // SAFETY: the token is proof that the processor has the set.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2(_) => unsafe { quantize_tile_avx2(tile, format, &slots) },
         _ => quantize_tile(tile, format, &slots),
@@ -117,7 +117,7 @@ pub fn permute_rows(isa: Isa, x: &[f32], tokens: usize, format: &SiteFormat, per
             // SAFETY: the token is proof that the processor has the set.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => unsafe { permute_avx512(row, format, &slots, out) },
-            // SAFETY: as above.
+            // SAFETY: the token is proof that the processor has the set.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(_) => unsafe { permute_avx2(row, format, &slots, out) },
             _ => permute(row, format, &slots, out),
@@ -142,7 +142,7 @@ pub fn dequantize_rows(isa: Isa, rows: &QuantizedRows, values: &mut [f32]) {
         // SAFETY: the token is proof that the processor has the set.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512(_) => unsafe { dequantize_avx512(rows, token, out) },
-        // SAFETY: as above.
+        // SAFETY: the token is proof that the processor has the set.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2(_) => unsafe { dequantize_avx2(rows, token, out) },
         _ => dequantize(rows, token, out),

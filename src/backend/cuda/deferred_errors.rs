@@ -39,7 +39,7 @@ struct Flags(*mut u32);
 
 // SAFETY: flags are read and reset by who has taken them out of `state`, when their kernels are done.
 unsafe impl Send for Flags {}
-// SAFETY: as above.
+// SAFETY: one flag is touched by one thread alone, which has taken it out of `state`.
 unsafe impl Sync for Flags {}
 
 impl DeferredErrors {
@@ -88,7 +88,7 @@ impl DeferredErrors {
                 ))
                 .hint("the model overflows f16 on this text: try --device cpu"));
             }
-            // SAFETY: as above.
+            // SAFETY: the kernel that writes it is done, and `at` is a flag of ours.
             unsafe { at.write_volatile(NOTHING) };
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

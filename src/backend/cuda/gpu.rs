@@ -56,7 +56,7 @@ struct Pool(sys::CUmemoryPool);
 
 // SAFETY: a handle of the driver, whose calls may come from any thread; the pool lives as long as the device.
 unsafe impl Send for Pool {}
-// SAFETY: as above.
+// SAFETY: the handle is only read; the driver's calls on a pool may come from several threads.
 unsafe impl Sync for Pool {}
 
 /// A position in the main stream's work.
@@ -186,7 +186,7 @@ impl Gpu {
 
     fn synchronize(&self, stream: Stream) -> Result<()> {
         self.bind()?;
-        // SAFETY: the stream is alive.
+        // SAFETY: the stream lives as long as `self`, whose context is current.
         unsafe { result::stream::synchronize(self.stream(stream)) }
             .map_err(|error| failed("a kernel or copy", error))
     }
@@ -255,11 +255,11 @@ impl Gpu {
         let allocated = if used > self.limit_bytes {
             Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))
         } else {
-            // SAFETY: the stream is alive.
+            // SAFETY: the stream lives as long as `self`, whose context is current.
             unsafe { result::malloc_async(self.stream(stream), bytes) }.or_else(|_| {
                 // Memory that other sizes have left in the pool may suffice in one piece.
                 self.trim();
-                // SAFETY: as above.
+                // SAFETY: the stream lives as long as `self`, whose context is current.
                 unsafe { result::malloc_async(self.stream(stream), bytes) }
             })
         };

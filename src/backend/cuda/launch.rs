@@ -42,7 +42,7 @@ unsafe impl Send for Module {}
 
 #[derive(Clone, Copy)]
 struct Function(CUfunction);
-// SAFETY: as above.
+// SAFETY: a handle of the driver, whose calls may come from any thread. Its module is never unloaded.
 unsafe impl Send for Function {}
 
 /// The blocks and threads of a launch.

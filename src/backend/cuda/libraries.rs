@@ -182,7 +182,7 @@ pub fn driver() -> Result<Driver> {
             Error::machine("the CUDA driver's library libcuda.so.1 was not found").hint(update())
         );
     }
-    // SAFETY: the library is there.
+    // SAFETY: it panics where there is no library, and `is_culib_present` has just opened it.
     let library = unsafe { driver::sys::culib() };
     // The version first: an old driver is better named by its age than by a symbol it lacks.
     let lacking =

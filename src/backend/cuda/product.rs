@@ -117,7 +117,7 @@ impl Planned {
 
 // SAFETY: nothing of it changes, and its parts may be used from any thread.
 unsafe impl Send for Planned {}
-// SAFETY: as above.
+// SAFETY: shared use only reads it, and cuBLASLt's descriptors may be read by several threads.
 unsafe impl Sync for Planned {}
 
 impl Drop for Planned {
@@ -145,9 +145,9 @@ pub struct Products {
 /// cuBLASLt's handle, which several threads may use at the same time.
 struct LtHandle(lts::cublasLtHandle_t);
 
-// SAFETY: the library says so.
+// SAFETY: cuBLASLt's manual ties the handle to a context, not to a thread.
 unsafe impl Send for LtHandle {}
-// SAFETY: as above.
+// SAFETY: cuBLASLt's manual lets several threads use one handle at the same time.
 unsafe impl Sync for LtHandle {}
 
 impl Products {

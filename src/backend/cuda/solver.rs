@@ -19,7 +19,7 @@ pub struct Solver {
 /// cuSOLVER's handle, which one thread may use at a time.
 struct SolverHandle(sys::Handle);
 
-// SAFETY: any thread may be that one.
+// SAFETY: cuSOLVER's manual ties the handle to a context, not to a thread; the lock keeps uses apart.
 unsafe impl Send for SolverHandle {}
 
 impl Solver {

@@ -53,7 +53,7 @@ pub(super) unsafe fn integer(
     acc: &mut [[f32; PANEL]],
     out: Option<&Destination>,
 ) {
-    // SAFETY: the caller's promise, passed on.
+    // SAFETY: `integer_tile` requires of the block what this function does.
     unsafe { tiles!(integer_tile, block, acc, out) }
 }
 
@@ -67,7 +67,7 @@ pub(super) unsafe fn float(
     acc: &mut [[f32; PANEL]],
     out: Option<&Destination>,
 ) {
-    // SAFETY: the caller's promise, passed on.
+    // SAFETY: `float_tile` requires of the block what this function does.
     unsafe { tiles!(float_tile, block, acc, out) }
 }
 
@@ -148,7 +148,7 @@ unsafe fn add_nibbles<const TOKENS: usize>(
     stride: usize,
     sums: &mut [[__m256i; 2]; TOKENS],
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract the pointers reach over all chunks and tokens read below.
     unsafe {
         let ones = _mm256_set1_epi16(1);
         for first in (0..chunks).step_by(NARROW_CHUNKS) {
@@ -185,7 +185,7 @@ unsafe fn add_bytes<const TOKENS: usize>(
     stride: usize,
     sums: &mut [[__m256i; 2]; TOKENS],
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract the pointers reach over all chunks and tokens read below.
     unsafe {
         let low = _mm256_set1_epi16(0xff);
         for chunk in 0..chunks {

@@ -71,7 +71,7 @@ pub(super) unsafe fn integer(
     acc: &mut [[f32; PANEL]],
     out: Option<&Destination>,
 ) {
-    // SAFETY: the caller's promise, passed on.
+    // SAFETY: `integer_tile` requires of the block what this function does.
     unsafe { tiles!(integer_tile, block, acc, out) }
 }
 
@@ -85,7 +85,7 @@ pub(super) unsafe fn float(
     acc: &mut [[f32; PANEL]],
     out: Option<&Destination>,
 ) {
-    // SAFETY: the caller's promise, passed on.
+    // SAFETY: `float_tile` requires of the block what this function does.
     unsafe { tiles!(float_tile, block, acc, out) }
 }
 

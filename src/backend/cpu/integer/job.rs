@@ -49,7 +49,7 @@ impl Destination {
     /// They lie within the output, and no other thread writes there while the result is used.
     unsafe fn new(output: &OutputMatrix, panel: usize, tokens: &Range<usize>) -> Self {
         Self {
-            // SAFETY: the caller's promise.
+            // SAFETY: by this function's contract the tokens and the panel are inside the output.
             first: unsafe { output.start.add(tokens.start * output.rows + panel * PANEL) },
             stride: output.rows,
             width: (output.rows - panel * PANEL).min(PANEL),

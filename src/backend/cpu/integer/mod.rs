@@ -187,7 +187,7 @@ fn integer(
         // SAFETY: the token is proof that the processor has the set; the lengths are checked above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512(_) => unsafe { avx512::integer(block, acc, out) },
-        // SAFETY: as above.
+        // SAFETY: the token is proof that the processor has the set; the lengths are checked above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2(_) => unsafe { avx2::integer(block, acc, out) },
         _ => portable::integer(block, acc, out),
@@ -198,10 +198,10 @@ fn integer(
 fn float(isa: Isa, block: &FloatBlock<'_>, acc: &mut [[f32; PANEL]], out: Option<&Destination>) {
     assert_eq!(block.x.len(), acc.len() * block.weights.len());
     match isa {
-        // SAFETY: as in `integer`.
+        // SAFETY: the token is proof that the processor has the set; the length is checked above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512(_) => unsafe { avx512::float(block, acc, out) },
-        // SAFETY: as in `integer`.
+        // SAFETY: the token is proof that the processor has the set; the length is checked above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2(_) => unsafe { avx2::float(block, acc, out) },
         _ => portable::float(block, acc, out),
@@ -214,7 +214,7 @@ fn unpack(isa: Isa, packed: &[Line], unpacked: &mut [Line]) {
         // SAFETY: the token is proof that the processor has the set.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512(_) => unsafe { avx512::unpack_lines(packed, unpacked) },
-        // SAFETY: as above.
+        // SAFETY: the token is proof that the processor has the set.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2(_) => unsafe { avx2::unpack_lines(packed, unpacked) },
         _ => portable::unpack_lines(packed, unpacked),
@@ -227,7 +227,7 @@ fn starts(isa: Isa, codes: &[i8], size: usize, offset: i32, starts: &mut [i32]) 
         // SAFETY: the token is proof that the processor has the set.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512(_) => unsafe { avx512::starts(codes, size, offset, starts) },
-        // SAFETY: as above.
+        // SAFETY: the token is proof that the processor has the set.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2(_) => unsafe { avx2::starts(codes, size, offset, starts) },
         _ => portable::starts(codes, size, offset, starts),

@@ -34,7 +34,7 @@ impl Buffer {
     /// Sets every byte.
     pub fn fill(&self, byte: u8, stream: Stream) -> Result<()> {
         self.gpu.bind()?;
-        // SAFETY: the memory is ours.
+        // SAFETY: the pointer is that of `self.bytes` bytes, which are freed in stream order, so after this.
         unsafe { result::memset_d8_async(self.pointer, byte, self.bytes, self.gpu.stream(stream)) }
             .map_err(|error| failed("cuMemsetD8Async", error))
     }
@@ -175,7 +175,7 @@ pub struct Pinned {
     pub(super) written: usize,
 }
 
-// SAFETY: it is plain memory, owned.
+// SAFETY: pinned memory belongs to the process, not to a thread, and this is its only owner.
 unsafe impl Send for Pinned {}
 // SAFETY: shared references cannot write.
 unsafe impl Sync for Pinned {}
