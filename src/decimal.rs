@@ -4,7 +4,7 @@ it becomes on the way through f64. */
 use serde::Serializer;
 
 /// Writes the shortest decimal that reads back as `value`.
-pub fn serialize<S: Serializer>(value: &f32, serializer: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn serialize<S: Serializer>(value: &f32, serializer: S) -> Result<S::Ok, S::Error> {
     let decimal = value.to_string().parse().unwrap_or(f64::from(*value));
     serializer.serialize_f64(decimal)
 }

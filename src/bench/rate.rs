@@ -17,7 +17,7 @@ const SECONDS: f64 = 3.0;
 
 /// Multiplications and additions a second of the products of one block, all its linears one after another, on
 /// `tokens` random tokens.
-pub fn products<B: Backend>(
+pub(super) fn products<B: Backend>(
     backend: &B,
     architecture: &Architecture,
     tokens: usize,
@@ -62,12 +62,12 @@ pub fn products<B: Backend>(
 }
 
 /// Multiplications and additions of a block's linears for one token.
-pub fn product_operations(architecture: &Architecture) -> f64 {
+pub(super) fn product_operations(architecture: &Architecture) -> f64 {
     architecture.sites(0).iter().map(|site| site_operations(architecture, site)).sum()
 }
 
 /// Those of one site's linears.
-pub fn site_operations(architecture: &Architecture, site: &SiteSpec) -> f64 {
+pub(super) fn site_operations(architecture: &Architecture, site: &SiteSpec) -> f64 {
     let weights = site.linears.iter().map(|linear| linear.rows as f64 * linear.columns as f64);
     let share = match site.kind {
         SiteKind::MlpIn | SiteKind::MlpAct => expert_share(architecture),
@@ -77,13 +77,13 @@ pub fn site_operations(architecture: &Architecture, site: &SiteSpec) -> f64 {
 }
 
 /// Share of a block's experts that a token goes through; all there is where there are none.
-pub fn expert_share(architecture: &Architecture) -> f64 {
+pub(super) fn expert_share(architecture: &Architecture) -> f64 {
     let experts = architecture.experts_of(0);
     experts.map_or(1.0, |experts| experts.per_token as f64 / experts.count as f64)
 }
 
 /// Multiplications and additions of a block's causal attention for one token of a window, on average.
-pub fn attention_operations(architecture: &Architecture, seq_len: usize) -> f64 {
+pub(super) fn attention_operations(architecture: &Architecture, seq_len: usize) -> f64 {
     let width = (architecture.heads * architecture.head_dim) as f64;
     // Scores and outputs, over half of the window.
     2.0 * 2.0 * width * (seq_len + 1) as f64 / 2.0

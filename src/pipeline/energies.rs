@@ -23,7 +23,7 @@ pub struct Statistics {
 
 /// What a measurement leaves of its stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AfterBlock {
+pub(super) enum AfterBlock {
     /// The states after the block.
     Advanced,
     /// The states before the block, as they were.
@@ -31,7 +31,7 @@ pub enum AfterBlock {
 }
 
 /// Measures blocks in full precision.
-pub struct EnergyMeter<'a, B: Backend> {
+pub(super) struct EnergyMeter<'a, B: Backend> {
     /// Does the arithmetic.
     pub backend: &'a B,
     /// The network.
@@ -44,7 +44,7 @@ pub struct EnergyMeter<'a, B: Backend> {
 
 impl<B: Backend> EnergyMeter<'_, B> {
     /// Measures a block on `stream`.
-    pub fn measure(
+    pub(super) fn measure(
         &self,
         weights: &BlockWeights<B>,
         stream: &mut Stream<B>,

@@ -21,7 +21,7 @@ use crate::quant::codebook::Codebook;
 use crate::recipe::{Group, Recipe};
 
 /// A model, and the windows it is calibrated on.
-pub struct CalibrationInput<'a> {
+pub(super) struct CalibrationInput<'a> {
     /// The model.
     pub source: &'a Source,
     /// Its network.
@@ -36,12 +36,12 @@ pub struct CalibrationInput<'a> {
 
 impl CalibrationInput<'_> {
     /// How many tokens there are, and how they are cut.
-    pub fn windows(&self) -> Windows {
+    pub(super) fn windows(&self) -> Windows {
         Windows { tokens: self.tokens.len(), seq_len: self.provenance.seq_len }
     }
 
     /// Refuses a source whose tensors are not what its config says, before any work.
-    pub fn check_tensors(&self) -> Result<()> {
+    pub(super) fn check_tensors(&self) -> Result<()> {
         for (name, shape) in self.architecture.tensors() {
             expect(self.source, &name, &shape)?;
         }
@@ -50,7 +50,7 @@ impl CalibrationInput<'_> {
 
     /// Refuses a NaN or infinity in a tensor that is never quantized: such tensors are few, and the output head
     /// would otherwise be looked at after all the work.
-    pub fn check_unquantized(&self, progress: &dyn Progress) -> Result<()> {
+    pub(super) fn check_unquantized(&self, progress: &dyn Progress) -> Result<()> {
         for name in self.never_quantized() {
             let tensor = self.source.tensor(&name)?;
             tensor.check_finite(&|| progress.check_stop())?;
@@ -61,7 +61,7 @@ impl CalibrationInput<'_> {
 
     /// Bytes of what is in the output whatever the plan: the tensors that are not linears, and the files
     /// next to the shards.
-    pub fn unquantized_bytes(&self) -> Result<u64> {
+    pub(super) fn unquantized_bytes(&self) -> Result<u64> {
         let mut bytes = self.source.side_files()?.copied.iter().map(SideFile::bytes).sum();
         for name in self.never_quantized() {
             bytes += self.unquantized(&name)?.bytes();
@@ -84,7 +84,7 @@ impl CalibrationInput<'_> {
     }
 
     /// The name and bytes of a tensor that stays as the source has it.
-    pub fn copy(&self, name: &str, progress: &dyn Progress) -> Result<(String, Vec<u8>)> {
+    pub(super) fn copy(&self, name: &str, progress: &dyn Progress) -> Result<(String, Vec<u8>)> {
         let tensor = self.source.tensor(name)?;
         // A NaN here would spoil the model as surely as one in a linear.
         tensor.check_finite(&|| progress.check_stop())?;
@@ -118,7 +118,7 @@ struct QuantizationConfig {
 }
 
 /// Everything a run is decided by.
-pub struct Job<'a> {
+pub(super) struct Job<'a> {
     /// The model and its calibration windows.
     pub input: CalibrationInput<'a>,
     /// The resolved recipe.
@@ -129,7 +129,7 @@ pub struct Job<'a> {
 
 impl Job<'_> {
     /// The output's tensors, in the order they are stored.
-    pub fn tensor_specs(&self) -> Result<Vec<TensorSpec>> {
+    pub(super) fn tensor_specs(&self) -> Result<Vec<TensorSpec>> {
         let planned = planned_tensors(&self.input.architecture, &self.blocks, &self.recipe.kv());
         let specs = planned.into_iter().map(|tensor| match tensor {
             PlannedTensor::Unquantized { name, .. } => self.input.unquantized(&name),
@@ -139,19 +139,19 @@ impl Job<'_> {
     }
 
     /// How many of the units that were written are blocks.
-    pub fn finished_blocks(&self, done: &[DoneBlock]) -> usize {
+    pub(super) fn finished_blocks(&self, done: &[DoneBlock]) -> usize {
         let outer = self.input.architecture.outer_tensors();
         done.iter().filter(|done| outer.iter().all(|outer| outer.part != done.block)).count()
     }
 
     /// How the output is written.
-    pub fn options(&self, output: &Output) -> Result<Options> {
+    pub(super) fn options(&self, output: &Output) -> Result<Options> {
         let side_bytes = self.input.source.side_files()?.copied.iter().map(SideFile::bytes).sum();
         Ok(Options { resume: output.resume, side_bytes, ..Options::default() })
     }
 
     /// What a resumed run must agree on.
-    pub fn identity(&self) -> Result<Value> {
+    pub(super) fn identity(&self) -> Result<Value> {
         let identity = Identity {
             tool_version: env!("CARGO_PKG_VERSION"),
             source: self.input.source.fingerprint()?,
@@ -164,7 +164,7 @@ impl Job<'_> {
     }
 
     /// `config.json` of the output.
-    pub fn config(&self) -> Value {
+    pub(super) fn config(&self) -> Value {
         const TIED: &str = "tie_word_embeddings";
         let mut config = self.input.source.config().clone();
         if !self.input.architecture.tied && config.get(TIED) == Some(&Value::Bool(true)) {
@@ -188,7 +188,7 @@ impl Job<'_> {
     }
 
     /// What `atom.json` of the output says. `errors` are those of the quantized linears.
-    pub fn manifest(&self, errors: &[(String, f64)]) -> Result<Manifest> {
+    pub(super) fn manifest(&self, errors: &[(String, f64)]) -> Result<Manifest> {
         let errors: HashMap<&str, f64> =
             errors.iter().map(|(name, error)| (name.as_str(), *error)).collect();
         let mut blocks = self.blocks.clone();

@@ -13,7 +13,7 @@ use crate::quant::site::SiteFormat;
 use crate::recipe::Recipe;
 
 /// A block's quantized sites and the relative output error of each of its quantized linears.
-pub struct QuantizedBlock<B: Backend> {
+pub(super) struct QuantizedBlock<B: Backend> {
     /// In the order of the plan.
     pub sites: Vec<QuantizedSite<B::Quantized>>,
     /// `(linear, error)`.
@@ -28,7 +28,7 @@ impl<B: Backend> QuantizedBlock<B> {
 }
 
 /// What stays the same from block to block.
-pub struct BlockQuantizer<'a, B: Backend> {
+pub(super) struct BlockQuantizer<'a, B: Backend> {
     /// Does the arithmetic.
     pub backend: &'a B,
     /// The network.

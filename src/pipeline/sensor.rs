@@ -20,7 +20,7 @@ use crate::quant::site::SiteFormat;
 use crate::recipe::Recipe;
 
 /// What is measured, and with what.
-pub struct Subject<'a, B: Backend> {
+pub(super) struct Subject<'a, B: Backend> {
     /// Does the arithmetic.
     pub backend: &'a B,
     /// The source's tensors.
@@ -44,7 +44,7 @@ impl<B: Backend> Clone for Subject<'_, B> {
 impl<B: Backend> Copy for Subject<'_, B> {}
 
 /// Takes the measurements, block by block.
-pub struct Sensor<'a, B: Backend> {
+pub(super) struct Sensor<'a, B: Backend> {
     subject: Subject<'a, B>,
     /// Outlier counts, the recipe's first.
     counts: Vec<usize>,
@@ -69,7 +69,7 @@ struct Measured<Q> {
 impl<'a, B: Backend> Sensor<'a, B> {
     /// A sensor for `tokens`, the calibration's windows of `attention.seq_len`. `counts` are tried
     /// wherever a site is wide enough for them, and the recipe's everywhere.
-    pub fn new(subject: Subject<'a, B>, counts: &[usize], tokens: &[u32]) -> Result<Self> {
+    pub(super) fn new(subject: Subject<'a, B>, counts: &[usize], tokens: &[u32]) -> Result<Self> {
         let Subject { backend, tensors, architecture, attention, recipe, .. } = subject;
         let seq_len = attention.seq_len;
         let samples = tokens.len() / seq_len;
@@ -101,7 +101,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
     }
 
     /// Measures the next block.
-    pub fn measure(&mut self, weights: &BlockWeights<B>, energies: &Energies) -> Result<()> {
+    pub(super) fn measure(&mut self, weights: &BlockWeights<B>, energies: &Energies) -> Result<()> {
         let Subject { backend, architecture, recipe, .. } = self.subject;
         let specs = architecture.sites(weights.index);
         let usual = plan_block(recipe, &specs)?;
@@ -283,7 +283,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
     }
 
     /// What was measured, once every block was: `kept_bytes` is for the file.
-    pub fn finish(mut self, kept_bytes: u64) -> Result<Sensitivity> {
+    pub(super) fn finish(mut self, kept_bytes: u64) -> Result<Sensitivity> {
         let Subject { backend, tensors, architecture, recipe, progress, .. } = self.subject;
         let head = OutputHead::load(backend, tensors, architecture)?;
         let normed = |x: &B::Hidden| head.normed(backend, x);

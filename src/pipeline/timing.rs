@@ -6,13 +6,13 @@ use super::outcome::StageSeconds;
 
 /// Adds up the wall-clock seconds of named stages.
 #[derive(Default)]
-pub struct Timing {
+pub(super) struct Timing {
     stages: Vec<StageSeconds>,
 }
 
 impl Timing {
     /// Runs `work` and books its time to `stage`.
-    pub fn measure<T>(&mut self, stage: &str, work: impl FnOnce() -> T) -> T {
+    pub(super) fn measure<T>(&mut self, stage: &str, work: impl FnOnce() -> T) -> T {
         let start = Instant::now();
         let result = work();
         let seconds = start.elapsed().as_secs_f64();
@@ -24,7 +24,7 @@ impl Timing {
     }
 
     /// The stages in the order they first began.
-    pub fn finish(self) -> Vec<StageSeconds> {
+    pub(super) fn finish(self) -> Vec<StageSeconds> {
         self.stages
     }
 }

@@ -26,7 +26,7 @@ const NEGLIGIBLE: f64 = 0.02;
 ///
 /// # Errors
 /// Input, naming the linear; what a source tensor cannot be read for.
-pub fn check_weights(
+pub(super) fn check_weights(
     name: &str,
     linear: &QuantizedLinear,
     source: &Tensor<'_>,
@@ -72,7 +72,7 @@ pub fn check_weights(
 ///
 /// # Errors
 /// Input, naming the site.
-pub fn check_activations(
+pub(super) fn check_activations(
     architecture: &Architecture,
     block: usize,
     plan: &[SitePlan],

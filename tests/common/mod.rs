@@ -4,8 +4,8 @@
 #![allow(dead_code)]
 
 mod model;
-pub mod snapshot;
-pub mod stand_in;
+pub(crate) mod snapshot;
+pub(crate) mod stand_in;
 mod stored;
 
 use std::os::unix::process::CommandExt;
@@ -18,44 +18,44 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 #[allow(unused_imports)]
-pub use model::{Dtype, RandomModel, RandomTensor};
+pub(crate) use model::{Dtype, RandomModel, RandomTensor};
 #[allow(unused_imports)]
-pub use stored::{StoredModel, StoredTensor};
+pub(crate) use stored::{StoredModel, StoredTensor};
 
 /// Flags that quantize a [`RandomModel`] in a fraction of a second: groups and outliers that fit its
 /// widths, few and short windows.
-pub const SMALL: &str = "--group 32 --outliers 16 --samples 4 --seq-len 64 --windows 2";
+pub(crate) const SMALL: &str = "--group 32 --outliers 16 --samples 4 --seq-len 64 --windows 2";
 
 /// A directory of its own, in which the program runs and everything it writes lies.
-pub struct Home {
+pub(crate) struct Home {
     dir: TempDir,
 }
 
 impl Home {
     /// An empty directory.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { dir: tempfile::tempdir().unwrap() }
     }
 
     /// A directory that holds a random model of two blocks in F16, `model`.
-    pub fn with_model() -> Self {
+    pub(crate) fn with_model() -> Self {
         let home = Self::new();
         RandomModel::new(2).write(&home.path("model"), Dtype::F16, 1);
         home
     }
 
     /// A path in it.
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// The names of everything in it, sorted, hidden files included.
-    pub fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         names(self.dir.path())
     }
 
     /// The program with the words of `line`, ready to run here. A panic would show its trace.
-    pub fn command(&self, line: &str) -> Command {
+    pub(crate) fn command(&self, line: &str) -> Command {
         let mut command = Command::new(assert_cmd::cargo::cargo_bin!("atom"));
         command
             .args(line.split_whitespace())
@@ -91,30 +91,30 @@ impl Home {
     }
 
     /// Runs the program to its end.
-    pub fn run(&self, line: &str) -> Run {
+    pub(crate) fn run(&self, line: &str) -> Run {
         Run::new(line, self.command(line).output().unwrap())
     }
 
     /// Runs the program with `ATOM_ISA` set.
-    pub fn run_on(&self, isa: &str, line: &str) -> Run {
+    pub(crate) fn run_on(&self, isa: &str, line: &str) -> Run {
         Run::new(line, self.command(line).env("ATOM_ISA", isa).output().unwrap())
     }
 
     /// Runs the program, which must succeed, and returns its JSON.
     #[track_caller]
-    pub fn json(&self, line: &str) -> Value {
+    pub(crate) fn json(&self, line: &str) -> Value {
         self.run(&format!("{line} --json")).done().json()
     }
 }
 
 /// Sends a signal to a child that nobody has waited for yet, so that its number is still its own.
 #[track_caller]
-pub fn send(signal: Signal, child: &Child) {
+pub(crate) fn send(signal: Signal, child: &Child) {
     kill_process(Pid::from_child(child), signal).unwrap();
 }
 
 /// What a run of the program left on its streams.
-pub struct Run {
+pub(crate) struct Run {
     line: String,
     pub code: Option<i32>,
     pub stdout: String,
@@ -123,7 +123,7 @@ pub struct Run {
 
 impl Run {
     #[track_caller]
-    pub fn new(line: &str, output: Output) -> Self {
+    pub(crate) fn new(line: &str, output: Output) -> Self {
         let text = |bytes| String::from_utf8(bytes).unwrap();
         let run = Self {
             line: line.to_owned(),
@@ -142,26 +142,26 @@ impl Run {
     }
 
     /// Whether either stream holds the words.
-    pub fn all_contains(&self, words: &str) -> bool {
+    pub(crate) fn all_contains(&self, words: &str) -> bool {
         self.stdout.contains(words) || self.stderr.contains(words)
     }
 
     /// The run, which must have succeeded.
     #[track_caller]
-    pub fn done(self) -> Self {
+    pub(crate) fn done(self) -> Self {
         assert_eq!(self.code, Some(0), "{}", self.all());
         self
     }
 
     /// stdout as JSON.
     #[track_caller]
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.stdout).unwrap_or_else(|_| panic!("no JSON: {}", self.all()))
     }
 
     /// The run, which must have ended with `code` and an error that says every one of `parts`.
     #[track_caller]
-    pub fn fails(self, code: i32, parts: &[&str]) -> Self {
+    pub(crate) fn fails(self, code: i32, parts: &[&str]) -> Self {
         assert_eq!(self.code, Some(code), "{}", self.all());
         let error = self.stderr.split("error: ").nth(1);
         let error = error.unwrap_or_else(|| panic!("no error: {}", self.all()));
@@ -173,7 +173,7 @@ impl Run {
 }
 
 /// The names of everything in a directory, sorted.
-pub fn names(dir: &Path) -> Vec<String> {
+pub(crate) fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(dir)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -183,13 +183,13 @@ pub fn names(dir: &Path) -> Vec<String> {
 }
 
 /// Every file of a flat directory with its bytes.
-pub fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
+pub(crate) fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
     names(dir).into_iter().map(|name| (name.clone(), fs::read(dir.join(name)).unwrap())).collect()
 }
 
 /// Compares two directories byte by byte; names the files that differ and prints none of them.
 #[track_caller]
-pub fn assert_same_files(a: &Path, b: &Path) {
+pub(crate) fn assert_same_files(a: &Path, b: &Path) {
     assert_eq!(names(a), names(b), "{} and {} hold other files", a.display(), b.display());
     let differing: Vec<String> = contents(a)
         .into_iter()
@@ -202,7 +202,7 @@ pub fn assert_same_files(a: &Path, b: &Path) {
 
 /// A directory that an environment variable names; without it the test says loudly that it is
 /// skipped.
-pub fn directory_from(variable: &str, test: &str) -> Option<PathBuf> {
+pub(crate) fn directory_from(variable: &str, test: &str) -> Option<PathBuf> {
     let found = std::env::var_os(variable).map(PathBuf::from).filter(|dir| dir.is_dir());
     if found.is_none() {
         skipped(test, &format!("{variable} names no directory"));
@@ -211,7 +211,7 @@ pub fn directory_from(variable: &str, test: &str) -> Option<PathBuf> {
 }
 
 /// Says that a test did not run, past the harness that would swallow it.
-pub fn skipped(test: &str, why: &str) {
+pub(crate) fn skipped(test: &str, why: &str) {
     use std::io::Write;
     let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
 }

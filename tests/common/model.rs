@@ -9,14 +9,14 @@ use serde_json::{Map, Value, json};
 
 /// Element type of a written checkpoint.
 #[derive(Clone, Copy, Debug)]
-pub enum Dtype {
+pub(crate) enum Dtype {
     F16,
     BF16,
     F32,
 }
 
 /// A tensor before it is written.
-pub struct RandomTensor {
+pub(crate) struct RandomTensor {
     pub name: String,
     pub shape: Vec<usize>,
     pub values: Vec<f32>,
@@ -24,7 +24,7 @@ pub struct RandomTensor {
 
 /// A Llama with tied embeddings and the bundled tokenizer. Its MLP's width is a multiple of nothing
 /// that groups are made of.
-pub struct RandomModel {
+pub(crate) struct RandomModel {
     pub config: Value,
     pub tensors: Vec<RandomTensor>,
 }
@@ -36,12 +36,12 @@ const KV_HEADS: usize = 2;
 const VOCABULARY: usize = 4096;
 
 impl RandomModel {
-    pub fn new(blocks: usize) -> Self {
+    pub(crate) fn new(blocks: usize) -> Self {
         Self::with_widths(blocks, HIDDEN, MLP)
     }
 
     /// With other widths of the residual stream and the MLP.
-    pub fn with_widths(blocks: usize, hidden: usize, mlp: usize) -> Self {
+    pub(crate) fn with_widths(blocks: usize, hidden: usize, mlp: usize) -> Self {
         let config = json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -82,12 +82,12 @@ impl RandomModel {
     }
 
     /// The tensor of this name, to be spoiled.
-    pub fn tensor(&mut self, name: &str) -> &mut RandomTensor {
+    pub(crate) fn tensor(&mut self, name: &str) -> &mut RandomTensor {
         self.tensors.iter_mut().find(|tensor| tensor.name == name).unwrap()
     }
 
     /// Writes the checkpoint; with more than one shard, tensors are distributed round-robin.
-    pub fn write(&self, dir: &Path, dtype: Dtype, shards: usize) {
+    pub(crate) fn write(&self, dir: &Path, dtype: Dtype, shards: usize) {
         fs::create_dir_all(dir).unwrap();
         fs::write(dir.join("config.json"), self.config.to_string()).unwrap();
         let tokenizer = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-llama/tokenizer.json");

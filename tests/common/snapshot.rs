@@ -17,7 +17,7 @@ fn blessing() -> bool {
 }
 
 /// What is different between the text and the file of that name; nothing once it is written.
-pub fn difference(name: &str, text: &str) -> Option<String> {
+pub(crate) fn difference(name: &str, text: &str) -> Option<String> {
     let path = directory().join(name);
     if blessing() {
         fs_err::create_dir_all(path.parent().unwrap()).unwrap();
@@ -49,14 +49,14 @@ pub fn difference(name: &str, text: &str) -> Option<String> {
 
 /// Fails on the first line that differs from the file of that name.
 #[track_caller]
-pub fn assert_pinned(name: &str, text: &str) {
+pub(crate) fn assert_pinned(name: &str, text: &str) {
     if let Some(difference) = difference(name, text) {
         panic!("{difference}");
     }
 }
 
 /// Files of a folder that none of `names` is: removed when blessing, returned otherwise.
-pub fn strays(folder: &str, names: &[String]) -> Vec<String> {
+pub(crate) fn strays(folder: &str, names: &[String]) -> Vec<String> {
     let folder = directory().join(folder);
     let mut strays = super::names(&folder);
     strays.retain(|name| !names.contains(name));

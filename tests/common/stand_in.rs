@@ -11,13 +11,13 @@ use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 /// The commit of every repository's `main`.
-pub const COMMIT: &str = "1111111111111111111111111111111111111111";
+pub(crate) const COMMIT: &str = "1111111111111111111111111111111111111111";
 /// The commit of every other revision that is known: `v1` and `refs/convert/parquet`.
-pub const OTHER: &str = "2222222222222222222222222222222222222222";
+pub(crate) const OTHER: &str = "2222222222222222222222222222222222222222";
 
 /// A request that arrived.
 #[derive(Clone, Debug)]
-pub struct Request {
+pub(crate) struct Request {
     pub method: String,
     pub path: String,
     pub range: Option<String>,
@@ -30,7 +30,7 @@ pub struct Request {
 
 /// What a server does instead of answering as the Hub does.
 #[derive(Clone)]
-pub enum Act {
+pub(crate) enum Act {
     /// Sends these bytes, head and body, and closes the connection.
     Send(Vec<u8>),
     /// Sends these bytes one by one, with a pause before each.
@@ -45,13 +45,13 @@ pub enum Act {
 
 impl Act {
     /// An answer with a status, headers and a body, whose length is added.
-    pub fn answer(status: &str, headers: &[(&str, &str)], body: &[u8]) -> Self {
+    pub(crate) fn answer(status: &str, headers: &[(&str, &str)], body: &[u8]) -> Self {
         Self::Send(message(status, headers, body))
     }
 }
 
 /// The bytes of an answer.
-pub fn message(status: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
+pub(crate) fn message(status: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
     let mut head = format!("HTTP/1.1 {status}\r\nConnection: close\r\n");
     for (name, value) in headers {
         head.push_str(&format!("{name}: {value}\r\n"));
@@ -64,7 +64,7 @@ pub fn message(status: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
 
 /// What goes wrong, and what there is.
 #[derive(Default)]
-pub struct State {
+pub(crate) struct State {
     /// Content by `org/name/file`, of data sets by `datasets/org/name/file`.
     files: BTreeMap<String, Vec<u8>>,
     pub log: Vec<Request>,
@@ -94,13 +94,13 @@ pub struct State {
 }
 
 /// The running stand-in; it stops with the test.
-pub struct StandIn {
+pub(crate) struct StandIn {
     port: u16,
     state: Arc<Mutex<State>>,
 }
 
 impl StandIn {
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let state = Arc::new(Mutex::new(State::default()));
@@ -114,42 +114,42 @@ impl StandIn {
         Self { port, state }
     }
 
-    pub fn endpoint(&self) -> String {
+    pub(crate) fn endpoint(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    pub fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
 
-    pub fn add(&self, path: &str, content: &[u8]) {
+    pub(crate) fn add(&self, path: &str, content: &[u8]) {
         self.state().files.insert(path.to_owned(), content.to_vec());
     }
 
     /// Adds every file of a directory.
-    pub fn add_dir(&self, repo: &str, dir: &std::path::Path) {
+    pub(crate) fn add_dir(&self, repo: &str, dir: &std::path::Path) {
         for (name, content) in super::contents(dir) {
             self.add(&format!("{repo}/{name}"), &content);
         }
     }
 
     /// Lets the next `times` requests whose `METHOD PATH` holds `text` meet with `act`.
-    pub fn act(&self, text: &str, times: usize, act: Act) {
+    pub(crate) fn act(&self, text: &str, times: usize, act: Act) {
         self.state().acts.push((text.to_owned(), times, Some(act)));
     }
 
     /// Lets the next `times` of such requests have their answers before acts begin.
-    pub fn skip(&self, text: &str, times: usize) {
+    pub(crate) fn skip(&self, text: &str, times: usize) {
         self.state().acts.push((text.to_owned(), times, None));
     }
 
     /// Forgets all acts.
-    pub fn behave(&self) {
+    pub(crate) fn behave(&self) {
         self.state().acts.clear();
     }
 
     /// Waits until a request has come whose `METHOD PATH` holds `text`.
-    pub fn wait_for(&self, text: &str) {
+    pub(crate) fn wait_for(&self, text: &str) {
         let here =
             |request: &Request| format!("{} {}", request.method, request.path).contains(text);
         while !self.state().log.iter().any(here) {
@@ -158,12 +158,12 @@ impl StandIn {
     }
 
     /// The requests since the last call.
-    pub fn requests(&self) -> Vec<Request> {
+    pub(crate) fn requests(&self) -> Vec<Request> {
         std::mem::take(&mut self.state().log)
     }
 
     /// The names of the files whose content was asked for since the last call, sorted.
-    pub fn fetched(&self) -> Vec<String> {
+    pub(crate) fn fetched(&self) -> Vec<String> {
         let gets = self.requests().into_iter().filter(|request| request.method == "GET");
         let resolved = gets.filter_map(|request| {
             request.path.split_once("/resolve/")?.1.split_once('/').map(|(_, file)| file.to_owned())
@@ -175,7 +175,7 @@ impl StandIn {
 }
 
 /// The name of a content in the cache.
-pub fn blob_name(file: &str, content: &[u8]) -> String {
+pub(crate) fn blob_name(file: &str, content: &[u8]) -> String {
     if is_large(file) {
         hex::encode(Sha256::digest(content))
     } else {

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 /// A stored tensor.
 #[derive(Clone)]
-pub struct StoredTensor {
+pub(crate) struct StoredTensor {
     pub name: String,
     pub dtype: String,
     pub shape: Vec<usize>,
@@ -17,7 +17,7 @@ pub struct StoredTensor {
 
 impl StoredTensor {
     /// A tensor of F16 values.
-    pub fn f16(name: &str, shape: &[usize], value: impl Fn(usize) -> f32) -> Self {
+    pub(crate) fn f16(name: &str, shape: &[usize], value: impl Fn(usize) -> f32) -> Self {
         let count = shape.iter().product();
         let bytes = (0..count).flat_map(|at| f16::from_f32(value(at)).to_le_bytes()).collect();
         Self { name: name.to_owned(), dtype: "F16".to_owned(), shape: shape.to_vec(), bytes }
@@ -26,19 +26,19 @@ impl StoredTensor {
 
 /// A checkpoint's configuration and tensors.
 #[derive(Clone)]
-pub struct StoredModel {
+pub(crate) struct StoredModel {
     pub config: Value,
     pub tensors: Vec<StoredTensor>,
 }
 
 impl StoredModel {
     /// The bundled tiny-llama.
-    pub fn tiny_llama() -> Self {
+    pub(crate) fn tiny_llama() -> Self {
         Self::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-llama"))
     }
 
     /// The checkpoint in a directory.
-    pub fn read(dir: &Path) -> Self {
+    pub(crate) fn read(dir: &Path) -> Self {
         let config = serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap();
         let bytes = fs::read(dir.join("model.safetensors")).unwrap();
         let start = 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
@@ -58,24 +58,24 @@ impl StoredModel {
     }
 
     /// The tensor of this name.
-    pub fn tensor(&mut self, name: &str) -> &mut StoredTensor {
+    pub(crate) fn tensor(&mut self, name: &str) -> &mut StoredTensor {
         self.tensors.iter_mut().find(|tensor| tensor.name == name).unwrap()
     }
 
     /// The same with one tensor more.
-    pub fn with(mut self, tensor: StoredTensor) -> Self {
+    pub(crate) fn with(mut self, tensor: StoredTensor) -> Self {
         self.tensors.push(tensor);
         self
     }
 
     /// The same with other names.
-    pub fn renamed(mut self, rename: impl Fn(&str) -> String) -> Self {
+    pub(crate) fn renamed(mut self, rename: impl Fn(&str) -> String) -> Self {
         self.tensors.iter_mut().for_each(|tensor| tensor.name = rename(&tensor.name));
         self
     }
 
     /// Writes it with the bundled tokenizer.
-    pub fn write(&self, dir: &Path) {
+    pub(crate) fn write(&self, dir: &Path) {
         fs::create_dir_all(dir).unwrap();
         fs::write(dir.join("config.json"), self.config.to_string()).unwrap();
         let tokenizer = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-llama/tokenizer.json");
@@ -85,7 +85,7 @@ impl StoredModel {
 }
 
 /// A safetensors file.
-pub fn shard(tensors: &[StoredTensor]) -> Vec<u8> {
+pub(super) fn shard(tensors: &[StoredTensor]) -> Vec<u8> {
     let (mut header, mut data) = (Map::new(), Vec::new());
     for StoredTensor { name, dtype, shape, bytes } in tensors {
         let start = data.len();

@@ -14,7 +14,7 @@ use crate::quant::site::{PADDING, SiteFormat, Transform};
 /// Outliers of a site whose codes are made here.
 const MOST_OUTLIERS: usize = 256;
 /// A norm's weight in the order of a site, as the kernel reads it.
-pub struct NormWeight(Buffer);
+pub(super) struct NormWeight(Buffer);
 
 /// What the columns of gate and up are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -18,7 +18,7 @@ use super::slice::{Element, In, Out};
 use crate::Result;
 
 /// All kernels of a device.
-pub struct Kernels {
+pub(super) struct Kernels {
     gpu: Arc<Gpu>,
     compiler: Compiler,
     loaded: Mutex<Loaded>,
@@ -47,7 +47,7 @@ unsafe impl Send for Function {}
 
 /// The blocks and threads of a launch.
 #[derive(Clone, Copy, Debug)]
-pub struct Geometry {
+pub(super) struct Geometry {
     /// Blocks in x, y, z.
     pub grid: (usize, usize, usize),
     /// Threads of a block.
@@ -60,27 +60,27 @@ pub struct Geometry {
 
 impl Geometry {
     /// Blocks in x, y and z, without dynamic shared memory.
-    pub fn grid(grid: (usize, usize, usize), threads: usize) -> Self {
+    pub(super) fn grid(grid: (usize, usize, usize), threads: usize) -> Self {
         Self { grid, threads, shared_bytes: 0, cluster: 1 }
     }
 
     /// `blocks` in one dimension, without dynamic shared memory.
-    pub fn line(blocks: usize, threads: usize) -> Self {
+    pub(super) fn line(blocks: usize, threads: usize) -> Self {
         Self::grid((blocks, 1, 1), threads)
     }
 
     /// Enough blocks for `count` items, one a thread.
-    pub fn over(count: usize, threads: usize) -> Self {
+    pub(super) fn over(count: usize, threads: usize) -> Self {
         Self::line(count.div_ceil(threads), threads)
     }
 }
 
 /// An argument of a kernel: at most eight bytes, as the kernel's type has them.
 #[derive(Clone, Copy, Debug)]
-pub struct Argument(u64);
+pub(super) struct Argument(u64);
 
 /// A value that a kernel takes.
-pub trait Parameter: Copy {
+pub(super) trait Parameter: Copy {
     /// What the kernel's source may call its type.
     fn types() -> Vec<String>;
     /// The value as the kernel reads it.
@@ -152,7 +152,7 @@ impl<P: Parameter> Parameter for Option<P> {
 
 /// A launch of a kernel: its arguments, and what they say of the program and the blocks. Implemented by the structs of
 /// `kernels/`, whose fields are the kernel's parameters.
-pub trait Launch: Arguments {
+pub(super) trait Launch: Arguments {
     /// The file of the kernel.
     const FAMILY: Family;
 
@@ -169,7 +169,7 @@ pub trait Launch: Arguments {
 }
 
 /// What [`kernel!`](super::kernels::kernel) makes of a kernel's parameters.
-pub trait Arguments {
+pub(super) trait Arguments {
     /// The names of the kernels that take them.
     const ENTRIES: &'static [&'static str];
     /// Names of the parameters and what their types may be called, in order.
@@ -183,7 +183,7 @@ pub trait Arguments {
 
 impl Kernels {
     /// The kernels of a device, none of them compiled yet.
-    pub fn new(gpu: Arc<Gpu>, compiler: Compiler) -> Self {
+    pub(super) fn new(gpu: Arc<Gpu>, compiler: Compiler) -> Self {
         Self { gpu, compiler, loaded: Mutex::default(), last_has_pdl: Mutex::new(false) }
     }
 
@@ -254,14 +254,14 @@ impl Kernels {
     }
 
     /// Launches a kernel on the main stream.
-    pub fn launch<K: Launch>(&self, kernel: &K) -> Result<()> {
+    pub(super) fn launch<K: Launch>(&self, kernel: &K) -> Result<()> {
         let entry = K::ENTRIES[kernel.entry()];
         self.gpu.traced(|| entry.to_owned(), || self.launch_on(Stream::Main, kernel))
     }
 
     /// How many clusters of a launch the device holds simultaneously: fewer than its multiprocessors would, since a cluster stays within
     /// a part of the device.
-    pub fn active_clusters<K: Launch>(&self, kernel: &K) -> Result<usize> {
+    pub(super) fn active_clusters<K: Launch>(&self, kernel: &K) -> Result<usize> {
         let geometry = kernel.geometry();
         let Geometry { threads, shared_bytes, cluster, .. } = geometry;
         let entry = K::ENTRIES[kernel.entry()];
@@ -306,7 +306,7 @@ impl Kernels {
     }
 
     /// Launches a kernel on a stream.
-    pub fn launch_on<K: Launch>(&self, stream: Stream, kernel: &K) -> Result<()> {
+    pub(super) fn launch_on<K: Launch>(&self, stream: Stream, kernel: &K) -> Result<()> {
         let geometry = kernel.geometry();
         let Geometry { grid, shared_bytes, cluster, .. } = geometry;
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {

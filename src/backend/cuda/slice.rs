@@ -6,14 +6,14 @@ use std::marker::PhantomData;
 use super::gpu::Buffer;
 
 /// An element of device memory.
-pub trait Element {
+pub(super) trait Element {
     /// Its names in the kernels' sources.
     const NAMES: &'static [&'static str];
 }
 
 /// Bytes of whatever type: half, bf16 or float, as a kernel's macros or its name say.
 #[derive(Clone, Copy, Debug)]
-pub struct Any;
+pub(super) struct Any;
 
 macro_rules! elements {
     ($($type:ty: $($name:literal)+),* $(,)?) => {
@@ -38,7 +38,7 @@ pub struct In<'a, T> {
 }
 
 /// Elements that a kernel writes. Several may be of one buffer: kernels of one stream follow one another.
-pub struct Out<'a, T> {
+pub(super) struct Out<'a, T> {
     pointer: u64,
     bytes: usize,
     memory: PhantomData<&'a T>,
@@ -67,7 +67,7 @@ macro_rules! slices {
 
         impl<T> $slice<'_, T> {
             /// Without the first `count` elements.
-            pub fn skip(self, count: usize) -> Self {
+            pub(super) fn skip(self, count: usize) -> Self {
                 let skipped = count * element_bytes::<T>();
                 assert!(skipped <= self.bytes, "{count} elements are skipped of {} bytes", self.bytes);
                 Self { pointer: self.pointer + skipped as u64, bytes: self.bytes - skipped, ..self }
