@@ -109,7 +109,7 @@ impl Jobs<'_> {
         let acc: &mut [[f32; PANEL]] = bytemuck::cast_slice_mut(&mut acc);
         for panel in panels {
             acc.fill([0.0; PANEL]);
-            // SAFETY: the caller's promise.
+            // SAFETY: by this function's contract no other job has these panels and tokens, which are the output's.
             let out = unsafe { Destination::new(&self.output, panel, &tokens) };
             if format.groups == 0 && format.outlier_channels == 0 {
                 out.store(0, acc);
