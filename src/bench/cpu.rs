@@ -2,14 +2,10 @@
 linears.
 
 Ours read weights that are packed once and used for every batch, as in calibration and evaluation;
-packing is not counted, and neither is quantizing the activations of the W4A4 product. The baseline is faer's product on the weight as it lies in the checkpoint,
-`[n, k]`; several threads share its rows. */
+packing is not counted, and neither is quantizing the activations of the W4A4 product. The baseline, which builds with the feature
+`bench-faer` have, is faer's product on the weight as it lies in the checkpoint, `[n, k]`; several threads share its rows. */
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
-use rayon::prelude::*;
-
-use super::{Row, medians};
+use super::{Row, Work, medians};
 use crate::backend::cpu::gemm::{Panels, Rows, par_gemm};
 use crate::backend::cpu::integer::{IntegerLinear, linear};
 use crate::backend::cpu::isa::Isa;
@@ -73,8 +69,8 @@ enum Kernel {
 fn measure(isa: Isa, threads: usize, product: Product, kernel: Kernel) -> Row {
     let Product { m, n, k } = product;
     let (x, w) = (random(m * k, 1), random(n * k, 2));
-    let (mut y, mut y_of_faer) = (vec![0.0; m * n], vec![0.0; m * n]);
-    let mut ours: Box<dyn FnMut() + Send> = match kernel {
+    let mut y = vec![0.0; m * n];
+    let ours: Work<'_> = match kernel {
         Kernel::F32 => {
             let panels = Panels::from_rows(&w, n, k);
             let x = &x;
@@ -92,26 +88,46 @@ fn measure(isa: Isa, threads: usize, product: Product, kernel: Kernel) -> Row {
     };
     let operations = 2.0 * m as f64 * n as f64 * k as f64;
     let rounds = (3e10 / operations.max(1.0)).clamp(3.0, 15.0) as usize;
+    let mut works: Vec<_> =
+        [Some(ours), baseline(threads, product, &x, &w)].into_iter().flatten().collect();
+    let seconds = medians(rounds, &mut works);
+    let name = match kernel {
+        Kernel::F32 => "f32",
+        Kernel::W4A4 => "w4a4",
+    };
+    Row::new(format!("{name} ({})", isa.name()), product, threads, &seconds)
+}
+
+/// faer's f32 product of the same sizes.
+#[cfg(any(test, feature = "bench-faer"))]
+fn baseline<'a>(threads: usize, product: Product, x: &'a [f32], w: &'a [f32]) -> Option<Work<'a>> {
+    use faer::linalg::matmul::matmul;
+    use faer::{Accum, MatMut, MatRef, Par};
+    use rayon::prelude::*;
+
+    let Product { m, n, k } = product;
+    let mut y = vec![0.0; m * n];
     let rows_of_thread = m.div_ceil(threads.max(1)).max(1);
-    let (ours, faer) = medians(rounds, &mut ours, || {
-        let outputs = y_of_faer.par_chunks_mut((rows_of_thread * n).max(1));
+    Some(Box::new(move || {
+        let outputs = y.par_chunks_mut((rows_of_thread * n).max(1));
         outputs.zip(x.par_chunks((rows_of_thread * k).max(1))).for_each(|(y, x)| {
             let rows = x.len() / k;
             matmul(
                 MatMut::from_row_major_slice_mut(y, rows, n),
                 Accum::Replace,
                 MatRef::from_row_major_slice(x, rows, k),
-                MatRef::from_row_major_slice(&w, n, k).transpose(),
+                MatRef::from_row_major_slice(w, n, k).transpose(),
                 1.0,
                 Par::Seq,
             );
         });
-    });
-    let name = match kernel {
-        Kernel::F32 => "f32",
-        Kernel::W4A4 => "w4a4",
-    };
-    Row::new(format!("{name} ({})", isa.name()), product, threads, ours, faer)
+    }))
+}
+
+/// Without the feature there is none.
+#[cfg(not(any(test, feature = "bench-faer")))]
+fn baseline<'a>(_: usize, _: Product, _: &'a [f32], _: &'a [f32]) -> Option<Work<'a>> {
+    None
 }
 
 /// All channels in their own order, the last of them outliers: integers of 4 bits.
@@ -166,7 +182,7 @@ mod tests {
             for (row, product) in rows.iter().zip(products.iter().cycle().copied()) {
                 assert_eq!(Product { m: row.m, n: row.n, k: row.k }, product);
                 assert!(row.name.contains("portable") && row.threads == threads);
-                assert!(row.gflops > 0.0 && row.ratio.is_finite());
+                assert!(row.gflops > 0.0 && row.ratio.unwrap().is_finite());
             }
         }
     }
@@ -179,6 +195,7 @@ mod tests {
         let products = [SMOLLM2_135M.split_at(4).0, LLAMA_2_7B.split_at(1).0].concat();
         for row in super::products(Isa::detect().unwrap(), 1, &products).unwrap() {
             let Row { name, m, n, k, gflops, baseline_gflops, ratio, .. } = row;
+            let (baseline_gflops, ratio) = (baseline_gflops.unwrap(), ratio.unwrap());
             eprintln!("{name} {m} x {n} x {k}: {gflops:.1}, faer {baseline_gflops:.1}, {ratio:.3}");
         }
     }

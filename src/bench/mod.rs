@@ -49,7 +49,7 @@ impl BenchOutcome {
 }
 
 /// `atom bench cpu`: f32 and W4A4 products beside faer's f32 product, on one thread and, with more
-/// than one, on all.
+/// than one, on all. A build without the feature `bench-faer` has our products only, and says so.
 pub fn cpu() -> Result<BenchOutcome> {
     let isa = Isa::detect()?;
     let shapes = [&SMOLLM2_135M[..], &LLAMA_2_7B[..]].concat();
@@ -58,8 +58,14 @@ pub fn cpu() -> Result<BenchOutcome> {
     if threads > 1 {
         rows.extend(products(isa, threads, &shapes)?);
     }
-    Ok(BenchOutcome::of(&rows))
+    let mut outcome = BenchOutcome::of(&rows);
+    if rows.iter().all(|row| row.ratio.is_none()) {
+        outcome.facts.insert("baseline".into(), NO_BASELINE.into());
+    }
+    Ok(outcome)
 }
+
+const NO_BASELINE: &str = "none; build atom with `cargo build --release --features bench-faer`";
 
 /// One measured kernel.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -77,39 +83,42 @@ pub struct Row {
     /// Our rate, in 10^9 multiplications and additions a second.
     pub gflops: f64,
     /// The baseline's rate.
-    pub baseline_gflops: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub baseline_gflops: Option<f64>,
     /// The first over the second.
-    pub ratio: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ratio: Option<f64>,
 }
 
 impl Row {
-    /// A row from the median seconds of ours and of the baseline.
-    pub fn new(name: String, product: Product, threads: usize, ours: f64, baseline: f64) -> Self {
+    /// A row from the median seconds of ours and, where there is one, of the baseline.
+    pub fn new(name: String, product: Product, threads: usize, seconds: &[f64]) -> Self {
         let Product { m, n, k } = product;
-        let rate = |seconds: f64| 2.0 * m as f64 * n as f64 * k as f64 / seconds / 1e9;
-        let (gflops, baseline_gflops) = (rate(ours), rate(baseline));
-        Self { name, m, n, k, threads, gflops, baseline_gflops, ratio: gflops / baseline_gflops }
+        let rate = |seconds: &f64| 2.0 * m as f64 * n as f64 * k as f64 / seconds / 1e9;
+        let (gflops, baseline_gflops) = (rate(&seconds[0]), seconds.get(1).map(rate));
+        let ratio = baseline_gflops.map(|baseline| gflops / baseline);
+        Self { name, m, n, k, threads, gflops, baseline_gflops, ratio }
     }
 }
 
-/// Seconds of `ours` and of `baseline`, medians of `rounds` (at least one) in which each runs once,
-/// so that a change in the processor's clock meets both. A first round warms up.
-pub fn medians(rounds: usize, mut ours: impl FnMut(), mut baseline: impl FnMut()) -> (f64, f64) {
-    let seconds = |work: &mut dyn FnMut()| {
-        let start = std::time::Instant::now();
-        work();
-        // A clock too coarse for the work must not make a rate infinite.
-        start.elapsed().as_secs_f64().max(1e-9)
-    };
-    let (mut of_ours, mut of_baseline) = (Vec::new(), Vec::new());
+/// What is measured.
+pub type Work<'a> = Box<dyn FnMut() + Send + 'a>;
+
+/// Seconds of each work, medians of `rounds` (at least one) in which each runs once, so that a change in
+/// the processor's clock meets all. A first round warms up.
+pub fn medians(rounds: usize, works: &mut [Work<'_>]) -> Vec<f64> {
+    let mut seconds = vec![Vec::new(); works.len()];
     for round in 0..=rounds.max(1) {
-        let pair = (seconds(&mut ours), seconds(&mut baseline));
-        if round > 0 {
-            of_ours.push(pair.0);
-            of_baseline.push(pair.1);
+        for (work, seconds) in works.iter_mut().zip(&mut seconds) {
+            let start = std::time::Instant::now();
+            work();
+            if round > 0 {
+                // A clock too coarse for the work must not make a rate infinite.
+                seconds.push(start.elapsed().as_secs_f64().max(1e-9));
+            }
         }
     }
-    (median(&mut of_ours), median(&mut of_baseline))
+    seconds.iter_mut().map(|seconds| median(seconds)).collect()
 }
 
 /// The middle value, the lower one of two.
@@ -124,16 +133,22 @@ mod tests {
 
     #[test]
     fn medians_leave_out_the_first_round_and_alternate() {
-        let order = std::cell::RefCell::new(String::new());
-        medians(2, || order.borrow_mut().push('o'), || order.borrow_mut().push('b'));
-        assert_eq!(order.into_inner(), "obobob");
+        let order = std::sync::Mutex::new(String::new());
+        let names = &order;
+        let work = |name| -> Work<'_> { Box::new(move || names.lock().unwrap().push(name)) };
+        assert_eq!(medians(2, &mut [work('o'), work('b')]).len(), 2);
+        assert_eq!(order.into_inner().unwrap(), "obobob");
         assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&mut [4.0, 1.0]), 1.0);
     }
 
     #[test]
     fn a_row_counts_two_operations_a_product() {
-        let row = Row::new("x".into(), Product { m: 1000, n: 1000, k: 500 }, 1, 0.5, 1.0);
-        assert_eq!((row.gflops, row.baseline_gflops, row.ratio), (2.0, 1.0, 2.0));
+        let row = |seconds| Row::new("x".into(), Product { m: 1000, n: 1000, k: 500 }, 1, seconds);
+        let Row { gflops, baseline_gflops, ratio, .. } = row(&[0.5, 1.0]);
+        assert_eq!((gflops, baseline_gflops, ratio), (2.0, Some(1.0), Some(2.0)));
+        let alone = serde_json::to_value(row(&[0.5])).unwrap();
+        assert_eq!(alone["gflops"], 2.0);
+        assert!(alone.get("baseline_gflops").is_none() && alone.get("ratio").is_none());
     }
 }

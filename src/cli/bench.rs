@@ -59,7 +59,7 @@ pub(crate) struct Arguments {
 enum What {
     /// A token's attention over the GPU's cache in 2 to 4 bits, at models' heads, beside the cache in f16
     Attention(AttentionFlags),
-    /// Matrix products and integer kernels, beside faer's f32 product on the same shapes
+    /// Matrix products and integer kernels, beside faer's f32 product in builds with the feature bench-faer
     #[command(after_help = CPU_EXAMPLES)]
     Cpu,
     /// The GPU's integer product at models' shapes, beside cuBLASLt in f16, INT8 and FP8

@@ -88,7 +88,7 @@ mod tests {
         for x in x.chunks(n) {
             (0..n * n).for_each(|at| h[at] += x[at / n] * x[at % n]);
         }
-        let (u, _) = factor(&mut h, n, 1e-6).unwrap();
+        let (u, _) = factor(Isa::detect().unwrap(), &h, n, 1e-6).unwrap();
         let cross = |rows| Matrix { rows, columns: n, data: vec![0.0; rows * n] };
         for (share, isa) in Isa::available().into_iter().flat_map(|isa| [(1.0, isa), (0.5, isa)]) {
             let mut error =

@@ -3,6 +3,7 @@ set or the number of threads. Its integer path is the specification of what a ch
 
 pub mod attention;
 mod calibration;
+mod cholesky;
 mod cross_covariance;
 pub mod elementwise;
 mod factor;
@@ -26,6 +27,7 @@ use std::sync::Arc;
 
 use super::{AccumulatedError, Matrix};
 use crate::Result;
+pub use factor::Factor;
 pub use hessian::Hessian;
 use isa::Isa;
 pub use tensor::HostTensor;

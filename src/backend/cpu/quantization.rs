@@ -1,9 +1,10 @@
 //! Codes of weights, and weights laid out for products.
 
+use super::factor::factor;
 use super::gemm_pack::Panels;
 use super::integer::IntegerLinear;
 use super::weights::{self, permuted};
-use super::{Cpu, Hessian, factor, gptq, hand_back};
+use super::{Cpu, Factor, Hessian, gptq, hand_back};
 use crate::Result;
 use crate::backend::{AccumulatedError, Damping, Matrix, Quantization, Unquantized, output_error};
 use crate::checkpoint;
@@ -13,7 +14,7 @@ use crate::quant::weights::{dequantize, round_to_nearest};
 
 impl Quantization for Cpu {
     type Quantized = QuantizedLinear;
-    type Factor = Vec<f32>;
+    type Factor = Factor;
 
     fn site(&self, format: &SiteFormat) -> Result<SiteFormat> {
         Ok(format.clone())
@@ -32,10 +33,10 @@ impl Quantization for Cpu {
         Ok(IntegerLinear::new(weight))
     }
 
-    fn cholesky(&self, gram: &mut Hessian, damping: f32) -> Result<Option<(Vec<f32>, Damping)>> {
+    fn cholesky(&self, gram: &mut Hessian, damping: f32) -> Result<Option<(Factor, Damping)>> {
         // What the site before left must not take memory next to a second matrix of this size.
         hand_back();
-        Ok(factor::factor(&mut gram.lower, gram.n, damping))
+        Ok(factor(self.isa, &gram.lower, gram.n, damping))
     }
 
     fn gptq(
@@ -43,7 +44,7 @@ impl Quantization for Cpu {
         linears: &[Unquantized<checkpoint::Tensor<'_>>],
         site: &SiteFormat,
         gram: &Hessian,
-        factor: &Vec<f32>,
+        factor: &Factor,
         accumulated: Option<&AccumulatedError<Matrix>>,
     ) -> Result<Vec<(QuantizedLinear, f64)>> {
         let sweep = |linear: &Unquantized<checkpoint::Tensor<'_>>| {
