@@ -2,6 +2,7 @@
 process. */
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use rustix::process::{Resource, getrlimit};
 
@@ -54,6 +55,15 @@ pub fn address_space_left() -> Option<u64> {
     let limit = limit_of(Resource::As)?;
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     Some(limit.saturating_sub(kibibytes(&status, "VmSize").unwrap_or(0)))
+}
+
+/// Whether the system backs memory with huge pages unasked, so that all of it counts where a part is used.
+pub fn hands_out_huge_pages() -> bool {
+    static ALWAYS: OnceLock<bool> = OnceLock::new();
+    *ALWAYS.get_or_init(|| {
+        let enabled = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+        enabled.is_ok_and(|enabled| enabled.contains("[always]"))
+    })
 }
 
 /// As [`available`], of a system read by `read`, with the process's limits in bytes.

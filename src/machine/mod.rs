@@ -11,7 +11,7 @@ mod usage;
 
 pub use allocator::Allocator;
 pub use mapped::{Watched, watch};
-pub use memory::{Bound, Memory, address_space_left, available};
+pub use memory::{Bound, Memory, address_space_left, available, hands_out_huge_pages};
 pub use signals::{guard, keep_ignored};
 pub use stdout::{note_closed_stdout, stdout_was_closed};
 pub use usage::{cpu_seconds, peak_rss_bytes};

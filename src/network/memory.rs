@@ -28,7 +28,7 @@ const PER_THREAD: u64 = 3 << 20;
 const DEVICE_BASE: u64 = 512 << 20;
 /// Larger pieces of memory go back to the system when they are freed; smaller ones leave holes, which the
 /// next ones may not fit into.
-const ON_HEAP: u64 = 32 << 20;
+pub(crate) const ON_HEAP: u64 = 32 << 20;
 /// Address space that is reserved and never touched, which `ulimit -v` counts: stacks, arenas, buffers of
 /// libraries.
 const UNTOUCHED: u64 = 128 << 20;

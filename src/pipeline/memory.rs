@@ -4,16 +4,17 @@ use super::job::{CalibrationInput, Job};
 use super::sensitivity::EFFECT_TOKENS;
 use crate::checkpoint::Tensors;
 use crate::checkpoint::plan::{BlockPlan, SitePlan};
+use crate::machine;
 use crate::model::Architecture;
 use crate::model::sites::{ATTN_OUT, MLP_ACT, MLP_IN};
-use crate::network::memory::{BlockBytes, NetworkBytes, SourceBytes, Windows, Workspace};
+use crate::network::memory::{BlockBytes, NetworkBytes, ON_HEAP, SourceBytes, Windows, Workspace};
 use crate::recipe::Recipe;
 
 /// Channels of a matrix as wide as a Hessian that are packed at a time for the loss, and for the correction
 /// of an accumulated error.
 const PACKED_CHANNELS: [u64; 2] = [512, 1024];
 /// Channels of such a matrix that its factorization keeps and works with, besides it and its factor.
-const FACTOR_CHANNELS: u64 = 384;
+const FACTOR_CHANNELS: u64 = 320;
 
 /// Bytes that `quantize` and `pack` take at the peak.
 pub(super) fn quantize_bytes(
@@ -129,7 +130,7 @@ impl BlockWork<'_> {
         let quantizing = match (recipe.gptq, sequential) {
             (false, _) => rounding(plan) + writing,
             (true, false) => {
-                let squares: u64 = plan.iter().map(square).sum();
+                let squares: u64 = plan.iter().map(gram).sum();
                 let seen = self.seen_bytes(plan, batch);
                 let copy = 4 * batch * hidden;
                 let hessians =
@@ -139,8 +140,11 @@ impl BlockWork<'_> {
                     plan,
                     |_| 0,
                     |at, site| {
-                        let later: u64 = plan[at + 1..].iter().map(square).sum();
-                        2 * square(site) + later + linear_bytes(site, 2, PACKED_CHANNELS[0])
+                        let later: u64 = plan[at + 1..].iter().map(gram).sum();
+                        gram(site)
+                            + square(site)
+                            + later
+                            + linear_bytes(site, 2, PACKED_CHANNELS[0])
                     },
                 );
                 hessians.max(propagating).max(sites + hole)
@@ -209,7 +213,7 @@ impl BlockWork<'_> {
                         true => linear_bytes(site, 3, PACKED_CHANNELS[1]),
                         false => linear_bytes(site, 2, PACKED_CHANNELS[0]),
                     };
-                square(site) + cross + outputs + heads + measuring.max(quantizing)
+                gram(site) + cross + outputs + heads + measuring.max(quantizing)
             },
         )
     }
@@ -236,6 +240,17 @@ fn sites_bytes(
 /// A matrix of a site's width, in f32.
 fn square(site: &SitePlan) -> u64 {
     4 * (site.width() as u64).saturating_mul(site.width() as u64)
+}
+
+/// A site's Hessian. Nothing is written above its diagonal, so of a large one, which comes from the system as zeros,
+/// only the pages below count; unless the system hands out pages that are larger than its rows.
+fn gram(site: &SitePlan) -> u64 {
+    const PAGE: u64 = 4096;
+    let (square, width) = (square(site), site.width() as u64);
+    if square < ON_HEAP || machine::hands_out_huge_pages() {
+        return square;
+    }
+    square / 2 + (width * PAGE / 2).min(square / 2)
 }
 
 /// The site's largest linear in f32, so many copies, and so many channels of a square that are packed.
