@@ -151,7 +151,11 @@ impl Grid {
         } else {
             Err(Error::input(format!(
                 "a group's largest magnitude is {absmax}: its scale is not an f16"
-            )))
+            ))
+            .hint(
+                "multiply the linear before by a power of two and divide this one by it, which changes nothing \
+                 else; or leave this one at 16 bits in a plan",
+            ))
         }
     }
 
