@@ -33,12 +33,6 @@ static __device__ __forceinline__ float scale_of(float absmax, float clip, float
     return to_float(to_half(__fdiv_rn(absmax * clip, greatest)));
 }
 
-/// The scale of a group: its clipped absmax becomes `top`, and with `signed_scales` its peak the least code.
-static __device__ __forceinline__ float group_scale(u32 peak, float clip, float top, int signed_scales) {
-    float scale = scale_of(peak_magnitude(peak), clip, top);
-    return signed_scales ? signed_scale(scale, peak) : scale;
-}
-
 /// The code, in two's complement, in the lowest byte. The limits are integers, so that clamping first
 /// and rounding then is the same as rounding first; and the sum with 1.5 * 2^23 rounds to an integer,
 /// ties to even, that its lowest bits hold. Conversions would take four times as long as additions.
@@ -62,6 +56,28 @@ static __device__ __forceinline__ float round_float(float value, float steps, fl
 static __device__ __forceinline__ float nearest_e2m1_doubled(float value) { return round_float(value, 2.0f, 2.0f, 12.0f); }
 /// E4M3, up to 448.
 static __device__ __forceinline__ float nearest_e4m3(float value) { return round_float(value, 8.0f, 0.015625f, 448.0f); }
+
+#ifdef SCALE_GRID
+enum { F16_GRID, BF16_GRID, E4M3_GRID, POWER_OF_TWO_GRID };
+
+/// The scale on the grid SCALE_GRID nearest to `scale` (src/quant/scale.rs): not finite if it is beyond f16, or
+/// if `scale` is. `unit` is the power of two that numbers of E4M3 are multiplied with.
+static __device__ __forceinline__ float round_scale(float scale, float unit) {
+    u32 bits = __float_as_uint(scale);
+    if (SCALE_GRID == F16_GRID || !is_finite(scale)) return to_float(to_half(scale));
+    if (SCALE_GRID == E4M3_GRID) return nearest_e4m3(__fdiv_rn(scale, unit)) * unit;
+    // Half of the lowest bit that stays, and one more where that bit is set: ties to even.
+    if (SCALE_GRID == BF16_GRID) bits = bits + 0x7fffu + (bits >> 16 & 1) & 0xffff0000u;
+    if (SCALE_GRID == POWER_OF_TWO_GRID) bits = bits + 0x00200000u & 0x7f800000u;
+    return to_float(to_half(__uint_as_float(bits)));
+}
+
+/// The scale of a group: its clipped absmax becomes `top`, and with `signed_scales` its peak the least code.
+static __device__ __forceinline__ float group_scale(u32 peak, float clip, float top, int signed_scales, float scale_unit) {
+    float scale = round_scale(__fdiv_rn(peak_magnitude(peak) * clip, top), scale_unit);
+    return signed_scales ? signed_scale(scale, peak) : scale;
+}
+#endif
 
 /// What makes a Hadamard transform of LENGTH values, a power of two, orthonormal: 1 / sqrt(LENGTH), computed
 /// in f64 and rounded once.

@@ -302,12 +302,12 @@ static __device__ __forceinline__ u32 peak_of_all(const float (&v)[32]) {
     return max((u32)above << 1, (int)below < 0 ? negative << 1 | 1 : 0);
 }
 
-/// As scale_of, with the divisor's reciprocal: the corrected quotient is the rounded one.
-static __device__ __forceinline__ float quick_scale(float absmax, float clip, float top, float inverse_top) {
+/// As group_scale without signs, with the divisor's reciprocal: the corrected quotient is the rounded one.
+static __device__ __forceinline__ float quick_scale(float absmax, float clip, float top, float inverse_top, float unit) {
     float x = absmax * clip;
     float quotient = x * inverse_top;
     quotient = fmaf(fmaf(-top, quotient, x), inverse_top, quotient);
-    return to_float(to_half(quotient));
+    return round_scale(quotient, unit);
 }
 /// As inverse_of: one step of Newton's from within an ulp returns the rounded reciprocal of every number but those with
 /// all bits of the significand set, which f16 has not.
@@ -371,7 +371,7 @@ static __device__ __forceinline__ uint4 signed_codes(const float* v, float inver
 struct Target {
     float clip, top, inverse_top;
     int signed_scales;
-    float least, greatest;
+    float scale_unit, least, greatest;
     i8* codes;
     float* scales;
     int scale_stride;
@@ -403,7 +403,7 @@ static __device__ __forceinline__ void group_codes(float (&v)[32], int part, int
     u32 most = peak_of_all(v);
     if (GROUP >= 64) most = max(most, __shfl_xor_sync(0xffffffffu, most, 8));
     if (GROUP >= 128) most = max(most, __shfl_xor_sync(0xffffffffu, most, 16));
-    float scale = quick_scale(peak_magnitude(most), target.clip, target.top, target.inverse_top);
+    float scale = quick_scale(peak_magnitude(most), target.clip, target.top, target.inverse_top, target.scale_unit);
     if (target.signed_scales) scale = signed_scale(scale, most);
     float inverse = quick_inverse(scale);
     if (there && part % (GROUP / 32) == 0) {
@@ -700,11 +700,11 @@ static __device__ __forceinline__ void make(const half* gate, const half* up, co
 /// of it the panels s * slice_panels and on, with `stages` units in flight.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
     const In* x, const void* other, const int* slots, int tokens, int columns, int groups, int outliers, int slice_panels, int stages, float epsilon,
-    float clip, float top, float inverse_top, int signed_scales, float least, float greatest, i8* codes, float* scales, int scale_stride,
+    float clip, float top, float inverse_top, int signed_scales, float scale_unit, float least, float greatest, i8* codes, float* scales, int scale_stride,
     i8* outlier_codes, float* outlier_scales, int padded_outliers, u32* bad
 ) {
     Shape shape{tokens, columns, groups, outliers};
-    Target target{clip, top, inverse_top, signed_scales, least, greatest, codes, scales, scale_stride, outlier_codes, outlier_scales, padded_outliers, bad};
+    Target target{clip, top, inverse_top, signed_scales, scale_unit, least, greatest, codes, scales, scale_stride, outlier_codes, outlier_scales, padded_outliers, bad};
     // The shuffle: the compiler sees that a warp does not diverge.
     int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 #if ORDERED

@@ -69,9 +69,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) unit_upper(float* l, const
 struct Grid {
     float ratio, least, greatest;
     int signed_scales;
+    float scale_unit;
 
     __device__ __forceinline__ float scale(u32 peak) const {
-        float scale = to_float(to_half(peak_magnitude(peak) * ratio));
+        float scale = round_scale(peak_magnitude(peak) * ratio, scale_unit);
         return signed_scales ? signed_scale(scale, peak) : scale;
     }
     __device__ __forceinline__ float code(float value, float inverse) const {
@@ -87,7 +88,7 @@ struct Grid {
 /// is wider than a span. A warp a scale.
 extern "C" __global__ void __launch_bounds__(THREADS) wide_group_scales(
     const float* weights, int rows, int width, int rows_per_scale, int first, int size, int group, int groups,
-    float ratio, int signed_scales, float* scales, u32* bad
+    float ratio, int signed_scales, float scale_unit, float* scales, u32* bad
 ) {
     int set = (blockIdx.x * THREADS + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (set * rows_per_scale >= rows) return;
@@ -96,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) wide_group_scales(
         const float* values = weights + (long long)row * width + first;
         for (int i = lane; i < size; i += 32) most = max(most, peak_of(values[i]));
     }
-    Grid grid{ratio, 0.0f, 0.0f, signed_scales};
+    Grid grid{ratio, 0.0f, 0.0f, signed_scales, scale_unit};
     float scale = grid.scale(warp_max(most));
     if (lane == 0) {
         scales[(long long)set * groups + group] = scale;
@@ -266,19 +267,19 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sweep_rows(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
-    int group_size, int groups, int wide, int feedback, float ratio, int signed_scales, float least, float greatest, i8* codes, float* scales,
+    int group_size, int groups, int wide, int feedback, float ratio, int signed_scales, float scale_unit, float least, float greatest, i8* codes, float* scales,
     float* difference, float* unrounded, const float* pivots, double* errors, u32* bad
 ) {
-    Grid grid{ratio, least, greatest, signed_scales};
+    Grid grid{ratio, least, greatest, signed_scales, scale_unit};
     sweep<1>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, unrounded, pivots, errors, bad);
 }
 /// The same where two rows share their scales.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sweep_row_pairs(
     const float* weights, const float* original, const float* r, int rows, int width, int first, int count,
-    int group_size, int groups, int wide, int feedback, float ratio, int signed_scales, float least, float greatest, i8* codes, float* scales,
+    int group_size, int groups, int wide, int feedback, float ratio, int signed_scales, float scale_unit, float least, float greatest, i8* codes, float* scales,
     float* difference, float* unrounded, const float* pivots, double* errors, u32* bad
 ) {
-    Grid grid{ratio, least, greatest, signed_scales};
+    Grid grid{ratio, least, greatest, signed_scales, scale_unit};
     sweep<2>(weights, original, r, rows, width, first, count, group_size, groups, wide, feedback, grid, codes, scales, difference, unrounded, pivots, errors, bad);
 }
 
@@ -302,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) outlier_block(
     } else {
         u32 most = 0;
         for (int i = lane; i < outliers; i += 32) most = max(most, peak_of(own[i]));
-        Grid grid{ratio, 0.0f, 0.0f, 0};
+        Grid grid{ratio, 0.0f, 0.0f, 0, 1.0f};
         float scale = grid.scale(warp_max(most));
         float inverse = inverse_of(scale);
         sound = is_finite(scale);

@@ -337,7 +337,7 @@ static __device__ __forceinline__ float at(const u32* words, int channel, int ro
 /// `staged` says how many rows there are, and shared memory holds a word a channel after PAIR_HEAD_WORDS.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
     const IN* x, const int* order, int channels, int groups, int outliers, int padded_outliers, int float_outliers, int staged,
-    float clip, float top, int signed_scales, float least, float greatest, i8* codes, float* scales, int scale_stride, i8* outlier_codes, float* outlier_scales,
+    float clip, float top, int signed_scales, float scale_unit, float least, float greatest, i8* codes, float* scales, int scale_stride, i8* outlier_codes, float* outlier_scales,
     float* outlier_values, u32* bad
 ) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -353,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
     for (int first = warp * SPAN; first < end; first += WARPS * SPAN) {
         Span span;
         span.load(words, order, first, end);
-        float scale = group_scale(span.peak(), clip, top, signed_scales);
+        float scale = group_scale(span.peak(), clip, top, signed_scales, scale_unit);
         float inverse = inverse_of(scale);
         sound = sound && is_finite(scale);
         int slot = first + Span::slot();
@@ -383,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize(
         values.load(row, group, spare);
         u32 most = 0;
         values.each([&](int, float value) { most = max(most, peak_of(value)); });
-        float scale = group_scale(warp_max(most), clip, top, signed_scales);
+        float scale = group_scale(warp_max(most), clip, top, signed_scales, scale_unit);
         float inverse = inverse_of(scale);
         sound = sound && is_finite(scale);
         if (lane == 0) scales[(long long)group * scale_stride + token] = scale;

@@ -12,6 +12,7 @@ use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
 use crate::quant::number::OutlierFormat;
 use crate::quant::ranges::{BITS, CLIP, CORRECTION, DAMPING, ROWS_PER_SCALE};
+use crate::quant::scale::ScaleGrid;
 use crate::quant::site::Transform;
 use crate::{Error, Result};
 
@@ -97,6 +98,9 @@ pub struct Recipe {
     pub clip_weight: f32,
     /// Give scales a sign, so that the peak of each group falls on the least code (-8 of INT4).
     pub signed_scales: bool,
+    /// The numbers that scales are rounded to.
+    #[serde(default)]
+    pub scales: ScaleGrid,
     /// Clip ratio of keys and values.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip_kv: f32,
@@ -147,6 +151,7 @@ impl Recipe {
             clip_act: 0.9,
             clip_weight: 0.85,
             signed_scales: false,
+            scales: ScaleGrid::F16,
             clip_kv: 1.0,
             rows_per_scale: 2,
             transform: Transform::None,
@@ -269,6 +274,7 @@ impl Recipe {
             return Err(Error::input("correction needs sequential")
                 .hint("only sites that are quantized sequentially can be corrected: set correction = 0, or sequential = true"));
         }
+        self.scales.check(self.signed_scales)?;
         let format = self.format.name();
         if self.bits < 16 && !self.format.has_bits(self.bits) {
             return Err(Error::input(format!(

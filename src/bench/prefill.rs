@@ -75,7 +75,7 @@ impl PrefillSettings {
     fn format(&self, channels: usize) -> SiteFormat {
         let mut site = identity_site(channels, self.group_size, self.outliers);
         site.transform = Transform::Hadamard;
-        site.row.numbers.scale = ScaleFormat::SignedF16;
+        site.row.numbers.scale = ScaleFormat::SIGNED_F16;
         site
     }
 }

@@ -11,7 +11,8 @@ use super::packing::{pack, row_bytes, unpack};
 use super::{Dtype, Stored, TensorSpec};
 use crate::quant::float::e4m3_value;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
-use crate::quant::number::{LinearFormat, OutlierFormat};
+use crate::quant::number::{LinearFormat, OutlierFormat, ScaleFormat};
+use crate::quant::scale::ScaleGrid;
 use crate::{Error, Result};
 
 /// The tensors of one linear.
@@ -34,7 +35,12 @@ impl Specs<'_> {
 
     fn scales(&self) -> TensorSpec {
         let shape = [self.format.scale_rows(self.rows), self.format.row.groups];
-        self.of("weight_scales", Dtype::F16, shape)
+        let dtype = match self.format.row.numbers.scale.grid {
+            ScaleGrid::F16 | ScaleGrid::Bf16 => Dtype::F16,
+            ScaleGrid::E4m3 => Dtype::F8E4m3,
+            ScaleGrid::PowerOfTwo => Dtype::U8,
+        };
+        self.of("weight_scales", dtype, shape)
     }
 
     fn outlier_codes(&self, dtype: Dtype) -> TensorSpec {
@@ -78,8 +84,10 @@ pub fn to_tensors(prefix: &str, linear: &QuantizedLinear) -> Vec<(String, Vec<u8
         let stored = linear.codes.par_iter().map(|&code| numbers.codebook.stored(code));
         pack(&stored.collect::<Vec<i8>>())
     };
-    let mut tensors =
-        vec![(name("weight_codes"), codes), (name("weight_scales"), f16_bytes(&linear.scales))];
+    let bytes = |&scale: &f16| numbers.scale.byte(scale);
+    let scales = linear.scales.iter().map(bytes).collect::<Option<Vec<u8>>>();
+    let scales = scales.unwrap_or_else(|| f16_bytes(&linear.scales));
+    let mut tensors = vec![(name("weight_codes"), codes), (name("weight_scales"), scales)];
     match &linear.outliers {
         OutlierBlock::None => {}
         OutlierBlock::Int8 { codes, scales } => tensors.extend([
@@ -112,7 +120,7 @@ pub fn from_tensors(
     if !numbers.codebook.is_int() {
         codes.par_iter_mut().for_each(|code| *code = numbers.codebook.restored(*code));
     }
-    let scales = read_f16(stored, &specs.scales())?;
+    let scales = read_scales(stored, &specs.scales(), numbers.scale)?;
     let outliers = match format.row.outliers() {
         None => OutlierBlock::None,
         Some(OutlierFormat::Int8) => {
@@ -206,10 +214,21 @@ fn f16_bytes(values: &[f16]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
+fn read_scales(stored: &impl Stored, spec: &TensorSpec, format: ScaleFormat) -> Result<Vec<f16>> {
+    if spec.dtype == Dtype::F16 {
+        return read_f16(stored, spec);
+    }
+    let scales = stored.fetch(spec)?.iter().map(|&byte| format.of_byte(byte)).collect();
+    finite(scales, spec)
+}
+
 fn read_f16(stored: &impl Stored, spec: &TensorSpec) -> Result<Vec<f16>> {
     let bytes = stored.fetch(spec)?;
-    let values: Vec<f16> =
-        bytes.as_chunks::<2>().0.iter().map(|pair| f16::from_le_bytes(*pair)).collect();
+    finite(bytes.as_chunks::<2>().0.iter().map(|pair| f16::from_le_bytes(*pair)).collect(), spec)
+}
+
+/// Refuses values of the tensor `spec` that are no numbers.
+fn finite(values: Vec<f16>, spec: &TensorSpec) -> Result<Vec<f16>> {
     match values.iter().position(|value| !value.is_finite()) {
         None => Ok(values),
         Some(at) => {

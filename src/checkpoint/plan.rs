@@ -7,7 +7,8 @@ use super::linear::{order_spec, specs};
 use crate::quant::codebook::Codebook;
 use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
-use crate::quant::ranges::{BITS, CLIP, GROUP_SIZE, ROWS_PER_SCALE};
+use crate::quant::ranges::{BITS, CLIP, E4M3_EXPONENTS, GROUP_SIZE, ROWS_PER_SCALE};
+use crate::quant::scale::ScaleGrid;
 use crate::quant::site::{SiteFormat, Transform};
 use crate::recipe::{Group, Order};
 use crate::{Error, Result};
@@ -72,10 +73,24 @@ pub struct SitePlan {
     /// Whether scales are signed, in activations and weights.
     #[serde(default)]
     pub signed_scales: bool,
+    /// The numbers that scales are rounded to, in activations and weights.
+    #[serde(default, skip_serializing_if = "is_f16")]
+    pub scales: ScaleGrid,
+    /// The exponent of the power of two that scales of E4M3 have as a factor, in the activation; chosen when
+    /// linears are quantized where it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub act_exponent: Option<i8>,
+    /// The same of the weights of all its linears, which engines fuse.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight_exponent: Option<i8>,
     /// Transform of each group.
     pub transform: Transform,
     /// The linears it feeds, in the model's order.
     pub linears: Vec<LinearPlan>,
+}
+
+fn is_f16(scales: &ScaleGrid) -> bool {
+    *scales == ScaleGrid::F16
 }
 
 /// The sites of one block.
@@ -118,6 +133,14 @@ impl SitePlan {
             ROWS_PER_SCALE.check(format_args!("{name}: rows_per_scale"), *rows_per_scale)?;
         }
         bits_and_clip(name, self.bits, self.clip)?;
+        self.scales.check(self.signed_scales).map_err(|error| error.context(name))?;
+        for (setting, exponent) in
+            [("act_exponent", self.act_exponent), ("weight_exponent", self.weight_exponent)]
+        {
+            if let Some(exponent) = exponent {
+                E4M3_EXPONENTS.check(format_args!("{name}: {setting}"), exponent)?;
+            }
+        }
         let formats =
             self.linears.iter().map(|linear| (&linear.name, linear.bits, linear.codebook));
         let wrong =
@@ -173,7 +196,7 @@ impl SitePlan {
     /// How a row of the site's activation is held.
     pub fn row(&self) -> RowFormat {
         let &Self { bits, codebook, group_size, outlier_channels, outlier_format, .. } = self;
-        let scale = if self.signed_scales { ScaleFormat::SignedF16 } else { ScaleFormat::F16 };
+        let scale = self.scale(self.act_exponent);
         let numbers = NumberFormat { bits, codebook, group_size, scale };
         RowFormat { numbers, groups: self.groups(), outlier_channels, outlier_format }
     }
@@ -185,7 +208,17 @@ impl SitePlan {
 
     /// How the weights of one of its linears are held.
     pub fn weights(&self, linear: &LinearPlan) -> LinearFormat {
-        self.row().weights(linear.bits, linear.codebook, linear.rows_per_scale)
+        let mut format = self.row().weights(linear.bits, linear.codebook, linear.rows_per_scale);
+        format.row.numbers.scale = self.scale(self.weight_exponent);
+        format
+    }
+
+    fn scale(&self, exponent: Option<i8>) -> ScaleFormat {
+        ScaleFormat {
+            grid: self.scales,
+            exponent: exponent.unwrap_or(0),
+            signed: self.signed_scales,
+        }
     }
 
     /// Bytes of the tensors it is stored as; `source_bytes` are those of each linear left alone.
@@ -215,7 +248,8 @@ impl SitePlan {
                 OutlierFormat::F16 => 16 * self.outlier_channels,
             };
             let row = groups * self.group_size * usize::from(linear.bits) + outlier_bits;
-            let scales = linear.rows.div_ceil(linear.rows_per_scale) * groups * 16;
+            let scale_bits = if self.scales.is_stored_as_byte() { 8 } else { 16 };
+            let scales = linear.rows.div_ceil(linear.rows_per_scale) * groups * scale_bits;
             bits += (linear.rows * row + scales) as u64;
         }
         (bits, weights)

@@ -85,7 +85,7 @@ impl Example {
                     bits: 4,
                     codebook: Codebook::Int,
                     group_size,
-                    scale: ScaleFormat::SignedF16,
+                    scale: ScaleFormat::SIGNED_F16,
                 },
                 groups: 2,
                 outlier_channels: CHANNELS - 2 * group_size,

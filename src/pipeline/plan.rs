@@ -79,6 +79,9 @@ pub fn plan_block(recipe: &Recipe, sites: &[SiteSpec]) -> Result<BlockPlan> {
                 codebook: recipe.act_format(),
                 clip: recipe.clip_act,
                 signed_scales: recipe.signed_scales,
+                scales: recipe.scales,
+                act_exponent: None,
+                weight_exponent: None,
                 transform: recipe.transform,
                 linears: site.linears.iter().map(|linear| plan_linear(recipe, linear)).collect(),
             };

@@ -8,6 +8,7 @@ use half::f16;
 use super::codebook::Codebook;
 use super::float::E4M3;
 use super::number::NumberFormat;
+use super::scale::{ScaleFormat, ScaleGrid};
 use crate::{Error, Result};
 
 /// The greatest magnitude of some values, and whether a negative value has it.
@@ -53,8 +54,8 @@ pub struct Grid {
     highest: f32,
     /// `scale = absmax * ratio`.
     ratio: f32,
-    /// Whether scales have the sign of [`Peak::signed`].
-    signed: bool,
+    /// What scales are rounded to, and whether they have the sign of [`Peak::signed`].
+    scale: ScaleFormat,
     codebook: Codebook,
 }
 
@@ -69,57 +70,44 @@ pub enum ScaleRule {
 
 impl Grid {
     /// The grid of weights in groups of `numbers`.
+    ///
+    /// The clipped absmax lies on the greatest number (quant.py `quantize_tensor`:
+    /// `absmax * clip / (2^(bits-1) - 1)`; gptq.py `Quantizer` with `--quant_type fp`: `2 * absmax * clip / 24`).
+    /// Of integers without signed scales that GPTQ chooses, it lies half a step above it (gptq.py `Quantizer`:
+    /// `2 * absmax * clip / (2^bits - 1)`). With signed scales the clipped peak lies on the least code, by the
+    /// sign of the scale: a step is 7/8 of what the magnitude alone would allow at 4 bits, 3/4 at 3.
     pub fn of(numbers: &NumberFormat, clip: f32, rule: ScaleRule) -> Self {
-        match (numbers.codebook, rule) {
-            _ if numbers.has_signs() => Self::signed(numbers.bits, clip),
-            (Codebook::Int, ScaleRule::Rounding) => Self::rounding(numbers.bits, clip),
-            (Codebook::Int, ScaleRule::Gptq) => Self::gptq(numbers.bits, clip),
-            (codebook, _) => Self::fp4(codebook, clip),
-        }
-    }
-
-    /// Codes of `bits` bits; the clipped absmax lies on the highest code (quant.py
-    /// `quantize_tensor`: `absmax * clip / (2^(bits-1) - 1)`).
-    pub fn rounding(bits: u8, clip: f32) -> Self {
-        let (lowest, highest) = bounds(bits);
-        Self { lowest, highest, ratio: clip / highest, signed: false, codebook: Codebook::Int }
-    }
-
-    /// Codes of `bits` bits; the clipped absmax lies half a step above the highest code (gptq.py
-    /// `Quantizer`: `2 * absmax * clip / (2^bits - 1)`).
-    pub fn gptq(bits: u8, clip: f32) -> Self {
-        let (lowest, highest) = bounds(bits);
+        let (lowest, highest) = numbers.limits();
+        let signed = numbers.has_signs();
+        let powers = numbers.scale.grid == ScaleGrid::PowerOfTwo;
+        let half_a_step_above =
+            rule == ScaleRule::Gptq && numbers.codebook.is_int() && !signed && !powers;
+        let top = if half_a_step_above { highest + 0.5 } else { numbers.top() };
         Self {
             lowest,
             highest,
-            ratio: clip / (highest + 0.5),
-            signed: false,
-            codebook: Codebook::Int,
+            ratio: clip / top,
+            scale: ScaleFormat { signed, ..numbers.scale },
+            codebook: numbers.codebook,
         }
     }
 
-    /// Codes of `bits` bits, fewer than 8; the clipped peak lies on the lowest code, by the sign of the scale.
-    /// A step is 7/8 of what the magnitude alone would allow at 4 bits, 3/4 at 3.
-    pub fn signed(bits: u8, clip: f32) -> Self {
-        let (lowest, highest) = bounds(bits);
-        Self { lowest, highest, ratio: clip / -lowest, signed: true, codebook: Codebook::Int }
-    }
-
-    /// FP4, for both ways of choosing codes: the clipped absmax lies on the highest number (gptq.py
-    /// `Quantizer` with `--quant_type fp`: `2 * absmax * clip / 24`).
-    pub fn fp4(codebook: Codebook, clip: f32) -> Self {
-        let (lowest, highest) = codebook.limits(4);
-        Self { lowest, highest, ratio: clip / highest, signed: false, codebook }
+    /// INT8 outliers, unclipped: the absmax lies on the highest code.
+    pub fn int8() -> Self {
+        Self::with_absmax_on(127.0)
     }
 
     /// FP8 outliers (E4M3), unclipped: the absmax lies on the highest number.
     pub fn fp8() -> Self {
-        let highest = E4M3.highest;
+        Self::with_absmax_on(E4M3.highest)
+    }
+
+    fn with_absmax_on(highest: f32) -> Self {
         Self {
             lowest: -highest,
             highest,
             ratio: 1.0 / highest,
-            signed: false,
+            scale: ScaleFormat::F16,
             codebook: Codebook::Int,
         }
     }
@@ -129,9 +117,9 @@ impl Grid {
         self.ratio
     }
 
-    /// Whether scales are signed.
-    pub fn is_signed(&self) -> bool {
-        self.signed
+    /// What scales are rounded to, and whether they have a sign.
+    pub fn scale_format(&self) -> ScaleFormat {
+        self.scale
     }
 
     /// The least and the greatest code.
@@ -139,15 +127,15 @@ impl Grid {
         (self.lowest, self.highest)
     }
 
-    /// The scale of a group of that peak, rounded to f16.
+    /// The scale of a group of that peak, rounded to its grid.
     ///
     /// # Errors
     /// The magnitude is not finite, or its scale exceeds f16.
     pub fn scale(&self, peak: Peak) -> Result<f16> {
         let absmax = peak.magnitude();
-        let scale = f16::from_f32(absmax * self.ratio);
+        let scale = self.scale.round(absmax * self.ratio);
         if scale.is_finite() {
-            Ok(if self.signed { f16::from_f32(peak.signed(scale.to_f32())) } else { scale })
+            Ok(f16::from_f32(if self.scale.signed { peak.signed(scale) } else { scale }))
         } else {
             Err(Error::input(format!(
                 "a group's largest magnitude is {absmax}: its scale is not an f16"
@@ -173,11 +161,6 @@ impl Grid {
     }
 }
 
-/// `-2^(bits-1)..=2^(bits-1)-1`, but -127..=127 at 8 bits.
-fn bounds(bits: u8) -> (f32, f32) {
-    Codebook::Int.limits(bits)
-}
-
 /// What a value is multiplied by to come onto the grid; 0 for the scale of a group of zeros.
 #[inline(always)]
 pub fn inverse(scale: f32) -> f32 {
@@ -188,12 +171,28 @@ pub fn inverse(scale: f32) -> f32 {
 mod tests {
     use super::*;
 
+    fn numbers(bits: u8, scale: ScaleFormat) -> NumberFormat {
+        NumberFormat { bits, codebook: Codebook::Int, group_size: 16, scale }
+    }
+
+    fn rounding(bits: u8, clip: f32) -> Grid {
+        Grid::of(&numbers(bits, ScaleFormat::F16), clip, ScaleRule::Rounding)
+    }
+
+    fn gptq(bits: u8, clip: f32) -> Grid {
+        Grid::of(&numbers(bits, ScaleFormat::F16), clip, ScaleRule::Gptq)
+    }
+
+    fn signed(bits: u8, clip: f32) -> Grid {
+        Grid::of(&numbers(bits, ScaleFormat::SIGNED_F16), clip, ScaleRule::Gptq)
+    }
+
     #[test]
     fn codes_stay_within_their_bits() {
         for (bits, lowest, highest) in
             [(2, -2.0, 1.0), (3, -4.0, 3.0), (4, -8.0, 7.0), (8, -127.0, 127.0)]
         {
-            let grid = Grid::rounding(bits, 1.0);
+            let grid = rounding(bits, 1.0);
             assert_eq!(grid.code(-1e9, 1.0), lowest);
             assert_eq!(grid.code(1e9, 1.0), highest);
         }
@@ -201,15 +200,15 @@ mod tests {
 
     #[test]
     fn scales_follow_the_references_two_grids() {
-        assert_eq!(Grid::rounding(4, 0.5).scale(Peak::of(&[14.0])).unwrap().to_f32(), 1.0);
-        assert_eq!(Grid::gptq(4, 0.5).scale(Peak::of(&[15.0])).unwrap().to_f32(), 1.0);
-        assert!(Grid::gptq(4, 1.0).scale(Peak::of(&[f32::INFINITY])).is_err());
-        assert!(Grid::gptq(4, 1.0).scale(Peak::of(&[1e9])).is_err());
+        assert_eq!(rounding(4, 0.5).scale(Peak::of(&[14.0])).unwrap().to_f32(), 1.0);
+        assert_eq!(gptq(4, 0.5).scale(Peak::of(&[15.0])).unwrap().to_f32(), 1.0);
+        assert!(gptq(4, 1.0).scale(Peak::of(&[f32::INFINITY])).is_err());
+        assert!(gptq(4, 1.0).scale(Peak::of(&[1e9])).is_err());
     }
 
     #[test]
     fn zeros_have_scale_and_code_zero() {
-        let grid = Grid::rounding(4, 0.9);
+        let grid = rounding(4, 0.9);
         let scale = grid.scale(Peak::of(&[0.0, -0.0])).unwrap().to_f32();
         assert_eq!((scale, grid.code(0.0, inverse(scale))), (0.0, 0.0));
     }
@@ -218,7 +217,7 @@ mod tests {
     fn a_signed_scale_brings_the_peak_to_the_least_code() {
         for bits in [2u8, 3, 4] {
             let least = -f32::from(1u8 << (bits - 1));
-            let grid = Grid::signed(bits, 1.0);
+            let grid = signed(bits, 1.0);
             for (values, sign) in
                 [([1.0f32, -4.0, 2.0], 1.0), ([1.0, 4.0, -2.0], -1.0), ([4.0, -4.0, 0.5], 1.0)]
             {
@@ -228,14 +227,14 @@ mod tests {
                 assert!(codes.contains(&least));
             }
         }
-        let zero = Grid::signed(4, 1.0).scale(Peak::of(&[0.0])).unwrap();
+        let zero = signed(4, 1.0).scale(Peak::of(&[0.0])).unwrap();
         assert_eq!(zero.to_bits(), 0);
-        assert!(Grid::signed(4, 1.0).scale(Peak::of(&[f32::NAN, 1.0])).is_err());
+        assert!(signed(4, 1.0).scale(Peak::of(&[f32::NAN, 1.0])).is_err());
     }
 
     #[test]
     fn halves_round_to_even() {
-        let grid = Grid::rounding(4, 1.0);
+        let grid = rounding(4, 1.0);
         assert_eq!(
             [0.5, 1.5, 2.5, -0.5, -1.5].map(|x| grid.code(x, 1.0)),
             [0.0, 2.0, 2.0, 0.0, -2.0]

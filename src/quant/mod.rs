@@ -13,5 +13,6 @@ pub mod number;
 pub mod order;
 pub mod ranges;
 pub mod rows;
+pub mod scale;
 pub mod site;
 pub mod weights;

@@ -6,16 +6,8 @@ a linear's weights, [`RowFormat`] for a site's activations. */
 use serde::{Deserialize, Serialize};
 
 use super::codebook::Codebook;
-
-/// What a group's scale is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ScaleFormat {
-    /// An f16 of zero or more.
-    F16,
-    /// An f16 with a sign, where integers have one code more below zero than above it: the group's peak
-    /// becomes the least code.
-    SignedF16,
-}
+pub use super::scale::ScaleFormat;
+use super::scale::{ScaleGrid, power_below};
 
 /// A group of codes that share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,14 +32,20 @@ impl NumberFormat {
     /// Whether scales have a sign. Scales of 8-bit codes have none, since the range is symmetric.
     #[inline(always)]
     pub fn has_signs(&self) -> bool {
-        self.scale == ScaleFormat::SignedF16 && self.codebook.is_int() && self.bits < 8
+        self.scale.signed && self.codebook.is_int() && self.bits < 8
     }
 
-    /// The magnitude that a group's (clipped) absmax becomes, in units of the scale.
+    /// The magnitude that a group's (clipped) absmax becomes, in units of the scale before it is rounded to
+    /// its grid. With power-of-two scales it is the greatest power of two among the numbers (OCP Microscaling
+    /// Formats 1.0, section 6.3).
     #[inline(always)]
     pub fn top(&self) -> f32 {
         let (least, greatest) = self.limits();
-        if self.has_signs() { -least } else { greatest }
+        match self.scale.grid {
+            ScaleGrid::PowerOfTwo => power_below(greatest),
+            _ if self.has_signs() => -least,
+            _ => greatest,
+        }
     }
 }
 

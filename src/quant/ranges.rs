@@ -28,6 +28,11 @@ pub const GROUP_SIZE: Range<usize> = Range {
     words: "be a multiple of 16",
 };
 
+/// Exponents of the power of two that scales of E4M3 are multiplied with: from the least to the greatest,
+/// 2^-9 to 448, all of them are numbers of f16.
+pub const E4M3_EXPONENTS: Range<i8> =
+    Range { holds: |exponent| matches!(exponent, -15..=7), words: "lie between -15 and 7" };
+
 /// Adjacent output rows that share a scale.
 pub const ROWS_PER_SCALE: Range<usize> =
     Range { holds: |rows| matches!(rows, 1 | 2), words: "be 1 or 2" };

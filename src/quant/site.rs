@@ -60,8 +60,9 @@ impl SiteFormat {
     /// The scale of a group of that peak; not finite if f16 cannot hold it.
     #[inline(always)]
     pub fn scale(&self, peak: Peak) -> f32 {
-        let scale = scale_of(peak.magnitude(), self.clip, self.row.numbers.top());
-        if self.row.numbers.has_signs() { peak.signed(scale) } else { scale }
+        let numbers = &self.row.numbers;
+        let scale = numbers.scale.round(peak.magnitude() * self.clip / numbers.top());
+        if numbers.has_signs() { peak.signed(scale) } else { scale }
     }
 
     /// Checks that the fields agree with each other, which every other function relies on.

@@ -85,7 +85,7 @@ pub(crate) fn assemble(
             OutlierBlock::Fp8 { codes, scales }
         }
         Some(OutlierFormat::Int8) => {
-            let grid = Grid::rounding(8, 1.0);
+            let grid = Grid::int8();
             let mut codes = Vec::with_capacity(rows * outlier_channels);
             let mut scales = Vec::with_capacity(rows);
             for row in columns {

@@ -165,6 +165,7 @@ mod tests {
     use crate::quant::codebook::Codebook;
     use crate::quant::gptq::sweep_plain;
     use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
+    use crate::quant::scale::ScaleGrid;
 
     #[test]
     fn the_blocked_sweep_gives_the_plain_sweeps_bits() {
@@ -187,7 +188,15 @@ mod tests {
             (2, 304, 2, 33, 1, 4, Fp4Bnb, Fp8),
             (3, 64, 3, 7, 2, 4, Fp4Bnb, F16),
         ] {
-            let scale = if rows == 4 { ScaleFormat::F16 } else { ScaleFormat::SignedF16 };
+            let scale = match (rows, outlier_format) {
+                (4, _) => ScaleFormat::F16,
+                (3, _) => ScaleFormat { grid: ScaleGrid::PowerOfTwo, ..ScaleFormat::F16 },
+                (2, _) => {
+                    ScaleFormat { grid: ScaleGrid::E4m3, exponent: -9, ..ScaleFormat::SIGNED_F16 }
+                }
+                (5, Fp8) => ScaleFormat { grid: ScaleGrid::E4m3, exponent: -9, ..ScaleFormat::F16 },
+                _ => ScaleFormat::SIGNED_F16,
+            };
             let numbers = NumberFormat { bits, codebook, group_size, scale };
             let row = RowFormat { numbers, groups, outlier_channels: outliers, outlier_format };
             let format = LinearFormat { row, rows_per_scale };

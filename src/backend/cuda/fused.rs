@@ -180,6 +180,7 @@ impl Cuda {
             top: numbers.top(),
             inverse_top: 1.0 / numbers.top(),
             signed_scales: numbers.has_signs(),
+            scale_unit: numbers.scale.unit(),
             least,
             greatest,
             codes: (&rows.codes).into(),
@@ -198,6 +199,7 @@ impl Cuda {
                 tiled,
                 magnitudes: tiled && rows.in_magnitudes(),
                 fp4: numbers.codebook == Codebook::Fp4,
+                grid: numbers.scale.grid,
             },
             geometry: plan.geometry,
         })?;

@@ -9,8 +9,9 @@ use super::*;
 use crate::backend::cpu::Cpu;
 use crate::backend::{Forward, Matrix, Memory, Quantization};
 use crate::quant::codebook::Codebook;
-use crate::quant::number::{NumberFormat, OutlierFormat};
+use crate::quant::number::{NumberFormat, OutlierFormat, ScaleFormat};
 use crate::quant::rows::QuantizedRows;
+use crate::quant::scale::ScaleGrid;
 use crate::quant::site::{PADDING, SiteFormat, Transform};
 
 const EPSILON: f32 = 1e-5;
@@ -37,9 +38,17 @@ fn sites(random: &mut Random) -> Vec<SiteFormat> {
         let outlier_format = OutlierFormat::Int8;
         let format = site(channels, group, outliers, transform, outlier_format, random);
         let codebook = if bits == 4 && at % 3 == 2 { Codebook::Fp4 } else { Codebook::Int };
+        let scale = format.row.numbers.scale;
+        let scale = match at % 4 {
+            1 => ScaleFormat { grid: ScaleGrid::E4m3, exponent: -8, ..scale },
+            2 => ScaleFormat { grid: ScaleGrid::PowerOfTwo, ..ScaleFormat::F16 },
+            3 => ScaleFormat { grid: ScaleGrid::Bf16, ..scale },
+            _ => scale,
+        };
         format.with(|format| {
             format.row.numbers.bits = bits;
             format.row.numbers.codebook = codebook;
+            format.row.numbers.scale = scale;
         })
     })
     .collect()
@@ -77,9 +86,11 @@ fn compare(
 
 fn what(tokens: usize, format: &SiteFormat) -> String {
     let SiteFormat { channels, row, .. } = format;
-    let NumberFormat { group_size, bits, codebook, .. } = row.numbers;
+    let NumberFormat { group_size, bits, codebook, scale } = row.numbers;
     let outlier_channels = row.outlier_channels;
-    format!("{tokens} of {channels} in {group_size}, {outlier_channels}, {bits} bits {codebook:?}")
+    format!(
+        "{tokens} of {channels} in {group_size}, {outlier_channels}, {bits} bits {codebook:?}, {scale:?}"
+    )
 }
 
 #[test]

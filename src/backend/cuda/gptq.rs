@@ -250,7 +250,8 @@ impl Cuda {
             wide: group_size > SPAN,
             feedback: feedback.is_some(),
             ratio: grid.ratio(),
-            signed_scales: grid.is_signed(),
+            signed_scales: grid.scale_format().signed,
+            scale_unit: grid.scale_format().unit(),
             least,
             greatest,
             codes: (&step.codes.codes).into(),
@@ -262,6 +263,7 @@ impl Cuda {
             bad: step.bad.into(),
             rows_per_scale,
             fp4: numbers.codebook == Codebook::Fp4,
+            grid: numbers.scale.grid,
         })
     }
 
@@ -319,7 +321,9 @@ impl Cuda {
             group: first / group_size,
             groups,
             ratio: step.grid().ratio(),
-            signed_scales: step.grid().is_signed(),
+            signed_scales: step.grid().scale_format().signed,
+            scale_unit: step.grid().scale_format().unit(),
+            grid: row.numbers.scale.grid,
             scales: (&step.codes.scales).into(),
             bad: step.bad.into(),
         })

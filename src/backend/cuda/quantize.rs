@@ -17,7 +17,6 @@ use super::tensor::{
 };
 use crate::Result;
 use crate::backend::Quantization;
-use crate::quant::codebook::Codebook;
 use crate::quant::float::{e4m3_bits, e4m3_value};
 use crate::quant::grid::Grid;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
@@ -109,9 +108,7 @@ impl Cuda {
             outliers,
         };
         let (least, greatest) = numbers.limits();
-        let fp8 = format.row.outlier_format == OutlierFormat::Fp8;
-        let permutation = Permutation::new(format, Float::Half)
-            .with_formats(numbers.codebook == Codebook::Fp4, fp8);
+        let permutation = Permutation::new(format, Float::Half).with_format(&format.row);
         let Outliers { codes, scales, values, .. } = &rows.outliers;
         self.kernels.launch(&Quantize {
             x: x.half().into(),
@@ -125,6 +122,7 @@ impl Cuda {
             clip: format.clip,
             top: numbers.top(),
             signed_scales: numbers.has_signs(),
+            scale_unit: numbers.scale.unit(),
             least,
             greatest,
             codes: (&rows.codes).into(),
@@ -367,7 +365,7 @@ impl Cuda {
 
     /// The ratio of scale to absmax of INT8 and FP8 outliers.
     pub(super) fn outlier_ratio(format: OutlierFormat) -> f32 {
-        let grid = if format == OutlierFormat::Fp8 { Grid::fp8() } else { Grid::rounding(8, 1.0) };
+        let grid = if format == OutlierFormat::Fp8 { Grid::fp8() } else { Grid::int8() };
         grid.ratio()
     }
 }

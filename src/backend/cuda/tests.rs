@@ -13,6 +13,7 @@ use crate::quant::kv::KvFormat;
 use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
 use crate::quant::rows::QuantizedRows;
+use crate::quant::scale::ScaleGrid;
 use crate::quant::site::{SiteFormat, Transform};
 
 /// The first device; none, loudly, where there is no driver. Whatever else is missing fails.
@@ -143,7 +144,7 @@ pub(super) fn site(
     let energy: Vec<f64> = (0..channels).map(|_| f64::from(random.next())).collect();
     // Signed and not, among sites of one shape or another.
     let signed = channels.is_multiple_of(16) || outliers == 4;
-    let scale = if signed { ScaleFormat::SignedF16 } else { ScaleFormat::F16 };
+    let scale = if signed { ScaleFormat::SIGNED_F16 } else { ScaleFormat::F16 };
     let row = RowFormat {
         numbers: NumberFormat { bits: 4, codebook: Codebook::Int, group_size, scale },
         groups: (channels - outliers).div_ceil(group_size),
@@ -158,7 +159,7 @@ pub(super) fn site(
 
 /// Sites of odd widths, groups and outliers.
 pub(super) fn sites(random: &mut Random) -> Vec<SiteFormat> {
-    let fp4 = fp4_sites(random);
+    let others = [fp4_sites(random), grid_sites(random)].concat();
     use OutlierFormat::{F16, Fp8, Int8};
     use Transform::{Hadamard, None};
     [
@@ -183,7 +184,35 @@ pub(super) fn sites(random: &mut Random) -> Vec<SiteFormat> {
         site(channels, group, outliers, transform, format, random)
             .with(|format| format.row.numbers.bits = bits)
     })
-    .chain(fp4)
+    .chain(others)
+    .collect()
+}
+
+/// Sites whose scales lie on other grids than f16: two rows a block, one, groups in shared memory.
+fn grid_sites(random: &mut Random) -> Vec<SiteFormat> {
+    use Codebook::{Fp4, Int};
+    use ScaleGrid::{Bf16, E4m3, PowerOfTwo};
+    use Transform::{Hadamard, None};
+    [
+        (172, 16, 0, Fp4, E4m3, -8, None),
+        (576, 16, 0, Fp4, E4m3, -11, Hadamard),
+        (576, 32, 64, Int, E4m3, -7, Hadamard),
+        (1000, 96, 40, Int, E4m3, -9, None),
+        (576, 32, 0, Fp4, PowerOfTwo, 0, None),
+        (172, 48, 5, Fp4, PowerOfTwo, 0, Hadamard),
+        (576, 64, 64, Int, Bf16, 0, Hadamard),
+        (1000, 128, 33, Int, Bf16, 0, None),
+    ]
+    .into_iter()
+    .map(|(channels, group, outliers, codebook, grid, exponent, transform)| {
+        let int8 = OutlierFormat::Int8;
+        site(channels, group, outliers, transform, int8, random).with(|format| {
+            let numbers = &mut format.row.numbers;
+            let signed = numbers.scale.signed && grid != PowerOfTwo;
+            numbers.codebook = codebook;
+            numbers.scale = ScaleFormat { grid, exponent, signed };
+        })
+    })
     .collect()
 }
 

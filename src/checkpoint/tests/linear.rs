@@ -6,6 +6,7 @@ use crate::checkpoint::{AtomCheckpoint, Options, Stored, Writer};
 use crate::quant::codebook::Codebook;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
+use crate::quant::scale::ScaleGrid;
 use half::f16;
 use serde_json::json;
 
@@ -42,7 +43,34 @@ fn linears() -> Vec<QuantizedLinear> {
             }
         }
     }
+    linears.extend(linears_of_other_grids());
     linears
+}
+
+/// Linears whose scales are stored as bytes.
+fn linears_of_other_grids() -> Vec<QuantizedLinear> {
+    let (rows, group_size, groups) = (5, 16, 3);
+    let fp4 = (ScaleGrid::PowerOfTwo, 0, Codebook::Fp4);
+    let e4m3 = [-15, -9, 7].map(|exponent| (ScaleGrid::E4m3, exponent, Codebook::Int));
+    let linear = |(grid, exponent, codebook)| {
+        let scale = ScaleFormat { grid, exponent, signed: grid == ScaleGrid::E4m3 };
+        let numbers = NumberFormat { bits: 4, codebook, group_size, scale };
+        let outlier_format = OutlierFormat::Int8;
+        let row = RowFormat { numbers, groups, outlier_channels: 0, outlier_format };
+        let bytes = [0, 0x01, 0x08, 0x7e, 0x38, 0xfe, 0x86];
+        let powers = [0, 103, 127, 142, 120];
+        let byte = |i: usize| if scale.signed { bytes[i % 7] } else { powers[i % 5] };
+        QuantizedLinear {
+            rows,
+            format: LinearFormat { row, rows_per_scale: 1 },
+            codes: (0..rows * groups * group_size)
+                .map(|i| codebook.restored((i % 8) as i8))
+                .collect(),
+            scales: (0..rows * groups).map(|i| scale.of_byte(byte(i))).collect(),
+            outliers: OutlierBlock::None,
+        }
+    };
+    [fp4].into_iter().chain(e4m3).map(linear).collect()
 }
 
 /// Tensors in memory, of the forms that their own specs say.

@@ -38,7 +38,7 @@ fn site(
     let (group_size, outlier_channels) = (16, 20);
     let energy: Vec<f64> = random(channels, 3).into_iter().map(f64::from).collect();
     let row = RowFormat {
-        numbers: NumberFormat { bits: 4, codebook, group_size, scale: ScaleFormat::SignedF16 },
+        numbers: NumberFormat { bits: 4, codebook, group_size, scale: ScaleFormat::SIGNED_F16 },
         groups: (channels - outlier_channels).div_ceil(group_size),
         outlier_channels,
         outlier_format,

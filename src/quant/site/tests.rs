@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::quant::number::ScaleFormat;
+use crate::quant::scale::ScaleGrid;
 
 fn format(order: Vec<i32>, group_size: usize, outlier_channels: usize) -> SiteFormat {
     let row = RowFormat {
@@ -63,6 +64,28 @@ fn permuting_reorders_pads_and_transforms_the_groups_only() {
     let transformed = format.permute_rows_plain(&row, 1);
     assert_eq!(transformed[0], permuted[..16].iter().sum::<f32>() / 4.0);
     assert_eq!(transformed[16..], [2.0, 1.0]);
+}
+
+#[test]
+fn scales_of_other_grids_are_those_of_nvfp4_and_mxfp4() {
+    // E2M1 is held doubled: a scale here is half of theirs.
+    let mut row = [0.0; 14];
+    row[2..6].copy_from_slice(&[6.2, -3.1, 1.0, 0.3]);
+    let mut nvfp4 = small();
+    nvfp4.row.numbers.codebook = Codebook::Fp4;
+    nvfp4.row.numbers.scale =
+        ScaleFormat { grid: ScaleGrid::E4m3, exponent: -3, ..ScaleFormat::F16 };
+    // 6.2 / 6 * 4 is 4.13: the nearest number of E4M3 is 4.
+    let rows = quantize_rows_plain(&row, 1, &nvfp4).unwrap();
+    assert_eq!((rows.scales[0], &rows.codes[8..12]), (0.5, &[1, 2, -6, 12][..]));
+    let mut mxfp4 = nvfp4.clone();
+    mxfp4.row.numbers.scale = ScaleFormat { grid: ScaleGrid::PowerOfTwo, ..ScaleFormat::F16 };
+    // 6.2 lies between 4 and 7: its scale is 4 / 4.
+    let rows = quantize_rows_plain(&row, 1, &mxfp4).unwrap();
+    assert_eq!((rows.scales[0], &rows.codes[8..12]), (0.5, &[1, 2, -6, 12][..]));
+    row[2] = 7.0;
+    let rows = quantize_rows_plain(&row, 1, &mxfp4).unwrap();
+    assert_eq!((rows.scales[0], &rows.codes[8..12]), (1.0, &[0, 1, -3, 8][..]));
 }
 
 #[test]
@@ -153,7 +176,7 @@ fn dequantizing_is_within_half_a_step() {
 #[test]
 fn a_signed_scale_brings_the_peak_to_the_least_code() {
     let mut format = format((0..16).collect(), 16, 0);
-    format.row.numbers.scale = ScaleFormat::SignedF16;
+    format.row.numbers.scale = ScaleFormat::SIGNED_F16;
     let mut row = vec![0.5; 16];
     row[3] = 4.0;
     row[5] = -2.0;

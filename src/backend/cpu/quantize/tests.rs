@@ -4,6 +4,7 @@ use proptest::prelude::ProptestConfig;
 
 use super::*;
 use crate::quant::number::{NumberFormat, ScaleFormat};
+use crate::quant::scale::ScaleGrid;
 use crate::quant::site::{dequantize_rows_plain, quantize_rows_plain};
 
 /// A format with a scrambled order whose padding lies among the groups.
@@ -109,12 +110,30 @@ fn every_format_gives_the_same_bits() {
                     let mut format = SiteFormat { clip, transform, ..format(333, 64, 40) };
                     let scale = match outlier_format {
                         Fp8 => ScaleFormat::F16,
-                        _ => ScaleFormat::SignedF16,
+                        _ => ScaleFormat::SIGNED_F16,
                     };
                     format.row.numbers = NumberFormat { bits, codebook, group_size: 64, scale };
                     format.row.outlier_format = outlier_format;
                     check(14, &format);
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_grid_of_scales_gives_the_same_bits() {
+    use ScaleGrid::{Bf16, E4m3, PowerOfTwo};
+    for (grid, exponent) in [(Bf16, 0), (E4m3, -8), (E4m3, -15), (E4m3, 7), (PowerOfTwo, 0)] {
+        for codebook in [Codebook::Int, Codebook::Fp4] {
+            for (channels, group_size, outliers) in [(172, 16, 0), (333, 48, 40), (576, 64, 0)] {
+                let format = format(channels, group_size, outliers).with(|format| {
+                    let numbers = &mut format.row.numbers;
+                    let signed = grid != PowerOfTwo;
+                    numbers.codebook = codebook;
+                    numbers.scale = ScaleFormat { grid, exponent, signed };
+                });
+                check(18, &format);
             }
         }
     }

@@ -1,9 +1,10 @@
 /*! `fused.cu`: codes of a site from a norm, from gate and up, or from f16 rows, in one kernel. */
 
 use super::hopper_layout::{PANEL, SCALE_GROUPS};
-use super::{Defines, Family, declared, defines, flag, kernel, source};
+use super::{Defines, Family, declared, defines, flag, grid_name, kernel, source};
 use crate::backend::cuda::launch::{Geometry, Launch};
 use crate::backend::cuda::slice::{Any, In, Out};
+use crate::quant::scale::ScaleGrid;
 
 /// Stages that there are barriers for.
 const MOST_STAGES: usize = 16;
@@ -36,6 +37,7 @@ pub(super) const FAMILY: Family = Family {
             tiled,
             magnitudes,
             fp4: false,
+            grid: ScaleGrid::F16,
         };
         [
             all(Kind::Norm, 128, true, true, 4, true, true),
@@ -45,6 +47,11 @@ pub(super) const FAMILY: Family = Family {
             all(Kind::Silu, 128, true, false, 8, true, true),
             all(Kind::Silu, 128, true, true, 1, true, false),
             Program { fp4: true, ..all(Kind::Silu, 64, true, true, 4, false, false) },
+            Program {
+                fp4: true,
+                grid: ScaleGrid::PowerOfTwo,
+                ..all(Kind::Norm, 32, true, true, 4, false, false)
+            },
         ]
         .map(|program| program.defines())
         .to_vec()
@@ -78,6 +85,7 @@ pub(in crate::backend::cuda) struct Program {
     /// Whether codes are signs and magnitudes.
     pub(in crate::backend::cuda) magnitudes: bool,
     pub(in crate::backend::cuda) fp4: bool,
+    pub(in crate::backend::cuda) grid: ScaleGrid,
 }
 
 impl Program {
@@ -110,6 +118,7 @@ impl Program {
             "TILED": flag(self.tiled),
             "MAGNITUDES": flag(self.magnitudes),
             "FP4": flag(self.fp4),
+            "SCALE_GRID": grid_name(self.grid),
             "WARPS": self.warps(),
             "PANEL": PANEL,
             "SCALE_GROUPS": SCALE_GROUPS,
@@ -239,6 +248,7 @@ kernel! {
         top: f32,
         inverse_top: f32,
         signed_scales: bool,
+        scale_unit: f32,
         least: f32,
         greatest: f32,
         codes: Out<'a, i8>[tokens * groups * program.group],

@@ -1,8 +1,9 @@
 /*! `gptq.cu`: the damped Hessian's factor, the sweep, and what it cost. */
 
-use super::{Defines, Family, THREADS, declared, defines, flag, kernel, source};
+use super::{Defines, Family, THREADS, declared, defines, flag, grid_name, kernel, source};
 use crate::backend::cuda::launch::{Geometry, Launch};
 use crate::backend::cuda::slice::{In, Out};
+use crate::quant::scale::ScaleGrid;
 
 /// Columns of a span.
 pub(in crate::backend::cuda) const SPAN: usize = 128;
@@ -15,7 +16,15 @@ pub(super) const FAMILY: Family = Family {
     only: None,
     tensor_core: None,
     pdl: false,
-    variants: |_| vec![constants(false), constants(true)],
+    variants: |_| {
+        vec![
+            constants(false, ScaleGrid::F16),
+            constants(true, ScaleGrid::F16),
+            constants(true, ScaleGrid::E4m3),
+            constants(true, ScaleGrid::PowerOfTwo),
+            constants(false, ScaleGrid::Bf16),
+        ]
+    },
     kernels: declared![
         Mirror,
         Diagonal,
@@ -33,8 +42,8 @@ pub(super) const FAMILY: Family = Family {
     ],
 };
 
-fn constants(fp4: bool) -> Defines {
-    defines! { "THREADS": THREADS, "SPAN": SPAN, "TILE": TILE, "FP4": flag(fp4) }
+fn constants(fp4: bool, grid: ScaleGrid) -> Defines {
+    defines! { "THREADS": THREADS, "SPAN": SPAN, "TILE": TILE, "FP4": flag(fp4), "SCALE_GRID": grid_name(grid) }
 }
 
 /// A launch of this file for integers: its geometry.
@@ -44,7 +53,7 @@ macro_rules! launches {
             const FAMILY: Family = FAMILY;
 
             fn constants(&self) -> Defines {
-                constants(false)
+                constants(false, ScaleGrid::F16)
             }
 
             fn geometry(&self) -> Geometry {
@@ -113,8 +122,22 @@ kernel! {
         groups: usize,
         ratio: f32,
         signed_scales: bool,
+        scale_unit: f32,
         scales: Out<'a, f32>[rows.div_ceil(rows_per_scale) * groups],
         bad: Out<'a, u32>[1],
+    }
+    launch { grid: ScaleGrid }
+}
+
+impl Launch for WideGroupScales<'_> {
+    const FAMILY: Family = FAMILY;
+
+    fn constants(&self) -> Defines {
+        constants(false, self.grid)
+    }
+
+    fn geometry(&self) -> Geometry {
+        Geometry::over(32 * self.rows.div_ceil(self.rows_per_scale), THREADS)
     }
 }
 
@@ -134,6 +157,7 @@ kernel! {
         feedback: bool,
         ratio: f32,
         signed_scales: bool,
+        scale_unit: f32,
         least: f32,
         greatest: f32,
         codes: Out<'a, i8>[rows * groups * group_size],
@@ -148,6 +172,7 @@ kernel! {
         /// One or two.
         rows_per_scale: usize,
         fp4: bool,
+        grid: ScaleGrid,
     }
 }
 
@@ -159,7 +184,7 @@ impl Launch for Sweep<'_> {
     }
 
     fn constants(&self) -> Defines {
-        constants(self.fp4)
+        constants(self.fp4, self.grid)
     }
 
     fn geometry(&self) -> Geometry {
@@ -266,7 +291,6 @@ launches! {
     Flip: |kernel| square(kernel.n);
     Divisors: |kernel| Geometry::over(kernel.n, THREADS);
     UnitUpper: |kernel| square(kernel.n);
-    WideGroupScales: |kernel| Geometry::over(32 * kernel.rows.div_ceil(kernel.rows_per_scale), THREADS);
     OutlierBlock: |kernel| Geometry::over(32 * kernel.rows, THREADS);
     OutlierErrors: |kernel| Geometry::over(32 * kernel.rows, THREADS);
     ReverseColumns: |kernel| rows_in_x(kernel.rows, kernel.n);

@@ -19,6 +19,7 @@ pub(super) mod product;
 pub(super) mod reduce;
 
 use super::libraries::Version;
+use crate::quant::scale::ScaleGrid;
 
 /// Macros and their values.
 pub type Defines = Vec<(&'static str, String)>;
@@ -98,6 +99,16 @@ use defines;
 
 fn flag(set: bool) -> u8 {
     u8::from(set)
+}
+
+/// The name of a grid of scales in `common.cuh`.
+fn grid_name(grid: ScaleGrid) -> &'static str {
+    match grid {
+        ScaleGrid::F16 => "F16_GRID",
+        ScaleGrid::Bf16 => "BF16_GRID",
+        ScaleGrid::E4m3 => "E4M3_GRID",
+        ScaleGrid::PowerOfTwo => "POWER_OF_TWO_GRID",
+    }
 }
 
 /// Declares the arguments of kernels: a struct whose fields are the parameters in order, with the elements that each pointer's memory

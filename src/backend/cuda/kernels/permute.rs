@@ -1,8 +1,11 @@
 /*! `permute.cu`: a site's channel order, its transform and its quantization, and the way back from codes to values. */
 
-use super::{Defines, Family, Float, THREADS, declared, defines, flag, kernel, source};
+use super::{Defines, Family, Float, THREADS, declared, defines, flag, grid_name, kernel, source};
 use crate::backend::cuda::launch::{Geometry, Launch};
 use crate::backend::cuda::slice::{Any, In, Out};
+use crate::quant::codebook::Codebook;
+use crate::quant::number::{OutlierFormat, RowFormat};
+use crate::quant::scale::ScaleGrid;
 use crate::quant::site::{SiteFormat, Transform};
 
 /// Groups that are worked on in registers.
@@ -35,6 +38,7 @@ pub(super) const FAMILY: Family = Family {
             threads,
             paired,
             fp4: false,
+            grid: ScaleGrid::F16,
             fp8: false,
         };
         let half = program(128, true, Float::Half, 256, true);
@@ -53,6 +57,9 @@ pub(super) const FAMILY: Family = Family {
             program(176, false, Float::Bf16, 256, false),
             Program { fp4: true, fp8: true, ..half },
             Program { fp4: true, ..odd },
+            Program { group: 16, fp4: true, grid: ScaleGrid::E4m3, hadamard: false, ..odd },
+            Program { group: 32, fp4: true, grid: ScaleGrid::PowerOfTwo, ..half },
+            Program { grid: ScaleGrid::Bf16, ..half },
         ];
         all.map(|program| program.defines()).to_vec()
     },
@@ -70,6 +77,7 @@ struct Program {
     /// Whether `quantize` takes two rows a block.
     paired: bool,
     fp4: bool,
+    grid: ScaleGrid,
     fp8: bool,
 }
 
@@ -84,6 +92,7 @@ impl Program {
             "PAIRED": flag(self.paired),
             "FP4": flag(self.fp4),
             "FP8": flag(self.fp8),
+            "SCALE_GRID": grid_name(self.grid),
             "IN_REGISTERS": flag(IN_REGISTERS.contains(&self.group)),
             "ROW_MULTIPLE": ROW_MULTIPLE,
             "PAIR_HEAD_WORDS": PAIR_HEAD_WORDS,
@@ -127,6 +136,7 @@ impl Permutation {
             threads,
             paired,
             fp4: false,
+            grid: ScaleGrid::F16,
             fp8: false,
         };
         Self {
@@ -137,9 +147,12 @@ impl Permutation {
         }
     }
 
-    /// The same for codes that are FP4 or outliers that are FP8.
-    pub(in crate::backend::cuda) fn with_formats(self, fp4: bool, fp8: bool) -> Self {
-        Self { program: Program { fp4, fp8, ..self.program }, ..self }
+    /// The same for the codes, scales and outliers of `row`.
+    pub(in crate::backend::cuda) fn with_format(self, row: &RowFormat) -> Self {
+        let fp4 = row.numbers.codebook == Codebook::Fp4;
+        let fp8 = row.outlier_format == OutlierFormat::Fp8;
+        let grid = row.numbers.scale.grid;
+        Self { program: Program { fp4, fp8, grid, ..self.program }, ..self }
     }
 
     /// The argument `staged` of `quantize`: where it takes two rows a block, how many there are.
@@ -200,6 +213,7 @@ kernel! {
         clip: f32,
         top: f32,
         signed_scales: bool,
+        scale_unit: f32,
         least: f32,
         greatest: f32,
         codes: Out<'a, i8>[rows * groups * permutation.program.group],
@@ -273,6 +287,7 @@ impl Launch for Dequantize<'_> {
             threads: THREADS,
             paired: false,
             fp4: false,
+            grid: ScaleGrid::F16,
             fp8: false,
         }
         .defines()
