@@ -10,7 +10,7 @@ use crate::quant::order::channel_order;
 use crate::quant::ranges::{BITS, CLIP, E4M3_EXPONENTS, GROUP_SIZE, ROWS_PER_SCALE};
 use crate::quant::scale::ScaleGrid;
 use crate::quant::site::{SiteFormat, Transform};
-use crate::recipe::{Group, Order};
+use crate::recipe::{Order, Recipe};
 use crate::{Error, Result};
 
 /// What becomes of a linear.
@@ -96,14 +96,6 @@ fn is_f16(scales: &ScaleGrid) -> bool {
 /// The sites of one block.
 pub type BlockPlan = Vec<SitePlan>;
 
-/// Channels that share a scale in a site of `channels`, of which so many are outliers.
-pub fn group_size(group: Group, channels: usize, outliers: usize) -> usize {
-    match group {
-        Group::Size(size) => size,
-        Group::Row => channels.saturating_sub(outliers).next_multiple_of(16).max(16),
-    }
-}
-
 impl SitePlan {
     /// Refuses settings that may not be chosen or do not go together.
     ///
@@ -167,12 +159,28 @@ impl SitePlan {
         Ok(())
     }
 
+    /// Refuses a site whose scales cannot be read for want of an exponent.
+    ///
+    /// # Errors
+    /// Input, naming the site and the field.
+    pub fn check_complete(&self) -> Result<()> {
+        if self.scales != ScaleGrid::E4m3 {
+            return Ok(());
+        }
+        let missing = match (self.act_exponent, self.weight_exponent) {
+            (None, _) if self.bits < 16 => "act_exponent",
+            (_, None) if self.linears.iter().any(|linear| linear.bits < 16) => "weight_exponent",
+            _ => return Ok(()),
+        };
+        Err(Error::input(format!("{}: its scales are E4M3, but `{missing}` is missing", self.name)))
+    }
+
     /// The site with another outlier count; none if so many would be most of its channels.
-    pub fn with_outliers(&self, outliers: usize, group: Group) -> Option<Self> {
+    pub fn with_outliers(&self, outliers: usize, recipe: &Recipe) -> Option<Self> {
         if outliers == self.outlier_channels {
             return Some(self.clone());
         }
-        let group_size = group_size(group, self.channels, outliers);
+        let group_size = recipe.group_size(self.channels, outliers);
         let fits = outliers <= self.channels / 2;
         fits.then(|| Self { outlier_channels: outliers, group_size, ..self.clone() })
     }

@@ -92,13 +92,33 @@ impl<'a> Tensor<'a> {
 
     /// An error that says where, if a value is a NaN or infinity. `check_stop` is asked between parts.
     pub fn check_finite(&self, check_stop: &dyn Fn() -> Result<()>) -> Result<()> {
+        self.by_parts(check_stop, |_| ())
+    }
+
+    /// The greatest magnitude; 0 of no values. Pages are given back on the way, and `check_stop` is asked between parts.
+    ///
+    /// # Errors
+    /// As [`Tensor::check_finite`].
+    pub fn absmax(&self, check_stop: &dyn Fn() -> Result<()>) -> Result<f32> {
+        let mut greatest = 0.0f32;
+        self.by_parts(check_stop, |values| {
+            greatest = values.iter().fold(greatest, |greatest, value| greatest.max(value.abs()));
+        })?;
+        Ok(greatest)
+    }
+
+    fn by_parts(
+        &self,
+        check_stop: &dyn Fn() -> Result<()>,
+        mut take: impl FnMut(Vec<f32>),
+    ) -> Result<()> {
         const PART: usize = 1 << 22;
         let size = self.dtype.size_bytes();
         let mut parts = (0..self.len()).step_by(PART);
         parts.try_for_each(|at| {
             check_stop()?;
             let end = (at + PART).min(self.len());
-            self.values_f32(at..end)?;
+            take(self.values_f32(at..end)?);
             Tensor { bytes: &self.bytes[at * size..end * size], ..*self }.release();
             Ok(())
         })

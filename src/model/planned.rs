@@ -1,7 +1,7 @@
 /*! A plan compared with the network that it is for. */
 
 use super::Architecture;
-use crate::checkpoint::plan::BlockPlan;
+use crate::checkpoint::plan::{BlockPlan, SitePlan};
 use crate::checkpoint::{AtomCheckpoint, Manifest};
 use crate::{Error, Result};
 
@@ -12,6 +12,7 @@ use crate::{Error, Result};
 pub fn read_manifest(checkpoint: &AtomCheckpoint, architecture: &Architecture) -> Result<Manifest> {
     let manifest = checkpoint.manifest().and_then(|manifest| {
         check_plan(architecture, &manifest.blocks)?;
+        manifest.blocks.iter().flatten().try_for_each(SitePlan::check_complete)?;
         Ok(manifest)
     });
     manifest.map_err(|error| {

@@ -139,7 +139,7 @@ impl Options<'_> {
         let mut all = Vec::new();
         for outliers in counts {
             let measured = self.site.count(*outliers).is_some();
-            let plan = self.plan.with_outliers(*outliers, recipe.group).filter(|_| measured);
+            let plan = self.plan.with_outliers(*outliers, recipe).filter(|_| measured);
             let Some(plan) = plan else { continue };
             let combinations = widths.len().checked_pow(linears as u32);
             match combinations.filter(|count| *count <= COMBINATIONS) {
@@ -200,7 +200,7 @@ impl Options<'_> {
 
     /// The site's plan treated so.
     fn treated(&self, planned: &Planned, recipe: &Recipe) -> SitePlan {
-        let plan = self.plan.with_outliers(planned.outliers, recipe.group);
+        let plan = self.plan.with_outliers(planned.outliers, recipe);
         with_widths(&plan.expect("it was planned with so many"), &planned.widths)
     }
 

@@ -3,12 +3,14 @@
 use std::sync::mpsc::SyncSender;
 
 use super::energies::{EnergyMeter, Statistics};
+use super::exponents::with_exponents;
 use super::job::{CalibrationInput, Job};
 use super::quantizer::{BlockQuantizer, QuantizedBlock};
 use super::strategy::{BlockInput, PassedBlock, Strategy, Streams};
 use super::timing::Timing;
 use super::underflow::check_activations;
 use crate::backend::{AttentionSpec, Backend};
+use crate::checkpoint::plan::{BlockPlan, SitePlan};
 use crate::network::{BlockWeights, Stream, attention_spec, prefetch};
 use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
@@ -26,6 +28,8 @@ pub(super) struct FinishedBlock<B: Backend> {
 /// What is known once every block is sent.
 #[derive(Default)]
 pub(super) struct Written {
+    /// The plans, complete.
+    pub(super) blocks: Vec<BlockPlan>,
     /// `(linear, error)` of every quantized linear.
     pub(super) errors: Vec<(String, f64)>,
     /// Blocks that an earlier run had finished.
@@ -37,7 +41,7 @@ pub(super) struct Surroundings<'a, B: Backend> {
     /// Statistics that are known and not measured again.
     pub(super) known: Option<&'a [Statistics]>,
     /// Block `index` as an earlier run left it, if one did.
-    pub(super) resumed: &'a dyn Fn(usize) -> Result<Option<QuantizedBlock<B>>>,
+    pub(super) resumed: &'a dyn Fn(usize, &[SitePlan]) -> Result<Option<QuantizedBlock<B>>>,
     /// Takes blocks to be written.
     pub(super) finished: SyncSender<FinishedBlock<B>>,
     /// What costs accuracy and was not asked for.
@@ -114,14 +118,17 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
 
     /// Takes block `index` and the streams through all that is done to it; says what is worst in it.
     fn pass(&mut self, index: usize, weights: BlockWeights<'_, B>) -> Result<String> {
-        let Job { input: CalibrationInput { architecture, tokens, .. }, blocks, .. } = self.job;
+        let Job { input: CalibrationInput { source, architecture, tokens, .. }, blocks, .. } =
+            self.job;
         let statistics = self.statistics(index, &weights)?;
-        let plan = &blocks[index][..];
-        check_activations(architecture, index, plan, &statistics.energies, tokens.len())?;
+        let Statistics { energies, .. } = &statistics;
+        let progress = self.quantizer.progress;
+        let plan = &with_exponents(&blocks[index], *source, energies, tokens.len(), progress)?;
+        check_activations(architecture, index, plan, energies, tokens.len())?;
         let is_last = index + 1 == blocks.len();
         let input = BlockInput { weights: &weights, plan, statistics: &statistics, is_last };
         let Self { quantizer, strategy, surroundings, streams, timing, written, .. } = self;
-        let resumed = (surroundings.resumed)(index)?;
+        let resumed = (surroundings.resumed)(index, plan)?;
         let is_resumed = resumed.is_some();
         let PassedBlock { block, pending } = match resumed {
             Some(block) => strategy.replay(quantizer, &input, block, streams, timing)?,
@@ -129,6 +136,7 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
         };
         written.resumed_blocks += usize::from(is_resumed);
         written.errors.extend_from_slice(&block.errors);
+        written.blocks.push(plan.clone());
         let worst = worst_of(&block.errors);
         drop(weights);
         if !is_resumed {

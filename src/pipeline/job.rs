@@ -187,11 +187,14 @@ impl Job<'_> {
         config
     }
 
-    /// What `atom.json` of the output says. `errors` are those of the quantized linears.
-    pub(super) fn manifest(&self, errors: &[(String, f64)]) -> Result<Manifest> {
+    /// What `atom.json` of the output says. `blocks` are the complete plans, `errors` those of the quantized linears.
+    pub(super) fn manifest(
+        &self,
+        mut blocks: Vec<BlockPlan>,
+        errors: &[(String, f64)],
+    ) -> Result<Manifest> {
         let errors: HashMap<&str, f64> =
             errors.iter().map(|(name, error)| (name.as_str(), *error)).collect();
-        let mut blocks = self.blocks.clone();
         for linear in blocks.iter_mut().flatten().flat_map(|site| &mut site.linears) {
             linear.error = errors.get(linear.name.as_str()).copied();
         }

@@ -11,6 +11,7 @@ mod block_loop;
 mod calibrate;
 mod calibration;
 mod energies;
+mod exponents;
 mod fallbacks;
 #[cfg(test)]
 mod fused_tests;

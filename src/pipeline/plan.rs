@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::plan::{BlockPlan, LinearPlan, SitePlan, group_size};
+use crate::checkpoint::plan::{BlockPlan, LinearPlan, SitePlan};
 use crate::checkpoint::{FileKind, read_named, utf8_text};
 use crate::model::Architecture;
 use crate::model::sites::{LinearSpec, SiteSpec};
@@ -71,7 +71,7 @@ pub fn plan_block(recipe: &Recipe, sites: &[SiteSpec]) -> Result<BlockPlan> {
             let plan = SitePlan {
                 name: site.name.clone(),
                 channels: site.channels,
-                group_size: group_size(recipe.group, site.channels, recipe.outliers),
+                group_size: recipe.group_size(site.channels, recipe.outliers),
                 outlier_channels: recipe.outliers,
                 outlier_format: recipe.outlier_format,
                 order: recipe.order,
@@ -86,9 +86,23 @@ pub fn plan_block(recipe: &Recipe, sites: &[SiteSpec]) -> Result<BlockPlan> {
                 linears: site.linears.iter().map(|linear| plan_linear(recipe, linear)).collect(),
             };
             plan.check()?;
+            check_padding(recipe, &plan)?;
             Ok(plan)
         })
         .collect()
+}
+
+/// Refuses a site that the recipe's groups do not fit without padding.
+fn check_padding(recipe: &Recipe, site: &SitePlan) -> Result<()> {
+    let grouped = site.channels - site.outlier_channels;
+    if recipe.pad_groups || grouped.is_multiple_of(site.group_size) {
+        return Ok(());
+    }
+    Err(Error::input(format!(
+        "the {grouped} channels of {} are no multiple of {}, and this recipe pads no groups",
+        site.name, site.group_size
+    ))
+    .hint("engines do not load such a linear in groups: set pad_groups = true to quantize it all the same"))
 }
 
 fn plan_linear(recipe: &Recipe, linear: &LinearSpec) -> LinearPlan {

@@ -50,7 +50,7 @@ pub(super) fn run<B: Backend>(
         let interrupted = written.err().filter(|error| error.kind() == Kind::Interrupted);
         return Err(interrupted.unwrap_or(changed));
     }
-    let Written { errors, resumed_blocks } = match written {
+    let Written { blocks, errors, resumed_blocks } = match written {
         Ok(written) => written,
         Err(error) => {
             give_up(job, writer, &error, progress);
@@ -60,7 +60,7 @@ pub(super) fn run<B: Backend>(
     let out = writer.out().to_owned();
     let side_files = source.side_files()?;
     side_files.left_out.iter().for_each(|why| progress.warn(why));
-    let manifest = job.manifest(&errors)?;
+    let manifest = job.manifest(blocks, &errors)?;
     timing.measure("write", || writer.finish(&job.config(), &manifest, &side_files.copied))?;
     Ok(QuantizeOutcome {
         out,
@@ -139,7 +139,7 @@ fn write_tensors<B: Backend>(
         let fallbacks = Fallbacks::default();
         let surroundings = Surroundings {
             known,
-            resumed: &|index| writing.resumed(backend, index),
+            resumed: &|index, plan| writing.resumed(backend, index, plan),
             finished: sender,
             fallbacks: &fallbacks,
         };

@@ -1,6 +1,7 @@
 /*! Takes the measurements of [`sensitivity`](super::sensitivity), block by block next to the calibration. */
 
 use super::energies::Energies;
+use super::exponents::with_exponents;
 use super::plan::plan_block;
 use super::quantizer::{formats, round_all};
 use super::sensitivity::{
@@ -56,6 +57,8 @@ pub(super) struct Sensor<'a, B: Backend> {
     changed: Vec<Stream<B>>,
     effect_windows: usize,
     hessian_windows: usize,
+    /// Tokens that energies are summed over.
+    tokens: usize,
     blocks: Vec<BlockSensitivity>,
 }
 
@@ -96,13 +99,14 @@ impl<'a, B: Backend> Sensor<'a, B> {
             changed: Vec::new(),
             effect_windows,
             hessian_windows,
+            tokens: tokens.len(),
             blocks: Vec::new(),
         })
     }
 
     /// Measures the next block.
     pub(super) fn measure(&mut self, weights: &BlockWeights<B>, energies: &Energies) -> Result<()> {
-        let Subject { backend, architecture, recipe, .. } = self.subject;
+        let Subject { backend, tensors, architecture, recipe, progress, .. } = self.subject;
         let specs = architecture.sites(weights.index);
         let usual = plan_block(recipe, &specs)?;
         let builder = BlockBuilder::new(backend, architecture, weights);
@@ -112,7 +116,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
             specs.iter().map(|spec| self.unmeasured(spec)).collect::<Result<Vec<_>>>()?;
         let mut quantized_sites = Vec::with_capacity(specs.len());
         for &outliers in &self.counts {
-            let plans = usual.iter().map(|site| site.with_outliers(outliers, recipe.group));
+            let plans = usual.iter().map(|site| site.with_outliers(outliers, recipe));
             let wanted: Vec<bool> = plans.clone().map(|plan| plan.is_some()).collect();
             // A site that the count does not fit is passed through as usual, and not looked at.
             let plans: BlockPlan = plans
@@ -122,6 +126,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
             if !wanted.contains(&true) {
                 continue;
             }
+            let plans = with_exponents(&plans, tensors, energies, self.tokens, progress)?;
             let formats = formats(&plans, energies);
             let hessians = self.hessians(weights, &formats, &wanted)?;
             for (at, hessian) in hessians.into_iter().enumerate() {

@@ -12,6 +12,7 @@ use super::quantizer::QuantizedBlock;
 use super::underflow::check_weights;
 use crate::backend::Backend;
 use crate::checkpoint::linear::{order_tensor, to_tensors};
+use crate::checkpoint::plan::SitePlan;
 use crate::checkpoint::{DoneBlock, Writer};
 use crate::model::sites::OuterTensor;
 use crate::network::{PlannedTensor, planned_block, read_sites};
@@ -95,17 +96,18 @@ impl<'a, 'w> Writing<'a, 'w> {
         Ok(())
     }
 
-    /// Block `index` as an earlier run left it, if one did.
+    /// Block `index`, of that plan, as an earlier run left it, if one did.
     pub(super) fn resumed<B: Backend>(
         &self,
         backend: &B,
         index: usize,
+        plan: &[SitePlan],
     ) -> Result<Option<QuantizedBlock<B>>> {
         let name = self.job.input.architecture.block_name(index);
         let Some(done) = self.done(&name) else { return Ok(None) };
         let errors = serde_json::from_value(done.extra.clone())
             .map_err(|error| Error::input(format!("work of block {index}: {error}")))?;
-        let sites = read_sites(&**self.writer(), &self.job.blocks[index])?;
+        let sites = read_sites(&**self.writer(), plan)?;
         let sites = sites.into_iter().map(|site| site.restore(backend));
         Ok(Some(QuantizedBlock { sites: sites.collect::<Result<_>>()?, errors }))
     }

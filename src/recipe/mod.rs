@@ -1,9 +1,9 @@
 /*! A recipe: every setting that decides what a quantized checkpoint holds.
 
-Two are built in. `paper` repeats the reference's headline run setting by setting
-(scripts/run_atom_ppl.sh of efeslab/Atom); `default` has the same bits, group and outlier channels
-with a smaller error. A TOML file or flags change single keys of either. So a
-recipe is resolved as tables and parsed strictly: an unknown key is an error. */
+A TOML file or flags change single keys of a built-in recipe, so a recipe is resolved as tables and read back
+strictly: an unknown key is an error, never ignored. */
+
+mod built_in;
 
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -11,12 +11,14 @@ use toml::Table;
 use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
 use crate::quant::number::OutlierFormat;
-use crate::quant::ranges::{BITS, CLIP, CORRECTION, DAMPING, ROWS_PER_SCALE};
+use crate::quant::ranges::{BITS, CLIP, CORRECTION, DAMPING, GROUP_MULTIPLE, ROWS_PER_SCALE};
 use crate::quant::scale::ScaleGrid;
 use crate::quant::site::Transform;
 use crate::{Error, Result};
 
-/// The number of channels that share a scale.
+use built_in::{built_in, built_in_names};
+
+/// How many channels share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "toml::Value", into = "GroupRepr")]
 pub enum Group {
@@ -84,6 +86,10 @@ pub struct Recipe {
     pub format: Codebook,
     /// Channels that share a scale.
     pub group: Group,
+    /// Pad a site whose channels are no multiple of the group; otherwise its group is halved until they are, since
+    /// engines know no padding.
+    #[serde(default = "yes")]
+    pub pad_groups: bool,
     /// Outlier channels of each site.
     pub outliers: usize,
     /// How outlier channels are held, in weights and activations.
@@ -131,70 +137,27 @@ pub struct Recipe {
     pub expert_tokens: usize,
 }
 
-/// The value in recipes that were stored before networks with experts were supported.
+/// Where a recipe was stored before groups could be left unpadded.
+fn yes() -> bool {
+    true
+}
+
+/// Where a recipe was stored before networks with experts were known.
 fn expert_tokens() -> usize {
     256
 }
 
 impl Recipe {
-    /// The reference's headline recipe (method.md section 0).
-    pub fn paper() -> Self {
-        Self {
-            bits: 4,
-            act_bits: 4,
-            kv_bits: 4,
-            format: Codebook::Int,
-            group: Group::Size(128),
-            outliers: 128,
-            outlier_format: OutlierFormat::Int8,
-            order: Order::Energy,
-            clip_act: 0.9,
-            clip_weight: 0.85,
-            signed_scales: false,
-            scales: ScaleGrid::F16,
-            clip_kv: 1.0,
-            rows_per_scale: 2,
-            transform: Transform::None,
-            rotate_kv: false,
-            kv_after_rope: false,
-            center_keys: false,
-            gptq: true,
-            sequential: false,
-            correction: 0.0,
-            damping: 0.01,
-            expert_tokens: expert_tokens(),
-        }
-    }
-
-    /// The default: the paper's bits, groups and outlier channels. A Hadamard transform in each group, a
-    /// signed scale for every output row, rotated K and V heads, centred keys, and sites quantized sequentially
-    /// towards the output of the source.
-    pub fn default_recipe() -> Self {
-        Self {
-            clip_act: 0.95,
-            clip_weight: 0.95,
-            signed_scales: true,
-            rows_per_scale: 1,
-            transform: Transform::Hadamard,
-            rotate_kv: true,
-            kv_after_rope: true,
-            center_keys: true,
-            sequential: true,
-            correction: 0.5,
-            ..Self::paper()
-        }
-    }
-
     /// The recipe named `name`, or read from the TOML file of that path (its keys change `default`,
     /// or the recipe its key `base` names), with `overrides` applied last.
     pub fn resolve(name: &str, overrides: &Table) -> Result<Self> {
-        let recipe = match name {
-            "default" => Self::default_recipe(),
-            "paper" => Self::paper(),
-            path if path.ends_with(".toml") => Self::from_file(path)?,
-            other => {
-                return Err(Error::input(format!("there is no recipe named `{other}`"))
-                    .hint("built in are `default` and `paper`; a recipe file ends in .toml"));
+        let recipe = match built_in(name) {
+            Some(recipe) => recipe,
+            None if name.ends_with(".toml") => Self::from_file(name)?,
+            None => {
+                return Err(Error::input(format!("there is no recipe named `{name}`")).hint(
+                    format!("built in are {}; a recipe file ends in .toml", built_in_names()),
+                ));
             }
         };
         recipe.with(overrides, "on the command line")?.check()
@@ -202,20 +165,20 @@ impl Recipe {
 
     fn from_file(path: &str) -> Result<Self> {
         let text = fs_err::read_to_string(path).map_err(|error| {
-            Error::from(error)
-                .hint("give --recipe a TOML file that can be read, `default` or `paper`")
+            Error::from(error).hint(format!(
+                "give --recipe a TOML file that can be read, or {}",
+                built_in_names()
+            ))
         })?;
         let mut table: Table = text
             .parse()
             .map_err(|error| Error::input(format!("recipe {path} is not TOML: {error}")))?;
         let base = match table.remove("base") {
             None => Self::default_recipe(),
-            Some(toml::Value::String(name)) if name == "default" => Self::default_recipe(),
-            Some(toml::Value::String(name)) if name == "paper" => Self::paper(),
-            Some(other) => {
-                return Err(Error::input(format!("recipe {path} has the unknown base {other}"))
-                    .hint("base is \"default\" or \"paper\""));
-            }
+            Some(base) => base.as_str().and_then(built_in).ok_or_else(|| {
+                Error::input(format!("recipe {path} has the unknown base {base}"))
+                    .hint(format!("base is the name of a built-in recipe: {}", built_in_names()))
+            })?,
         };
         base.with(&table, &format!("in {path}"))
     }
@@ -304,6 +267,21 @@ impl Recipe {
         if self.act_bits == 4 { self.format } else { Codebook::Int }
     }
 
+    /// Channels that share a scale in a site of `channels`, of which so many are outliers.
+    pub fn group_size(&self, channels: usize, outliers: usize) -> usize {
+        let grouped = channels.saturating_sub(outliers);
+        match self.group {
+            Group::Row => grouped.next_multiple_of(GROUP_MULTIPLE).max(GROUP_MULTIPLE),
+            Group::Size(mut size) => {
+                let halves = |size: usize| size.is_multiple_of(2 * GROUP_MULTIPLE);
+                while !self.pad_groups && !grouped.is_multiple_of(size) && halves(size) {
+                    size /= 2;
+                }
+                size
+            }
+        }
+    }
+
     /// How keys and values are held.
     pub fn kv(&self) -> KvFormat {
         KvFormat {
@@ -325,7 +303,11 @@ impl Recipe {
             Codebook::Int => String::new(),
             other => format!("-{}", other.name()),
         };
-        format!("w{}a{}{format}-{group}", self.bits, self.act_bits)
+        let scales = match self.scales {
+            ScaleGrid::F16 | ScaleGrid::Bf16 => String::new(),
+            other => format!("-{}", other.name()),
+        };
+        format!("w{}a{}{format}{scales}-{group}", self.bits, self.act_bits)
     }
 }
 
@@ -339,7 +321,7 @@ mod tests {
 
     #[test]
     fn a_recipe_written_as_toml_resolves_to_itself() {
-        for name in ["default", "paper"] {
+        for name in built_in::NAMES {
             let recipe = Recipe::resolve(name, &Table::new()).unwrap();
             let again = recipe.with(&overrides(&recipe.to_toml()), "test").unwrap();
             assert_eq!(recipe, again);
