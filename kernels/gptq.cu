@@ -71,8 +71,8 @@ struct Grid {
     int signed_scales;
     float scale_unit;
 
-    __device__ __forceinline__ float scale(u32 peak) const {
-        float scale = round_scale(peak_magnitude(peak) * ratio, scale_unit);
+    __device__ __forceinline__ float scale(u32 peak, float factor = 1.0f) const {
+        float scale = round_scale(peak_magnitude(peak) * ratio * factor, scale_unit);
         return signed_scales ? signed_scale(scale, peak) : scale;
     }
     __device__ __forceinline__ float code(float value, float inverse) const {
@@ -220,7 +220,32 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
                     if (column >= start && column < end) most = max(most, peak_of(values.v[row][c]));
                 }
             }
-            scale = grid.scale(warp_max(most));
+            most = warp_max(most);
+            scale = grid.scale(most);
+#if FACTOR_COUNT > 1
+            // Of the scales that are tried, the one with which the group costs the least; the first of equals.
+            const float factors[FACTOR_COUNT] = {FACTORS};
+            float least_cost = __uint_as_float(0x7f800000u);
+            for (int i = 0; i < FACTOR_COUNT; i++) {
+                float tried = grid.scale(most, factors[i]), own_inverse = inverse_of(tried);
+                if (!is_finite(tried)) continue;
+                float costs[ROWS] = {};
+                Span<ROWS> trial = w;
+                spread(trial, before, tile, start, end, feedback, [&](int row, int c, int from, float value) {
+                    float q = grid.code(value, own_inverse) * tried;
+                    float own = value - q;
+                    if (feedback) own *= pivots[first + 32 * c + from];
+                    costs[row] = fmaf(own, own, costs[row]);
+                    return q;
+                });
+                float all = 0.0f;
+                for (int row = 0; row < ROWS; row++) all += costs[row];
+                if (all < least_cost) {
+                    least_cost = all;
+                    scale = tried;
+                }
+            }
+#endif
             if (lane == 0) {
                 scales[(long long)set * groups + (first + start) / group_size] = scale;
                 if (!is_finite(scale)) atomicMin(bad, (u32)(set * ROWS));

@@ -2,6 +2,7 @@
 
 use super::{AccumulatedError, Calibration};
 use crate::quant::codebook::Codebook;
+use crate::quant::grid::Scaling;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::number::LinearFormat;
 use crate::quant::site::SiteFormat;
@@ -16,7 +17,7 @@ pub struct Unquantized<'a, W> {
     /// How its weights will be held.
     pub format: LinearFormat,
     /// The factor on a group's absmax before its scale is taken.
-    pub clip: f32,
+    pub scaling: Scaling,
 }
 
 /// What a Gram matrix's factorization took.

@@ -11,6 +11,7 @@ use crate::backend::cpu::integer::{IntegerLinear, linear};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::quantize::quantize_rows;
 use crate::quant::codebook::Codebook;
+use crate::quant::grid::Scaling;
 use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
 use crate::quant::site::{SiteFormat, Transform};
@@ -80,7 +81,7 @@ fn measure(isa: Isa, threads: usize, product: Product, kernel: Kernel) -> Row {
             let site = identity_site(k, 64, if k > 64 { 64 } else { 0 });
             let weights = site.row.weights(4, Codebook::Int, 1);
             let arranged: Vec<f32> = w.chunks(k).flat_map(|row| arranged(&site, row)).collect();
-            let w = round_to_nearest(&arranged, n, &weights, 1.0);
+            let w = round_to_nearest(&arranged, n, &weights, Scaling::clipped(1.0));
             let w = IntegerLinear::new(&w.expect("random weights are finite"));
             let x = quantize_rows(isa, &x, m, &site).expect("random activations are finite");
             Box::new(move || linear(isa, &x, &w, &mut y))

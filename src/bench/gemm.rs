@@ -21,6 +21,7 @@ use crate::backend::cuda::timing::rotation;
 use crate::backend::{Memory, Quantization, Unquantized};
 use crate::progress::Progress;
 use crate::quant::codebook::Codebook;
+use crate::quant::grid::Scaling;
 use crate::quant::number::{LinearFormat, NumberFormat, RowFormat};
 use crate::quant::site::SiteFormat;
 use crate::{Error, Result};
@@ -299,7 +300,8 @@ fn packed(
     seed: usize,
 ) -> Result<PackedLinear> {
     let weight = &cuda.random_weight(rows, columns, seed)?;
-    let linear = Unquantized { name: "a random weight", weight, format, clip: 1.0 };
+    let linear =
+        Unquantized { name: "a random weight", weight, format, scaling: Scaling::clipped(1.0) };
     let quantized = cuda.round(&linear, site)?;
     cuda.pack(&quantized, None)
 }

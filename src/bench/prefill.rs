@@ -22,6 +22,7 @@ use crate::model::sites::{LinearSpec, MLP_ACT, MLP_IN, SiteSpec};
 use crate::network::attention_spec;
 use crate::progress::Progress;
 use crate::quant::codebook::Codebook;
+use crate::quant::grid::Scaling;
 use crate::quant::kv::KvFormat;
 use crate::quant::number::ScaleFormat;
 use crate::quant::site::{SiteFormat, Transform};
@@ -192,7 +193,12 @@ fn pair<B: Backend>(
                 backend.load(Tensor::in_memory(&linear.name, Dtype::F16, &shape, &bytes))?;
             let name = &linear.name;
             let weights = format.row.weights(4, Codebook::Int, 1);
-            let own = Unquantized { name, weight: &weight, format: weights, clip: 1.0 };
+            let own = Unquantized {
+                name,
+                weight: &weight,
+                format: weights,
+                scaling: Scaling::clipped(1.0),
+            };
             let rounded = backend.round(&own, &order)?;
             packed.push(Linear::Packed(backend.pack(&rounded, feeds.as_ref())?));
             unquantized.push(Linear::Dense(backend.dense(&weight, None)?));

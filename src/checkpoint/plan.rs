@@ -5,9 +5,12 @@ use serde::{Deserialize, Serialize};
 use super::TensorSpec;
 use super::linear::{order_spec, specs};
 use crate::quant::codebook::Codebook;
+use crate::quant::grid::Scaling;
 use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::order::channel_order;
-use crate::quant::ranges::{BITS, CLIP, E4M3_EXPONENTS, GROUP_SIZE, ROWS_PER_SCALE};
+use crate::quant::ranges::{
+    BITS, CLIP, E4M3_EXPONENTS, GROUP_SIZE, ROWS_PER_SCALE, SEARCHED_GROUP,
+};
 use crate::quant::scale::ScaleGrid;
 use crate::quant::site::{SiteFormat, Transform};
 use crate::recipe::{Order, Recipe};
@@ -31,12 +34,20 @@ pub struct LinearPlan {
     /// Clip ratio of the groups.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip: f32,
+    /// Whether of several scales of a group the one is taken that costs the least.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub search_scales: bool,
     /// Relative output error, once it is quantized.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<f64>,
 }
 
 impl LinearPlan {
+    /// How its scales are chosen.
+    pub fn scaling(&self) -> Scaling {
+        Scaling { clip: self.clip, search: self.search_scales }
+    }
+
     /// Gives it codes of `bits` bits: integers where its kind of number has no such width.
     pub fn set_width(&mut self, bits: u8) {
         self.bits = bits;
@@ -125,6 +136,14 @@ impl SitePlan {
             ROWS_PER_SCALE.check(format_args!("{name}: rows_per_scale"), *rows_per_scale)?;
         }
         bits_and_clip(name, self.bits, self.clip)?;
+        let searched = self.linears.iter().find(|linear| linear.search_scales);
+        if let Some(linear) = searched.filter(|_| *group_size > SEARCHED_GROUP) {
+            return Err(Error::input(format!(
+                "{}: scales of groups of {group_size} channels are not searched",
+                linear.name
+            ))
+            .hint(format!("choose --group {SEARCHED_GROUP} or less with search_scales = true")));
+        }
         self.scales.check(self.signed_scales).map_err(|error| error.context(name))?;
         for (setting, exponent) in
             [("act_exponent", self.act_exponent), ("weight_exponent", self.weight_exponent)]

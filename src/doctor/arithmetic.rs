@@ -16,6 +16,7 @@ use crate::backend::{Backend, Matrix, Tensor};
 use crate::checkpoint::Dtype;
 use crate::eval::{code_fault, product_error};
 use crate::quant::codebook::Codebook;
+use crate::quant::grid::Scaling;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
 use crate::quant::rows::QuantizedRows;
@@ -99,7 +100,7 @@ impl Example {
         let rows = quantize_rows_plain(&x, TOKENS, &format)?;
         let weights = format.permute_rows_plain(&weights, ROWS);
         let weight_format = format.row.weights(4, Codebook::Int, 1);
-        let linear = round_to_nearest(&weights, ROWS, &weight_format, 0.95)?;
+        let linear = round_to_nearest(&weights, ROWS, &weight_format, Scaling::clipped(0.95))?;
         let mut product = vec![0.0; TOKENS * ROWS];
         plain::linear(&rows, &linear, &mut product);
         let float_product = float_product(&dequantize_rows_plain(&rows), &dequantize(&linear));

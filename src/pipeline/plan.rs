@@ -113,6 +113,7 @@ fn plan_linear(recipe: &Recipe, linear: &LinearSpec) -> LinearPlan {
         codebook: recipe.format,
         rows_per_scale: recipe.rows_per_scale,
         clip: recipe.clip_weight,
+        search_scales: recipe.search_scales,
         error: None,
     }
 }

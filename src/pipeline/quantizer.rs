@@ -96,7 +96,7 @@ impl<B: Backend> BlockQuantizer<'_, B> {
                 name: &linear.name,
                 weight: weight.as_ref().expect("every weight is loaded to be quantized"),
                 format: work.plan.weights(linear),
-                clip: linear.clip,
+                scaling: linear.scaling(),
             })
             .collect();
         let quantized = match (&hessian, &factor) {

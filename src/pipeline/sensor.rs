@@ -249,8 +249,8 @@ impl<'a, B: Backend> Sensor<'a, B> {
                     let mut at_width = linear.clone();
                     at_width.set_width(*bits);
                     let weight = weight.as_ref().expect("every weight is loaded to be measured");
-                    let (format, clip) = (plan.weights(&at_width), at_width.clip);
-                    Unquantized { name: &linear.name, weight, format, clip }
+                    let (format, scaling) = (plan.weights(&at_width), at_width.scaling());
+                    Unquantized { name: &linear.name, weight, format, scaling }
                 })
                 .collect();
             let quantized = match &factor {

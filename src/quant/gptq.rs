@@ -14,10 +14,10 @@ may block the sweep for speed, with the same bits. */
 
 use half::f16;
 
-use super::grid::{Grid, ScaleRule, inverse};
+use super::grid::{Grid, ScaleRule, Scaling, inverse};
 use super::linear::QuantizedLinear;
 use super::number::{LinearFormat, RowFormat};
-use super::weights::{assemble, peak};
+use super::weights::{assemble, best_scale};
 use crate::Result;
 
 /// Damping tried when the Hessian has no Cholesky factor, as multiples of the recipe's.
@@ -30,12 +30,12 @@ pub fn sweep_plain(
     mut weights: Vec<f32>,
     rows: usize,
     format: &LinearFormat,
-    clip: f32,
+    scaling: Scaling,
     u: &[f32],
 ) -> Result<QuantizedLinear> {
     let RowFormat { numbers, groups, .. } = format.row;
     let (width, grouped) = (format.row.width(), format.row.grouped_channels());
-    let grid = Grid::of(&numbers, clip, ScaleRule::Gptq);
+    let grid = Grid::of(&numbers, scaling, ScaleRule::Gptq);
     let mut codes = vec![0i8; rows * grouped];
     let mut scales = vec![f16::ZERO; format.scale_rows(rows) * groups];
     for (pair, (weights, codes)) in weights
@@ -47,7 +47,8 @@ pub fn sweep_plain(
         for column in 0..grouped {
             let group = column / numbers.group_size;
             if column % numbers.group_size == 0 {
-                scales[group] = grid.scale(peak(weights, width, column, numbers.group_size))?;
+                let end = column + numbers.group_size;
+                scales[group] = best_scale(&grid, weights, width, column..end, Some(u))?;
             }
             let scale = scales[group].to_f32();
             let update = &u[column * width..(column + 1) * width];

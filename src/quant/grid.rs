@@ -57,7 +57,32 @@ pub struct Grid {
     /// What scales are rounded to, and whether they have the sign of [`Peak::signed`].
     scale: ScaleFormat,
     codebook: Codebook,
+    /// Factors on the scale that are tried, 1 the first.
+    factors: &'static [f32],
 }
+
+/// How the scales of weights are chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scaling {
+    /// The factor on a group's absmax; 1 clips nothing.
+    pub clip: f32,
+    /// Whether of several scales the one is taken that costs the least in its group.
+    pub search: bool,
+}
+
+impl Scaling {
+    /// By the absmax times `clip` alone.
+    pub fn clipped(clip: f32) -> Self {
+        Self { clip, search: false }
+    }
+}
+
+/// Factors on the scale of integers that are tried: less than 1 clips.
+const INT_FACTORS: [f32; 5] = [1.0, 0.9375, 0.875, 0.8125, 0.75];
+/// Of FP4, whose steps grow: with 1.5 the absmax falls on 4 instead of 6 ("Four Over Six"), which has finer steps around it.
+const FP4_FACTORS: [f32; 6] = [1.0, 1.5, 1.25, 1.125, 0.9375, 0.875];
+/// Of powers of two.
+const POWER_FACTORS: [f32; 3] = [1.0, 2.0, 0.5];
 
 /// Which scale a group of weights gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +101,8 @@ impl Grid {
     /// Of integers without signed scales that GPTQ chooses, it lies half a step above it (gptq.py `Quantizer`:
     /// `2 * absmax * clip / (2^bits - 1)`). With signed scales the clipped peak lies on the least code, by the
     /// sign of the scale: a step is 7/8 of what the magnitude alone would allow at 4 bits, 3/4 at 3.
-    pub fn of(numbers: &NumberFormat, clip: f32, rule: ScaleRule) -> Self {
+    pub fn of(numbers: &NumberFormat, scaling: Scaling, rule: ScaleRule) -> Self {
+        let Scaling { clip, search } = scaling;
         let (lowest, highest) = numbers.limits();
         let signed = numbers.has_signs();
         let powers = numbers.scale.grid == ScaleGrid::PowerOfTwo;
@@ -89,6 +115,12 @@ impl Grid {
             ratio: clip / top,
             scale: ScaleFormat { signed, ..numbers.scale },
             codebook: numbers.codebook,
+            factors: match (search, powers, numbers.codebook.is_int()) {
+                (false, ..) => &[1.0],
+                (true, true, _) => &POWER_FACTORS,
+                (true, false, true) => &INT_FACTORS,
+                (true, false, false) => &FP4_FACTORS,
+            },
         }
     }
 
@@ -109,6 +141,7 @@ impl Grid {
             ratio: 1.0 / highest,
             scale: ScaleFormat::F16,
             codebook: Codebook::Int,
+            factors: &[1.0],
         }
     }
 
@@ -127,13 +160,26 @@ impl Grid {
         (self.lowest, self.highest)
     }
 
+    /// Factors on the scale of a group that are tried, 1 the first and often the only one.
+    pub fn factors(&self) -> &'static [f32] {
+        self.factors
+    }
+
     /// The scale of a group of that peak, rounded to its grid.
     ///
     /// # Errors
     /// The magnitude is not finite, or its scale exceeds f16.
     pub fn scale(&self, peak: Peak) -> Result<f16> {
+        self.scaled(peak, 1.0)
+    }
+
+    /// The scale of a group of that peak times `factor`, rounded to its grid.
+    ///
+    /// # Errors
+    /// As [`Grid::scale`].
+    pub fn scaled(&self, peak: Peak, factor: f32) -> Result<f16> {
         let absmax = peak.magnitude();
-        let scale = self.scale.round(absmax * self.ratio);
+        let scale = self.scale.round(absmax * self.ratio * factor);
         if scale.is_finite() {
             Ok(f16::from_f32(if self.scale.signed { peak.signed(scale) } else { scale }))
         } else {
@@ -176,15 +222,18 @@ mod tests {
     }
 
     fn rounding(bits: u8, clip: f32) -> Grid {
-        Grid::of(&numbers(bits, ScaleFormat::F16), clip, ScaleRule::Rounding)
+        let numbers = numbers(bits, ScaleFormat::F16);
+        Grid::of(&numbers, Scaling::clipped(clip), ScaleRule::Rounding)
     }
 
     fn gptq(bits: u8, clip: f32) -> Grid {
-        Grid::of(&numbers(bits, ScaleFormat::F16), clip, ScaleRule::Gptq)
+        let numbers = numbers(bits, ScaleFormat::F16);
+        Grid::of(&numbers, Scaling::clipped(clip), ScaleRule::Gptq)
     }
 
     fn signed(bits: u8, clip: f32) -> Grid {
-        Grid::of(&numbers(bits, ScaleFormat::SIGNED_F16), clip, ScaleRule::Gptq)
+        let numbers = numbers(bits, ScaleFormat::SIGNED_F16);
+        Grid::of(&numbers, Scaling::clipped(clip), ScaleRule::Gptq)
     }
 
     #[test]

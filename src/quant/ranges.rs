@@ -7,6 +7,9 @@ use crate::{Error, Result};
 /// What a group size must be a multiple of, so that no kernel sees a ragged edge.
 pub const GROUP_MULTIPLE: usize = 16;
 
+/// The widest group whose scale is searched: what a warp sweeps at once.
+pub const SEARCHED_GROUP: usize = 128;
+
 /// The values that a setting may have.
 pub struct Range<T> {
     holds: fn(T) -> bool,

@@ -3,10 +3,12 @@
 All functions take a weight matrix `[out, channels]` that is already permuted to its site's channel order
 and transformed, as [`SiteFormat::permute`](super::site::SiteFormat::permute) leaves it. */
 
+use std::ops::Range;
+
 use half::f16;
 
 use super::float::{E4M3, e4m3_bits, e4m3_value};
-use super::grid::{Grid, Peak, ScaleRule, inverse};
+use super::grid::{Grid, Peak, ScaleRule, Scaling, inverse};
 use super::linear::{OutlierBlock, QuantizedLinear};
 use super::number::{LinearFormat, OutlierFormat, RowFormat};
 use crate::{Error, Result};
@@ -18,12 +20,12 @@ pub fn round_to_nearest(
     weights: &[f32],
     rows: usize,
     format: &LinearFormat,
-    clip: f32,
+    scaling: Scaling,
 ) -> Result<QuantizedLinear> {
     let RowFormat { numbers, groups, .. } = format.row;
     let (width, grouped) = (format.row.width(), format.row.grouped_channels());
     let group = numbers.group_size;
-    let grid = Grid::of(&numbers, clip, ScaleRule::Rounding);
+    let grid = Grid::of(&numbers, scaling, ScaleRule::Rounding);
     let mut codes = vec![0i8; rows * grouped];
     let mut scales = Vec::with_capacity(format.scale_rows(rows) * groups);
     for (rows, codes) in weights
@@ -31,7 +33,7 @@ pub fn round_to_nearest(
         .zip(codes.chunks_mut(format.rows_per_scale * grouped))
     {
         for start in (0..grouped).step_by(group) {
-            let scale = grid.scale(peak(rows, width, start, group))?;
+            let scale = best_scale(&grid, rows, width, start..start + group, None)?;
             let inverse = inverse(scale.to_f32());
             for (row, codes) in rows.chunks(width).zip(codes.chunks_mut(grouped)) {
                 for (code, &value) in
@@ -49,6 +51,60 @@ pub fn round_to_nearest(
 /// The peak of columns `start..start + len` over all rows of `weights` `[_, width]`.
 pub(crate) fn peak(weights: &[f32], width: usize, start: usize, len: usize) -> Peak {
     weights.chunks(width).map(|row| Peak::of(&row[start..start + len])).fold(Peak::NONE, Peak::max)
+}
+
+/// The scale of a group, columns `group` of the rows of `weights` `[_, width]` that share it: of those that the grid tries
+/// the one that costs the least, the first of equals.
+///
+/// The cost is what GPTQ minimizes, the sum of squares of the columns' errors over their pivots while each error is spread
+/// over the columns of the group after it, by the rows of `u` `[width, width]`; without `u`, of the errors alone. Rows of
+/// `weights` carry every update of the columns before the group.
+#[inline(always)]
+pub(crate) fn best_scale(
+    grid: &Grid,
+    weights: &[f32],
+    width: usize,
+    group: Range<usize>,
+    u: Option<&[f32]>,
+) -> Result<f16> {
+    let peak = peak(weights, width, group.start, group.len());
+    let first = grid.scale(peak)?;
+    if grid.factors().len() == 1 {
+        return Ok(first);
+    }
+    let mut best = (f32::INFINITY, first);
+    let mut values = vec![0.0; group.len()];
+    for &factor in grid.factors() {
+        // A greater scale may be beyond f16 where the first is not.
+        let Ok(scale) = grid.scaled(peak, factor) else { continue };
+        let (step, inverse) = (scale.to_f32(), inverse(scale.to_f32()));
+        let mut cost = 0.0;
+        for row in weights.chunks(width) {
+            values.copy_from_slice(&row[group.clone()]);
+            let mut own = 0.0f32;
+            for at in 0..values.len() {
+                let lost = values[at] - grid.code(values[at], inverse) * step;
+                let error = match u {
+                    None => lost,
+                    Some(u) => {
+                        let column = group.start + at;
+                        let u = &u[column * width + column..column * width + group.end];
+                        let error = lost / u[0];
+                        for (value, &u) in values[at + 1..].iter_mut().zip(&u[1..]) {
+                            *value = (-error).mul_add(u, *value);
+                        }
+                        error
+                    }
+                };
+                own = error.mul_add(error, own);
+            }
+            cost += own;
+        }
+        if cost < best.0 {
+            best = (cost, scale);
+        }
+    }
+    Ok(best.1)
 }
 
 /// Joins finished codes and scales with the outlier block, which is rounded from the last columns
@@ -151,7 +207,7 @@ mod tests {
         weights[..8].copy_from_slice(&[-6.0, 5.0, 3.5, 2.5, 1.75, -1.25, 0.75, 0.25]);
         weights[16..18].copy_from_slice(&[448.0, -3.1]);
         weights[18..20].copy_from_slice(&[0.5, -12.0]);
-        round_to_nearest(&weights, 2, &format, 1.0).unwrap()
+        round_to_nearest(&weights, 2, &format, Scaling::clipped(1.0)).unwrap()
     }
 
     #[test]

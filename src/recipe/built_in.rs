@@ -50,6 +50,7 @@ impl Recipe {
             clip_weight: 0.85,
             signed_scales: false,
             scales: ScaleGrid::F16,
+            search_scales: false,
             clip_kv: 1.0,
             rows_per_scale: 2,
             transform: Transform::None,

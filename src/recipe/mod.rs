@@ -107,6 +107,9 @@ pub struct Recipe {
     /// The numbers that scales are rounded to.
     #[serde(default)]
     pub scales: ScaleGrid,
+    /// Of several scales of a group of weights, take the one that costs the least; groups of at most 128 channels.
+    #[serde(default)]
+    pub search_scales: bool,
     /// Clip ratio of keys and values.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub clip_kv: f32,

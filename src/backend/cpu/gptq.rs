@@ -12,10 +12,10 @@ use super::gemm_pack::{Panels, Rows};
 use super::isa::Isa;
 use crate::Result;
 use crate::backend::Matrix;
-use crate::quant::grid::{Grid, ScaleRule, inverse};
+use crate::quant::grid::{Grid, ScaleRule, Scaling, inverse};
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::number::LinearFormat;
-use crate::quant::weights::{assemble, peak};
+use crate::quant::weights::{assemble, best_scale};
 
 /// Columns swept before the rest is updated: their part of `U` (64 KB) stays in the caches.
 const BLOCK: usize = 128;
@@ -39,12 +39,12 @@ pub(super) fn sweep(
     isa: Isa,
     weights: Matrix,
     format: &LinearFormat,
-    clip: f32,
+    scaling: Scaling,
     u: &[f32],
 ) -> Result<QuantizedLinear> {
     let Matrix { rows, columns: width, data: mut weights } = weights;
     let (groups, grouped) = (format.row.groups, format.row.grouped_channels());
-    let grid = Grid::of(&format.row.numbers, clip, ScaleRule::Gptq);
+    let grid = Grid::of(&format.row.numbers, scaling, ScaleRule::Gptq);
     let mut codes = vec![0i8; rows * grouped];
     let mut scales = vec![f16::ZERO; format.scale_rows(rows) * groups];
     let mut errors = vec![0f32; rows * BLOCK];
@@ -136,7 +136,8 @@ impl Span<'_> {
         for column in first..end {
             let group = column / group_size;
             if column % group_size == 0 {
-                scales[group] = grid.scale(peak(weights, width, column, group_size))?;
+                let group_columns = column..column + group_size;
+                scales[group] = best_scale(grid, weights, width, group_columns, Some(u))?;
             }
             let scale = scales[group].to_f32();
             let update = &u[column * width + column..column * width + end];
@@ -208,14 +209,14 @@ mod tests {
                     u[row * width + column] = if row == column { 1.5 } else { 0.2 * random() };
                 }
             }
-            let expected = sweep_plain(weights.clone(), rows, &format, 0.85, &u).unwrap();
-            for isa in Isa::available() {
-                let weights = Matrix { rows, columns: width, data: weights.clone() };
-                assert_eq!(
-                    sweep(isa, weights, &format, 0.85, &u).unwrap(),
-                    expected,
-                    "{format:?} {isa:?}"
-                );
+            for search in [false, true] {
+                let scaling = Scaling { clip: 0.85, search };
+                let expected = sweep_plain(weights.clone(), rows, &format, scaling, &u).unwrap();
+                for isa in Isa::available() {
+                    let weights = Matrix { rows, columns: width, data: weights.clone() };
+                    let found = sweep(isa, weights, &format, scaling, &u).unwrap();
+                    assert_eq!(found, expected, "{format:?} {isa:?} {search}");
+                }
             }
         }
     }

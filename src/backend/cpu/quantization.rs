@@ -54,7 +54,7 @@ impl Quantization for Cpu {
                 self.correct(&mut weights, accumulated, factor);
             }
             let quantized =
-                gptq::sweep(self.isa, weights.clone(), &linear.format, linear.clip, factor)
+                gptq::sweep(self.isa, weights.clone(), &linear.format, linear.scaling, factor)
                     .map_err(|error| error.context(format!("weights of {}", linear.name)))?;
             let error = weights::difference(&quantized, &weights);
             let lost = gram.energy(self.isa, &error);
@@ -69,7 +69,7 @@ impl Quantization for Cpu {
         site: &SiteFormat,
     ) -> Result<QuantizedLinear> {
         let weights = permuted(linear.weight, site)?;
-        round_to_nearest(&weights.data, weights.rows, &linear.format, linear.clip)
+        round_to_nearest(&weights.data, weights.rows, &linear.format, linear.scaling)
             .map_err(|error| error.context(format!("weights of {}", linear.name)))
     }
 

@@ -16,7 +16,7 @@ use super::tensor::{
 };
 use crate::backend::{AccumulatedError, Quantization, Unquantized};
 use crate::quant::codebook::Codebook;
-use crate::quant::grid::{Grid, ScaleRule};
+use crate::quant::grid::{Grid, ScaleRule, Scaling};
 use crate::quant::number::{LinearFormat, RowFormat};
 use crate::{Error, Result};
 
@@ -38,7 +38,7 @@ fn cut(columns: Range<usize>) -> impl Iterator<Item = Range<usize>> {
 /// Weights that are swept together, permuted and corrected for the accumulated error, row under row.
 struct WeightStack {
     format: LinearFormat,
-    clip: f32,
+    scaling: Scaling,
     rows: usize,
     /// `[rows, width]`, f32.
     original: Buffer,
@@ -72,7 +72,7 @@ impl SweepStep<'_> {
 
     fn grid(&self) -> Grid {
         let rule = if self.feedback.is_some() { ScaleRule::Gptq } else { ScaleRule::Rounding };
-        Grid::of(&self.stack.format.row.numbers, self.stack.clip, rule)
+        Grid::of(&self.stack.format.row.numbers, self.stack.scaling, rule)
     }
 }
 
@@ -86,7 +86,7 @@ impl Cuda {
     ) -> Result<Vec<DeviceLinear>> {
         // Rows that share a scale must not lie in two linears.
         let together = |a: &Unquantized<Weight>, b: &Unquantized<Weight>| {
-            (a.format, a.clip) == (b.format, b.clip)
+            (a.format, a.scaling) == (b.format, b.scaling)
                 && a.weight.rows.is_multiple_of(a.format.rows_per_scale)
         };
         let mut quantized = Vec::with_capacity(linears.len());
@@ -206,7 +206,7 @@ impl Cuda {
     }
 
     fn stack(&self, linears: &[Unquantized<Weight>], site: &DeviceSite) -> Result<WeightStack> {
-        let Unquantized { format, clip, .. } = linears[0];
+        let Unquantized { format, scaling, .. } = linears[0];
         self.check_codebook(format.row.numbers.codebook)?;
         let width = format.row.width();
         let rows = linears.iter().map(|linear| linear.weight.rows).sum();
@@ -219,7 +219,7 @@ impl Cuda {
             self.permute_rows(weight.source(), site, to)?;
             first += weight.rows;
         }
-        Ok(WeightStack { format, clip, rows, original })
+        Ok(WeightStack { format, scaling, rows, original })
     }
 
     /// Sweeps a span of `weights`; with `unrounded` without rounding, into it.
@@ -264,6 +264,7 @@ impl Cuda {
             rows_per_scale,
             fp4: numbers.codebook == Codebook::Fp4,
             grid: numbers.scale.grid,
+            factors: grid.factors(),
         })
     }
 

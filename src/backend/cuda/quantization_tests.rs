@@ -11,8 +11,10 @@ use crate::backend::{
 };
 use crate::checkpoint::{Dtype, Tensor as Stored};
 use crate::quant::codebook::Codebook;
+use crate::quant::grid::Scaling;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::number::LinearFormat;
+use crate::quant::ranges::SEARCHED_GROUP;
 use crate::quant::weights::dequantize;
 
 #[test]
@@ -68,7 +70,7 @@ pub(super) fn random_codes(
     random: &mut Random,
 ) -> QuantizedLinear {
     let weights = random.values(rows * format.row.width());
-    crate::quant::weights::round_to_nearest(&weights, rows, format, 0.85).unwrap()
+    crate::quant::weights::round_to_nearest(&weights, rows, format, Scaling::clipped(0.85)).unwrap()
 }
 
 #[test]
@@ -289,9 +291,11 @@ fn gptq_makes_the_cpus_decisions() {
         });
         let mut host_linears = Vec::new();
         let mut linears = Vec::new();
+        let search = at % 3 == 1 && format.row.numbers.group_size <= SEARCHED_GROUP;
+        let scaling = Scaling { clip: 0.85, search };
         for ((stored, weight), format) in stored.iter().zip(&weights).zip(formats) {
-            host_linears.push(Unquantized { name: "w", weight: stored, format, clip: 0.85 });
-            linears.push(Unquantized { name: "w", weight, format, clip: 0.85 });
+            host_linears.push(Unquantized { name: "w", weight: stored, format, scaling });
+            linears.push(Unquantized { name: "w", weight, format, scaling });
         }
         let expected = cpu.gptq(&host_linears, &format, &host_hessian, &host_factor, None).unwrap();
         let sweep = || cuda.gptq(&linears, &site, &hessian, &factor, None).unwrap();

@@ -8,6 +8,7 @@ use crate::backend::{AttentionSpec, Memory, Quantization};
 use crate::checkpoint::Dtype;
 use crate::model::block::{Site, Treatment};
 use crate::quant::codebook::Codebook;
+use crate::quant::grid::Scaling;
 use crate::quant::kv::KvFormat;
 use crate::quant::linear::OutlierBlock;
 use crate::quant::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
@@ -49,7 +50,7 @@ fn site(
         let weights = random(rows * channels, at as u64);
         let permuted = format.permute_rows_plain(&weights, rows);
         let weights = row.weights(4, codebook, 1);
-        Some(round_to_nearest(&permuted, rows, &weights, 1.0).unwrap())
+        Some(round_to_nearest(&permuted, rows, &weights, Scaling::clipped(1.0)).unwrap())
     });
     let linears = linears.collect();
     QuantizedSite { format, linears }

@@ -18,11 +18,11 @@ pub(super) const FAMILY: Family = Family {
     pdl: false,
     variants: |_| {
         vec![
-            constants(false, ScaleGrid::F16),
-            constants(true, ScaleGrid::F16),
-            constants(true, ScaleGrid::E4m3),
-            constants(true, ScaleGrid::PowerOfTwo),
-            constants(false, ScaleGrid::Bf16),
+            constants(false, ScaleGrid::F16, &[1.0]),
+            constants(true, ScaleGrid::F16, &[1.0]),
+            constants(true, ScaleGrid::E4m3, &[1.0, 1.5]),
+            constants(true, ScaleGrid::PowerOfTwo, &[1.0, 2.0, 0.5]),
+            constants(false, ScaleGrid::Bf16, &[1.0]),
         ]
     },
     kernels: declared![
@@ -42,8 +42,17 @@ pub(super) const FAMILY: Family = Family {
     ],
 };
 
-fn constants(fp4: bool, grid: ScaleGrid) -> Defines {
-    defines! { "THREADS": THREADS, "SPAN": SPAN, "TILE": TILE, "FP4": flag(fp4), "SCALE_GRID": grid_name(grid) }
+fn constants(fp4: bool, grid: ScaleGrid, factors: &[f32]) -> Defines {
+    let factors_list: Vec<String> = factors.iter().map(|factor| format!("{factor:?}f")).collect();
+    defines! {
+        "THREADS": THREADS,
+        "SPAN": SPAN,
+        "TILE": TILE,
+        "FP4": flag(fp4),
+        "SCALE_GRID": grid_name(grid),
+        "FACTORS": factors_list.join(","),
+        "FACTOR_COUNT": factors.len(),
+    }
 }
 
 /// A launch of this file for integers: its geometry.
@@ -53,7 +62,7 @@ macro_rules! launches {
             const FAMILY: Family = FAMILY;
 
             fn constants(&self) -> Defines {
-                constants(false, ScaleGrid::F16)
+                constants(false, ScaleGrid::F16, &[1.0])
             }
 
             fn geometry(&self) -> Geometry {
@@ -133,7 +142,7 @@ impl Launch for WideGroupScales<'_> {
     const FAMILY: Family = FAMILY;
 
     fn constants(&self) -> Defines {
-        constants(false, self.grid)
+        constants(false, self.grid, &[1.0])
     }
 
     fn geometry(&self) -> Geometry {
@@ -173,6 +182,7 @@ kernel! {
         rows_per_scale: usize,
         fp4: bool,
         grid: ScaleGrid,
+        factors: &'static [f32],
     }
 }
 
@@ -184,7 +194,7 @@ impl Launch for Sweep<'_> {
     }
 
     fn constants(&self) -> Defines {
-        constants(self.fp4, self.grid)
+        constants(self.fp4, self.grid, self.factors)
     }
 
     fn geometry(&self) -> Geometry {
