@@ -33,6 +33,7 @@
 // TILED      1: codes as the product for Hopper reads them; 0: rows of codes
 // MAGNITUDES 1: codes as signs and magnitudes, with TILED; 0: in two's complement
 // FP4        1: FP4 codes, doubled numbers of E2M1; 0: integers
+// SCALE_GRID the grid that scales of groups are rounded to (common.cuh)
 //
 // WARPS      warps of a block, one to an SM
 // MOST_STAGES, HEAD_BYTES, BEFORE, ROW_MULTIPLE (ORDERED): stages that there are barriers for; shared memory before the order; bytes before
@@ -44,7 +45,7 @@
 // times 2^-9. Scales are f16, [ceil(groups / 8)][tokens_padded][8].
 
 #if !defined(FROM) || !defined(GROUP) || !defined(TRANSFORM) || !defined(ORDERED) || !defined(TOKENS) || !defined(TILED) || \
-    !defined(MAGNITUDES) || !defined(FP4) || !defined(WARPS) || !defined(PANEL) || !defined(SCALE_GROUPS)
+    !defined(MAGNITUDES) || !defined(FP4) || !defined(WARPS) || !defined(PANEL) || !defined(SCALE_GROUPS) || !defined(SCALE_GRID)
 #error "a constant is missing: src/backend/cuda/kernels/fused.rs declares them"
 #endif
 #if ORDERED

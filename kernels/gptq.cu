@@ -12,8 +12,10 @@
 // product propagates the block's w - q to the columns after it (src/backend/cuda/gptq.rs).
 
 // FP4  1: codes are FP4, doubled numbers of E2M1, 0: integers
+// SCALE_GRID  the grid that scales are rounded to (common.cuh)
+// FACTORS, FACTOR_COUNT  factors on a group's scale that are tried, 1 the first
 
-#if !defined(FP4) || !defined(THREADS) || !defined(SPAN) || !defined(TILE)
+#if !defined(FP4) || !defined(THREADS) || !defined(SPAN) || !defined(TILE) || !defined(SCALE_GRID) || !defined(FACTORS) || !defined(FACTOR_COUNT)
 #error "a constant is missing: src/backend/cuda/kernels/gptq.rs declares them"
 #endif
 static_assert(SPAN == 128 && TILE == 32, "a span is four registers of a warp, a tile as wide as a warp");
@@ -231,7 +233,7 @@ template <int ROWS> static __device__ __forceinline__ void sweep(
                 if (!is_finite(tried)) continue;
                 float costs[ROWS] = {};
                 Span<ROWS> trial = w;
-                spread(trial, before, tile, start, end, feedback, [&](int row, int c, int from, float value) {
+                propagate(trial, before, tile, start, end, feedback, [&](int row, int c, int from, float value) {
                     float q = grid.code(value, own_inverse) * tried;
                     float own = value - q;
                     if (feedback) own *= pivots[first + 32 * c + from];

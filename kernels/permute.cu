@@ -14,10 +14,12 @@
 // CODES      1: `quantize` is compiled; IN is half
 // PAIRED     1: `quantize` takes two rows a block (see Span); GROUP is 32, 64, 128 or 256
 // FP4        1: `quantize` makes FP4 codes, doubled numbers of E2M1; 0: integers
+// SCALE_GRID the grid that scales of groups are rounded to (common.cuh)
 // FP8        1: outliers that are no codes are FP8 (E4M3) times a scale; 0: f16
 
 #if !defined(GROUP) || !defined(TRANSFORM) || !defined(IN) || !defined(THREADS) || !defined(PAIRED) || !defined(FP4) || \
-    !defined(FP8) || !defined(CODES) || !defined(IN_REGISTERS) || !defined(ROW_MULTIPLE) || !defined(PAIR_HEAD_WORDS)
+    !defined(FP8) || !defined(CODES) || !defined(IN_REGISTERS) || !defined(ROW_MULTIPLE) || !defined(PAIR_HEAD_WORDS) || \
+    !defined(SCALE_GRID)
 #error "a constant is missing: src/backend/cuda/kernels/permute.rs declares them"
 #endif
 
