@@ -36,12 +36,15 @@ pub(super) struct Written {
     pub(super) resumed_blocks: usize,
 }
 
+/// The block of an index and a plan as an earlier run left it, if one did.
+type Resumed<'a, B> = dyn Fn(usize, &[SitePlan]) -> Result<Option<QuantizedBlock<B>>> + 'a;
+
 /// Who else takes part in a run.
 pub(super) struct Surroundings<'a, B: Backend> {
     /// Statistics that are known and not measured again.
     pub(super) known: Option<&'a [Statistics]>,
     /// Block `index` as an earlier run left it, if one did.
-    pub(super) resumed: &'a dyn Fn(usize, &[SitePlan]) -> Result<Option<QuantizedBlock<B>>>,
+    pub(super) resumed: &'a Resumed<'a, B>,
     /// Takes blocks to be written.
     pub(super) finished: SyncSender<FinishedBlock<B>>,
     /// What costs accuracy and was not asked for.

@@ -68,7 +68,7 @@ fn greatest_scale(site: &SitePlan, tensors: &dyn Tensors, progress: &dyn Progres
 fn exponent(greatest: f64) -> i8 {
     let fits = |exponent: &i8| f64::from(E4M3.highest) * 2f64.powi((*exponent).into()) >= greatest;
     let mut exponents = (i8::MIN..=i8::MAX).filter(|exponent| E4M3_EXPONENTS.holds(*exponent));
-    let last = exponents.clone().last().expect("the range is not empty");
+    let last = exponents.clone().next_back().expect("the range is not empty");
     exponents.find(fits).unwrap_or(last)
 }
 

@@ -93,6 +93,8 @@ impl Recipe {
             outliers: 0,
             order: Order::None,
             scales: ScaleGrid::Bf16,
+            search_scales: true,
+            clip_weight: 1.0,
             transform: Transform::None,
             rotate_kv: false,
             kv_after_rope: false,
@@ -114,9 +116,9 @@ impl Recipe {
             format: Codebook::Fp4,
             group: Group::Size(16),
             clip_act: 1.0,
-            clip_weight: 1.0,
             signed_scales: false,
             scales: ScaleGrid::E4m3,
+            correction: 0.3,
             ..Self::w4a16()
         }
     }
