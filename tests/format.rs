@@ -18,7 +18,7 @@ use serde_json::Value;
 /// Settings of `atom quantize` that reach every form a linear can have: all widths of codes and kinds
 /// of numbers, every kind of outliers and none, padding first and padding last, with and without the transform,
 /// scales shared by two rows; and how far the weights may be from the source's, relatively.
-const SETTINGS: [(&str, f64); 9] = [
+const SETTINGS: [(&str, f64); 13] = [
     ("--group 64 --outliers 64", 0.2),
     ("--recipe paper --group 32 --outliers 32 --outlier-format fp16", 0.3),
     ("--bits 3 --group 48 --outliers 20 --no-gptq", 0.3),
@@ -27,6 +27,10 @@ const SETTINGS: [(&str, f64); 9] = [
     ("--bits 8 --group 48 --outliers 1 --transform none --no-gptq --clip-weight 1", 0.01),
     ("--format fp4 --group 16 --outliers 20 --outlier-format fp8", 0.2),
     ("--format fp4 --act-bits 8 --group row --outliers 0 --rows-per-scale 2 --no-gptq", 0.3),
+    ("--recipe w4a16", 0.2),
+    ("--recipe nvfp4", 0.2),
+    ("--recipe mxfp4 --no-gptq", 0.2),
+    ("--group 32 --outliers 16 --set scales=\"e4m3\"", 0.2),
     ("--format fp4-bnb --group 48 --outliers 5 --outlier-format fp8 --no-gptq", 0.3),
 ];
 

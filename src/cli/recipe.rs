@@ -12,7 +12,8 @@ use crate::{Error, Kind, Result};
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Recipe")]
 pub(crate) struct RecipeFlags {
-    /// Settings to start from: default, paper, or a TOML file; the flags below change single ones
+    /// Settings to start from: default, paper, one of an engine (w4a16, q4_0, nvfp4, mxfp4), or a TOML
+    /// file; the flags below change single ones
     #[arg(long, value_name = "RECIPE", default_value = "default")]
     recipe: String,
     /// Bits of a weight [default recipe: 4]

@@ -2,6 +2,7 @@
 
 use crate::quant::codebook::Codebook;
 use crate::quant::number::OutlierFormat;
+use crate::quant::scale::ScaleGrid;
 use crate::quant::site::Transform;
 use crate::recipe::{Group, Order, Recipe};
 
@@ -27,8 +28,13 @@ fn weights(recipe: &Recipe) -> String {
     };
     let shared = if recipe.rows_per_scale == 1 { "" } else { ", rows share scales by two" };
     let format = number_format(recipe.format, recipe.bits);
-    let signed = if recipe.signed_scales { ", signed scales" } else { "" };
-    format!("weights {format}, {group}, clip {}{signed}{shared}, {rounding}", recipe.clip_weight)
+    let searched = if recipe.search_scales { " searched for" } else { "" };
+    let scales = match scales(recipe) {
+        Some(scales) => format!(", {scales}{searched}"),
+        None if recipe.search_scales => ", scales searched for".to_owned(),
+        None => String::new(),
+    };
+    format!("weights {format}, {group}, clip {}{scales}{shared}, {rounding}", recipe.clip_weight)
 }
 
 fn channels(recipe: &Recipe) -> String {
@@ -54,10 +60,21 @@ fn activations(recipe: &Recipe) -> String {
         16 => format!("activations in floating point{transform}"),
         bits => {
             let format = number_format(recipe.act_format(), bits);
-            let signed = if recipe.signed_scales { ", signed scales" } else { "" };
-            format!("activations {format}, clip {}{signed}{transform}", recipe.clip_act)
+            let scales = scales(recipe).map(|scales| format!(", {scales}")).unwrap_or_default();
+            format!("activations {format}, clip {}{scales}{transform}", recipe.clip_act)
         }
     }
+}
+
+/// What is special of the scales: `signed bf16 scales`; none of unsigned f16.
+fn scales(recipe: &Recipe) -> Option<String> {
+    let grid = match recipe.scales {
+        ScaleGrid::F16 => None,
+        grid => Some(grid.name()),
+    };
+    let signed = recipe.signed_scales.then_some("signed");
+    let words: Vec<&str> = signed.into_iter().chain(grid).collect();
+    (!words.is_empty()).then(|| format!("{} scales", words.join(" ")))
 }
 
 /// `int4`, `fp4`, `fp4-bnb`.
@@ -99,6 +116,16 @@ mod tests {
              activations int4, clip 0.95, signed scales, Hadamard in each group\n\
              KV cache int4, after RoPE, heads rotated, keys centred, clip 1"
         );
+    }
+
+    #[test]
+    fn scales_of_engines_are_named() {
+        let text = lines(&Recipe::w4a16());
+        assert!(text.starts_with(
+            "weights int4, groups of 128, clip 1, signed bf16 scales searched for, GPTQ"
+        ));
+        let text = lines(&Recipe::mxfp4());
+        assert!(text.contains("activations fp4, clip 1, power-of-two scales\n"), "{text}");
     }
 
     #[test]
