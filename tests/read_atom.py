@@ -8,8 +8,7 @@ def tensor(folder, name):
         kind = {"U8": "u1", "I8": "i1", "F8_E4M3": "u1", "I32": "<i4", "F16": "<f2"}[entry["dtype"]]
         return np.memmap(file, kind, "r", file.tell() + entry["data_offsets"][0], tuple(entry["shape"]))
 
-def e4m3(bits):  # the exponents of E4M3 and f16 count from 7 and 15
-    return ((bits & 127).astype("<u2") << 7 | (bits & 128).astype("<u2") << 8).view("<f2") * 256.0
+def e4m3(bits): return ((bits & 127).astype("<u2") << 7 | (bits & 128).astype("<u2") << 8).view("<f2") * 256.0  # exponents of E4M3 count from 7, of f16 from 15
 
 def dequantize(folder, name):
     """The linear `name` as a matrix [out, channels], channels in the source's order."""
@@ -20,19 +19,15 @@ def dequantize(folder, name):
     values = np.r_[half, np.negative(half)] if half else np.r_[:2 ** (bits - 1), -(2 ** (bits - 1)):0]
     stream = np.unpackbits(tensor(folder, f"{name}.weight_codes"), bitorder="little")
     codes = values[stream.reshape(rows, -1, size, bits) @ 2 ** np.arange(bits)]
-    scales = tensor(folder, f"{name}.weight_scales")
-    if site.get("scales") == "e4m3":
-        scales = e4m3(scales) * 2.0 ** site["weight_exponent"]
-    if site.get("scales") == "power-of-two":
-        scales = np.where(scales > 0, 2.0 ** (scales.astype(int) - 127), 0)
+    grid = {"e4m3": e4m3, "power-of-two": lambda byte: np.where(byte > 0, 2.0 ** (byte - 127.0), 0)}.get(site.get("scales"), np.array)
+    scales = grid(tensor(folder, f"{name}.weight_scales")) * 2.0 ** site.get("weight_exponent", 0)
     scales = scales.repeat(linear["rows_per_scale"], axis=0)[:rows]
     weight, h = codes * scales[:, :, None], np.ones((1, 1))
     while site["transform"] == "hadamard" and size % (2 * len(h)) == 0: h = np.block([[h, h], [h, -h]])
     weight = (weight.reshape(rows, -1, len(h)) @ h / len(h) ** 0.5).reshape(rows, -1)
     if site["outlier_channels"]:
-        last = tensor(folder, f"{name}.outlier_" + ("weights" if site["outlier_format"] == "f16" else "codes"))
-        last = e4m3(last) if site["outlier_format"] == "fp8" else last
-        scale = np.ones(rows) if site["outlier_format"] == "f16" else tensor(folder, f"{name}.outlier_scales")
-        weight = np.c_[weight, last * scale.astype(float)[:, None]]
+        kind, part = site["outlier_format"], lambda part: tensor(folder, f"{name}.outlier_{part}")
+        last = part("weights") if kind == "f16" else part("codes") * 1.0 if kind == "int8" else e4m3(part("codes"))
+        weight = np.c_[weight, last * (1.0 if kind == "f16" else part("scales").astype(float)[:, None])]
     order = tensor(folder, f"{site['name']}.order")
     return weight[:, order >= 0][:, order[order >= 0].argsort()]
