@@ -57,7 +57,7 @@ fn json_objects_have_the_fields_that_are_promised() {
     let done = home.json(&quantize);
     assert_fields(
         &done,
-        "out:s model:s recipe:o seconds:n stage_seconds:o peak_rss_bytes:i peak_gpu_bytes:i0 \
+        "out:s model:s recipe:o samples:i seq_len:i seconds:n stage_seconds:o peak_rss_bytes:i peak_gpu_bytes:i0 \
          bits_per_weight:n source_bytes:i out_bytes:i device:s linears:a perplexity:o",
     );
     assert_eq!(done["linears"].as_array().unwrap().len(), 14);
@@ -66,7 +66,7 @@ fn json_objects_have_the_fields_that_are_promised() {
         assert!((0.0..1.0).contains(&linear["error"].as_f64().unwrap()), "{linear}");
     }
     assert!(done["stage_seconds"].as_object().unwrap().values().all(Value::is_f64));
-    for key in ["recipe", "bits_per_weight", "source_bytes", "out_bytes"] {
+    for key in ["recipe", "samples", "seq_len", "bits_per_weight", "source_bytes", "out_bytes"] {
         assert_eq!(dry[key], done[key], "the dry run foretells `{key}`");
     }
 

@@ -76,7 +76,7 @@ pub fn quantize<B: Backend + KernelTimes>(
     backend.trim();
 
     let calibration = Calibration {
-        text: TextSet::sample(Split::Calibration),
+        text: TextSet::sample_of_length(Split::Calibration, text_bytes(model)),
         samples: model.samples,
         seq_len: model.seq_len,
         seed: 0,
@@ -130,6 +130,11 @@ fn sizes(outcome: &QuantizeOutcome) -> [(&'static str, Value); 5] {
     ]
 }
 
+/// Bytes of a text that holds all windows. The sample is short; how often it comes does not change the work.
+fn text_bytes(model: &SyntheticModel) -> usize {
+    8 * model.samples * model.seq_len
+}
+
 /// Perplexity of the source on as many windows as it was calibrated on: tokens a second, and the share
 /// of the products' rate.
 fn evaluation<B: Backend>(
@@ -139,9 +144,7 @@ fn evaluation<B: Backend>(
     rate: f64,
     progress: &dyn Progress,
 ) -> Result<[Figure; 2]> {
-    // The sample is short; how often it comes does not change the work.
-    let bytes = 8 * model.samples * model.seq_len;
-    let text = TextSet::sample_of_length(Split::Evaluation, bytes);
+    let text = TextSet::sample_of_length(Split::Evaluation, text_bytes(model));
     let (seq_len, windows) = (model.seq_len, Some(model.samples));
     let evaluation = Evaluation { text, seq_len, windows };
     let architecture = Architecture::read(source.config(), &source.config_file())?;

@@ -246,7 +246,7 @@ pub(crate) struct CalibrationFlags {
     /// Several, with commas, divide the samples evenly, the first ones taking what is left over
     #[arg(long, value_name = "TEXT", default_value = "sample")]
     calib: String,
-    /// Windows drawn, of --seq-len tokens each, from all sets together: anywhere in the text, of c4 inside single documents
+    /// Windows drawn, of --seq-len tokens each, from all sets together: anywhere in the text, of c4 inside single documents; of a set no more than it holds
     #[arg(long, value_name = "N", default_value = "128", value_parser = values::count)]
     samples: usize,
     /// Seed of the draw, a whole number

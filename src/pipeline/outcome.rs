@@ -53,7 +53,11 @@ pub struct QuantizeOutcome {
     pub model: String,
     /// The resolved recipe.
     pub recipe: Recipe,
-    /// Wall-clock seconds of the entire run.
+    /// Calibration windows.
+    pub samples: usize,
+    /// Tokens in a calibration window.
+    pub seq_len: usize,
+    /// Wall-clock seconds of the whole run.
     pub seconds: f64,
     /// Seconds by stage, in order.
     #[serde(serialize_with = "stage_map")]

@@ -17,7 +17,7 @@ use crate::text::{CalibrationWindows, Evaluation, TextSet, Tokenizer, check_toke
 pub struct Calibration {
     /// The text they are drawn from.
     pub text: TextSet,
-    /// How many.
+    /// How many; fewer if the text holds fewer.
     pub samples: usize,
     /// Tokens in each.
     pub seq_len: usize,
@@ -42,7 +42,7 @@ impl Calibration {
         let provenance = Provenance {
             dataset: text.name.clone(),
             sha256,
-            samples: *samples,
+            samples: tokens.len() / seq_len,
             seq_len: *seq_len,
             seed: *seed,
             sets,

@@ -68,7 +68,7 @@ pub fn dry_run<B: Backend>(
     quantization: &Quantization<'_>,
     progress: &dyn Progress,
 ) -> Result<DryRun> {
-    let Quantization { source, calibration, recipe, output, .. } = *quantization;
+    let Quantization { source, recipe, output, .. } = *quantization;
     let job = quantization.job(progress)?;
     let memory_bytes = quantization.texts().check(backend, &job, progress)?;
     source.side_files()?.left_out.iter().for_each(|why| progress.warn(why));
@@ -87,8 +87,8 @@ pub fn dry_run<B: Backend>(
         recipe: recipe.clone(),
         blocks,
         linears,
-        samples: calibration.samples,
-        seq_len: calibration.seq_len,
+        samples: job.input.provenance.samples,
+        seq_len: job.input.provenance.seq_len,
         source_bytes: source.total_bytes(),
         out_bytes,
         bits_per_weight: bits_per_weight(&job.blocks),

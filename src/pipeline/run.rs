@@ -66,6 +66,8 @@ pub(super) fn run<B: Backend>(
         out,
         model: source.name().to_owned(),
         recipe: job.recipe.clone(),
+        samples: job.input.provenance.samples,
+        seq_len: job.input.provenance.seq_len,
         seconds: start.elapsed().as_secs_f64(),
         stage_seconds: timing.finish(),
         peak_rss_bytes: peak_rss_bytes(),

@@ -3,7 +3,7 @@
 A shard of C4 is 800 MB of text. It is in an unnamed temporary file that is mapped, so that memory
 holds only what is drawn. */
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::io::{BufWriter, Write};
 
 use memmap2::Mmap;
@@ -95,33 +95,91 @@ impl Documents {
         progress: &dyn Progress,
     ) -> Result<Vec<u32>> {
         check_asked(windows, seq_len)?;
+        Draw { documents: self, tokenizer, seq_len, held: HashMap::new() }
+            .windows(windows, seed, progress)
+    }
+
+    /// The same, but no more windows than the documents hold next to one another.
+    ///
+    /// # Errors
+    /// If no document is long enough.
+    pub(super) fn draw_held(
+        &self,
+        tokenizer: &Tokenizer,
+        windows: usize,
+        seq_len: usize,
+        seed: u64,
+        progress: &dyn Progress,
+    ) -> Result<Vec<u32>> {
+        check_asked(windows, seq_len)?;
+        let mut draw = Draw { documents: self, tokenizer, seq_len, held: HashMap::new() };
+        let mut drawn = draw.windows(windows, seed, progress)?;
+        drawn.truncate(draw.held(windows, progress)? * seq_len);
+        Ok(drawn)
+    }
+}
+
+/// A draw of windows, and what it found out about documents.
+struct Draw<'a> {
+    documents: &'a Documents,
+    tokenizer: &'a Tokenizer,
+    seq_len: usize,
+    /// How many windows each document that was looked at holds; none if it is too short to be drawn from.
+    held: HashMap<usize, usize>,
+}
+
+impl Draw<'_> {
+    fn windows(&mut self, windows: usize, seed: u64, progress: &dyn Progress) -> Result<Vec<u32>> {
+        let (count, seq_len) = (self.documents.count(), self.seq_len);
         let mut random = PythonRandom::new(seed);
-        let mut too_short = HashSet::new();
+        let mut too_short = 0;
         let mut drawn = Vec::new();
-        let last = self.count() as u64 - 1;
         for _ in 0..windows {
             let tokens = loop {
-                if too_short.len() == self.count() {
+                if too_short == count {
                     return Err(Error::input(format!(
-                        "none of the {} documents has more than {seq_len} tokens",
-                        self.count()
+                        "none of the {count} documents has more than {seq_len} tokens"
                     ))
                     .hint("use a smaller --seq-len or longer documents"));
                 }
-                let index = random.randint(0, last) as usize;
-                if too_short.contains(&index) {
+                let index = random.randint(0, count as u64 - 1) as usize;
+                if self.held.get(&index) == Some(&0) {
                     continue;
                 }
-                let tokens = tokenizer.encode(self.text(index), progress)?;
+                let tokens = self.tokens(index, progress)?;
                 if tokens.len() > seq_len {
                     break tokens;
                 }
-                too_short.insert(index);
+                too_short += 1;
             };
             check_size(windows, seq_len)?;
             let start = random.randint(0, (tokens.len() - seq_len - 1) as u64) as usize;
             drawn.extend_from_slice(&tokens[start..start + seq_len]);
         }
         Ok(drawn)
+    }
+
+    /// The tokens of a document.
+    fn tokens(&mut self, index: usize, progress: &dyn Progress) -> Result<Vec<u32>> {
+        let tokens = self.tokenizer.encode(self.documents.text(index), progress)?;
+        let long = tokens.len() > self.seq_len;
+        self.held.insert(index, if long { tokens.len() / self.seq_len } else { 0 });
+        Ok(tokens)
+    }
+
+    /// How many windows all documents hold, counted up to `most`. Of a large set the documents that were drawn from
+    /// hold enough, and the others are not tokenized.
+    fn held(&mut self, most: usize, progress: &dyn Progress) -> Result<usize> {
+        let mut held: usize = self.held.values().sum();
+        for index in 0..self.documents.count() {
+            if held >= most {
+                return Ok(most);
+            }
+            if !self.held.contains_key(&index) {
+                self.tokens(index, progress)?;
+                held += self.held[&index];
+            }
+        }
+        Ok(held.min(most))
     }
 }

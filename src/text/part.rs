@@ -37,7 +37,8 @@ enum Content {
     File(DataPath, Option<NamedSet>),
 }
 
-/// The set that needs no file: prose written for this project, in two parts that share no topic.
+/// The set that needs no file, written for this project in two parts that share no topic. Calibration has prose, code,
+/// data, mathematics, markup and some 30 languages; evaluation has prose.
 pub(super) const SAMPLE: &str = "sample";
 const SAMPLE_CALIBRATION: &str = include_str!("../../calibration-data/sample.txt");
 const SAMPLE_EVALUATION: &str = include_str!("../../calibration-data/sample-heldout.txt");
@@ -125,7 +126,7 @@ impl Part {
         }
     }
 
-    /// Draws calibration windows, and hashes the text.
+    /// Draws calibration windows, no more than the text holds next to one another, and hashes the text.
     pub(super) fn draw(
         &self,
         tokenizer: &Tokenizer,
@@ -136,7 +137,7 @@ impl Part {
     ) -> Result<(Vec<u32>, String)> {
         let in_text = |error: Error| in_text(error, "calibration", &self.name);
         if let Some((documents, sha256)) = self.documents(progress)? {
-            let drawn = documents.draw(tokenizer, samples, seq_len, seed, progress);
+            let drawn = documents.draw_held(tokenizer, samples, seq_len, seed, progress);
             let drawn = drawn.map_err(in_text)?;
             return Ok((drawn, sha256));
         }

@@ -463,7 +463,7 @@ fn long_texts_of_every_sort_have_the_ids_of_the_text_at_once() {
                 format!("{word}{token}")
             })
             .collect();
-        let added = ("added tokens", with_added.repeat(1_000_000 / with_added.len()));
+        let added = ("added tokens", with_added.repeat(1_000_000_usize.div_ceil(with_added.len())));
         for (text_name, text) in texts.iter().chain([&added]) {
             assert!(text.len() > 3 * super::PIECE_BYTES, "{text_name} is too short");
             let (ids, longest) = by_pieces(&tokenizer, text, super::PIECE_BYTES);

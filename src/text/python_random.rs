@@ -1,4 +1,4 @@
-/*! CPython's `random.seed(int)` and `random.randint`, number for number.
+/*! CPython's `random.seed(int)`, `random.randint` and `random.shuffle`, number for number.
 
 The method's reference draws its calibration windows with Python's generator, so repeating its
 calibration means repeating that generator: MT19937 (Matsumoto and Nishimura 1998) seeded by key
@@ -42,6 +42,14 @@ impl PythonRandom {
             if draw < count {
                 return low + draw as u64;
             }
+        }
+    }
+
+    /// `random.shuffle(items)`.
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        for last in (1..items.len()).rev() {
+            let chosen = self.randint(0, last as u64) as usize;
+            items.swap(last, chosen);
         }
     }
 

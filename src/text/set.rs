@@ -17,6 +17,7 @@ use super::{Split, Tokenizer};
 use crate::checkpoint::{SetUsed, sha256_hex};
 use crate::hub::Hub;
 use crate::progress::Progress;
+use crate::units::counted;
 use crate::{Error, Result};
 
 /// One text set, or for calibration a mix of several.
@@ -39,7 +40,7 @@ struct Evaluated {
 /// Calibration windows and where they come from.
 #[derive(Debug)]
 pub struct CalibrationWindows {
-    /// `[samples, seq_len]` flat.
+    /// `[windows, seq_len]` flat.
     pub tokens: Vec<u32>,
     /// SHA-256 of the text, lower-case hexadecimal: of the rows joined; of documents, each followed by
     /// a zero byte; of a mix, of the hashes of its sets, each followed by a line end.
@@ -108,7 +109,7 @@ impl TextSet {
 
     /// Draws calibration windows, the same number from each set of a mix, and one more from the first sets where the
     /// number does not divide. Sets follow one another, each drawn as if it were alone, after
-    /// `random.seed(seed)`.
+    /// `random.seed(seed)`. A set that holds fewer windows gives those, which `progress` is told.
     ///
     /// # Errors
     /// If a text cannot be read or there is too little of it, there are fewer samples than sets, or the user asked the
@@ -124,11 +125,23 @@ impl TextSet {
         check_asked(samples, seq_len)?;
         let mut tokens = Vec::new();
         let mut sets = Vec::new();
-        for (part, samples) in self.parts.iter().zip(self.samples_by_set(samples)?) {
-            let (drawn, sha256) = part.draw(tokenizer, samples, seq_len, seed, progress)?;
+        let mut short = Vec::new();
+        for (part, wanted) in self.parts.iter().zip(self.samples_by_set(samples)?) {
+            let (drawn, sha256) = part.draw(tokenizer, wanted, seq_len, seed, progress)?;
+            let samples = drawn.len() / seq_len;
             tokens.extend(drawn);
             let (name, file) = (part.name.clone(), part.file.clone());
+            if samples < wanted {
+                short.push(format!("`{name}` holds {samples}"));
+            }
             sets.push(SetUsed { name, sha256, samples, file });
+        }
+        if !short.is_empty() {
+            progress.info(&format!(
+                "calibrating on {} of {seq_len} tokens instead of {samples}: {}",
+                counted(tokens.len() / seq_len, "window"),
+                short.join(", ")
+            ));
         }
         let sha256 = match &sets[..] {
             [set] => set.sha256.clone(),

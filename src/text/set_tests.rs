@@ -2,11 +2,12 @@ use std::fs;
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Mutex;
 
 use super::*;
 use crate::Kind;
 use crate::hub::Hub;
-use crate::progress::Silent;
+use crate::progress::{Progress, Silent};
 use crate::text::part::or_own_file;
 use crate::text::{Tokenizer, named};
 
@@ -214,9 +215,9 @@ fn documents_are_drawn_as_the_reference_draws_them() {
     // Document and place of each window: get_c4 of the reference's datautils.py on these paragraphs,
     // with Python's tokenizers.
     for (seed, seq_len, places) in [
-        (0, 64, &[(98, 53), (10, 16), (103, 77), (129, 4), (64, 2)][..]),
-        (42, 100, &[(28, 1), (70, 15), (108, 2), (7, 5)]),
-        (0, 160, &[(103, 19), (37, 19), (80, 19)]),
+        (0, 64, &[(864, 49), (776, 53), (41, 66), (497, 25), (802, 106)][..]),
+        (42, 100, &[(114, 6), (759, 35), (228, 8), (754, 3)]),
+        (0, 160, &[(41, 66), (802, 9), (223, 129)]),
     ] {
         let expected = places.iter().flat_map(|(document, start)| {
             tokenizer.encode(&paragraphs[*document], &Silent).unwrap()[*start..start + seq_len]
@@ -279,6 +280,66 @@ fn a_mix_divides_the_samples_and_draws_each_set_as_if_alone() {
     }
 }
 
+/// Keeps what the user is told.
+#[derive(Default)]
+struct Told(Mutex<Vec<String>>);
+
+impl Progress for Told {
+    fn begin(&self, _stage: &str, _steps: usize) {}
+    fn advance(&self, _detail: &str) {}
+    fn end(&self) {}
+    fn info(&self, message: &str) {
+        self.0.lock().unwrap().push(message.to_owned());
+    }
+    fn warn(&self, _message: &str) {}
+    fn stop_requested(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn no_set_gives_more_windows_than_it_holds_and_the_user_is_told() {
+    let (_directory, text) =
+        file("other.txt", "One word and another word . ".repeat(200).as_bytes());
+    let tokenizer = tiny_llama();
+    let ids = TextSet::load(&text, Split::Calibration, &hub()).unwrap().text();
+    let ids = tokenizer.encode(&ids, &Silent).unwrap();
+    let held = ids.len() / 32;
+    let mix = TextSet::load(&format!("sample,{text}"), Split::Calibration, &hub()).unwrap();
+    let told = Told::default();
+    let drawn = mix.calibration_windows(&tokenizer, 2 * held + 5, 32, 0, &told).unwrap();
+    assert_eq!(drawn.sets.iter().map(|set| set.samples).collect::<Vec<_>>(), [held + 3, held]);
+    assert_eq!(drawn.tokens.len(), 32 * (2 * held + 3));
+    let (mut windows, mut once): (Vec<_>, Vec<_>) =
+        (drawn.tokens[32 * (held + 3)..].chunks(32).collect(), ids.chunks_exact(32).collect());
+    assert_ne!(windows, once, "they are shuffled");
+    windows.sort_unstable();
+    once.sort_unstable();
+    assert_eq!(windows, once);
+    let (given, wanted) = (2 * held + 3, 2 * held + 5);
+    let line = format!(
+        "calibrating on {given} windows of 32 tokens instead of {wanted}: `{text}` holds {held}"
+    );
+    assert_eq!(told.0.into_inner().unwrap(), [line]);
+}
+
+#[test]
+fn documents_give_no_more_windows_than_they_hold() {
+    let row = |words: usize| serde_json::json!({ "text": "word ".repeat(words) }).to_string();
+    let rows = [row(100), row(3), row(40)].join("\n");
+    let (_directory, path) = file("c4.jsonl", rows.as_bytes());
+    let set = TextSet::load(&format!("c4={path}"), Split::Calibration, &hub()).unwrap();
+    let tokenizer = tiny_llama();
+    let held = |words: usize| tokenizer.encode(&"word ".repeat(words), &Silent).unwrap().len() / 16;
+    let held = held(100) + held(40);
+    for (samples, given) in [(held - 1, held - 1), (held, held), (200, held)] {
+        let drawn = set.calibration_windows(&tokenizer, samples, 16, 0, &Silent).unwrap();
+        // The windows are the reference's, of which an evaluation has as many as requested.
+        let reference = set.evaluation_windows(&tokenizer, 16, Some(samples), &Silent).unwrap();
+        assert_eq!(drawn.tokens, reference[..given * 16]);
+    }
+}
+
 #[test]
 fn a_file_whose_name_has_a_comma_is_one_file() {
     let (_directory, path) = file("a,b.txt", b"text");
@@ -305,16 +366,16 @@ fn tiny_llama() -> Tokenizer {
 fn the_sample_is_long_enough_and_its_parts_differ() {
     let calibration = TextSet::load("sample", Split::Calibration, &hub()).unwrap();
     let evaluation = TextSet::load("sample", Split::Evaluation, &hub()).unwrap();
-    assert!(calibration.text().len() >= 36 << 10, "{} bytes", calibration.text().len());
+    assert!(calibration.text().len() >= 150 << 10, "{} bytes", calibration.text().len());
     assert_ne!(calibration.sha256(), evaluation.sha256());
 
     let tokenizer = tiny_llama();
     let ids = tokenizer.encode(&calibration.text(), &Silent).unwrap();
     let drawn = calibration.calibration_windows(&tokenizer, 128, 2048, 0, &Silent).unwrap();
-    assert_eq!(drawn.tokens.len(), 128 * 2048);
+    assert_eq!(drawn.tokens.len(), ids.len() / 2048 * 2048, "each token once");
     // Broad vocabulary: most of the ids that the tokenizer has should occur.
     let distinct: std::collections::HashSet<_> = ids.iter().collect();
-    assert!(distinct.len() > 2000, "{} distinct ids of {}", distinct.len(), ids.len());
+    assert!(distinct.len() > 3000, "{} distinct ids of {}", distinct.len(), ids.len());
 
     for (seq_len, limit, windows) in [(1024, None, 2..5), (2048, Some(1), 1..2)] {
         let tokens = evaluation.evaluation_windows(&tokenizer, seq_len, limit, &Silent).unwrap();

@@ -1,7 +1,9 @@
 /*! Token windows: where calibration and perplexity cut the ids of a text.
 
 Both are the reference's. Calibration draws window starts with Python's generator, and windows may overlap;
-perplexity takes consecutive windows from the first id and drops the rest at the end. */
+perplexity takes consecutive windows from the first id and drops the rest at the end. One thing differs: a text is
+never calibrated on more often than once. Where as many windows are requested as it holds, they are the consecutive
+ones. */
 
 use super::PythonRandom;
 use crate::{Error, Result};
@@ -9,8 +11,9 @@ use crate::{Error, Result};
 /// The most tokens of a calibration; their hidden states would take terabytes.
 const MOST_TOKENS: usize = 1 << 30;
 
-/// Where calibration windows of `seq_len` tokens begin in a text of `tokens`: each at `randint(0, tokens -
-/// seq_len - 1)` after `random.seed(seed)`.
+/// Where calibration windows of `seq_len` tokens begin in a text of `tokens`. Fewer than it holds: each at `randint(0,
+/// tokens - seq_len - 1)` after `random.seed(seed)`. Otherwise: consecutive windows, after `random.shuffle`, because
+/// sensitivity is measured on the first ones and these should not be the beginning of the text.
 ///
 /// # Errors
 /// If there are fewer than `seq_len + 1` tokens, no windows are requested, or more than memory could hold.
@@ -29,7 +32,13 @@ pub(super) fn calibration_starts(
     check_size(samples, seq_len)?;
     let last_start = (tokens - needed) as u64;
     let mut random = PythonRandom::new(seed);
-    Ok((0..samples).map(|_| random.randint(0, last_start) as usize).collect())
+    let held = tokens / seq_len;
+    if samples < held {
+        return Ok((0..samples).map(|_| random.randint(0, last_start) as usize).collect());
+    }
+    let mut starts: Vec<usize> = (0..held).map(|window| window * seq_len).collect();
+    random.shuffle(&mut starts);
+    Ok(starts)
 }
 
 /// The number of consecutive windows of `seq_len` in a text of `tokens`, at most `limit`; the rest at the end is
@@ -94,8 +103,19 @@ mod tests {
     }
 
     #[test]
+    fn every_token_is_drawn_once_where_windows_would_repeat_the_text() {
+        // Shuffled as by Python: starts = [0, 10, 20, 30, 40]; random.seed(0); random.shuffle(starts), and seed 42.
+        for (seed, starts) in [(0, [20, 10, 0, 40, 30]), (42, [30, 10, 20, 40, 0])] {
+            for samples in [5, 6, 128] {
+                assert_eq!(calibration_starts(59, samples, 10, seed).unwrap(), starts);
+            }
+            assert_eq!(calibration_starts(59, 4, 10, seed).unwrap().len(), 4);
+        }
+    }
+
+    #[test]
     fn calibration_needs_one_token_more_than_a_window() {
-        assert_eq!(calibration_starts(17, 3, 16, 0).unwrap(), [0, 0, 0]);
+        assert_eq!(calibration_starts(17, 3, 16, 0).unwrap(), [0]);
         let error = calibration_starts(16, 3, 16, 0).unwrap_err();
         assert_eq!(error.kind(), Kind::Input);
         assert_eq!(error.message(), "the text has 16 tokens, but windows of 16 need at least 17");
