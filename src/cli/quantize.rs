@@ -26,7 +26,7 @@ Examples:
   atom quantize --model ./SmolLM2 --target-bits 4.5 --json > report.json
 
 The first takes seconds and shows the way; a checkpoint worth keeping takes the default 128 windows \
-of 2048 tokens. Narrow models take smaller groups and fewer outliers than the default.";
+of 2048 tokens. Narrow models gain from smaller groups and more outliers than the default.";
 
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]

@@ -31,9 +31,9 @@ pub(crate) struct RecipeFlags {
     /// Channels that share a scale, a multiple of 16; `row` for all [default recipe: 128]
     #[arg(long, value_name = "N|row", value_parser = values::group)]
     group: Option<Value>,
-    /// How many channels of an activation are outliers, held in higher precision [default recipe: 128]
-    #[arg(long, value_name = "N")]
-    outliers: Option<u32>,
+    /// How many channels of an activation are outliers, held in higher precision; `auto` for a 32nd of them, rounded up to a multiple of 16, at most 128 [default recipe: auto]
+    #[arg(long, value_name = "N|auto", value_parser = values::recipe_outliers)]
+    outliers: Option<Value>,
     /// How outlier channels are held [default recipe: int8]
     #[arg(long, value_name = "int8|fp8|fp16", hide_possible_values = true)]
     outlier_format: Option<OutlierFormat>,
@@ -140,7 +140,7 @@ impl RecipeFlags {
                 }),
             ),
             ("group", self.group.clone()),
-            ("outliers", self.outliers.map(|number| Value::Integer(number.into()))),
+            ("outliers", self.outliers.clone()),
             (
                 "outlier_format",
                 self.outlier_format.map(|format| match format {
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
     use crate::quant::codebook::Codebook;
     use crate::quant::{number, site};
-    use crate::recipe::{Group, Order};
+    use crate::recipe::{Group, Order, Outliers};
 
     #[derive(Parser)]
     #[command(args_override_self = true)]
@@ -204,7 +204,7 @@ mod tests {
             act_bits: 8,
             kv_bits: 16,
             group: Group::Row,
-            outliers: 64,
+            outliers: Outliers::Count(64),
             outlier_format: number::OutlierFormat::F16,
             order: Order::None,
             clip_act: 0.7,
@@ -231,6 +231,16 @@ mod tests {
         }
         let fp8 = resolve("--outlier-format fp8").unwrap().outlier_format;
         assert_eq!(fp8, number::OutlierFormat::Fp8);
+    }
+
+    #[test]
+    fn outliers_are_a_number_or_auto() {
+        let outliers = |line: &str| resolve(line).unwrap().outliers;
+        assert_eq!(outliers("--recipe paper --outliers auto"), Outliers::Auto);
+        assert_eq!(outliers("--outliers 0"), Outliers::Count(0));
+        for wrong in ["-1", "many", "1.5"] {
+            assert!(Line::try_parse_from(["atom", "--outliers", wrong]).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -111,6 +111,15 @@ pub(crate) fn group(text: &str) -> Result<toml::Value, String> {
         .map_err(|_| "it must be a number of channels, or `row` for one scale a row".to_owned())
 }
 
+/// How many channels of a site are outliers, as a recipe has them.
+pub(crate) fn recipe_outliers(text: &str) -> Result<toml::Value, String> {
+    if text == "auto" {
+        return Ok(toml::Value::String(text.to_owned()));
+    }
+    let number = text.parse::<u32>().map(|number| toml::Value::Integer(number.into()));
+    number.map_err(|_| "it must be a number of channels, or `auto`".to_owned())
+}
+
 /// Where arithmetic runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Device {

@@ -8,7 +8,7 @@ use crate::checkpoint::{Destination, Inputs};
 use crate::hub;
 use crate::pipeline::{Calibration, Output, Quantization, quantize};
 use crate::progress::Silent;
-use crate::recipe::{Group, Recipe};
+use crate::recipe::{Group, Outliers, Recipe};
 use crate::text::{Split, TextSet};
 
 fn measured(perplexity: f64) -> PerplexityOutcome {
@@ -85,7 +85,7 @@ fn checkpoint(out: &Path) -> AtomCheckpoint {
         calibration: &calibration,
         recipe: &Recipe {
             group: Group::Size(32),
-            outliers: 16,
+            outliers: Outliers::Count(16),
             gptq: false,
             ..Recipe::default_recipe()
         },

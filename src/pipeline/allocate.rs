@@ -46,7 +46,7 @@ pub fn allocate(
 ) -> Result<(Vec<BlockPlan>, Allocated)> {
     check_recipe(sensitivity, recipe)?;
     let widths = widths_of(sensitivity, allocating)?;
-    let counts = counts_of(sensitivity, recipe, allocating)?;
+    let counts = counts_of(sensitivity, allocating)?;
     let usual = (0..architecture.blocks)
         .map(|block| plan_block(recipe, &architecture.sites(block)))
         .collect::<Result<Vec<_>>>()?;
@@ -289,11 +289,7 @@ fn widths_of(sensitivity: &Sensitivity, allocating: &Allocating) -> Result<Vec<u
 
 /// Outlier counts to choose among. The recipe's is always one of them: a site that is too narrow for
 /// others has it.
-fn counts_of(
-    sensitivity: &Sensitivity,
-    recipe: &Recipe,
-    allocating: &Allocating,
-) -> Result<Vec<usize>> {
+fn counts_of(sensitivity: &Sensitivity, allocating: &Allocating) -> Result<Vec<usize>> {
     let sites = sensitivity.blocks.iter().flat_map(|block| &block.sites);
     let mut measured: Vec<usize> =
         sites.flat_map(|site| &site.counts).map(|count| count.outliers).collect();
@@ -309,10 +305,9 @@ fn counts_of(
     }
     let mut counts = wanted.clone();
     let narrow =
-        |site: &SiteSensitivity| site.counts.iter().all(|count| !wanted.contains(&count.outliers));
-    if sensitivity.blocks.iter().flat_map(|block| &block.sites).any(narrow) {
-        counts.push(recipe.outliers);
-    }
+        |site: &&SiteSensitivity| site.counts.iter().all(|count| !wanted.contains(&count.outliers));
+    let sites = sensitivity.blocks.iter().flat_map(|block| &block.sites);
+    counts.extend(sites.filter(narrow).map(|site| site.counts[0].outliers));
     counts.sort_unstable();
     counts.dedup();
     Ok(counts)

@@ -4,10 +4,10 @@ use super::*;
 use crate::pipeline::allocate::{Allocating, Target, allocate};
 use crate::pipeline::plan::plan_network;
 use crate::pipeline::sensitivity::{BlockSensitivity, CountSensitivity, SiteSensitivity};
-use crate::recipe::{Group, Recipe};
+use crate::recipe::{Group, Outliers, Recipe};
 
 fn recipe() -> Recipe {
-    Recipe { group: Group::Size(16), outliers: 8, ..Recipe::default_recipe() }
+    Recipe { group: Group::Size(16), outliers: Outliers::Count(8), ..Recipe::default_recipe() }
 }
 
 /// A calibration of a network of one block, with a sensitivity.

@@ -15,7 +15,7 @@ use crate::model::architecture::FusedLinears;
 use crate::network::network;
 use crate::pipeline::{Calibration, Output, Quantization, quantize};
 use crate::progress::Silent;
-use crate::recipe::{Group, Recipe};
+use crate::recipe::{Group, Outliers, Recipe};
 use crate::text::{Split, TextSet};
 
 const FUSED: &[FusedLinears] = &[
@@ -93,7 +93,11 @@ fn open(directory: &Path) -> Source {
 fn quantized(source: &Source, out: &Path) -> Vec<u8> {
     let text = TextSet::sample(Split::Calibration);
     let calibration = Calibration { text, samples: 2, seq_len: 64, seed: 0 };
-    let recipe = Recipe { group: Group::Size(64), outliers: 32, ..Recipe::default_recipe() };
+    let recipe = Recipe {
+        group: Group::Size(64),
+        outliers: Outliers::Count(32),
+        ..Recipe::default_recipe()
+    };
     let destination =
         Destination { out: out.to_owned(), overwrite: false, inputs: Inputs::default() };
     let output = Output { destination, resume: false };

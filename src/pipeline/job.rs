@@ -18,7 +18,7 @@ use crate::network::memory::Windows;
 use crate::network::{PlannedTensor, expect, planned_tensors};
 use crate::progress::Progress;
 use crate::quant::codebook::Codebook;
-use crate::recipe::{Group, Recipe};
+use crate::recipe::{Group, Outliers, Recipe};
 
 /// A model, and the windows it is calibrated on.
 pub(super) struct CalibrationInput<'a> {
@@ -114,7 +114,7 @@ struct QuantizationConfig {
     kv_bits: u8,
     format: Codebook,
     group: Group,
-    outliers: usize,
+    outliers: Outliers,
 }
 
 /// Everything a run is decided by.

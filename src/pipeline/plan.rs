@@ -68,11 +68,12 @@ pub fn plan_block(recipe: &Recipe, sites: &[SiteSpec]) -> Result<BlockPlan> {
     sites
         .iter()
         .map(|site| {
+            let outlier_channels = recipe.outliers.of(site.channels);
             let plan = SitePlan {
                 name: site.name.clone(),
                 channels: site.channels,
-                group_size: recipe.group_size(site.channels, recipe.outliers),
-                outlier_channels: recipe.outliers,
+                group_size: recipe.group_size(site.channels, outlier_channels),
+                outlier_channels,
                 outlier_format: recipe.outlier_format,
                 order: recipe.order,
                 bits: recipe.act_bits,

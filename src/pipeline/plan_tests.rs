@@ -1,7 +1,7 @@
 use super::*;
 use crate::checkpoint::plan::bits_per_weight;
 use crate::quant::codebook::Codebook;
-use crate::recipe::Group;
+use crate::recipe::{Group, Outliers};
 
 fn site(channels: usize) -> SiteSpec {
     SiteSpec {
@@ -14,6 +14,7 @@ fn site(channels: usize) -> SiteSpec {
 }
 
 fn recipe(group: Group, outliers: usize) -> Recipe {
+    let outliers = Outliers::Count(outliers);
     Recipe { group, outliers, rows_per_scale: 1, ..Recipe::paper() }
 }
 
@@ -25,6 +26,14 @@ fn ragged_widths_are_padded_to_whole_groups() {
     assert_eq!(order.iter().filter(|&&channel| channel == -1).count(), 20);
     let row = &plan_block(&recipe(Group::Row, 0), &[site(172)]).unwrap()[0];
     assert_eq!((row.group_size, row.groups()), (176, 1));
+}
+
+#[test]
+fn automatic_outliers_are_counted_for_each_site() {
+    let sites = [256, 688, 11008].map(site);
+    let plan = plan_block(&Recipe::default_recipe(), &sites).unwrap();
+    let counts: Vec<usize> = plan.iter().map(|site| site.outlier_channels).collect();
+    assert_eq!(counts, [16, 32, 128]);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use super::*;
 use crate::backend::cpu::Cpu;
 use crate::checkpoint::{Destination, Inputs, Source};
 use crate::progress::Progress;
-use crate::recipe::{Group, Recipe};
+use crate::recipe::{Group, Outliers, Recipe};
 use crate::text::{Split, TextSet};
 use crate::{Kind, Result};
 
@@ -94,7 +94,7 @@ impl Run {
 }
 
 fn recipe() -> Recipe {
-    Recipe { group: Group::Size(32), outliers: 16, ..Recipe::default_recipe() }
+    Recipe { group: Group::Size(32), outliers: Outliers::Count(16), ..Recipe::default_recipe() }
 }
 
 fn tiny_llama() -> Source {

@@ -37,7 +37,7 @@ pub(super) const EFFECT_TOKENS: usize = 4_096;
 /// What `atom calibrate --sensitivity` found.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sensitivity {
-    /// The recipe it was measured under; `bits` and `outliers` are those of the effects and carries.
+    /// The recipe it was measured under; its `bits` and its outliers of each site are those of the effects and carries.
     pub recipe: Recipe,
     /// Widths of the errors.
     pub widths: Vec<u8>,
@@ -196,7 +196,8 @@ impl Sensitivity {
                 return wrong(format!("has the carry {} of block {index}", block.carry));
             }
             for (site, spec) in block.sites.iter().zip(&specs) {
-                let found = site.check(spec, self.recipe.outliers, self.widths.len());
+                let outliers = self.recipe.outliers.of(spec.channels);
+                let found = site.check(spec, outliers, self.widths.len());
                 found.or_else(|what| wrong(format!("of {} {what}", spec.name)))?;
             }
         }

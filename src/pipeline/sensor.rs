@@ -48,7 +48,7 @@ impl<B: Backend> Copy for Subject<'_, B> {}
 pub(super) struct Sensor<'a, B: Backend> {
     subject: Subject<'a, B>,
     /// Outlier counts, the recipe's first.
-    counts: Vec<usize>,
+    counts: Vec<Option<usize>>,
     /// Original states of the windows that effects are measured on, ready for use.
     originals: Vec<B::Hidden>,
     /// Those of the windows that serve Hessians only.
@@ -73,7 +73,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
     /// A sensor for `tokens`, the calibration's windows of `attention.seq_len`. `counts` are tried
     /// wherever a site is wide enough for them, and the recipe's everywhere.
     pub(super) fn new(subject: Subject<'a, B>, counts: &[usize], tokens: &[u32]) -> Result<Self> {
-        let Subject { backend, tensors, architecture, attention, recipe, .. } = subject;
+        let Subject { backend, tensors, architecture, attention, .. } = subject;
         let seq_len = attention.seq_len;
         let samples = tokens.len() / seq_len;
         let [effect_windows, hessian_windows] =
@@ -85,10 +85,10 @@ impl<'a, B: Backend> Sensor<'a, B> {
         for batch in &mut originals {
             backend.reload(batch)?;
         }
-        let mut all = vec![recipe.outliers];
+        let mut all = vec![None];
         for count in counts {
-            if !all.contains(count) {
-                all.push(*count);
+            if !all.contains(&Some(*count)) {
+                all.push(Some(*count));
             }
         }
         Ok(Self {
@@ -115,10 +115,15 @@ impl<'a, B: Backend> Sensor<'a, B> {
         let mut sites =
             specs.iter().map(|spec| self.unmeasured(spec)).collect::<Result<Vec<_>>>()?;
         let mut quantized_sites = Vec::with_capacity(specs.len());
-        for &outliers in &self.counts {
-            let plans = usual.iter().map(|site| site.with_outliers(outliers, recipe));
+        for &count in &self.counts {
+            let plans = usual.iter().map(|site| match count {
+                None => Some(site.clone()),
+                // Measured as the recipe's own.
+                Some(count) if count == site.outlier_channels => None,
+                Some(count) => site.with_outliers(count, recipe),
+            });
             let wanted: Vec<bool> = plans.clone().map(|plan| plan.is_some()).collect();
-            // A site that the count does not fit is passed through as usual, and not looked at.
+            // A site that the count does not fit or that has it anyway is passed through as usual, and not looked at.
             let plans: BlockPlan = plans
                 .zip(&usual)
                 .map(|(plan, usual)| plan.unwrap_or_else(|| usual.clone()))
@@ -137,9 +142,9 @@ impl<'a, B: Backend> Sensor<'a, B> {
                 let Measured { errors, reference } = errors;
                 let changed = builder.quantized_activation(at, format)?;
                 let activation = self.effect(&mut source, at, changed, &after)?;
-                let count = CountSensitivity { outliers, activation, errors };
-                sites[at].counts.push(count);
-                if outliers == recipe.outliers {
+                let outliers = plans[at].outlier_channels;
+                sites[at].counts.push(CountSensitivity { outliers, activation, errors });
+                if count.is_none() {
                     for quantized in reference.iter().enumerate() {
                         let site = builder.one_quantized_linear(at, format, quantized)?;
                         let effect = self.effect(&mut source, at, site, &after)?;

@@ -6,7 +6,7 @@ use crate::checkpoint::Dtype;
 use crate::pipeline::plan::plan_network;
 use crate::quant::codebook::Codebook;
 use crate::quant::number::{LinearFormat, NumberFormat, RowFormat, ScaleFormat};
-use crate::recipe::{Group, Recipe};
+use crate::recipe::{Group, Outliers, Recipe};
 
 /// Two rows of two groups of 16 channels and one INT8 outlier, with these scales of row 0.
 fn linear(scales: [f32; 2], outlier: f32) -> QuantizedLinear {
@@ -57,7 +57,11 @@ fn activations_too_small_for_their_scales_are_refused() {
     let config = json!({"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 64,
         "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100});
     let architecture = Architecture::from_config(&config).unwrap();
-    let recipe = Recipe { group: Group::Size(32), outliers: 16, ..Recipe::default_recipe() };
+    let recipe = Recipe {
+        group: Group::Size(32),
+        outliers: Outliers::Count(16),
+        ..Recipe::default_recipe()
+    };
     let plan = plan_network(&recipe, &architecture).unwrap().remove(0);
     let energies = |rms: f64| -> Energies {
         plan.iter().map(|site| vec![100.0 * rms * rms; site.channels]).collect()

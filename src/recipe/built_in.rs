@@ -1,10 +1,10 @@
 /*! The recipes that are built in.
 
 `paper` repeats the reference's headline run setting by setting (scripts/run_atom_ppl.sh of efeslab/Atom); `default` has
-the same bits, group and outlier channels and adds what makes it more accurate. The others hold exactly what an engine
+the same bits and groups, as many outlier channels where there are 4096, and adds what makes it more accurate. The others hold exactly what an engine
 represents, so that an export copies codes and scales: channels in the source's order, nothing transformed, no outliers. */
 
-use super::{Group, Order, Recipe, expert_tokens};
+use super::{Group, Order, Outliers, Recipe, expert_tokens};
 use crate::quant::codebook::Codebook;
 use crate::quant::number::OutlierFormat;
 use crate::quant::scale::ScaleGrid;
@@ -43,7 +43,7 @@ impl Recipe {
             format: Codebook::Int,
             group: Group::Size(128),
             pad_groups: true,
-            outliers: 128,
+            outliers: Outliers::Count(128),
             outlier_format: OutlierFormat::Int8,
             order: Order::Energy,
             clip_act: 0.9,
@@ -65,11 +65,12 @@ impl Recipe {
         }
     }
 
-    /// The default: the paper's bits, groups and outlier channels. A Hadamard transform in each group, a
-    /// signed scale for every output row, rotated K and V heads, centred keys, and sites quantized sequentially
-    /// towards the output of the source.
+    /// The default: the paper's bits and groups, and its share of outlier channels. A Hadamard transform in each
+    /// group, a signed scale for every output row, rotated K and V heads, centred keys, and sites quantized
+    /// sequentially towards the output of the source.
     pub fn default_recipe() -> Self {
         Self {
+            outliers: Outliers::Auto,
             clip_act: 0.95,
             clip_weight: 0.95,
             signed_scales: true,
@@ -90,7 +91,7 @@ impl Recipe {
         Self {
             act_bits: 16,
             kv_bits: 16,
-            outliers: 0,
+            outliers: Outliers::Count(0),
             order: Order::None,
             scales: ScaleGrid::Bf16,
             search_scales: true,

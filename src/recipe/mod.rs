@@ -4,6 +4,7 @@ A TOML file or flags change single keys of a built-in recipe, so a recipe is res
 strictly: an unknown key is an error, never ignored. */
 
 mod built_in;
+mod outliers;
 
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -17,6 +18,7 @@ use crate::quant::site::Transform;
 use crate::{Error, Result};
 
 use built_in::{built_in, built_in_names};
+pub use outliers::Outliers;
 
 /// How many channels share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,7 +93,7 @@ pub struct Recipe {
     #[serde(default = "yes")]
     pub pad_groups: bool,
     /// Outlier channels of each site.
-    pub outliers: usize,
+    pub outliers: Outliers,
     /// How outlier channels are held, in weights and activations.
     pub outlier_format: OutlierFormat,
     /// Channel order of the sites.
@@ -338,7 +340,12 @@ mod tests {
                 .unwrap();
         assert_eq!(
             recipe,
-            Recipe { group: Group::Size(64), outliers: 64, clip_act: 1.0, ..Recipe::paper() }
+            Recipe {
+                group: Group::Size(64),
+                outliers: Outliers::Count(64),
+                clip_act: 1.0,
+                ..Recipe::paper()
+            }
         );
         let row = Recipe::resolve("paper", &overrides("group = \"row\"")).unwrap();
         assert_eq!(row.group, Group::Row);
@@ -367,6 +374,8 @@ mod tests {
             ("bits = 16", "nothing would be quantized"),
             ("clip_act = 1.5", "clip_act is 1.5"),
             ("gptq = 3", "gptq"),
+            ("outliers = -1", "outliers must be a number of channels or \"auto\", not -1"),
+            ("outliers = \"many\"", "or \"auto\", not \"many\""),
             ("format = \"fp5\"", "recipe key `format`"),
             ("format = \"fp4\"\nbits = 3", "bits is 3; weights of the format fp4 have 4"),
             (

@@ -80,7 +80,7 @@ mod tests {
             "\
 model            tiny-llama
 recipe           weights int4, groups of 128, clip 0.95, signed scales, GPTQ (damping 0.01, sites in turn, correction 0.5)
-                 channels ordered by energy, 128 outliers in int8
+                 channels ordered by energy, a 32nd of them (at most 128) as outliers in int8
                  activations int4, clip 0.95, signed scales, Hadamard in each group
                  KV cache int4, after RoPE, heads rotated, keys centred, clip 1
 work             4 blocks, 28 linears

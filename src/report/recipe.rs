@@ -4,7 +4,7 @@ use crate::quant::codebook::Codebook;
 use crate::quant::number::OutlierFormat;
 use crate::quant::scale::ScaleGrid;
 use crate::quant::site::Transform;
-use crate::recipe::{Group, Order, Recipe};
+use crate::recipe::{Group, Order, Outliers, Recipe};
 
 /// Weights, channels, activations and KV cache, a line each.
 pub fn lines(recipe: &Recipe) -> String {
@@ -42,12 +42,17 @@ fn channels(recipe: &Recipe) -> String {
         Order::Energy => "channels ordered by energy",
         Order::None => "channels in the source's order",
     };
-    match (recipe.outliers, recipe.outlier_format) {
-        (0, _) => format!("{order}, no outliers"),
-        (number, OutlierFormat::Int8) => format!("{order}, {number} outliers in int8"),
-        (number, OutlierFormat::Fp8) => format!("{order}, {number} outliers in fp8"),
-        (number, OutlierFormat::F16) => format!("{order}, {number} outliers in f16"),
-    }
+    let number = match recipe.outliers {
+        Outliers::Count(0) => return format!("{order}, no outliers"),
+        Outliers::Count(number) => number.to_string(),
+        Outliers::Auto => "a 32nd of them (at most 128) as".to_owned(),
+    };
+    let format = match recipe.outlier_format {
+        OutlierFormat::Int8 => "int8",
+        OutlierFormat::Fp8 => "fp8",
+        OutlierFormat::F16 => "f16",
+    };
+    format!("{order}, {number} outliers in {format}")
 }
 
 fn activations(recipe: &Recipe) -> String {
@@ -112,7 +117,7 @@ mod tests {
             lines(&Recipe::default_recipe()),
             "weights int4, groups of 128, clip 0.95, signed scales, \
              GPTQ (damping 0.01, sites in turn, correction 0.5)\n\
-             channels ordered by energy, 128 outliers in int8\n\
+             channels ordered by energy, a 32nd of them (at most 128) as outliers in int8\n\
              activations int4, clip 0.95, signed scales, Hadamard in each group\n\
              KV cache int4, after RoPE, heads rotated, keys centred, clip 1"
         );
@@ -135,7 +140,7 @@ mod tests {
             act_bits: 16,
             kv_bits: 16,
             group: Group::Row,
-            outliers: 0,
+            outliers: Outliers::Count(0),
             order: Order::None,
             gptq: false,
             ..Recipe::paper()

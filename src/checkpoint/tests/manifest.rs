@@ -5,14 +5,18 @@ use crate::checkpoint::plan::bits_per_weight;
 use crate::checkpoint::{FORMAT_VERSION, Manifest, Provenance, SourceRecord};
 use crate::model::Architecture;
 use crate::pipeline::plan::plan_network;
-use crate::recipe::{Group, Recipe};
+use crate::recipe::{Group, Outliers, Recipe};
 
 /// A manifest of a network of two blocks.
 pub(super) fn manifest() -> Manifest {
     let config = json!({"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
         "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100});
     let architecture = Architecture::from_config(&config).unwrap();
-    let recipe = Recipe { group: Group::Size(32), outliers: 16, ..Recipe::default_recipe() };
+    let recipe = Recipe {
+        group: Group::Size(32),
+        outliers: Outliers::Count(16),
+        ..Recipe::default_recipe()
+    };
     let blocks = plan_network(&recipe, &architecture).unwrap();
     Manifest {
         format_version: FORMAT_VERSION,

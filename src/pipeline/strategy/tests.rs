@@ -11,7 +11,7 @@ use crate::pipeline::outcome::QuantizeOutcome;
 use crate::pipeline::plan::plan_network;
 use crate::pipeline::{Calibration, Output, Quantization, quantize};
 use crate::progress::Progress;
-use crate::recipe::Group;
+use crate::recipe::{Group, Outliers};
 use crate::text::{Split, TextSet};
 
 #[derive(Default)]
@@ -31,7 +31,7 @@ impl Progress for Warnings {
 }
 
 fn recipe() -> Recipe {
-    Recipe { group: Group::Size(32), outliers: 16, ..Recipe::default_recipe() }
+    Recipe { group: Group::Size(32), outliers: Outliers::Count(16), ..Recipe::default_recipe() }
 }
 
 /// The outcome for `tiny-llama` and the warnings on the way.
