@@ -205,7 +205,7 @@ const REFUSED: &[(&str, &[&str])] = &[
             "quantize --model model --out model --dry-run --group 32 --outliers 16",
             "quantize --model model --out model --overwrite --dry-run --group 32 --outliers 16",
             "quantize --model model --out a-file --dry-run --group 32 --outliers 16",
-            "quantize --model model",
+            "quantize --model model --outliers 128",
             "calibrate --model model --out a-file --samples 2 --seq-len 32",
         ],
     ),

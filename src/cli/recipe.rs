@@ -28,8 +28,8 @@ pub(crate) struct RecipeFlags {
     /// Kind of number that 4-bit codes of weights and activations are [default recipe: int]
     #[arg(long, value_name = "int|fp4|fp4-bnb", hide_possible_values = true)]
     format: Option<Format>,
-    /// Channels that share a scale, a multiple of 16; `row` for all [default recipe: 128]
-    #[arg(long, value_name = "N|row", value_parser = values::group)]
+    /// Channels that share a scale, a multiple of 16; `row` for all; `auto` for 128, in narrow sites 64 or 32, so that there are four groups [default recipe: auto]
+    #[arg(long, value_name = "N|row|auto", value_parser = values::group)]
     group: Option<Value>,
     /// How many channels of an activation are outliers, held in higher precision; `auto` for a 32nd of them, rounded up to a multiple of 16, at most 128 [default recipe: auto]
     #[arg(long, value_name = "N|auto", value_parser = values::recipe_outliers)]

@@ -103,12 +103,12 @@ pub(crate) fn assignment(text: &str) -> Result<(String, toml::Value), String> {
 
 /// A whole number of channels, or `row`, in the form the recipe's key `group` has.
 pub(crate) fn group(text: &str) -> Result<toml::Value, String> {
-    if text == "row" {
+    if text == "row" || text == "auto" {
         return Ok(toml::Value::String(text.to_owned()));
     }
-    text.parse()
-        .map(toml::Value::Integer)
-        .map_err(|_| "it must be a number of channels, or `row` for one scale a row".to_owned())
+    text.parse().map(toml::Value::Integer).map_err(|_| {
+        "it must be a number of channels, `row` for one scale a row, or `auto`".to_owned()
+    })
 }
 
 /// How many channels of a site are outliers, as a recipe has them.

@@ -29,11 +29,12 @@ fn ragged_widths_are_padded_to_whole_groups() {
 }
 
 #[test]
-fn automatic_outliers_are_counted_for_each_site() {
+fn automatic_groups_and_outliers_fit_each_site() {
     let sites = [256, 688, 11008].map(site);
     let plan = plan_block(&Recipe::default_recipe(), &sites).unwrap();
-    let counts: Vec<usize> = plan.iter().map(|site| site.outlier_channels).collect();
-    assert_eq!(counts, [16, 32, 128]);
+    let formats: Vec<_> =
+        plan.iter().map(|site| (site.group_size, site.outlier_channels)).collect();
+    assert_eq!(formats, [(64, 16), (128, 32), (128, 128)]);
 }
 
 #[test]

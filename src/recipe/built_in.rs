@@ -1,7 +1,7 @@
 /*! The recipes that are built in.
 
 `paper` repeats the reference's headline run setting by setting (scripts/run_atom_ppl.sh of efeslab/Atom); `default` has
-the same bits and groups, as many outlier channels where there are 4096, and adds what makes it more accurate. The others hold exactly what an engine
+the same bits, on wide sites the same groups and outlier channels, and adds what makes it more accurate. The others hold exactly what an engine
 represents, so that an export copies codes and scales: channels in the source's order, nothing transformed, no outliers. */
 
 use super::{Group, Order, Outliers, Recipe, expert_tokens};
@@ -65,11 +65,12 @@ impl Recipe {
         }
     }
 
-    /// The default: the paper's bits and groups, and its share of outlier channels. A Hadamard transform in each
+    /// The default: the paper's bits, its groups where a site is wide, and its share of outliers. A Hadamard transform in each
     /// group, a signed scale for every output row, rotated K and V heads, centred keys, and sites quantized
     /// sequentially towards the output of the source.
     pub fn default_recipe() -> Self {
         Self {
+            group: Group::Auto,
             outliers: Outliers::Auto,
             clip_act: 0.95,
             clip_weight: 0.95,
@@ -91,6 +92,7 @@ impl Recipe {
         Self {
             act_bits: 16,
             kv_bits: 16,
+            group: Group::Size(128),
             outliers: Outliers::Count(0),
             order: Order::None,
             scales: ScaleGrid::Bf16,

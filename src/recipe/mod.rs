@@ -4,6 +4,7 @@ A TOML file or flags change single keys of a built-in recipe, so a recipe is res
 strictly: an unknown key is an error, never ignored. */
 
 mod built_in;
+mod group;
 mod outliers;
 
 use serde::{Deserialize, Serialize};
@@ -12,55 +13,15 @@ use toml::Table;
 use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
 use crate::quant::number::OutlierFormat;
-use crate::quant::ranges::{BITS, CLIP, CORRECTION, DAMPING, GROUP_MULTIPLE, ROWS_PER_SCALE};
+use crate::quant::ranges::{BITS, CLIP, CORRECTION, DAMPING, ROWS_PER_SCALE};
 use crate::quant::scale::ScaleGrid;
 use crate::quant::site::Transform;
 use crate::{Error, Result};
 
 use built_in::{built_in, built_in_names};
+pub use group::Group;
+use group::WIDEST_GROUP;
 pub use outliers::Outliers;
-
-/// How many channels share a scale.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "toml::Value", into = "GroupRepr")]
-pub enum Group {
-    /// All channels of a row before its outliers.
-    Row,
-    /// This many channels, a multiple of 16.
-    Size(usize),
-}
-
-#[derive(Serialize)]
-#[serde(untagged)]
-enum GroupRepr {
-    Row(&'static str),
-    Size(usize),
-}
-
-impl From<Group> for GroupRepr {
-    fn from(group: Group) -> Self {
-        match group {
-            Group::Row => Self::Row("row"),
-            Group::Size(size) => Self::Size(size),
-        }
-    }
-}
-
-impl TryFrom<toml::Value> for Group {
-    type Error = String;
-
-    fn try_from(value: toml::Value) -> Result<Self, String> {
-        match value {
-            toml::Value::String(text) if text == "row" => Ok(Self::Row),
-            toml::Value::Integer(size) if size > 0 && size % 16 == 0 => {
-                Ok(Self::Size(usize::try_from(size).map_err(|_| "group is too large")?))
-            }
-            other => {
-                Err(format!("group must be a multiple of 16 channels or \"row\", not {other}"))
-            }
-        }
-    }
-}
 
 /// The order of a site's channels before they are divided into groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -274,17 +235,7 @@ impl Recipe {
 
     /// Channels that share a scale in a site of `channels`, of which so many are outliers.
     pub fn group_size(&self, channels: usize, outliers: usize) -> usize {
-        let grouped = channels.saturating_sub(outliers);
-        match self.group {
-            Group::Row => grouped.next_multiple_of(GROUP_MULTIPLE).max(GROUP_MULTIPLE),
-            Group::Size(mut size) => {
-                let halves = |size: usize| size.is_multiple_of(2 * GROUP_MULTIPLE);
-                while !self.pad_groups && !grouped.is_multiple_of(size) && halves(size) {
-                    size /= 2;
-                }
-                size
-            }
-        }
+        self.group.of(channels.saturating_sub(outliers), self.pad_groups)
     }
 
     /// How keys and values are held.
@@ -298,10 +249,11 @@ impl Recipe {
         }
     }
 
-    /// Short name for output directories: `w4a4-g128`, `w4a4-fp4-g128`.
+    /// Short name for output directories: `w4a4-g128`, `w4a4-fp4-g128`; automatic groups by those of wide sites.
     pub fn tag(&self) -> String {
         let group = match self.group {
             Group::Row => "row".to_owned(),
+            Group::Auto => format!("g{WIDEST_GROUP}"),
             Group::Size(size) => format!("g{size}"),
         };
         let format = match self.format {

@@ -79,7 +79,7 @@ mod tests {
             found.text(),
             "\
 model            tiny-llama
-recipe           weights int4, groups of 128, clip 0.95, signed scales, GPTQ (damping 0.01, sites in turn, correction 0.5)
+recipe           weights int4, groups of 128 (narrow sites 64 or 32), clip 0.95, signed scales, GPTQ (damping 0.01, sites in turn, correction 0.5)
                  channels ordered by energy, a 32nd of them (at most 128) as outliers in int8
                  activations int4, clip 0.95, signed scales, Hadamard in each group
                  KV cache int4, after RoPE, heads rotated, keys centred, clip 1

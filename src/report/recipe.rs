@@ -14,6 +14,7 @@ pub fn lines(recipe: &Recipe) -> String {
 fn weights(recipe: &Recipe) -> String {
     let group = match recipe.group {
         Group::Row => "one group a row".to_owned(),
+        Group::Auto => "groups of 128 (narrow sites 64 or 32)".to_owned(),
         Group::Size(size) => format!("groups of {size}"),
     };
     let rounding = if recipe.gptq {
@@ -115,7 +116,7 @@ mod tests {
         );
         assert_eq!(
             lines(&Recipe::default_recipe()),
-            "weights int4, groups of 128, clip 0.95, signed scales, \
+            "weights int4, groups of 128 (narrow sites 64 or 32), clip 0.95, signed scales, \
              GPTQ (damping 0.01, sites in turn, correction 0.5)\n\
              channels ordered by energy, a 32nd of them (at most 128) as outliers in int8\n\
              activations int4, clip 0.95, signed scales, Hadamard in each group\n\

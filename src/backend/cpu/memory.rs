@@ -19,7 +19,8 @@ impl Memory for Cpu {
     }
 
     fn batch_bytes(&self) -> usize {
-        (64 << 20) + rayon::current_num_threads() * (24 << 20)
+        // Small batches stay near the caches and map fewer fresh pages; threads need enough rows to share.
+        (1 + rayon::current_num_threads()) * (16 << 20)
     }
 
     fn stream_bytes(&self) -> usize {
