@@ -62,6 +62,31 @@ fn a_measurement_serves_every_target_and_more_bits_cost_less() {
     assert!(planned > 0.0 && everywhere.is_finite());
 }
 
+/// tiny-llama has sites of 256 and of 768 channels: 16 and 32 outliers in groups of 64 and 128.
+#[test]
+fn automatic_outliers_are_each_sites_first_count() {
+    let home = Home::new();
+    let measure = "calibrate --model tiny-llama --sensitivity --outlier-counts 0,16 --samples 2 --seq-len 64 --out c";
+    let counts = home.json(measure)["sensitivity"]["outlier_counts"].clone();
+    assert_eq!(counts, serde_json::json!([16, 0, 32]));
+    let formats = |flags: &str| {
+        home.run(&format!("plan c {flags} --out p --overwrite")).done();
+        let plan: Value = serde_json::from_slice(&fs::read(home.path("p")).unwrap()).unwrap();
+        let site = |(site, _): (&Value, &Value)| {
+            ["channels", "group_size", "outlier_channels"].map(|key| site[key].as_u64().unwrap())
+        };
+        let mut found: Vec<_> = linears(&plan).into_iter().map(site).collect();
+        found.sort_unstable();
+        found.dedup();
+        found
+    };
+    assert_eq!(formats(""), [[256, 64, 16], [768, 128, 32]]);
+    // No site has 32 of 256 or was measured so.
+    assert!(formats("--target-bits 9").iter().all(|[channels, _, outliers]| {
+        matches!((channels, outliers), (256, 0 | 16) | (768, 0 | 16 | 32))
+    }));
+}
+
 #[test]
 fn widths_and_outlier_counts_keep_to_what_may_be_chosen() {
     let home = measured();
