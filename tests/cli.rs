@@ -43,7 +43,7 @@ fn what_the_parser_refuses_is_wrong_usage() {
         ("quantise --model m", "unrecognized subcommand"),
         ("quantize", "--model <MODEL>"),
         ("quantize --model m --bitz 4", "unexpected argument '--bitz'"),
-        ("quantize --model m --group foo", "or `row`"),
+        ("quantize --model m --group foo", "`row` for one scale a row"),
         ("quantize --model m --outlier-format int9", "int8, fp8, fp16"),
         ("quantize --model m --samples 0", "at least 1"),
         ("quantize --model m --seq-len 1", "at least 2"),
