@@ -34,7 +34,7 @@ fn automatic_groups_and_outliers_fit_each_site() {
     let plan = plan_block(&Recipe::default_recipe(), &sites).unwrap();
     let formats: Vec<_> =
         plan.iter().map(|site| (site.group_size, site.outlier_channels)).collect();
-    assert_eq!(formats, [(64, 16), (128, 32), (128, 128)]);
+    assert_eq!(formats, [(64, 16), (64, 32), (128, 128)]);
 }
 
 #[test]

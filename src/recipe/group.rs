@@ -8,6 +8,8 @@ pub(super) const WIDEST_GROUP: usize = 128;
 const NARROWEST: usize = 32;
 /// Groups that a site has at least with [`Group::Auto`], if its channels allow it.
 const FEWEST: usize = 4;
+/// The part of its channels that a site may have as padding with [`Group::Auto`]: one of so many.
+const PADDING_PART: usize = 8;
 
 /// How many channels share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,7 +17,7 @@ const FEWEST: usize = 4;
 pub enum Group {
     /// All channels of a row before its outliers.
     Row,
-    /// 128, halved down to 32 where a site would have fewer than four groups.
+    /// 128, halved down to 32 where a site would have fewer than four groups, or more than an eighth of its channels as padding.
     Auto,
     /// This many channels, a multiple of 16.
     Size(usize),
@@ -66,7 +68,11 @@ impl Group {
             Self::Auto => WIDEST_GROUP,
             Self::Size(size) => size,
         };
-        while self == Self::Auto && size > NARROWEST && grouped.div_ceil(size) < FEWEST {
+        let unfit = |size: usize| {
+            let padding = grouped.next_multiple_of(size) - grouped;
+            grouped.div_ceil(size) < FEWEST || PADDING_PART * padding > grouped
+        };
+        while self == Self::Auto && size > NARROWEST && unfit(size) {
             size /= 2;
         }
         let halves = |size: usize| size.is_multiple_of(2 * GROUP_MULTIPLE);
@@ -82,10 +88,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn auto_is_128_where_there_are_four_groups_of_it_and_never_below_32() {
-        for (grouped, group) in
-            [(48, 32), (96, 32), (97, 32), (193, 64), (240, 64), (384, 64), (385, 128), (3968, 128)]
-        {
+    fn auto_is_128_where_four_groups_of_it_are_filled_and_never_below_32() {
+        for (grouped, group) in [
+            (48, 32),
+            (96, 32),
+            (97, 32),
+            (193, 32),
+            (240, 64),
+            (384, 64),
+            (385, 32),
+            (544, 64),
+            (568, 64),
+            (569, 128),
+            (736, 128),
+            (3968, 128),
+        ] {
             assert_eq!(Group::Auto.of(grouped, true), group, "{grouped}");
             assert_eq!(Group::Size(96).of(grouped, true), 96);
         }
