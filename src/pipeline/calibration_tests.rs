@@ -2,6 +2,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::pipeline::allocate::{Allocating, Target, allocate};
+use crate::pipeline::outcome::Measured;
 use crate::pipeline::plan::plan_network;
 use crate::pipeline::sensitivity::{BlockSensitivity, CountSensitivity, SiteSensitivity};
 use crate::recipe::{Group, Outliers, Recipe};
@@ -58,6 +59,13 @@ fn calibration_of(config: Value) -> (CalibrationData, Architecture) {
         sensitivity: Some(sensitivity),
     };
     (data, architecture)
+}
+
+#[test]
+fn a_measurement_reports_each_outlier_count_once() {
+    let (data, _) = calibration();
+    let measured = Measured::of(&data.sensitivity.unwrap());
+    assert_eq!(measured.outlier_counts, [8, 0]);
 }
 
 /// The file's header with the text of `atom_calibration` as a value, and its data.

@@ -324,6 +324,20 @@ fn by_pieces(tokenizer: &Tokenizer, text: &str, piece: usize) -> (Vec<u32>, usiz
     (ids, longest)
 }
 
+/// Matches of several characters that follow one another may begin at any of them; those of one character cannot.
+#[test]
+fn only_literals_of_several_characters_reach_over_their_repetition() {
+    for (literal, settled) in [("-", true), ("ab", false)] {
+        let split = json!({"type": "Split", "pattern": {"String": literal},
+            "behavior": "Isolated", "invert": false});
+        let json = byte_level_after(&[split]).to_string();
+        let tokenizer = tokenizers::Tokenizer::from_bytes(json.as_bytes()).unwrap();
+        let reach = Reach::of(&tokenizer).unwrap();
+        assert_eq!(reach.settled_after(&literal.repeat(200)).is_some(), settled, "{literal}");
+        assert!(reach.settled_after(&"other words ".repeat(50)).is_some(), "{literal}");
+    }
+}
+
 #[test]
 fn ids_by_pieces_are_those_of_the_text_at_once() {
     let texts = texts();

@@ -503,6 +503,17 @@ fn evaluation_windows_stay_when_the_file_changes() {
     assert!(set.evaluation_windows(&tokenizer, 32, Some(2), &Silent).is_err());
 }
 
+/// A part of a long text is a way out, which the message names.
+#[test]
+fn only_an_evaluation_of_the_full_text_refuses_a_long_one() {
+    let (_directory, path) = file("long.txt", "Some words . ".repeat(1 << 19).as_bytes());
+    fs::OpenOptions::new().write(true).open(&path).unwrap().set_len((4 << 30) + 1).unwrap();
+    let set = TextSet::load(&path, Split::Evaluation, &hub()).unwrap();
+    let error = set.evaluation_windows(&tiny_llama(), 8, None, &Silent).unwrap_err();
+    assert!(error.message().contains("more than 4 GB of text"), "{error}");
+    assert_eq!(set.evaluation_windows(&tiny_llama(), 8, Some(2), &Silent).unwrap().len(), 16);
+}
+
 /// A text whose letters end late: its windows of white space are no evaluation.
 #[test]
 fn white_space_is_no_text_however_long() {

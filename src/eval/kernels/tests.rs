@@ -5,8 +5,9 @@ use half::f16;
 use super::bounds::{attention_error, half_ulp, magnitude};
 use super::*;
 use crate::backend::{AttentionSpec, Memory, Quantization};
-use crate::checkpoint::Dtype;
+use crate::checkpoint::{Dtype, Tensor};
 use crate::model::block::{Site, Treatment};
+use crate::model::experts::Router;
 use crate::quant::codebook::Codebook;
 use crate::quant::grid::Scaling;
 use crate::quant::kv::KvFormat;
@@ -91,7 +92,7 @@ fn block(cpu: &Cpu, sites: &[QuantizedSite<QuantizedLinear>]) -> Block<Cpu> {
         key_mean: None,
         qk_norm: None,
         router: None,
-        sites: (0..4).map(site).collect(),
+        sites: (0..sites.len()).map(site).collect(),
     }
 }
 
@@ -120,9 +121,12 @@ fn findings(
     let block = block(&cpu, &sites);
     let mut comparison = Comparison::new(&cpu, &cpu, &block, &planted, names(), key_mean).unwrap();
     comparison.sites = &sites;
-    let x = Matrix { rows: TOKENS, columns: HIDDEN, data: random(TOKENS * HIDDEN, 7) };
-    let mut x = cpu.upload(x).unwrap();
-    comparison.run(&spec(), &mut x).unwrap()
+    comparison.run(&spec(), &mut states(&cpu)).unwrap()
+}
+
+/// Hidden states of one window.
+fn states(cpu: &Cpu) -> <Cpu as Memory>::Hidden {
+    cpu.upload(Matrix { rows: TOKENS, columns: HIDDEN, data: random(TOKENS * HIDDEN, 7) }).unwrap()
 }
 
 fn linear(
@@ -139,6 +143,43 @@ fn two_that_are_the_same_differ_in_nothing() {
     assert_eq!(found.faults, [""; 0]);
     assert_eq!((found.sites, found.linears), (4, 7));
     assert_eq!((found.product, found.attention), (0.0, 0.0));
+}
+
+#[test]
+fn an_error_in_one_of_two_experts_is_found() {
+    let cpu = Cpu::new().unwrap();
+    let mut sites = sites();
+    sites[2] = site(HIDDEN, &[96; 4], OutlierFormat::Fp8, Codebook::Fp4);
+    sites.push(site(96, &[64], OutlierFormat::Int8, Codebook::Int));
+    let experts = [&["q", "k", "v"][..], &["o"], &["gate 0", "up 0", "gate 1", "up 1"]];
+    let outputs = [&["down 0"][..], &["down 1"]];
+    let names: Vec<Vec<String>> = experts
+        .iter()
+        .chain(&outputs)
+        .map(|names| names.iter().map(|&n| n.to_owned()).collect())
+        .collect();
+    let mut block = block(&cpu, &sites);
+    let bytes: Vec<u8> = random(2 * HIDDEN, 5).into_iter().flat_map(f32::to_le_bytes).collect();
+    let router = Tensor::in_memory("router", Dtype::F32, &[2, HIDDEN], &bytes);
+    block.router = Some(Router {
+        weight: cpu.dense(&cpu.load(router).unwrap(), None).unwrap(),
+        per_token: 1,
+        normalized: true,
+    });
+    let mut planted = sites.clone();
+    linear(&mut planted, 4, 0).codes[3] ^= 1;
+    for (on_device, faults) in [(&sites, 0), (&planted, 1)] {
+        let mut comparison =
+            Comparison::new(&cpu, &cpu, &block, on_device, names.clone(), None).unwrap();
+        comparison.sites = &sites;
+        let found = comparison.run(&spec(), &mut states(&cpu)).unwrap();
+        assert_eq!(found.faults.len(), faults, "{:?}", found.faults);
+        assert!(
+            found.faults.iter().all(|fault| fault.starts_with("down 1: ")),
+            "{:?}",
+            found.faults
+        );
+    }
 }
 
 #[test]
