@@ -150,8 +150,31 @@ impl<B: Forward> Block<B> {
         mut x: B::Hidden,
         observer: &mut Observer<B>,
     ) -> Result<()> {
-        let heads = self.heads(backend, attention, &x, observer)?;
-        self.sites[ATTN_OUT].apply_onto(backend, heads, &mut x, observer)?;
+        self.observe_attention(backend, attention, &mut x, observer)?;
+        self.observe_mlp(backend, x, observer)
+    }
+
+    /// Adds attention's output to the hidden states `x`, and shows `observer` the activations of its sites. Returns
+    /// attn_out's, if it is in floating point.
+    pub fn observe_attention(
+        &self,
+        backend: &B,
+        attention: &AttentionSpec,
+        x: &mut B::Hidden,
+        observer: &mut Observer<B>,
+    ) -> Result<Option<B::Activation>> {
+        let heads = self.heads(backend, attention, x, observer)?;
+        let site = &self.sites[ATTN_OUT];
+        let input = site.input(backend, heads, observer)?;
+        site.add_onto(backend, &input, x)?;
+        Ok(match input {
+            Input::Float(heads) => Some(heads),
+            Input::Rows(_) => None,
+        })
+    }
+
+    /// Shows `observer` the activations of the MLP's sites for the hidden states `x` after attention.
+    pub fn observe_mlp(&self, backend: &B, x: B::Hidden, observer: &mut Observer<B>) -> Result<()> {
         let Some(router) = &self.router else {
             let z = self.gated(backend, &x, observer)?;
             drop(x);

@@ -105,6 +105,7 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
         let streams = Streams {
             source: needs_source.then(embed).transpose()?,
             quantized: recipe.gptq.then(embed).transpose()?,
+            source_heads: Vec::new(),
         };
         let quantizer = BlockQuantizer {
             backend,
@@ -158,7 +159,8 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
         Ok(worst)
     }
 
-    /// The block's statistics: those that are known, or measured on the source's stream.
+    /// The block's statistics: those that are known, or measured on the source's stream, which leaves attn_out's
+    /// activations behind.
     fn statistics(&mut self, index: usize, weights: &BlockWeights<'_, B>) -> Result<Statistics> {
         if let Some(known) = self.surroundings.known {
             return Ok(known[index].clone());
@@ -170,7 +172,10 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
         let attention = full_attention;
         let meter = EnergyMeter { backend: *backend, architecture, attention, progress: *progress };
         let after = self.strategy.after_measurement();
-        self.timing.measure("calibrate", || meter.measure(weights, stream, after))
+        let (statistics, heads) =
+            self.timing.measure("calibrate", || meter.measure(weights, stream, after))?;
+        self.streams.source_heads = heads;
+        Ok(statistics)
     }
 }
 

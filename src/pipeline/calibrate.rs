@@ -91,7 +91,7 @@ pub(super) fn measure<B: Backend>(
     let load = |index| BlockWeights::<B>::load_all(backend, *source, architecture, index);
     prefetch(0..architecture.blocks, load, |_, weights| {
         let weights = weights()?;
-        let measured = meter.measure(&weights, &mut stream, AfterBlock::Advanced)?;
+        let (measured, _) = meter.measure(&weights, &mut stream, AfterBlock::Advanced)?;
         if let Some(sensor) = &mut sensor {
             sensor.measure(&weights, &measured.energies)?;
         }

@@ -43,19 +43,21 @@ pub(super) struct EnergyMeter<'a, B: Backend> {
 }
 
 impl<B: Backend> EnergyMeter<'_, B> {
-    /// Measures a block on `stream`.
+    /// Measures a block on `stream`. Of a stream that is left unchanged it also returns what attn_out sees of each batch:
+    /// attention over entire windows is much of a block's work, and the stream passes it again.
     pub(super) fn measure(
         &self,
         weights: &BlockWeights<B>,
         stream: &mut Stream<B>,
         after: AfterBlock,
-    ) -> Result<Statistics> {
+    ) -> Result<(Statistics, Vec<B::Activation>)> {
         let Self { backend, architecture, attention, progress } = *self;
         let block = BlockBuilder::new(backend, architecture, weights).source()?;
         let sites = architecture.sites(weights.index);
         let mut energies: Energies = sites.iter().map(|site| vec![0.0; site.channels]).collect();
         let mut sums = vec![0.0; attention.kv_heads * attention.head_dim];
         let mut tokens = 0;
+        let mut heads = Vec::new();
         for batch in &mut stream.batches {
             progress.check_stop()?;
             tokens += batch.rows();
@@ -71,8 +73,10 @@ impl<B: Backend> EnergyMeter<'_, B> {
                     backend.offload(batch)?;
                 }
                 AfterBlock::Unchanged => {
-                    let copy = backend.duplicate(batch)?;
-                    block.observe(backend, attention, copy, &mut Observer::new(&mut see))?;
+                    let mut copy = backend.duplicate(batch)?;
+                    let observer = &mut Observer::new(&mut see);
+                    heads.extend(block.observe_attention(backend, attention, &mut copy, observer)?);
+                    block.observe_mlp(backend, copy, observer)?;
                 }
             }
         }
@@ -80,7 +84,7 @@ impl<B: Backend> EnergyMeter<'_, B> {
             check_finite(energy, &site.name)?;
         }
         let key_mean = sums.iter().map(|sum| (sum / tokens as f64) as f32).collect();
-        Ok(Statistics { energies, key_mean })
+        Ok((Statistics { energies, key_mean }, heads))
     }
 }
 

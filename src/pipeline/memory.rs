@@ -132,7 +132,10 @@ impl BlockWork<'_> {
         let copy = if sequential { 4 * batch * hidden } else { 0 };
         // Codes are packed linear by linear, and what they leave is not all used again.
         let writing = if *writes_meanwhile { codes + stored / 2 } else { 0 };
-        let calibrating = dense + activations + copy + writing;
+        // What attn_out sees of the source's stream, until o is done.
+        let [q, _] = network.heads();
+        let heads = if sequential { 4 * tokens as u64 * q } else { 0 };
+        let calibrating = dense + activations + copy + heads + writing;
         let quantizing = match (recipe.gptq, sequential) {
             (false, _) => rounding(plan) + writing,
             (true, false) => {
@@ -157,8 +160,12 @@ impl BlockWork<'_> {
             }
             (true, true) => {
                 // What calibration worked with is still there.
-                let first =
-                    activations + copy + 9 * batch * hidden + 4 * hidden * hidden * 2 + writing;
+                let first = activations
+                    + copy
+                    + heads
+                    + 9 * batch * hidden
+                    + 4 * hidden * hidden * 2
+                    + writing;
                 dense + first.max(self.sequential_bytes(plan) + hole)
             }
         };
@@ -191,8 +198,13 @@ impl BlockWork<'_> {
                 let adds = corrected && (at == ATTN_OUT || at >= MLP_ACT);
                 let cross = if corrected { square(site) } else { 0 };
                 let outputs = if adds { 4 * hidden * width } else { 0 };
-                // What attn_out sees of both streams is stored until o is done.
-                let heads = if at == ATTN_OUT { 2 * 4 * tokens as u64 * q } else { 0 };
+                // What attn_out sees of both streams is stored until o is done, the source's before q, k and v are.
+                let stored = match at {
+                    ATTN_OUT => 2,
+                    at if at < ATTN_OUT => 1,
+                    _ => 0,
+                };
+                let heads = stored * 4 * tokens as u64 * q;
                 let chosen = if network.architecture.experts.is_some() { 2 * hidden } else { 0 };
                 // Both streams' activations, and of the site's what is seen, wanted, their difference, and the packed
                 // operand. Where groups are filled up, what is seen fits no buffer of the activations.

@@ -31,6 +31,8 @@ pub(super) struct Streams<B: Backend> {
     pub(super) source: Option<Stream<B>>,
     /// After the quantized blocks, where GPTQ is.
     pub(super) quantized: Option<Stream<B>>,
+    /// What attn_out of the source's block at hand sees of each batch, where the measurement of energies found it.
+    pub(super) source_heads: Vec<B::Activation>,
 }
 
 /// A block to be quantized, and what is known of it.
@@ -100,6 +102,7 @@ impl Strategy {
         streams: &mut Streams<B>,
         timing: &mut Timing,
     ) -> Result<PassedBlock<B>> {
+        streams.source_heads.clear();
         let source = streams.source.as_mut();
         let moves = self.after_measurement() == AfterBlock::Unchanged && !input.is_last;
         if let Some(stream) = source.filter(|_| moves) {

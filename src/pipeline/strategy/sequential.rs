@@ -87,6 +87,8 @@ struct Pass<'a, 'w, B: Backend> {
     builder: BlockBuilder<'a, 'w, B>,
     blocks: Pair<Block<B>>,
     streams: Pair<&'a mut Stream<B>>,
+    /// What attn_out sees of each batch on the source's stream, where that is known.
+    source_heads: std::vec::IntoIter<B::Activation>,
     /// What attn_out sees of each batch, while o is quantized.
     heads: Vec<Pair<B::Activation>>,
     /// After attention, the tokens of each batch that the router of the quantized block sends to each expert.
@@ -103,6 +105,7 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
     ) -> Result<Self> {
         let builder = input.builder(quantizer);
         let blocks = Pair { source: builder.source()?, quantized: builder.open(formats)? };
+        let source_heads = std::mem::take(&mut streams.source_heads).into_iter();
         let (Some(source), Some(quantized)) = (&mut streams.source, &mut streams.quantized) else {
             unreachable!("sequential quantization carries both streams");
         };
@@ -111,6 +114,7 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
             builder,
             blocks,
             streams: Pair { source, quantized },
+            source_heads,
             heads: Vec::new(),
             routed: Vec::new(),
             is_last: input.is_last,
@@ -120,7 +124,7 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
     /// A site's Hessian and accumulated error, on the streams as they reach it. What attn_out sees is stored;
     /// without experts, the source's stream leaves the block at its last site.
     fn matrices(&mut self, at: usize, spec: &SiteSpec, width: usize) -> Result<SiteMatrices<B>> {
-        let Self { quantizer, blocks, streams, heads, routed, is_last, .. } = self;
+        let Self { quantizer, blocks, streams, source_heads, heads, routed, is_last, .. } = self;
         let backend = quantizer.backend;
         let share_of_error = quantizer.recipe.correction;
         let mut hessian = backend.gram(width)?;
@@ -135,7 +139,8 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
                 return Ok(());
             }
             let visit = Visit { quantizer, blocks, spec, at, routed };
-            let inputs = visit.inputs(&states)?;
+            let known = if spec.kind == SiteKind::AttnOut { source_heads.next() } else { None };
+            let inputs = visit.inputs(&states, known)?;
             tokens += inputs.quantized.rows();
             let seen = visit.seen(&inputs.quantized)?;
             backend.add_gram(&mut hessian, &seen)?;
@@ -233,8 +238,12 @@ struct Visit<'v, B: Backend> {
 }
 
 impl<B: Backend> Visit<'_, B> {
-    /// The activations that enter the site.
-    fn inputs(&self, states: &Pair<&mut B::Hidden>) -> Result<Pair<B::Activation>> {
+    /// The activations that enter the site; of attn_out the source's may be known.
+    fn inputs(
+        &self,
+        states: &Pair<&mut B::Hidden>,
+        known: Option<B::Activation>,
+    ) -> Result<Pair<B::Activation>> {
         let BlockQuantizer { backend, attention, full_attention, .. } = self.quantizer;
         let (before, after) = (&*states.source, &*states.quantized);
         let Pair { source, quantized: block } = self.blocks;
@@ -243,7 +252,10 @@ impl<B: Backend> Visit<'_, B> {
         let [source, quantized] = match self.spec.kind {
             SiteKind::AttnIn => [norm(before, &source.attn_norm)?, norm(after, &block.attn_norm)?],
             SiteKind::AttnOut => [
-                source.heads(*backend, full_attention, before, unobserved)?,
+                match known {
+                    Some(heads) => heads,
+                    None => source.heads(*backend, full_attention, before, unobserved)?,
+                },
                 block.heads(*backend, attention, after, unobserved)?,
             ],
             SiteKind::MlpIn => [norm(before, &source.mlp_norm)?, norm(after, &block.mlp_norm)?],
