@@ -13,6 +13,7 @@ mod decimal;
 pub mod doctor;
 pub mod error;
 pub mod eval;
+pub mod export;
 pub mod hub;
 pub mod machine;
 pub mod model;

@@ -15,7 +15,7 @@ const LAYERS: [&[&str]; 13] = [
     &["backend", "text"],
     &["model"],
     &["network"],
-    &["eval", "pipeline"],
+    &["eval", "export", "pipeline"],
     &["bench", "doctor"],
     &["report"],
     &["cli"],

@@ -10,6 +10,7 @@ use super::envelope::{ATOM, Envelope, has_own_hash};
 use super::files::Files;
 use super::fingerprint::sha256_hex;
 use super::shards::Shards;
+use super::side_files::{self, SideFiles};
 use super::tensor::Tensor;
 use super::{Manifest, Stored};
 use crate::{Error, Result};
@@ -116,6 +117,20 @@ impl AtomCheckpoint {
     /// Input: a field that is missing, of another type or out of its range, named.
     pub fn manifest(&self) -> Result<Manifest> {
         Manifest::parse(&self.atom)
+    }
+
+    /// SHA-256 of `atom.json`, which has hashes of everything else, in hexadecimal: it tells this checkpoint from others.
+    ///
+    /// # Errors
+    /// Bad input if the file cannot be read any more.
+    pub fn fingerprint(&self) -> Result<String> {
+        Ok(sha256_hex(&self.files.read(ATOM)?.unwrap_or_default()))
+    }
+
+    /// What a user of the model needs besides configuration and weights: tokenizer, generation settings, chat template,
+    /// licence.
+    pub fn side_files(&self) -> Result<SideFiles> {
+        side_files::find(&self.files)
     }
 
     /// What messages call one of its files.

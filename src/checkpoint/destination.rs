@@ -9,7 +9,7 @@ use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{Access, access};
 
-use super::envelope::own_files;
+use super::envelope::{DirectoryKind, own_files};
 use crate::{Error, Result};
 
 /// Everything that a command reads from the disk.
@@ -80,6 +80,14 @@ impl Destination {
     /// # Errors
     /// Usage: something else is there, or an input. Input: it cannot be created there.
     pub fn check(&self) -> Result<PathBuf> {
+        self.check_for(DirectoryKind::Checkpoint)
+    }
+
+    /// The same for a directory of that kind, which replaces its own kind alone.
+    ///
+    /// # Errors
+    /// Those of [`Destination::check`].
+    pub fn check_for(&self, kind: DirectoryKind) -> Result<PathBuf> {
         let shown = self.out.display().to_string();
         let out = resolve(&self.out)?;
         self.inputs.refuse(&out, &shown)?;
@@ -97,10 +105,9 @@ impl Destination {
             return Err(Error::usage(format!("output directory {shown} exists"))
                 .hint("replace it with --overwrite, or name another one with --out"));
         }
-        let is_own = own_files(&out).map_err(|error| {
-            let message = format!(
-                "output directory {shown} is not an Atom checkpoint and is not overwritten"
-            );
+        let is_own = own_files(&out, kind).map_err(|error| {
+            let title = kind.title();
+            let message = format!("output directory {shown} is not {title} and is not overwritten");
             Error::usage(error.to_string())
                 .context(message)
                 .hint("name another directory with --out")

@@ -9,14 +9,50 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::FORMAT_VERSION;
 use super::fingerprint::sha256_hex;
 use super::shards::{INDEX, SINGLE};
 use super::side_files::is_side_file;
-use super::{FORMAT_VERSION, Manifest};
 use crate::{Error, Result};
 
 /// The file that makes a directory an Atom checkpoint.
 pub(super) const ATOM: &str = "atom.json";
+
+/// The file that makes a directory an export, which other programs read.
+pub(super) const EXPORT: &str = "atom-export.json";
+
+/// What a directory that the program writes is. Both kinds have a file that lists and hashes the rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DirectoryKind {
+    /// An Atom checkpoint, with `atom.json`.
+    #[default]
+    Checkpoint,
+    /// An Atom checkpoint in another program's format, with `atom-export.json`.
+    Export,
+}
+
+impl DirectoryKind {
+    /// What a directory is that has been written; none where neither file is there.
+    pub(super) fn of(dir: &Path) -> Option<Self> {
+        [Self::Checkpoint, Self::Export].into_iter().find(|kind| dir.join(kind.record()).is_file())
+    }
+
+    /// The file that lists and hashes the rest.
+    pub(super) fn record(self) -> &'static str {
+        match self {
+            Self::Checkpoint => ATOM,
+            Self::Export => EXPORT,
+        }
+    }
+
+    /// What messages call it.
+    pub(super) fn title(self) -> &'static str {
+        match self {
+            Self::Checkpoint => "an Atom checkpoint",
+            Self::Export => "an export of atom",
+        }
+    }
+}
 
 const OWN_HASH: &str = "sha256";
 const NO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
@@ -86,18 +122,18 @@ impl Envelope {
     }
 }
 
-/// The whole `atom.json`.
+/// The whole `atom.json` or `atom-export.json`.
 #[derive(Serialize)]
-struct AtomFile<'a> {
+struct RecordFile<'a, M> {
     #[serde(flatten)]
-    manifest: &'a Manifest,
+    manifest: &'a M,
     #[serde(flatten)]
     envelope: &'a Envelope,
 }
 
-/// The text of an `atom.json`: the manifest, the hashes, and its own hash as the last field.
-pub(super) fn atom_text(manifest: &Manifest, envelope: &Envelope) -> String {
-    let file = AtomFile { manifest, envelope };
+/// The text of an `atom.json` or `atom-export.json`: the manifest, the hashes, and its own hash as the last field.
+pub(super) fn record_text(manifest: &impl Serialize, envelope: &Envelope) -> String {
+    let file = RecordFile { manifest, envelope };
     with_own_hash(serde_json::to_value(file).expect("a manifest has only JSON types"))
 }
 
@@ -129,24 +165,25 @@ pub(super) fn is_checkpoint_file(name: &str) -> bool {
     let shard = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
     let shard = shard.and_then(|numbers| numbers.split_once("-of-"));
     let number = |text: &str| text.len() >= 5 && text.bytes().all(|b| b.is_ascii_digit());
-    [ATOM, "config.json", SINGLE, INDEX].contains(&name)
+    [ATOM, EXPORT, "config.json", SINGLE, INDEX].contains(&name)
         || shard.is_some_and(|(one, all)| number(one) && number(all))
         || is_side_file(name)
 }
 
-/// Which files of the checkpoint in `dir` are the checkpoint's own: `atom.json`, its shards, and the files that `atom.json`
-/// lists; where it was written before there was such a list, those of the names that a checkpoint's files have.
+/// Which files of the checkpoint or export in `dir` are its own: `atom.json` or `atom-export.json`, its shards, and the
+/// files that it lists; where it was written before there was such a list, those of the names that a checkpoint's files have.
 ///
 /// # Errors
-/// If there is no `atom.json` that this program has written.
-pub(super) fn own_files(dir: &Path) -> Result<impl Fn(&str) -> bool + use<>> {
+/// If there is no such file that this program has written.
+pub(super) fn own_files(dir: &Path, kind: DirectoryKind) -> Result<impl Fn(&str) -> bool + use<>> {
+    let record = kind.record();
     let json = |name: &str| -> Result<Value> {
         let path = dir.join(name);
         serde_json::from_slice(&fs_err::read(&path)?)
             .map_err(|error| Error::input(format!("{} is not valid JSON: {error}", path.display())))
     };
     let Envelope { files, .. } =
-        Envelope::read(&json(ATOM)?, &dir.join(ATOM).display().to_string())?;
+        Envelope::read(&json(record)?, &dir.join(record).display().to_string())?;
     let mut shards = BTreeSet::from([SINGLE.to_owned()]);
     if dir.join(INDEX).is_file() {
         let index = json(INDEX)?;
@@ -159,7 +196,7 @@ pub(super) fn own_files(dir: &Path) -> Result<impl Fn(&str) -> bool + use<>> {
             true => name == "config.json" || is_side_file(name),
             false => files.contains_key(name),
         };
-        name == ATOM || shards.contains(name) || listed
+        name == record || shards.contains(name) || listed
     })
 }
 

@@ -31,6 +31,7 @@ mod shards;
 mod side_files;
 mod source;
 mod tensor;
+mod tensor_bytes;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -39,6 +40,7 @@ mod writer;
 pub use atom::{AtomCheckpoint, FORMAT_VERSION, is_atom};
 pub use destination::{Destination, Inputs};
 pub use dtype::{Dtype, TensorSpec};
+pub use envelope::DirectoryKind;
 pub use fingerprint::sha256_hex;
 pub(crate) use json::text as utf8_text;
 pub use manifest::{Manifest, SourceRecord};
@@ -54,6 +56,7 @@ pub(crate) use side_files::is_side_file;
 pub use side_files::{SideFile, SideFiles};
 pub use source::Source;
 pub use tensor::Tensor;
+pub use tensor_bytes::TensorBytes;
 pub use work::DoneBlock;
 pub use writer::{Preview, Writer};
 

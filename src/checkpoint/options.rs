@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::{FORMAT_VERSION, TensorSpec};
+use super::{DirectoryKind, FORMAT_VERSION, TensorSpec};
 
 /// The largest shard unless told otherwise: 5 GB of tensors, as the Hub's tools write them.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
@@ -17,11 +17,18 @@ pub struct Options {
     pub max_shard_bytes: u64,
     /// Bytes of the files that are copied next to the shards.
     pub side_bytes: u64,
+    /// What is written.
+    pub kind: DirectoryKind,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { resume: false, max_shard_bytes: DEFAULT_SHARD_BYTES, side_bytes: 0 }
+        Self {
+            resume: false,
+            max_shard_bytes: DEFAULT_SHARD_BYTES,
+            side_bytes: 0,
+            kind: DirectoryKind::Checkpoint,
+        }
     }
 }
 

@@ -212,7 +212,7 @@ impl<'a> Tensor<'a> {
     }
 
     /// Gives back the pages of `part`, a part of the tensor's bytes.
-    fn release_part(&self, part: &[u8]) {
+    pub(super) fn release_part(&self, part: &[u8]) {
         let Some(map) = self.map else { return };
         if part.is_empty() {
             return;

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::destination::foreign_files;
-use super::envelope::{ATOM, is_checkpoint_file, own_files};
+use super::envelope::{ATOM, DirectoryKind, EXPORT, is_checkpoint_file, own_files};
 use super::output::{failed, open_plain, planted, sync_directory, write_synced};
 use super::shards::INDEX;
 use crate::{Error, Result};
@@ -216,12 +216,12 @@ fn clear(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes a replaced output: an empty directory, or a checkpoint.
+/// Removes a replaced output: an empty directory, a checkpoint or an export.
 fn remove_replaced(dir: &Path) -> Result<()> {
     if fs_err::read_dir(dir)?.next().is_none() {
         return Ok(fs_err::remove_dir(dir)?);
     }
-    remove_files(dir, own_files(dir)?)
+    remove_files(dir, own_files(dir, DirectoryKind::of(dir).unwrap_or_default())?)
 }
 
 /// Removes a directory's own files and the directory; where it holds anything else, nothing.
@@ -233,7 +233,7 @@ fn remove_files(dir: &Path, is_own: impl Fn(&str) -> bool) -> Result<()> {
     let names = fs_err::read_dir(dir)?.map(|entry| Ok(entry?.file_name()));
     let mut names = names.collect::<Result<Vec<_>>>()?;
     // Those that say what is the checkpoint's own go last: a removal that is cut short can be completed.
-    names.sort_by_key(|name| (name == ATOM, name == INDEX));
+    names.sort_by_key(|name| (name == ATOM || name == EXPORT, name == INDEX));
     for name in names {
         fs_err::remove_file(dir.join(name))?;
     }

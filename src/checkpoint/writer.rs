@@ -1,4 +1,4 @@
-/*! Writes an Atom checkpoint, block by block, so that it can be interrupted at any moment.
+/*! Writes an Atom checkpoint or an export, block by block, so that it can be interrupted at any moment.
 
 The shards are laid out and their room on the disk is reserved before the first block; a block's
 tensors are written at their places and synced before the block counts as done; the finished
@@ -12,12 +12,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
+use serde::Serialize;
 use serde_json::Value;
 
-use super::atom::is_atom;
+use super::Stored;
 use super::destination::Destination;
 use super::dtype::TensorSpec;
-use super::envelope::{ATOM, Envelope, Hash, atom_text};
+use super::envelope::{ATOM, DirectoryKind, EXPORT, Envelope, Hash, record_text};
 use super::fingerprint::{sha256_hex, sha256_of, sha256_of_file};
 use super::layout::{Layout, Place};
 use super::options::{Options, output_job};
@@ -27,8 +28,8 @@ use super::output::{
 };
 use super::shards::INDEX;
 use super::side_files::SideFile;
+use super::tensor_bytes::TensorBytes;
 use super::work::{DoneBlock, Restart, Work, is_locked, locked_by_another, unfinished};
-use super::{Manifest, Stored};
 use crate::{Error, Kind, Result};
 
 /// An error once the user asked the run to stop.
@@ -78,7 +79,7 @@ impl Writer {
         job: &Value,
         options: Options,
     ) -> Result<Preview> {
-        let out = destination.check()?;
+        let out = destination.check_for(options.kind)?;
         if is_locked(&out) {
             return Err(locked_by_another(&out));
         }
@@ -107,12 +108,12 @@ impl Writer {
         options: Options,
         check_stop: CheckStop<'_>,
     ) -> Result<Self> {
-        let out = destination.check()?;
+        let out = destination.check_for(options.kind)?;
         let job = output_job(&tensors, job, options);
         let layout = Layout::new(tensors, options.max_shard_bytes)?;
         let (work, done) = Work::open(&out, &job, restart(destination, options))?;
         // A run that was killed while it replaced the output may have left it to be put back.
-        destination.check()?;
+        destination.check_for(options.kind)?;
         let mut writer = Self {
             out,
             destination: destination.clone(),
@@ -177,10 +178,11 @@ impl Writer {
             self.done.push(block);
         }
         let directory = self.work.checkpoint();
+        let written = |dir: &Path| DirectoryKind::of(dir).is_some();
         match self.verify_written(check_stop) {
             // The run got as far as the last step, the exchange with the output to be replaced, and was killed
             // before that one was put aside: the two change places again.
-            Err(error) if is_atom(&directory) && is_atom(&self.out) => {
+            Err(error) if written(&directory) && written(&self.out) => {
                 exchange(&directory, &self.out).map_err(|_| error)?;
                 self.open_shards()
                     .and_then(|()| self.verify_written(check_stop))
@@ -237,12 +239,14 @@ impl Writer {
 
     /// Writes the tensors of a block, `(name, little-endian bytes)`, and returns when they are on
     /// the disk. `extra` is stored next to the block for a run that continues from here.
-    pub fn write_block(
+    pub fn write_block<'t>(
         &mut self,
         block: &str,
-        tensors: Vec<(String, Vec<u8>)>,
+        tensors: Vec<(String, impl Into<TensorBytes<'t>>)>,
         extra: Value,
     ) -> Result<()> {
+        let tensors = tensors.into_iter().map(|(name, bytes)| (name, bytes.into()));
+        let tensors: Vec<(String, TensorBytes<'_>)> = tensors.collect();
         if self.done.iter().any(|done| done.block == block) {
             return Err(Error::input(format!("block `{block}` is written already")));
         }
@@ -261,15 +265,15 @@ impl Writer {
                 return Err(Error::input(format!("tensor `{name}` is written already")));
             }
         }
-        let sha256: BTreeMap<String, String> =
-            tensors.par_iter().map(|(name, bytes)| (name.clone(), sha256_hex(bytes))).collect();
-        let mut touched = vec![false; self.shards.len()];
-        for (name, bytes) in &tensors {
+        let write = |(name, bytes): &(String, TensorBytes<'_>)| {
             let place = self.place(name)?;
             let (path, file) = &self.shards[place.shard];
-            file.write_all_at(bytes, place.offset)
-                .map_err(|error| failed("write", path, &error))?;
-            touched[place.shard] = true;
+            Ok((name.clone(), bytes.write(path, file, place.offset)?))
+        };
+        let sha256 = tensors.par_iter().map(write).collect::<Result<BTreeMap<_, _>>>()?;
+        let mut touched = vec![false; self.shards.len()];
+        for name in sha256.keys() {
+            touched[self.place(name)?.shard] = true;
         }
         for ((path, file), _) in self.shards.iter().zip(touched).filter(|(_, touched)| *touched) {
             file.sync_data().map_err(|error| failed("write", path, &error))?;
@@ -303,13 +307,13 @@ impl Writer {
         self.work.discard();
     }
 
-    /// Completes the checkpoint and gives it its name; returns its size in bytes. `config` becomes
-    /// `config.json`; `manifest` becomes `atom.json`, with hashes of all tensors, of every other file and of itself
-    /// added; the side files are copied as they are.
+    /// Completes the directory and gives it its name; returns its size in bytes. `config` becomes
+    /// `config.json`; `manifest` becomes `atom.json` or `atom-export.json`, with hashes of all tensors, of every other
+    /// file and of itself added; the side files are copied as they are.
     pub fn finish(
         self,
         config: &Value,
-        manifest: &Manifest,
+        manifest: &impl Serialize,
         side_files: &[SideFile],
     ) -> Result<u64> {
         let mut missing: Vec<&String> =
@@ -326,7 +330,7 @@ impl Writer {
         let mut files = BTreeMap::new();
         for side_file in side_files {
             let name = &side_file.name;
-            if ["config.json", ATOM, INDEX].contains(&name.as_str())
+            if ["config.json", ATOM, EXPORT, INDEX].contains(&name.as_str())
                 || name.contains('/')
                 || self.layout.shards.iter().any(|shard| shard.name == *name)
             {
@@ -347,7 +351,8 @@ impl Writer {
         let hashes = self.hashes.iter();
         let tensors = hashes.map(|(name, hash)| (name.clone(), Hash { sha256: hash.clone() }));
         let envelope = Envelope { tensors: tensors.collect(), files, sha256: None };
-        write_synced(&directory.join(ATOM), atom_text(manifest, &envelope).as_bytes())?;
+        let record = directory.join(self.options.kind.record());
+        write_synced(&record, record_text(manifest, &envelope).as_bytes())?;
         for (path, file) in &self.shards {
             file.sync_all().map_err(|error| failed("write", path, &error))?;
         }
@@ -358,7 +363,7 @@ impl Writer {
         }
 
         // The output may have appeared, or changed, while this run worked.
-        self.destination.check()?;
+        self.destination.check_for(self.options.kind)?;
         replace(&directory, &self.out, &self.work.replaced())?;
         sync_directory(self.out.parent().unwrap_or(Path::new("/")))?;
         self.work.remove();

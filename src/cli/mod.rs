@@ -11,6 +11,7 @@ mod completions;
 mod doctor;
 mod eval_ppl;
 mod eval_tasks;
+mod export;
 pub mod failure;
 mod inspect;
 mod limits;
@@ -85,6 +86,8 @@ enum Command {
     Plan(plan::Arguments),
     /// Write the quantized checkpoint that a plan describes
     Pack(pack::Arguments),
+    /// Write an Atom checkpoint in the format of another program
+    Export(export::Arguments),
     /// Measure the perplexity of a source or an Atom checkpoint
     EvalPpl(eval_ppl::Arguments),
     /// Measure zero-shot accuracy of a source or an Atom checkpoint on common tasks
@@ -116,6 +119,7 @@ pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()
         Command::Calibrate(arguments) => calibrate::run(arguments, ui, output),
         Command::Plan(arguments) => plan::run(arguments, output),
         Command::Pack(arguments) => pack::run(arguments, ui, output),
+        Command::Export(arguments) => export::run(arguments, ui, output),
         Command::EvalPpl(arguments) => eval_ppl::run(arguments, ui, output),
         Command::EvalTasks(arguments) => eval_tasks::run(arguments, ui, output),
         Command::Verify(arguments) => verify::run(arguments, ui, output),
@@ -137,7 +141,7 @@ pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()
 impl Command {
     /// Whether `--resume` goes on where an interrupted run stopped.
     fn resumes(&self) -> bool {
-        matches!(self, Self::Quantize(_) | Self::Pack(_))
+        matches!(self, Self::Quantize(_) | Self::Pack(_) | Self::Export(_))
     }
 }
 

@@ -3,6 +3,27 @@
 use std::num::IntErrorKind;
 use std::str::FromStr;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+
+use crate::checkpoint::Dtype;
+use crate::export::{self, Format};
+
+/// A format of `atom export`.
+pub(crate) fn export_format() -> impl TypedValueParser<Value = &'static dyn Format> {
+    let names = export::FORMATS.iter().map(|format| format.name());
+    PossibleValuesParser::new(names)
+        .map(|name| export::find(&name).expect("the parser takes names of formats only"))
+}
+
+/// A type of two bytes.
+pub(crate) fn half(text: &str) -> Result<Dtype, String> {
+    match text {
+        "f16" | "fp16" | "float16" => Ok(Dtype::F16),
+        "bf16" | "bfloat16" => Ok(Dtype::BF16),
+        _ => Err("the types are f16 and bf16".to_owned()),
+    }
+}
+
 /// A count of at least 1.
 pub(crate) fn count(text: &str) -> Result<usize, String> {
     at_least(text, 1)

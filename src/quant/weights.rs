@@ -158,33 +158,34 @@ pub(crate) fn assemble(
 
 /// The weights a [`QuantizedLinear`] stands for, `[rows, width]` in the site's order.
 pub fn dequantize(linear: &QuantizedLinear) -> Vec<f32> {
-    let RowFormat { numbers, outlier_channels, .. } = linear.format.row;
-    let (grouped, width) = (linear.format.row.grouped_channels(), linear.format.row.width());
-    let group = numbers.group_size;
+    let width = linear.format.row.width();
     let mut weights = vec![0.0; linear.rows * width];
     for (row, out) in weights.chunks_mut(width.max(1)).enumerate() {
-        let codes = &linear.codes[row * grouped..(row + 1) * grouped];
-        for (group, (out, codes)) in out.chunks_mut(group).zip(codes.chunks(group)).enumerate() {
-            let scale = linear.scale(row, group);
-            for (out, &code) in out.iter_mut().zip(codes) {
-                *out = numbers.codebook.value(code) * scale;
-            }
-        }
-        let block = row * outlier_channels..(row + 1) * outlier_channels;
-        for (column, out) in block.zip(&mut out[grouped..]) {
-            *out = match &linear.outliers {
-                OutlierBlock::None => 0.0,
-                OutlierBlock::Int8 { codes, scales } => {
-                    f32::from(codes[column]) * scales[row].to_f32()
-                }
-                OutlierBlock::Fp8 { codes, scales } => {
-                    e4m3_value(codes[column]) * scales[row].to_f32()
-                }
-                OutlierBlock::F16(values) => values[column].to_f32(),
-            };
-        }
+        dequantize_row(linear, row, out);
     }
     weights
+}
+
+/// The weights of one row, `[width]` in the site's order.
+pub fn dequantize_row(linear: &QuantizedLinear, row: usize, out: &mut [f32]) {
+    let RowFormat { numbers, outlier_channels, .. } = linear.format.row;
+    let (grouped, group) = (linear.format.row.grouped_channels(), numbers.group_size);
+    let codes = &linear.codes[row * grouped..(row + 1) * grouped];
+    for (group, (out, codes)) in out.chunks_mut(group).zip(codes.chunks(group)).enumerate() {
+        let scale = linear.scale(row, group);
+        for (out, &code) in out.iter_mut().zip(codes) {
+            *out = numbers.codebook.value(code) * scale;
+        }
+    }
+    let block = row * outlier_channels..(row + 1) * outlier_channels;
+    for (column, out) in block.zip(&mut out[grouped..]) {
+        *out = match &linear.outliers {
+            OutlierBlock::None => 0.0,
+            OutlierBlock::Int8 { codes, scales } => f32::from(codes[column]) * scales[row].to_f32(),
+            OutlierBlock::Fp8 { codes, scales } => e4m3_value(codes[column]) * scales[row].to_f32(),
+            OutlierBlock::F16(values) => values[column].to_f32(),
+        };
+    }
 }
 
 #[cfg(test)]

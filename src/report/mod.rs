@@ -7,6 +7,7 @@ mod allocation;
 mod bench;
 mod doctor;
 mod dry_run;
+mod export;
 mod files;
 mod inspect;
 mod layout;

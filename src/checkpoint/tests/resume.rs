@@ -4,8 +4,12 @@ use crate::{Error, Kind};
 use serde_json::json;
 use std::path::PathBuf;
 
-const RESUME: Options =
-    Options { resume: true, max_shard_bytes: super::super::DEFAULT_SHARD_BYTES, side_bytes: 0 };
+const RESUME: Options = Options {
+    resume: true,
+    max_shard_bytes: super::super::DEFAULT_SHARD_BYTES,
+    side_bytes: 0,
+    kind: super::super::DirectoryKind::Checkpoint,
+};
 
 fn job() -> Value {
     json!({"recipe": {"bits": 4, "clip": 0.9}, "source": {"fingerprint": "f".repeat(64)}})

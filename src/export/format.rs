@@ -1,0 +1,91 @@
+/*! What a format is, and the list of them. */
+
+use std::fmt;
+
+use serde_json::Value;
+
+use super::dense::Dense;
+use super::model::{ExportedModel, Subject};
+use super::obstacle::Obstacle;
+use crate::Result;
+use crate::checkpoint::{TensorBytes, TensorSpec};
+
+/// A format that another program loads.
+///
+/// To add one: a file with a type that implements this, an entry in [`FORMATS`], its tensors in docs/exports.md with a
+/// reader in Python, and tests.
+pub trait Format: Sync {
+    /// Its name for `--format`.
+    fn name(&self) -> &'static str;
+
+    /// Which programs load it, for help and reports: `vLLM, SGLang, transformers`.
+    fn loaded_by(&self) -> &'static str;
+
+    /// Built-in recipes whose checkpoints it takes, the best known first; none where it takes all.
+    fn recipes(&self) -> &'static [&'static str];
+
+    /// Everything that the format cannot say of such a checkpoint. It depends on the plan alone, so that `atom quantize
+    /// --export` can ask before it begins.
+    fn obstacles(&self, subject: &Subject<'_>) -> Vec<Obstacle>;
+
+    /// What a user should know of an export of such a checkpoint that is no obstacle: what of the checkpoint is no part
+    /// of the export, or which programs cannot load it. A sentence each.
+    fn notes(&self, subject: &Subject<'_>) -> Vec<String>;
+
+    /// Everything in the output. No tensor is read here; the closures of the parts read them, one part at a time.
+    ///
+    /// # Errors
+    /// A tensor that the checkpoint lacks or has in another form.
+    fn contents<'a>(&self, model: &'a ExportedModel<'a>) -> Result<Contents<'a>>;
+}
+
+impl fmt::Debug for dyn Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The output of an export.
+pub struct Contents<'a> {
+    /// Its tensors, in the order they are stored.
+    pub parts: Vec<Part<'a>>,
+    /// What holds them.
+    pub container: Container,
+}
+
+/// The files that hold the tensors of an export.
+///
+/// A format of one file, such as GGUF, adds a variant for it: the file's header, which depends on names, types and
+/// shapes only, and the alignment of tensors; `checkpoint::Layout` then has one file with that header, and the writer
+/// renames the file where it renames the directory of shards. Tensors of types that safetensors lacks are U8 `[bytes]`
+/// to the writer.
+pub enum Container {
+    /// A directory of safetensors shards with this `config.json` and the checkpoint's side files: what transformers loads.
+    Shards {
+        /// The content of `config.json`.
+        config: Value,
+    },
+}
+
+/// Tensors that are made together, such as a linear's codes and scales. At most a few parts are in memory at any moment.
+pub struct Part<'a> {
+    /// Name, type and shape of each tensor.
+    pub tensors: Vec<TensorSpec>,
+    /// Makes the bytes of the tensors, in the same order. It is called once, from any thread.
+    pub make: Box<dyn Fn() -> Result<Vec<TensorBytes<'a>>> + Send + Sync + 'a>,
+}
+
+impl Part<'_> {
+    /// Bytes of all its tensors.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.iter().map(TensorSpec::bytes).sum()
+    }
+}
+
+/// All formats, in the order in which help lists them.
+pub const FORMATS: &[&dyn Format] = &[&Dense];
+
+/// The format of that name.
+pub fn find(name: &str) -> Option<&'static dyn Format> {
+    FORMATS.iter().copied().find(|format| format.name() == name)
+}
