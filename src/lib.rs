@@ -7,6 +7,7 @@ and calls `quant` for the method, `backend` does the arithmetic, `checkpoint` wr
 
 pub mod backend;
 pub mod bench;
+pub mod card;
 pub mod checkpoint;
 pub mod cli;
 mod decimal;

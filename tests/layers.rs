@@ -11,7 +11,7 @@ const LAYERS: [&[&str]; 13] = [
     &["machine", "quant"],
     &["recipe"],
     &["checkpoint"],
-    &["hub"],
+    &["card", "hub"],
     &["backend", "text"],
     &["model"],
     &["network"],

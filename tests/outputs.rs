@@ -112,6 +112,60 @@ fn only_what_a_manifest_lists_is_replaced() {
 }
 
 #[test]
+fn a_model_card_is_its_owners() {
+    let home = Home::with_model();
+    let line = format!("quantize --model model {SMALL} --no-gptq --out out");
+    home.run(&line).done();
+    let card = || fs::read_to_string(home.path("out/README.md")).unwrap();
+    let first = card();
+    assert!(first.contains("# model-atom-w4a4-g32") && first.contains("| `sample` |"), "{first}");
+    assert!(!first.contains(home.path("").to_str().unwrap()), "no path of this machine: {first}");
+    home.run(&format!("{line} --overwrite")).done();
+    assert!(card() == first, "the same run writes the same card");
+    home.run(&format!("{line} --overwrite --no-eval")).done();
+    assert!(card().contains("Not measured"));
+
+    fs::write(home.path("out/README.md"), format!("{first}\nMine.\n")).unwrap();
+    home.run("verify --model out --no-eval").done();
+    let edited = "out holds README.md, which is not as atom wrote it";
+    refused(&home, &format!("{line} --overwrite"), 2, &[edited]);
+    refused(&home, &format!("{line} --overwrite --dry-run"), 2, &[edited]);
+    fs::remove_file(home.path("out/README.md")).unwrap();
+    home.run("verify --model out --no-eval").done();
+    home.run(&format!("{line} --overwrite")).done();
+    assert!(card() == first);
+}
+
+#[test]
+fn a_sources_card_is_read_and_never_needed() {
+    let home = Home::with_model();
+    let line = format!("quantize --model model {SMALL} --no-eval --no-gptq --overwrite --out out");
+    for (readme, expected, warned) in [
+        (
+            "---\nlicense: mit\nlanguage: no\n---\n# Theirs",
+            "license: mit\nlanguage:\n- \"no\"\n",
+            "",
+        ),
+        ("# Theirs", "---\nlibrary_name: atom\n", ""),
+        ("---\nlicense: [mit\n---\n", "---\nlibrary_name: atom\n", "has no valid front matter"),
+    ] {
+        fs::write(home.path("model/README.md"), readme).unwrap();
+        let run = home.run(&line).done();
+        let card = fs::read_to_string(home.path("out/README.md")).unwrap();
+        assert!(card.contains(expected) && !card.contains("Theirs"), "{card}");
+        assert_eq!(run.stderr.contains("README.md"), !warned.is_empty(), "{}", run.stderr);
+        assert!(run.stderr.contains(warned), "{}", run.stderr);
+    }
+    // A link that leads out of the model is not followed, as with other side files.
+    fs::write(home.path("secret"), "---\nlicense: secret\n---\n").unwrap();
+    fs::remove_file(home.path("model/README.md")).unwrap();
+    symlink(home.path("secret"), home.path("model/README.md")).unwrap();
+    let run = home.run(&line).done();
+    assert!(run.stderr.contains("outside the model"), "{}", run.stderr);
+    assert!(!fs::read_to_string(home.path("out/README.md")).unwrap().contains("secret"));
+}
+
+#[test]
 fn a_plan_and_a_calibration_survive_pack() {
     let home = Home::with_model();
     fs::create_dir(home.path("out")).unwrap();

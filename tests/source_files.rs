@@ -263,8 +263,14 @@ fn side_files_are_never_taken_from_elsewhere() {
             "{name}: {found:?}"
         );
     }
-    let expected =
-        ["LICENSE.txt", "atom.json", "config.json", "model.safetensors", "tokenizer.json"];
+    let expected = [
+        "LICENSE.txt",
+        "README.md",
+        "atom.json",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ];
     assert_eq!(names(&home.path("out")), expected);
     assert_eq!(fs::read(home.path("out/LICENSE.txt")).unwrap(), b"free");
     assert_eq!(fs::read(home.path("secret")).unwrap(), b"precious");

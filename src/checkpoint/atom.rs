@@ -133,6 +133,11 @@ impl AtomCheckpoint {
         side_files::find(&self.files)
     }
 
+    /// The content of the model card, if there is one; or why it cannot be read. It is never needed.
+    pub fn readme(&self) -> std::result::Result<Option<Vec<u8>>, String> {
+        side_files::readme(&self.files)
+    }
+
     /// What messages call one of its files.
     pub fn path_of(&self, file: &str) -> String {
         self.files.path_of(file)

@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{Access, access};
 
+use super::card::CARD;
 use super::envelope::{DirectoryKind, own_files};
 use crate::{Error, Result};
 
@@ -118,10 +119,16 @@ impl Destination {
                 0 => String::new(),
                 more => format!(" and {more} more"),
             };
+            let why = match first.as_str() {
+                CARD => "which is not as atom wrote it",
+                _ => "which the checkpoint in it does not list",
+            };
             return Err(Error::usage(format!(
-                "output directory {shown} holds {first}{more}, which the checkpoint in it does not list"
+                "output directory {shown} holds {first}{more}, {why}"
             ))
-            .hint("move what is not the checkpoint's elsewhere, or name another directory with --out"));
+            .hint(
+                "move what is not the checkpoint's elsewhere, or name another directory with --out",
+            ));
         }
         Ok(out)
     }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::FORMAT_VERSION;
+use super::card::{self, CARD};
 use super::fingerprint::sha256_hex;
 use super::shards::{INDEX, SINGLE};
 use super::side_files::is_side_file;
@@ -165,13 +166,14 @@ pub(super) fn is_checkpoint_file(name: &str) -> bool {
     let shard = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
     let shard = shard.and_then(|numbers| numbers.split_once("-of-"));
     let number = |text: &str| text.len() >= 5 && text.bytes().all(|b| b.is_ascii_digit());
-    [ATOM, EXPORT, "config.json", SINGLE, INDEX].contains(&name)
+    [ATOM, EXPORT, CARD, "config.json", SINGLE, INDEX].contains(&name)
         || shard.is_some_and(|(one, all)| number(one) && number(all))
         || is_side_file(name)
 }
 
-/// Which files of the checkpoint or export in `dir` are its own: `atom.json` or `atom-export.json`, its shards, and the
-/// files that it lists; where it was written before there was such a list, those of the names that a checkpoint's files have.
+/// Which files of the checkpoint or export in `dir` are its own: `atom.json` or `atom-export.json`, its shards, a model card
+/// that was not edited, and the files that it lists; where it was written before there was such a list, those of the names that
+/// a checkpoint's files have.
 ///
 /// # Errors
 /// If there is no such file that this program has written.
@@ -191,12 +193,13 @@ pub(super) fn own_files(dir: &Path, kind: DirectoryKind) -> Result<impl Fn(&str)
         let named = map.into_iter().flat_map(|map| map.values()).filter_map(Value::as_str);
         shards = named.map(str::to_owned).chain([INDEX.to_owned()]).collect();
     }
+    let card_is_own = card::is_as_written(&dir.join(CARD));
     Ok(move |name: &str| {
         let listed = match files.is_empty() {
             true => name == "config.json" || is_side_file(name),
             false => files.contains_key(name),
         };
-        name == record || shards.contains(name) || listed
+        name == record || shards.contains(name) || listed || name == CARD && card_is_own
     })
 }
 

@@ -11,6 +11,7 @@ use std::time::SystemTime;
 use memmap2::Mmap;
 use serde_json::Value;
 
+use super::card::CARD;
 use super::{foreign, json, regular};
 use crate::machine::{Watched, watch};
 use crate::{Error, Result};
@@ -51,6 +52,7 @@ fn limit(file: &str) -> u64 {
     match file {
         "config.json" => 16 * MEBIBYTE,
         "tokenizer.json" => 512 * MEBIBYTE,
+        CARD => 16 * MEBIBYTE,
         _ => 256 * MEBIBYTE,
     }
 }

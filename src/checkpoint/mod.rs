@@ -7,6 +7,7 @@ is there whole or not at all. `docs/format.md` is the written form of what [`Wri
 [`linear`] put on disk. */
 
 mod atom;
+mod card;
 mod destination;
 mod dtype;
 mod envelope;
@@ -38,6 +39,7 @@ mod work;
 mod writer;
 
 pub use atom::{AtomCheckpoint, FORMAT_VERSION, is_atom};
+pub use card::{CARD, replace_card, signed_card};
 pub use destination::{Destination, Inputs};
 pub use dtype::{Dtype, TensorSpec};
 pub use envelope::DirectoryKind;

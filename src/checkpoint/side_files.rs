@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
+use super::card::CARD;
 use super::files::Files;
 use super::output::failed;
 use super::regular;
@@ -124,6 +125,22 @@ pub(super) fn find(files: &Files) -> Result<SideFiles> {
         }
     }
     Ok(found)
+}
+
+/// The content of the model card, if there is one; or why it cannot be read.
+pub(super) fn readme(files: &Files) -> std::result::Result<Option<Vec<u8>>, String> {
+    if let Files::Directory(dir) = files {
+        if dir.join(CARD).symlink_metadata().is_err() {
+            return Ok(None);
+        }
+        match look_at(dir, CARD).map_err(|error| error.to_string())? {
+            Ok(_) => {}
+            Err(None) => return Ok(None),
+            Err(Some(why)) => return Err(why),
+        }
+    }
+    let content = files.read(CARD).map_err(|error| error.to_string())?;
+    Ok(content.map(std::borrow::Cow::into_owned))
 }
 
 fn every_name(dir: &Path) -> Result<Vec<String>> {

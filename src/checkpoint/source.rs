@@ -251,6 +251,11 @@ impl Source {
         side_files::find(&self.files)
     }
 
+    /// The content of the model card, if there is one; or why it cannot be read. It is never needed.
+    pub fn readme(&self) -> std::result::Result<Option<Vec<u8>>, String> {
+        side_files::readme(&self.files)
+    }
+
     /// A SHA-256 in hexadecimal that tells this checkpoint from others without reading all of
     /// it: over `config.json`, `tokenizer.json`, and of each shard in name order its name, its
     /// length, its header, and the first and last 4 KiB of each tensor.

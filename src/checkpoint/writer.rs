@@ -16,6 +16,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::Stored;
+use super::card::CARD;
 use super::destination::Destination;
 use super::dtype::TensorSpec;
 use super::envelope::{ATOM, DirectoryKind, EXPORT, Envelope, Hash, record_text};
@@ -309,7 +310,7 @@ impl Writer {
 
     /// Completes the directory and gives it its name; returns its size in bytes. `config` becomes
     /// `config.json`; `manifest` becomes `atom.json` or `atom-export.json`, with hashes of all tensors, of every other
-    /// file and of itself added; the side files are copied as they are.
+    /// file and of itself added; the side files are copied as they are. The model card has no hash.
     pub fn finish(
         self,
         config: &Value,
@@ -338,7 +339,10 @@ impl Writer {
             }
             let path = directory.join(name);
             side_file.copy_to(&path)?;
-            files.insert(name.clone(), Hash { sha256: sha256_of_file(&path)? });
+            // The card's owner may edit it.
+            if name != CARD {
+                files.insert(name.clone(), Hash { sha256: sha256_of_file(&path)? });
+            }
         }
         let mut write = |name: &str, bytes: &[u8]| {
             files.insert(name.to_owned(), Hash { sha256: sha256_hex(bytes) });

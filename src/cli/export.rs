@@ -10,6 +10,7 @@ use crate::checkpoint::{Destination, Dtype, Inputs};
 use crate::export::{Export, ExportedModel, Format, dry_run, export};
 use crate::hub::Hub;
 use crate::network::Model;
+use crate::printable::quoted;
 use crate::{Error, Result};
 
 const EXAMPLES: &str = "\
@@ -63,7 +64,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         let message = format!("{} is not an Atom checkpoint", arguments.checkpoint);
         return Err(Error::input(message).hint(format!(
             "quantize it first: atom quantize --model {}",
-            names::quoted(&arguments.checkpoint)
+            quoted(&arguments.checkpoint)
         )));
     };
     let model = ExportedModel::open(&checkpoint, arguments.dtype, ui)?;

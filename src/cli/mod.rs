@@ -38,6 +38,7 @@ pub use args::Running;
 pub use output::Output;
 pub use ui::Ui;
 
+use crate::printable::quoted;
 use crate::{Error, Kind, Result};
 
 const STYLES: Styles = Styles::styled()
@@ -146,8 +147,7 @@ impl Command {
 }
 
 fn name_resume_command(error: Error, typed: &[OsString]) -> Error {
-    let mut words: Vec<String> =
-        typed.iter().map(|word| names::quoted(&word.to_string_lossy())).collect();
+    let mut words: Vec<String> = typed.iter().map(|word| quoted(&word.to_string_lossy())).collect();
     if !words.iter().any(|word| word == "--resume") {
         words.push("--resume".to_owned());
     }

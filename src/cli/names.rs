@@ -43,16 +43,6 @@ pub(crate) fn plan_out(calibration: &Path) -> PathBuf {
     PathBuf::from(format!("./{}-plan.json", stem.strip_suffix("-calibration").unwrap_or(&stem)))
 }
 
-/// A word as a POSIX shell reads it back.
-pub(crate) fn quoted(word: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./=:,+@%".contains(&byte);
-    if !word.is_empty() && word.bytes().all(plain) {
-        word.to_owned()
-    } else {
-        format!("'{}'", word.replace('\'', r"'\''"))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,12 +70,5 @@ mod tests {
         assert_eq!(calibration_out("a/b"), Path::new("./b-calibration.safetensors"));
         assert_eq!(plan_out(Path::new("x/b-calibration.safetensors")), Path::new("./b-plan.json"));
         assert_eq!(plan_out(Path::new("other.safetensors")), Path::new("./other-plan.json"));
-    }
-
-    #[test]
-    fn words_are_quoted_only_where_a_shell_needs_it() {
-        assert_eq!(quoted("a/b-1.toml"), "a/b-1.toml");
-        assert_eq!(quoted("it's"), r"'it'\''s'");
-        assert_eq!(quoted(""), "''");
     }
 }

@@ -4,11 +4,12 @@ use std::path::Path;
 use std::time::Instant;
 
 use crate::backend::Backend;
-use crate::checkpoint::{AtomCheckpoint, Source};
+use crate::card::{Card, Form, Perplexity, SourceCard};
+use crate::checkpoint::{AtomCheckpoint, Source, replace_card};
 use crate::eval::{atom_perplexity, source_perplexity};
 use crate::machine::peak_rss_bytes;
 use crate::pipeline::outcome::{PerplexityChange, QuantizeOutcome, StageSeconds};
-use crate::progress::Progress;
+use crate::progress::{Progress, Silent};
 use crate::text::Evaluation;
 use crate::{Error, Result};
 
@@ -24,6 +25,9 @@ pub(crate) fn with_perplexity<B: Backend>(
     let start = Instant::now();
     let change = change(backend, source, &outcome.out, evaluation, progress)
         .map_err(|error| not_measured(error, &outcome.out))?;
+    write_card(source, &outcome, &change).unwrap_or_else(|error| {
+        progress.warn(&format!("the model card lacks the perplexity: {error}"))
+    });
     outcome.perplexity = Some(change);
     let seconds = start.elapsed().as_secs_f64();
     outcome.stage_seconds.push(StageSeconds { stage: "evaluate".to_owned(), seconds });
@@ -50,6 +54,18 @@ fn change<B: Backend>(
         before: before.perplexity,
         after: after.perplexity,
     })
+}
+
+/// Writes the model card again, with what was measured.
+fn write_card(source: &Source, outcome: &QuantizeOutcome, change: &PerplexityChange) -> Result<()> {
+    let PerplexityChange { dataset, windows, seq_len, before, after } = change.clone();
+    let perplexities = &[Perplexity { dataset, windows, seq_len, before, after }];
+    let manifest = &AtomCheckpoint::open(&outcome.out)?.manifest()?;
+    // The run that wrote the checkpoint has warned of a source's card that cannot be read.
+    let source = &SourceCard::of(source.readme(), &Silent);
+    let form = &Form::atom(manifest);
+    let card = Card { manifest, source, bytes: outcome.out_bytes, perplexities, form };
+    replace_card(&outcome.out, &card.text()).map(drop)
 }
 
 /// An error of the measurement that follows the work: the work is not lost with it.

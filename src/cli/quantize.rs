@@ -10,11 +10,11 @@ use super::perplexity_change::with_perplexity;
 use super::recipe::RecipeFlags;
 use super::target::{OUTLIER_COUNTS, TargetFlags};
 use super::{Output, Ui, names};
+use crate::Result;
 use crate::pipeline::outcome::QuantizeOutcome;
 use crate::pipeline::{self, Quantization};
 use crate::printable::printable;
 use crate::progress::Progress;
-use crate::{Result, report};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -91,7 +91,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         return output.write(&found);
     }
     let name = printable(source.name());
-    ui.info(&format!("quantizing {name}\n{}", report::recipe::lines(&recipe)));
+    ui.info(&format!("quantizing {name}\n{}", crate::recipe::lines(&recipe)));
     let allocating = arguments.target.allocating(arguments.outlier_counts.clone());
     let outcome = with_backend!(&backend, ui, backend => {
         let outcome = match &allocating {

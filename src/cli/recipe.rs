@@ -250,6 +250,23 @@ mod tests {
     }
 
     #[test]
+    fn the_flags_of_a_recipe_resolve_to_it() {
+        for (line, flags) in [
+            ("", ""),
+            ("--recipe w4a16", "--recipe w4a16"),
+            (
+                "--recipe paper --group 64 --no-gptq",
+                "--recipe paper --set gptq=false --set group=64",
+            ),
+            ("--group row --clip-act 0.8", "--set clip_act=0.8 --set group=row"),
+        ] {
+            let recipe = resolve(line).unwrap();
+            assert_eq!(recipe.flags().join(" "), flags);
+            assert_eq!(resolve(flags).unwrap(), recipe);
+        }
+    }
+
+    #[test]
     fn a_bad_flag_is_wrong_usage_and_a_bad_file_bad_input() {
         for line in ["--bits 5", "--group 0", "--group 24", "--clip-act 1.5", "--recipe papr"] {
             assert_eq!(resolve(line).unwrap_err().kind(), Kind::Usage, "{line}");

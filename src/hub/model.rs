@@ -9,8 +9,8 @@ use super::client::{At, RepoKind, is_commit};
 use super::content::Condition;
 use super::download::{self, Wanted};
 use super::{Hub, cache_of};
-use crate::checkpoint::is_side_file;
-use crate::{Error, Result};
+use crate::checkpoint::{CARD, is_side_file};
+use crate::{Error, Kind, Result};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -58,6 +58,7 @@ pub(super) fn fetch(hub: &Hub<'_>, repo: &str, revision: &str) -> Result<Snapsho
     }
     let files: Vec<&str> = files.iter().map(String::as_str).collect();
     bring(hub, commit, &cache, &files)?;
+    bring_card(hub, commit, &cache, &listing.files)?;
     if let Err(error) = cache.note(revision, &listing.commit) {
         // The files are there; only the next run without network would not know them by this name.
         hub.progress.warn(&format!("`{revision}` of {repo} is not noted in the cache: {error}"));
@@ -128,6 +129,21 @@ fn bring(hub: &Hub<'_>, at: At<'_>, cache: &Repository, files: &[&str]) -> Resul
         wanted.push(Wanted { file: (*file).to_owned(), metadata, thorough: false });
     }
     download::fetch(hub, at, cache, &wanted)
+}
+
+/// Brings the model card, if the repository has one. It names the licence, and nothing else needs it: without it
+/// the run goes on with a warning.
+fn bring_card(hub: &Hub<'_>, at: At<'_>, cache: &Repository, files: &[String]) -> Result<()> {
+    if !files.iter().any(|file| file == CARD) {
+        return Ok(());
+    }
+    match bring(hub, at, cache, &[CARD]) {
+        Err(error) if error.kind() != Kind::Interrupted => {
+            hub.progress.warn(&format!("{CARD} of {} was not fetched: {error}", at.repo));
+            Ok(())
+        }
+        brought => brought,
+    }
 }
 
 /// The text of an index.

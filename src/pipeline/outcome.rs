@@ -80,6 +80,8 @@ pub struct QuantizeOutcome {
     pub linears: Vec<LinearOutcome>,
     /// What it cost in accuracy, unless the measurement was turned off.
     pub perplexity: Option<PerplexityChange>,
+    /// The command that publishes the checkpoint.
+    pub upload: String,
     /// How bits were allocated, where the run did so.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allocation: Option<Allocated>,

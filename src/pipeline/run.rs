@@ -15,8 +15,9 @@ use super::output::Output;
 use super::timing::Timing;
 use super::writing::Writing;
 use crate::backend::Backend;
+use crate::card::{Card, Form, SourceCard, upload_command};
 use crate::checkpoint::plan::bits_per_weight;
-use crate::checkpoint::{DoneBlock, Manifest, TensorSpec, Writer};
+use crate::checkpoint::{DoneBlock, Manifest, SideFile, Source, TensorSpec, Writer};
 use crate::machine::peak_rss_bytes;
 use crate::network::{check_codebook, no_thread};
 use crate::progress::Progress;
@@ -61,8 +62,11 @@ pub(super) fn run<B: Backend>(
     let side_files = source.side_files()?;
     side_files.left_out.iter().for_each(|why| progress.warn(why));
     let manifest = job.manifest(blocks, &errors)?;
-    timing.measure("write", || writer.finish(&job.config(), &manifest, &side_files.copied))?;
+    let mut side_files = side_files.copied;
+    side_files.push(card(&manifest, source, out_bytes, progress));
+    timing.measure("write", || writer.finish(&job.config(), &manifest, &side_files))?;
     Ok(QuantizeOutcome {
+        upload: upload_command(&output.destination.out),
         out,
         model: source.name().to_owned(),
         recipe: job.recipe.clone(),
@@ -81,6 +85,13 @@ pub(super) fn run<B: Backend>(
         perplexity: None,
         allocation: None,
     })
+}
+
+/// The model card, before anything was measured.
+fn card(manifest: &Manifest, source: &Source, out_bytes: u64, progress: &dyn Progress) -> SideFile {
+    let form = Form::atom(manifest);
+    let source = &SourceCard::of(source.readme(), progress);
+    Card { manifest, source, bytes: out_bytes, perplexities: &[], form: &form }.file()
 }
 
 /// The quantized linears of a finished checkpoint.

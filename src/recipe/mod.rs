@@ -4,7 +4,9 @@ A TOML file or flags change single keys of a built-in recipe, so a recipe is res
 strictly: an unknown key is an error, never ignored. */
 
 mod built_in;
+mod flags;
 mod group;
+mod lines;
 mod outliers;
 
 use serde::{Deserialize, Serialize};
@@ -21,6 +23,7 @@ use crate::{Error, Result};
 use built_in::{built_in, built_in_names};
 pub use group::Group;
 use group::WIDEST_GROUP;
+pub use lines::lines;
 pub use outliers::Outliers;
 
 /// The order of a site's channels before they are divided into groups.

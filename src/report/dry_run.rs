@@ -1,9 +1,10 @@
 /*! The report of `atom quantize --dry-run`. */
 
+use super::Report;
 use super::layout::Facts;
-use super::{Report, recipe};
 use crate::pipeline::outcome::DryRun;
 use crate::printable::printable;
+use crate::recipe;
 use crate::units;
 
 impl Report for DryRun {

@@ -1,9 +1,9 @@
 /*! The report of `atom inspect`. */
 
+use super::Report;
 use super::layout::{Facts, Side, Table};
-use super::{Report, recipe};
 use crate::eval::InspectOutcome;
-use crate::units;
+use crate::{recipe, units};
 
 impl Report for InspectOutcome {
     fn text(&self) -> String {

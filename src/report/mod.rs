@@ -14,7 +14,6 @@ mod layout;
 mod linears;
 mod perplexity;
 mod quantize;
-pub mod recipe;
 mod tasks;
 mod verify;
 

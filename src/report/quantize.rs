@@ -1,10 +1,10 @@
 /*! The report of `atom quantize` and `atom pack`. */
 
 use super::layout::Facts;
-use super::{Report, allocation, linears, recipe};
+use super::{Report, allocation, linears};
 use crate::pipeline::outcome::QuantizeOutcome;
 use crate::printable::printable;
-use crate::units;
+use crate::{recipe, units};
 
 impl Report for QuantizeOutcome {
     fn text(&self) -> String {
@@ -40,8 +40,9 @@ impl Report for QuantizeOutcome {
         let tables = self.allocation.as_ref().map(allocation::tables).unwrap_or_default();
         let out = self.out.display().to_string();
         let out = printable(&out);
+        let upload = printable(&self.upload);
         format!(
-            "{}\n{tables}{}\nwrote {out}\nnext: atom verify --model {out}\n",
+            "{}\n{tables}{}\nwrote {out}\nnext: atom verify --model {out}\npublish: {upload}\n",
             facts.text(),
             linears::summary(&self.linears)
         )
@@ -103,6 +104,7 @@ mod tests {
                 bits: 4,
                 error: 0.05,
             }],
+            upload: "hf upload ORG/x x".into(),
             perplexity: Some(PerplexityChange {
                 dataset: "sample".into(),
                 windows: 8,
@@ -139,6 +141,7 @@ model.layers.0.self_attn.q_proj  0.0500
 
 wrote ./tiny-llama-atom-w4a4-g128
 next: atom verify --model ./tiny-llama-atom-w4a4-g128
+publish: hf upload ORG/x x
 "
         );
     }
@@ -172,7 +175,8 @@ next: atom verify --model ./tiny-llama-atom-w4a4-g128
                 "device",
                 "resumed_blocks",
                 "linears",
-                "perplexity"
+                "perplexity",
+                "upload"
             ]
         );
         assert_eq!(object["stage_seconds"]["gptq"], 121.7);

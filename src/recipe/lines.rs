@@ -1,10 +1,10 @@
 /*! A recipe in a few words. */
 
+use super::{Group, Order, Outliers, Recipe};
 use crate::quant::codebook::Codebook;
 use crate::quant::number::OutlierFormat;
 use crate::quant::scale::ScaleGrid;
 use crate::quant::site::Transform;
-use crate::recipe::{Group, Order, Outliers, Recipe};
 
 /// Weights, channels, activations and KV cache, a line each.
 pub fn lines(recipe: &Recipe) -> String {
