@@ -5,6 +5,8 @@ mod common;
 mod contents;
 #[path = "hub/credentials.rs"]
 mod credentials;
+#[path = "hub/huggingface.rs"]
+mod huggingface;
 #[path = "hub/interrupts.rs"]
 mod interrupts;
 #[path = "hub/servers.rs"]
@@ -129,7 +131,13 @@ fn tree(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 fn a_model_is_fetched_once_into_the_cache_that_others_share() {
     let scene = Scene::new();
     scene.run(DRY).done();
-    let needed = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"];
+    let needed = [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ];
     assert_eq!(scene.hub.fetched(), needed);
 
     let cache = scene.cache();

@@ -308,20 +308,42 @@ fn refused(state: &State, request: &Request, path: &str) -> Option<Answer> {
     Some(("307 Moved".to_owned(), vec![("Location", to)], Vec::new()))
 }
 
-/// The files of a repository at a revision, by what follows `api/models/`.
+/// The files of a repository at a revision, by what follows `api/models/`: their names, or as a tree their hashes too.
 fn listing(state: &State, rest: &str) -> Answer {
-    let (repo, revision) = rest.split_once("/revision/").unwrap();
+    let rest = rest.split_once('?').map_or(rest, |(path, _)| path);
+    let (found, is_tree) = match rest.split_once("/revision/") {
+        Some(found) => (found, false),
+        None => (rest.split_once("/tree/").unwrap(), true),
+    };
+    let (repo, revision) = found;
     let prefix = format!("{repo}/");
-    let names = state.files.keys().filter_map(|file| file.strip_prefix(&prefix));
-    let siblings: Vec<_> = names.map(|name| json!({ "rfilename": name })).collect();
-    match (siblings.is_empty(), commit(revision)) {
-        (true, _) => missing(Some("RepoNotFound")),
-        (_, None) => missing(Some("RevisionNotFound")),
+    let files = state
+        .files
+        .iter()
+        .filter_map(|(file, content)| Some((file.strip_prefix(&prefix)?, content)));
+    let files: Vec<_> = files.collect();
+    let answer = match (files.is_empty(), commit(revision)) {
+        (true, _) => return missing(Some("RepoNotFound")),
+        (_, None) => return missing(Some("RevisionNotFound")),
+        (_, Some(_)) if is_tree => files.into_iter().map(tree_entry).collect(),
         (_, Some(commit)) => {
-            let answer = json!({ "sha": commit, "siblings": siblings }).to_string();
-            let headers = vec![("Content-Type", "application/json".to_owned())];
-            ("200 OK".to_owned(), headers, answer.into_bytes())
+            let names = files.iter().map(|(name, _)| json!({ "rfilename": name }));
+            json!({ "id": repo, "sha": commit, "siblings": names.collect::<Vec<_>>() })
         }
+    };
+    let headers = vec![("Content-Type", "application/json".to_owned())];
+    ("200 OK".to_owned(), headers, answer.to_string().into_bytes())
+}
+
+/// A file in a listing with hashes. Of large files git's hash is that of the pointer to them, which only names it.
+fn tree_entry((name, content): (&str, &Vec<u8>)) -> serde_json::Value {
+    let (hash, size) = (blob_name(name, content), content.len());
+    match is_large(name) {
+        true => json!({
+            "type": "file", "path": name, "size": size, "oid": COMMIT,
+            "lfs": { "oid": hash, "size": size, "pointerSize": 130 },
+        }),
+        false => json!({ "type": "file", "path": name, "size": size, "oid": hash }),
     }
 }
 
