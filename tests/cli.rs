@@ -31,10 +31,30 @@ fn refusal(output: &Output, code: i32) -> String {
 }
 
 #[test]
-fn version_is_the_package_version() {
+fn the_version_names_the_commit_and_its_date() {
     let output = atom(&["--version"]);
     assert_eq!(output.status.code(), Some(0));
-    assert_eq!(output.stdout, format!("atom {}\n", env!("CARGO_PKG_VERSION")).into_bytes());
+    let found = String::from_utf8(output.stdout).unwrap();
+    let package = env!("CARGO_PKG_VERSION");
+    let git = |words: &[&str]| {
+        let output =
+            Command::new("git").current_dir(env!("CARGO_MANIFEST_DIR")).args(words).output();
+        let output = output.ok().filter(|output| output.status.success())?;
+        Some(String::from_utf8(output.stdout).unwrap().trim().to_owned())
+    };
+    let here = git(&["rev-parse", "--show-toplevel"]);
+    let is_checkout = here.is_some_and(|top| {
+        Path::new(&top).canonicalize().ok()
+            == Path::new(env!("CARGO_MANIFEST_DIR")).canonicalize().ok()
+    });
+    let Some(rest) = found.strip_prefix(&format!("atom {package} (")) else {
+        assert!(!is_checkout, "a checkout has a commit: {found}");
+        return assert_eq!(found, format!("atom {package}\n"));
+    };
+    // The program may be older than the last commit, which a test run must not depend on.
+    let (commit, date) = rest.strip_suffix(")\n").unwrap().split_once(' ').unwrap();
+    let dated = git(&["log", "-1", "--no-show-signature", "--date=short", "--format=%cd", commit]);
+    assert_eq!(dated.as_deref(), Some(date));
 }
 
 #[test]

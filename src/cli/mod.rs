@@ -61,7 +61,7 @@ Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 bad input, 4 the machine 
 #[derive(Debug, Parser)]
 #[command(
     name = "atom",
-    version,
+    version = env!("ATOM_VERSION"),
     about = "Quantize LLM checkpoints to 4 bit by the Atom method, and measure what it cost",
     after_help = AFTER_HELP,
     styles = STYLES,

@@ -109,7 +109,7 @@ pub fn examine(gpus: Gpus, gpu_memory: Option<u64>) -> DoctorOutcome {
 /// What this program is.
 fn program() -> Check {
     let (version, os, architecture) =
-        (env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH);
+        (env!("ATOM_VERSION"), std::env::consts::OS, std::env::consts::ARCH);
     let detail = format!("atom {version}, checkpoint format {FORMAT_VERSION}, {os} {architecture}");
     if cfg!(debug_assertions) {
         return Check::note("version", format!("{detail}, built without optimization"))
