@@ -7,12 +7,14 @@ CPU's integer path computes (docs/format.md), and results must not depend on the
 mod calibration;
 pub mod cpu;
 pub mod cuda;
+mod decode;
 mod forward;
 mod measurement;
 mod memory;
 mod quantization;
 
 pub use calibration::{AccumulatedError, Calibration};
+pub use decode::{Decode, DecodeStep, SequenceStep};
 pub use forward::{AttentionSpec, Forward, Placement, Qkv};
 pub use measurement::{Measurement, Prediction, Producer};
 pub use memory::{Matrix, Memory, Tensor};

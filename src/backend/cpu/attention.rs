@@ -6,7 +6,6 @@ queries against all keys up to the tile's last position; scores after a row's ow
 exactly zero. Tasks only divide the work, so every thread count has the same bits. */
 
 use std::cell::Cell;
-use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -20,6 +19,8 @@ use crate::quant::kv::{self, KvFormat};
 /// Queries of a tile: a multiple of the kernels' heights, and few enough that their scores against
 /// 2048 keys (384 KiB) stay in L2.
 const TILE: usize = 48;
+/// Queries of a sequence below which its heads' tiles are computed on one thread.
+const FEW_QUERIES: usize = 8;
 
 thread_local! {
     /// Queries, scores and outputs of a tile, kept from tile to tile. Taken out while in use.
@@ -88,10 +89,13 @@ pub(super) fn attention(
     }
     let out = Shared(out.as_mut_ptr());
     let head = CachedHead::of(spec);
-    let layer = Layer { isa, spec, head, qkv, key_mean, out };
+    let layer = Layer { isa, spec, head, q: qkv.q, out };
+    let keys_values = KeysValues { k: qkv.k, v: qkv.v, key_mean };
     (0..windows.len() * spec.kv_heads).into_par_iter().for_each(|task| {
         // SAFETY: the operands are checked above; no two tasks share a head and a window, nor two windows a query's row.
-        unsafe { layer.kv_head(&windows[task / spec.kv_heads], task % spec.kv_heads) };
+        unsafe {
+            layer.kv_head(&windows[task / spec.kv_heads], task % spec.kv_heads, &keys_values);
+        };
     });
 }
 
@@ -118,14 +122,35 @@ fn check(spec: &AttentionSpec, windows: &[Window<'_>], qkv: &Qkv<&[f32]>, out: u
     assert!(cos.len() >= tables && sin.len() >= tables);
 }
 
-/// The checked operands of [`attention`].
-struct Layer<'a> {
-    isa: Isa,
-    spec: &'a AttentionSpec,
-    head: CachedHead<'a>,
-    qkv: Qkv<&'a [f32]>,
+/// Keys and values before the rotary embedding, and what is subtracted from the embedded keys.
+struct KeysValues<'a> {
+    k: &'a [f32],
+    v: &'a [f32],
     key_mean: Option<&'a [f32]>,
-    out: Shared,
+}
+
+/// The checked operands of [`attention`] besides keys and values, or of attention over a cache.
+pub(super) struct Layer<'a> {
+    pub(super) isa: Isa,
+    pub(super) spec: &'a AttentionSpec,
+    pub(super) head: CachedHead<'a>,
+    /// `[tokens, heads * head_dim]`, before the rotary embedding.
+    pub(super) q: &'a [f32],
+    /// As long as `q`.
+    pub(super) out: Shared,
+}
+
+/// Keys and values of a head as the products read them, from the token of position `first` on.
+pub(super) struct HeadPanels<'a> {
+    pub(super) keys: &'a Panels,
+    pub(super) values: &'a Panels,
+    pub(super) first: usize,
+}
+
+/// Queries whose positions follow one another: their rows, and the position of the first.
+pub(super) struct Queries<'a> {
+    pub(super) rows: &'a [u32],
+    pub(super) start: usize,
 }
 
 impl Layer<'_> {
@@ -133,49 +158,68 @@ impl Layer<'_> {
     ///
     /// # Safety
     /// The operands are checked, and no other thread may use these heads of the window's queries' rows in `out`.
-    unsafe fn kv_head(&self, window: &Window<'_>, kv_head: usize) {
-        let Self { isa, head, qkv, .. } = self;
-        let AttentionSpec { heads, kv_heads, head_dim, .. } = *self.spec;
-        let (group, len) = (heads / kv_heads, window.rows.len());
-        let tiles = (len - window.first).div_ceil(TILE);
+    unsafe fn kv_head(&self, window: &Window<'_>, kv_head: usize, from: &KeysValues<'_>) {
+        let Self { isa, head, .. } = self;
+        let AttentionSpec { kv_heads, head_dim, .. } = *self.spec;
+        let len = window.rows.len();
         let gathered = |values: &[f32]| {
             let mut head = vec![0.0; len * head_dim];
             let columns = Columns { row_len: kv_heads * head_dim, head: kv_head, head_dim };
             columns.gather(values, window.rows, &mut head);
             head
         };
-        let mean = self.key_mean.map_or(&[][..], |mean| &mean[kv_head * head_dim..][..head_dim]);
-        let mut keys = gathered(qkv.k);
+        let mean = from.key_mean.map_or(&[][..], |mean| &mean[kv_head * head_dim..][..head_dim]);
+        let mut keys = gathered(from.k);
         keys_of_cache(*isa, &mut keys, head, mean);
         let keys = Panels::from_rows(&keys, len, head_dim);
-        let mut values = gathered(qkv.v);
+        let mut values = gathered(from.v);
         values_of_cache(*isa, &mut values, head);
         let values = Panels::from_columns(&values, len, head_dim, head_dim);
-        // Long tiles first, so that no thread is left with one at the end.
-        (0..tiles * group).into_par_iter().for_each(|task| {
-            let start = window.first + (tiles - 1 - task / group) * TILE;
-            let queries = start..(start + TILE).min(len);
-            // SAFETY: the caller's promise; no two tasks share a head and a query.
-            unsafe { self.tile(window, kv_head * group + task % group, queries, &keys, &values) };
-        });
+        let queries = Queries { rows: &window.rows[window.first..], start: window.first };
+        let panels = HeadPanels { keys: &keys, values: &values, first: 0 };
+        // SAFETY: the caller's promise.
+        unsafe { self.queries(kv_head, &queries, &panels) };
     }
 
-    /// A tile of a window's queries of one head, against the cache of the head that it reads.
+    /// Queries of all heads that share a key and value head, against its keys and values up to the last of them.
     ///
     /// # Safety
-    /// As [`kv_head`](Self::kv_head), of this head and these queries.
-    unsafe fn tile(
+    /// The operands are checked, and no other thread may use these heads of the queries' rows in `out`.
+    pub(super) unsafe fn queries(
         &self,
-        window: &Window<'_>,
-        head: usize,
-        tile: Range<usize>,
-        keys: &Panels,
-        values: &Panels,
+        kv_head: usize,
+        queries: &Queries<'_>,
+        panels: &HeadPanels<'_>,
     ) {
+        let group = self.spec.heads / self.spec.kv_heads;
+        let tiles = queries.rows.len().div_ceil(TILE);
+        let task = |task: usize| {
+            // Long tiles first, so that no thread is left with one at the end.
+            let first = (tiles - 1 - task / group) * TILE;
+            let rows = &queries.rows[first..queries.rows.len().min(first + TILE)];
+            let tile = Queries { rows, start: queries.start + first };
+            // SAFETY: the caller's promise; no two tasks share a head and a query.
+            unsafe { self.tile(kv_head * group + task % group, &tile, panels) };
+        };
+        // The work of a few queries is done before another thread wakes.
+        if queries.rows.len() < FEW_QUERIES {
+            (0..tiles * group).for_each(task);
+        } else {
+            (0..tiles * group).into_par_iter().for_each(task);
+        }
+    }
+
+    /// A tile of queries of one head, against the keys and values of the head that it reads.
+    ///
+    /// # Safety
+    /// As [`queries`](Self::queries), of this head and these queries.
+    unsafe fn tile(&self, head: usize, tile: &Queries<'_>, panels: &HeadPanels<'_>) {
         let isa = self.isa;
         let AttentionSpec { heads, head_dim, sliding_window, .. } = *self.spec;
-        let Range { start, end } = tile;
-        let (rows, own) = (tile.len(), &window.rows[tile]);
+        let (rows, own) = (tile.rows.len(), tile.rows);
+        // Positions among the keys and values at hand.
+        let start = tile.start - panels.first;
+        let end = start + rows;
         let mut scratch = SCRATCH.take();
         let wanted = rows * (end + 2 * head_dim);
         scratch.resize(scratch.len().max(wanted), 0.0);
@@ -185,9 +229,9 @@ impl Layer<'_> {
 
         let mut sums = [0.0f32; TILE];
         let columns = Columns { row_len: heads * head_dim, head, head_dim };
-        columns.gather(self.qkv.q, own, queries);
-        prepare_queries(isa, queries, &self.head.after(start));
-        let keys = keys.part(0..end, 0..head_dim);
+        columns.gather(self.q, own, queries);
+        prepare_queries(isa, queries, &self.head.after(tile.start));
+        let keys = panels.keys.part(0..end, 0..head_dim);
         gemm(isa, Rows::new(queries, rows, head_dim), keys, scores, end, false);
         let reach = sliding_window.unwrap_or(usize::MAX);
         for (row, scores) in scores.chunks_exact_mut(end).enumerate() {
@@ -197,7 +241,7 @@ impl Layer<'_> {
             beyond.fill(0.0);
             future.fill(0.0);
         }
-        let values = values.part(0..head_dim, 0..end);
+        let values = panels.values.part(0..head_dim, 0..end);
         gemm(isa, Rows::new(scores, rows, end), values, result, head_dim, false);
         for (result, sum) in result.chunks_exact_mut(head_dim).zip(sums) {
             let inverse = 1.0 / sum;
@@ -248,13 +292,13 @@ pub(in crate::backend) struct CachedHead<'a> {
 
 impl<'a> CachedHead<'a> {
     /// A head of a layer, from a window's first token on.
-    fn of(spec: &'a AttentionSpec) -> Self {
+    pub(super) fn of(spec: &'a AttentionSpec) -> Self {
         let AttentionSpec { head_dim, kv, cos, sin, .. } = spec;
         Self { head_dim: *head_dim, format: kv, cos, sin }
     }
 
     /// The same without the first `tokens` tokens.
-    fn after(&self, tokens: usize) -> Self {
+    pub(super) fn after(&self, tokens: usize) -> Self {
         let first = tokens * self.head_dim / 2;
         Self { cos: &self.cos[first..], sin: &self.sin[first..], ..*self }
     }
@@ -298,24 +342,44 @@ pub(super) fn add_keys(isa: Isa, spec: &AttentionSpec, k: &[f32], sums: &mut [f6
 #[inline(always)]
 fn keys_body(keys: &mut [f32], head: &CachedHead<'_>, mean: &[f32]) {
     let CachedHead { head_dim, format, cos, sin } = *head;
-    let rotate = head.is_rotated();
     let half = head_dim / 2;
     let tables = cos.chunks_exact(half).zip(sin.chunks_exact(half));
     for (key, (cos, sin)) in keys.chunks_exact_mut(head_dim).zip(tables) {
-        if format.after_rope {
-            rope_body(key, cos, sin);
-            key.iter_mut().zip(mean).for_each(|(key, mean)| *key -= mean);
-        }
-        if rotate {
+        key_into_cache(key, head, (cos, sin), mean);
+        kv::round_trip(format, key);
+        key_out_of_cache(key, head, (cos, sin));
+    }
+}
+
+/// A key as it is quantized.
+#[inline(always)]
+pub(super) fn key_into_cache(
+    key: &mut [f32],
+    head: &CachedHead<'_>,
+    (cos, sin): (&[f32], &[f32]),
+    mean: &[f32],
+) {
+    if head.format.after_rope {
+        rope_body(key, cos, sin);
+        key.iter_mut().zip(mean).for_each(|(key, mean)| *key -= mean);
+    }
+    if head.is_rotated() {
+        hadamard::transform(key);
+    }
+}
+
+/// The rest of what is done to a key that was quantized before the rotary embedding.
+#[inline(always)]
+pub(super) fn key_out_of_cache(
+    key: &mut [f32],
+    head: &CachedHead<'_>,
+    (cos, sin): (&[f32], &[f32]),
+) {
+    if !head.format.after_rope {
+        if head.is_rotated() {
             hadamard::transform(key);
         }
-        kv::round_trip(format, key);
-        if !format.after_rope {
-            if rotate {
-                hadamard::transform(key);
-            }
-            rope_body(key, cos, sin);
-        }
+        rope_body(key, cos, sin);
     }
 }
 
@@ -327,10 +391,16 @@ fn values_of_cache(isa: Isa, values: &mut [f32], head: &CachedHead<'_>) {
 #[inline(always)]
 fn values_body(values: &mut [f32], head: &CachedHead<'_>) {
     for value in values.chunks_exact_mut(head.head_dim) {
-        if head.is_rotated() {
-            hadamard::transform(value);
-        }
+        value_into_cache(value, head);
         kv::round_trip(head.format, value);
+    }
+}
+
+/// A value as it is quantized.
+#[inline(always)]
+pub(super) fn value_into_cache(value: &mut [f32], head: &CachedHead<'_>) {
+    if head.is_rotated() {
+        hadamard::transform(value);
     }
 }
 

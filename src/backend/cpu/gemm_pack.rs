@@ -109,6 +109,12 @@ impl Panels {
         );
     }
 
+    /// Makes it `[k, n]` and returns the values, `[ceil(n / 64), k, 64]`, which are still to be written.
+    pub(super) fn reshape(&mut self, n: usize, k: usize) -> &mut [f32] {
+        self.resize(n, k);
+        bytemuck::cast_slice_mut(&mut self.lines)
+    }
+
     /// Columns, the product's width.
     pub fn n(&self) -> usize {
         self.n

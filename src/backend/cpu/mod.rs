@@ -4,7 +4,9 @@ set or the number of threads. Its integer path is the specification of what a ch
 pub mod attention;
 mod calibration;
 mod cholesky;
+mod code_rows;
 mod cross_covariance;
+mod decode;
 pub mod elementwise;
 mod factor;
 mod forward;
@@ -18,6 +20,7 @@ pub mod integer;
 pub mod isa;
 mod measurement;
 mod memory;
+mod paged;
 mod quantization;
 pub mod quantize;
 mod tensor;
@@ -30,6 +33,7 @@ use crate::Result;
 pub use factor::Factor;
 pub use hessian::Hessian;
 use isa::Isa;
+pub use paged::PagedCache;
 pub use tensor::HostTensor;
 use tensor::Pool;
 
