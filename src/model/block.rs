@@ -8,7 +8,7 @@ use super::site::Input;
 pub use super::site::{Linear, Site, Treatment};
 use super::sites::{ATTN_IN, ATTN_OUT, MLP_ACT, MLP_IN};
 use crate::Result;
-use crate::backend::{AttentionSpec, Forward, Memory, Placement, Qkv};
+use crate::backend::{AttentionSpec, Decode, Forward, Memory, Placement, Qkv};
 
 /// A decoder block, ready to run.
 pub struct Block<B: Forward> {
@@ -26,6 +26,16 @@ pub struct Block<B: Forward> {
     pub router: Option<Router<B>>,
     /// attn_in, attn_out, mlp_in, and one mlp_act, or one for each expert.
     pub sites: Vec<Site<B>>,
+}
+
+/// Attention of a step's new tokens over the cache of one block.
+pub struct CachedAttention<'a, B: Decode> {
+    /// What it depends on; `seq_len` is that of the longest sequence.
+    pub spec: &'a AttentionSpec,
+    /// The block's keys and values.
+    pub cache: &'a mut B::Cache,
+    /// The step, as the backend prepared it.
+    pub step: &'a B::Step,
 }
 
 /// Which activation an observer is shown.
@@ -94,10 +104,41 @@ impl<B: Forward> Block<B> {
         wanted: Option<&[u32]>,
         x: &mut B::Hidden,
     ) -> Result<()> {
+        self.forward_attending(backend, wanted, x, |qkv, key_mean| {
+            backend.attention(attention, Some(placement), qkv, key_mean)
+        })
+    }
+
+    /// Runs the block in place over `x` `[tokens, hidden]`, the new tokens of a step, whose keys and values enter the
+    /// cache. With `wanted`, `x` becomes these rows only.
+    pub fn forward_cached(
+        &self,
+        backend: &B,
+        cached: CachedAttention<'_, B>,
+        wanted: Option<&[u32]>,
+        x: &mut B::Hidden,
+    ) -> Result<()>
+    where
+        B: Decode,
+    {
+        let CachedAttention { spec, cache, step } = cached;
+        self.forward_attending(backend, wanted, x, |qkv, key_mean| {
+            backend.cached_attention(spec, cache, step, qkv, key_mean)
+        })
+    }
+
+    /// Runs the block with the attention of `attend`, which gets the mean keys too. With `wanted`, `x` becomes these
+    /// rows only, once attention has seen all.
+    fn forward_attending(
+        &self,
+        backend: &B,
+        wanted: Option<&[u32]>,
+        x: &mut B::Hidden,
+        attend: impl FnOnce(Qkv<B::Activation>, Option<&B::Hidden>) -> Result<B::Activation>,
+    ) -> Result<()> {
         let unobserved = &mut Observer::none();
         let qkv = self.queries_keys_values(backend, x, unobserved)?;
-        let key_mean = self.key_mean.as_ref();
-        let mut heads = backend.attention(attention, Some(placement), qkv, key_mean)?;
+        let mut heads = attend(qkv, self.key_mean.as_ref())?;
         if let Some(wanted) = wanted {
             heads = backend.select_rows(&heads, wanted)?;
             *x = backend.select_hidden(x, wanted)?;

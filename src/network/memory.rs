@@ -194,6 +194,45 @@ impl NetworkBytes<'_> {
         self.workspace.base() + forward.max(self.last(tensors, windows))
     }
 
+    /// Bytes of decoding a source with all blocks resident, `tokens` of sequences of up to `longest` in a step, without the
+    /// cache.
+    pub fn source_decoding(&self, tensors: &dyn Tensors, tokens: usize, longest: usize) -> u64 {
+        let blocks = (0..self.architecture.blocks);
+        let blocks = blocks.map(|block| SourceBytes::of(self.architecture, block));
+        let [dense, hole] =
+            blocks.fold([0, 0], |[dense, hole], block| [dense + block.dense, block.hole.max(hole)]);
+        self.decoding(
+            tensors,
+            dense + hole + widest_stored(tensors, self.architecture),
+            tokens,
+            longest,
+        )
+    }
+
+    /// The same of planned `blocks` on the integer path.
+    pub fn quantized_decoding(
+        &self,
+        tensors: &dyn Tensors,
+        blocks: &[BlockPlan],
+        tokens: usize,
+        longest: usize,
+    ) -> u64 {
+        let blocks = blocks.iter().map(|plan| BlockBytes::of(plan));
+        // Of two blocks at most there are codes of a byte each: one is laid out while the next is read.
+        let [laid_out, codes] = blocks.fold([0, 0], |[laid_out, codes], block| {
+            [laid_out + block.laid_out, block.codes.max(codes)]
+        });
+        self.decoding(tensors, laid_out + 2 * codes + self.rows(tokens as u64), tokens, longest)
+    }
+
+    fn decoding(&self, tensors: &dyn Tensors, weights: u64, tokens: usize, longest: usize) -> u64 {
+        if self.workspace.on_device {
+            return self.workspace.base();
+        }
+        let step = self.activations(tokens as u64, longest) + self.states(tokens);
+        self.workspace.base() + weights + self.head(tensors) + step
+    }
+
     /// Tokens whose hidden states are held together.
     fn part(&self, Windows { tokens, seq_len }: Windows) -> usize {
         let fit = self.workspace.stream_bytes / (4 * self.architecture.hidden).max(1);
@@ -305,15 +344,20 @@ fn widest_stored(tensors: &dyn Tensors, architecture: &Architecture) -> u64 {
 /// # Errors
 /// A machine error with both numbers if the memory does not suffice.
 pub fn check(needed: u64, progress: &dyn Progress) -> Result<()> {
+    const HINT: &str = "give fewer --samples, a shorter --seq-len or fewer --threads, or take a machine \
+                        with more memory";
+    check_or(needed, HINT, progress)
+}
+
+/// The same with a hint of its own.
+pub(super) fn check_or(needed: u64, hint: &str, progress: &dyn Progress) -> Result<()> {
     match machine::available() {
-        Some(memory) => compare(needed, memory, progress),
+        Some(memory) => compare(needed, memory, hint, progress),
         None => Ok(()),
     }
 }
 
-fn compare(needed: u64, memory: Memory, progress: &dyn Progress) -> Result<()> {
-    const HINT: &str = "give fewer --samples, a shorter --seq-len or fewer --threads, or take a machine \
-                        with more memory";
+fn compare(needed: u64, memory: Memory, hint: &str, progress: &dyn Progress) -> Result<()> {
     let Memory { available, bound, .. } = memory;
     let numbers = format!(
         "about {} of memory, and {} are available ({})",
@@ -326,11 +370,11 @@ fn compare(needed: u64, memory: Memory, progress: &dyn Progress) -> Result<()> {
         _ => available,
     };
     if needed > room {
-        return Err(Error::machine(format!("this run needs {numbers}")).hint(HINT));
+        return Err(Error::machine(format!("this run needs {numbers}")).hint(hint));
     }
     // Four fifths: the estimate holds within a tenth, and other programs use the machine too.
     if needed / 4 > room / 5 {
-        progress.warn(&format!("this run may need {numbers}: {HINT}"));
+        progress.warn(&format!("this run may need {numbers}: {hint}"));
     }
     Ok(())
 }

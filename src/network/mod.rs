@@ -5,6 +5,7 @@ mod accounting;
 mod attention;
 mod blocks;
 mod cautions;
+mod decoder;
 #[cfg(test)]
 mod family_tests;
 mod head;
@@ -21,6 +22,7 @@ pub use accounting::{Network, check_counts, network, split_fused};
 pub use attention::attention_spec;
 pub use blocks::BlockBuilder;
 pub use cautions::caution;
+pub use decoder::{Caches, Decoder};
 pub use head::OutputHead;
 pub use model::Model;
 pub use prefetch::{no_thread, prefetch};

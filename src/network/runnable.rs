@@ -107,6 +107,33 @@ impl<'a, B: Backend> Runnable<'a, B> {
         memory::check(bytes, progress)
     }
 
+    /// Compares the memory of decoding with what the machine has: all blocks resident, `tokens` of sequences of up to
+    /// `longest` in a step, and `cache` bytes of keys and values.
+    ///
+    /// # Errors
+    /// A machine error with both numbers.
+    pub fn check_decoding_memory(
+        &self,
+        [tokens, longest]: [usize; 2],
+        cache: u64,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        const HINT: &str = "give a shorter prompt, fewer --max-new-tokens or fewer --threads, or take a machine with \
+                            more memory";
+        let network = NetworkBytes {
+            architecture: &self.architecture,
+            workspace: Workspace::of(self.backend),
+        };
+        let bytes = match &self.kind {
+            ModelKind::Atom(_, blocks) => {
+                network.quantized_decoding(self.tensors, blocks, tokens, longest)
+            }
+            ModelKind::Source => network.source_decoding(self.tensors, tokens, longest),
+        };
+        let cache = if B::ON_HOST { cache } else { 0 };
+        memory::check_or(bytes + cache, HINT, progress)
+    }
+
     /// Reads block `index`. Safe to call from another thread than the one that computes.
     pub fn load(&self, index: usize) -> Result<LoadedBlock<'a, B>> {
         let Self { backend, tensors, architecture, .. } = self;
