@@ -25,6 +25,7 @@ pub mod progress;
 pub mod quant;
 pub mod recipe;
 pub mod report;
+pub mod serve;
 pub mod text;
 pub mod units;
 

@@ -27,6 +27,11 @@ pub fn printable_lines(text: &str) -> Cow<'_, str> {
     }
 }
 
+/// Text that is printed as it is, such as a model's: line breaks and tabs stay.
+pub fn printable_text(text: &str) -> Cow<'_, str> {
+    escaped(text, |c| matches!(c, '\n' | '\t'))
+}
+
 /// Text that was put together of safe parts, with line breaks, tabs and colours of our own: every other
 /// character that acts is an escape.
 pub fn printable_styled(text: &str) -> Cow<'_, str> {

@@ -15,7 +15,7 @@ const LAYERS: [&[&str]; 13] = [
     &["backend", "text"],
     &["model"],
     &["network"],
-    &["eval", "export", "pipeline"],
+    &["eval", "export", "pipeline", "serve"],
     &["bench", "doctor"],
     &["report"],
     &["cli"],

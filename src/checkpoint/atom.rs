@@ -191,6 +191,11 @@ impl AtomCheckpoint {
         self.files.path_of("tokenizer.json")
     }
 
+    /// The content of one of its files, if there is one of this name.
+    pub fn file(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
+        self.files.read(name)
+    }
+
     /// Compares a tensor's bytes with the hash that `atom.json` has of them. A difference is a
     /// failed check (exit code 1). `check_stop` is asked between parts.
     pub fn verify_tensor(&self, name: &str, check_stop: &dyn Fn() -> Result<()>) -> Result<()> {

@@ -245,6 +245,16 @@ impl Source {
         self.files.path_of("tokenizer.json")
     }
 
+    /// The content of one of its files, if there is one of this name.
+    pub fn file(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
+        self.files.read(name)
+    }
+
+    /// What messages call one of its files.
+    pub fn path_of(&self, name: &str) -> String {
+        self.files.path_of(name)
+    }
+
     /// What a user of the model needs besides configuration and weights: tokenizer, generation
     /// settings, chat template, licence.
     pub fn side_files(&self) -> Result<SideFiles> {

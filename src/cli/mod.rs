@@ -13,6 +13,7 @@ mod eval_ppl;
 mod eval_tasks;
 mod export;
 pub mod failure;
+mod generate;
 mod inspect;
 mod limits;
 mod man;
@@ -93,6 +94,8 @@ enum Command {
     EvalPpl(eval_ppl::Arguments),
     /// Measure zero-shot accuracy of a source or an Atom checkpoint on common tasks
     EvalTasks(eval_tasks::Arguments),
+    /// Continue a text, or hold a conversation, with a source or an Atom checkpoint
+    Generate(generate::Arguments),
     /// Check an Atom checkpoint: integrity, then perplexity against limits
     Verify(verify::Arguments),
     /// Show what a checkpoint holds; loads no weights
@@ -123,6 +126,7 @@ pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()
         Command::Export(arguments) => export::run(arguments, ui, output),
         Command::EvalPpl(arguments) => eval_ppl::run(arguments, ui, output),
         Command::EvalTasks(arguments) => eval_tasks::run(arguments, ui, output),
+        Command::Generate(arguments) => generate::run(arguments, ui, output),
         Command::Verify(arguments) => verify::run(arguments, ui, output),
         Command::Inspect(arguments) => inspect::run(arguments, ui, output),
         Command::Bench(arguments) => bench::run(arguments, ui, output),

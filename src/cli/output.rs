@@ -1,9 +1,9 @@
 /*! stdout, which holds the result of a command and nothing else: a table, or one JSON object. */
 
 use std::cell::Cell;
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 
-use crate::printable::{printable_json, printable_styled};
+use crate::printable::{printable_json, printable_styled, printable_text};
 use crate::report::Report;
 use crate::{Error, Result, machine};
 
@@ -34,6 +34,42 @@ impl Output {
         }
     }
 
+    /// Whether results are JSON objects.
+    pub(crate) fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Refuses a stdout that is closed, before the work whose result would go there.
+    ///
+    /// # Errors
+    /// Kind `Machine`.
+    pub(crate) fn check_open(&self) -> Result<()> {
+        if machine::stdout_was_closed() {
+            Err(unwritable("it is closed".to_owned()))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Writes a part of a text that comes piece by piece, and returns whether anybody still reads it. On a terminal,
+    /// characters that would act on it are escapes.
+    ///
+    /// # Errors
+    /// Kind `Machine` if stdout cannot be written.
+    pub(crate) fn write_piece(&self, piece: &str) -> Result<bool> {
+        self.note_written();
+        let mut stdout = std::io::stdout().lock();
+        let shown = match stdout.is_terminal() {
+            true => printable_text(piece),
+            false => piece.into(),
+        };
+        match stdout.write_all(shown.as_bytes()).and_then(|()| stdout.flush()) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+            Err(error) => Err(unwritable(error.to_string())),
+        }
+    }
+
     /// Whether an error is still owed to stdout as JSON: a JSON reader gets exactly one object, and
     /// a failed check comes after the outcome it judges.
     pub(crate) fn owes_json(&self) -> bool {
@@ -59,18 +95,19 @@ impl Output {
 
 /// Writes text to stdout.
 fn write_stdout(text: &str) -> Result<()> {
-    let failed = |why: String| {
-        let error = Error::machine(format!("cannot write the result to stdout: {why}"));
-        error.hint("send stdout to a file with room, or to a program that reads all of it")
-    };
     if machine::stdout_was_closed() {
-        return Err(failed("it is closed".to_owned()));
+        return Err(unwritable("it is closed".to_owned()));
     }
     match write_now(text) {
         // A reader that stopped reading (`| head`) has what was wanted.
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(failed(error.to_string())),
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(unwritable(error.to_string())),
         _ => Ok(()),
     }
+}
+
+fn unwritable(why: String) -> Error {
+    let error = Error::machine(format!("cannot write the result to stdout: {why}"));
+    error.hint("send stdout to a file with room, or to a program that reads all of it")
 }
 
 /// Writes help or the version. Whoever stopped reading (`| head`) has what was wanted.

@@ -64,6 +64,12 @@ impl Ui {
         }
     }
 
+    /// Asks for a line of input.
+    pub(crate) fn ask(&self, prompt: &str) {
+        self.close();
+        write_stderr(prompt);
+    }
+
     /// Takes the bar of an unfinished stage off the screen; called before anything else is printed.
     pub fn close(&self) {
         if let Some(bar) = self.shared.stage().take().and_then(|stage| stage.bar) {

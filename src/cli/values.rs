@@ -168,6 +168,39 @@ impl FromStr for Device {
     }
 }
 
+/// A temperature: at 0 the most probable token is taken.
+pub(crate) fn temperature(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        // Below the least one, exponents of logits would overflow.
+        Ok(number) if number == 0.0 || (1e-3..=1e3).contains(&number) => Ok(number),
+        _ => {
+            Err("it must be 0, for the most probable token, or lie between 0.001 and 1000"
+                .to_owned())
+        }
+    }
+}
+
+/// A probability above 0.
+pub(crate) fn top_p(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number > 0.0 && number <= 1.0 => Ok(number),
+        _ => Err("it must be a probability above 0 and at most 1".to_owned()),
+    }
+}
+
+/// A share of a probability.
+pub(crate) fn min_p(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
+        _ => Err("it must be 0 or more and less than 1".to_owned()),
+    }
+}
+
+/// How many of the most probable tokens are drawn among.
+pub(crate) fn top_k(text: &str) -> Result<usize, String> {
+    at_least(text, 0)
+}
+
 /// A number of bytes, such as `24GB` or `512MiB`.
 pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -209,6 +242,11 @@ mod tests {
         assert!(increase("-0.1").is_err());
         assert_eq!(target_bits("4.25"), Ok(4.25));
         assert!(target_bits("0").is_err() && target_bits("inf").is_err());
+        assert_eq!((temperature("0"), temperature("0.7")), (Ok(0.0), Ok(0.7)));
+        assert!(temperature("-1").is_err() && temperature("1e-9").is_err());
+        assert!(temperature("nan").is_err());
+        assert!(top_p("0").is_err() && top_p("1.1").is_err() && top_p("1").is_ok());
+        assert!(min_p("1").is_err() && min_p("0").is_ok() && top_k("0").is_ok());
         assert_eq!((width("16"), width("3")), (Ok(16), Ok(3)));
         assert!(width("5").is_err());
     }

@@ -197,7 +197,7 @@ impl NetworkBytes<'_> {
     /// Bytes of decoding a source with all blocks resident, `tokens` of sequences of up to `longest` in a step, without the
     /// cache.
     pub fn source_decoding(&self, tensors: &dyn Tensors, tokens: usize, longest: usize) -> u64 {
-        let blocks = (0..self.architecture.blocks);
+        let blocks = 0..self.architecture.blocks;
         let blocks = blocks.map(|block| SourceBytes::of(self.architecture, block));
         let [dense, hole] =
             blocks.fold([0, 0], |[dense, hole], block| [dense + block.dense, block.hole.max(hole)]);

@@ -7,6 +7,8 @@ mod blocks;
 mod cautions;
 mod decoder;
 #[cfg(test)]
+mod decoder_tests;
+#[cfg(test)]
 mod family_tests;
 mod head;
 pub mod memory;

@@ -9,6 +9,7 @@ mod doctor;
 mod dry_run;
 mod export;
 mod files;
+pub mod generate;
 mod inspect;
 mod layout;
 mod linears;

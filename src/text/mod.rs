@@ -7,6 +7,7 @@ for perplexity ([`TextSet::evaluation_windows`]). From documents, both draw at r
 [`tasks`] are questions with a right answer. Nothing here depends on models. */
 
 mod csv_rows;
+mod detokenizer;
 mod documents;
 mod evaluation;
 mod file;
@@ -25,6 +26,7 @@ pub mod tasks;
 mod tokenizer;
 mod windows;
 
+pub use detokenizer::Detokenizer;
 pub use evaluation::Evaluation;
 pub use python_random::PythonRandom;
 pub use rows::rows;

@@ -45,6 +45,14 @@ impl PythonRandom {
         }
     }
 
+    /// `random.random()`: a number in [0, 1) of 53 bits.
+    pub fn random(&mut self) -> f64 {
+        let (high, low) = (self.word() >> 5, self.word() >> 6);
+        (f64::from(high) * f64::from(1 << 26) + f64::from(low))
+            / f64::from(1u32 << 31)
+            / f64::from(1 << 22)
+    }
+
     /// `random.shuffle(items)`.
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
@@ -137,6 +145,13 @@ fn fold(word: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn floats_are_those_of_cpython() {
+        let mut random = PythonRandom::new(0);
+        let found: Vec<f64> = (0..3).map(|_| random.random()).collect();
+        assert_eq!(found, [0.8444218515250481, 0.7579544029403025, 0.420571580830845]);
+    }
 
     /// The results of CPython 3.11 after `random.seed(seed)`, calls in this order.
     struct Expected {

@@ -76,6 +76,40 @@ impl Tokenizer {
         self.encode_in_pieces(text, PIECE_BYTES, progress)
     }
 
+    /// The ids of a text in which special tokens stand already: none is added.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_as_it_is(&self, text: &str, progress: &dyn Progress) -> Result<Vec<u32>> {
+        self.ids(text.to_owned(), progress)
+    }
+
+    /// The text of ids, without special tokens. Bytes that are no UTF-8 become U+FFFD; so do those of a character
+    /// that is not complete.
+    ///
+    /// # Errors
+    /// If the file's decoder fails.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.decoded(ids, true)
+    }
+
+    /// The same with the special tokens.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    pub fn decode_with_special(&self, ids: &[u32]) -> Result<String> {
+        self.decoded(ids, false)
+    }
+
+    fn decoded(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        let decoded = caught(|| self.inner.decode(ids, skip_special));
+        decoded.and_then(|text| text.map_err(|error| error.to_string())).map_err(|cause| {
+            Error::input(cause)
+                .context(format!("{} cannot turn tokens into text", self.path))
+                .hint("fetch the model's `tokenizer.json` again")
+        })
+    }
+
     /// The same ids, by pieces of `piece` bytes.
     pub(super) fn encode_in_pieces(
         &self,

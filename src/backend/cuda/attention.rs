@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
+use half::f16;
+
 use super::Cuda;
 use super::gpu::Buffer;
 use super::kernels::attention::{self, FlashAttention};
 use super::kernels::heads;
 use super::kernels::prepare::{self, Prepare, Role};
 use super::kernels::reduce::KeyParts;
+use super::slice::Out;
 use super::tensor::{Activation, Hidden};
 use crate::backend::{AttentionSpec, Qkv};
 use crate::quant::kv::KvFormat;
@@ -19,8 +22,8 @@ const WIDEST_HEAD: usize = 256;
 /// Cosines and sines on the device, and what they were made from.
 pub(super) struct RopeTables {
     host: [Arc<[f32]>; 2],
-    cos: Buffer,
-    sin: Buffer,
+    cos: Arc<Buffer>,
+    sin: Arc<Buffer>,
 }
 
 impl Cuda {
@@ -31,19 +34,31 @@ impl Cuda {
         Qkv { q, k, v }: &Qkv<Activation>,
         key_mean: Option<&Hidden>,
     ) -> Result<Activation> {
+        let out = self.half(q.rows, q.columns)?;
+        self.attention_into(spec, &Qkv { q, k, v }, key_mean, out.half().into())?;
+        Ok(out)
+    }
+
+    /// The same into memory that is there, as long as the queries.
+    pub(super) fn attention_into(
+        &self,
+        spec: &AttentionSpec,
+        Qkv { q, k, v }: &Qkv<&Activation>,
+        key_mean: Option<&Hidden>,
+        out: Out<'_, f16>,
+    ) -> Result<()> {
         let AttentionSpec { heads, kv_heads, head_dim, seq_len, ref kv, .. } = *spec;
         let windows = q.rows / seq_len;
         let rotated = kv.rotate && kv.is_quantized();
         let queries = self.prepare(Role::Queries, spec, q, heads, None)?;
         let keys = self.prepare(Role::Keys, spec, k, kv_heads, key_mean)?;
         let values = self.prepare(Role::Values, spec, v, kv_heads, None)?;
-        let out = self.half(q.rows, q.columns)?;
         let windowed = spec.sliding_window.is_some_and(|reach| reach < seq_len);
         self.kernels.launch(&FlashAttention {
             q: (&queries).into(),
             k: (&keys).into(),
             v: (&values).into(),
-            out: out.half().into(),
+            out,
             seq_len,
             heads,
             kv_heads,
@@ -51,8 +66,26 @@ impl Cuda {
             reach: spec.sliding_window.unwrap_or(seq_len),
             program: attention::AttentionProgram { head_dim, rotated, windowed },
             windows,
-        })?;
-        Ok(out)
+        })
+    }
+
+    /// The tables of the rotary embedding on the device. They stay there until others are asked for.
+    pub(super) fn rope_tables(&self, spec: &AttentionSpec) -> Result<[Arc<Buffer>; 2]> {
+        let mut rope = self.rope.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // Comparing tables takes longer than a kernel does.
+        let same = |a: &Arc<[f32]>, b: &Arc<[f32]>| Arc::ptr_eq(a, b) || a == b;
+        let known = |RopeTables { host: [cos, sin], .. }: &RopeTables| {
+            same(cos, &spec.cos) && same(sin, &spec.sin)
+        };
+        if !rope.as_ref().is_some_and(known) {
+            *rope = Some(RopeTables {
+                cos: Arc::new(self.gpu.upload(&spec.cos)?),
+                sin: Arc::new(self.gpu.upload(&spec.sin)?),
+                host: [Arc::clone(&spec.cos), Arc::clone(&spec.sin)],
+            });
+        }
+        let RopeTables { cos, sin, .. } = rope.as_ref().expect("made above");
+        Ok([Arc::clone(cos), Arc::clone(sin)])
     }
 
     /// Queries, keys or values as the products see them, `[windows, heads, seq_len, width]`.
@@ -73,26 +106,13 @@ impl Cuda {
         }
         let rotated = kv.rotate && kv.is_quantized();
         let kv_bits = if kv.is_quantized() { kv.bits } else { 16 };
-        let mut rope = self.rope.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        // Comparing tables takes longer than a kernel does.
-        let same = |a: &Arc<[f32]>, b: &Arc<[f32]>| Arc::ptr_eq(a, b) || a == b;
-        let known = |RopeTables { host: [cos, sin], .. }: &RopeTables| {
-            same(cos, &spec.cos) && same(sin, &spec.sin)
-        };
-        if !rope.as_ref().is_some_and(known) {
-            *rope = Some(RopeTables {
-                cos: self.gpu.upload(&spec.cos)?,
-                sin: self.gpu.upload(&spec.sin)?,
-                host: [Arc::clone(&spec.cos), Arc::clone(&spec.sin)],
-            });
-        }
-        let RopeTables { cos, sin, .. } = rope.as_ref().expect("made above");
+        let [cos, sin] = self.rope_tables(spec)?;
         let to = self.gpu.alloc(2 * x.rows * heads * heads::padded(head_dim))?;
         self.kernels.launch(&Prepare {
             x: x.half().into(),
             row_stride: x.columns as i64,
-            cos: cos.into(),
-            sin: sin.into(),
+            cos: (&*cos).into(),
+            sin: (&*sin).into(),
             out: (&to).into(),
             tokens: x.rows,
             heads,

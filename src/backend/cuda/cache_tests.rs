@@ -15,7 +15,7 @@ use crate::quant::kv::{self, KvFormat};
 
 const INT4: KvFormat = KvFormat { bits: 4, rotate: true, ..KvFormat::FULL };
 
-fn spec(
+pub(super) fn spec(
     heads: usize,
     kv_heads: usize,
     head_dim: usize,

@@ -253,15 +253,25 @@ impl Cuda {
         to: &Buffer,
     ) -> Result<()> {
         check_rows(rows, from.rows);
-        let named = self.gpu.upload(rows)?;
+        self.select_named(from, columns, (&self.gpu.upload(rows)?, rows.len()), to)
+    }
+
+    /// The same of rows that were checked and uploaded.
+    pub(super) fn select_named(
+        &self,
+        from: SourceRows<'_>,
+        columns: usize,
+        (rows, count): (&Buffer, usize),
+        to: &Buffer,
+    ) -> Result<()> {
         self.kernels.launch(&Select {
             x: from.values,
-            rows: (&named).into(),
+            rows: rows.into(),
             columns,
             y: to.into(),
             element: from.element,
             source_rows: from.rows,
-            count: rows.len(),
+            count,
         })
     }
 }

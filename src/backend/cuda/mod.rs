@@ -14,6 +14,9 @@ mod calibration;
 pub mod compile;
 mod cross_covariance;
 mod cusolver;
+mod decode;
+#[cfg(test)]
+mod decode_tests;
 mod deferred_errors;
 mod driver_error;
 mod forward;
@@ -39,6 +42,7 @@ mod memory;
 #[cfg(test)]
 mod memory_tests;
 mod output_error;
+pub mod pages;
 pub mod product;
 mod quantization;
 #[cfg(test)]
