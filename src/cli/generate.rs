@@ -1,24 +1,24 @@
 /*! `atom generate`: a text continued, as it comes. */
 
-use std::io::{BufRead, IsTerminal, Read};
+use std::io::Read;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
-use std::time::Duration;
 
 use clap::Args;
 
 use super::args::{DeviceFlag, ModelFlag, with_backend};
+use super::lines::Lines;
+use super::sampling::SamplingFlags;
 use super::{Output, Ui, values};
 use crate::backend::{Backend, Decode};
 use crate::machine::peak_rss_bytes;
 use crate::model::Architecture;
-use crate::network::{Decoder, Model, network, no_thread};
+use crate::network::{Decoder, Model, network};
 use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::report::generate::{GenerateOutcome, speed};
 use crate::serve::{
     self, ChatTemplate, ComparedModel, Finish, Generation, GenerationSettings, Generator, Message,
-    Role, Sampling, stop_tokens,
+    Role,
 };
 use crate::text::{Tokenizer, check_tokens};
 use crate::units;
@@ -26,10 +26,10 @@ use crate::{Error, Kind, Result};
 
 const EXAMPLES: &str = "\
 Examples:
-  atom generate --model tiny-llama --prompt 'The game' --max-new-tokens 20
-  atom generate --model ./SmolLM2 --chat --prompt 'What is a llama?'
+  atom generate --model tiny-llama --prompt Once --max-new-tokens 20
+  atom generate --model ./SmolLM2 --chat --prompt Hello
   atom generate --model ./SmolLM2-atom-w4a4-g64 --chat -i --temperature 0.7
-  atom generate --model ./SmolLM2-atom-w4a4-g64 --compare ./SmolLM2 --prompt 'A'
+  atom generate --model ./SmolLM2-atom-w4a4-g64 --compare ./SmolLM2 --prompt A
   atom generate --model ./Llama --prompt-file question.txt --json > answer.json
 
 The text goes to stdout as it comes; speed and memory go to stderr. By default the most probable token is taken each time \
@@ -37,8 +37,6 @@ The text goes to stdout as it comes; speed and memory go to stderr. By default t
 
 /// Tokens of a conversation where --context says nothing.
 const CONTEXT: usize = 4096;
-/// How often a conversation looks whether the user stopped it.
-const LOOK: Duration = Duration::from_millis(50);
 
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
@@ -81,45 +79,6 @@ struct PromptFlags {
     /// Bits of a source's keys and values in the cache, rotated by a Hadamard transform: 2, 3, 4, 8, or 16 for none of it
     #[arg(long, value_name = "BITS", value_parser = values::width)]
     kv_bits: Option<u8>,
-}
-
-#[derive(Args, Debug)]
-#[command(next_help_heading = "Sampling")]
-struct SamplingFlags {
-    /// New tokens at most
-    #[arg(long, value_name = "N", default_value = "256", value_parser = values::count)]
-    max_new_tokens: usize,
-    /// What logits are divided by; 0 takes the most probable token each time
-    #[arg(long, value_name = "T", default_value = "0", value_parser = values::temperature)]
-    temperature: f64,
-    /// Draw among the K most probable tokens; 0 for all
-    #[arg(long, value_name = "K", default_value = "0", value_parser = values::top_k)]
-    top_k: usize,
-    /// Draw among the most probable tokens that together have this probability
-    #[arg(long, value_name = "P", default_value = "1", value_parser = values::top_p)]
-    top_p: f64,
-    /// Leave out tokens less probable than this share of the most probable one
-    #[arg(long, value_name = "P", default_value = "0", value_parser = values::min_p)]
-    min_p: f64,
-    /// Seed of the draws, a whole number
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
-    /// Go on after tokens that end a text, to exactly --max-new-tokens
-    #[arg(long)]
-    ignore_eos: bool,
-}
-
-impl SamplingFlags {
-    fn settings(&self, model: &Model) -> Result<GenerationSettings> {
-        let stop = if self.ignore_eos { Vec::new() } else { stop_tokens(model)? };
-        let Self { temperature, top_k, top_p, min_p, .. } = *self;
-        Ok(GenerationSettings {
-            most_new: self.max_new_tokens,
-            stop,
-            sampling: Sampling { temperature, top_k, top_p, min_p },
-            seed: self.seed,
-        })
-    }
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
@@ -462,41 +421,5 @@ fn interrupted(finish: Finish) -> Result<()> {
             Err(Error::new(Kind::Interrupted, "interrupted: the text ends here"))
         }
         _ => Ok(()),
-    }
-}
-
-/// Lines of stdin, read on their own thread, so that waiting for one does not hide that the user stops.
-struct Lines {
-    lines: Receiver<std::io::Result<String>>,
-    terminal: bool,
-}
-
-impl Lines {
-    fn new() -> Result<Self> {
-        let (sender, lines) = sync_channel(0);
-        let read = move || {
-            for line in std::io::stdin().lock().lines() {
-                if sender.send(line).is_err() {
-                    return;
-                }
-            }
-        };
-        std::thread::Builder::new().spawn(read).map_err(no_thread)?;
-        Ok(Self { lines, terminal: std::io::stdin().is_terminal() })
-    }
-
-    /// The next line; none at the end.
-    fn next(&self, ui: &Ui) -> Result<Option<String>> {
-        if self.terminal {
-            ui.ask("> ");
-        }
-        loop {
-            ui.check_stop()?;
-            match self.lines.recv_timeout(LOOK) {
-                Ok(line) => return Ok(Some(line?)),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Ok(None),
-            }
-        }
     }
 }

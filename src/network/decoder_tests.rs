@@ -3,9 +3,10 @@ kind of network, every width of the cache, and a quantized network. */
 
 use std::path::Path;
 
-use super::{Decoder, OutputHead, Runnable, Stream, attention_spec, split_fused};
+use super::{Decoder, Model, OutputHead, Runnable, Stream, attention_spec, split_fused};
 use crate::backend::cpu::Cpu;
-use crate::backend::{Decode, DecodeStep, Forward, Memory, SequenceStep};
+use crate::backend::cuda::device_of_tests;
+use crate::backend::{Backend, Decode, DecodeStep, Forward, Memory, SequenceStep};
 use crate::checkpoint::{AtomCheckpoint, Destination, Inputs, Source};
 use crate::hub;
 use crate::pipeline::{Calibration, Output, Quantization, quantize};
@@ -32,10 +33,14 @@ fn prefill(model: &Runnable<'_, Cpu>, tokens: &[u32]) -> Vec<u32> {
 
 /// The logits of every token of two texts that are decoded together, `steps[i]` tokens of each in step i; the second one
 /// comes a step later. Pages alternate between them.
-fn decode(decoder: &Decoder<'_, Cpu>, texts: [&[u32]; 2], steps: &[usize]) -> [Vec<u32>; 2] {
-    let cpu = decoder.model().backend;
+fn decode<B: Backend + Decode>(
+    decoder: &Decoder<'_, B>,
+    texts: [&[u32]; 2],
+    steps: &[usize],
+) -> [Vec<f32>; 2] {
+    let backend = decoder.model().backend;
     let longest = texts.iter().map(|text| text.len()).max().unwrap();
-    let each = longest.div_ceil(cpu.page_tokens()) as u32;
+    let each = longest.div_ceil(backend.page_tokens()) as u32;
     let mut caches = decoder.caches(longest, 2 * each as usize).unwrap();
     let mut logits = [Vec::new(), Vec::new()];
     let mut held = [0, 0];
@@ -59,7 +64,7 @@ fn decode(decoder: &Decoder<'_, Cpu>, texts: [&[u32]; 2], steps: &[usize]) -> [V
         let found =
             decoder.forward(&mut caches, &DecodeStep { sequences }, &tokens, &wanted).unwrap();
         for (row, own) in found.data.chunks(found.columns).zip(owners) {
-            logits[own].extend(row.iter().map(|x| x.to_bits()));
+            logits[own].extend_from_slice(row);
         }
     }
     logits
@@ -77,7 +82,8 @@ fn check(model: Runnable<'_, Cpu>, texts: [&[u32]; 2], what: &str) {
         let found = decode(&decoder, texts, &steps);
         for ((found, expected), text) in found.iter().zip(&expected).zip(texts) {
             assert_eq!(found.len(), text.len() * vocabulary, "{what}");
-            assert!(found == expected, "{what}: logits differ with steps {steps:?}");
+            let same = found.iter().map(|x| x.to_bits()).eq(expected.iter().copied());
+            assert!(same, "{what}: logits differ with steps {steps:?}");
         }
     }
 }
@@ -195,4 +201,57 @@ fn a_quantized_network_of_experts_decodes_as_it_prefills() {
     let cpu = Cpu::new().unwrap();
     let model = Runnable::atom(&cpu, &checkpoint).unwrap();
     check(model, [&text(70, 1), &text(33, 5)], "mixtral");
+}
+
+/// The mean over tokens of the Kullback-Leibler divergence of predictions from those that are expected, in nats.
+fn divergence(found: &[f32], expected: &[f32], vocabulary: usize) -> f64 {
+    let log_probabilities = |logits: &[f32]| -> Vec<f64> {
+        let greatest = logits.iter().copied().fold(f32::MIN, f32::max);
+        let sum: f64 = logits.iter().map(|x| f64::from(x - greatest).exp()).sum();
+        logits.iter().map(|x| f64::from(x - greatest) - sum.ln()).collect()
+    };
+    let rows = found.chunks(vocabulary).zip(expected.chunks(vocabulary));
+    let of_row = |(found, expected): (&[f32], &[f32])| -> f64 {
+        let (found, expected) = (log_probabilities(found), log_probabilities(expected));
+        found.iter().zip(&expected).map(|(q, p)| p.exp() * (p - q)).sum()
+    };
+    let count = expected.len() / vocabulary;
+    assert_eq!(found.len(), expected.len());
+    rows.map(of_row).sum::<f64>() / count as f64
+}
+
+#[test]
+fn a_gpu_decodes_as_the_cpu() {
+    let Some(cuda) = device_of_tests("a_gpu_decodes_as_the_cpu") else { return };
+    let (cpu, source) = (Cpu::new().unwrap(), hub::tiny_llama().unwrap());
+    let home = tempfile::tempdir().unwrap();
+    let checkpoint = quantized(&source, &home.path().join("out"), &recipe(32, 16, 4));
+    let text = include_str!("../../docs/guide.md");
+    let tokenizer = Model::Source(hub::tiny_llama().unwrap()).tokenizer().unwrap();
+    let tokens = tokenizer.encode(&text[..4000], &Silent).unwrap();
+    let texts = [&tokens[..200], &tokens[200..290]];
+    let steps = [&[40usize, 3][..], &[1; 157]].concat();
+    let int4 = KvFormat { bits: 4, rotate: true, ..KvFormat::FULL };
+    for (kv, most) in [(Some(KvFormat::FULL), 1e-4), (Some(int4), 3e-3), (None, 3e-2)] {
+        let on_host = match kv {
+            Some(_) => Runnable::source(&cpu, &source, &Silent).unwrap(),
+            None => Runnable::atom(&cpu, &checkpoint).unwrap(),
+        };
+        let on_device = match kv {
+            Some(_) => Runnable::source(&cuda, &source, &Silent).unwrap(),
+            None => Runnable::atom(&cuda, &checkpoint).unwrap(),
+        };
+        let (mut on_host, mut on_device) = (on_host, on_device);
+        let kv = kv.unwrap_or(on_host.kv);
+        (on_host.kv, on_device.kv) = (kv, kv);
+        let expected = decode(&Decoder::load(on_host, &Silent).unwrap(), texts, &steps);
+        let decoder = Decoder::load(on_device, &Silent).unwrap();
+        let found = decode(&decoder, texts, &steps);
+        for (found, expected) in found.iter().zip(&expected) {
+            let nats = divergence(found, expected, 4096);
+            eprintln!("{kv:?}: {nats:.2e} nats a token");
+            assert!(nats < most, "{kv:?}: {nats} nats a token");
+        }
+        assert!(decode(&decoder, texts, &steps) == found, "another run has other bits");
+    }
 }

@@ -122,7 +122,7 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[Message]) -> Result<String> {
         let template = self.environment.get_template(NAME).expect("it was added");
         let tokens = self.special_tokens.iter().map(|(name, text)| (*name, text.as_str()));
-        let tokens: JinjaValue = tokens.collect();
+        let tokens = JinjaValue::from_pairs(tokens);
         let context = context! {
             messages => Serde(messages),
             add_generation_prompt => true,

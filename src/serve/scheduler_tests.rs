@@ -128,7 +128,7 @@ fn a_kept_sequence_goes_on_as_if_it_were_computed_again() {
             let more = Request { prompt, keep: true, ..request(1, 6, 0) };
             id = scheduler.resume(id, more.clone()).unwrap();
             let (found, _) = finish(&mut scheduler);
-            let again = run(decoder, LIMITS, &[more]).remove(0);
+            let again = run(decoder, LIMITS, &[Request { keep: false, ..more }]).remove(0);
             let found: Vec<(u32, u64)> =
                 found.iter().map(|own| (own.token, own.log_probability.to_bits())).collect();
             assert_eq!(found, again);

@@ -1,4 +1,5 @@
 use super::*;
+use crate::quant::{hadamard, kv};
 
 const INT4: KvFormat = KvFormat { bits: 4, rotate: true, ..KvFormat::FULL };
 const FORMATS: [KvFormat; 5] = [

@@ -2,6 +2,7 @@
 set or the number of threads. Its integer path is the specification of what a checkpoint means. */
 
 pub mod attention;
+mod cached_head;
 mod calibration;
 mod cholesky;
 mod code_rows;
@@ -20,6 +21,7 @@ pub mod integer;
 pub mod isa;
 mod measurement;
 mod memory;
+mod new_tokens;
 mod paged;
 mod quantization;
 pub mod quantize;
