@@ -203,8 +203,9 @@ impl<'a, 'm, B: Backend + Decode> Generator<'a, 'm, B> {
         self.tokens = text.clone();
         let request = Request { scored: of.to_vec(), ..self.request(text, 1) };
         let id = self.submit(request)?;
+        // A long text takes several steps.
         loop {
-            for produced in self.scheduler.step()? {
+            if let Some(produced) = self.scheduler.step()?.pop() {
                 self.kept = Some(id);
                 return Ok(produced.scored);
             }

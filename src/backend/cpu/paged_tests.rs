@@ -77,9 +77,11 @@ fn decode(isa: Isa, cases: &[Case], page_tokens: usize, steps: &[Vec<usize>]) ->
     let count = cases.len() * each;
     let mut cache = PagedCache::new(spec, page_tokens, count);
     // Pages of a sequence lie apart, and in no order.
-    let stride = (7..)
-        .find(|stride| (1..=*stride).filter(|d| stride % d == 0 && count % d == 0).count() == 1);
-    let page = |index: usize| (index * stride.unwrap() % count) as u32;
+    let coprime = |stride: &usize| {
+        !(2..=*stride).any(|d| stride.is_multiple_of(d) && count.is_multiple_of(d))
+    };
+    let stride = (7..).find(coprime).unwrap();
+    let page = |index: usize| (index * stride % count) as u32;
     let mut held = vec![0; cases.len()];
     let mut outs = vec![Vec::new(); cases.len()];
     for step in steps {
