@@ -166,6 +166,56 @@ fn a_sources_card_is_read_and_never_needed() {
 }
 
 #[test]
+fn a_page_is_a_result_like_others() {
+    let home = Home::with_model();
+    let line = format!("quantize --model model {SMALL} --no-gptq --out out");
+    let done = home.run(&format!("{line} --report q.html --json")).done();
+    fs::write(home.path("q.json"), &done.stdout).unwrap();
+    let page = |name: &str| fs::read_to_string(home.path(name)).unwrap();
+    for part in ["<title>out</title>", "Perplexity", "Worst linears", "What they read", "Stages"] {
+        assert!(page("q.html").contains(part), "{part}: {}", page("q.html"));
+    }
+    // Of every other command that measures.
+    let short = "--seq-len 64 --windows 2";
+    home.run(&format!("verify --model out --reference model {short} --report v.html")).done();
+    assert!(page("v.html").contains("All checks hold") && page("v.html").contains("reference"));
+    home.run(&format!("eval-ppl --model out {short} --report p.html")).done();
+    assert!(page("p.html").contains("sample, 2 windows of 64 tokens"));
+    let prefill = "bench prefill --shape llama-3.2-1b --blocks 1 --tokens 2 --repeats 1";
+    home.run(&format!("{prefill} --report b.html")).done();
+    assert!(page("b.html").contains("<h2>Speed</h2>") && page("b.html").contains("full precision"));
+    // A checkpoint by itself, and with what was printed.
+    home.run("report out").done();
+    let alone = page("out-report.html");
+    assert!(alone.contains("output error, %") && !alone.contains("Stages"), "{alone}");
+    home.run("report out --with q.json -o all.html").done();
+    assert!(page("all.html").contains("What they read"));
+    assert!(page("all.html") == page("q.html"), "what was saved shows as what was measured");
+
+    refused(&home, "report out --with q.json -o all.html", 2, &["all.html exists already"]);
+    home.run("report out -o all.html --overwrite").done();
+    fs::write(home.path("thesis"), "mine").unwrap();
+    let kept = "thesis is not a report of atom and is not overwritten";
+    refused(&home, "report out -o thesis --overwrite", 2, &[kept]);
+    refused(&home, &format!("{line} --overwrite --report thesis"), 2, &[kept]);
+    refused(&home, "bench cpu --report thesis --overwrite", 2, &[kept]);
+    refused(&home, "report out -o out/report.html", 2, &["lies inside out"]);
+    refused(&home, &format!("{line} --overwrite --report out/r.html"), 2, &["lies inside out"]);
+    refused(
+        &home,
+        &format!("eval-ppl --model out {short} --report p.html"),
+        2,
+        &["exists already"],
+    );
+    refused(&home, "report out --with q.json -o q.json --overwrite", 2, &["which is read"]);
+    refused(&home, "report model -o m.html", 3, &["model is not an Atom checkpoint"]);
+    refused(&home, "report out --with thesis -o m.html", 3, &["thesis is not one JSON object"]);
+    fs::write(home.path("other.json"), "{}").unwrap();
+    let none = "not the result of a command that a report shows";
+    refused(&home, "report out --with other.json -o m.html", 3, &["cannot show other.json", none]);
+}
+
+#[test]
 fn a_plan_and_a_calibration_survive_pack() {
     let home = Home::with_model();
     fs::create_dir(home.path("out")).unwrap();

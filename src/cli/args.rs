@@ -272,7 +272,7 @@ impl CalibrationFlags {
 }
 
 /// The files that a text set's name stands for: itself, or after `NAME=`, of several each.
-fn text_files(spec: &str) -> Inputs {
+pub(crate) fn text_files(spec: &str) -> Inputs {
     let mut inputs = Inputs::default();
     for part in std::iter::once(spec).chain(spec.split(',').map(str::trim)) {
         inputs.add(Path::new(part));

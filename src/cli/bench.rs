@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::args::{DeviceFlag, OverwriteFlag, with_backend};
+use super::args::{DeviceFlag, with_backend};
 use super::recipe::RecipeFlags;
+use super::report_flag::ReportFlag;
 use super::{Output, Ui, values};
 use crate::bench::{self, AttentionSettings, GemmSettings, PrefillSettings, SyntheticModel};
 use crate::checkpoint::{FileKind, Inputs, OutputFile};
@@ -53,6 +54,12 @@ Examples:
 pub(crate) struct Arguments {
     #[command(subcommand)]
     what: What,
+    /// Write the figures as a page of HTML too, which loads nothing from elsewhere
+    #[arg(long, value_name = "FILE", global = true, help_heading = "Output")]
+    report: Option<PathBuf>,
+    /// Replace the picture or the page that is there
+    #[arg(long, global = true, help_heading = "Output")]
+    overwrite: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -137,8 +144,6 @@ struct GemmFlags {
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
     #[command(flatten)]
-    overwrite: OverwriteFlag,
-    #[command(flatten)]
     device: DeviceFlag,
 }
 
@@ -176,8 +181,6 @@ struct AttentionFlags {
     /// Write a picture (SVG) of how many times as fast as f16 it is
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
-    #[command(flatten)]
-    overwrite: OverwriteFlag,
     #[command(flatten)]
     device: DeviceFlag,
 }
@@ -269,12 +272,14 @@ fn is_svg(path: &Path) -> bool {
 }
 
 /// The file of the picture, if there is to be one; checked before anything is measured.
-fn picture(path: Option<&Path>, flag: &OverwriteFlag) -> Result<Option<OutputFile>> {
-    let check = |path| OutputFile::check(path, &PICTURE, flag.overwrite, Inputs::default());
+fn picture(path: Option<&Path>, overwrite: bool) -> Result<Option<OutputFile>> {
+    let check = |path| OutputFile::check(path, &PICTURE, overwrite, Inputs::default());
     path.map(check).transpose()
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+    let page = ReportFlag { report: arguments.report.clone() };
+    let page = page.check(arguments.overwrite, Inputs::default())?;
     let outcome = match &arguments.what {
         What::Attention(flags) => {
             let settings = AttentionSettings {
@@ -283,7 +288,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
                 batches: flags.batch.clone(),
                 bits: flags.bits,
             };
-            let picture = picture(flags.svg.as_deref(), &flags.overwrite)?;
+            let picture = picture(flags.svg.as_deref(), arguments.overwrite)?;
             let measured = bench::attention(&*flags.device.open_cuda()?, &settings, ui)?;
             if let Some(file) = picture {
                 file.write(measured.chart().svg().as_bytes())?;
@@ -294,7 +299,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         What::Gemm(flags) => {
             let settings = flags.settings()?;
             settings.check()?;
-            let picture = picture(flags.svg.as_deref(), &flags.overwrite)?;
+            let picture = picture(flags.svg.as_deref(), arguments.overwrite)?;
             let measured = bench::gemm(&*flags.device.open_cuda()?, &settings, ui)?;
             if let Some(file) = picture {
                 file.write(measured.chart().svg().as_bytes())?;
@@ -321,5 +326,6 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         }
     };
     ui.close();
-    output.write(&outcome)
+    output.write(&outcome)?;
+    page.write(&outcome, None)
 }

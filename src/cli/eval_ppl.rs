@@ -1,9 +1,12 @@
 /*! `atom eval-ppl`: perplexity of a source, or of an Atom checkpoint on the integer kernels. */
 
+use std::path::Path;
+
 use clap::Args;
 
-use super::args::{DeviceFlag, ModelFlag, WindowFlag, with_backend};
+use super::args::{DeviceFlag, ModelFlag, WindowFlag, text_files, with_backend};
 use super::limits::MaxPerplexity;
+use super::report_flag::ReportFlags;
 use super::{Output, Ui, values};
 use crate::Result;
 use crate::eval;
@@ -34,10 +37,14 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     max_ppl: MaxPerplexity,
     #[command(flatten)]
+    report: ReportFlags,
+    #[command(flatten)]
     device: DeviceFlag,
 }
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+    let inputs = text_files(&arguments.dataset).with(Some(Path::new(&arguments.model.model)));
+    let report = arguments.report.check(inputs)?;
     let backend = arguments.device.open()?;
     let hub = arguments.model.hub(ui)?;
     let model = arguments.model.open(&hub, ui)?;
@@ -51,5 +58,6 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     })?;
     ui.close();
     output.write(&outcome)?;
+    report.write(&outcome, model.dir())?;
     arguments.max_ppl.check(outcome.perplexity)
 }

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use clap::Args;
 
 use super::args::{DeviceFlag, ModelFlag, OverwriteFlag, with_backend};
+use super::report_flag::ReportFlag;
 use super::{Output, Ui, values};
 use crate::checkpoint::{FileKind, Inputs, OutputFile};
 use crate::eval::{self, Sample};
@@ -52,6 +53,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     log_samples: Option<PathBuf>,
     #[command(flatten)]
+    report: ReportFlag,
+    #[command(flatten)]
     overwrite: OverwriteFlag,
     #[command(flatten)]
     device: DeviceFlag,
@@ -89,7 +92,9 @@ fn least(limits: &[LeastAccuracy], name: &str) -> Option<f64> {
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     check(arguments)?;
-    arguments.samples_file(Some(Path::new(&arguments.model.model)))?;
+    let named = Some(Path::new(&arguments.model.model));
+    arguments.samples_file(named)?;
+    let report = arguments.report.check(arguments.overwrite.overwrite, arguments.inputs(named))?;
     let backend = arguments.device.open()?;
     let hub = arguments.model.hub(ui)?;
     let directory = arguments.tasks_dir.as_deref();
@@ -105,6 +110,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         file.write_with(|out| write_samples(out, &outcome.samples))?;
     }
     output.write(&outcome)?;
+    report.write(&outcome, model.dir())?;
     eval::check_accuracies(&outcome, |task| least(&arguments.min_acc, task))
 }
 
@@ -142,9 +148,14 @@ impl Arguments {
     /// The file of samples, if there is to be one; of a model on the Hub the directory is known late.
     fn samples_file(&self, model: Option<&Path>) -> Result<Option<OutputFile>> {
         let Some(path) = &self.log_samples else { return Ok(None) };
+        OutputFile::check(path, &SAMPLES, self.overwrite.overwrite, self.inputs(model)).map(Some)
+    }
+
+    /// What is read.
+    fn inputs(&self, model: Option<&Path>) -> Inputs {
         let mut inputs = Inputs::default().with(model).with(self.tasks_dir.as_deref());
         self.tasks.iter().filter_map(|task| task.file.as_deref()).for_each(|file| inputs.add(file));
-        OutputFile::check(path, &SAMPLES, self.overwrite.overwrite, inputs).map(Some)
+        inputs
     }
 }
 

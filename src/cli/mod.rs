@@ -25,6 +25,8 @@ mod perplexity_change;
 mod plan;
 mod quantize;
 mod recipe;
+mod report;
+mod report_flag;
 mod sampling;
 mod target;
 mod ui;
@@ -102,6 +104,8 @@ enum Command {
     Verify(verify::Arguments),
     /// Show what a checkpoint holds; loads no weights
     Inspect(inspect::Arguments),
+    /// Write a page of HTML about an Atom checkpoint and what was measured of it
+    Report(report::Arguments),
     /// Measure speed, beside a baseline measured in the same run
     Bench(bench::Arguments),
     /// Say what this machine can do, and what each thing that it lacks means
@@ -131,6 +135,7 @@ pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()
         Command::Generate(arguments) => generate::run(arguments, ui, output),
         Command::Verify(arguments) => verify::run(arguments, ui, output),
         Command::Inspect(arguments) => inspect::run(arguments, ui, output),
+        Command::Report(arguments) => report::run(arguments, ui, output),
         Command::Bench(arguments) => bench::run(arguments, ui, output),
         Command::Doctor(arguments) => doctor::run(arguments, ui, output),
         Command::Completions(arguments) => completions::run(arguments, output),

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::args::{DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag, with_backend};
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::perplexity_change::with_perplexity;
+use super::report_flag::ReportFlag;
 use super::{Output, Ui, names, quantize};
 use crate::pipeline::Packing;
 use crate::pipeline::plan::read_json;
@@ -38,6 +39,8 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     max_increase: MaxIncrease,
     #[command(flatten)]
+    report: ReportFlag,
+    #[command(flatten)]
     device: DeviceFlag,
 }
 
@@ -48,6 +51,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let source = arguments.model.source(&hub, ui)?;
     let default = || Ok(names::checkpoint_out(model, &planned_recipe(&arguments.plan)?));
     let destination = arguments.output.destination(default, arguments.evaluation.inputs())?;
+    let report = arguments.report.next_to(&destination, &source)?;
     let evaluation = arguments.evaluation.load(arguments.length.seq_len, &hub)?;
     let packing = Packing {
         source: &source,
@@ -61,6 +65,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     });
     ui.close();
     output.write(&outcome)?;
+    report.write(&outcome, Some(&outcome.out))?;
     quantize::check(&outcome, &arguments.max_ppl, &arguments.max_increase)
 }
 

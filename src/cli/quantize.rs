@@ -8,6 +8,7 @@ use super::args::{
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::perplexity_change::with_perplexity;
 use super::recipe::RecipeFlags;
+use super::report_flag::ReportFlag;
 use super::target::{OUTLIER_COUNTS, TargetFlags};
 use super::{Output, Ui, names};
 use crate::Result;
@@ -62,6 +63,8 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     max_increase: MaxIncrease,
     #[command(flatten)]
+    report: ReportFlag,
+    #[command(flatten)]
     device: DeviceFlag,
 }
 
@@ -77,6 +80,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let inputs = inputs.with(arguments.recipe.file());
     let default = || Ok(names::checkpoint_out(&arguments.model.model, &recipe));
     let destination = arguments.output.destination(default, inputs)?;
+    let report = arguments.report.next_to(&destination, &source)?;
     let quantization = Quantization {
         source: &source,
         calibration: &calibration,
@@ -105,6 +109,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     });
     ui.close();
     output.write(&outcome)?;
+    report.write(&outcome, Some(&outcome.out))?;
     check(&outcome, &arguments.max_ppl, &arguments.max_increase)
 }
 

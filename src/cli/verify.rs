@@ -8,6 +8,7 @@ use super::args::{
     DeviceFlag, EvaluationFlags, IgnoreFlag, OfflineFlag, Opened, WindowFlag, with_backend,
 };
 use super::limits::{MaxIncrease, MaxPerplexity, limits};
+use super::report_flag::ReportFlags;
 use super::{Output, Ui};
 use crate::checkpoint::AtomCheckpoint;
 use crate::eval::{self, KernelCheck, Verification, VerifyOutcome};
@@ -47,6 +48,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 160, help_heading = "Kernels")]
     check_tokens: usize,
     #[command(flatten)]
+    report: ReportFlags,
+    #[command(flatten)]
     device: DeviceFlag,
 }
 
@@ -75,6 +78,9 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         return Err(Error::usage("--ignore-tensors is for the tensors of --reference")
             .hint("add --reference with the source of the checkpoint"));
     }
+    let inputs = arguments.evaluation.inputs().with(Some(Path::new(&arguments.model)));
+    let inputs = inputs.with(arguments.reference.as_deref().map(Path::new));
+    let report = arguments.report.check(inputs)?;
     let backend = arguments.device.open()?;
     let hub = arguments.offline.hub(ui)?;
     let reference = arguments.reference.as_deref();
@@ -100,6 +106,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let outcome = with_backend!(&backend, ui, backend => eval::verify(backend, &verification, ui))?;
     ui.close();
     output.write(&outcome)?;
+    report.write(&outcome, Some(directory))?;
     judge(&outcome)
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::mpsc::SyncSender;
 
+use super::channels::distribution;
 use super::energies::{EnergyMeter, Statistics};
 use super::exponents::with_exponents;
 use super::job::{CalibrationInput, Job};
@@ -32,6 +33,8 @@ pub(super) struct Written {
     pub(super) blocks: Vec<BlockPlan>,
     /// `(linear, error)` of every quantized linear.
     pub(super) errors: Vec<(String, f64)>,
+    /// How large the channels of each block's sites are.
+    pub(super) distributions: Vec<Vec<Vec<f64>>>,
     /// Blocks that an earlier run had finished.
     pub(super) resumed_blocks: usize,
 }
@@ -141,6 +144,7 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
         written.resumed_blocks += usize::from(is_resumed);
         written.errors.extend_from_slice(&block.errors);
         written.blocks.push(plan.clone());
+        written.distributions.push(energies.iter().map(|site| distribution(site)).collect());
         let worst = worst_of(&block.errors);
         drop(weights);
         if !is_resumed {

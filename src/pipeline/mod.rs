@@ -10,6 +10,7 @@ pub mod allocated;
 mod block_loop;
 mod calibrate;
 mod calibration;
+pub mod channels;
 mod energies;
 mod exponents;
 mod fallbacks;

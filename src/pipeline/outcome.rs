@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::allocated::Allocated;
+use super::channels::SiteChannels;
 use super::sensitivity::Sensitivity;
 use crate::model::Architecture;
 use crate::recipe::Recipe;
@@ -82,6 +83,8 @@ pub struct QuantizeOutcome {
     pub perplexity: Option<PerplexityChange>,
     /// The command that publishes the checkpoint.
     pub upload: String,
+    /// The sites of the linears with the greatest errors.
+    pub worst_sites: Vec<SiteChannels>,
     /// How bits were allocated, where the run did so.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allocation: Option<Allocated>,

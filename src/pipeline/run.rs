@@ -7,6 +7,7 @@ use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
 use super::block_loop::{Surroundings, Written, quantize_blocks};
+use super::channels::worst_sites;
 use super::energies::Statistics;
 use super::fallbacks::Fallbacks;
 use super::job::Job;
@@ -51,7 +52,7 @@ pub(super) fn run<B: Backend>(
         let interrupted = written.err().filter(|error| error.kind() == Kind::Interrupted);
         return Err(interrupted.unwrap_or(changed));
     }
-    let Written { blocks, errors, resumed_blocks } = match written {
+    let Written { blocks, errors, distributions, resumed_blocks } = match written {
         Ok(written) => written,
         Err(error) => {
             give_up(job, writer, &error, progress);
@@ -81,6 +82,7 @@ pub(super) fn run<B: Backend>(
         out_bytes,
         device: backend.device(),
         resumed_blocks,
+        worst_sites: worst_sites(&manifest.blocks, &distributions),
         linears: linears_of(&manifest),
         perplexity: None,
         allocation: None,

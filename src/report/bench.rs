@@ -37,7 +37,7 @@ impl Report for BenchOutcome {
 }
 
 /// Fractions get the digits that a repeated measurement would confirm.
-fn cell(value: &Value) -> String {
+pub(super) fn cell(value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),
         Value::String(text) => text.clone(),

@@ -10,6 +10,7 @@ mod dry_run;
 mod export;
 mod files;
 pub mod generate;
+pub(crate) mod html;
 mod inspect;
 mod layout;
 mod linears;

@@ -105,6 +105,7 @@ mod tests {
                 error: 0.05,
             }],
             upload: "hf upload ORG/x x".into(),
+            worst_sites: Vec::new(),
             perplexity: Some(PerplexityChange {
                 dataset: "sample".into(),
                 windows: 8,
@@ -176,7 +177,8 @@ publish: hf upload ORG/x x
                 "resumed_blocks",
                 "linears",
                 "perplexity",
-                "upload"
+                "upload",
+                "worst_sites"
             ]
         );
         assert_eq!(object["stage_seconds"]["gptq"], 121.7);
