@@ -56,14 +56,15 @@ fn shard(checkpoint: &AtomCheckpoint, out: &Path) {
         .names()
         .map(|name| (name.to_owned(), checkpoint.tensor(name).unwrap()))
         .collect();
-    let specs = tensors
+    let specs: Vec<TensorSpec> = tensors
         .iter()
-        .map(|(name, tensor)| TensorSpec::new(name.as_str(), tensor.dtype, tensor.shape));
+        .map(|(name, tensor)| TensorSpec::new(name.as_str(), tensor.dtype, tensor.shape))
+        .collect();
     let options = Options { max_shard_bytes: 100_000, ..Options::default() };
     let inputs = Inputs::default();
     let destination = Destination { out: out.to_owned(), overwrite: false, inputs };
     let mut writer =
-        Writer::create(&destination, specs.collect(), &Value::Null, options, &|| Ok(())).unwrap();
+        Writer::create(&destination, specs, &Value::Null, options, &|| Ok(())).unwrap();
     let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.bytes.to_vec()));
     writer.write_block("all", tensors.collect(), Value::Null).unwrap();
     writer.finish(checkpoint.config(), &checkpoint.manifest().unwrap(), &[]).unwrap();

@@ -127,6 +127,14 @@ impl AtomCheckpoint {
         Ok(sha256_hex(&self.files.read(ATOM)?.unwrap_or_default()))
     }
 
+    /// What one of its files holds, as JSON, or `None` if there is no such file.
+    ///
+    /// # Errors
+    /// As [`AtomCheckpoint::file`]'s; bad input if it is not valid JSON.
+    pub fn json(&self, name: &str) -> Result<Option<Value>> {
+        self.files.json(name)
+    }
+
     /// What a user of the model needs besides configuration and weights: tokenizer, generation settings, chat template,
     /// licence.
     pub fn side_files(&self) -> Result<SideFiles> {

@@ -169,6 +169,7 @@ pub(super) fn is_checkpoint_file(name: &str) -> bool {
     [ATOM, EXPORT, CARD, "config.json", SINGLE, INDEX].contains(&name)
         || shard.is_some_and(|(one, all)| number(one) && number(all))
         || is_side_file(name)
+        || name.ends_with(".gguf")
 }
 
 /// Which files of the checkpoint or export in `dir` are its own: `atom.json` or `atom-export.json`, its shards, a model card
@@ -184,9 +185,11 @@ pub(super) fn own_files(dir: &Path, kind: DirectoryKind) -> Result<impl Fn(&str)
         serde_json::from_slice(&fs_err::read(&path)?)
             .map_err(|error| Error::input(format!("{} is not valid JSON: {error}", path.display())))
     };
-    let Envelope { files, .. } =
-        Envelope::read(&json(record)?, &dir.join(record).display().to_string())?;
-    let mut shards = BTreeSet::from([SINGLE.to_owned()]);
+    let content = json(record)?;
+    let Envelope { files, .. } = Envelope::read(&content, &dir.join(record).display().to_string())?;
+    // A format of one file names it.
+    let single = content["file"].as_str().filter(|name| name.ends_with(".gguf")).unwrap_or(SINGLE);
+    let mut shards = BTreeSet::from([single.to_owned()]);
     if dir.join(INDEX).is_file() {
         let index = json(INDEX)?;
         let map = index["weight_map"].as_object();

@@ -25,6 +25,7 @@ fn names_of_a_checkpoints_files_are_told_from_others() {
         "model-00001-of-00002.safetensors",
         "tokenizer.json",
         "LICENSE",
+        "SmolLM2-Q4_0.gguf",
     ] {
         assert!(is_checkpoint_file(name), "{name}");
     }

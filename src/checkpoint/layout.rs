@@ -12,6 +12,42 @@ use super::dtype::TensorSpec;
 use super::shards::SINGLE;
 use crate::{Error, Result};
 
+/// What an output's tensors are stored in.
+pub enum TensorFiles {
+    /// Shards of safetensors, filled in this order.
+    Shards(Vec<TensorSpec>),
+    /// One file of another format.
+    Single(SingleFile),
+}
+
+/// One file of another format than safetensors.
+pub struct SingleFile {
+    /// Its name in the output's directory.
+    pub name: String,
+    /// Everything before the tensors.
+    pub header: Vec<u8>,
+    /// Each tensor, or part of one, with its first byte in the file. What lies between them is zero.
+    pub tensors: Vec<(TensorSpec, u64)>,
+    /// Length of the file in bytes.
+    pub bytes: u64,
+}
+
+impl From<Vec<TensorSpec>> for TensorFiles {
+    fn from(specs: Vec<TensorSpec>) -> Self {
+        Self::Shards(specs)
+    }
+}
+
+impl TensorFiles {
+    /// All tensors, in the order they are stored.
+    pub fn specs(&self) -> Box<dyn Iterator<Item = &TensorSpec> + '_> {
+        match self {
+            Self::Shards(specs) => Box::new(specs.iter()),
+            Self::Single(file) => Box::new(file.tensors.iter().map(|(spec, _)| spec)),
+        }
+    }
+}
+
 /// One file to be written.
 pub(super) struct ShardPlan {
     /// The file's name.
@@ -41,7 +77,11 @@ pub(super) struct Layout {
 impl Layout {
     /// Fills shards of at most `max_shard_bytes` of tensors in the given order; a tensor larger
     /// than that gets a shard of its own.
-    pub(super) fn new(specs: Vec<TensorSpec>, max_shard_bytes: u64) -> Result<Self> {
+    pub(super) fn new(files: impl Into<TensorFiles>, max_shard_bytes: u64) -> Result<Self> {
+        let specs = match files.into() {
+            TensorFiles::Shards(specs) => specs,
+            TensorFiles::Single(file) => return Self::single(file),
+        };
         let mut shards: Vec<Vec<TensorSpec>> = Vec::new();
         let mut filled = u64::MAX;
         for spec in specs {
@@ -71,17 +111,32 @@ impl Layout {
         Ok(layout)
     }
 
+    fn single(file: SingleFile) -> Result<Self> {
+        let SingleFile { name, header, tensors, bytes } = file;
+        let mut layout = Self { shards: Vec::new(), places: HashMap::new() };
+        tensors.into_iter().try_for_each(|(spec, offset)| layout.place(spec, offset))?;
+        layout.shards.push(ShardPlan { name, header, file_bytes: bytes });
+        Ok(layout)
+    }
+
+    /// Gives a tensor its place in the next shard.
+    fn place(&mut self, spec: TensorSpec, offset: u64) -> Result<()> {
+        let place = Place { shard: self.shards.len(), offset, spec };
+        match self.places.insert(place.spec.name.clone(), place) {
+            None => Ok(()),
+            Some(twice) => {
+                Err(Error::input(format!("tensor `{}` is planned twice", twice.spec.name)))
+            }
+        }
+    }
+
     fn add(&mut self, name: String, specs: Vec<TensorSpec>) -> Result<()> {
         let header = header(&specs)?;
         let mut offset = header.len() as u64;
         for spec in specs {
             let bytes = spec.bytes();
-            let place = Place { shard: self.shards.len(), offset, spec };
+            self.place(spec, offset)?;
             offset = offset.saturating_add(bytes);
-            if let Some(twice) = self.places.insert(place.spec.name.clone(), place) {
-                let message = format!("tensor `{}` is planned twice", twice.spec.name);
-                return Err(Error::input(message));
-            }
         }
         self.shards.push(ShardPlan { name, header, file_bytes: offset });
         Ok(())

@@ -42,3 +42,26 @@ fn a_name_cannot_be_planned_twice() {
         assert_eq!(error.message(), "tensor `a` is planned twice");
     }
 }
+
+#[test]
+fn one_file_of_another_format_has_the_header_and_the_places_it_is_given() {
+    let tensor = |name: &str, bytes: usize| TensorSpec::new(name, Dtype::U8, [bytes]);
+    let file = |tensors| SingleFile {
+        name: "x.gguf".to_owned(),
+        header: b"header".to_vec(),
+        tensors,
+        bytes: 50,
+    };
+    let tensors = vec![(tensor("a", 5), 8), (tensor("b", 7), 16)];
+    let layout = Layout::new(TensorFiles::Single(file(tensors)), 3).unwrap();
+    let shard = &layout.shards[0];
+    assert_eq!(
+        (&shard.name[..], &shard.header[..], shard.file_bytes),
+        ("x.gguf", &b"header"[..], 50)
+    );
+    assert_eq!((layout.places["a"].offset, layout.places["b"].offset), (8, 16));
+    assert!(layout.index().is_none());
+    let twice = vec![(tensor("a", 5), 8), (tensor("a", 5), 16)];
+    let error = Layout::new(TensorFiles::Single(file(twice)), 3).err().unwrap();
+    assert!(error.message().contains("`a` is planned twice"), "{error}");
+}

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::{DirectoryKind, FORMAT_VERSION, TensorSpec};
+use super::{DirectoryKind, FORMAT_VERSION, TensorFiles};
 
 /// The largest shard unless told otherwise: 5 GB of tensors, as the Hub's tools write them.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
@@ -43,8 +43,8 @@ struct OutputJob<'a> {
 }
 
 /// What decides an output's bytes, as a run that continues it must have it.
-pub(super) fn output_job(tensors: &[TensorSpec], job: &Value, options: Options) -> Value {
-    let tensors = tensors.iter().map(|spec| (spec.name.clone(), spec.form().into())).collect();
+pub(super) fn output_job(files: &TensorFiles, job: &Value, options: Options) -> Value {
+    let tensors = files.specs().map(|spec| (spec.name.clone(), spec.form().into())).collect();
     let job = OutputJob {
         format_version: FORMAT_VERSION,
         job,

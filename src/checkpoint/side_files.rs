@@ -98,8 +98,15 @@ pub(crate) fn is_side_file(name: &str) -> bool {
         "vocab.json",
         "merges.txt",
     ];
-    const PREFIXES: [&str; 5] = ["tokenizer", "chat_template", "LICENSE", "NOTICE", "USE_POLICY"];
-    NAMES.contains(&name) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+    const PREFIXES: [&str; 2] = ["tokenizer", "chat_template"];
+    NAMES.contains(&name)
+        || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+        || is_legal_file(name)
+}
+
+/// Whether a file says what may be done with the model.
+pub(crate) fn is_legal_file(name: &str) -> bool {
+    ["LICENSE", "NOTICE", "USE_POLICY"].iter().any(|prefix| name.starts_with(prefix))
 }
 
 /// Finds the side files, sorted by name.

@@ -21,7 +21,7 @@ use super::destination::Destination;
 use super::dtype::TensorSpec;
 use super::envelope::{ATOM, DirectoryKind, EXPORT, Envelope, Hash, record_text};
 use super::fingerprint::{sha256_hex, sha256_of, sha256_of_file};
-use super::layout::{Layout, Place};
+use super::layout::{Layout, Place, TensorFiles};
 use super::options::{Options, output_job};
 use super::output::{
     check_space, exchange, failed, free_bytes, open_plain, replace, reserve, sync_directory,
@@ -76,10 +76,11 @@ impl Writer {
     /// Those of [`Writer::create`].
     pub fn preview(
         destination: &Destination,
-        tensors: Vec<TensorSpec>,
+        tensors: impl Into<TensorFiles>,
         job: &Value,
         options: Options,
     ) -> Result<Preview> {
+        let tensors = tensors.into();
         let out = destination.check_for(options.kind)?;
         if is_locked(&out) {
             return Err(locked_by_another(&out));
@@ -104,11 +105,12 @@ impl Writer {
     /// unfinished run of another job that may not be thrown away, or one that is damaged.
     pub fn create(
         destination: &Destination,
-        tensors: Vec<TensorSpec>,
+        tensors: impl Into<TensorFiles>,
         job: &Value,
         options: Options,
         check_stop: CheckStop<'_>,
     ) -> Result<Self> {
+        let tensors = tensors.into();
         let out = destination.check_for(options.kind)?;
         let job = output_job(&tensors, job, options);
         let layout = Layout::new(tensors, options.max_shard_bytes)?;
@@ -308,12 +310,12 @@ impl Writer {
         self.work.discard();
     }
 
-    /// Completes the directory and gives it its name; returns its size in bytes. `config` becomes
+    /// Completes the directory and gives it its name; returns its size in bytes. `config`, if there is one, becomes
     /// `config.json`; `manifest` becomes `atom.json` or `atom-export.json`, with hashes of all tensors, of every other
     /// file and of itself added; the side files are copied as they are. The model card has no hash.
-    pub fn finish(
+    pub fn finish<'c>(
         self,
-        config: &Value,
+        config: impl Into<Option<&'c Value>>,
         manifest: &impl Serialize,
         side_files: &[SideFile],
     ) -> Result<u64> {
@@ -351,7 +353,9 @@ impl Writer {
         if let Some(index) = self.layout.index() {
             write(INDEX, format!("{index:#}\n").as_bytes())?;
         }
-        write("config.json", format!("{config:#}\n").as_bytes())?;
+        if let Some(config) = config.into() {
+            write("config.json", format!("{config:#}\n").as_bytes())?;
+        }
         let hashes = self.hashes.iter();
         let tensors = hashes.map(|(name, hash)| (name.clone(), Hash { sha256: hash.clone() }));
         let envelope = Envelope { tensors: tensors.collect(), files, sha256: None };
