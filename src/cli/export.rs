@@ -7,7 +7,7 @@ use clap::Args;
 use super::args::OverwriteFlag;
 use super::{Output, Ui, names, values};
 use crate::checkpoint::{Destination, Dtype, Inputs};
-use crate::export::{Export, ExportedModel, Format, dry_run, export};
+use crate::export::{Export, ExportedModel, Format, MatrixType, dry_run, export};
 use crate::hub::Hub;
 use crate::network::Model;
 use crate::printable::quoted;
@@ -16,6 +16,7 @@ use crate::{Error, Result};
 const EXAMPLES: &str = "\
 Examples:
   atom export tiny-llama-atom-w4a4-g128 --format dense
+  atom export ./SmolLM2-atom-w4a16-g32 --format gguf
   atom export ./SmolLM2-atom-w4a16-g128 --format dense --dtype bf16 --dry-run
 
 An export copies codes and scales and never rounds them again. A checkpoint that a format cannot hold \
@@ -32,6 +33,9 @@ pub(crate) struct Arguments {
     /// Type of weights that are not quantized, f16 or bf16, if not the model's own; dense only
     #[arg(long, value_name = "TYPE", value_parser = values::half)]
     dtype: Option<Dtype>,
+    /// Type of embedding and head, f16 or q8_0, which rounds them to 8 bits; gguf only
+    #[arg(long, value_name = "TYPE", value_parser = values::matrix_type)]
+    embedding: Option<MatrixType>,
     /// Where the export goes [default: ./<name>-<format>]
     #[arg(long, value_name = "PATH", help_heading = "Output")]
     out: Option<PathBuf>,
@@ -59,6 +63,10 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         return Err(Error::usage("--dtype is for --format dense alone")
             .hint("leave it out: other formats keep the model's type"));
     }
+    if arguments.embedding.is_some() && format.name() != "gguf" {
+        return Err(Error::usage("--embedding is for --format gguf alone")
+            .hint("leave it out: other formats keep the model's type"));
+    }
     let hub = Hub::cached("atom export", ui)?;
     let Model::Atom(checkpoint) = Model::open(&hub, &arguments.checkpoint, None)? else {
         let message = format!("{} is not an Atom checkpoint", arguments.checkpoint);
@@ -67,7 +75,14 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
             quoted(&arguments.checkpoint)
         )));
     };
-    let model = ExportedModel::open(&checkpoint, arguments.dtype, ui)?;
+    let mut model = ExportedModel::open(&checkpoint, arguments.dtype, ui)?;
+    model.embedding = arguments.embedding.unwrap_or_default();
+    if arguments.out.as_ref().is_some_and(|out| out.extension().is_some_and(|end| end == "gguf")) {
+        return Err(Error::usage(
+            "--out names a directory, and the file in it has a name of its own",
+        )
+        .hint("name a directory that does not end in .gguf"));
+    }
     let default = || names::export_out(&arguments.checkpoint, format.name());
     let destination = Destination {
         out: arguments.out.clone().unwrap_or_else(default),

@@ -6,13 +6,22 @@ use std::str::FromStr;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use crate::checkpoint::Dtype;
-use crate::export::{self, Format};
+use crate::export::{self, Format, MatrixType};
 
 /// A format of `atom export`.
 pub(crate) fn export_format() -> impl TypedValueParser<Value = &'static dyn Format> {
     let names = export::FORMATS.iter().map(|format| format.name());
     PossibleValuesParser::new(names)
         .map(|name| export::find(&name).expect("the parser takes names of formats only"))
+}
+
+/// A type of matrices in a GGUF file.
+pub(crate) fn matrix_type(text: &str) -> Result<MatrixType, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "f16" => Ok(MatrixType::F16),
+        "q8_0" => Ok(MatrixType::Q8_0),
+        _ => Err("the types are f16 and q8_0".to_owned()),
+    }
 }
 
 /// A type of two bytes.

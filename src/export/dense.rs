@@ -11,9 +11,9 @@ use super::config::config;
 use super::format::{Container, Contents, Format, Part};
 use super::model::{ExportedModel, Piece, Subject};
 use super::obstacle::Obstacle;
-use crate::checkpoint::linear::{from_tensors, read_order, specs};
+use crate::checkpoint::linear::read_order;
 use crate::checkpoint::plan::{LinearPlan, SitePlan};
-use crate::checkpoint::{Dtype, Tensor, TensorBytes, TensorSpec, Tensors};
+use crate::checkpoint::{Dtype, Tensor, TensorBytes, TensorSpec};
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::{SiteFormat, Transform};
 use crate::quant::{hadamard, weights};
@@ -100,13 +100,7 @@ fn dequantized<'a>(
         let checkpoint = model.checkpoint;
         let order =
             read_order(checkpoint, &site.name, site.channels, grouped, site.outlier_channels)?;
-        let format = site.weights(linear);
-        let stored = specs(&linear.name, linear.rows, &format);
-        stored.iter().try_for_each(|spec| model.verify(&spec.name))?;
-        let quantized = from_tensors(checkpoint, &linear.name, linear.rows, &format)?;
-        for spec in &stored {
-            Tensors::tensor(checkpoint, &spec.name)?.release();
-        }
+        let quantized = model.quantized(site, linear)?;
         let bytes = dense_rows(&quantized, &site.format(order), dtype);
         let bytes = bytes.ok_or_else(|| too_large(&linear.name, dtype))?;
         Ok(vec![TensorBytes::from(bytes)])

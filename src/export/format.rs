@@ -5,6 +5,7 @@ use std::fmt;
 use serde_json::Value;
 
 use super::dense::Dense;
+use super::gguf::Gguf;
 use super::model::{ExportedModel, Subject};
 use super::obstacle::Obstacle;
 use crate::Result;
@@ -54,16 +55,25 @@ pub struct Contents<'a> {
 }
 
 /// The files that hold the tensors of an export.
-///
-/// A format of one file, such as GGUF, adds a variant for it: the file's header, which depends on names, types and
-/// shapes only, and the alignment of tensors; `checkpoint::Layout` then has one file with that header, and the writer
-/// renames the file where it renames the directory of shards. Tensors of types that safetensors lacks are U8 `[bytes]`
-/// to the writer.
 pub enum Container {
     /// A directory of safetensors shards with this `config.json` and the checkpoint's side files: what transformers loads.
     Shards {
         /// The content of `config.json`.
         config: Value,
+    },
+    /// One file that says everything, next to the licence. Tensors of types that safetensors lacks are U8 `[bytes]`
+    /// here, and a long tensor may be several that follow one another.
+    File {
+        /// The file's name.
+        name: String,
+        /// Everything before the tensors; it depends on names, types and shapes only.
+        header: Vec<u8>,
+        /// The first byte of each tensor of the parts, in their order.
+        offsets: Vec<u64>,
+        /// Length of the file in bytes.
+        bytes: u64,
+        /// Tensors in the file.
+        tensors: usize,
     },
 }
 
@@ -83,7 +93,7 @@ impl Part<'_> {
 }
 
 /// All formats, in the order in which help lists them.
-pub const FORMATS: &[&dyn Format] = &[&Dense];
+pub const FORMATS: &[&dyn Format] = &[&Gguf, &Dense];
 
 /// The format of that name.
 pub fn find(name: &str) -> Option<&'static dyn Format> {

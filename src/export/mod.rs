@@ -14,12 +14,14 @@ files, and gives the finished output its name in one step (`checkpoint::Writer`)
 mod config;
 mod dense;
 mod format;
+mod gguf;
 mod model;
 mod obstacle;
 mod outcome;
 mod run;
 
 pub use format::{Container, Contents, FORMATS, Format, Part, find};
+pub use gguf::MatrixType;
 pub use model::{ExportedModel, Subject};
 pub use obstacle::{Obstacle, check};
 pub use outcome::{ExportDryRun, ExportOutcome};

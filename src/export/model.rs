@@ -3,12 +3,14 @@
 use serde_json::Value;
 
 use super::format::Part;
-use crate::checkpoint::linear::{order_spec, specs};
+use super::gguf::MatrixType;
+use crate::checkpoint::linear::{from_tensors, order_spec, specs};
 use crate::checkpoint::plan::{BlockPlan, LinearPlan, SitePlan};
 use crate::checkpoint::{AtomCheckpoint, Dtype, Manifest, Stored, Tensor, TensorBytes, TensorSpec};
 use crate::model::{Architecture, read_manifest};
 use crate::network::expect;
 use crate::progress::Progress;
+use crate::quant::linear::QuantizedLinear;
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 
@@ -48,6 +50,8 @@ pub struct ExportedModel<'a> {
     pub manifest: Manifest,
     /// The type of the model's weights by `config.json`.
     pub dtype: Dtype,
+    /// What embedding and head become in a GGUF file.
+    pub embedding: MatrixType,
     /// Told of work, and asked whether to stop.
     pub progress: &'a dyn Progress,
 }
@@ -76,9 +80,10 @@ impl<'a> ExportedModel<'a> {
             checkpoint.verify_file(file).map_err(as_input)?;
         }
         let manifest = read_manifest(checkpoint, &architecture)?;
-        let embedding = checkpoint.tensor(architecture.outer_tensors()[0].name)?.dtype;
-        let dtype = dtype.or(model_dtype(checkpoint.config())).unwrap_or(embedding);
-        Ok(Self { checkpoint, architecture, manifest, dtype, progress })
+        let stored = checkpoint.tensor(architecture.outer_tensors()[0].name)?.dtype;
+        let dtype = dtype.or(model_dtype(checkpoint.config())).unwrap_or(stored);
+        let embedding = MatrixType::default();
+        Ok(Self { checkpoint, architecture, manifest, dtype, embedding, progress })
     }
 
     /// What formats are asked about.
@@ -142,6 +147,21 @@ impl<'a> ExportedModel<'a> {
     pub fn tensor(&'a self, name: &str) -> Result<Tensor<'a>> {
         self.verify(name)?;
         self.checkpoint.tensor(name)
+    }
+
+    /// A quantized linear, its tensors compared with their hashes and their pages given back.
+    ///
+    /// # Errors
+    /// Input: a tensor is missing, of another form, or not what was written.
+    pub fn quantized(&self, site: &SitePlan, linear: &LinearPlan) -> Result<QuantizedLinear> {
+        let format = site.weights(linear);
+        let stored = specs(&linear.name, linear.rows, &format);
+        stored.iter().try_for_each(|spec| self.verify(&spec.name))?;
+        let quantized = from_tensors(self.checkpoint, &linear.name, linear.rows, &format)?;
+        for spec in &stored {
+            self.checkpoint.tensor(&spec.name)?.release();
+        }
+        Ok(quantized)
     }
 
     /// A part that copies a stored tensor.

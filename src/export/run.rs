@@ -11,8 +11,8 @@ use super::model::ExportedModel;
 use super::obstacle::check;
 use super::outcome::{ExportDryRun, ExportOutcome};
 use crate::checkpoint::{
-    Destination, DirectoryKind, FORMAT_VERSION, Options, SideFile, SourceRecord, TensorBytes,
-    TensorSpec, Writer,
+    Destination, DirectoryKind, FORMAT_VERSION, Options, SideFile, SingleFile, SourceRecord,
+    TensorBytes, TensorFiles, TensorSpec, Writer, is_legal_file, sha256_hex,
 };
 use crate::machine::peak_rss_bytes;
 use crate::network::no_thread;
@@ -40,6 +40,9 @@ struct ExportManifest<'a> {
     format_version: u64,
     tool_version: &'static str,
     format: &'static str,
+    /// The file of a format of one file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<String>,
     checkpoint: Value,
     source: &'a SourceRecord,
     recipe: &'a Recipe,
@@ -47,7 +50,12 @@ struct ExportManifest<'a> {
 
 /// Everything that is known before the first tensor is made.
 struct Prepared<'a> {
-    contents: Contents<'a>,
+    parts: Vec<Part<'a>>,
+    /// How many tensors they are.
+    tensors: usize,
+    files: TensorFiles,
+    /// The content of `config.json`, if there is such a file.
+    config: Option<Value>,
     destination: Destination,
     side_files: Vec<SideFile>,
     options: Options,
@@ -62,28 +70,45 @@ impl<'a> Export<'a> {
         model.checkpoint.dir().into_iter().for_each(|dir| destination.inputs.add(dir));
         destination.check_for(DirectoryKind::Export)?;
         check(format, &model.subject(), &model.checkpoint.title())?;
-        let contents = format.contents(model)?;
-        let side_files = model.checkpoint.side_files()?;
+        let Contents { parts, container } = format.contents(model)?;
+        let mut side_files = model.checkpoint.side_files()?;
         side_files.left_out.iter().for_each(|why| model.progress.warn(why));
+        if let Container::File { .. } = container {
+            // Tokenizer and configuration are in the file.
+            side_files.copied.retain(|file| is_legal_file(&file.name));
+        }
         let side_bytes = side_files.copied.iter().map(SideFile::bytes).sum();
         let options =
             Options { resume, side_bytes, kind: DirectoryKind::Export, ..Options::default() };
-        let Container::Shards { config } = &contents.container;
-        let job = json!({
+        let mut job = json!({
             "tool_version": env!("CARGO_PKG_VERSION"),
             "checkpoint": model.checkpoint.fingerprint()?,
             "format": format.name(),
-            "config": config,
         });
-        Ok(Prepared { contents, destination, side_files: side_files.copied, options, job })
+        let mut tensors = parts.iter().map(|part| part.tensors.len()).sum();
+        let (files, config) = match container {
+            Container::Shards { config } => {
+                job["config"] = config.clone();
+                (specs(&parts).into(), Some(config))
+            }
+            Container::File { name, header, offsets, bytes, tensors: count } => {
+                tensors = count;
+                job["header"] = sha256_hex(&header).into();
+                let places = specs(&parts).into_iter().zip(offsets).collect();
+                (TensorFiles::Single(SingleFile { name, header, tensors: places, bytes }), None)
+            }
+        };
+        let side_files = side_files.copied;
+        Ok(Prepared { parts, tensors, files, config, destination, side_files, options, job })
     }
 
-    fn manifest(&self) -> Result<ExportManifest<'a>> {
+    fn manifest(&self, file: Option<String>) -> Result<ExportManifest<'a>> {
         let Self { model, format, .. } = *self;
         Ok(ExportManifest {
             format_version: FORMAT_VERSION,
             tool_version: env!("CARGO_PKG_VERSION"),
             format: format.name(),
+            file,
             checkpoint: json!({
                 "name": model.checkpoint.name(),
                 "sha256": model.checkpoint.fingerprint()?,
@@ -94,8 +119,8 @@ impl<'a> Export<'a> {
     }
 }
 
-fn specs(contents: &Contents<'_>) -> Vec<TensorSpec> {
-    contents.parts.iter().flat_map(|part| part.tensors.clone()).collect()
+fn specs(parts: &[Part<'_>]) -> Vec<TensorSpec> {
+    parts.iter().flat_map(|part| part.tensors.clone()).collect()
 }
 
 /// Everything that [`export`] would find out before it reads a tensor.
@@ -103,10 +128,9 @@ fn specs(contents: &Contents<'_>) -> Vec<TensorSpec> {
 /// # Errors
 /// Those of [`export`] that need no tensor.
 pub fn dry_run(export: &Export<'_>) -> Result<ExportDryRun> {
-    let Prepared { contents, destination, options, job, .. } = export.prepare()?;
-    let specs = specs(&contents);
-    let (tensors, out_bytes) = (specs.len(), specs.iter().map(TensorSpec::bytes).sum());
-    let found = Writer::preview(&destination, specs, &job, options)?;
+    let Prepared { tensors, files, destination, options, job, .. } = export.prepare()?;
+    let out_bytes = files.specs().map(TensorSpec::bytes).sum();
+    let found = Writer::preview(&destination, files, &job, options)?;
     Ok(ExportDryRun {
         out: export.destination.out.clone(),
         checkpoint: export.model.checkpoint.name().to_owned(),
@@ -129,13 +153,14 @@ pub fn dry_run(export: &Export<'_>) -> Result<ExportDryRun> {
 pub fn export(export: &Export<'_>) -> Result<ExportOutcome> {
     let start = Instant::now();
     let Export { model, format, .. } = *export;
-    let Prepared { contents, destination, side_files, options, job } = export.prepare()?;
-    let Contents { parts, container } = contents;
-    let Container::Shards { config } = container;
-    let specs: Vec<TensorSpec> = parts.iter().flat_map(|part| part.tensors.clone()).collect();
-    let tensors = specs.len();
+    let Prepared { parts, tensors, files, config, destination, side_files, options, job } =
+        export.prepare()?;
+    let file = match &files {
+        TensorFiles::Single(file) => Some(file.name.clone()),
+        TensorFiles::Shards(_) => None,
+    };
     let check_stop = || model.progress.check_stop();
-    let mut writer = Writer::create(&destination, specs, &job, options, &check_stop)?;
+    let mut writer = Writer::create(&destination, files, &job, options, &check_stop)?;
     let resumed_tensors = writer.done().iter().map(|unit| unit.sha256.len()).sum();
     if resumed_tensors > 0 {
         model.progress.info(&format!(
@@ -155,7 +180,7 @@ pub fn export(export: &Export<'_>) -> Result<ExportOutcome> {
         return Err(error);
     }
     let out = writer.out().to_owned();
-    let out_bytes = writer.finish(&config, &export.manifest()?, &side_files)?;
+    let out_bytes = writer.finish(config.as_ref(), &export.manifest(file)?, &side_files)?;
     Ok(ExportOutcome {
         out,
         checkpoint: model.checkpoint.name().to_owned(),

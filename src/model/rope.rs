@@ -78,27 +78,38 @@ impl Rope {
 
     /// Radians per position of each pair of channels.
     pub(super) fn frequencies(&self, head_dim: usize) -> Vec<f64> {
-        let half = head_dim / 2;
-        (0..half)
-            .map(|pair| {
-                // f32 steps as in the models' own code, so that angles agree with it.
-                let exponent = (2 * pair) as f32 / head_dim as f32;
-                let frequency = f64::from(1.0 / (self.theta as f32).powf(exponent));
-                match self.scaling {
-                    RopeScaling::None => frequency,
-                    RopeScaling::Linear(factor) => frequency / factor,
-                    RopeScaling::Llama3 { factor, low, high, original } => {
-                        let turns = original * frequency / std::f64::consts::TAU;
-                        let blend = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-                        frequency * (blend + (1.0 - blend) / factor)
-                    }
-                }
-            })
-            .collect()
+        self.unscaled(head_dim).map(|frequency| self.scaling.scaled(frequency)).collect()
+    }
+
+    /// What each frequency is divided by `[head_dim / 2]`, where that is not the same for all: with Llama 3.1's scaling.
+    pub fn divisors(&self, head_dim: usize) -> Option<Vec<f32>> {
+        let RopeScaling::Llama3 { .. } = self.scaling else { return None };
+        let divisor = |frequency| (frequency / self.scaling.scaled(frequency)) as f32;
+        Some(self.unscaled(head_dim).map(divisor).collect())
+    }
+
+    /// The frequencies before they are scaled.
+    fn unscaled(&self, head_dim: usize) -> impl Iterator<Item = f64> {
+        // f32 steps as in the models' own code, so that angles agree with it.
+        let exponent = move |pair: usize| (2 * pair) as f32 / head_dim as f32;
+        (0..head_dim / 2).map(move |pair| f64::from(1.0 / (self.theta as f32).powf(exponent(pair))))
     }
 }
 
 impl RopeScaling {
+    /// A frequency under this scaling.
+    fn scaled(&self, frequency: f64) -> f64 {
+        match *self {
+            Self::None => frequency,
+            Self::Linear(factor) => frequency / factor,
+            Self::Llama3 { factor, low, high, original } => {
+                let turns = original * frequency / std::f64::consts::TAU;
+                let blend = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                frequency * (blend + (1.0 - blend) / factor)
+            }
+        }
+    }
+
     fn from_config(config: &Config, settings: &Config, max_positions: usize) -> Result<Self> {
         let required = |key| settings.positive(key)?.ok_or_else(|| lacks(settings, key));
         match rope_type(settings)? {

@@ -144,12 +144,12 @@ impl Tokenizer {
     }
 
     /// Ids before every text.
-    pub(super) fn before(&self) -> &[u32] {
+    pub fn before(&self) -> &[u32] {
         &self.before
     }
 
     /// Ids after every text.
-    pub(super) fn after(&self) -> &[u32] {
+    pub fn after(&self) -> &[u32] {
         &self.after
     }
 
