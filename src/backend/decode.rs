@@ -49,6 +49,8 @@ pub trait Decode: Forward {
     type Cache: Send;
     /// A step as attention reads it.
     type Step: Send;
+    /// The output head, laid out for products with few rows.
+    type Head: Send + Sync;
 
     /// Tokens of a page.
     fn page_tokens(&self) -> usize;
@@ -74,6 +76,8 @@ pub trait Decode: Forward {
         qkv: Qkv<Self::Activation>,
         key_mean: Option<&Self::Hidden>,
     ) -> Result<Self::Activation>;
+    /// Lays the output head `[vocabulary, hidden]` out.
+    fn head(&self, weight: &Self::Weight<'_>) -> Result<Self::Head>;
     /// The logits of normed hidden states, `[rows, vocabulary]` in f32.
-    fn logits(&self, x: &Self::Activation, head: &Self::Dense) -> Result<Matrix>;
+    fn logits(&self, x: &Self::Activation, head: &Self::Head) -> Result<Matrix>;
 }

@@ -1,13 +1,12 @@
 /*! A network that decodes: all of its blocks stay on the backend, and sequences grow by steps. */
 
 use super::attention::attention_spec;
-use super::head::OutputHead;
 use super::prefetch::prefetch;
 use super::runnable::Runnable;
-use super::tensors::expect;
+use super::tensors::{expect, vector};
 use crate::backend::{AttentionSpec, Backend, Decode, DecodeStep, Matrix};
 use crate::model::block::{Block, CachedAttention};
-use crate::model::sites::EMBEDDING;
+use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::{Error, Result};
@@ -17,7 +16,8 @@ pub struct Decoder<'a, B: Backend + Decode> {
     model: Runnable<'a, B>,
     table: B::Weight<'a>,
     blocks: Vec<Block<B>>,
-    head: OutputHead<B>,
+    final_norm: B::Hidden,
+    head: B::Head,
 }
 
 /// The keys and values of every block, in pages of the same numbers.
@@ -58,11 +58,13 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
                 Ok(())
             },
         )?;
-        let head = OutputHead::load(backend, tensors, architecture)?;
+        let final_norm = vector(backend, tensors, FINAL_NORM, architecture.hidden)?;
+        let head = expect(tensors, architecture.head_name(), &shape)?;
+        let head = backend.head(&backend.load(head)?)?;
         progress.advance("");
         progress.end();
         tensors.check_unchanged()?;
-        Ok(Self { table, blocks, head, model })
+        Ok(Self { table, blocks, final_norm, head, model })
     }
 
     /// The model.
@@ -103,13 +105,27 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         tokens: &[u32],
         wanted: &[u32],
     ) -> Result<Matrix> {
-        let Runnable { backend, architecture, .. } = &self.model;
         assert!(tokens.len() == step.tokens());
-        let vocabulary = architecture.vocabulary;
+        let vocabulary = self.model.architecture.vocabulary;
         if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
             let message = format!("token {token} has no embedding: the model has {vocabulary}");
             return Err(Error::input(message).hint("tokenizer.json does not belong to this model"));
         }
+        if B::ON_HOST {
+            // On one of the threads that share the work, so that none waits for another to be woken.
+            return rayon::scope(|_| self.run(caches, step, tokens, wanted));
+        }
+        self.run(caches, step, tokens, wanted)
+    }
+
+    fn run(
+        &self,
+        caches: &mut Caches<B>,
+        step: &DecodeStep,
+        tokens: &[u32],
+        wanted: &[u32],
+    ) -> Result<Matrix> {
+        let Runnable { backend, architecture, .. } = &self.model;
         let mut x = backend.embed(&self.table, tokens)?;
         let step = backend.begin_step(step)?;
         let last = self.blocks.len().saturating_sub(1);
@@ -119,9 +135,9 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
             block.forward_cached(*backend, cached, wanted, &mut x)?;
         }
         if wanted.is_empty() {
-            return Ok(Matrix { rows: 0, columns: vocabulary, data: Vec::new() });
+            return Ok(Matrix { rows: 0, columns: architecture.vocabulary, data: Vec::new() });
         }
-        let normed = self.head.normed(*backend, &x)?;
-        backend.logits(&normed, &self.head.weight)
+        let normed = backend.rms_norm(&x, &self.final_norm, architecture.norm_epsilon)?;
+        backend.logits(&normed, &self.head)
     }
 }

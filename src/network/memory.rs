@@ -230,7 +230,10 @@ impl NetworkBytes<'_> {
             return self.workspace.base();
         }
         let step = self.activations(tokens as u64, longest) + self.states(tokens);
-        self.workspace.base() + weights + self.head(tensors) + step
+        // The head in its own type, and its pages while it is laid out.
+        let head = tensors.tensor(self.architecture.head_name());
+        let head = head.map_or(0, |head| 2 * head.bytes.len() as u64);
+        self.workspace.base() + weights + head + step
     }
 
     /// Tokens whose hidden states are held together.

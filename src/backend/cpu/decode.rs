@@ -1,13 +1,14 @@
 //! Decoding in host memory.
 
 use super::paged::{self, PAGE_TOKENS, PagedCache};
-use super::{Cpu, HostTensor};
-use crate::Result;
-use crate::backend::{AttentionSpec, Decode, DecodeStep, Forward, Matrix, Memory, Qkv};
+use super::{Cpu, Head, HostTensor};
+use crate::backend::{AttentionSpec, Decode, DecodeStep, Matrix, Qkv};
+use crate::{Result, checkpoint};
 
 impl Decode for Cpu {
     type Cache = PagedCache;
     type Step = DecodeStep;
+    type Head = Head;
 
     fn page_tokens(&self) -> usize {
         PAGE_TOKENS
@@ -41,7 +42,13 @@ impl Decode for Cpu {
         Ok(out)
     }
 
-    fn logits(&self, x: &HostTensor, head: &Self::Dense) -> Result<Matrix> {
-        self.download(&self.product(x, head)?)
+    fn head(&self, weight: &checkpoint::Tensor<'_>) -> Result<Head> {
+        Head::new(weight)
+    }
+
+    fn logits(&self, x: &HostTensor, head: &Head) -> Result<Matrix> {
+        let mut data = vec![0.0; x.rows * head.rows()];
+        head.product(self.isa, &x.data, x.rows, &mut data);
+        Ok(Matrix { rows: x.rows, columns: head.rows(), data })
     }
 }

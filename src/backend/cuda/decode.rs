@@ -20,10 +20,10 @@ use super::pages::{Additions, DecodePlan, PAGE_TOKENS, PagePool, Readers};
 use super::product::Precision;
 use super::quantize::SourceRows;
 use super::slice::Out;
-use super::tensor::{Activation, Dense, Hidden};
+use super::tensor::{Activation, Dense, Hidden, Weight};
 use super::{ActivationPart, kernels};
 use crate::Result;
-use crate::backend::{AttentionSpec, Decode, DecodeStep, Matrix, Qkv, SequenceStep};
+use crate::backend::{AttentionSpec, Decode, DecodeStep, Matrix, Qkv, Quantization, SequenceStep};
 
 /// A step on the device.
 pub struct DeviceStep {
@@ -70,6 +70,7 @@ struct Workspace {
 impl Decode for Cuda {
     type Cache = PagePool;
     type Step = DeviceStep;
+    type Head = Dense;
 
     fn page_tokens(&self) -> usize {
         PAGE_TOKENS
@@ -192,6 +193,10 @@ impl Decode for Cuda {
             self.read_pages(cache, own.half().into(), to, &reading)?;
         }
         Ok(self.named_rows(&out, step.order.as_ref(), step.tokens)?.unwrap_or(out))
+    }
+
+    fn head(&self, weight: &Weight) -> Result<Dense> {
+        self.dense(weight, None)
     }
 
     fn logits(&self, x: &Activation, head: &Dense) -> Result<Matrix> {

@@ -136,13 +136,12 @@ fn a_decoded_token_has_the_same_bits_whatever_the_others_are() {
 #[test]
 fn logits_are_not_rounded_to_halves() {
     let Some(cuda) = device("logits_are_not_rounded_to_halves") else { return };
-    use crate::backend::Quantization;
     use crate::checkpoint::{Dtype, Tensor};
     let mut random = Random(23);
     let (x, weight) = (random_rows(&mut random, 3, 64), random_rows(&mut random, 40, 64));
     let bytes = super::tests::bytes_of(&weight.data, Dtype::F16);
     let tensor = Tensor::in_memory("head", Dtype::F16, &[40, 64], &bytes);
-    let head = cuda.dense(&cuda.load(tensor).unwrap(), None).unwrap();
+    let head = cuda.head(&cuda.load(tensor).unwrap()).unwrap();
     let found = cuda.logits(&cuda.half_tensor(&x), &head).unwrap();
     let product = |row: usize, column: usize| -> f64 {
         let pairs = x.data[row * 64..][..64].iter().zip(&weight.data[column * 64..][..64]);

@@ -9,10 +9,10 @@ products, well below the two loads a cycle that the core can do. */
 use std::arch::x86_64::*;
 
 use super::layout::{CHUNK, Line, PANEL, STEP, unpack};
-use super::{Destination, FloatBlock, IntegerBlock, group_starts};
+use super::{Destination, FloatBlock, IntegerBlock, PackedBlock, group_starts};
 
 /// Tokens in a tile.
-const TILE: usize = 6;
+pub(super) const TILE: usize = 6;
 
 /// Calls a tile kernel for all tokens: tiles of [`TILE`], then one of what is left. Finished sums
 /// are stored tile by tile, while the next tile computes.
@@ -73,6 +73,96 @@ pub(super) unsafe fn integer(
 ) {
     // SAFETY: `integer_tile` requires of the block what this function does.
     unsafe { tiles!(integer_tile, block, acc, out) }
+}
+
+/// See [`PackedBlock`].
+///
+/// # Safety
+/// As [`integer`], with at most [`TILE`] tokens.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) unsafe fn packed(
+    block: &PackedBlock<'_>,
+    acc: &mut [[f32; PANEL]],
+    out: Option<&Destination>,
+) {
+    // SAFETY: `packed_tile` requires of the block what this function does.
+    unsafe {
+        match acc.len() {
+            // Two sums each, since a product waits for the one before it.
+            1 => packed_tile::<1, 2>(block, tile_of(acc)),
+            2 => packed_tile::<2, 2>(block, tile_of(acc)),
+            3 => packed_tile::<3, 1>(block, tile_of(acc)),
+            4 => packed_tile::<4, 1>(block, tile_of(acc)),
+            5 => packed_tile::<5, 1>(block, tile_of(acc)),
+            _ => packed_tile::<TILE, 1>(block, tile_of(acc)),
+        }
+    }
+    if let Some(out) = out {
+        out.store(0, acc);
+    }
+}
+
+/// The sums of `TOKENS` tokens, each in `CHAINS` parts.
+///
+/// # Safety
+/// As [`packed`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn packed_tile<const TOKENS: usize, const CHAINS: usize>(
+    block: &PackedBlock<'_>,
+    acc: &mut [[f32; PANEL]; TOKENS],
+) {
+    let mask = _mm512_set1_epi8(15);
+    // SAFETY: the caller's promise: every pointer below stays within its slice.
+    unsafe {
+        let mut floats: [[__m512; 2]; TOKENS] = std::array::from_fn(|token| {
+            let acc = &acc[token];
+            [_mm512_loadu_ps(acc.as_ptr()), _mm512_loadu_ps(acc[16..].as_ptr())]
+        });
+        let mut weights = block.codes.as_ptr();
+        let mut x = block.x_codes.as_ptr();
+        for (group, scales) in block.scales.as_chunks::<PANEL>().0.iter().enumerate() {
+            let mut sums = [[[_mm512_setzero_si512(); 2]; CHAINS]; TOKENS];
+            for (token, sums) in sums.iter_mut().enumerate() {
+                let at = token * block.groups_stride + group;
+                sums[0] = [_mm512_set1_epi32(*block.starts.get_unchecked(at)); 2];
+            }
+            // A group is a multiple of four chunks.
+            for _ in 0..block.group_chunks / 4 {
+                for chunk in 0..4 {
+                    let both = _mm512_load_si512(weights.add(chunk).cast());
+                    let left = _mm512_and_si512(both, mask);
+                    let right = _mm512_and_si512(_mm512_srli_epi16::<4>(both), mask);
+                    for (token, sums) in sums.iter_mut().enumerate() {
+                        let four = x.add(token * block.codes_stride + chunk * CHUNK);
+                        let four = _mm512_set1_epi32(four.cast::<i32>().read_unaligned());
+                        let sums = &mut sums[chunk % CHAINS];
+                        sums[0] = _mm512_dpbusd_epi32(sums[0], left, four);
+                        sums[1] = _mm512_dpbusd_epi32(sums[1], right, four);
+                    }
+                }
+                weights = weights.add(4);
+                x = x.add(4 * CHUNK);
+            }
+            let half =
+                |at: usize| _mm512_cvtph_ps(_mm256_loadu_si256(scales[at..].as_ptr().cast()));
+            let (left, right) = (half(0), half(16));
+            for (token, (floats, sums)) in floats.iter_mut().zip(sums).enumerate() {
+                let at = token * block.groups_stride + group;
+                let scale = _mm512_set1_ps(*block.x_scales.get_unchecked(at));
+                let total = |side: usize| {
+                    let rest = sums[1..].iter().map(|sums| sums[side]);
+                    _mm512_cvtepi32_ps(rest.fold(sums[0][side], |a, b| _mm512_add_epi32(a, b)))
+                };
+                floats[0] = _mm512_fmadd_ps(_mm512_mul_ps(scale, left), total(0), floats[0]);
+                floats[1] = _mm512_fmadd_ps(_mm512_mul_ps(scale, right), total(1), floats[1]);
+            }
+        }
+        for (floats, acc) in floats.iter().zip(acc) {
+            _mm512_storeu_ps(acc.as_mut_ptr(), floats[0]);
+            _mm512_storeu_ps(acc[16..].as_mut_ptr(), floats[1]);
+        }
+    }
 }
 
 /// See [`FloatBlock`].

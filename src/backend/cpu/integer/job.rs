@@ -6,7 +6,10 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::layout::{CHUNK, CHUNK_LINES, IntegerLinear, Line, Outliers, PANEL};
-use super::{FloatBlock, IntegerBlock, Isa, Prepared, float, integer, unpack};
+use super::{
+    FloatBlock, IntegerBlock, Isa, PackedBlock, Prepared, float, integer, packed, unpack,
+    unpacks_in_registers,
+};
 use crate::quant::rows::{OutlierRows, QuantizedRows};
 
 /// Channels whose unpacked codes are multiplied with all tokens of a job before the next ones are
@@ -100,9 +103,13 @@ impl Jobs<'_> {
     pub(super) unsafe fn run(&self, tokens: Range<usize>, panels: Range<usize>) {
         let format = self.w.format.row;
         let run_groups = self.run_groups();
+        let in_registers = unpacks_in_registers(self.isa, tokens.len());
         let unpacked_lines = run_groups * format.numbers.group_size / CHUNK * CHUNK_LINES;
         let mut scratch = Scratch {
-            codes: vec![Line([0; 64]); if self.w.nibbles { unpacked_lines } else { 0 }],
+            codes: vec![
+                Line([0; 64]);
+                if self.w.nibbles && !in_registers { unpacked_lines } else { 0 }
+            ],
             scales: aligned_rows(run_groups.max(format.outlier_channels)),
         };
         let mut acc = aligned_rows(tokens.len());
@@ -140,6 +147,23 @@ impl Jobs<'_> {
         let format = w.format.row;
         let (all_groups, group_size) = (format.groups, format.numbers.group_size);
         let (run_groups, grouped) = (self.run_groups(), format.grouped_channels());
+        if w.nibbles && unpacks_in_registers(self.isa, tokens.len()) && all_groups > 0 {
+            let first = panel * all_groups * PANEL;
+            let scale = tokens.start * all_groups;
+            let block = PackedBlock {
+                group_chunks: group_size / CHUNK,
+                codes: w.group_lines(panel, 0..all_groups),
+                scales: &w.scales[first..first + all_groups * PANEL],
+                x_codes: &x.codes[tokens.start * grouped..],
+                codes_stride: grouped,
+                x_scales: &x.scales[scale..],
+                starts: &prepared.starts[scale..],
+                groups_stride: all_groups,
+            };
+            let last = format.outlier_channels == 0;
+            packed(self.isa, &block, acc, last.then_some(out));
+            return;
+        }
         let all_scales: &mut [[f32; PANEL]] = bytemuck::cast_slice_mut(&mut scratch.scales);
         let mut group = 0;
         while group < all_groups {

@@ -19,6 +19,7 @@ mod portable;
 #[cfg(test)]
 mod tests;
 
+use half::f16;
 use rayon::prelude::*;
 
 pub use layout::IntegerLinear;
@@ -53,6 +54,23 @@ struct IntegerBlock<'a> {
     codes_stride: usize,
     /// Scales and starting values of the first token from the first group on, and the distance
     /// between tokens.
+    x_scales: &'a [f32],
+    starts: &'a [i32],
+    groups_stride: usize,
+}
+
+/// As [`IntegerBlock`], with nibbles as they are stored, for a few tokens: unpacking them in registers costs less than
+/// writing them to memory would.
+struct PackedBlock<'a> {
+    /// Chunks in a group.
+    group_chunks: usize,
+    /// `[groups, chunks]`.
+    codes: &'a [Line],
+    /// `[groups, 32]`.
+    scales: &'a [f16],
+    /// As [`IntegerBlock`] has them.
+    x_codes: &'a [i8],
+    codes_stride: usize,
     x_scales: &'a [f32],
     starts: &'a [i32],
     groups_stride: usize,
@@ -191,6 +209,33 @@ fn integer(
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2(_) => unsafe { avx2::integer(block, acc, out) },
         _ => portable::integer(block, acc, out),
+    }
+}
+
+/// Whether nibbles of so many tokens are unpacked in registers.
+fn unpacks_in_registers(isa: Isa, tokens: usize) -> bool {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512(_) => tokens <= avx512::TILE,
+        _ => false,
+    }
+}
+
+/// As [`integer`], where [`unpacks_in_registers`].
+fn packed(isa: Isa, block: &PackedBlock<'_>, acc: &mut [[f32; PANEL]], out: Option<&Destination>) {
+    let groups = block.scales.len() / PANEL;
+    let last = acc.len() - 1;
+    assert_eq!(block.codes.len(), groups * block.group_chunks);
+    let group_channels = block.group_chunks * CHUNK;
+    assert!(group_channels.is_multiple_of(STEP));
+    assert!(block.x_codes.len() >= last * block.codes_stride + groups * group_channels);
+    assert!(block.x_scales.len() >= last * block.groups_stride + groups);
+    assert!(block.starts.len() >= last * block.groups_stride + groups);
+    match isa {
+        // SAFETY: the token is proof that the processor has the set; the lengths are checked above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512(_) => unsafe { avx512::packed(block, acc, out) },
+        _ => unreachable!("this set unpacks nothing in registers"),
     }
 }
 
