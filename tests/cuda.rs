@@ -214,3 +214,55 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     home.run(&format!("{line} --out parts --resume")).done();
     assert!(weights(&home, "single") == weights(&home, "parts"));
 }
+
+#[test]
+fn a_text_is_the_cpus_or_parts_from_it_at_a_near_tie() {
+    if !gpu("a_text_is_the_cpus_or_parts_from_it_at_a_near_tie") {
+        return;
+    }
+    let home = Home::new();
+    home.run(&format!("{QUANTIZE} --device cpu --out q --no-eval")).done();
+    // A difference of half a percent in probability is within what f16 activations change of a source; codes of 4 bits change more.
+    for (model, most) in [("tiny-llama", 0.02), ("q", 0.3)] {
+        let line =
+            format!("generate --model {model} --prompt Once --ignore-eos --max-new-tokens 120");
+        let of = |device: &str| {
+            let made = home.json(&format!("{line} --device {device}"));
+            let tokens = made["tokens"].as_array().unwrap().iter();
+            let tokens =
+                tokens.map(|own| (own["token"].clone(), own["log_probability"].as_f64().unwrap()));
+            tokens.collect::<Vec<_>>()
+        };
+        let (cpu, cuda) = (of("cpu"), of("cuda"));
+        assert_eq!(cuda, of("cuda"), "{model}: another run has other tokens");
+        assert_eq!((cpu.len(), cuda.len()), (120, 120));
+        let same = cpu.iter().zip(&cuda).take_while(|(a, b)| a.0 == b.0).count();
+        eprintln!("{model}: {same} of 120 tokens are the same");
+        for (a, b) in cpu.iter().zip(&cuda).take(same + 1) {
+            assert!((a.1 - b.1).abs() < most, "{model}: {a:?} and {b:?} after {same} tokens");
+        }
+        // Most of a text that is not the same says nothing more.
+        assert!(same >= 1, "{model}");
+    }
+}
+
+#[test]
+fn a_conversation_goes_on_over_the_cache() {
+    if !gpu("a_conversation_goes_on_over_the_cache") {
+        return;
+    }
+    use std::io::Write;
+    let home = Home::new();
+    let talk = |device: &str| {
+        let line = format!(
+            "generate --model tiny-llama -i --max-new-tokens 8 --ignore-eos --device {device}"
+        );
+        let mut child = home.command(&line).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(b"The first of the\n and then a\n or a\n").unwrap();
+        let run = Run::new(&line, child.wait_with_output().unwrap()).done();
+        assert_eq!(run.stderr.matches("of them cached").count(), 2, "{}", run.stderr);
+        run.stdout
+    };
+    // Eight tokens of three turns: f16 changes none of them.
+    assert_eq!(talk("cuda"), talk("cpu"));
+}

@@ -23,6 +23,15 @@ pub struct SequenceStep {
     pub added: usize,
 }
 
+/// The most probable token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Argmax {
+    /// The token.
+    pub token: u32,
+    /// The logarithm of its probability; NaN where a logit is not a number.
+    pub log_probability: f64,
+}
+
 impl DecodeStep {
     /// New tokens of all sequences: rows of a step's activations.
     pub fn tokens(&self) -> usize {
@@ -80,4 +89,8 @@ pub trait Decode: Forward {
     fn head(&self, weight: &Self::Weight<'_>) -> Result<Self::Head>;
     /// The logits of normed hidden states, `[rows, vocabulary]` in f32.
     fn logits(&self, x: &Self::Activation, head: &Self::Head) -> Result<Matrix>;
+    /// Of each row the token of the greatest logit, of equal ones the first. None where the host reads all logits anyway.
+    fn argmax(&self, _x: &Self::Activation, _head: &Self::Head) -> Result<Option<Vec<Argmax>>> {
+        Ok(None)
+    }
 }

@@ -4,7 +4,7 @@ use super::attention::attention_spec;
 use super::prefetch::prefetch;
 use super::runnable::Runnable;
 use super::tensors::{expect, vector};
-use crate::backend::{AttentionSpec, Backend, Decode, DecodeStep, Matrix};
+use crate::backend::{Argmax, AttentionSpec, Backend, Decode, DecodeStep, Matrix};
 use crate::model::block::{Block, CachedAttention};
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::progress::Progress;
@@ -18,6 +18,23 @@ pub struct Decoder<'a, B: Backend + Decode> {
     blocks: Vec<Block<B>>,
     final_norm: B::Hidden,
     head: B::Head,
+}
+
+/// What is wanted of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'w> {
+    /// The rows, ascending; there may be none.
+    pub rows: &'w [u32],
+    /// Whether their most probable tokens are enough.
+    pub argmax_only: bool,
+}
+
+/// What rows predict.
+pub enum Predictions {
+    /// `[rows, vocabulary]`.
+    Logits(Matrix),
+    /// The most probable token of each row: where nothing else was wanted and the backend finds it.
+    Argmax(Vec<Argmax>),
 }
 
 /// The keys and values of every block, in pages of the same numbers.
@@ -93,8 +110,7 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         Ok(Caches { blocks: blocks.collect::<Result<_>>()?, spec, pages })
     }
 
-    /// Runs the new tokens of a step through the network. Returns the logits of the rows in `wanted`, ascending,
-    /// `[wanted, vocabulary]`.
+    /// Runs the new tokens of a step through the network, and returns what the rows in `wanted`, ascending, predict.
     ///
     /// # Errors
     /// Input: a token without an embedding.
@@ -103,8 +119,8 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         caches: &mut Caches<B>,
         step: &DecodeStep,
         tokens: &[u32],
-        wanted: &[u32],
-    ) -> Result<Matrix> {
+        wanted: Wanted<'_>,
+    ) -> Result<Predictions> {
         assert!(tokens.len() == step.tokens());
         let vocabulary = self.model.architecture.vocabulary;
         if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
@@ -123,8 +139,8 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         caches: &mut Caches<B>,
         step: &DecodeStep,
         tokens: &[u32],
-        wanted: &[u32],
-    ) -> Result<Matrix> {
+        Wanted { rows: wanted, argmax_only }: Wanted<'_>,
+    ) -> Result<Predictions> {
         let Runnable { backend, architecture, .. } = &self.model;
         let mut x = backend.embed(&self.table, tokens)?;
         let step = backend.begin_step(step)?;
@@ -135,9 +151,12 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
             block.forward_cached(*backend, cached, wanted, &mut x)?;
         }
         if wanted.is_empty() {
-            return Ok(Matrix { rows: 0, columns: architecture.vocabulary, data: Vec::new() });
+            return Ok(Predictions::Argmax(Vec::new()));
         }
         let normed = backend.rms_norm(&x, &self.final_norm, architecture.norm_epsilon)?;
-        backend.logits(&normed, &self.head)
+        if argmax_only && let Some(found) = backend.argmax(&normed, &self.head)? {
+            return Ok(Predictions::Argmax(found));
+        }
+        Ok(Predictions::Logits(backend.logits(&normed, &self.head)?))
     }
 }

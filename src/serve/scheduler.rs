@@ -9,8 +9,8 @@ use std::collections::{HashMap, VecDeque};
 
 use super::pages::Pages;
 use super::sequence::{Kept, Produced, Request, Sequence, SequenceId};
-use crate::backend::{Backend, Decode, DecodeStep, SequenceStep};
-use crate::network::{Caches, Decoder};
+use crate::backend::{Backend, Decode, DecodeStep, Matrix, SequenceStep};
+use crate::network::{Caches, Decoder, Predictions, Wanted};
 use crate::{Error, Result};
 
 /// What a scheduler may use.
@@ -92,23 +92,30 @@ impl<'a, 'm, B: Backend + Decode> Scheduler<'a, 'm, B> {
     /// Runs a step: new tokens, none of a sequence whose prompt goes on. Does nothing where nothing is left to do.
     ///
     /// # Errors
-    /// The network's. Sequences stay as they were before the step.
+    /// The network's, and logits that are not finite.
     pub fn step(&mut self) -> Result<Vec<Produced>> {
         self.admit();
         let Planned { step, tokens, taken, wanted } = self.plan();
         if taken.is_empty() {
             return Ok(Vec::new());
         }
-        let logits = self.decoder.forward(&mut self.caches, &step, &tokens, &wanted)?;
-        let mut logits = logits.data.chunks_exact(logits.columns.max(1));
-        let mut produced = Vec::new();
+        let argmax_only = taken.iter().all(|(index, _)| self.running[*index].needs_argmax_only());
+        let wanted = Wanted { rows: &wanted, argmax_only };
+        let predictions = self.decoder.forward(&mut self.caches, &step, &tokens, wanted)?;
+        let (mut row, mut produced) = (0, Vec::new());
         for (index, count) in taken {
             let sequence = &mut self.running[index];
             sequence.held += count;
-            if sequence.pending() == 0 {
-                let logits = logits.next().expect("a row for each last token");
-                produced.push(sequence.produce(logits)?);
+            if sequence.pending() > 0 {
+                continue;
             }
+            produced.push(match &predictions {
+                Predictions::Logits(Matrix { columns, data, .. }) => {
+                    sequence.produce(&data[row * columns..][..*columns])?
+                }
+                Predictions::Argmax(found) => sequence.take(found[row])?,
+            });
+            row += 1;
         }
         self.retire(&produced);
         Ok(produced)

@@ -16,6 +16,7 @@ use std::sync::OnceLock;
 
 use super::Cuda;
 use super::gpu::Buffer;
+use super::kernels::reduce;
 use super::pages::{Additions, DecodePlan, PAGE_TOKENS, PagePool, Readers};
 use super::product::Precision;
 use super::quantize::SourceRows;
@@ -23,7 +24,9 @@ use super::slice::Out;
 use super::tensor::{Activation, Dense, Hidden, Weight};
 use super::{ActivationPart, kernels};
 use crate::Result;
-use crate::backend::{AttentionSpec, Decode, DecodeStep, Matrix, Qkv, Quantization, SequenceStep};
+use crate::backend::{
+    Argmax, AttentionSpec, Decode, DecodeStep, Matrix, Qkv, Quantization, SequenceStep,
+};
 
 /// A step on the device.
 pub struct DeviceStep {
@@ -200,14 +203,43 @@ impl Decode for Cuda {
     }
 
     fn logits(&self, x: &Activation, head: &Dense) -> Result<Matrix> {
-        let bytes = 4 * x.rows * head.rows;
-        let to = self.gpu.alloc(bytes)?;
-        self.multiply(ActivationPart::all(x), head, &to, Precision::HalfToFloat, false)?;
-        Ok(Matrix { rows: x.rows, columns: head.rows, data: to.download(0..bytes)? })
+        let data = self.float_logits(x, head)?.download(0..4 * x.rows * head.rows)?;
+        Ok(Matrix { rows: x.rows, columns: head.rows, data })
+    }
+
+    fn argmax(&self, x: &Activation, head: &Dense) -> Result<Option<Vec<Argmax>>> {
+        let (rows, vocabulary) = (x.rows, head.rows);
+        let logits = self.float_logits(x, head)?;
+        let (tokens, nats) = (self.gpu.alloc(4 * rows)?, self.gpu.alloc(8 * rows)?);
+        let own = (&logits).into();
+        self.kernels.launch(&reduce::Argmax {
+            logits: own,
+            vocabulary,
+            tokens: (&tokens).into(),
+            rows,
+        })?;
+        self.kernels.launch(&reduce::CrossEntropy {
+            logits: own,
+            targets: (&tokens).into(),
+            vocabulary,
+            nats: (&nats).into(),
+            rows,
+        })?;
+        let (tokens, nats) =
+            (tokens.download::<u32>(0..4 * rows)?, nats.download::<f64>(0..8 * rows)?);
+        let pairs = tokens.into_iter().zip(nats);
+        Ok(Some(pairs.map(|(token, nats)| Argmax { token, log_probability: -nats }).collect()))
     }
 }
 
 impl Cuda {
+    /// `[rows, vocabulary]` in f32.
+    fn float_logits(&self, x: &Activation, head: &Dense) -> Result<Buffer> {
+        let to = self.gpu.alloc(4 * x.rows * head.rows)?;
+        self.multiply(ActivationPart::all(x), head, &to, Precision::HalfToFloat, false)?;
+        Ok(to)
+    }
+
     /// The rows of `x` that were uploaded; none where they are all of its rows.
     fn named_rows(
         &self,
