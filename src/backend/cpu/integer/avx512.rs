@@ -24,12 +24,13 @@ macro_rules! tiles {
                 prefetch(out, first, acc.len());
             }
             match acc.len() {
-                1 => $kernel::<1>($block, first, tile_of(acc)),
-                2 => $kernel::<2>($block, first, tile_of(acc)),
-                3 => $kernel::<3>($block, first, tile_of(acc)),
-                4 => $kernel::<4>($block, first, tile_of(acc)),
-                5 => $kernel::<5>($block, first, tile_of(acc)),
-                _ => $kernel::<TILE>($block, first, tile_of(acc)),
+                // Several sums each, since a product waits for the one before it.
+                1 => $kernel::<1, 4>($block, first, tile_of(acc)),
+                2 => $kernel::<2, 2>($block, first, tile_of(acc)),
+                3 => $kernel::<3, 1>($block, first, tile_of(acc)),
+                4 => $kernel::<4, 1>($block, first, tile_of(acc)),
+                5 => $kernel::<5, 1>($block, first, tile_of(acc)),
+                _ => $kernel::<TILE, 1>($block, first, tile_of(acc)),
             }
             if let Some(out) = $out {
                 out.store(first, acc);
@@ -88,8 +89,8 @@ pub(super) unsafe fn packed(
     // SAFETY: `packed_tile` requires of the block what this function does.
     unsafe {
         match acc.len() {
-            // Two sums each, since a product waits for the one before it.
-            1 => packed_tile::<1, 2>(block, tile_of(acc)),
+            // Several sums each, since a product waits for the one before it.
+            1 => packed_tile::<1, 4>(block, tile_of(acc)),
             2 => packed_tile::<2, 2>(block, tile_of(acc)),
             3 => packed_tile::<3, 1>(block, tile_of(acc)),
             4 => packed_tile::<4, 1>(block, tile_of(acc)),
@@ -150,12 +151,9 @@ unsafe fn packed_tile<const TOKENS: usize, const CHAINS: usize>(
             for (token, (floats, sums)) in floats.iter_mut().zip(sums).enumerate() {
                 let at = token * block.groups_stride + group;
                 let scale = _mm512_set1_ps(*block.x_scales.get_unchecked(at));
-                let total = |side: usize| {
-                    let rest = sums[1..].iter().map(|sums| sums[side]);
-                    _mm512_cvtepi32_ps(rest.fold(sums[0][side], |a, b| _mm512_add_epi32(a, b)))
-                };
-                floats[0] = _mm512_fmadd_ps(_mm512_mul_ps(scale, left), total(0), floats[0]);
-                floats[1] = _mm512_fmadd_ps(_mm512_mul_ps(scale, right), total(1), floats[1]);
+                let [sum, other] = totals(&sums);
+                floats[0] = _mm512_fmadd_ps(_mm512_mul_ps(scale, left), sum, floats[0]);
+                floats[1] = _mm512_fmadd_ps(_mm512_mul_ps(scale, right), other, floats[1]);
             }
         }
         for (floats, acc) in floats.iter().zip(acc) {
@@ -163,6 +161,16 @@ unsafe fn packed_tile<const TOKENS: usize, const CHAINS: usize>(
             _mm512_storeu_ps(acc[16..].as_mut_ptr(), floats[1]);
         }
     }
+}
+
+/// The parts of exact sums added up, as floats.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn totals(parts: &[[__m512i; 2]]) -> [__m512; 2] {
+    let add = |a: [__m512i; 2], b: &[__m512i; 2]| {
+        [_mm512_add_epi32(a[0], b[0]), _mm512_add_epi32(a[1], b[1])]
+    };
+    parts[1..].iter().fold(parts[0], add).map(|sum| _mm512_cvtepi32_ps(sum))
 }
 
 /// See [`FloatBlock`].
@@ -197,13 +205,13 @@ pub(super) unsafe fn starts(codes: &[i8], size: usize, offset: i32, starts: &mut
     group_starts(codes, size, offset, starts);
 }
 
-/// The sums of `TOKENS` tokens from `first` on.
+/// The sums of `TOKENS` tokens from `first` on, each in `CHAINS` parts.
 ///
 /// # Safety
 /// As [`integer`], with `first + TOKENS` tokens in the block and `TOKENS` in `acc`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn integer_tile<const TOKENS: usize>(
+unsafe fn integer_tile<const TOKENS: usize, const CHAINS: usize>(
     block: &IntegerBlock<'_>,
     first: usize,
     acc: &mut [[f32; PANEL]; TOKENS],
@@ -217,14 +225,14 @@ unsafe fn integer_tile<const TOKENS: usize>(
         let mut weights = block.codes.as_ptr();
         let mut x = block.x_codes.as_ptr().add(first * block.codes_stride);
         for (group, scales) in block.scales.iter().enumerate() {
-            let mut sums = [[_mm512_setzero_si512(); 2]; TOKENS];
+            let mut sums = [[[_mm512_setzero_si512(); 2]; CHAINS]; TOKENS];
             for (token, sums) in sums.iter_mut().enumerate() {
                 // The next tile's codes of this group: a job's tokens do not fit L1. A prefetch may
                 // name any address.
                 let next = x.wrapping_add((TILE + token) * block.codes_stride);
                 _mm_prefetch::<_MM_HINT_T0>(next);
                 let at = (first + token) * block.groups_stride + group;
-                *sums = [_mm512_set1_epi32(*block.starts.get_unchecked(at)); 2];
+                sums[0] = [_mm512_set1_epi32(*block.starts.get_unchecked(at)); 2];
             }
             for _ in 0..block.group_chunks / (STEP / CHUNK) {
                 let tokens: [*const i8; TOKENS] =
@@ -236,6 +244,7 @@ unsafe fn integer_tile<const TOKENS: usize>(
                     for (x, sums) in tokens.iter().zip(&mut sums) {
                         let four = x.add(chunk * CHUNK).cast::<i32>().read_unaligned();
                         let four = _mm512_set1_epi32(four);
+                        let sums = &mut sums[chunk % CHAINS];
                         sums[0] = _mm512_dpbusd_epi32(sums[0], left, four);
                         sums[1] = _mm512_dpbusd_epi32(sums[1], right, four);
                     }
@@ -248,7 +257,7 @@ unsafe fn integer_tile<const TOKENS: usize>(
             for (token, (floats, sums)) in floats.iter_mut().zip(sums).enumerate() {
                 let at = (first + token) * block.groups_stride + group;
                 let scale = _mm512_set1_ps(*block.x_scales.get_unchecked(at));
-                let [sum, other] = sums.map(|sums| _mm512_cvtepi32_ps(sums));
+                let [sum, other] = totals(&sums);
                 floats[0] = _mm512_fmadd_ps(_mm512_mul_ps(scale, left), sum, floats[0]);
                 floats[1] = _mm512_fmadd_ps(_mm512_mul_ps(scale, right), other, floats[1]);
             }
@@ -260,13 +269,13 @@ unsafe fn integer_tile<const TOKENS: usize>(
     }
 }
 
-/// As [`integer_tile`], for [`float`].
+/// As [`integer_tile`], for [`float`], whose sums have one order: `CHAINS` is not used.
 ///
 /// # Safety
 /// As [`float`], with `first + TOKENS` tokens in the block and `TOKENS` in `acc`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn float_tile<const TOKENS: usize>(
+unsafe fn float_tile<const TOKENS: usize, const CHAINS: usize>(
     block: &FloatBlock<'_>,
     first: usize,
     acc: &mut [[f32; PANEL]; TOKENS],
