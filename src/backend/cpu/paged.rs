@@ -26,6 +26,9 @@ use crate::backend::{AttentionSpec, DecodeStep, Qkv, SequenceStep};
 /// Tokens of a page at most: those of a panel.
 pub(super) const PAGE_TOKENS: usize = PANEL;
 
+/// Keys of all heads that one thread has read before another is awake.
+const ALONE_VALUES: usize = 1 << 16;
+
 thread_local! {
     /// Panels of keys and of values, kept from head to head. Taken out while in use.
     static PANELS: Cell<[Panels; 2]> = Cell::default();
@@ -301,7 +304,7 @@ pub(super) fn cached_attention(
     });
     let sequences: Vec<(usize, &SequenceStep)> = first_rows.zip(&step.sequences).collect();
     let layer = Layer { isa, spec, head, q: qkv.q, out: Shared(out.as_mut_ptr()) };
-    (0..sequences.len() * spec.kv_heads).into_par_iter().for_each(|task| {
+    let task = |task: usize| {
         let ((row, sequence), kv_head) = (sequences[task / spec.kv_heads], task % spec.kv_heads);
         let SequenceStep { held, added, ref pages } = *sequence;
         // Keys before every query's window are left out, entire panels of them.
@@ -314,7 +317,14 @@ pub(super) fn cached_attention(
         // SAFETY: `check` has found the rows of all sequences in `out`, and no two tasks share a row and a head.
         unsafe { layer.queries(kv_head, &queries, &own) };
         PANELS.set(panels);
-    });
+    };
+    let tasks = 0..sequences.len() * spec.kv_heads;
+    let read: usize = step.sequences.iter().map(|sequence| sequence.held + sequence.added).sum();
+    if read * spec.kv_heads * spec.head_dim <= ALONE_VALUES {
+        tasks.for_each(task);
+    } else {
+        tasks.into_par_iter().for_each(task);
+    }
 }
 
 fn check(

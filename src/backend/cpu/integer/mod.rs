@@ -37,6 +37,11 @@ const JOB_TOKENS: usize = 192;
 /// Jobs a thread should have to choose from, so that all finish together.
 const JOBS_PER_THREAD: usize = 4;
 
+/// Bytes of weights that one thread has read before another is awake, for each tile of tokens.
+const ALONE_BYTES: usize = 1 << 20;
+/// Tokens of a tile of the fastest kernels.
+const TILE_TOKENS: usize = 6;
+
 /// Some groups of one panel, and the activations of some tokens that they are multiplied with:
 /// `acc[t][r] = fma(x_scales[t, g] * scales[g][r], starts[t, g] + dot(t, g, r), acc[t][r])` for
 /// each group `g`, ascending, where `dot` takes the weights as unsigned.
@@ -134,6 +139,12 @@ pub fn linear(isa: Isa, x: &QuantizedRows, w: &IntegerLinear, y: &mut [f32]) {
         return;
     }
     let prepared = prepare(isa, x, w);
+    if x.tokens.div_ceil(TILE_TOKENS) * w.memory_bytes() <= ALONE_BYTES {
+        let jobs = Jobs { isa, x, prepared, w, output: OutputMatrix::new(y, w.rows) };
+        // SAFETY: one job has all tokens and panels.
+        unsafe { jobs.run(0..x.tokens, 0..w.panels()) };
+        return;
+    }
     let wanted = rayon::current_num_threads() * JOBS_PER_THREAD;
     let tile_tokens = x.tokens.min(JOB_TOKENS);
     let tiles = x.tokens.div_ceil(tile_tokens);
