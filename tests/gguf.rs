@@ -473,7 +473,10 @@ fn an_export_is_replaced_by_its_own_kind_alone_and_its_bytes_depend_on_nothing_e
     assert!(!home.path("e").exists());
     let made = home.json("export q --format gguf --out e --threads 1");
     assert_eq!((&made["tensors"], &planned["tensors"]), (&json!(23), &json!(23)));
-    assert_eq!(common::names(&home.path("e")), ["LICENSE", "atom-export.json", "model-Q4_0.gguf"]);
+    assert_eq!(
+        common::names(&home.path("e")),
+        ["LICENSE", "README.md", "atom-export.json", "model-Q4_0.gguf"]
+    );
     home.run("export q --format gguf --out e").fails(2, &["output directory e exists"]);
     let first = fs::read(file_of(&home.path("e"))).unwrap();
     home.run("export q --format gguf --out e --overwrite --threads 2").done();

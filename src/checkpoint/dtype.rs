@@ -11,8 +11,10 @@ pub enum Dtype {
     I8,
     /// FP8 codes: 4 bits of exponent, 3 of mantissa, no infinities.
     F8E4m3,
-    /// Channel orders.
+    /// Channel orders, and codes as exports pack them.
     I32,
+    /// Shapes in exports; written only.
+    I64,
     /// IEEE half precision.
     F16,
     /// The upper half of an F32.
@@ -28,6 +30,7 @@ impl Dtype {
             Self::U8 | Self::I8 | Self::F8E4m3 => 1,
             Self::F16 | Self::BF16 => 2,
             Self::I32 | Self::F32 => 4,
+            Self::I64 => 8,
         }
     }
 
@@ -38,6 +41,7 @@ impl Dtype {
             Self::I8 => "I8",
             Self::F8E4m3 => "F8_E4M3",
             Self::I32 => "I32",
+            Self::I64 => "I64",
             Self::F16 => "F16",
             Self::BF16 => "BF16",
             Self::F32 => "F32",

@@ -230,7 +230,7 @@ impl<'a> Tensor<'a> {
             Dtype::F16 => convert_f16,
             Dtype::BF16 => convert_bf16,
             Dtype::F32 => convert_f32,
-            Dtype::U8 | Dtype::I8 | Dtype::F8E4m3 | Dtype::I32 => {
+            Dtype::U8 | Dtype::I8 | Dtype::F8E4m3 | Dtype::I32 | Dtype::I64 => {
                 let found = form(self.dtype.name(), self.shape);
                 let message = format!("{} is {found}, not F16, BF16 or F32", self.title());
                 return Err(Error::input(message));

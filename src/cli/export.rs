@@ -16,8 +16,10 @@ use crate::{Error, Result};
 const EXAMPLES: &str = "\
 Examples:
   atom export tiny-llama-atom-w4a4-g128 --format dense
+  atom export ./SmolLM2-atom-w4a16-g128 --format compressed-tensors
+  atom export ./SmolLM2-atom-w4a16-g128 --format gptq --dry-run
   atom export ./SmolLM2-atom-w4a16-g32 --format gguf
-  atom export ./SmolLM2-atom-w4a16-g128 --format dense --dtype bf16 --dry-run
+  atom export ./SmolLM2-atom-w4a4-g128 --format dense --dtype bf16
 
 An export copies codes and scales and never rounds them again. A checkpoint that a format cannot hold \
 exactly is refused before any work, with a recipe that would do; dense takes any checkpoint.";
@@ -30,7 +32,7 @@ pub(crate) struct Arguments {
     checkpoint: String,
     #[command(flatten)]
     format: FormatFlag,
-    /// Type of weights that are not quantized, f16 or bf16, if not the model's own; dense only
+    /// Type of the floating-point tensors, f16 or bf16, to which they are rounded [default: the model's own]
     #[arg(long, value_name = "TYPE", value_parser = values::half)]
     dtype: Option<Dtype>,
     /// Type of embedding and head, f16 or q8_0, which rounds them to 8 bits; gguf only
@@ -59,9 +61,9 @@ struct FormatFlag {
 
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     let format = arguments.format.format;
-    if arguments.dtype.is_some() && format.name() != "dense" {
-        return Err(Error::usage("--dtype is for --format dense alone")
-            .hint("leave it out: other formats keep the model's type"));
+    if arguments.dtype.is_some() && format.name() == "gguf" {
+        return Err(Error::usage("--dtype is not for --format gguf")
+            .hint("leave it out: a GGUF file has types of its own"));
     }
     if arguments.embedding.is_some() && format.name() != "gguf" {
         return Err(Error::usage("--embedding is for --format gguf alone")
@@ -89,7 +91,13 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         overwrite: arguments.overwrite.overwrite,
         inputs: Inputs::default(),
     };
-    let job = Export { model: &model, format, destination: &destination, resume: arguments.resume };
+    let job = Export {
+        model: &model,
+        format,
+        destination: &destination,
+        resume: arguments.resume,
+        perplexities: &[],
+    };
     if arguments.dry_run {
         return output.write(&dry_run(&job)?);
     }

@@ -12,6 +12,7 @@ mod doctor;
 mod eval_ppl;
 mod eval_tasks;
 mod export;
+mod exports;
 pub mod failure;
 mod generate;
 mod inspect;

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use crate::backend::Backend;
-use crate::card::{Card, Form, Perplexity, SourceCard};
+use crate::card::{Card, Form, SourceCard};
 use crate::checkpoint::{AtomCheckpoint, Source, replace_card};
 use crate::eval::{atom_perplexity, source_perplexity};
 use crate::machine::peak_rss_bytes;
@@ -58,8 +58,7 @@ fn change<B: Backend>(
 
 /// Writes the model card again, with what was measured.
 fn write_card(source: &Source, outcome: &QuantizeOutcome, change: &PerplexityChange) -> Result<()> {
-    let PerplexityChange { dataset, windows, seq_len, before, after } = change.clone();
-    let perplexities = &[Perplexity { dataset, windows, seq_len, before, after }];
+    let perplexities = &[change.measured()];
     let manifest = &AtomCheckpoint::open(&outcome.out)?.manifest()?;
     // The run that wrote the checkpoint has warned of a source's card that cannot be read.
     let source = &SourceCard::of(source.readme(), &Silent);

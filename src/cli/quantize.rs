@@ -5,6 +5,7 @@ use clap::Args;
 use super::args::{
     CalibrationFlags, DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag, with_backend,
 };
+use super::exports::ExportFlag;
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::perplexity_change::with_perplexity;
 use super::recipe::RecipeFlags;
@@ -16,6 +17,7 @@ use crate::pipeline::outcome::QuantizeOutcome;
 use crate::pipeline::{self, Quantization};
 use crate::printable::printable;
 use crate::progress::Progress;
+use crate::report::Exported;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -24,6 +26,7 @@ Examples:
   atom quantize --model org/SmolLM2@v1.0 --calib wikitext2,c4 --samples 128
   atom quantize --model ./SmolLM2 --calib wiki.jsonl --group 64 --outliers 64
   atom quantize --model ./SmolLM2 --recipe paper --no-gptq --dry-run
+  atom quantize --model ./SmolLM2 --recipe w4a16 --export compressed-tensors
   atom quantize --model ./SmolLM2 --target-bits 4.5 --json > report.json
 
 The first takes seconds and shows the way; a checkpoint worth keeping takes the default 128 windows \
@@ -39,6 +42,8 @@ pub(crate) struct Arguments {
     /// Check everything that can be checked in seconds, say what would be done, and stop
     #[arg(long, help_heading = "Output", conflicts_with = "target")]
     dry_run: bool,
+    #[command(flatten)]
+    export: ExportFlag,
     #[command(flatten)]
     recipe: RecipeFlags,
     #[command(flatten)]
@@ -81,6 +86,8 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let default = || Ok(names::checkpoint_out(&arguments.model.model, &recipe));
     let destination = arguments.output.destination(default, inputs)?;
     let report = arguments.report.next_to(&destination, &source)?;
+    let allocating = arguments.target.allocating(arguments.outlier_counts.clone());
+    arguments.export.check(&source, &recipe, &destination, allocating.is_some(), ui)?;
     let quantization = Quantization {
         source: &source,
         calibration: &calibration,
@@ -96,7 +103,6 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     }
     let name = printable(source.name());
     ui.info(&format!("quantizing {name}\n{}", crate::recipe::lines(&recipe)));
-    let allocating = arguments.target.allocating(arguments.outlier_counts.clone());
     let outcome = with_backend!(&backend, ui, backend => {
         let outcome = match &allocating {
             None => pipeline::quantize(backend, &quantization, ui)?,
@@ -107,8 +113,9 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         };
         with_perplexity(backend, &source, outcome, quantization.evaluation, ui)?
     });
+    let exports = arguments.export.run(&outcome, &destination, ui)?;
     ui.close();
-    output.write(&outcome)?;
+    output.write(&Exported { outcome: &outcome, exports: &exports })?;
     report.write(&outcome, Some(&outcome.out))?;
     check(&outcome, &arguments.max_ppl, &arguments.max_increase)
 }

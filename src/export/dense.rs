@@ -4,20 +4,20 @@ loads.
 A weight is `code * scale`, exact in f32; the Hadamard transform is undone in f32, the channel order by copying, and the
 result is rounded once to the output's type, to nearest, ties to even. */
 
-use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::cast::{self, round, too_large};
 use super::config::config;
-use super::format::{Container, Contents, Format, Part};
+use super::format::{Container, Contents, Format, LOAD, Part, Published};
 use super::model::{ExportedModel, Piece, Subject};
 use super::obstacle::Obstacle;
+use crate::Result;
 use crate::checkpoint::linear::read_order;
 use crate::checkpoint::plan::{LinearPlan, SitePlan};
-use crate::checkpoint::{Dtype, Tensor, TensorBytes, TensorSpec};
+use crate::checkpoint::{Dtype, TensorBytes, TensorSpec};
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::site::{SiteFormat, Transform};
 use crate::quant::{hadamard, weights};
-use crate::{Error, Result};
 
 /// Dense weights, BF16 or F16.
 pub(super) struct Dense;
@@ -50,39 +50,31 @@ impl Format for Dense {
         notes
     }
 
+    fn published(&self) -> Published {
+        Published {
+            library: "transformers",
+            tags: &[],
+            usage: &[
+                LOAD,
+                (
+                    "Measure it with lm-evaluation-harness",
+                    "lm_eval --model hf --model_args pretrained=ORG/NAME --tasks wikitext",
+                ),
+            ],
+        }
+    }
+
     fn contents<'a>(&self, model: &'a ExportedModel<'a>) -> Result<Contents<'a>> {
         // F32 is twice as long as what it holds: a code and a scale have 11 significant bits, as f16 does.
         let dtype = if model.dtype == Dtype::F32 { Dtype::F16 } else { model.dtype };
         let part = |piece| match piece {
-            Piece::Unquantized(tensor) if tensor.dtype != dtype => rounded(model, tensor, dtype),
-            Piece::Unquantized(tensor) => model.copied(tensor),
+            Piece::Unquantized(tensor) => cast::part(model, tensor, dtype),
             Piece::Quantized(site, linear) => dequantized(model, site, linear, dtype),
         };
         let parts = model.pieces()?.into_iter().map(part).collect();
         let config = config(model.checkpoint.config(), dtype, None);
         Ok(Contents { parts, container: Container::Shards { config } })
     }
-}
-
-/// A part that holds a stored tensor in another type.
-fn rounded<'a>(model: &'a ExportedModel<'a>, tensor: Tensor<'a>, dtype: Dtype) -> Part<'a> {
-    /// Values converted at once.
-    const VALUES: usize = 1 << 22;
-    let make = move || {
-        model.verify(tensor.name)?;
-        let rows = tensor.shape.first().copied().unwrap_or(1);
-        let width = tensor.len().checked_div(rows).unwrap_or(0).max(1);
-        let step = (VALUES / width).max(1);
-        let mut bytes = vec![0; tensor.len() * dtype.size_bytes()];
-        for (part, out) in bytes.chunks_mut(step * width * dtype.size_bytes()).enumerate() {
-            let first = part * step;
-            let values = tensor.rows_f32(first..(first + step).min(rows))?;
-            round(&values, dtype, out).ok_or_else(|| too_large(tensor.name, dtype))?;
-        }
-        tensor.release();
-        Ok(vec![TensorBytes::from(bytes)])
-    };
-    Part { tensors: vec![TensorSpec::new(tensor.name, dtype, tensor.shape)], make: Box::new(make) }
 }
 
 /// A part that holds a quantized linear's weights.
@@ -141,35 +133,4 @@ pub(super) fn dense_rows(
     );
     let fits = fits.all(|fits| fits);
     fits.then_some(bytes)
-}
-
-/// Rounds finite values to F16 or BF16 once, to nearest, ties to even; none if one becomes infinite.
-fn round(values: &[f32], dtype: Dtype, out: &mut [u8]) -> Option<()> {
-    let pairs = values.iter().zip(out.as_chunks_mut::<2>().0);
-    let mut largest = 0;
-    let infinity = match dtype {
-        Dtype::BF16 => {
-            for (value, out) in pairs {
-                let bits = value.to_bits();
-                let rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
-                largest = largest.max(rounded & 0x7fff);
-                *out = rounded.to_le_bytes();
-            }
-            bf16::INFINITY.to_bits()
-        }
-        _ => {
-            for (value, out) in pairs {
-                let rounded = f16::from_f32(*value).to_bits();
-                largest = largest.max(rounded & 0x7fff);
-                *out = rounded.to_le_bytes();
-            }
-            f16::INFINITY.to_bits()
-        }
-    };
-    (largest < infinity).then_some(())
-}
-
-fn too_large(name: &str, dtype: Dtype) -> Error {
-    Error::input(format!("{name} holds a weight beyond the range of {dtype}"))
-        .hint("export with --dtype bf16, whose range is that of f32")
 }

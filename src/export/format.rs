@@ -4,8 +4,10 @@ use std::fmt;
 
 use serde_json::Value;
 
+use super::compressed_tensors::CompressedTensors;
 use super::dense::Dense;
 use super::gguf::Gguf;
+use super::gptq::Gptq;
 use super::model::{ExportedModel, Subject};
 use super::obstacle::Obstacle;
 use crate::Result;
@@ -33,12 +35,31 @@ pub trait Format: Sync {
     /// of the export, or which programs cannot load it. A sentence each.
     fn notes(&self, subject: &Subject<'_>) -> Vec<String>;
 
+    /// What the model card says of an export.
+    fn published(&self) -> Published;
+
     /// Everything in the output. No tensor is read here; the closures of the parts read them, one part at a time.
     ///
     /// # Errors
     /// A tensor that the checkpoint lacks or has in another form.
     fn contents<'a>(&self, model: &'a ExportedModel<'a>) -> Result<Contents<'a>>;
 }
+
+/// How an export is published and used. `ORG/NAME` stands for its repository.
+pub struct Published {
+    /// The Hub's `library_name`.
+    pub library: &'static str,
+    /// Tags for the Hub.
+    pub tags: &'static [&'static str],
+    /// What a command does, and the command.
+    pub usage: &'static [(&'static str, &'static str)],
+}
+
+/// The command that loads an export in transformers.
+pub(super) const LOAD: (&str, &str) = (
+    "Load it in transformers",
+    "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('ORG/NAME')\"",
+);
 
 impl fmt::Debug for dyn Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -93,7 +114,7 @@ impl Part<'_> {
 }
 
 /// All formats, in the order in which help lists them.
-pub const FORMATS: &[&dyn Format] = &[&Gguf, &Dense];
+pub const FORMATS: &[&dyn Format] = &[&CompressedTensors, &Gptq, &Gguf, &Dense];
 
 /// The format of that name.
 pub fn find(name: &str) -> Option<&'static dyn Format> {

@@ -11,18 +11,24 @@ output as a list of parts, each with its tensors' names, types and shapes and a 
 one part after another while the one before it is hashed and written, continues an unfinished run, copies the side
 files, and gives the finished output its name in one step (`checkpoint::Writer`). */
 
+mod card;
+mod cast;
+mod compressed_tensors;
 mod config;
 mod dense;
+mod exact;
 mod format;
 mod gguf;
+mod gptq;
 mod model;
 mod obstacle;
 mod outcome;
 mod run;
+mod schemes;
 
-pub use format::{Container, Contents, FORMATS, Format, Part, find};
+pub use format::{Container, Contents, FORMATS, Format, Part, Published, find};
 pub use gguf::MatrixType;
 pub use model::{ExportedModel, Subject};
-pub use obstacle::{Obstacle, check};
+pub use obstacle::{Obstacle, check, check_planned};
 pub use outcome::{ExportDryRun, ExportOutcome};
 pub use run::{Export, dry_run, export};

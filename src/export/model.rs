@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::cast;
 use super::format::Part;
 use super::gguf::MatrixType;
 use crate::checkpoint::linear::{from_tensors, order_spec, specs};
@@ -48,10 +49,12 @@ pub struct ExportedModel<'a> {
     pub architecture: Architecture,
     /// What `atom.json` says.
     pub manifest: Manifest,
-    /// The type of the model's weights by `config.json`.
+    /// The type of the model's weights in the export: what was asked for, or that of `config.json`.
     pub dtype: Dtype,
     /// What embedding and head become in a GGUF file.
     pub embedding: MatrixType,
+    /// Whether floating-point tensors become of that type. Otherwise they stay as they are.
+    pub casts: bool,
     /// Told of work, and asked whether to stop.
     pub progress: &'a dyn Progress,
 }
@@ -81,9 +84,10 @@ impl<'a> ExportedModel<'a> {
         }
         let manifest = read_manifest(checkpoint, &architecture)?;
         let stored = checkpoint.tensor(architecture.outer_tensors()[0].name)?.dtype;
+        let casts = dtype.is_some();
         let dtype = dtype.or(model_dtype(checkpoint.config())).unwrap_or(stored);
         let embedding = MatrixType::default();
-        Ok(Self { checkpoint, architecture, manifest, dtype, embedding, progress })
+        Ok(Self { checkpoint, architecture, manifest, dtype, embedding, casts, progress })
     }
 
     /// What formats are asked about.
@@ -162,6 +166,11 @@ impl<'a> ExportedModel<'a> {
             self.checkpoint.tensor(&spec.name)?.release();
         }
         Ok(quantized)
+    }
+
+    /// A part that holds an unquantized tensor, of the type that was asked for.
+    pub fn unquantized(&'a self, tensor: Tensor<'a>) -> Part<'a> {
+        if self.casts { cast::part(self, tensor, self.dtype) } else { self.copied(tensor) }
     }
 
     /// A part that copies a stored tensor.

@@ -3,7 +3,11 @@
 use std::fmt::Display;
 
 use super::format::Format;
-use super::model::Subject;
+use super::model::{Subject, model_dtype};
+use crate::checkpoint::Source;
+use crate::checkpoint::plan::BlockPlan;
+use crate::model::Architecture;
+use crate::recipe::Recipe;
 use crate::{Error, Result};
 
 /// A setting that a format cannot say, at one or more places of a checkpoint.
@@ -17,16 +21,16 @@ pub struct Obstacle {
     pub needed: String,
     /// The first site or linear that has it.
     pub first: String,
+    /// The last one.
+    last: String,
     /// How many sites or linears have it.
     pub places: usize,
 }
 
 /// Collects obstacles: one for each setting, whatever the number of places.
 #[derive(Default)]
-#[allow(dead_code, reason = "the first format that is not dense uses it")]
 pub(super) struct Obstacles(Vec<Obstacle>);
 
-#[allow(dead_code, reason = "the first format that is not dense uses it")]
 impl Obstacles {
     /// Notes that `place` has `found` where the format takes `needed`, unless it `fits`.
     pub(super) fn check(
@@ -41,12 +45,18 @@ impl Obstacles {
             return;
         }
         match self.0.iter_mut().find(|known| known.setting == setting) {
-            Some(known) => known.places += 1,
+            // A site is asked about once for each of its linears.
+            Some(known) if known.last == place => {}
+            Some(known) => {
+                known.places += 1;
+                known.last = place.to_owned();
+            }
             None => self.0.push(Obstacle {
                 setting,
                 found: found.to_string(),
                 needed: needed.to_string(),
                 first: place.to_owned(),
+                last: place.to_owned(),
                 places: 1,
             }),
         }
@@ -55,6 +65,23 @@ impl Obstacles {
     pub(super) fn into_vec(self) -> Vec<Obstacle> {
         self.0
     }
+}
+
+/// Refuses what a plan would make of a source, if a format cannot hold it exactly: before the checkpoint is made.
+///
+/// # Errors
+/// Those of [`check`], and those of a source without an embedding.
+pub fn check_planned(
+    format: &dyn Format,
+    source: &Source,
+    architecture: &Architecture,
+    blocks: &[BlockPlan],
+    recipe: &Recipe,
+) -> Result<()> {
+    let stored = source.tensor(architecture.outer_tensors()[0].name)?.dtype;
+    let dtype = model_dtype(source.config()).unwrap_or(stored);
+    let subject = Subject { architecture, blocks, recipe, dtype };
+    check(format, &subject, &format!("a checkpoint of {}", source.name()))
 }
 
 /// Refuses a checkpoint that a format cannot hold exactly, with every setting in the way.
@@ -67,7 +94,7 @@ pub fn check(format: &dyn Format, subject: &Subject<'_>, name: &str) -> Result<(
         return Ok(());
     }
     let sentence = |obstacle: &Obstacle| {
-        let Obstacle { setting, found, needed, first, places } = obstacle;
+        let Obstacle { setting, found, needed, first, places, .. } = obstacle;
         let more = if *places > 1 { format!(" and {} more", places - 1) } else { String::new() };
         format!("{setting} is {found} and must be {needed} ({first}{more})")
     };

@@ -29,6 +29,8 @@ pub struct ExportOutcome {
     pub resumed_tensors: usize,
     /// What a user should know, a sentence each.
     pub notes: Vec<String>,
+    /// The command that publishes the export.
+    pub upload: String,
 }
 
 /// What `atom export --dry-run` found.

@@ -6,21 +6,23 @@ use std::time::Instant;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::card::card;
 use super::format::{Container, Contents, Format, Part};
 use super::model::ExportedModel;
 use super::obstacle::check;
 use super::outcome::{ExportDryRun, ExportOutcome};
+use crate::card::{Perplexity, upload_command};
 use crate::checkpoint::{
-    Destination, DirectoryKind, FORMAT_VERSION, Options, SideFile, SingleFile, SourceRecord,
-    TensorBytes, TensorFiles, TensorSpec, Writer, is_legal_file, sha256_hex,
+    Destination, DirectoryKind, FORMAT_VERSION, Options, SideFile, SideFiles, SingleFile,
+    SourceRecord, TensorBytes, TensorFiles, TensorSpec, Writer, is_legal_file, sha256_hex,
 };
 use crate::machine::peak_rss_bytes;
 use crate::network::no_thread;
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 
-/// Tensors are synced and noted as finished in units of at least so many bytes.
-const UNIT_BYTES: u64 = 32 << 20;
+/// Tensors are synced and noted as finished in units of at least so many bytes; those of tests are small.
+const UNIT_BYTES: u64 = if cfg!(test) { 1 << 20 } else { 64 << 20 };
 
 /// What is exported, as what, and where to.
 pub struct Export<'a> {
@@ -32,6 +34,8 @@ pub struct Export<'a> {
     pub destination: &'a Destination,
     /// Never throw an unfinished export away.
     pub resume: bool,
+    /// What was measured of the checkpoint, for the model card.
+    pub perplexities: &'a [Perplexity],
 }
 
 /// What `atom-export.json` says, next to hashes of every tensor and file.
@@ -71,13 +75,15 @@ impl<'a> Export<'a> {
         destination.check_for(DirectoryKind::Export)?;
         check(format, &model.subject(), &model.checkpoint.title())?;
         let Contents { parts, container } = format.contents(model)?;
-        let mut side_files = model.checkpoint.side_files()?;
-        side_files.left_out.iter().for_each(|why| model.progress.warn(why));
+        let SideFiles { copied: mut side_files, left_out } = model.checkpoint.side_files()?;
+        left_out.iter().for_each(|why| model.progress.warn(why));
         if let Container::File { .. } = container {
             // Tokenizer and configuration are in the file.
-            side_files.copied.retain(|file| is_legal_file(&file.name));
+            side_files.retain(|file| is_legal_file(&file.name));
         }
-        let side_bytes = side_files.copied.iter().map(SideFile::bytes).sum();
+        let bytes = parts.iter().map(Part::bytes).sum();
+        side_files.push(card(format, model, bytes, self.perplexities));
+        let side_bytes = side_files.iter().map(SideFile::bytes).sum();
         let options =
             Options { resume, side_bytes, kind: DirectoryKind::Export, ..Options::default() };
         let mut job = json!({
@@ -98,7 +104,6 @@ impl<'a> Export<'a> {
                 (TensorFiles::Single(SingleFile { name, header, tensors: places, bytes }), None)
             }
         };
-        let side_files = side_files.copied;
         Ok(Prepared { parts, tensors, files, config, destination, side_files, options, job })
     }
 
@@ -182,6 +187,7 @@ pub fn export(export: &Export<'_>) -> Result<ExportOutcome> {
     let out = writer.out().to_owned();
     let out_bytes = writer.finish(config.as_ref(), &export.manifest(file)?, &side_files)?;
     Ok(ExportOutcome {
+        upload: upload_command(&export.destination.out),
         out,
         checkpoint: model.checkpoint.name().to_owned(),
         format: format.name(),
@@ -277,3 +283,7 @@ fn write_units(
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;

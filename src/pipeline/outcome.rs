@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::allocated::Allocated;
 use super::channels::SiteChannels;
 use super::sensitivity::Sensitivity;
+use crate::card::Perplexity;
 use crate::model::Architecture;
 use crate::recipe::Recipe;
 
@@ -43,6 +44,14 @@ pub struct PerplexityChange {
     pub before: f64,
     /// Of the checkpoint.
     pub after: f64,
+}
+
+impl PerplexityChange {
+    /// The measurement as a model card has it.
+    pub fn measured(&self) -> Perplexity {
+        let Self { dataset, windows, seq_len, before, after } = self.clone();
+        Perplexity { dataset, windows, seq_len, before, after }
+    }
 }
 
 /// The result of `atom quantize` and `atom pack`.

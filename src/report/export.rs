@@ -1,10 +1,35 @@
 /*! The reports of `atom export`. */
 
+use serde::Serialize;
+
 use super::Report;
 use super::layout::Facts;
 use crate::export::{ExportDryRun, ExportOutcome};
+use crate::pipeline::outcome::QuantizeOutcome;
 use crate::printable::printable;
 use crate::units;
+
+/// A run that wrote a checkpoint, and the exports it ended with.
+#[derive(Serialize)]
+pub struct Exported<'a> {
+    /// The run.
+    #[serde(flatten)]
+    pub outcome: &'a QuantizeOutcome,
+    /// Its exports.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub exports: &'a [ExportOutcome],
+}
+
+impl Report for Exported<'_> {
+    fn text(&self) -> String {
+        let mut text = self.outcome.text();
+        for export in self.exports {
+            text.push('\n');
+            text.push_str(&export.text());
+        }
+        text
+    }
+}
 
 /// The facts that a finished and a planned export have in common.
 struct Common<'a> {
@@ -45,7 +70,8 @@ impl Report for ExportOutcome {
         facts.add("memory", format!("{} at the peak", units::bytes(self.peak_rss_bytes)));
         add_notes(&mut facts, &self.notes);
         let out = self.out.display().to_string();
-        format!("{}\nwrote {}\n", facts.text(), printable(&out))
+        let [out, upload] = [out, self.upload.clone()].map(|text| printable(&text).into_owned());
+        format!("{}\nwrote {out}\npublish: {upload}\n", facts.text())
     }
 }
 
@@ -86,6 +112,7 @@ mod tests {
             peak_rss_bytes: 52_000_000,
             resumed_tensors: 0,
             notes: vec!["activations are not quantized".into(), "nor is the KV cache".into()],
+            upload: "hf upload ORG/x-dense ./x-dense".into(),
         };
         assert_eq!(
             outcome.text(),
@@ -99,6 +126,7 @@ note        activations are not quantized
             nor is the KV cache
 
 wrote ./x-dense
+publish: hf upload ORG/x-dense ./x-dense
 "
         );
         let planned = ExportDryRun {

@@ -19,6 +19,8 @@ mod quantize;
 mod tasks;
 mod verify;
 
+pub use export::Exported;
+
 use serde::Serialize;
 
 /// A result that can be printed, as text or as a JSON object.

@@ -3,6 +3,7 @@
 // Every test file is a crate of its own and uses a part of this.
 #![allow(dead_code)]
 
+pub(crate) mod families;
 mod model;
 pub(crate) mod snapshot;
 pub(crate) mod stand_in;

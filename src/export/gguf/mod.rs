@@ -16,7 +16,7 @@ use self::container::{Layout, Metadata, TensorInfo, TensorType, lay_out};
 use self::parts::parts;
 use self::tensors::Lister;
 use self::tokenizer::TokenizerFiles;
-use super::format::{Container, Contents, Format};
+use super::format::{Container, Contents, Format, Published};
 use super::model::{ExportedModel, Subject};
 use super::obstacle::Obstacle;
 use crate::checkpoint::{Dtype, SourceRecord};
@@ -65,6 +65,14 @@ impl Format for Gguf {
             ));
         }
         notes
+    }
+
+    fn published(&self) -> Published {
+        Published {
+            library: "gguf",
+            tags: &["gguf", "llama.cpp"],
+            usage: &[("Serve it with llama.cpp", "llama-server -hf ORG/NAME")],
+        }
     }
 
     fn contents<'a>(&self, model: &'a ExportedModel<'a>) -> Result<Contents<'a>> {
