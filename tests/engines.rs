@@ -154,9 +154,10 @@ fn engines_compute_what_this_program_computes_of_tiny_llama() {
 fn engines_compute_what_this_program_computes_of_smollm2() {
     let test = "engines_compute_what_this_program_computes_of_smollm2";
     let Some(subject) = Subject::smollm2(test) else { return };
-    for recipe in ["nvfp4", "mxfp4"] {
+    // Activations of 4 bits amplify the order of f32 sums over 30 blocks: transformers in f64 is 4 % from itself.
+    for (recipe, allowed) in [("nvfp4 --act-bits 16", 1e-4), ("nvfp4", 0.06), ("mxfp4", 0.06)] {
         subject.export(recipe, "compressed-tensors");
-        subject.transformers(recipe, 1e-3);
+        subject.transformers(recipe, allowed);
     }
     subject.export("w4a16", "compressed-tensors,gptq");
     let expected = subject.transformers("w4a16", 1e-5);
