@@ -23,15 +23,6 @@ pub struct SequenceStep {
     pub added: usize,
 }
 
-/// The most probable token.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Argmax {
-    /// The token.
-    pub token: u32,
-    /// The logarithm of its probability; NaN where a logit is not a number.
-    pub log_probability: f64,
-}
-
 impl DecodeStep {
     /// New tokens of all sequences: rows of a step's activations.
     pub fn tokens(&self) -> usize {
@@ -60,6 +51,10 @@ pub trait Decode: Forward {
     type Step: Send;
     /// The output head, laid out for products with few rows.
     type Head: Send + Sync;
+    /// The argmax of logits, and its probability.
+    type Argmax;
+    /// The recorded work of a step.
+    type Replay: Default;
 
     /// Tokens of a page.
     fn page_tokens(&self) -> usize;
@@ -73,8 +68,10 @@ pub trait Decode: Forward {
     /// # Errors
     /// As [`page_bytes`](Self::page_bytes), or memory does not suffice.
     fn cache(&self, spec: &AttentionSpec, pages: usize) -> Result<Self::Cache>;
-    /// Prepares a step for the attention of every block.
-    fn begin_step(&self, step: &DecodeStep) -> Result<Self::Step>;
+    /// Prepares a step of these tokens, a row each, for the embedding and the attention of every block.
+    fn begin_step(&self, step: &DecodeStep, tokens: &[u32]) -> Result<Self::Step>;
+    /// The rows of `table` that the step's tokens name, `[tokens, hidden]`. Every token is less than its rows.
+    fn embed_step(&self, table: &Self::Weight<'_>, step: &Self::Step) -> Result<Self::Hidden>;
     /// Adds the keys and values of a step to the cache, then attends causally: each new token to its own sequence.
     /// `qkv` are before the rotary embedding; `key_mean` `[1, kv_heads * head_dim]` is subtracted from the embedded keys.
     fn cached_attention(
@@ -89,8 +86,28 @@ pub trait Decode: Forward {
     fn head(&self, weight: &Self::Weight<'_>) -> Result<Self::Head>;
     /// The logits of normed hidden states, `[rows, vocabulary]` in f32.
     fn logits(&self, x: &Self::Activation, head: &Self::Head) -> Result<Matrix>;
-    /// Of each row the token of the greatest logit, of equal ones the first. None where the host reads all logits anyway.
-    fn argmax(&self, _x: &Self::Activation, _head: &Self::Head) -> Result<Option<Vec<Argmax>>> {
-        Ok(None)
-    }
+    /// The argmax of each row of the logits of normed hidden states, left where they are.
+    fn argmax(&self, x: &Self::Activation, head: &Self::Head) -> Result<Self::Argmax>;
+    /// Runs `work`, which carries a step through a network to the argmax of its tokens, and returns it. A backend may record
+    /// the work of a step that adds one token to each sequence, and replay it for a later step of as many sequences; so
+    /// `work` does the same for both, and depends on nothing but the step. `replay` is where it stores the record.
+    ///
+    /// # Errors
+    /// Those of `work`, and input where a logit is not finite.
+    fn greedy_step(
+        &self,
+        replay: &mut Self::Replay,
+        step: &DecodeStep,
+        tokens: &[u32],
+        work: &mut dyn FnMut(&Self::Step) -> Result<Self::Argmax>,
+    ) -> Result<Vec<GreedyToken>>;
+}
+
+/// A token of the greatest logit, of equal ones the first.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GreedyToken {
+    /// Its id.
+    pub token: u32,
+    /// The logarithm of its probability.
+    pub log_probability: f64,
 }

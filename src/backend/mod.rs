@@ -14,7 +14,7 @@ mod memory;
 mod quantization;
 
 pub use calibration::{AccumulatedError, Calibration};
-pub use decode::{Argmax, Decode, DecodeStep, SequenceStep};
+pub use decode::{Decode, DecodeStep, GreedyToken, SequenceStep};
 pub use forward::{AttentionSpec, Forward, Placement, Qkv};
 pub use measurement::{Measurement, Prediction, Producer};
 pub use memory::{Matrix, Memory, Tensor};

@@ -289,7 +289,7 @@ impl<'a> Session<'a> {
     }
 
     fn tell<B: Backend + Decode>(&self, decoder: &Decoder<'_, B>, generation: &Generation) {
-        let memory = match decoder.model().backend.peak_bytes() {
+        let memory = match decoder.backend().peak_bytes() {
             Some(bytes) => format!("{} of GPU memory", units::bytes(bytes)),
             None => format!("{} of memory", units::bytes(peak_rss_bytes())),
         };
@@ -301,7 +301,7 @@ impl<'a> Session<'a> {
         decoder: &Decoder<'_, B>,
         generation: Generation,
     ) -> GenerateOutcome {
-        let backend = decoder.model().backend;
+        let backend = decoder.backend();
         GenerateOutcome {
             model: self.model.name().to_owned(),
             device: backend.device(),

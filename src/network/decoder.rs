@@ -4,7 +4,8 @@ use super::attention::attention_spec;
 use super::prefetch::prefetch;
 use super::runnable::Runnable;
 use super::tensors::{expect, vector};
-use crate::backend::{Argmax, AttentionSpec, Backend, Decode, DecodeStep, Matrix};
+use crate::backend::{AttentionSpec, Backend, Decode, DecodeStep, GreedyToken, Matrix};
+use crate::model::Architecture;
 use crate::model::block::{Block, CachedAttention};
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
 use crate::progress::Progress;
@@ -13,28 +14,25 @@ use crate::{Error, Result};
 
 /// A source in full precision or an Atom checkpoint on the integer path, with its weights laid out once.
 pub struct Decoder<'a, B: Backend + Decode> {
-    model: Runnable<'a, B>,
+    backend: &'a B,
+    architecture: Architecture,
+    kv: KvFormat,
     table: B::Weight<'a>,
     blocks: Vec<Block<B>>,
     final_norm: B::Hidden,
     head: B::Head,
 }
 
-/// What is wanted of a step.
-#[derive(Clone, Copy, Debug)]
-pub struct Wanted<'w> {
-    /// The rows, ascending; there may be none.
-    pub rows: &'w [u32],
-    /// Whether their most probable tokens are enough.
-    pub argmax_only: bool,
-}
-
-/// What rows predict.
-pub enum Predictions {
-    /// `[rows, vocabulary]`.
-    Logits(Matrix),
-    /// The most probable token of each row: where nothing else was wanted and the backend finds it.
-    Argmax(Vec<Argmax>),
+/// The weights of a network on a backend.
+pub struct DecoderParts<'a, B: Backend + Decode> {
+    /// The embedding, `[vocabulary, hidden]`.
+    pub table: B::Weight<'a>,
+    /// All blocks.
+    pub blocks: Vec<Block<B>>,
+    /// The weight of the final norm, `[1, hidden]`.
+    pub final_norm: B::Hidden,
+    /// The output head.
+    pub head: B::Head,
 }
 
 /// The keys and values of every block, in pages of the same numbers.
@@ -42,6 +40,7 @@ pub struct Caches<B: Decode> {
     spec: AttentionSpec,
     blocks: Vec<B::Cache>,
     pages: usize,
+    replay: B::Replay,
 }
 
 impl<B: Decode> Caches<B> {
@@ -81,17 +80,33 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         progress.advance("");
         progress.end();
         tensors.check_unchanged()?;
-        Ok(Self { table, blocks, final_norm, head, model })
+        let Runnable { architecture, kv, .. } = model;
+        Ok(Self { backend, architecture, kv, table, blocks, final_norm, head })
     }
 
-    /// The model.
-    pub fn model(&self) -> &Runnable<'a, B> {
-        &self.model
+    /// A network of parts that are on the backend already.
+    pub fn of_parts(
+        backend: &'a B,
+        architecture: Architecture,
+        kv: KvFormat,
+        DecoderParts { table, blocks, final_norm, head }: DecoderParts<'a, B>,
+    ) -> Self {
+        Self { backend, architecture, kv, table, blocks, final_norm, head }
+    }
+
+    /// Where it runs.
+    pub fn backend(&self) -> &'a B {
+        self.backend
+    }
+
+    /// Its network.
+    pub fn architecture(&self) -> &Architecture {
+        &self.architecture
     }
 
     /// How keys and values are held.
     pub fn kv(&self) -> &KvFormat {
-        &self.model.kv
+        &self.kv
     }
 
     /// Bytes of a page of all blocks.
@@ -99,18 +114,62 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
     /// # Errors
     /// A machine error where the backend has no cache for this network.
     pub fn page_bytes(&self) -> Result<u64> {
-        let spec = attention_spec(&self.model.architecture, self.model.kv, 0);
-        Ok(self.model.backend.page_bytes(&spec)? * self.blocks.len() as u64)
+        let spec = attention_spec(&self.architecture, self.kv, 0);
+        Ok(self.backend.page_bytes(&spec)? * self.blocks.len() as u64)
     }
 
     /// Empty caches of `pages` pages for sequences of up to `longest` tokens.
     pub fn caches(&self, longest: usize, pages: usize) -> Result<Caches<B>> {
-        let spec = attention_spec(&self.model.architecture, self.model.kv, longest);
-        let blocks = (0..self.blocks.len()).map(|_| self.model.backend.cache(&spec, pages));
-        Ok(Caches { blocks: blocks.collect::<Result<_>>()?, spec, pages })
+        let spec = attention_spec(&self.architecture, self.kv, longest);
+        let blocks = (0..self.blocks.len()).map(|_| self.backend.cache(&spec, pages));
+        let blocks = blocks.collect::<Result<_>>()?;
+        Ok(Caches { blocks, spec, pages, replay: B::Replay::default() })
     }
 
-    /// Runs the new tokens of a step through the network, and returns what the rows in `wanted`, ascending, predict.
+    /// Runs the new tokens of a step, one or more of each sequence, through the network. Returns the argmax of each
+    /// sequence's last one.
+    ///
+    /// # Errors
+    /// Input: a token without an embedding, or logits that are not finite.
+    pub fn greedy(
+        &self,
+        caches: &mut Caches<B>,
+        step: &DecodeStep,
+        tokens: &[u32],
+    ) -> Result<Vec<GreedyToken>> {
+        self.check_tokens(step, tokens)?;
+        Self::on_pool(|| self.run_greedy(caches, step, tokens))
+    }
+
+    fn run_greedy(
+        &self,
+        caches: &mut Caches<B>,
+        step: &DecodeStep,
+        tokens: &[u32],
+    ) -> Result<Vec<GreedyToken>> {
+        let Caches { spec, blocks, replay, .. } = caches;
+        let backend = self.backend;
+        let last_rows = step.last_rows();
+        let wanted = (last_rows.len() < tokens.len()).then_some(&last_rows[..]);
+        let mut work = |step: &B::Step| {
+            let x = self.pass(spec, blocks, step, wanted)?;
+            backend.argmax(&self.normed(&x)?, &self.head)
+        };
+        // Experts are chosen on the host, which no record can do.
+        let found = if self.architecture.experts.is_some() {
+            backend.greedy_step(&mut B::Replay::default(), step, tokens, &mut work)?
+        } else {
+            backend.greedy_step(replay, step, tokens, &mut work)?
+        };
+        match found.iter().find(|found| !found.log_probability.is_finite()) {
+            Some(_) => Err(Error::input("a logit is not finite")
+                .hint("the weights overflow on this prompt: is the checkpoint sound?")),
+            None => Ok(found),
+        }
+    }
+
+    /// Runs the new tokens of a step through the network. Returns the logits of the rows in `wanted`, ascending,
+    /// `[wanted, vocabulary]`.
     ///
     /// # Errors
     /// Input: a token without an embedding.
@@ -119,19 +178,10 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         caches: &mut Caches<B>,
         step: &DecodeStep,
         tokens: &[u32],
-        wanted: Wanted<'_>,
-    ) -> Result<Predictions> {
-        assert!(tokens.len() == step.tokens());
-        let vocabulary = self.model.architecture.vocabulary;
-        if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
-            let message = format!("token {token} has no embedding: the model has {vocabulary}");
-            return Err(Error::input(message).hint("tokenizer.json does not belong to this model"));
-        }
-        if B::ON_HOST {
-            // On one of the threads that share the work, so that none waits for another to be woken.
-            return rayon::scope(|_| self.run(caches, step, tokens, wanted));
-        }
-        self.run(caches, step, tokens, wanted)
+        wanted: &[u32],
+    ) -> Result<Matrix> {
+        self.check_tokens(step, tokens)?;
+        Self::on_pool(|| self.run(caches, step, tokens, wanted))
     }
 
     fn run(
@@ -139,24 +189,55 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         caches: &mut Caches<B>,
         step: &DecodeStep,
         tokens: &[u32],
-        Wanted { rows: wanted, argmax_only }: Wanted<'_>,
-    ) -> Result<Predictions> {
-        let Runnable { backend, architecture, .. } = &self.model;
-        let mut x = backend.embed(&self.table, tokens)?;
-        let step = backend.begin_step(step)?;
-        let last = self.blocks.len().saturating_sub(1);
-        for (index, (block, cache)) in self.blocks.iter().zip(&mut caches.blocks).enumerate() {
-            let wanted = (index == last && !wanted.is_empty()).then_some(wanted);
-            let cached = CachedAttention { spec: &caches.spec, cache, step: &step };
-            block.forward_cached(*backend, cached, wanted, &mut x)?;
-        }
+        wanted: &[u32],
+    ) -> Result<Matrix> {
+        let backend = self.backend;
+        let step = backend.begin_step(step, tokens)?;
+        let last = (!wanted.is_empty()).then_some(wanted);
+        let x = self.pass(&caches.spec, &mut caches.blocks, &step, last)?;
         if wanted.is_empty() {
-            return Ok(Predictions::Argmax(Vec::new()));
+            let columns = self.architecture.vocabulary;
+            return Ok(Matrix { rows: 0, columns, data: Vec::new() });
         }
-        let normed = backend.rms_norm(&x, &self.final_norm, architecture.norm_epsilon)?;
-        if argmax_only && let Some(found) = backend.argmax(&normed, &self.head)? {
-            return Ok(Predictions::Argmax(found));
+        backend.logits(&self.normed(&x)?, &self.head)
+    }
+
+    /// Runs `work` on one of the threads that share it, where it is the host's, so that none waits for another to be woken.
+    fn on_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+        if B::ON_HOST { rayon::scope(|_| work()) } else { work() }
+    }
+
+    fn normed(&self, x: &B::Hidden) -> Result<B::Activation> {
+        self.backend.rms_norm(x, &self.final_norm, self.architecture.norm_epsilon)
+    }
+
+    fn check_tokens(&self, step: &DecodeStep, tokens: &[u32]) -> Result<()> {
+        assert!(tokens.len() == step.tokens());
+        let vocabulary = self.architecture.vocabulary;
+        match tokens.iter().find(|token| **token as usize >= vocabulary) {
+            None => Ok(()),
+            Some(token) => Err(Error::input(format!(
+                "token {token} has no embedding: the model has {vocabulary}"
+            ))
+            .hint("tokenizer.json does not belong to this model")),
         }
-        Ok(Predictions::Logits(backend.logits(&normed, &self.head)?))
+    }
+
+    /// The hidden states after all blocks, of the rows in `wanted` alone where it is given.
+    fn pass(
+        &self,
+        spec: &AttentionSpec,
+        caches: &mut [B::Cache],
+        step: &B::Step,
+        wanted: Option<&[u32]>,
+    ) -> Result<B::Hidden> {
+        let mut x = self.backend.embed_step(&self.table, step)?;
+        let last = self.blocks.len().saturating_sub(1);
+        for (index, (block, cache)) in self.blocks.iter().zip(caches).enumerate() {
+            let cached = CachedAttention { spec, cache, step };
+            let wanted = wanted.filter(|_| index == last);
+            block.forward_cached(self.backend, cached, wanted, &mut x)?;
+        }
+        Ok(x)
     }
 }

@@ -3,9 +3,7 @@ kind of network, every width of the cache, and a quantized network. */
 
 use std::path::Path;
 
-use super::{
-    Decoder, Model, OutputHead, Predictions, Runnable, Stream, Wanted, attention_spec, split_fused,
-};
+use super::{Decoder, Model, OutputHead, Runnable, Stream, attention_spec, split_fused};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::device_of_tests;
 use crate::backend::{Backend, Decode, DecodeStep, Forward, Memory, SequenceStep};
@@ -63,13 +61,8 @@ fn decode<B: Backend + Decode>(
             continue;
         }
         let wanted: Vec<u32> = (0..tokens.len() as u32).collect();
-        let wanted = Wanted { rows: &wanted, argmax_only: false };
-        let step = DecodeStep { sequences };
-        let Predictions::Logits(found) =
-            decoder.forward(&mut caches, &step, &tokens, wanted).unwrap()
-        else {
-            panic!("logits were wanted")
-        };
+        let found =
+            decoder.forward(&mut caches, &DecodeStep { sequences }, &tokens, &wanted).unwrap();
         for (row, own) in found.data.chunks(found.columns).zip(owners) {
             logits[own].extend_from_slice(row);
         }

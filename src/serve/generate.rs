@@ -118,7 +118,7 @@ impl<'a, 'm, B: Backend + Decode> Generator<'a, 'm, B> {
         settings: GenerationSettings,
         longest: usize,
     ) -> Result<Self> {
-        let pages = longest.div_ceil(decoder.model().backend.page_tokens());
+        let pages = longest.div_ceil(decoder.backend().page_tokens());
         let limits = Limits { batch: 1, step_tokens: STEP_TOKENS, longest, pages };
         let scheduler = Scheduler::new(decoder, limits)?;
         Ok(Self { scheduler, tokenizer, settings, longest, kept: None, tokens: Vec::new() })

@@ -5,7 +5,6 @@ all but the `top_k` most probable; those after the first ones, by probability, t
 those less probable than `min_p` times the most probable. One of the others is drawn. Of equal logits the lower id comes
 first. */
 
-use crate::backend::Argmax;
 use crate::text::PythonRandom;
 use crate::{Error, Result};
 
@@ -53,20 +52,7 @@ impl Sampler {
         Self { sampling, random: PythonRandom::new(seed) }
     }
 
-    /// The choice where the most probable token is known.
-    ///
-    /// # Errors
-    /// Input: logits that are not finite.
-    pub fn take(&self, argmax: Argmax) -> Result<Choice> {
-        let Argmax { token, log_probability } = argmax;
-        debug_assert!(self.sampling.is_greedy());
-        if !log_probability.is_finite() {
-            return Err(not_finite("the logits are not finite".to_owned()));
-        }
-        Ok(Choice { token, log_probability })
-    }
-
-    /// Whether the most probable token is all it needs to know.
+    /// Whether it takes the argmax.
     pub fn is_greedy(&self) -> bool {
         self.sampling.is_greedy()
     }
@@ -133,17 +119,14 @@ fn argmax(logits: &[f32]) -> Result<u32> {
     let mut best = (0, f32::NEG_INFINITY);
     for (token, logit) in logits.iter().enumerate() {
         if !logit.is_finite() {
-            return Err(not_finite(format!("the logit of token {token} is {logit}")));
+            return Err(Error::input(format!("the logit of token {token} is {logit}"))
+                .hint("the weights overflow on this prompt: is the checkpoint sound?"));
         }
         if *logit > best.1 {
             best = (token, *logit);
         }
     }
     Ok(best.0 as u32)
-}
-
-fn not_finite(what: String) -> Error {
-    Error::input(what).hint("the weights overflow on this prompt: is the checkpoint sound?")
 }
 
 /// `l - ln(sum(exp(l)))` of one token, sums in f64.

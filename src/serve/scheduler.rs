@@ -8,9 +8,10 @@ the rest goes on in the next step. */
 use std::collections::{HashMap, VecDeque};
 
 use super::pages::Pages;
+use super::sampling::Choice;
 use super::sequence::{Kept, Produced, Request, Sequence, SequenceId};
-use crate::backend::{Backend, Decode, DecodeStep, Matrix, SequenceStep};
-use crate::network::{Caches, Decoder, Predictions, Wanted};
+use crate::backend::{Backend, Decode, DecodeStep, GreedyToken, SequenceStep};
+use crate::network::{Caches, Decoder};
 use crate::{Error, Result};
 
 /// What a scheduler may use.
@@ -44,7 +45,7 @@ impl<'a, 'm, B: Backend + Decode> Scheduler<'a, 'm, B> {
     /// # Errors
     /// Memory does not suffice, or the backend has no cache for the network.
     pub fn new(decoder: &'a Decoder<'m, B>, limits: Limits) -> Result<Self> {
-        let page_tokens = decoder.model().backend.page_tokens();
+        let page_tokens = decoder.backend().page_tokens();
         Ok(Self {
             decoder,
             caches: decoder.caches(limits.longest, limits.pages)?,
@@ -92,30 +93,36 @@ impl<'a, 'm, B: Backend + Decode> Scheduler<'a, 'm, B> {
     /// Runs a step: new tokens, none of a sequence whose prompt goes on. Does nothing where nothing is left to do.
     ///
     /// # Errors
-    /// The network's, and logits that are not finite.
+    /// The network's. Sequences stay as they were before the step.
     pub fn step(&mut self) -> Result<Vec<Produced>> {
         self.admit();
         let Planned { step, tokens, taken, wanted } = self.plan();
         if taken.is_empty() {
             return Ok(Vec::new());
         }
-        let argmax_only = taken.iter().all(|(index, _)| self.running[*index].needs_argmax_only());
-        let wanted = Wanted { rows: &wanted, argmax_only };
-        let predictions = self.decoder.forward(&mut self.caches, &step, &tokens, wanted)?;
-        let (mut row, mut produced) = (0, Vec::new());
-        for (index, count) in taken {
-            let sequence = &mut self.running[index];
-            sequence.held += count;
-            if sequence.pending() > 0 {
-                continue;
-            }
-            produced.push(match &predictions {
-                Predictions::Logits(Matrix { columns, data, .. }) => {
-                    sequence.produce(&data[row * columns..][..*columns])?
+        let mut produced = Vec::new();
+        if taken.iter().all(|(index, _)| self.running[*index].is_greedy()) {
+            let found = self.decoder.greedy(&mut self.caches, &step, &tokens)?;
+            for ((index, count), GreedyToken { token, log_probability }) in
+                taken.into_iter().zip(found)
+            {
+                let sequence = &mut self.running[index];
+                sequence.held += count;
+                if sequence.pending() == 0 {
+                    produced.push(sequence.extend(Choice { token, log_probability }, Vec::new()));
                 }
-                Predictions::Argmax(found) => sequence.take(found[row])?,
-            });
-            row += 1;
+            }
+        } else {
+            let logits = self.decoder.forward(&mut self.caches, &step, &tokens, &wanted)?;
+            let mut logits = logits.data.chunks_exact(logits.columns.max(1));
+            for (index, count) in taken {
+                let sequence = &mut self.running[index];
+                sequence.held += count;
+                if sequence.pending() == 0 {
+                    let logits = logits.next().expect("a row for each last token");
+                    produced.push(sequence.produce(logits)?);
+                }
+            }
         }
         self.retire(&produced);
         Ok(produced)

@@ -2,6 +2,7 @@ use super::super::sampling::{Choice, Sampling};
 use super::super::sequence::End;
 use super::*;
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::tests::device;
 use crate::hub;
 use crate::network::Runnable;
 use crate::progress::Silent;
@@ -35,7 +36,11 @@ fn request(prompt: usize, most_new: usize, seed: u64) -> Request {
 const LIMITS: Limits = Limits { batch: 8, step_tokens: 512, longest: 256, pages: 32 };
 
 /// Tokens and log-probabilities by sequence, in the order in which they were submitted.
-fn run(decoder: &Decoder<'_, Cpu>, limits: Limits, requests: &[Request]) -> Vec<Vec<(u32, u64)>> {
+fn run<B: Backend + Decode>(
+    decoder: &Decoder<'_, B>,
+    limits: Limits,
+    requests: &[Request],
+) -> Vec<Vec<(u32, u64)>> {
     let mut scheduler = Scheduler::new(decoder, limits).unwrap();
     let ids: Vec<SequenceId> =
         requests.iter().map(|request| scheduler.submit(request.clone()).unwrap()).collect();
@@ -171,4 +176,26 @@ fn what_can_never_fit_is_refused_and_what_fits_later_waits() {
         let error = scheduler.step().unwrap_err();
         assert!(error.message().contains("token 4096"), "{error}");
     });
+}
+
+/// Steps whose logits are asked for are issued kernel by kernel, those of greedy decoding are recorded and replayed.
+#[test]
+fn replayed_steps_choose_the_tokens_of_issued_ones() {
+    let Some(cuda) = device("replayed_steps_choose_the_tokens_of_issued_ones") else { return };
+    let source = hub::tiny_llama().unwrap();
+    for bits in [4, 16] {
+        let mut model = Runnable::source(&cuda, &source, &Silent).unwrap();
+        model.kv = KvFormat { bits, rotate: bits < 16, ..KvFormat::FULL };
+        let decoder = Decoder::load(model, &Silent).unwrap();
+        // Two that end early, so that records of three shapes follow one another, and a newcomer.
+        let requests = [(3, 40), (90, 40), (17, 12), (64, 30), (5, 40), (9, 25)]
+            .map(|(prompt, most_new)| request(prompt, most_new, 0));
+        let issued = requests.clone().map(|own| Request { scored: vec![1], ..own });
+        let limits = Limits { batch: 5, ..LIMITS };
+        let tokens = |requests: &[Request]| -> Vec<Vec<u32>> {
+            let made = run(&decoder, limits, requests);
+            made.into_iter().map(|own| own.into_iter().map(|(token, _)| token).collect()).collect()
+        };
+        assert_eq!(tokens(&requests), tokens(&issued));
+    }
 }

@@ -2,7 +2,6 @@
 
 use super::sampling::{Choice, Sampler, Sampling, log_probability};
 use crate::Result;
-use crate::backend::Argmax;
 
 /// The name of a sequence in its scheduler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -91,32 +90,27 @@ impl Sequence {
         self.tokens.len() - self.held
     }
 
-    /// Whether its most probable token is all that it needs to know.
-    pub(super) fn needs_argmax_only(&self) -> bool {
-        self.sampler.is_greedy() && self.scored.is_empty()
-    }
-
     /// Chooses the next token by its logits.
     pub(super) fn produce(&mut self, logits: &[f32]) -> Result<Produced> {
         let choice = self.sampler.choose(logits)?;
         let scored = self.scored.iter().map(|token| log_probability(logits, *token)).collect();
-        Ok(Produced { scored, ..self.append(choice) })
+        Ok(self.extend(choice, scored))
     }
 
-    /// Takes the most probable token.
-    pub(super) fn take(&mut self, argmax: Argmax) -> Result<Produced> {
-        let choice = self.sampler.take(argmax)?;
-        Ok(self.append(choice))
+    /// Whether it needs nothing of its logits but their argmax.
+    pub(super) fn is_greedy(&self) -> bool {
+        self.sampler.is_greedy() && self.scored.is_empty()
     }
 
-    fn append(&mut self, choice: Choice) -> Produced {
+    /// Takes a token as its next.
+    pub(super) fn extend(&mut self, choice: Choice, scored: Vec<f64>) -> Produced {
         self.tokens.push(choice.token);
         let end = if self.stop.contains(&choice.token) {
             Some(End::Stop)
         } else {
             (self.tokens.len() == self.longest).then_some(End::Length)
         };
-        Produced { sequence: self.id, choice, end, scored: Vec::new() }
+        Produced { sequence: self.id, choice, end, scored }
     }
 }
 

@@ -2,13 +2,15 @@
 
 use super::paged::{self, PAGE_TOKENS, PagedCache};
 use super::{Cpu, Head, HostTensor};
-use crate::backend::{AttentionSpec, Decode, DecodeStep, Matrix, Qkv};
+use crate::backend::{AttentionSpec, Decode, DecodeStep, Forward, GreedyToken, Matrix, Qkv};
 use crate::{Result, checkpoint};
 
 impl Decode for Cpu {
     type Cache = PagedCache;
-    type Step = DecodeStep;
+    type Step = CpuStep;
     type Head = Head;
+    type Argmax = Vec<GreedyToken>;
+    type Replay = ();
 
     fn page_tokens(&self) -> usize {
         PAGE_TOKENS
@@ -22,15 +24,19 @@ impl Decode for Cpu {
         Ok(PagedCache::new(spec, PAGE_TOKENS, pages))
     }
 
-    fn begin_step(&self, step: &DecodeStep) -> Result<DecodeStep> {
-        Ok(step.clone())
+    fn begin_step(&self, step: &DecodeStep, tokens: &[u32]) -> Result<CpuStep> {
+        Ok(CpuStep { step: step.clone(), tokens: tokens.to_vec() })
+    }
+
+    fn embed_step(&self, table: &Self::Weight<'_>, step: &CpuStep) -> Result<HostTensor> {
+        self.embed(table, &step.tokens)
     }
 
     fn cached_attention(
         &self,
         spec: &AttentionSpec,
         cache: &mut PagedCache,
-        step: &DecodeStep,
+        step: &CpuStep,
         qkv: Qkv<HostTensor>,
         key_mean: Option<&HostTensor>,
     ) -> Result<HostTensor> {
@@ -38,7 +44,7 @@ impl Decode for Cpu {
         let mut out = self.tensor(q.rows, q.columns);
         let qkv = Qkv { q: &q.data[..], k: &k.data[..], v: &v.data[..] };
         let key_mean = key_mean.map(|mean| &mean.data[..]);
-        paged::cached_attention(self.isa, spec, cache, step, qkv, key_mean, &mut out.data);
+        paged::cached_attention(self.isa, spec, cache, &step.step, qkv, key_mean, &mut out.data);
         Ok(out)
     }
 
@@ -51,4 +57,37 @@ impl Decode for Cpu {
         head.product(self.isa, &x.data, x.rows, &mut data);
         Ok(Matrix { rows: x.rows, columns: head.rows(), data })
     }
+
+    fn argmax(&self, x: &HostTensor, head: &Head) -> Result<Vec<GreedyToken>> {
+        let logits = self.logits(x, head)?;
+        Ok(logits.data.chunks_exact(logits.columns).map(greedy).collect())
+    }
+
+    fn greedy_step(
+        &self,
+        (): &mut (),
+        step: &DecodeStep,
+        tokens: &[u32],
+        work: &mut dyn FnMut(&CpuStep) -> Result<Vec<GreedyToken>>,
+    ) -> Result<Vec<GreedyToken>> {
+        work(&self.begin_step(step, tokens)?)
+    }
+}
+
+/// A step and its tokens.
+pub struct CpuStep {
+    step: DecodeStep,
+    tokens: Vec<u32>,
+}
+
+/// The argmax of a row of logits; its probability is no number where one of them is none.
+fn greedy(logits: &[f32]) -> GreedyToken {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (token, logit) in logits.iter().enumerate() {
+        if *logit > best.1 {
+            best = (token, *logit);
+        }
+    }
+    let sum: f64 = logits.iter().map(|logit| f64::from((logit - best.1).exp())).sum();
+    GreedyToken { token: best.0 as u32, log_probability: -sum.ln() }
 }

@@ -16,21 +16,23 @@ use std::sync::OnceLock;
 
 use super::Cuda;
 use super::gpu::Buffer;
-use super::kernels::reduce;
 use super::pages::{Additions, DecodePlan, PAGE_TOKENS, PagePool, Readers};
 use super::product::Precision;
 use super::quantize::SourceRows;
+use super::replay::{DeviceArgmax, StepReplay};
 use super::slice::Out;
 use super::tensor::{Activation, Dense, Hidden, Weight};
 use super::{ActivationPart, kernels};
 use crate::Result;
 use crate::backend::{
-    Argmax, AttentionSpec, Decode, DecodeStep, Matrix, Qkv, Quantization, SequenceStep,
+    AttentionSpec, Decode, DecodeStep, GreedyToken, Matrix, Qkv, Quantization, SequenceStep,
 };
 
 /// A step on the device.
 pub struct DeviceStep {
     tokens: usize,
+    /// The tokens themselves.
+    ids: Buffer,
     /// The pages of each sequence, `[sequences, table_stride]`.
     table: Buffer,
     table_stride: usize,
@@ -74,6 +76,8 @@ impl Decode for Cuda {
     type Cache = PagePool;
     type Step = DeviceStep;
     type Head = Dense;
+    type Argmax = DeviceArgmax;
+    type Replay = StepReplay;
 
     fn page_tokens(&self) -> usize {
         PAGE_TOKENS
@@ -87,9 +91,9 @@ impl Decode for Cuda {
         self.page_pool(spec, pages)
     }
 
-    fn begin_step(&self, step: &DecodeStep) -> Result<DeviceStep> {
+    fn begin_step(&self, step: &DecodeStep, ids: &[u32]) -> Result<DeviceStep> {
         let all = &step.sequences;
-        let table_stride = all.iter().map(|sequence| sequence.pages.len()).max().unwrap_or(0);
+        let table_stride = table_stride(step);
         let mut first_rows = vec![0];
         first_rows.extend(all.iter().scan(0, |next, sequence| {
             *next += sequence.added;
@@ -107,6 +111,7 @@ impl Decode for Cuda {
             }
         }
         let tokens = step.tokens();
+        assert_eq!(ids.len(), tokens, "a token for each row of a step");
         let named = |rows: &[u32]| (rows.len() < tokens).then(|| self.gpu.upload(rows)).transpose();
         let mut order = Vec::with_capacity(tokens);
         let mut windows = Vec::new();
@@ -131,6 +136,7 @@ impl Decode for Cuda {
         });
         Ok(DeviceStep {
             tokens,
+            ids: self.gpu.upload(ids)?,
             table: self.table(all.iter(), table_stride)?,
             table_stride,
             rows: self.counts(first_rows)?,
@@ -203,43 +209,54 @@ impl Decode for Cuda {
     }
 
     fn logits(&self, x: &Activation, head: &Dense) -> Result<Matrix> {
-        let data = self.float_logits(x, head)?.download(0..4 * x.rows * head.rows)?;
-        Ok(Matrix { rows: x.rows, columns: head.rows, data })
+        let bytes = 4 * x.rows * head.rows;
+        let to = self.gpu.alloc(bytes)?;
+        self.multiply(ActivationPart::all(x), head, &to, Precision::HalfToFloat, false)?;
+        Ok(Matrix { rows: x.rows, columns: head.rows, data: to.download(0..bytes)? })
     }
 
-    fn argmax(&self, x: &Activation, head: &Dense) -> Result<Option<Vec<Argmax>>> {
-        let (rows, vocabulary) = (x.rows, head.rows);
-        let logits = self.float_logits(x, head)?;
-        let (tokens, nats) = (self.gpu.alloc(4 * rows)?, self.gpu.alloc(8 * rows)?);
-        let own = (&logits).into();
-        self.kernels.launch(&reduce::Argmax {
-            logits: own,
-            vocabulary,
-            tokens: (&tokens).into(),
-            rows,
-        })?;
-        self.kernels.launch(&reduce::CrossEntropy {
-            logits: own,
-            targets: (&tokens).into(),
-            vocabulary,
-            nats: (&nats).into(),
-            rows,
-        })?;
-        let (tokens, nats) =
-            (tokens.download::<u32>(0..4 * rows)?, nats.download::<f64>(0..8 * rows)?);
-        let pairs = tokens.into_iter().zip(nats);
-        Ok(Some(pairs.map(|(token, nats)| Argmax { token, log_probability: -nats }).collect()))
+    fn embed_step(&self, table: &Weight, step: &DeviceStep) -> Result<Hidden> {
+        self.embed_ids(table, &step.ids, step.tokens)
+    }
+
+    fn argmax(&self, x: &Activation, head: &Dense) -> Result<DeviceArgmax> {
+        self.row_argmax(x, head)
+    }
+
+    fn greedy_step(
+        &self,
+        replay: &mut StepReplay,
+        step: &DecodeStep,
+        tokens: &[u32],
+        work: &mut dyn FnMut(&DeviceStep) -> Result<DeviceArgmax>,
+    ) -> Result<Vec<GreedyToken>> {
+        self.replayed(replay, step, tokens, work)
+    }
+}
+
+/// Pages of a row of the table: a power of two, so that few steps differ in it.
+pub(super) fn table_stride(step: &DecodeStep) -> usize {
+    let longest = step.sequences.iter().map(|sequence| sequence.pages.len()).max();
+    longest.unwrap_or(0).next_power_of_two()
+}
+
+impl DeviceStep {
+    /// Makes it a later step of as many sequences with one token each, in the same memory.
+    pub(super) fn rewrite(&self, step: &DecodeStep, ids: &[u32]) -> Result<()> {
+        let all = &step.sequences;
+        let table = table_rows(all.iter(), self.table_stride);
+        self.ids.write(ids)?;
+        self.table.write(&table)?;
+        self.held.write(&counts(all.iter().map(|sequence| sequence.held)))?;
+        if let Some(readers) = &self.readers {
+            readers.table.write(&table)?;
+            readers.lengths.write(&counts(all.iter().map(|sequence| sequence.held + 1)))?;
+        }
+        Ok(())
     }
 }
 
 impl Cuda {
-    /// `[rows, vocabulary]` in f32.
-    fn float_logits(&self, x: &Activation, head: &Dense) -> Result<Buffer> {
-        let to = self.gpu.alloc(4 * x.rows * head.rows)?;
-        self.multiply(ActivationPart::all(x), head, &to, Precision::HalfToFloat, false)?;
-        Ok(to)
-    }
-
     /// The rows of `x` that were uploaded; none where they are all of its rows.
     fn named_rows(
         &self,
@@ -261,18 +278,11 @@ impl Cuda {
         sequences: impl Iterator<Item = &'a SequenceStep>,
         stride: usize,
     ) -> Result<Buffer> {
-        let mut table = Vec::new();
-        for (number, SequenceStep { pages, .. }) in sequences.enumerate() {
-            let page = |page: &u32| i32::try_from(*page).expect("pages are counted in 31 bits");
-            table.extend(pages.iter().map(page));
-            table.resize((number + 1) * stride, 0);
-        }
-        self.gpu.upload(&table)
+        self.gpu.upload(&table_rows(sequences, stride))
     }
 
-    fn counts(&self, counts: impl IntoIterator<Item = usize>) -> Result<Buffer> {
-        let count = |count| i32::try_from(count).expect("tokens are counted in 31 bits");
-        self.gpu.upload(&counts.into_iter().map(count).collect::<Vec<i32>>())
+    fn counts(&self, numbers: impl IntoIterator<Item = usize>) -> Result<Buffer> {
+        self.gpu.upload(&counts(numbers))
     }
 
     fn workspace<'s>(&self, cache: &PagePool, readers: &'s PageReaders) -> Result<&'s Workspace> {
@@ -287,6 +297,22 @@ impl Cuda {
         let finished = self.gpu.zeros(4 * units)?;
         Ok(readers.workspace.get_or_init(|| Workspace { plan, parts, finished }))
     }
+}
+
+/// The pages of sequences, `[sequences, stride]`.
+fn table_rows<'a>(sequences: impl Iterator<Item = &'a SequenceStep>, stride: usize) -> Vec<i32> {
+    let mut table = Vec::new();
+    for (number, SequenceStep { pages, .. }) in sequences.enumerate() {
+        let page = |page: &u32| i32::try_from(*page).expect("pages are counted in 31 bits");
+        table.extend(pages.iter().map(page));
+        table.resize((number + 1) * stride, 0);
+    }
+    table
+}
+
+fn counts(counts: impl IntoIterator<Item = usize>) -> Vec<i32> {
+    let count = |count| i32::try_from(count).expect("tokens are counted in 31 bits");
+    counts.into_iter().map(count).collect()
 }
 
 /// Where each of 0, 1, 2, ... stands in `order`; none where each stands at itself.

@@ -134,11 +134,8 @@ fn a_decoded_token_has_the_same_bits_whatever_the_others_are() {
 }
 
 #[test]
-fn logits_are_not_rounded_to_halves_and_the_first_greatest_is_found() {
-    let Some(cuda) = device("logits_are_not_rounded_to_halves_and_the_first_greatest_is_found")
-    else {
-        return;
-    };
+fn logits_are_not_rounded_to_halves() {
+    let Some(cuda) = device("logits_are_not_rounded_to_halves") else { return };
     use crate::checkpoint::{Dtype, Tensor};
     let mut random = Random(23);
     let (x, weight) = (random_rows(&mut random, 3, 64), random_rows(&mut random, 40, 64));
@@ -153,12 +150,4 @@ fn logits_are_not_rounded_to_halves_and_the_first_greatest_is_found() {
     let expected: Vec<f32> = (0..120).map(|at| product(at / 40, at % 40) as f32).collect();
     assert_eq!((found.rows, found.columns), (3, 40));
     close(&found.data, &expected, 1e-5, "logits");
-
-    let argmax = cuda.argmax(&cuda.half_tensor(&x), &head).unwrap().unwrap();
-    for (row, argmax) in found.data.chunks(40).zip(argmax) {
-        let most = row.iter().copied().fold(f32::MIN, f32::max);
-        assert_eq!(argmax.token as usize, row.iter().position(|logit| *logit == most).unwrap());
-        let sum: f64 = row.iter().map(|logit| f64::from(logit - most).exp()).sum();
-        assert!((argmax.log_probability + sum.ln()).abs() < 1e-5, "{argmax:?}");
-    }
 }

@@ -75,10 +75,21 @@ impl DeferredErrors {
     /// Resets the flags of kernels that are done, for reuse.
     ///
     /// # Errors
-    /// An input error that names the first site and row with an error, if there is one.
+    /// As [`check`](Self::check).
     pub(super) fn settle(&self, done: Vec<Pending>) -> Result<()> {
+        let first = self.check(&done);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.free.extend(done.into_iter().map(|pending| pending.flag));
+        first
+    }
+
+    /// Resets the flags of kernels that are done, and that will run again.
+    ///
+    /// # Errors
+    /// An input error that names the first site and row with an error, if there is one.
+    pub(super) fn check(&self, done: &[Pending]) -> Result<()> {
         let mut first = Ok(());
-        for Pending { flag, site } in &done {
+        for Pending { flag, site } in done {
             let at = self.flags.0.wrapping_add(*flag);
             // SAFETY: the kernel that writes it is done; the compiler does not see the device's writes.
             let row = unsafe { at.read_volatile() };
@@ -91,8 +102,6 @@ impl DeferredErrors {
             // SAFETY: the kernel that writes it is done, and `at` is a flag of ours.
             unsafe { at.write_volatile(NOTHING) };
         }
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.free.extend(done.into_iter().map(|pending| pending.flag));
         first
     }
 }

@@ -3,7 +3,7 @@
 use super::fused::{Columns, SiteCodes};
 use super::gpu::Buffer;
 use super::kernels::elementwise::{
-    Add, AddBias, AddRows, Embed, QkNorm, RmsNorm, Select, SiluMul, SiluMulPermuted,
+    Add, AddBias, AddRows, QkNorm, RmsNorm, Select, SiluMul, SiluMulPermuted,
 };
 use super::kernels::{Float, product};
 use super::product::Precision;
@@ -23,20 +23,8 @@ impl Forward for Cuda {
     type Site = DeviceSite;
 
     fn embed(&self, table: &Weight, tokens: &[u32]) -> Result<Hidden> {
-        let (rows, columns) = (tokens.len(), table.columns);
         check_rows(tokens, table.rows);
-        let y = self.gpu.alloc(4 * rows * columns)?;
-        let tokens = self.gpu.upload(tokens)?;
-        self.kernels.launch(&Embed {
-            table: (&*table.data).into(),
-            tokens: (&tokens).into(),
-            hidden: columns,
-            y: (&y).into(),
-            element: table.element(),
-            vocabulary: table.rows,
-            count: rows,
-        })?;
-        Ok(Hidden::new(rows, columns, y))
+        self.embed_ids(table, &self.gpu.upload(tokens)?, tokens.len())
     }
 
     fn select_hidden(&self, x: &Hidden, rows: &[u32]) -> Result<Hidden> {

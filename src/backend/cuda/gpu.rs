@@ -5,6 +5,7 @@ that order too, so a buffer that is dropped can be reused by what comes after wi
 more streams copy: `up` for weights that are read ahead, `down` for results that are written back. */
 
 mod buffer;
+mod scratch;
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -18,6 +19,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 
 pub(super) use buffer::PendingCopy;
 pub use buffer::{Buffer, Pinned};
+pub(super) use scratch::Scratch;
 
 use super::deferred_errors::DeferredErrors;
 use super::driver_error::failed;
@@ -41,6 +43,8 @@ pub struct Gpu {
     pool: Pool,
     /// Bytes that buffers may take together.
     limit_bytes: u64,
+    /// Where buffers of the main stream come from and go to while work is recorded; none otherwise.
+    recording: Mutex<Option<Scratch>>,
     used_bytes: AtomicU64,
     peak_bytes: AtomicU64,
     /// Seconds of each kernel, where they are timed.
@@ -130,6 +134,7 @@ impl Gpu {
             down,
             pool: Pool(pool),
             limit_bytes: limit_bytes.unwrap_or(free),
+            recording: Mutex::new(None),
             used_bytes: AtomicU64::new(0),
             peak_bytes: AtomicU64::new(0),
             trace: std::env::var_os(TRACE_VARIABLE).map(|_| Mutex::default()),
@@ -182,6 +187,12 @@ impl Gpu {
             }
             self.wait(Stream::Main)?;
         }
+    }
+
+    /// The deferred errors of kernels that were issued since the main stream was waited for: who records them asks for their
+    /// errors alone.
+    pub(super) fn deferred(&self) -> &DeferredErrors {
+        &self.deferred
     }
 
     fn synchronize(&self, stream: Stream) -> Result<()> {
@@ -251,6 +262,11 @@ impl Gpu {
     pub fn alloc_on(self: &Arc<Self>, stream: Stream, bytes: usize) -> Result<Buffer> {
         self.bind()?;
         let bytes = bytes.next_multiple_of(16).max(16);
+        if stream == Stream::Main
+            && let Some(pointer) = self.recorded(|scratch| scratch.take(bytes))
+        {
+            return Ok(Buffer { gpu: Arc::clone(self), pointer, bytes });
+        }
         let used = self.used_bytes.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
         let allocated = if used > self.limit_bytes {
             Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))

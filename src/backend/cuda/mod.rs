@@ -48,13 +48,14 @@ mod quantization;
 #[cfg(test)]
 mod quantization_tests;
 mod quantize;
+mod replay;
 mod search;
 mod slice;
 pub mod solver;
 mod staging;
 pub mod tensor;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 pub mod timing;
 
 use std::sync::atomic::AtomicU64;

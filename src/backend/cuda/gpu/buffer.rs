@@ -63,6 +63,18 @@ impl Buffer {
         Ok(values)
     }
 
+    /// Overwrites its first bytes, after all work of the main stream so far. Returns when the values may be changed.
+    pub(in crate::backend::cuda) fn write<T: bytemuck::Pod>(&self, values: &[T]) -> Result<()> {
+        self.gpu.bind()?;
+        assert!(size_of_val(values) <= self.bytes);
+        if values.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the buffer is as large, and pageable memory is staged before the call returns.
+        unsafe { result::memcpy_htod_async(self.pointer, values, self.gpu.main.cu_stream()) }
+            .map_err(|error| failed("cuMemcpyHtoDAsync", error))
+    }
+
     /// Copies another buffer's first bytes.
     pub fn copy_from(&self, other: &Self, bytes: usize) -> Result<()> {
         self.gpu.bind()?;
@@ -157,11 +169,21 @@ impl Drop for PendingCopy<'_> {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        self.gpu.used_bytes.fetch_sub(self.bytes as u64, Ordering::Relaxed);
-        if self.gpu.bind().is_ok() {
-            // SAFETY: the memory is ours, and work on it was issued to this stream before. A failure
+        if self.gpu.recorded(|scratch| scratch.put(self.bytes, self.pointer)).is_some() {
+            return;
+        }
+        self.gpu.free(self.pointer, self.bytes);
+    }
+}
+
+impl Gpu {
+    /// Returns memory to the pool after all work of the main stream so far.
+    pub(super) fn free(&self, pointer: CUdeviceptr, bytes: usize) {
+        self.used_bytes.fetch_sub(bytes as u64, Ordering::Relaxed);
+        if self.bind().is_ok() {
+            // SAFETY: the memory is the caller's, and work on it was issued to this stream before. A failure
             // shows at the next call, since the device is lost then.
-            let _ = unsafe { result::free_async(self.pointer, self.gpu.main.cu_stream()) };
+            let _ = unsafe { result::free_async(pointer, self.main.cu_stream()) };
         }
     }
 }
