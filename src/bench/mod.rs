@@ -7,7 +7,9 @@ mod gemm;
 mod gemm_models;
 mod prefill;
 mod quantize;
+mod random_block;
 mod rate;
+mod serve;
 mod svg;
 mod synthetic;
 
@@ -23,6 +25,10 @@ pub use gemm::{GemmOutcome, GemmRow, GemmSettings, gemm};
 pub use gemm_models::{GEMM_MODELS, GemmModel, gemm_models};
 pub use prefill::{PrefillSettings, prefill};
 pub use quantize::{KernelTimes, quantize};
+pub use serve::{
+    Batch, Device, NetworkShape, RowKind, ServeOutcome, ServeRow, ServeSettings, StepTime,
+    Workload, serve,
+};
 pub use synthetic::{SHAPES, SyntheticModel};
 
 use crate::Result;

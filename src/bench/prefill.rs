@@ -7,22 +7,18 @@ clock that the run before has brought a GPU down to. */
 
 use std::time::Instant;
 
-use half::f16;
 use serde::Serialize;
 use serde_json::json;
 
 use super::cpu::{identity_site, random};
 use super::device::SETTLE;
+use super::random_block::{BlockValues, dense_block, quantized_block};
 use super::{BenchOutcome, median};
-use crate::backend::{AttentionSpec, Backend, Matrix, Unquantized};
-use crate::checkpoint::{Dtype, Tensor};
+use crate::backend::{AttentionSpec, Backend, Matrix};
 use crate::model::Architecture;
-use crate::model::block::{Block, Linear, Observer, Site, Treatment};
-use crate::model::sites::{LinearSpec, MLP_ACT, MLP_IN, SiteSpec};
+use crate::model::block::{Block, Observer};
 use crate::network::attention_spec;
 use crate::progress::Progress;
-use crate::quant::codebook::Codebook;
-use crate::quant::grid::Scaling;
 use crate::quant::kv::KvFormat;
 use crate::quant::number::ScaleFormat;
 use crate::quant::site::{SiteFormat, Transform};
@@ -105,12 +101,14 @@ pub fn prefill<B: Backend>(
     let (tokens, blocks) = (*tokens, architecture.blocks);
     let kv = KvFormat { bits: settings.kv_bits, rotate: settings.kv_bits < 16, ..KvFormat::FULL };
     progress.info(&format!("making random blocks of {}", settings.shape));
-    let mut pairs = Vec::with_capacity(DISTINCT);
+    let (mut dense, mut quantized) = (Vec::new(), Vec::new());
     for seed in 0..DISTINCT as u64 {
         progress.check_stop()?;
-        pairs.push(pair(backend, architecture, settings, seed)?);
+        let weights = BlockValues::new(architecture, seed);
+        dense.push(dense_block(backend, architecture, &weights)?);
+        let format = |channels| settings.format(channels);
+        quantized.push(quantized_block(backend, architecture, &weights, (&format, 4))?);
     }
-    let (dense, quantized): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
     let full = attention_spec(architecture, KvFormat::FULL, tokens);
     let cached = AttentionSpec { kv, ..full.clone() };
     let paths = [(full, dense), (cached, quantized)];
@@ -168,82 +166,6 @@ fn run<B: Backend>(
     }
     backend.wait()?;
     Ok(start.elapsed().as_secs_f64())
-}
-
-/// A block of random weights in full precision, and the same quantized.
-fn pair<B: Backend>(
-    backend: &B,
-    architecture: &Architecture,
-    settings: &PrefillSettings,
-    seed: u64,
-) -> Result<(Block<B>, Block<B>)> {
-    let mut dense = Vec::new();
-    let mut quantized = Vec::new();
-    let specs = architecture.sites(0);
-    for (at, spec) in specs.iter().enumerate() {
-        let format = settings.format(spec.channels);
-        let order = backend.site(&format)?;
-        let feeds = (at == MLP_IN).then(|| settings.format(specs[MLP_ACT].channels));
-        let feeds = feeds.map(|format| backend.site(&format)).transpose()?;
-        let (mut unquantized, mut packed) = (Vec::new(), Vec::new());
-        for (nth, linear) in spec.linears.iter().enumerate() {
-            let bytes = random_weight(linear, seed << 8 | (at << 4 | nth) as u64);
-            let shape = [linear.rows, linear.columns];
-            let weight =
-                backend.load(Tensor::in_memory(&linear.name, Dtype::F16, &shape, &bytes))?;
-            let name = &linear.name;
-            let weights = format.row.weights(4, Codebook::Int, 1);
-            let own = Unquantized {
-                name,
-                weight: &weight,
-                format: weights,
-                scaling: Scaling::clipped(1.0),
-            };
-            let rounded = backend.round(&own, &order)?;
-            packed.push(Linear::Packed(backend.pack(&rounded, feeds.as_ref())?));
-            unquantized.push(Linear::Dense(backend.dense(&weight, None)?));
-        }
-        dense.push(site(at, spec, Treatment::Source, unquantized));
-        quantized.push(site(at, spec, Treatment::Quantized(order), packed));
-    }
-    Ok((block(backend, architecture, dense)?, block(backend, architecture, quantized)?))
-}
-
-/// f16 values of variance `1 / columns`, which keep a token's energy.
-fn random_weight(linear: &LinearSpec, seed: u64) -> Vec<u8> {
-    let scale = (3.0 / linear.columns as f32).sqrt();
-    let values = random(linear.rows * linear.columns, seed);
-    values.into_iter().flat_map(|value| f16::from_f32(value * scale).to_le_bytes()).collect()
-}
-
-fn site<B: Backend>(
-    at: usize,
-    spec: &SiteSpec,
-    treatment: Treatment<B>,
-    linears: Vec<Linear<B>>,
-) -> Site<B> {
-    let biases = linears.iter().map(|_| None).collect();
-    Site { at, name: spec.name.clone(), treatment, linears, biases }
-}
-
-fn block<B: Backend>(
-    backend: &B,
-    architecture: &Architecture,
-    sites: Vec<Site<B>>,
-) -> Result<Block<B>> {
-    let ones = || {
-        let columns = architecture.hidden;
-        backend.upload(Matrix { rows: 1, columns, data: vec![1.0; columns] })
-    };
-    Ok(Block {
-        attn_norm: ones()?,
-        mlp_norm: ones()?,
-        epsilon: architecture.norm_epsilon,
-        key_mean: None,
-        qk_norm: None,
-        router: None,
-        sites,
-    })
 }
 
 #[cfg(test)]

@@ -8,8 +8,12 @@ use clap::{Args, Subcommand, ValueEnum};
 use super::args::{DeviceFlag, with_backend};
 use super::recipe::RecipeFlags;
 use super::report_flag::ReportFlag;
+use super::values::Device;
 use super::{Output, Ui, values};
-use crate::bench::{self, AttentionSettings, GemmSettings, PrefillSettings, SyntheticModel};
+use crate::bench::{
+    self, AttentionSettings, Batch, GemmSettings, NetworkShape, PrefillSettings, RowKind,
+    ServeSettings, SyntheticModel, Workload,
+};
 use crate::checkpoint::{FileKind, Inputs, OutputFile};
 use crate::model::Architecture;
 use crate::quant::codebook::Codebook;
@@ -44,6 +48,13 @@ Examples:
 
 Clocks are left as they are: what else runs on the GPU shows in the figures.";
 
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  atom bench serve --workload atom --memory 24GB --equal-batch 32
+  atom bench serve --shape llama-2-7b --blocks 2 --batch 2 --requests 2 --device cpu
+
+Clocks are left as they are: what else runs on the GPU shows in the figures.";
+
 const PREFILL_EXAMPLES: &str = "\
 Examples:
   atom bench prefill --shape llama-2-7b --tokens 2048
@@ -75,6 +86,8 @@ enum What {
     Prefill(PrefillFlags),
     /// Speed and memory of `quantize` on a synthetic checkpoint of a known model's widths
     Quantize(Box<SyntheticFlags>),
+    /// Tokens a second at a fixed memory, in 4 bits and in f16: continuous batching of a workload's requests
+    Serve(Box<ServeFlags>),
 }
 
 #[derive(Args, Debug)]
@@ -239,6 +252,100 @@ impl PrefillFlags {
     }
 }
 
+#[derive(Args, Debug)]
+#[command(after_help = SERVE_EXAMPLES)]
+struct ServeFlags {
+    /// Model whose shapes the network has; its weights are random
+    #[arg(long, value_name = "MODEL", default_value = "llama-2-7b")]
+    shape: String,
+    /// Decoder blocks [default: as many as the model has]
+    #[arg(long, value_name = "N", value_parser = values::small_count)]
+    blocks: Option<usize>,
+    /// Requests: atom (the paper's, chatting, 20 for each sequence), qserve (1024 tokens and 512 new ones, all at once), vllm
+    /// (1000 of 1024 and 128), or a JSON file with a list of [prompt, output]
+    #[arg(long, value_name = "atom|qserve|vllm|FILE.json", default_value = "atom")]
+    workload: String,
+    /// Requests for each sequence of the batch, for the workload atom
+    #[arg(long, value_name = "N", value_parser = values::small_count)]
+    requests: Option<usize>,
+    /// GPU memory that weights, cache and activations of a row have to fit into at its own batch
+    #[arg(long, value_name = "SIZE", default_value = "24GB", value_parser = values::bytes)]
+    memory: u64,
+    /// Sequences at once: auto is the largest power of two that fits with the longest request reserved for each, max the
+    /// largest number
+    #[arg(long, value_name = "auto|max|N", default_value = "auto", value_parser = values::batch)]
+    batch: Batch,
+    /// Run all rows at this batch, too, with as much memory as that takes
+    #[arg(long, value_name = "N", value_parser = values::small_count)]
+    equal_batch: Option<usize>,
+    /// Batches of which a single step of decoding is timed, with 1024 cached tokens a sequence
+    #[arg(
+        long,
+        value_name = "N,N,...",
+        value_delimiter = ',',
+        value_parser = values::small_count,
+        default_value = "1,64"
+    )]
+    steps: Vec<usize>,
+    /// What 4 bits are compared with
+    #[arg(long, value_name = "f16|none", default_value = "f16")]
+    baseline: Baseline,
+    /// Channels that share a scale, a multiple of 16
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::small_count)]
+    group: usize,
+    /// How many channels are outliers, in INT8
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::outliers)]
+    outliers: usize,
+    /// Runs of each row that the median is taken of
+    #[arg(long, value_name = "N", default_value = "3", value_parser = values::small_count)]
+    repeats: usize,
+    /// Where it runs: auto (a GPU if there is one), cpu, cuda or cuda:N
+    #[arg(
+        long,
+        value_name = "DEVICE",
+        default_value = "auto",
+        env = "ATOM_DEVICE",
+        hide_env_values = true
+    )]
+    device: Device,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Baseline {
+    F16,
+    None,
+}
+
+impl ServeFlags {
+    fn settings(&self) -> Result<ServeSettings> {
+        let model = SyntheticModel {
+            shape: self.shape.clone(),
+            blocks: self.blocks,
+            samples: 0,
+            seq_len: 0,
+            directory: None,
+        };
+        let shape = NetworkShape {
+            name: self.shape.clone(),
+            architecture: Architecture::from_config(&model.config()?)?,
+            group_size: self.group,
+            outliers: self.outliers,
+        };
+        shape.check()?;
+        let mut workload = Workload::named(&self.workload)?;
+        if let Some(requests) = self.requests {
+            workload = workload.with_requests(requests)?;
+        }
+        let rows = match self.baseline {
+            Baseline::F16 => vec![RowKind::F16, RowKind::W4a4kv4],
+            Baseline::None => vec![RowKind::W4a4kv4],
+        };
+        let Self { memory, batch, equal_batch, repeats, .. } = *self;
+        let steps = self.steps.clone();
+        Ok(ServeSettings { shape, workload, memory, batch, equal_batch, steps, rows, repeats })
+    }
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Format {
     Int,
@@ -310,6 +417,15 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
             let settings = flags.settings()?;
             let backend = flags.device.open()?;
             with_backend!(&backend, ui, backend => bench::prefill(backend, &settings, ui))?
+        }
+        What::Serve(flags) => {
+            let settings = flags.settings()?;
+            let device = DeviceFlag { device: flags.device, gpu_memory: None };
+            let backend = device.open()?;
+            let outcome =
+                with_backend!(&backend, ui, backend => bench::serve(backend, &settings, ui))?;
+            ui.close();
+            return output.write(&outcome);
         }
         What::Quantize(flags) => {
             let model = SyntheticModel {

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
+use crate::bench::Batch;
 use crate::checkpoint::Dtype;
 use crate::export::{self, Format, MatrixType};
 
@@ -224,6 +225,15 @@ pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     match digits.parse::<f64>() {
         Ok(number) if number > 0.0 && number.is_finite() => Ok((number * factor) as u64),
         _ => Err("it must be a size such as 24GB".to_owned()),
+    }
+}
+
+/// auto, max or a number of sequences.
+pub(crate) fn batch(text: &str) -> Result<Batch, String> {
+    match text {
+        "auto" => Ok(Batch::Auto),
+        "max" => Ok(Batch::Max),
+        number => small_count(number).map(Batch::Of),
     }
 }
 

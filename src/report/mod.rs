@@ -16,6 +16,8 @@ mod layout;
 mod linears;
 mod perplexity;
 mod quantize;
+pub mod recipe;
+mod serve;
 mod tasks;
 mod verify;
 

@@ -42,7 +42,7 @@ pub struct Gpu {
     down: Arc<CudaStream>,
     pool: Pool,
     /// Bytes that buffers may take together.
-    limit_bytes: u64,
+    limit_bytes: AtomicU64,
     /// Where buffers of the main stream come from and go to while work is recorded; none otherwise.
     recording: Mutex<Option<Scratch>>,
     used_bytes: AtomicU64,
@@ -133,7 +133,7 @@ impl Gpu {
             up,
             down,
             pool: Pool(pool),
-            limit_bytes: limit_bytes.unwrap_or(free),
+            limit_bytes: AtomicU64::new(limit_bytes.unwrap_or(free)),
             recording: Mutex::new(None),
             used_bytes: AtomicU64::new(0),
             peak_bytes: AtomicU64::new(0),
@@ -242,12 +242,27 @@ impl Gpu {
 
     /// Bytes that buffers may take together.
     pub fn limit_bytes(&self) -> u64 {
-        self.limit_bytes
+        self.limit_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bounds what buffers may take together from now on.
+    pub fn bound(&self, bytes: u64) {
+        self.limit_bytes.store(bytes, Ordering::Relaxed);
     }
 
     /// Most bytes that buffers took together.
     pub fn peak_bytes(&self) -> u64 {
         self.peak_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that buffers take together.
+    pub fn used_bytes(&self) -> u64 {
+        self.used_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Has [`peak_bytes`](Self::peak_bytes) begin again at what is in use.
+    pub fn restart_peak(&self) {
+        self.peak_bytes.store(self.used_bytes(), Ordering::Relaxed);
     }
 
     /// Uninitialized memory for the main stream, at least 16 bytes.
@@ -268,7 +283,7 @@ impl Gpu {
             return Ok(Buffer { gpu: Arc::clone(self), pointer, bytes });
         }
         let used = self.used_bytes.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
-        let allocated = if used > self.limit_bytes {
+        let allocated = if used > self.limit_bytes() {
             Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))
         } else {
             // SAFETY: the stream lives as long as `self`, whose context is current.
@@ -302,7 +317,8 @@ impl Gpu {
         }
         Error::machine(format!(
             "{} has too little memory: {needed} bytes were needed in addition to {used} in use, {} may be used",
-            self.device.name, self.limit_bytes
+            self.device.name,
+            self.limit_bytes()
         ))
         .hint("use fewer --samples, end what else uses the GPU, or run with --device cpu")
     }
