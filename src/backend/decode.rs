@@ -54,7 +54,7 @@ pub trait Decode: Forward {
     /// The argmax of logits, and its probability.
     type Argmax;
     /// The recorded work of a step.
-    type Replay: Default;
+    type Replay: Default + Send;
 
     /// Tokens of a page.
     fn page_tokens(&self) -> usize;

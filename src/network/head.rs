@@ -25,11 +25,6 @@ impl<B: Backend> OutputHead<B> {
         Ok(Self { norm, epsilon: architecture.norm_epsilon, weight })
     }
 
-    /// A final norm and an output head that are on the backend already.
-    pub fn of_parts(norm: B::Hidden, epsilon: f32, weight: B::Dense) -> Self {
-        Self { norm, epsilon, weight }
-    }
-
     /// The final norm of hidden states.
     pub fn normed(&self, backend: &B, x: &B::Hidden) -> Result<B::Activation> {
         backend.rms_norm(x, &self.norm, self.epsilon)

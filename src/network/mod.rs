@@ -24,7 +24,7 @@ pub use accounting::{Network, check_counts, network, split_fused};
 pub use attention::attention_spec;
 pub use blocks::BlockBuilder;
 pub use cautions::caution;
-pub use decoder::{Caches, Decoder};
+pub use decoder::{Caches, Decoder, DecoderParts};
 pub use head::OutputHead;
 pub use model::Model;
 pub use prefetch::{no_thread, prefetch};

@@ -16,7 +16,6 @@ mod layout;
 mod linears;
 mod perplexity;
 mod quantize;
-pub mod recipe;
 mod serve;
 mod tasks;
 mod verify;

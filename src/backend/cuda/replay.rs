@@ -51,6 +51,10 @@ struct Record {
     errors: RecordedErrors,
 }
 
+// SAFETY: a graph is a handle of the driver, whose calls may come from any thread; this is its only owner, and it is launched
+// through a unique reference.
+unsafe impl Send for Record {}
+
 /// The deferred errors of kernels that are recorded.
 struct RecordedErrors {
     gpu: Arc<Gpu>,

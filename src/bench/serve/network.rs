@@ -7,7 +7,7 @@ use super::super::random_block::{BlockValues, dense_block, quantized_block, rand
 use crate::backend::{Backend, Decode, Matrix};
 use crate::checkpoint::{Dtype, Tensor};
 use crate::model::Architecture;
-use crate::network::{Decoder, OutputHead};
+use crate::network::{Decoder, DecoderParts};
 use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::quant::number::ScaleFormat;
@@ -134,11 +134,11 @@ impl NetworkValues {
         }
         progress.end();
         let columns = architecture.hidden;
-        let norm = backend.upload(Matrix { rows: 1, columns, data: vec![1.0; columns] })?;
-        let weight = backend.dense(&backend.load(self.table())?, None)?;
-        let head = OutputHead::of_parts(norm, architecture.norm_epsilon, weight);
+        let final_norm = backend.upload(Matrix { rows: 1, columns, data: vec![1.0; columns] })?;
+        let head = backend.head(&backend.load(self.table())?)?;
         backend.trim();
-        let parts = (backend.load(self.table())?, blocks, head);
+        let table = backend.load(self.table())?;
+        let parts = DecoderParts { table, blocks, final_norm, head };
         Ok(Decoder::of_parts(backend, architecture.clone(), kind.kv(), parts))
     }
 }
