@@ -1,7 +1,7 @@
 // Keys and values into the pages of the cache (pages.cuh): rotary embedding, mean keys, the basis, the codes.
 //
 // HEAD_DIM  channels of a head, a multiple of 16 up to 128
-// KV_BITS   2 to 4, held in 4 bits; or 16: f16, neither rotated nor quantized
+// KV_BITS   2 to 4, held in 4 bits; 5 to 8, held in 8; or 16: f16, neither rotated nor quantized
 // ROTATED   1: heads are quantized in the basis of a Hadamard transform
 //
 // append: THREADS threads, grid (pages that the longest addition touches, kv_heads, sequences), no dynamic
@@ -24,8 +24,7 @@ template <> struct Held<false> {
 /// A code, or the bits of an f16.
 typedef Held<QUANTIZED>::Code Code;
 
-/// Bits of a code in its word, and values from row to row in shared memory.
-#define CODE_BITS (QUANTIZED ? 4 : 16)
+/// Values from row to row in shared memory.
 #define CODE_PITCH (HEAD_DIM + 4)
 
 /// Adds tokens to sequences. Those of sequence i are rows `rows[i]` to `rows[i + 1]` of k and v (`row_stride`
@@ -98,18 +97,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int index = threadIdx.x; index < 2 * WORDS; index += THREADS) {
         const int side = index / WORDS, at = index % WORDS;
         // The inverse of word_at.
-        const int chunk = QUANTIZED ? at / 128 * 4 : 0, width = QUANTIZED ? (TILES - chunk < 4 ? TILES - chunk : 4) : 4;
-        const int lane = QUANTIZED ? at % 128 / width : at / 4 % 32;
-        const int tile = QUANTIZED ? chunk + at % 128 % width : at / 128, which = at % 4;
+        constexpr int CHUNK = 128 * TILE_WORDS;
+        const int chunk = QUANTIZED ? at / CHUNK * 4 : 0, width = TILES - chunk < 4 ? TILES - chunk : 4;
+        const int lane = QUANTIZED ? at % CHUNK / (width * TILE_WORDS) : at / 4 % 32;
+        const int tile = QUANTIZED ? chunk + at % CHUNK / TILE_WORDS % width : at / 128, which = at % TILE_WORDS;
         u32 word = 0, mask = 0;
 #pragma unroll
         for (int part = 0; part < 32 / CODE_BITS; part++) {
-            const int reg = QUANTIZED ? part % 4 : which, odd = QUANTIZED ? part / 4 : part;
+            const int reg = which * WORD_REGISTERS + part % WORD_REGISTERS, odd = part / WORD_REGISTERS;
             const int row = lane / 4 + reg % 2 * 8, column = lane % 4 * 2 + reg / 2 * 8 + odd;
             const int token = side == 0 ? row : column, channel = tile * 16 + (side == 0 ? column : row);
             if (token < from || token >= to) continue;
             word |= u32(codes[side][token][channel]) << (part * CODE_BITS);
-            mask |= (QUANTIZED ? 0xfu : 0xffffu) << (part * CODE_BITS);
+            mask |= ((1u << CODE_BITS) - 1) << (part * CODE_BITS);
         }
         u32* own = reinterpret_cast<u32*>(blob) + index;
         if (mask == 0xffffffffu) *own = word;

@@ -1,7 +1,7 @@
 // Attention of one new token of each sequence over the pages of the cache (pages.cuh).
 //
 // HEAD_DIM  channels of a head, a multiple of 16 up to 128
-// KV_BITS   less than 16: pages of codes; 16: of f16
+// KV_BITS   4 or 8: pages of codes; 16: of f16
 // ROTATED   1: keys and values come in the basis of a Hadamard transform: queries enter it, outputs leave it
 // SINGLE    1: a key and value head serves one query head
 // TILE_HEADS  query heads of a tile: 1 or 8
@@ -54,27 +54,41 @@ static __device__ __forceinline__ u32 pair_mask(int token, int count) {
     return (token < count ? 0xffffu : 0) | (token + 1 < count ? 0xffff0000u : 0);
 }
 
-/// A lane's words of all tiles of keys or values: four tiles a load, the rest two or one.
-static __device__ __forceinline__ void load_words(u32 (&words)[TILES], const u8* side, int lane) {
+/// Words of a lane's codes of keys or values.
+#define LANE_WORDS (TILES * (QUANTIZED ? TILE_WORDS : 1))
+
+/// A lane's words of all tiles of keys or values: four tiles together, four words a load.
+static __device__ __forceinline__ void load_words(u32 (&words)[LANE_WORDS], const u8* side, int lane) {
     const u32* from = reinterpret_cast<const u32*>(side);
 #pragma unroll
-    for (int first = 0; first < TILES; first += 4) {
-        const int width = TILES - first < 4 ? TILES - first : 4;
+    for (int first = 0; first < LANE_WORDS; first += 4 * TILE_WORDS) {
+        const int left = LANE_WORDS - first, width = left < 4 * TILE_WORDS ? left : 4 * TILE_WORDS;
         const u32* at = from + first * 32 + lane * width;
-        if (width == 4) {
-            uint4 four = *reinterpret_cast<const uint4*>(at);
-            words[first] = four.x, words[first + 1] = four.y, words[first + 2] = four.z, words[first + 3] = four.w;
-        } else {
 #pragma unroll
-            for (int i = 0; i < width; i++) words[first + i] = at[i];
+        for (int i = 0; i < width; i += 4) {
+            if (width % 4 == 0) {
+                uint4 four = *reinterpret_cast<const uint4*>(at + i);
+                words[first + i] = four.x, words[first + i + 1] = four.y, words[first + i + 2] = four.z, words[first + i + 3] = four.w;
+            } else {
+#pragma unroll
+                for (int j = i; j < i + 4 && j < width; j++) words[first + j] = at[j];
+            }
         }
     }
 }
 
-/// Register fragments of a tile of codes, each times 2^-24, of registers 1 and 3 times 2^-20.
-static __device__ __forceinline__ void unpack_word(u32 (&a)[4], u32 word) {
-    const u32 upper = word >> 8;
-    a[0] = word & 0x000f000f, a[1] = word & 0x00f000f0, a[2] = upper & 0x000f000f, a[3] = upper & 0x00f000f0;
+/// What registers 1 and 3 of a tile of codes are multiplied by, in addition to 2^-24.
+#define ODD_REGISTERS (CODE_BITS == 4 ? 16.0f : 1.0f)
+
+/// Register fragments of tile `tile` of codes, each times 2^-24, of registers 1 and 3 times ODD_REGISTERS as well.
+static __device__ __forceinline__ void unpack_tile(u32 (&a)[4], const u32 (&words)[LANE_WORDS], int tile) {
+    if (CODE_BITS == 4) {
+        const u32 word = words[tile], upper = word >> 8;
+        a[0] = word & 0x000f000f, a[1] = word & 0x00f000f0, a[2] = upper & 0x000f000f, a[3] = upper & 0x00f000f0;
+    } else {
+        const u32 first = words[tile * 2 % LANE_WORDS], second = words[(tile * 2 + 1) % LANE_WORDS];
+        a[0] = first & 0x00ff00ff, a[1] = (first >> 8) & 0x00ff00ff, a[2] = second & 0x00ff00ff, a[3] = (second >> 8) & 0x00ff00ff;
+    }
 }
 
 /// Puts the parts of one head together, for the channels that the lane holds: `row(i)` is part i of up to PARTS, outputs,
@@ -235,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #pragma unroll
         for (int s = 0; s < TILES; s++) mma_half(query_sum, ones, query[s][0], query[s][1]);
 #pragma unroll
-        for (int i = 0; i < 4; i++) query_sum[i] *= i < 2 ? -1.0f / 16777216.0f : -1.0f / 1048576.0f;
+        for (int i = 0; i < 4; i++) query_sum[i] *= (i < 2 ? -1.0f : -ODD_REGISTERS) / 16777216.0f;
     }
 
     // A lane has columns 2 t and 2 t + 1, of scores as of outputs; with SINGLE only the first counts.
@@ -279,17 +293,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
             // Two chains of sums, since each product waits for the one before it.
             float even[4] = {}, odd[4] = {};
             if (QUANTIZED) {
-                u32 words[TILES];
+                u32 words[LANE_WORDS];
                 load_words(words, blob, lane);
 #pragma unroll
                 for (int step = 0; step < TILES; step++) {
                     u32 a[4];
-                    unpack_word(a, words[step]);
+                    unpack_tile(a, words, step);
                     mma_half(step % 2 ? odd : even, a, query[step][0], query[step][1]);
                 }
                 const uint2 keys = *reinterpret_cast<const uint2*>(blob + 2 * SIDE_BYTES + 8 * g);
                 const u32 values = *reinterpret_cast<const u32*>(blob + 2 * SIDE_BYTES + 64 + 4 * g);
-                const float low = low_half(keys.x) * factor, high = low_half(keys.y) * (factor * 0.0625f);
+                const float low = low_half(keys.x) * factor, high = low_half(keys.y) * (factor / ODD_REGISTERS);
                 const float low_zero = high_half(keys.x), high_zero = high_half(keys.y);
 #pragma unroll
                 for (int e = 0; e < COLUMNS; e++) {
@@ -381,7 +395,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
                 high_mask = pair_mask(2 * t + 8, valid);
             }
             if (QUANTIZED) {
-                u32 words[TILES];
+                u32 words[LANE_WORDS];
                 load_words(words, blob + SIDE_BYTES, lane);
                 const uint2 own = *reinterpret_cast<const uint2*>(blob + 2 * SIDE_BYTES + 96 + 8 * t);
                 const u32 pairs[4] = {own.x & low_mask, own.x & low_mask, own.y & high_mask, own.y & high_mask};
@@ -389,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #pragma unroll
                 for (int j = 0; j < TILES; j++) {
                     u32 a[4];
-                    unpack_word(a, words[j]);
+                    unpack_tile(a, words, j);
                     mma_half(o[j], a, b0, b1);
                 }
             } else {
@@ -421,7 +435,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         for (int j = 0; j < TILES; j++) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const float value = QUANTIZED ? fmaf(o[j][e + 2 * h], h ? 1048576.0f : 16777216.0f, -zeros[e]) : o[j][e + 2 * h];
+                const float value = QUANTIZED ? fmaf(o[j][e + 2 * h], h ? 16777216.0f / ODD_REGISTERS : 16777216.0f, -zeros[e]) : o[j][e + 2 * h];
                 row[j * 16 + h * 8 + g] = value * lowered;
             }
         }

@@ -15,8 +15,16 @@
 // So `word & 0x000f000f` is register 0 as two f16 of code * 2^-24, exactly: subnormal numbers, which the tensor
 // cores multiply like any other. `word & 0x00f000f0` is register 1, 16 times as large; a shift by 8 yields the others.
 //
+// Codes of more than 4 bits are held in 8, in two words of a lane and tile:
+//
+//     word w           | 31..24 | 23..16 | 15..8 | 7..0 |
+//     register          2 w + 1    2 w    2 w + 1   2 w
+//     column of the pair  odd      odd      even    even
+//
+// `word & 0x00ff00ff` is register 2 w, and after a shift by 8 register 2 w + 1, both as code * 2^-24.
+//
 //     QUANTIZED:  key words | value words | 8 x {scale, zero point of token g, of g + 8} of keys | 8 x {scale of g, of g + 8} of values
-//                 | 4 x {zero points of tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9} of values          (f16; 16 * HEAD_DIM + 128 bytes)
+//                 | 4 x {zero points of tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9} of values          (f16; CODE_BITS * 4 * HEAD_DIM + 128 bytes)
 //     else:       key words | value words                                                          (64 * HEAD_DIM bytes)
 //
 // A lane loads the words of four tiles together where there are four.
@@ -26,19 +34,23 @@
 #endif
 
 #define QUANTIZED (KV_BITS < 16)
+/// Bits that hold a code, or an f16.
+#define CODE_BITS (KV_BITS <= 4 ? 4 : KV_BITS <= 8 ? 8 : 16)
 /// Tiles of keys, and of values.
 #define TILES (HEAD_DIM / 16)
 /// Words of a lane in a tile.
-#define TILE_WORDS (QUANTIZED ? 1 : 4)
+#define TILE_WORDS (CODE_BITS / 4)
+/// Registers of a word.
+#define WORD_REGISTERS (4 / TILE_WORDS)
 
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= WIDEST_HEAD && PAGE_TOKENS == 16, "pages hold tiles of 16 x 16");
 static_assert(SIDE_BYTES == TILES * TILE_WORDS * 128, "keys, and values: a word or four a lane and tile");
 
-/// Where a lane's word of a tile lies, in words from the side's first: register `which` of f16, 0 of codes.
+/// Where a lane's word of a tile lies, in words from the side's first: word `which` of TILE_WORDS.
 static __device__ __forceinline__ int word_at(int tile, int lane, int which) {
     if (!QUANTIZED) return (tile * 32 + lane) * 4 + which;
     const int first = tile / 4 * 4, width = TILES - first < 4 ? TILES - first : 4;
-    return first * 32 + lane * width + tile % 4;
+    return (first * 32 + lane * width + tile % 4) * TILE_WORDS + which;
 }
 
 // Where a token's numbers lie after the codes, in f16.

@@ -287,9 +287,15 @@ struct ServeFlags {
         default_value = "1,64"
     )]
     steps: Vec<usize>,
-    /// What 4 bits are compared with
-    #[arg(long, value_name = "f16|none", default_value = "f16")]
-    baseline: Baseline,
+    /// What 4 bits are compared with, the first one by all others: f16 and w8a8 (weights, activations and cache in INT8), or none
+    #[arg(
+        long,
+        value_name = "f16,w8a8|none",
+        value_delimiter = ',',
+        default_value = "f16,w8a8",
+        hide_possible_values = true
+    )]
+    baseline: Vec<Baseline>,
     /// Channels that share a scale, a multiple of 16
     #[arg(long, value_name = "N", default_value = "128", value_parser = values::small_count)]
     group: usize,
@@ -313,6 +319,7 @@ struct ServeFlags {
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Baseline {
     F16,
+    W8a8,
     None,
 }
 
@@ -336,10 +343,12 @@ impl ServeFlags {
         if let Some(requests) = self.requests {
             workload = workload.with_requests(requests)?;
         }
-        let rows = match self.baseline {
-            Baseline::F16 => vec![RowKind::F16, RowKind::W4a4kv4],
-            Baseline::None => vec![RowKind::W4a4kv4],
-        };
+        let baselines = self.baseline.iter().filter_map(|baseline| match baseline {
+            Baseline::F16 => Some(RowKind::F16),
+            Baseline::W8a8 => Some(RowKind::W8a8kv8),
+            Baseline::None => None,
+        });
+        let rows = baselines.chain([RowKind::W4a4kv4]).collect();
         let Self { memory, batch, equal_batch, repeats, .. } = *self;
         let steps = self.steps.clone();
         Ok(ServeSettings { shape, workload, memory, batch, equal_batch, steps, rows, repeats })

@@ -46,23 +46,42 @@ fn rows(sequences: &[Matrix], parts: &[(usize, usize)]) -> Matrix {
     Matrix { rows: data.len() / columns, columns, data }
 }
 
-/// The word that holds a token's channel of a page's keys or values, and its part of the word, by the layout in pages.cuh.
-fn word_and_part(head_dim: usize, values: bool, token: usize, channel: usize) -> (usize, usize) {
+/// The byte of a page's keys or values that holds a token's channel, and whether it is in the byte's upper half, by the layout
+/// in pages.cuh.
+fn place_of(
+    (head_dim, wide): (usize, bool),
+    values: bool,
+    token: usize,
+    channel: usize,
+) -> (usize, bool) {
     let (row, column) = if values { (channel % 16, token) } else { (token, channel % 16) };
     let lane = row % 8 * 4 + column % 8 / 2;
-    let part = column % 2 * 4 + column / 8 * 2 + row / 8;
+    let (register, odd) = (column / 8 * 2 + row / 8, column % 2);
     let (tile, tiles) = (channel / 16, head_dim / 16);
     let first = tile / 4 * 4;
-    (first * 32 + lane * (tiles - first).min(4) + tile % 4, part)
+    let at = first * 32 + lane * (tiles - first).min(4) + tile % 4;
+    if wide {
+        return (4 * (2 * at + register / 2) + odd * 2 + register % 2, false);
+    }
+    (4 * at + (odd * 4 + register) / 2, register % 2 == 1)
 }
 
 /// A token's codes, scale and zero point of a page.
-fn codes_of(page: &[u8], head_dim: usize, values: bool, token: usize) -> (Vec<u8>, f32, u8) {
-    let side = 8 * head_dim;
+fn codes_of(
+    page: &[u8],
+    (head_dim, wide): (usize, bool),
+    values: bool,
+    token: usize,
+) -> (Vec<u8>, f32, u8) {
+    let side = if wide { 16 * head_dim } else { 8 * head_dim };
     let code = |channel| {
-        let (word, part) = word_and_part(head_dim, values, token, channel);
-        let byte = page[usize::from(values) * side + 4 * word + part / 2];
-        if part % 2 == 0 { byte & 15 } else { byte >> 4 }
+        let (at, upper) = place_of((head_dim, wide), values, token, channel);
+        let byte = page[usize::from(values) * side + at];
+        match (wide, upper) {
+            (true, _) => byte,
+            (false, false) => byte & 15,
+            (false, true) => byte >> 4,
+        }
     };
     let number = |at: usize| {
         let bytes = [page[2 * side + 2 * at], page[2 * side + 2 * at + 1]];
@@ -104,7 +123,8 @@ fn check_codes(
                 let mut codes = vec![0; head_dim];
                 let (scale, zero) = kv::quantize(&kv, x, &mut codes);
                 let page = cache.page(sequence, token / PAGE_TOKENS, head).unwrap();
-                let found = codes_of(&page, head_dim, side == 1, token % PAGE_TOKENS);
+                let held = (head_dim, kv.bits > 4);
+                let found = codes_of(&page, held, side == 1, token % PAGE_TOKENS);
                 assert_eq!(found, (codes, scale, zero), "{what}, token {token}");
             }
         }
@@ -122,11 +142,13 @@ fn codes_are_those_of_the_cpu_and_decoding_is_its_attention() {
         KvFormat { center: true, clip: 0.9, ..INT4 },
         KvFormat { rotate: false, bits: 3, ..INT4 },
         KvFormat { bits: 2, ..INT4 },
+        KvFormat { bits: 8, center: true, ..INT4 },
+        KvFormat { bits: 6, rotate: false, ..INT4 },
         KvFormat::FULL,
     ];
     let lengths = [1, 15, 16, 17, 300];
     for (heads, kv_heads, head_dim) in
-        [(4, 4, 128), (8, 2, 64), (4, 1, 96), (18, 2, 128), (3, 3, 32)]
+        [(4, 4, 128), (8, 2, 64), (4, 1, 96), (18, 2, 128), (3, 3, 32), (2, 1, 80)]
     {
         for format in formats {
             let what = format!("{heads}/{kv_heads} x {head_dim} {format:?}");
@@ -191,7 +213,10 @@ fn a_long_sequence_gives_the_same_in_one_part_as_in_many() {
     let mut random = Random(13);
     // More than 32 pages a warp where it is in one part, and not entire groups of them.
     let length = 5003;
-    for (heads, format) in [(8, INT4), (2, INT4), (8, KvFormat::FULL), (2, KvFormat::FULL)] {
+    let int8 = KvFormat { bits: 8, ..INT4 };
+    for (heads, format) in
+        [(8, INT4), (2, INT4), (8, int8), (2, int8), (8, KvFormat::FULL), (2, KvFormat::FULL)]
+    {
         let spec = spec(heads, 2, 64, length, format);
         let mut cache = cuda.paged_cache(&spec, 1, length.div_ceil(PAGE_TOKENS), None).unwrap();
         let mut tokens = |rows: usize, columns: usize| {
@@ -228,14 +253,12 @@ fn an_empty_sequence_gives_zeros_and_a_full_cache_says_so() {
 }
 
 #[test]
-fn keys_quantized_before_the_embedding_and_wide_codes_are_refused() {
-    let Some(cuda) = device("keys_quantized_before_the_embedding_and_wide_codes_are_refused")
-    else {
+fn keys_quantized_before_the_embedding_and_odd_heads_are_refused() {
+    let Some(cuda) = device("keys_quantized_before_the_embedding_and_odd_heads_are_refused") else {
         return;
     };
     for (head_dim, kv, what) in [
         (64, KvFormat { after_rope: false, ..INT4 }, "before it"),
-        (64, KvFormat { bits: 8, ..INT4 }, "8 bits"),
         (256, INT4, "256"),
         (72, INT4, "72"),
     ] {

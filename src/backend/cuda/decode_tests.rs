@@ -59,7 +59,12 @@ fn steps_of_newcomers_and_decodes_agree_with_the_cpu() {
     let Some(cuda) = device("steps_of_newcomers_and_decodes_agree_with_the_cpu") else { return };
     let cpu = Cpu::new().unwrap();
     let mut random = Random(21);
-    let formats = [INT4, KvFormat { center: true, bits: 3, clip: 0.9, ..INT4 }, KvFormat::FULL];
+    let formats = [
+        INT4,
+        KvFormat { center: true, bits: 3, clip: 0.9, ..INT4 },
+        KvFormat { bits: 8, ..INT4 },
+        KvFormat::FULL,
+    ];
     // New tokens of four sequences. Some begin together with one length, some with another, some go on.
     let steps: [[usize; 4]; 7] = [
         [40, 0, 40, 1],

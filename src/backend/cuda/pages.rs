@@ -102,23 +102,16 @@ impl Cuda {
                 "the paged cache holds keys after the rotary embedding, but the recipe quantizes them before it".to_owned(),
             ));
         }
-        if kv.is_quantized() && kv.bits > 4 {
-            return Err(refused(format!(
-                "the paged cache holds codes of 2 to 4 bits, or f16, but not of {} bits",
-                kv.bits
-            )));
-        }
         if spec.sliding_window.is_some_and(|reach| reach < seq_len) {
             return Err(refused(
                 "the paged cache is read entirely, without a sliding window".to_owned(),
             ));
         }
         let quantized = kv.is_quantized();
-        let pages = Pages {
-            head_dim,
-            kv_bits: if quantized { 4 } else { 16 },
-            rotated: quantized && kv.rotate,
-        };
+        let own_bits = if quantized { kv.bits } else { 16 };
+        let pages = Pages { head_dim, kv_bits: own_bits, rotated: quantized && kv.rotate };
+        // One program for all widths that are held alike.
+        let pages = Pages { kv_bits: pages.code_bits(), ..pages };
         let capability = self.gpu.device.capability;
         Ok(decode::DecodeProgram::new(pages, heads == kv_heads, capability))
     }

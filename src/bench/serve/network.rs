@@ -20,6 +20,8 @@ use crate::{Error, Result};
 pub enum RowKind {
     /// Weights, activations and cache in f16.
     F16,
+    /// Weights, activations and cache in 8 bits, without outliers or transform.
+    W8a8kv8,
     /// Weights, activations and cache in 4 bits, outliers in INT8: the default recipe.
     W4a4kv4,
 }
@@ -29,6 +31,7 @@ impl RowKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::F16 => "f16",
+            Self::W8a8kv8 => "w8a8kv8",
             Self::W4a4kv4 => "w4a4kv4",
         }
     }
@@ -36,6 +39,7 @@ impl RowKind {
     fn kv(self) -> KvFormat {
         match self {
             Self::F16 => KvFormat::FULL,
+            Self::W8a8kv8 => KvFormat { bits: 8, ..KvFormat::FULL },
             Self::W4a4kv4 => KvFormat { bits: 4, rotate: true, ..KvFormat::FULL },
         }
     }
@@ -85,6 +89,13 @@ impl NetworkShape {
         site.row.numbers.scale = ScaleFormat::SIGNED_F16;
         site
     }
+
+    /// The same in INT8.
+    fn int8_format(&self, channels: usize) -> SiteFormat {
+        let mut site = identity_site(channels, self.group_size, 0);
+        site.row.numbers.bits = 8;
+        site
+    }
 }
 
 /// Random weights, each of which stands for those of all blocks. Every block has a copy of its own on the backend, so that
@@ -124,6 +135,10 @@ impl NetworkValues {
             progress.check_stop()?;
             blocks.push(match kind {
                 RowKind::F16 => dense_block(backend, architecture, &self.block)?,
+                RowKind::W8a8kv8 => {
+                    let format = |channels| shape.int8_format(channels);
+                    quantized_block(backend, architecture, &self.block, (&format, 8))?
+                }
                 RowKind::W4a4kv4 => {
                     let format = |channels| shape.format(channels);
                     quantized_block(backend, architecture, &self.block, (&format, 4))?

@@ -34,13 +34,13 @@ fn settings(batch: Batch, directory: &tempfile::TempDir) -> ServeSettings {
         memory: 400 << 20,
         equal_batch: Some(3),
         steps: vec![1, 2],
-        rows: vec![RowKind::F16, RowKind::W4a4kv4],
+        rows: vec![RowKind::F16, RowKind::W8a8kv8, RowKind::W4a4kv4],
         repeats: 1,
     }
 }
 
 fn check(outcome: &ServeOutcome, batch: usize) {
-    assert_eq!((outcome.own.len(), outcome.equal.len(), outcome.steps.len()), (2, 2, 2));
+    assert_eq!((outcome.own.len(), outcome.equal.len(), outcome.steps.len()), (3, 3, 3));
     for row in outcome.own.iter().chain(&outcome.equal) {
         assert_eq!((row.run.prompt_tokens, row.run.output_tokens), (61, 31));
         let rate = 92.0 / row.run.seconds;

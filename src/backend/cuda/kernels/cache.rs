@@ -16,9 +16,17 @@ pub(super) const FAMILY: Family = Family {
     tensor_core: None,
     pdl: true,
     variants: |_| {
-        [(128, 4, true), (128, 16, false), (96, 3, true), (96, 4, false), (64, 2, false)]
-            .map(|(head_dim, kv_bits, rotated)| Pages { head_dim, kv_bits, rotated }.append())
-            .to_vec()
+        [
+            (128, 4, true),
+            (128, 8, true),
+            (128, 16, false),
+            (96, 3, true),
+            (96, 4, false),
+            (80, 8, false),
+            (64, 2, false),
+        ]
+        .map(|(head_dim, kv_bits, rotated)| Pages { head_dim, kv_bits, rotated }.append())
+        .to_vec()
     },
     kernels: declared![Append],
 };
@@ -39,9 +47,18 @@ impl Pages {
         self.kv_bits < 16
     }
 
-    /// Bytes of keys, and of values: codes are held in 4 bits.
+    /// Bits that hold a code, or an f16.
+    pub(in crate::backend::cuda) fn code_bits(&self) -> u8 {
+        match self.kv_bits {
+            0..=4 => 4,
+            5..=8 => 8,
+            _ => 16,
+        }
+    }
+
+    /// Bytes of keys, and of values.
     fn side_bytes(&self) -> usize {
-        PAGE_TOKENS * self.head_dim * if self.quantized() { 4 } else { 16 } / 8
+        PAGE_TOKENS * self.head_dim * usize::from(self.code_bits()) / 8
     }
 
     /// Bytes of a page of a head: of codes with their scales and zero points.

@@ -22,16 +22,18 @@ pub(super) const FAMILY: Family = Family {
     pdl: true,
     variants: |capability| {
         [
-            (128, true, true, false),
-            (128, true, true, true),
-            (128, false, false, false),
-            (128, false, false, true),
-            (96, true, true, false),
-            (64, true, false, true),
-            (64, false, false, false),
+            (128, 4, true, false),
+            (128, 4, true, true),
+            (128, 8, true, true),
+            (128, 16, false, false),
+            (128, 16, false, true),
+            (96, 4, true, false),
+            (80, 8, false, false),
+            (64, 4, false, true),
+            (64, 16, false, false),
         ]
-        .map(|(head_dim, quantized, rotated, single)| {
-            let pages = Pages { head_dim, kv_bits: if quantized { 4 } else { 16 }, rotated };
+        .map(|(head_dim, kv_bits, rotated, single)| {
+            let pages = Pages { head_dim, kv_bits, rotated };
             DecodeProgram::new(pages, single, capability).defines()
         })
         .to_vec()
@@ -61,14 +63,14 @@ impl DecodeProgram {
     pub(in crate::backend::cuda) fn new(pages: Pages, single: bool, capability: Version) -> Self {
         // Chips with 227 KiB of shared memory a block, and those with 99 or more.
         let large = (9..12).contains(&capability.major);
-        // Pages of codes are short.
-        let short = pages.quantized();
+        // Pages of 4 bits are short.
+        let short = pages.code_bits() == 4;
         Self {
             pages,
             warps: if short || large { 8 } else { 4 },
             group_pages: if short { 2 } else { 1 },
             tile_heads: if single { 1 } else { TILE_HEADS },
-            blocks_per_sm: if short && large { 2 } else { 1 },
+            blocks_per_sm: if pages.quantized() && large { 2 } else { 1 },
             bulk: capability.major >= 9,
             shared_bytes: if large { 210_000 } else { 90_000 },
         }
