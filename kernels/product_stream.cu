@@ -208,11 +208,17 @@ static __device__ __forceinline__ void store_four(Output* y, int token, int row,
     if (row + 3 < rows) store(to + 3, v.w);
 }
 
-/// Grid (ceil(rows / (64 * BLOCKS)), splits) in clusters of (1, splits, 1); THREADS + PRODUCERS threads, and
+/// Grid (ceil(most rows / (64 * BLOCKS)), splits, weights) in clusters of (1, splits, 1): up to three weights are multiplied by the same
+/// tokens, each into results of its own; THREADS + PRODUCERS threads, and
 /// STAGES * STAGE_BYTES + 1024 bytes of dynamic shared memory. At most TOKENS tokens.
 extern "C" __global__ void __launch_bounds__(THREADS + PRODUCERS, BLOCKS_PER_SM)
-    integer_stream(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int tokens,
-                   int padded, int rows, int panels, int halves) {
+    integer_stream(const i8* x, const half* sx, const i8* xo, const float* sxo, const i8* w, const i8* wo, Output* y, int rows,
+                   const i8* w1, const i8* wo1, Output* y1, int rows1, const i8* w2, const i8* wo2, Output* y2, int rows2,
+                   int tokens, int padded, int panels, int halves) {
+    if (blockIdx.z == 1) w = w1, wo = wo1, y = y1, rows = rows1;
+    if (blockIdx.z == 2) w = w2, wo = wo2, y = y2, rows = rows2;
+    // Weights with fewer rows than the others: the entire cluster has none.
+    if (int(blockIdx.x) * BLOCKS * 64 >= rows) return;
     extern __shared__ u8 memory[];
     __shared__ u64 barriers[2 * STAGES];
     const Operands of{x, sx, xo, sxo, w, wo, tokens, padded, rows, panels, halves};

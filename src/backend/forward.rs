@@ -126,6 +126,14 @@ pub trait Forward: Memory {
     ) -> Result<()>;
     /// `x W^T` by the integer path: the specification of docs/format.md, bit for bit.
     fn integer_product(&self, x: &Self::Rows, weight: &Self::Packed) -> Result<Self::Activation>;
+    /// [`integer_product`](Self::integer_product) of each of the linears of a site. A backend may compute them together.
+    fn integer_products(
+        &self,
+        x: &Self::Rows,
+        weights: &[&Self::Packed],
+    ) -> Result<Vec<Self::Activation>> {
+        weights.iter().map(|weight| self.integer_product(x, weight)).collect()
+    }
     /// `x += y W^T` by the integer path.
     fn add_integer_product(
         &self,

@@ -51,9 +51,25 @@ impl<B: Forward> Site<B> {
         backend: &B,
         input: &Input<B>,
     ) -> Result<[B::Activation; N]> {
-        let linears = 0..self.linears.len();
-        let outputs = linears.map(|linear| self.output(backend, input, linear));
-        let outputs: Vec<B::Activation> = outputs.collect::<Result<_>>()?;
+        let packed = self.linears.iter().map(|linear| match linear {
+            Linear::Packed(weight) => Some(weight),
+            Linear::Dense(_) => None,
+        });
+        let outputs = match (packed.collect::<Option<Vec<_>>>(), input) {
+            (Some(weights), Input::Rows(x)) => {
+                let mut outputs = backend.integer_products(x, &weights)?;
+                for (y, bias) in outputs.iter_mut().zip(&self.biases) {
+                    if let Some(bias) = bias {
+                        backend.add_bias(y, bias)?;
+                    }
+                }
+                outputs
+            }
+            _ => {
+                let linears = 0..self.linears.len();
+                linears.map(|linear| self.output(backend, input, linear)).collect::<Result<_>>()?
+            }
+        };
         Ok(outputs.try_into().ok().expect("a site is built with the linears of its kind"))
     }
 

@@ -2,6 +2,7 @@
 
 use super::fused::{Columns, SiteCodes};
 use super::gpu::Buffer;
+use super::hopper::TiledProduct;
 use super::kernels::elementwise::{
     Add, AddBias, AddRows, QkNorm, RmsNorm, Select, SiluMul, SiluMulPermuted,
 };
@@ -169,6 +170,31 @@ impl Forward for Cuda {
         let data = self.integer(x, weight, true)?;
         let slots = weight.slots.clone();
         Ok(Activation { slots, ..Activation::new(x.tokens, weight.rows, data) })
+    }
+
+    fn integer_products(
+        &self,
+        x: &DeviceRows,
+        weights: &[&PackedLinear],
+    ) -> Result<Vec<Activation>> {
+        match self.tiled_together(x, weights) {
+            None => weights.iter().map(|weight| self.integer_product(x, weight)).collect(),
+            Some(all) => {
+                let outputs = weights.iter().map(|weight| self.half(x.tokens, weight.rows));
+                let outputs: Vec<Activation> = outputs.collect::<Result<_>>()?;
+                let mut products = Vec::with_capacity(all.len());
+                for (blocks, output) in all.into_iter().zip(&outputs) {
+                    products.push(TiledProduct { blocks, rows: output.columns, to: &output.data });
+                }
+                self.tiled_products(x, &products, product::ProductOutput::Half)?;
+                let slots = weights.iter().map(|weight| weight.slots.clone());
+                Ok(outputs
+                    .into_iter()
+                    .zip(slots)
+                    .map(|(y, slots)| Activation { slots, ..y })
+                    .collect())
+            }
+        }
     }
 
     fn add_integer_product(

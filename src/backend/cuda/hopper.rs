@@ -19,6 +19,20 @@ use crate::Result;
 use crate::quant::codebook::Codebook;
 use crate::quant::number::{LinearFormat, NumberFormat, OutlierFormat, RowFormat};
 
+/// One of several products of the same rows.
+#[derive(Clone, Copy)]
+pub(super) struct TiledProduct<'a> {
+    pub(super) blocks: &'a Blocks,
+    /// Rows of the weight.
+    pub(super) rows: usize,
+    /// Where `[tokens, rows]` go.
+    pub(super) to: &'a Buffer,
+}
+
+fn outliers_of<'a>(product: Option<&TiledProduct<'a>>) -> Option<In<'a, i8>> {
+    product.and_then(|own| own.blocks.outliers.as_ref()).map(Into::into)
+}
+
 /// Panels of so many slots.
 fn panels(slots: usize) -> usize {
     slots.div_ceil(PANEL)
@@ -182,37 +196,59 @@ impl Cuda {
         to: &Buffer,
         output: ProductOutput,
     ) -> Result<()> {
+        self.tiled_products(x, &[TiledProduct { blocks, rows, to }], output)
+    }
+
+    /// The products of `x` with one to three weights of one kind, in decode by one launch: each alone has too few tiles to
+    /// occupy the device.
+    pub(super) fn tiled_products(
+        &self,
+        x: &DeviceRows,
+        products: &[TiledProduct<'_>],
+        output: ProductOutput,
+    ) -> Result<()> {
         assert_eq!(x.layout, Layout::Tiled);
         let DeviceRows { tokens, format, scale_stride, .. } = *x;
+        let Blocks { wide, fp4, .. } = *products[0].blocks;
+        assert!(products.iter().all(|own| (own.blocks.wide, own.blocks.fp4) == (wide, fp4)));
         // Products with weights of 8 bits take two's complement.
-        let widened = (x.in_magnitudes() && blocks.wide).then(|| self.widened(x)).transpose()?;
+        let widened = (x.in_magnitudes() && wide).then(|| self.widened(x)).transpose()?;
         let codes = widened.as_ref().unwrap_or(&x.codes);
-        let wide = [!x.in_magnitudes() || blocks.wide, blocks.wide];
         let multiprocessors = self.gpu.multiprocessors;
-        let group_size = format.numbers.group_size;
-        let tiling =
-            Tiling::of(tokens, rows, group_size, wide, multiprocessors).with(blocks.fp4, output);
-        let panels = panels(format.grouped_channels());
-        let parts = x.outliers.channels.div_ceil(OUTLIER_PART);
+        let all_rows = products.iter().map(|own| own.rows).sum();
+        let wide = [!x.in_magnitudes() || wide, wide];
+        let tiling = Tiling::of(tokens, all_rows, format.numbers.group_size, wide, multiprocessors)
+            .with(fp4, output);
         let outliers = x.outliers.from(0);
+        let [first, second, third] = [0, 1, 2].map(|at| products.get(at));
+        let weight = |own: Option<&TiledProduct<'_>>| own.map_or(0, |own| own.rows);
         let stream = Stream {
             x: codes.into(),
             sx: (&x.scales).into(),
             xo: outliers.codes,
             sxo: outliers.scales,
-            w: (&blocks.codes).into(),
-            wo: blocks.outliers.as_ref().map(Into::into),
-            y: to.into(),
+            w: (&products[0].blocks.codes).into(),
+            wo: outliers_of(first),
+            y: products[0].to.into(),
+            rows: weight(first),
+            w1: second.map(|own| (&own.blocks.codes).into()),
+            wo1: outliers_of(second),
+            y1: second.map(|own| own.to.into()),
+            rows1: weight(second),
+            w2: third.map(|own| (&own.blocks.codes).into()),
+            wo2: outliers_of(third),
+            y2: third.map(|own| own.to.into()),
+            rows2: weight(third),
             tokens,
             padded: scale_stride,
-            rows,
-            panels,
-            halves: parts,
+            panels: panels(format.grouped_channels()),
+            halves: x.outliers.channels.div_ceil(OUTLIER_PART),
             tiling,
             cluster: 1,
         };
         if tiling.is_prefill() {
-            let Stream { x, sx, xo, sxo, w, wo, y, padded, halves, .. } = stream;
+            assert_eq!(products.len(), 1, "prefill has tiles enough");
+            let Stream { x, sx, xo, sxo, w, wo, y, rows, padded, panels, halves, .. } = stream;
             return self.kernels.launch(&Tiles {
                 x,
                 sx,

@@ -11,11 +11,11 @@ use super::kernels::gptq::ExpandScales;
 use super::kernels::integer::{
     AddFloatOutliers, IntegerProduct, IntegerProgram, PackNibbles, UnpackNibbles,
 };
-use super::kernels::product::ProductOutput;
+use super::kernels::product::{ProductOutput, is_prefill};
 use super::libraries::Version;
 use super::slice::In;
 use super::tensor::{
-    DeviceLinear, DeviceRows, DeviceSite, Layout, Outliers, PackedForm, PackedLinear,
+    Blocks, DeviceLinear, DeviceRows, DeviceSite, Layout, Outliers, PackedForm, PackedLinear,
     SCALE_MULTIPLE, Slots,
 };
 use crate::Result;
@@ -163,6 +163,24 @@ impl Cuda {
         let nibbles = paired.then(|| self.nibbles(weight.codes(), bytes)).transpose()?;
         let form = PackedForm::Rows { weight, scales, nibbles };
         Ok(PackedLinear { format, rows, form, slots: None })
+    }
+
+    /// The blocks of weights whose products with `x` one launch computes; none where there is no such launch.
+    pub(super) fn tiled_together<'w>(
+        &self,
+        x: &DeviceRows,
+        weights: &[&'w PackedLinear],
+    ) -> Option<Vec<&'w Blocks>> {
+        if x.layout != Layout::Tiled || is_prefill(x.tokens) || !(2..=3).contains(&weights.len()) {
+            return None;
+        }
+        let blocks = weights.iter().map(|weight| match &weight.form {
+            PackedForm::Blocks(blocks) => Some(blocks),
+            PackedForm::Rows { .. } => None,
+        });
+        let blocks = blocks.collect::<Option<Vec<&Blocks>>>()?;
+        let kind = |blocks: &&Blocks| (blocks.wide, blocks.fp4);
+        blocks.iter().all(|own| kind(own) == kind(&blocks[0])).then_some(blocks)
     }
 
     /// `x w^T` by the integer path, in f16 or in f32.

@@ -30,6 +30,8 @@ use network::NetworkValues;
 const STEP_TOKENS: usize = 4096;
 /// Cached tokens of the sequences whose steps are timed.
 const STEP_CONTEXT: usize = 1024;
+/// Sequences at once at most: attention has a block of a grid's last dimension for each.
+const MOST_SEQUENCES: usize = 1 << 15;
 /// Bytes that are read to find out what the device reads a second.
 const READ_BYTES: usize = 1 << 30;
 
@@ -262,7 +264,7 @@ impl<B: Backend + Decode + Device> Network<'_, '_, B> {
         let each = self.pages(longest) as u64 * self.decoder.page_bytes()?;
         let left = limit.saturating_sub(used);
         let fits = |batch: usize| batch as u64 * each + self.working_bytes(batch) <= left;
-        let largest = (1..=1 << 16).take_while(|batch| fits(*batch)).last().unwrap_or(0);
+        let largest = (1..=MOST_SEQUENCES).take_while(|batch| fits(*batch)).last().unwrap_or(0);
         let wanted = match self.settings.batch {
             Batch::Auto if largest > 0 => 1 << largest.ilog2(),
             Batch::Auto | Batch::Max => largest,

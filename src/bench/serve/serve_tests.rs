@@ -82,6 +82,6 @@ fn a_gpu_serves_within_its_memory() {
     assert!(outcome.own.iter().all(|row| row.peak_bytes.unwrap() <= 400 << 20));
     let auto = serve(&cuda, &settings(Batch::Auto), &Silent).unwrap();
     assert!(auto.own.iter().all(|row| row.batch.is_power_of_two() && row.batch > 64));
-    let too_many = serve(&cuda, &settings(Batch::Of(1 << 15)), &Silent);
+    let too_many = serve(&cuda, &settings(Batch::Of(1 << 17)), &Silent);
     assert!(too_many.err().unwrap().message().contains("has room for"));
 }

@@ -6,6 +6,8 @@ use crate::backend::cuda::slice::{In, Out};
 
 /// Tokens of a page.
 pub const PAGE_TOKENS: usize = 16;
+/// Threads of a block that adds one token to a page: more would only wait for it.
+const SINGLE_THREADS: usize = 64;
 /// The widest head that pages hold.
 pub(in crate::backend::cuda) const WIDEST_HEAD: usize = 128;
 
@@ -25,8 +27,11 @@ pub(super) const FAMILY: Family = Family {
             (80, 8, false),
             (64, 2, false),
         ]
-        .map(|(head_dim, kv_bits, rotated)| Pages { head_dim, kv_bits, rotated }.append())
-        .to_vec()
+        .map(|(head_dim, kv_bits, rotated)| {
+            let pages = Pages { head_dim, kv_bits, rotated };
+            [THREADS, SINGLE_THREADS].map(|threads| pages.append(threads))
+        })
+        .concat()
     },
     kernels: declared![Append],
 };
@@ -77,8 +82,8 @@ impl Pages {
         [heads::quantized(self.head_dim, self.kv_bits, self.rotated), own].concat()
     }
 
-    fn append(&self) -> Defines {
-        [self.defines(), defines! { "THREADS": THREADS }].concat()
+    fn append(&self, threads: usize) -> Defines {
+        [self.defines(), defines! { "THREADS": threads }].concat()
     }
 }
 
@@ -116,10 +121,16 @@ impl Launch for Append<'_> {
     const FAMILY: Family = FAMILY;
 
     fn constants(&self) -> Defines {
-        self.pages.append()
+        self.pages.append(self.threads())
     }
 
     fn geometry(&self) -> Geometry {
-        Geometry::grid((self.touched_pages, self.kv_heads, self.sequences), THREADS)
+        Geometry::grid((self.touched_pages, self.kv_heads, self.sequences), self.threads())
+    }
+}
+
+impl Append<'_> {
+    fn threads(&self) -> usize {
+        if self.tokens <= self.sequences { SINGLE_THREADS } else { THREADS }
     }
 }

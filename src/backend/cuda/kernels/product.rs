@@ -81,9 +81,17 @@ kernel! {
         w: In<'a, i8>[rows.div_ceil(BLOCK_ROWS) * panels * tiling.packing().block_bytes()],
         wo: Option<In<'a, i8>>[rows.div_ceil(BLOCK_ROWS) * halves * OUTLIER_BYTES],
         y: Out<'a, Any>[tokens * rows * if tiling.output == ProductOutput::Half { 2 } else { 4 }],
+        rows: usize,
+        w1: Option<In<'a, i8>>[rows1.div_ceil(BLOCK_ROWS) * panels * tiling.packing().block_bytes()],
+        wo1: Option<In<'a, i8>>[rows1.div_ceil(BLOCK_ROWS) * halves * OUTLIER_BYTES],
+        y1: Option<Out<'a, Any>>[tokens * rows1 * if tiling.output == ProductOutput::Half { 2 } else { 4 }],
+        rows1: usize,
+        w2: Option<In<'a, i8>>[rows2.div_ceil(BLOCK_ROWS) * panels * tiling.packing().block_bytes()],
+        wo2: Option<In<'a, i8>>[rows2.div_ceil(BLOCK_ROWS) * halves * OUTLIER_BYTES],
+        y2: Option<Out<'a, Any>>[tokens * rows2 * if tiling.output == ProductOutput::Half { 2 } else { 4 }],
+        rows2: usize,
         tokens: usize,
         padded: usize,
-        rows: usize,
         panels: usize,
         halves: usize,
     }
@@ -104,7 +112,10 @@ impl Launch for Stream<'_> {
     fn geometry(&self) -> Geometry {
         let Self { tiling, cluster, .. } = *self;
         let (threads, shared_bytes) = (tiling.threads(), tiling.shared_bytes());
-        Geometry { grid: (self.tiles(), cluster, 1), threads, shared_bytes, cluster }
+        let all = self.all_rows();
+        let most = all.into_iter().max().unwrap_or(0).div_ceil(BLOCK_ROWS * tiling.blocks);
+        let weights = all.into_iter().filter(|rows| *rows > 0).count();
+        Geometry { grid: (most, cluster, weights), threads, shared_bytes, cluster }
     }
 }
 
@@ -114,9 +125,15 @@ impl Stream<'_> {
         self.panels.div_ceil(self.tiling.panels) + self.halves
     }
 
-    /// Tiles of all rows.
+    /// Rows of each of the weights.
+    fn all_rows(&self) -> [usize; 3] {
+        [self.rows, self.rows1, self.rows2]
+    }
+
+    /// Tiles of all rows of all weights.
     pub(in crate::backend::cuda) fn tiles(&self) -> usize {
-        self.rows.div_ceil(BLOCK_ROWS * self.tiling.blocks)
+        let tiles = |rows: usize| rows.div_ceil(BLOCK_ROWS * self.tiling.blocks);
+        self.all_rows().map(tiles).iter().sum()
     }
 }
 
