@@ -23,7 +23,7 @@
 //     BY_WARPS  1: products by mma.sync and not by wgmma (product_stream.cu)
 //     THREADS   threads of the consumer (MMA) warpgroups, one for 64 rows
 //     PRODUCERS threads of the producer warps
-//     OUT       0: y is f32; 1: y is f16; 2, in product_tiles.cu: y is f32, and results are added to it
+//     OUT       0: y is f32; 1: y is f16; 2: y is f32, and results are added to it
 //
 // Operands: tokens in panels of 128 slots, a row's sixteenths exchanged (the chunk c of token t is at c ^ t % 8),
 // `padded` to a multiple of 8:

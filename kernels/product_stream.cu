@@ -196,6 +196,18 @@ static __device__ __forceinline__ void add_groups(float (&total)[HELD], u32 bloc
 /// Writes results of rows `row` and the three on; `row` is a multiple of 4.
 static __device__ __forceinline__ void store_four(Output* y, int token, int row, int rows, const float4& v) {
     Output* to = y + (long long)token * rows + row;
+#if OUT == 2
+    // One thread only adds to a value, so that order does not matter: an atomic sum is asynchronous.
+    if (rows % 4 == 0) {
+        if (row < rows) add_four(to, v);
+        return;
+    }
+    const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (row + i < rows) atomicAdd(to + i, values[i]);
+    return;
+#endif
 #if OUT == 1
     if (rows % 4 == 0) {
         if (row < rows) *reinterpret_cast<uint2*>(to) = make_uint2(pack_half2(v.x, v.y), pack_half2(v.z, v.w));

@@ -434,7 +434,8 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
             let outcome =
                 with_backend!(&backend, ui, backend => bench::serve(backend, &settings, ui))?;
             ui.close();
-            return output.write(&outcome);
+            output.write(&outcome)?;
+            return page.write(&outcome, None);
         }
         What::Quantize(flags) => {
             let model = SyntheticModel {

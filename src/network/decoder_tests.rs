@@ -38,7 +38,7 @@ fn decode<B: Backend + Decode>(
     texts: [&[u32]; 2],
     steps: &[usize],
 ) -> [Vec<f32>; 2] {
-    let backend = decoder.model().backend;
+    let backend = decoder.backend();
     let longest = texts.iter().map(|text| text.len()).max().unwrap();
     let each = longest.div_ceil(backend.page_tokens()) as u32;
     let mut caches = decoder.caches(longest, 2 * each as usize).unwrap();

@@ -41,7 +41,8 @@ impl<'a, B: Decode> Decoding<'a, B> {
 
     fn attend(&mut self, counts: &[(usize, usize)], qkv: &[Matrix; 3]) -> Vec<f32> {
         let Self { backend, spec, cache, mean } = self;
-        let step = backend.begin_step(&step(*backend, counts)).unwrap();
+        let step = step(*backend, counts);
+        let step = backend.begin_step(&step, &vec![0; step.tokens()]).unwrap();
         let [q, k, v] = qkv.clone().map(|x| backend.upload_activation(x).unwrap());
         let qkv = Qkv { q, k, v };
         let out = backend.cached_attention(spec, cache, &step, qkv, mean.as_ref()).unwrap();

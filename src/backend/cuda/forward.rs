@@ -203,10 +203,8 @@ impl Forward for Cuda {
         y: &DeviceRows,
         weight: &PackedLinear,
     ) -> Result<()> {
-        // Only the product of prefill adds to what is there.
-        if let (PackedForm::Blocks(blocks), Layout::Tiled) = (&weight.form, y.layout)
-            && product::is_prefill(y.tokens)
-        {
+        // Products of rows in tiles add to what is there.
+        if let (PackedForm::Blocks(blocks), Layout::Tiled) = (&weight.form, y.layout) {
             return self.tiled_product(
                 y,
                 blocks,

@@ -100,6 +100,50 @@ fn tiles_and_stages_come_round() {
     compare(&cuda, (4096, 128, 128, 4, 4, false), 1, counts, &mut random);
 }
 
+#[test]
+fn linears_multiplied_together_are_within_the_bound_of_each() {
+    let Some(cuda) = hopper("linears_multiplied_together_are_within_the_bound_of_each") else {
+        return;
+    };
+    let cpu = Cpu::new().unwrap();
+    let mut random = Random(79);
+    for shape in [SHAPES[3], SHAPES[5], SHAPES[9], SHAPES[11], SHAPES[12]] {
+        let (format, weights) = formats(shape, 1, &mut random);
+        let site = cuda.site(&format).unwrap();
+        for (tokens, all_rows) in [
+            (1, &[64, 64][..]),
+            (7, &[200, 65, 3]),
+            (16, &[1, 700]),
+            (32, &[1024, 256, 256]),
+            (64, &[130, 2000, 64]),
+            (65, &[130, 64]),
+            (9, &[77]),
+        ] {
+            let what = format!("{tokens} x {all_rows:?}, {shape:?}");
+            let x = random.activations(tokens, format.channels);
+            let host = cpu.quantize(&cpu.upload(x.clone()).unwrap(), &format, "").unwrap();
+            let on_device = cuda.quantize(&cuda.half_tensor(&x), &site, "").unwrap();
+            let linears: Vec<_> =
+                all_rows.iter().map(|rows| random_codes(&weights, *rows, &mut random)).collect();
+            let packed: Vec<_> = linears
+                .iter()
+                .map(|linear| cuda.pack(&cuda.restore(linear.clone()).unwrap(), None).unwrap())
+                .collect();
+            let packed: Vec<_> = packed.iter().collect();
+            let found = cuda.integer_products(&on_device, &packed).unwrap();
+            assert_eq!(found.len(), linears.len());
+            for (linear, found) in linears.iter().zip(&found) {
+                let expected =
+                    cpu.integer_product(&host, &cpu.pack(linear, None).unwrap()).unwrap();
+                let found = cuda.values(found);
+                let (_, fault) =
+                    product_error(&host, linear, &found, expected.values(), Dtype::F16);
+                assert_eq!(fault, None, "{what}");
+            }
+        }
+    }
+}
+
 /// A site's products for so many tokens and rows.
 fn compare(
     cuda: &Cuda,

@@ -17,7 +17,7 @@ pub(super) const STREAM: Family = Family {
     tensor_core: Some("IGMMA"),
     pdl: true,
     variants: |_| {
-        use ProductOutput::{Float, Half};
+        use ProductOutput::{Added, Float, Half};
         let tiling = |tokens, group, wide, fp4, output| {
             Tiling { fp4, output, ..Tiling::of(tokens, 12288, group, wide, 132) }.defines()
         };
@@ -40,6 +40,8 @@ pub(super) const STREAM: Family = Family {
             narrow(64, 32),
             tiling(64, 64, [true, false], true, Float),
             tiling(64, 128, [true; 2], false, Half),
+            tiling(1, 128, [true, false], false, Added),
+            tiling(64, 128, [false; 2], false, Added),
         ]
     },
     kernels: declared![Stream],

@@ -47,7 +47,7 @@ pub(in crate::backend::cuda) enum ProductOutput {
     Float,
     /// f16 values.
     Half,
-    /// Added to f32 values that are there: prefill only.
+    /// Added to f32 values that are there.
     Added,
 }
 
