@@ -8,7 +8,8 @@ mod network;
 mod timing;
 mod workload;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
+use serde_json::{Map, Value, json};
 
 pub use network::{NetworkShape, RowKind};
 use timing::Run;
@@ -16,7 +17,7 @@ use workload::Lengths;
 pub use workload::Workload;
 
 use super::device::Timer;
-use super::median;
+use super::{BenchOutcome, median};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Decode};
@@ -150,8 +151,8 @@ pub struct ServeRow {
     pub token_bytes: u64,
 }
 
-/// The result of `atom bench serve`.
-#[derive(Clone, Debug, Serialize)]
+/// The result of `atom bench serve`. As JSON it is a [`BenchOutcome`].
+#[derive(Clone, Debug)]
 pub struct ServeOutcome {
     /// The model's name.
     pub shape: String,
@@ -227,7 +228,42 @@ pub fn serve<B: Backend + Decode + Device>(
     Ok(outcome)
 }
 
+impl Serialize for ServeOutcome {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        self.outcome().serialize(serializer)
+    }
+}
+
 impl ServeOutcome {
+    /// All figures as rows: of each batch and of each step.
+    fn outcome(&self) -> BenchOutcome {
+        let named = |figure: &str, value: Value| {
+            let mut row = Map::new();
+            row.insert("figure".to_owned(), figure.into());
+            flatten(&mut row, "", value);
+            row
+        };
+        let value = |row: &ServeRow| serde_json::to_value(row).expect("numbers and names");
+        let own = self.own.iter().map(|row| named("own batch", value(row)));
+        let equal = self.equal.iter().map(|row| named("equal batch", value(row)));
+        let steps = self.steps.iter().flat_map(|(kind, steps)| {
+            steps.iter().map(|step| {
+                let mut value = serde_json::to_value(step).expect("numbers and names");
+                value["row"] = kind.name().into();
+                named("step", value)
+            })
+        });
+        let facts = [
+            ("shape", json!(self.shape)),
+            ("device", json!(self.device)),
+            ("workload", json!(self.workload)),
+            ("memory_bytes", json!(self.memory_bytes)),
+            ("read_bytes_per_second", json!(self.read_rate)),
+        ];
+        let facts = facts.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        BenchOutcome { rows: own.chain(equal).chain(steps).collect(), facts }
+    }
+
     /// Divides by the first row.
     fn compare(&mut self) {
         for rows in [&mut self.own, &mut self.equal] {
@@ -239,6 +275,23 @@ impl ServeOutcome {
             let same = first.iter().find(|own| own.batch == step.batch);
             step.speedup = same.map(|own| own.ms / step.ms);
         }
+    }
+}
+
+/// Adds the fields of an object to a row, those of objects in it under joined names.
+fn flatten(row: &mut Map<String, Value>, name: &str, value: Value) {
+    let Value::Object(fields) = value else {
+        row.insert(name.to_owned(), value);
+        return;
+    };
+    for (key, value) in fields {
+        // A run is what a row is about.
+        let joined = match (name, key.as_str()) {
+            ("", "run") => String::new(),
+            ("", key) => key.to_owned(),
+            (name, key) => format!("{name}_{key}"),
+        };
+        flatten(row, &joined, value);
     }
 }
 

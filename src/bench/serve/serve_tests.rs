@@ -40,6 +40,14 @@ fn settings(batch: Batch, directory: &tempfile::TempDir) -> ServeSettings {
 }
 
 fn check(outcome: &ServeOutcome, batch: usize) {
+    let json = serde_json::to_value(outcome).unwrap();
+    let rows = json["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 3 + 3 + 6);
+    assert_eq!((&rows[0]["figure"], &rows[0]["row"]), (&json!("own batch"), &json!("f16")));
+    let run = &outcome.own[0].run;
+    assert_eq!(rows[0]["ttft_ms_p99"], json!(run.ttft_ms.p99));
+    assert_eq!(rows[0]["total_tokens_per_second"], json!(run.total_tokens_per_second));
+    assert_eq!((&rows[11]["figure"], &rows[11]["batch"]), (&json!("step"), &json!(2)));
     assert_eq!((outcome.own.len(), outcome.equal.len(), outcome.steps.len()), (3, 3, 3));
     for row in outcome.own.iter().chain(&outcome.equal) {
         assert_eq!((row.run.prompt_tokens, row.run.output_tokens), (61, 31));
