@@ -51,7 +51,7 @@ Clocks are left as they are: what else runs on the GPU shows in the figures.";
 const SERVE_EXAMPLES: &str = "\
 Examples:
   atom bench serve --workload atom --memory 24GB --equal-batch 32
-  atom bench serve --shape llama-2-7b --blocks 2 --batch 2 --requests 2 --device cpu
+  atom bench serve --blocks 1 --batch 2 --requests 2 --steps 1 --device cpu
 
 Clocks are left as they are: what else runs on the GPU shows in the figures.";
 
@@ -86,7 +86,7 @@ enum What {
     Prefill(PrefillFlags),
     /// Speed and memory of `quantize` on a synthetic checkpoint of a known model's widths
     Quantize(Box<SyntheticFlags>),
-    /// Tokens a second at a fixed memory, in 4 bits and in f16: continuous batching of a workload's requests
+    /// Tokens a second at a fixed memory, in f16, INT8 and 4 bits: continuous batching of a workload's requests
     Serve(Box<ServeFlags>),
 }
 
@@ -261,7 +261,7 @@ struct ServeFlags {
     /// Decoder blocks [default: as many as the model has]
     #[arg(long, value_name = "N", value_parser = values::small_count)]
     blocks: Option<usize>,
-    /// Requests: atom (the paper's, chatting, 20 for each sequence), qserve (1024 tokens and 512 new ones, all at once), vllm
+    /// Requests: atom (the paper's, of a chat, 20 for each sequence), qserve (1024 tokens and 512 new ones, all at once), vllm
     /// (1000 of 1024 and 128), or a JSON file with a list of [prompt, output]
     #[arg(long, value_name = "atom|qserve|vllm|FILE.json", default_value = "atom")]
     workload: String,
