@@ -6,6 +6,7 @@ hands the outcome to [`Output`]. What several subcommands share is in `args`; st
 
 mod args;
 mod bench;
+mod bench_serve;
 mod calibrate;
 mod completions;
 mod doctor;
