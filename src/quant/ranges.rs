@@ -40,6 +40,9 @@ pub const E4M3_EXPONENTS: Range<i8> =
 pub const ROWS_PER_SCALE: Range<usize> =
     Range { holds: |rows| matches!(rows, 1 | 2), words: "be 1 or 2" };
 
+/// A number of channels or tokens: no network or text has more, and files hold it in 64 bits with a sign.
+pub const COUNT: Range<usize> = Range { holds: |count| count <= 1 << 40, words: "be at most 2^40" };
+
 /// How much of the accumulated error is corrected.
 pub const CORRECTION: Range<f32> =
     Range { holds: |share| (0.0..=1.0).contains(&share), words: "lie in [0, 1]" };

@@ -15,7 +15,7 @@ use toml::Table;
 use crate::quant::codebook::Codebook;
 use crate::quant::kv::KvFormat;
 use crate::quant::number::OutlierFormat;
-use crate::quant::ranges::{BITS, CLIP, CORRECTION, DAMPING, ROWS_PER_SCALE};
+use crate::quant::ranges::{BITS, CLIP, CORRECTION, COUNT, DAMPING, ROWS_PER_SCALE};
 use crate::quant::scale::ScaleGrid;
 use crate::quant::site::Transform;
 use crate::{Error, Result};
@@ -196,6 +196,13 @@ impl Recipe {
         CLIP.check("clip_kv", self.clip_kv)?;
         ROWS_PER_SCALE.check("rows_per_scale", self.rows_per_scale)?;
         DAMPING.check("damping", self.damping)?;
+        COUNT.check("expert_tokens", self.expert_tokens)?;
+        if let Group::Size(size) = self.group {
+            COUNT.check("group", size)?;
+        }
+        if let Outliers::Count(count) = self.outliers {
+            COUNT.check("outliers", count)?;
+        }
         CORRECTION.check("correction", self.correction)?;
         if self.center_keys && !self.kv_after_rope {
             return Err(Error::input("center_keys needs kv_after_rope").hint(
@@ -339,6 +346,8 @@ mod tests {
             ),
             ("rows_per_scale = 3", "rows_per_scale is 3"),
             ("correction = 2", "correction is 2"),
+            ("expert_tokens = 9000000000000000000", "expert_tokens is 9000000000000000000"),
+            ("group = 9000000000000000000", "group is 9000000000000000000"),
             ("sequential = false", "correction needs sequential"),
             ("kv_after_rope = false", "center_keys needs kv_after_rope"),
         ] {

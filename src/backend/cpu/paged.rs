@@ -3,8 +3,10 @@
 A page holds some tokens of every key and value head of a block. Keys lie by channel and values by token, as the panels of
 [`super::gemm`] have them, so reading a page is unpacking its rows:
 
+```text
     keys    [head_dim][page_tokens] codes    scale and zero point of each token
     values  [page_tokens][head_dim] codes    scale and zero point of each token
+```
 
 At 16 bits nothing is quantized and the values are held in f32, as attention over windows sees them. Everything else is
 that attention's own code ([`super::attention`]): a token's result has the bits that it has there. */

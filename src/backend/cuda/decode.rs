@@ -4,9 +4,11 @@ Sequences that begin in a step attend to their own tokens as windows do, those o
 other token attends to pages (decode.cu): the last one of a sequence that is being decoded, and each of a prompt that goes
 on, as if it were the last one of a sequence that ends with it.
 
+```text
     rows of a step       |  a: 1  |  b, new: 5    |  c: 1  |  d, new: 5    |  e, goes on: 2  |
     windows of 5 tokens           |  b            |        |  d            |                  flash_attention
     readers of pages     |  a     |               |  c     |               |  e    |  e      |  decode_attention
+```
 
 Work is divided among the device's multiprocessors by the number of readers and by the longest sequence that the cache
 could hold, not by the sequences at hand, so that the sums of a token have one order for one number of readers. */
