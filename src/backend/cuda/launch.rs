@@ -17,6 +17,9 @@ use super::kernels::{Defines, Family};
 use super::slice::{Element, In, Out};
 use crate::Result;
 
+/// Dynamic shared memory that a launch gets unasked. The driver's limit of 48 KiB counts a kernel's static memory as well.
+const UNASKED_BYTES: usize = 32 << 10;
+
 /// All kernels of a device.
 pub(super) struct Kernels {
     gpu: Arc<Gpu>,
@@ -214,7 +217,7 @@ impl Kernels {
                 Function(function)
             }
         };
-        if shared_bytes > 48 << 10 {
+        if shared_bytes > UNASKED_BYTES {
             let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is loaded.
             unsafe {

@@ -88,8 +88,14 @@ fn a_gpu_serves_within_its_memory() {
     let outcome = serve(&cuda, &settings(Batch::Of(2)), &Silent).unwrap();
     check(&outcome, 2);
     assert!(outcome.own.iter().all(|row| row.peak_bytes.unwrap() <= 400 << 20));
-    let auto = serve(&cuda, &settings(Batch::Auto), &Silent).unwrap();
-    assert!(auto.own.iter().all(|row| row.batch.is_power_of_two() && row.batch > 64));
     let too_many = serve(&cuda, &settings(Batch::Of(1 << 17)), &Silent);
     assert!(too_many.err().unwrap().message().contains("has room for"));
+}
+
+#[test]
+fn a_batch_follows_from_the_memory_of_a_gpu() {
+    let Some(cuda) = device("a_batch_follows_from_the_memory_of_a_gpu") else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let outcome = serve(&cuda, &settings(Batch::Auto, &directory), &Silent).unwrap();
+    assert!(outcome.own.iter().all(|row| row.batch.is_power_of_two() && row.batch > 64));
 }
