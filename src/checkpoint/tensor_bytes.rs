@@ -10,7 +10,7 @@ use super::output::failed;
 use super::tensor::Tensor;
 use crate::Result;
 
-/// Bytes hashed and written at once: they stay in a core's cache between the two.
+/// Bytes hashed and then written: they stay in a core's cache between the two.
 const PART: usize = 1 << 20;
 
 /// The little-endian bytes of a tensor to be written.

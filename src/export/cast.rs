@@ -7,7 +7,7 @@ use super::model::ExportedModel;
 use crate::Error;
 use crate::checkpoint::{Dtype, Tensor, TensorBytes, TensorSpec};
 
-/// Values converted at once.
+/// Values converted together.
 const VALUES: usize = 1 << 22;
 
 /// A part that holds a stored tensor as the type `dtype`, F16 or BF16; a copy where it is of this type.

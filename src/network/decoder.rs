@@ -1,5 +1,7 @@
 /*! A network that decodes: all of its blocks stay on the backend, and sequences grow by steps. */
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::attention::attention_spec;
 use super::prefetch::prefetch;
 use super::runnable::Runnable;
@@ -12,8 +14,12 @@ use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::{Error, Result};
 
+static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+
 /// A source in full precision or an Atom checkpoint on the integer path, with its weights laid out once.
 pub struct Decoder<'a, B: Backend + Decode> {
+    /// Of no other decoder of this process.
+    id: u64,
     backend: &'a B,
     architecture: Architecture,
     kv: KvFormat,
@@ -41,6 +47,8 @@ pub struct Caches<B: Decode> {
     blocks: Vec<B::Cache>,
     pages: usize,
     replay: B::Replay,
+    /// The decoder whose weights a record may read.
+    decoder: u64,
 }
 
 impl<B: Decode> Caches<B> {
@@ -81,7 +89,8 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         progress.end();
         tensors.check_unchanged()?;
         let Runnable { architecture, kv, .. } = model;
-        Ok(Self { backend, architecture, kv, table, blocks, final_norm, head })
+        let parts = DecoderParts { table, blocks, final_norm, head };
+        Ok(Self::of_parts(backend, architecture, kv, parts))
     }
 
     /// A network of parts that are on the backend already.
@@ -91,7 +100,8 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         kv: KvFormat,
         DecoderParts { table, blocks, final_norm, head }: DecoderParts<'a, B>,
     ) -> Self {
-        Self { backend, architecture, kv, table, blocks, final_norm, head }
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        Self { id, backend, architecture, kv, table, blocks, final_norm, head }
     }
 
     /// Where it runs.
@@ -123,7 +133,7 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         let spec = attention_spec(&self.architecture, self.kv, longest);
         let blocks = (0..self.blocks.len()).map(|_| self.backend.cache(&spec, pages));
         let blocks = blocks.collect::<Result<_>>()?;
-        Ok(Caches { blocks, spec, pages, replay: B::Replay::default() })
+        Ok(Caches { blocks, spec, pages, replay: B::Replay::default(), decoder: self.id })
     }
 
     /// Runs the new tokens of a step, one or more of each sequence, through the network. Returns the argmax of each
@@ -137,7 +147,7 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         step: &DecodeStep,
         tokens: &[u32],
     ) -> Result<Vec<GreedyToken>> {
-        self.check_tokens(step, tokens)?;
+        self.check_step(caches, step, tokens)?;
         Self::on_pool(|| self.run_greedy(caches, step, tokens))
     }
 
@@ -180,7 +190,7 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         tokens: &[u32],
         wanted: &[u32],
     ) -> Result<Matrix> {
-        self.check_tokens(step, tokens)?;
+        self.check_step(caches, step, tokens)?;
         Self::on_pool(|| self.run(caches, step, tokens, wanted))
     }
 
@@ -211,7 +221,8 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         self.backend.rms_norm(x, &self.final_norm, self.architecture.norm_epsilon)
     }
 
-    fn check_tokens(&self, step: &DecodeStep, tokens: &[u32]) -> Result<()> {
+    fn check_step(&self, caches: &Caches<B>, step: &DecodeStep, tokens: &[u32]) -> Result<()> {
+        assert_eq!(caches.decoder, self.id, "caches are used by the decoder that made them");
         assert!(tokens.len() == step.tokens());
         let vocabulary = self.architecture.vocabulary;
         match tokens.iter().find(|token| **token as usize >= vocabulary) {

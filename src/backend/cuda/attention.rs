@@ -69,7 +69,7 @@ impl Cuda {
         })
     }
 
-    /// The tables of the rotary embedding on the device. They stay there until others are asked for.
+    /// The tables of the rotary embedding on the device. They stay there until another table is needed.
     pub(super) fn rope_tables(&self, spec: &AttentionSpec) -> Result<[Arc<Buffer>; 2]> {
         let mut rope = self.rope.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // Comparing tables takes longer than a kernel does.

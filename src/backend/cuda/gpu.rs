@@ -189,7 +189,7 @@ impl Gpu {
         }
     }
 
-    /// The deferred errors of kernels that were issued since the main stream was waited for: who records them asks for their
+    /// The deferred errors of kernels that were issued since the main stream was waited for: the owner of a record takes their
     /// errors alone.
     pub(super) fn deferred(&self) -> &DeferredErrors {
         &self.deferred

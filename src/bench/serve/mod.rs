@@ -29,7 +29,7 @@ use network::NetworkValues;
 const STEP_TOKENS: usize = 4096;
 /// Cached tokens of the sequences whose steps are timed.
 const STEP_CONTEXT: usize = 1024;
-/// Sequences at once at most: attention has a block of a grid's last dimension for each.
+/// The largest batch: attention has a block of a grid's last dimension for each sequence.
 const MOST_SEQUENCES: usize = 1 << 15;
 /// Bytes that are read to find out what the device reads a second.
 const READ_BYTES: usize = 1 << 30;

@@ -29,7 +29,7 @@ pub struct StepTime {
 pub struct ServeRow {
     /// Its format.
     pub row: RowKind,
-    /// Sequences at once.
+    /// Sequences that run together.
     pub batch: usize,
     /// The run of the median throughput.
     pub run: Run,
