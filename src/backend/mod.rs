@@ -12,6 +12,7 @@ mod forward;
 mod measurement;
 mod memory;
 mod quantization;
+mod train;
 
 pub use calibration::{AccumulatedError, Calibration};
 pub use decode::{Decode, DecodeStep, GreedyToken, SequenceStep};
@@ -20,6 +21,7 @@ pub use measurement::{Measurement, Prediction, Producer};
 pub use memory::{Matrix, Memory, Tensor};
 pub(crate) use quantization::output_error;
 pub use quantization::{Damping, Quantization, Unquantized};
+pub use train::{LinearGradient, SiteGradient, Train, TrainedLinear};
 
 /// A device that does all of it.
 pub trait Backend: Quantization + Measurement {}
