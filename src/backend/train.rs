@@ -42,8 +42,8 @@ pub struct LinearGradient {
 
 /// Gradients of a quantized network, operation by operation.
 ///
-/// `d_y` is the gradient of the loss with respect to `y`. Sums over tokens on the CPU are in f32, tokens ascending, and
-/// depend on no thread count; on a device they depend on no order of its threads.
+/// `d_y` is the gradient of the loss with respect to `y`. Sums over tokens are made in an order that depends on nothing but their
+/// number: not on a thread count, nor on the order of a device's threads.
 pub trait Train: Backend {
     /// The gradient of an activation inside a block, `[tokens, channels]`. A backend chooses its type; gradients of hidden
     /// states are [`Hidden`](super::Memory::Hidden).

@@ -1,6 +1,7 @@
 /*! Networks: `config.json` -> architecture, its sites, and the forward pass of a block. */
 
 pub mod architecture;
+pub mod backward;
 pub mod block;
 mod bounds;
 mod class;

@@ -151,6 +151,15 @@ impl<B: Forward> Site<B> {
         }
     }
 
+    /// The activation `x`, which is kept, as the linears of a site with a format read it: codes, where it is quantized.
+    pub(super) fn read(&self, backend: &B, x: &B::Activation) -> Result<Input<B>> {
+        match &self.treatment {
+            Treatment::Source => unreachable!("only sites with a format are quantized"),
+            Treatment::Permuted(site) => Ok(Input::Float(backend.permute(x, site)?)),
+            Treatment::Quantized(site) => Ok(Input::Rows(backend.quantize(x, site, &self.name)?)),
+        }
+    }
+
     /// Its order, if its activation is quantized, all its linears are packed and nobody observes the activation. A backend
     /// may then fuse the quantization with the operation before it.
     pub(super) fn fusible_order(&self, observer: &Observer<B>) -> Option<&B::Site> {

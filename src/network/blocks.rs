@@ -17,6 +17,7 @@ pub struct BlockBuilder<'a, 'w, B: Backend> {
     architecture: &'a Architecture,
     weights: &'a BlockWeights<'w, B>,
     key_mean: Option<&'a [f32]>,
+    reorders: bool,
 }
 
 /// The treatment of a site's activation, and its linears.
@@ -29,12 +30,17 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
         architecture: &'a Architecture,
         weights: &'a BlockWeights<'w, B>,
     ) -> Self {
-        Self { backend, architecture, weights, key_mean: None }
+        Self { backend, architecture, weights, key_mean: None, reorders: true }
     }
 
     /// Centres the cache of quantized blocks at these mean keys, if there are any.
     pub fn with_key_mean(self, key_mean: Option<&'a [f32]>) -> Self {
         Self { key_mean, ..self }
+    }
+
+    /// Leaves the outputs of gate and up in the source's order, which the backward pass needs. The block computes the same.
+    pub fn without_reordering(self) -> Self {
+        Self { reorders: false, ..self }
     }
 
     /// The block in full precision.
@@ -103,8 +109,9 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
         let QuantizedSite { format, linears } = quantized;
         let (backend, weights) = (self.backend, self.weights);
         // The rows of gate and up can be in the order of the site that they feed only if both are packed and have no bias.
-        let reorderable =
-            linears.iter().all(Option::is_some) && weights.biases[site].iter().all(Option::is_none);
+        let reorderable = self.reorders
+            && linears.iter().all(Option::is_some)
+            && weights.biases[site].iter().all(Option::is_none);
         let feeds = |linear: usize| feeds.get(linear / 2).copied().filter(|_| reorderable);
         let linears = linears.iter().enumerate().map(|(linear, quantized)| match quantized {
             None => {

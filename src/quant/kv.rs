@@ -93,6 +93,20 @@ pub fn round_trip(format: &KvFormat, x: &mut [f32]) {
     x.iter_mut().for_each(|x| *x = (grid.code(*x) - grid.zero) * grid.scale);
 }
 
+/// Replaces the gradient of a value that came back from the cache by that of what went in, `x`: 0 where the value was clipped.
+/// Rounding passes straight through, and scale and zero point are constants.
+pub fn block_clipped(format: &KvFormat, x: &[f32], gradient: &mut [f32]) {
+    if !format.is_quantized() {
+        return;
+    }
+    let grid = KvGrid::of(format, x);
+    for (x, gradient) in x.iter().zip(gradient) {
+        if !(0.0..=grid.top).contains(&(x * grid.inverse + grid.zero)) {
+            *gradient = 0.0;
+        }
+    }
+}
+
 /// The grid that one head's codes lie on. Codes are integral f32 values, which vectorize.
 struct KvGrid {
     scale: f32,

@@ -27,6 +27,7 @@ mod paged;
 mod quantization;
 pub mod quantize;
 mod tensor;
+mod train;
 mod weights;
 
 use std::sync::Arc;
