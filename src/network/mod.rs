@@ -18,6 +18,7 @@ mod runnable;
 mod stored;
 mod stream;
 mod tensors;
+mod trained;
 mod weights;
 
 pub use accounting::{Network, check_counts, network, split_fused};
@@ -35,4 +36,5 @@ pub use stored::{
 };
 pub use stream::Stream;
 pub use tensors::{expect, vector};
+pub use trained::{BlockValues, LinearValues, NetworkGradient, SiteValues, TrainedNetwork};
 pub use weights::BlockWeights;

@@ -75,6 +75,25 @@ impl<'a, B: Backend> BlockWeights<'a, B> {
         Ok(Self { index, norms, qk_norm, router, sites, biases })
     }
 
+    /// The weights of the norms before attention and before the MLP, and of QK-norm.
+    pub(super) fn norm_values(&self) -> ([Vec<f32>; 2], Option<[Vec<f32>; 2]>) {
+        let data = |norms: &[Matrix; 2]| norms.each_ref().map(|norm| norm.data.clone());
+        (data(&self.norms), self.qk_norm.as_ref().map(data))
+    }
+
+    /// Gives the norms other weights, of the same lengths.
+    pub(super) fn set_norms(&mut self, norms: &[Vec<f32>; 2], qk_norms: Option<&[Vec<f32>; 2]>) {
+        let set = |to: &mut [Matrix; 2], from: &[Vec<f32>; 2]| {
+            for (to, from) in to.iter_mut().zip(from) {
+                to.data.copy_from_slice(from);
+            }
+        };
+        set(&mut self.norms, norms);
+        if let (Some(to), Some(from)) = (&mut self.qk_norm, qk_norms) {
+            set(to, from);
+        }
+    }
+
     /// The biases of a site's linears on the backend.
     pub(super) fn biases(&self, backend: &B, site: usize) -> Result<Vec<Option<B::Hidden>>> {
         let biases = self.biases[site].iter();
