@@ -211,15 +211,10 @@ impl BlockValues {
     ) -> Self {
         let (norms, qk_norms) = weights.norm_values();
         let site = |site: &QuantizedSite<QuantizedLinear>| {
-            let linears = site
-                .linears
-                .iter()
-                .map(|linear| linear.as_ref().map_or_else(LinearValues::default, LinearValues::of));
-            let numbers = site.format.row.numbers;
+            let linears = site.linears.iter();
             SiteValues {
-                clip: (numbers.bits < 16).then_some(site.format.clip),
-                scale: numbers.scale,
-                linears: linears.collect(),
+                clip: (site.format.row.numbers.bits < 16).then_some(site.format.clip),
+                linears: linears.map(|linear| linear.as_ref().map(LinearValues::of)).collect(),
             }
         };
         Self { norms, qk_norms, sites: sites.iter().map(site).collect() }
