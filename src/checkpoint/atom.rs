@@ -12,6 +12,7 @@ use super::fingerprint::sha256_hex;
 use super::shards::Shards;
 use super::side_files::{self, SideFiles};
 use super::tensor::Tensor;
+use super::tensor_bytes::{StoredBytes, TensorBytes};
 use super::{Manifest, Stored};
 use crate::{Error, Result};
 
@@ -207,15 +208,56 @@ impl AtomCheckpoint {
     /// Compares a tensor's bytes with the hash that `atom.json` has of them. A difference is a
     /// failed check (exit code 1). `check_stop` is asked between parts.
     pub fn verify_tensor(&self, name: &str, check_stop: &dyn Fn() -> Result<()>) -> Result<()> {
-        let tensor = self.tensor(name)?;
-        let expected = self.envelope.tensors.get(name).map_or("no hash", |hash| &hash.sha256);
-        let found = tensor.sha256(check_stop)?;
-        if found == expected {
-            return Ok(());
-        }
-        let message = format!("tensor `{name}` has SHA-256 {found}, atom.json says {expected}");
-        Err(Error::check(message).hint("the file is damaged: copy it again"))
+        self.compare(name, check_stop, |_| ())
     }
+
+    /// A copy of a tensor's bytes, read once: compared with the hash that `atom.json` has of them, and the bits of `flip`
+    /// turned in each. `check_stop` is asked between parts.
+    ///
+    /// # Errors
+    /// A difference is a failed check.
+    pub fn verified_copy(
+        &self,
+        name: &str,
+        flip: u8,
+        check_stop: &dyn Fn() -> Result<()>,
+    ) -> Result<Vec<u8>> {
+        let mut bytes = Vec::with_capacity(self.tensor(name)?.bytes.len());
+        self.compare(name, check_stop, |part| bytes.extend(part.iter().map(|byte| byte ^ flip)))?;
+        Ok(bytes)
+    }
+
+    /// The bytes of `tensor`, a tensor of this checkpoint, with the bits of `flip` turned in each. They are compared with
+    /// the hash that `atom.json` has of them as they are written.
+    pub fn verified_bytes<'a>(&'a self, tensor: Tensor<'a>, flip: u8) -> TensorBytes<'a> {
+        StoredBytes { tensor, expected: Some(self.listed_hash(tensor.name)), flip }.into()
+    }
+
+    fn compare(
+        &self,
+        name: &str,
+        check_stop: &dyn Fn() -> Result<()>,
+        take: impl FnMut(&[u8]),
+    ) -> Result<()> {
+        let found = self.tensor(name)?.sha256(check_stop, take)?;
+        compare_hashes(name, &found, self.listed_hash(name))
+    }
+
+    fn listed_hash(&self, name: &str) -> &str {
+        self.envelope.tensors.get(name).map_or("no hash", |hash| &hash.sha256)
+    }
+}
+
+/// Compares a tensor's hash with the one that `atom.json` has.
+///
+/// # Errors
+/// A difference is a failed check.
+pub(super) fn compare_hashes(name: &str, found: &str, expected: &str) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    let message = format!("tensor `{name}` has SHA-256 {found}, atom.json says {expected}");
+    Err(Error::check(message).hint("the file is damaged: copy it again"))
 }
 
 impl Stored for AtomCheckpoint {

@@ -59,7 +59,7 @@ pub use side_files::{SideFile, SideFiles};
 pub(crate) use side_files::{is_legal_file, is_side_file};
 pub use source::Source;
 pub use tensor::Tensor;
-pub use tensor_bytes::TensorBytes;
+pub use tensor_bytes::{StoredBytes, TensorBytes};
 pub use work::DoneBlock;
 pub use writer::{Preview, Writer};
 

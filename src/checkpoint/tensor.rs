@@ -124,13 +124,19 @@ impl<'a> Tensor<'a> {
         })
     }
 
-    /// SHA-256 of the bytes in hexadecimal. Pages are given back on the way, and `check_stop` is asked between parts.
-    pub fn sha256(&self, check_stop: &dyn Fn() -> Result<()>) -> Result<String> {
-        const PART: usize = 16 << 20;
+    /// SHA-256 of the bytes in hexadecimal. Each part of them is passed to `take` after it was hashed, while a core's cache
+    /// holds it. Pages are given back on the way, and `check_stop` is asked between parts.
+    pub(super) fn sha256(
+        &self,
+        check_stop: &dyn Fn() -> Result<()>,
+        mut take: impl FnMut(&[u8]),
+    ) -> Result<String> {
+        const PART: usize = 1 << 20;
         let mut hash = Sha256::new();
         for part in self.bytes.chunks(PART) {
             check_stop()?;
             hash.update(part);
+            take(part);
             self.release_part(part);
         }
         Ok(hex::encode(hash.finalize()))

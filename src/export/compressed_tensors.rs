@@ -185,8 +185,8 @@ fn integers<'a>(
             .collect();
         let scales = exact::scales_as(&repeated, model.dtype, name)?;
         let shape = [*rows, site.channels].map(|length| (length as u64).to_le_bytes());
-        let codes = exact::offset_codes(model, linear)?;
-        Ok([codes, scales, shape.concat()].map(TensorBytes::from).into())
+        let codes = exact::codes(model, linear, exact::offset(linear))?;
+        Ok(vec![codes, scales.into(), shape.concat().into()])
     };
     Part { tensors, make: Box::new(make) }
 }
@@ -219,13 +219,11 @@ fn nvfp4<'a>(
         tensors.push(TensorSpec::new(format!("{name}.input_global_scale"), Dtype::F32, [1]));
     }
     let make = move || {
-        let codes = exact::stored(model, linear, "weight_codes")?;
         let scales = exact::stored_scales(model, site, linear, 1)?;
-        let mut bytes = vec![codes, scales, global_scale(site.weight_exponent)];
-        if activations {
-            bytes.push(global_scale(site.act_exponent));
-        }
-        Ok(bytes.into_iter().map(TensorBytes::from).collect())
+        let global_scales = [Some(site.weight_exponent), activations.then_some(site.act_exponent)];
+        let made = global_scales.into_iter().flatten().map(global_scale);
+        let made = std::iter::once(scales).chain(made).map(TensorBytes::from);
+        Ok(std::iter::once(exact::codes(model, linear, 0)?).chain(made).collect())
     };
     Part { tensors, make: Box::new(make) }
 }
@@ -236,7 +234,7 @@ fn mxfp4<'a>(model: &'a ExportedModel<'a>, site: &'a SitePlan, linear: &'a Linea
     const ONE: u8 = 127;
     let tensors = fp4_specs(site, linear, Dtype::U8);
     let make = move || {
-        let mut codes = exact::stored(model, linear, "weight_codes")?;
+        let mut codes = model.copy(&exact::codes_name(linear), 0)?;
         let mut scales = exact::stored_scales(model, site, linear, 1)?;
         for (scale, codes) in scales.iter_mut().zip(codes.chunks_mut(site.group_size / 2)) {
             if *scale == 0 {

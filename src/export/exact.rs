@@ -2,19 +2,15 @@
 programs read. */
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use super::model::{ExportedModel, Subject};
 use super::obstacle::Obstacles;
-use crate::checkpoint::Dtype;
 use crate::checkpoint::plan::{LinearPlan, SitePlan};
+use crate::checkpoint::{Dtype, TensorBytes};
 use crate::quant::scale::ScaleGrid;
 use crate::quant::site::Transform;
 use crate::recipe::Order;
 use crate::{Error, Result};
-
-/// Bytes turned by one task.
-const BYTES_PER_TASK: usize = 1 << 18;
 
 /// Notes what no format of codes and scales can say: channels that are not in the source's order, outliers, padding and
 /// transformed groups.
@@ -47,29 +43,31 @@ pub(super) fn check_scale_type(subject: &Subject<'_>, obstacles: &mut Obstacles)
     }
 }
 
-/// Integer codes as formats without a sign hold them: `code + 2^(bits-1)`, lowest bits first, rows as they are
-/// stored, `[rows, channels * bits / 8]` bytes. In two's complement that turns the highest bit of each code.
-pub(super) fn offset_codes(model: &ExportedModel<'_>, linear: &LinearPlan) -> Result<Vec<u8>> {
-    let mask = match linear.bits {
+/// The bits that turn integer codes into what formats without a sign hold, `code + 2^(bits-1)`, in each byte: in two's
+/// complement that is the highest bit of each code.
+pub(super) fn offset(linear: &LinearPlan) -> u8 {
+    match linear.bits {
         2 => 0b1010_1010,
         4 => 0b1000_1000,
         8 => 0b1000_0000,
         bits => unreachable!("no format takes codes of {bits} bits"),
-    };
-    let mut codes = stored(model, linear, "weight_codes")?;
-    codes
-        .par_chunks_mut(BYTES_PER_TASK)
-        .for_each(|codes| codes.iter_mut().for_each(|codes| *codes ^= mask));
-    Ok(codes)
+    }
 }
 
-/// A copy of one of a linear's tensors.
-pub(super) fn stored(
-    model: &ExportedModel<'_>,
+/// A linear's codes as they are stored, lowest bits first, `[rows, channels * bits / 8]` bytes, with the bits of `flip`
+/// turned in each. They are read as they are written.
+pub(super) fn codes<'a>(
+    model: &'a ExportedModel<'a>,
     linear: &LinearPlan,
-    part: &str,
-) -> Result<Vec<u8>> {
-    Ok(model.tensor(&format!("{}.{part}", linear.name))?.copied())
+    flip: u8,
+) -> Result<TensorBytes<'a>> {
+    let tensor = model.checkpoint.tensor(&codes_name(linear))?;
+    Ok(model.checkpoint.verified_bytes(tensor, flip))
+}
+
+/// The name of the tensor of a linear's codes.
+pub(super) fn codes_name(linear: &LinearPlan) -> String {
+    format!("{}.weight_codes", linear.name)
 }
 
 /// A linear's scales as stored, `[rows, groups]` of `size` bytes each, repeated for rows that share one.
@@ -79,7 +77,7 @@ pub(super) fn stored_scales(
     linear: &LinearPlan,
     size: usize,
 ) -> Result<Vec<u8>> {
-    let scales = stored(model, linear, "weight_scales")?;
+    let scales = model.copy(&format!("{}.weight_scales", linear.name), 0)?;
     if linear.rows_per_scale == 1 {
         return Ok(scales);
     }

@@ -112,7 +112,7 @@ fn quantized<'a>(
         TensorSpec::new(format!("{name}.g_idx"), Dtype::I32, [site.channels]),
     ];
     let make = move || {
-        let codes = exact::offset_codes(model, linear)?;
+        let codes = model.copy(&exact::codes_name(linear), exact::offset(linear))?;
         let qweight = transposed::<4>(&codes, rows, words);
         drop(codes);
         // The zero point is 2^(bits-1), of which version 1 stores one less.

@@ -7,13 +7,13 @@ use super::format::Part;
 use super::gguf::MatrixType;
 use crate::checkpoint::linear::{from_tensors, order_spec, specs};
 use crate::checkpoint::plan::{BlockPlan, LinearPlan, SitePlan};
-use crate::checkpoint::{AtomCheckpoint, Dtype, Manifest, Stored, Tensor, TensorBytes, TensorSpec};
+use crate::checkpoint::{AtomCheckpoint, Dtype, Manifest, Stored, Tensor, TensorSpec};
 use crate::model::{Architecture, read_manifest};
 use crate::network::expect;
 use crate::progress::Progress;
 use crate::quant::linear::QuantizedLinear;
 use crate::recipe::Recipe;
-use crate::{Error, Result};
+use crate::{Error, Kind, Result};
 
 /// A checkpoint as its plan describes it. It can be asked about before the checkpoint exists.
 #[derive(Clone, Copy)]
@@ -144,13 +144,13 @@ impl<'a> ExportedModel<'a> {
         self.checkpoint.verify_tensor(name, &check_stop).map_err(as_input)
     }
 
-    /// The bytes of a tensor that were compared with their hash.
+    /// A copy of a tensor's bytes with the bits of `flip` turned in each, compared with their hash.
     ///
     /// # Errors
-    /// Input: the tensor is missing, of another form, or not what was written.
-    pub fn tensor(&'a self, name: &str) -> Result<Tensor<'a>> {
-        self.verify(name)?;
-        self.checkpoint.tensor(name)
+    /// Input: the tensor is missing or not what was written.
+    pub fn copy(&self, name: &str, flip: u8) -> Result<Vec<u8>> {
+        let check_stop = || self.progress.check_stop();
+        self.checkpoint.verified_copy(name, flip, &check_stop).map_err(as_input)
     }
 
     /// A quantized linear, its tensors compared with their hashes and their pages given back.
@@ -178,17 +178,14 @@ impl<'a> ExportedModel<'a> {
         let Tensor { name, dtype, shape, .. } = tensor;
         Part {
             tensors: vec![TensorSpec::new(name, dtype, shape)],
-            make: Box::new(move || {
-                self.verify(name)?;
-                Ok(vec![TensorBytes::from(tensor)])
-            }),
+            make: Box::new(move || Ok(vec![self.checkpoint.verified_bytes(tensor, 0)])),
         }
     }
 }
 
 /// A failed check of the checkpoint, which is this command's input.
-fn as_input(error: Error) -> Error {
-    if error.kind() == crate::Kind::Interrupted {
+pub(super) fn as_input(error: Error) -> Error {
+    if error.kind() != Kind::Check {
         return error;
     }
     let hint = error.hint_text().unwrap_or_default().to_owned();

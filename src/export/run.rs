@@ -3,12 +3,13 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
 
+use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::card::card;
 use super::format::{Container, Contents, Format, Part};
-use super::model::ExportedModel;
+use super::model::{ExportedModel, as_input};
 use super::obstacle::check;
 use super::outcome::{ExportDryRun, ExportOutcome};
 use crate::card::{Perplexity, upload_command};
@@ -260,12 +261,12 @@ fn make_units<'a>(
     model: &ExportedModel<'_>,
 ) -> Result<()> {
     for unit in units {
-        let mut tensors = Vec::new();
-        for part in &unit.parts {
+        let made = unit.parts.par_iter().map(|part| {
             model.progress.check_stop()?;
             let names = part.tensors.iter().map(|spec| spec.name.clone());
-            tensors.extend(names.zip((part.make)()?));
-        }
+            Ok(names.zip((part.make)()?).collect::<Vec<_>>())
+        });
+        let tensors = made.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
         let closed = |_| Error::machine("the export's writer has stopped");
         sender.send((unit.name.clone(), tensors)).map_err(closed)?;
     }
@@ -278,7 +279,7 @@ fn write_units(
     model: &ExportedModel<'_>,
 ) -> Result<()> {
     for (name, tensors) in units {
-        writer.write_block(&name, tensors, Value::Null)?;
+        writer.write_block(&name, tensors, Value::Null).map_err(as_input)?;
         model.progress.advance("");
     }
     Ok(())

@@ -71,11 +71,21 @@ impl Case {
 
     /// Runs `work` on an export as dense to `name`, which stops after `units` units.
     fn with<T>(&self, name: &str, units: usize, work: impl FnOnce(&Export<'_>) -> T) -> T {
+        self.with_format("dense", name, units, work)
+    }
+
+    fn with_format<T>(
+        &self,
+        format: &str,
+        name: &str,
+        units: usize,
+        work: impl FnOnce(&Export<'_>) -> T,
+    ) -> T {
         let progress = Stop { after: units, units: AtomicUsize::new(0) };
         let model = ExportedModel::open(&self.checkpoint, None, &progress).unwrap();
         work(&Export {
             model: &model,
-            format: find("dense").unwrap(),
+            format: find(format).unwrap(),
             destination: &destination(&self.out(name)),
             resume: false,
             perplexities: &[],
@@ -150,18 +160,38 @@ fn an_export_is_not_the_same_as_one_of_another_checkpoint_or_type() {
     assert!(error.message().contains("torch_dtype was \"float16\", now \"bfloat16\""), "{error}");
 }
 
+/// Tensors that are copied, those whose bits are turned on the way, and those that are made into others.
 #[test]
 fn a_damaged_tensor_is_not_exported() {
     let case = Case::new();
     let shard = case.out("atom").join("model.safetensors");
-    let mut bytes = fs_err::read(&shard).unwrap();
-    *bytes.last_mut().unwrap() ^= 1;
-    fs_err::write(&shard, bytes).unwrap();
-    let case = Case { checkpoint: AtomCheckpoint::open(&case.out("atom")).unwrap(), ..case };
-    let error = case.with("out", usize::MAX, |job| export(job).unwrap_err());
-    assert_eq!(error.kind(), Kind::Input);
-    assert!(error.message().contains("atom.json says"), "{error}");
-    assert!(!case.out("out").exists());
+    let intact = fs_err::read(&shard).unwrap();
+    let q_proj = "model.layers.3.self_attn.q_proj";
+    let names = [
+        "model.embed_tokens.weight".to_owned(),
+        "model.norm.weight".to_owned(),
+        format!("{q_proj}.weight_codes"),
+        format!("{q_proj}.weight_scales"),
+    ];
+    for name in names {
+        let bytes = case.checkpoint.tensor(&name).unwrap().bytes.to_vec();
+        let at = intact.windows(bytes.len()).position(|found| found == bytes).unwrap();
+        let mut damaged = intact.clone();
+        damaged[at + bytes.len() / 2] ^= 1;
+        fs_err::write(case.out("damaged"), damaged).unwrap();
+        fs_err::rename(case.out("damaged"), &shard).unwrap();
+        let checkpoint = AtomCheckpoint::open(&case.out("atom")).unwrap();
+        let damaged = Case { checkpoint, home: tempfile::tempdir().unwrap() };
+        for format in ["compressed-tensors", "gptq", "dense"] {
+            let run = |job: &Export<'_>| export(job).unwrap_err();
+            let error = damaged.with_format(format, format, usize::MAX, run);
+            assert_eq!(error.kind(), Kind::Input, "{format} {name}: {error}");
+            let expected = format!("tensor `{name}` has SHA-256");
+            assert!(error.message().starts_with(&expected), "{format} {name}: {error}");
+            assert!(error.message().contains("atom.json says"), "{error}");
+            assert!(!damaged.out(format).exists());
+        }
+    }
 }
 
 #[test]

@@ -90,10 +90,7 @@ fn stored_parts<'a>(
     let spec =
         |title: String, rows: usize| TensorSpec::new(title, Dtype::U8, [rows * row_bytes as usize]);
     if same_type(tensor.dtype) == Some(form.kind) && form.order == RowOrder::Source {
-        let make = move || {
-            model.verify(tensor.name)?;
-            Ok(vec![TensorBytes::from(tensor)])
-        };
+        let make = move || Ok(vec![model.checkpoint.verified_bytes(tensor, 0)]);
         return vec![Part { tensors: vec![spec(title.to_owned(), rows)], make: Box::new(make) }];
     }
     let step = usize::try_from(PART_BYTES / row_bytes.max(1)).unwrap_or(usize::MAX).max(1);
