@@ -17,7 +17,7 @@ static ALLOCATOR: machine::Allocator = machine::Allocator;
 static NOTE_STDOUT: extern "C" fn() = machine::note_closed_stdout;
 
 fn main() -> ExitCode {
-    keep_freed_memory();
+    machine::keep_freed_memory();
     machine::guard();
     let arguments: Vec<OsString> = std::env::args_os().collect();
     let cli = match Cli::try_parse_from(&arguments) {
@@ -32,16 +32,5 @@ fn main() -> ExitCode {
             ui.close();
             failure::show(&error, &output)
         }
-    }
-}
-
-/// Lets the allocator keep what is freed up to 32 MB a piece (its largest setting), instead of handing
-/// pages back and clearing new ones for every activation: 0.25 ms a megabyte.
-fn keep_freed_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: mallopt only sets parameters of the allocator, before any thread is started.
-    unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 20);
     }
 }

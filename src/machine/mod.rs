@@ -9,7 +9,7 @@ mod signals;
 mod stdout;
 mod usage;
 
-pub use allocator::Allocator;
+pub use allocator::{Allocator, hand_back, keep_freed_memory};
 pub use mapped::{Watched, watch};
 pub use memory::{Bound, Memory, address_space_left, available, hands_out_huge_pages};
 pub use signals::{guard, keep_ignored};

@@ -42,8 +42,7 @@ pub(super) fn quantize_bytes(
             outer + codes + stored
         }
     });
-    let work = quantizing.max().unwrap_or(0) + left_of_text(text_bytes);
-    let quantizing = workspace.base() + start.max(work);
+    let quantizing = workspace.base() + start.max(quantizing.max().unwrap_or(0));
     let evaluating = evaluation.map_or(0, |windows| {
         let before = network.source_evaluation(*source, windows);
         before.max(network.quantized_evaluation(*source, &job.blocks, windows))
@@ -86,12 +85,7 @@ pub(super) fn calibration_bytes(
             measuring + network.states(tokens) * (blocks.len() as u64 + 2)
         }
     };
-    workspace.base() + text_bytes.max(measuring + left_of_text(text_bytes))
-}
-
-/// What tokenizing in `text_bytes` leaves: freed in pieces too small to go back to the system. Of the sample 21 MB of 44.
-fn left_of_text(text_bytes: u64) -> u64 {
-    text_bytes / 2
+    workspace.base() + text_bytes.max(measuring)
 }
 
 /// A block of `dense` bytes and the activations of a batch, while energies are measured.

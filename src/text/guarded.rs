@@ -8,6 +8,7 @@ use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 thread_local! {
@@ -57,13 +58,16 @@ pub(super) fn watched<T: Send + 'static>(
     let watched = Watched::begin(allowance, |send| {
         send(work());
     })?;
-    watched.next(stop)?.ok_or_else(|| "its thread ended".to_owned())
+    let result = watched.next(stop)?.ok_or_else(|| "its thread ended".to_owned());
+    watched.join();
+    result
 }
 
 /// Work on its own thread that sends results one after another, at most two ahead of the receiver.
 pub(super) struct Watched<T> {
     results: Receiver<Result<T, String>>,
     allowance: Allowance,
+    thread: JoinHandle<()>,
 }
 
 impl<T: Send + 'static> Watched<T> {
@@ -79,11 +83,18 @@ impl<T: Send + 'static> Watched<T> {
                 let _ = sender.send(Err(panic));
             }
         };
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .stack_size(8 << 20)
             .spawn(work)
             .map_err(|error| format!("no thread can be started: {error}"))?;
-        Ok(Self { results, allowance })
+        Ok(Self { results, allowance, thread })
+    }
+
+    /// Returns when the thread has ended, so that another one takes over its heap. It has sent its last result.
+    fn join(self) {
+        drop(self.results);
+        // A panic was sent as a result.
+        let _ = self.thread.join();
     }
 
     /// The next result, or none after the last.
@@ -92,7 +103,7 @@ impl<T: Send + 'static> Watched<T> {
     /// The message of the work's panic, or that it exceeded the allowance while waiting, or that `stop` returned true.
     pub(super) fn next(&self, stop: &dyn Fn() -> bool) -> Result<Option<T>, String> {
         const INTERVAL: Duration = Duration::from_millis(50);
-        let Self { results, allowance } = self;
+        let Self { results, allowance, .. } = self;
         let before = resident_bytes().unwrap_or(0);
         // Intervals are counted instead of reading the clock: a suspended process did not use the time.
         let mut waited = Duration::ZERO;

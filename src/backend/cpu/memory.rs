@@ -1,9 +1,10 @@
 //! Activations in host memory.
 
-use super::{Cpu, HostTensor, hand_back};
+use super::{Cpu, HostTensor};
 use crate::Result;
 use crate::backend::{Matrix, Memory};
 use crate::checkpoint;
+use crate::machine::hand_back;
 
 impl Memory for Cpu {
     type Hidden = HostTensor;

@@ -47,15 +47,6 @@ const ROWS: usize = 64;
 /// Values of a task.
 const CHUNK: usize = 1 << 15;
 
-/// Returns freed memory to the system.
-fn hand_back() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: it returns free pages and changes nothing else.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
 /// Host memory and this machine's instruction set.
 pub struct Cpu {
     isa: Isa,
