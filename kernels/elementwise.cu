@@ -127,6 +127,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_half(float* x, const h
     }
 }
 
+/// `x += y` in f32, `count` values, four a thread.
+extern "C" __global__ void __launch_bounds__(THREADS) add_float(float* x, const float* y, long long count) {
+    long long first = ((long long)blockIdx.x * THREADS + threadIdx.x) * 4;
+    if (first + 4 <= count) {
+        float4 a = *reinterpret_cast<const float4*>(x + first);
+        const float4 b = *reinterpret_cast<const float4*>(y + first);
+        a.x += b.x;
+        a.y += b.y;
+        a.z += b.z;
+        a.w += b.w;
+        *reinterpret_cast<float4*>(x + first) = a;
+    } else {
+        for (long long i = first; i < count; i++) x[i] += y[i];
+    }
+}
+
 /// `y[row] += bias` for each row of `y` `[rows, n]`. One block a row.
 extern "C" __global__ void __launch_bounds__(THREADS) add_bias_half(half* y, const float* bias, int n) {
     y += (long long)blockIdx.x * n;

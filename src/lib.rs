@@ -23,6 +23,7 @@ pub mod pipeline;
 pub mod printable;
 pub mod progress;
 pub mod quant;
+pub mod ranks;
 pub mod recipe;
 pub mod report;
 pub mod serve;

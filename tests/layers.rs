@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: [&[&str]; 13] = [
     &["error"],
     &["decimal", "printable", "progress", "units"],
-    &["machine", "quant"],
+    &["machine", "quant", "ranks"],
     &["recipe"],
     &["checkpoint"],
     &["card", "hub"],

@@ -38,6 +38,8 @@ pub trait Calibration: Forward {
     fn gram(&self, channels: usize) -> Result<Self::Gram>;
     /// `H += x^T x`.
     fn add_gram(&self, gram: &mut Self::Gram, x: &Self::Activation) -> Result<()>;
+    /// `H += H'`, the Gram matrix of other tokens.
+    fn join_gram(&self, gram: &mut Self::Gram, other: &Self::Gram) -> Result<()>;
     /// Zeros, `[rows, columns]`.
     fn cross_covariance(&self, rows: usize, columns: usize) -> Result<Self::CrossCovariance>;
     /// `C += y^T x`.
@@ -46,6 +48,12 @@ pub trait Calibration: Forward {
         cross: &mut Self::CrossCovariance,
         y: &Self::Activation,
         x: &Self::Activation,
+    ) -> Result<()>;
+    /// `C += C'`, the cross-covariance of other tokens.
+    fn join_cross_covariance(
+        &self,
+        cross: &mut Self::CrossCovariance,
+        other: &Self::CrossCovariance,
     ) -> Result<()>;
     /// `x - y`.
     fn difference(&self, x: &Self::Activation, y: &Self::Activation) -> Result<Self::Activation>;

@@ -8,6 +8,7 @@ mod calibration;
 pub mod cpu;
 pub mod cuda;
 mod decode;
+mod exchange;
 mod forward;
 mod measurement;
 mod memory;
@@ -16,6 +17,7 @@ mod train;
 
 pub use calibration::{AccumulatedError, Calibration};
 pub use decode::{Decode, DecodeStep, GreedyToken, SequenceStep};
+pub use exchange::Exchange;
 pub use forward::{AttentionSpec, Forward, Placement, Qkv};
 pub use measurement::{Measurement, Prediction, Producer};
 pub use memory::{Matrix, Memory, Tensor};
@@ -24,6 +26,6 @@ pub use quantization::{Damping, Quantization, Unquantized};
 pub use train::{LinearGradient, SiteGradient, Train, TrainedLinear};
 
 /// A device that does all of it.
-pub trait Backend: Quantization + Measurement {}
+pub trait Backend: Exchange + Measurement {}
 
-impl<B: Quantization + Measurement> Backend for B {}
+impl<B: Exchange + Measurement> Backend for B {}

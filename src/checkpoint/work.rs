@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::destination::foreign_files;
+use super::differences::{Difference, differences};
 use super::envelope::{ATOM, DirectoryKind, EXPORT, is_checkpoint_file, own_files};
 use super::output::{failed, open_plain, planted, sync_directory, write_synced};
 use super::shards::INDEX;
@@ -295,8 +296,10 @@ fn same_job(dir: &Path, path: &Path, job: &Value) -> Result<()> {
     // Through text and back, as the old one went, so that equal numbers stay equal.
     let new: Value = serde_json::from_str(&job.to_string())
         .map_err(|error| Error::input(format!("the job is no JSON: {error}")))?;
-    let mut differences = Vec::new();
-    compare("", &old, &new, &mut differences);
+    let differences: Vec<String> = differences(&old, &new)
+        .into_iter()
+        .map(|Difference { key, values: [old, new] }| format!("{key} was {old}, now {new}"))
+        .collect();
     if differences.is_empty() {
         return Ok(());
     }
@@ -316,29 +319,6 @@ fn same_job(dir: &Path, path: &Path, job: &Value) -> Result<()> {
     Err(Error::input(message).hint(format!(
         "give the settings of that run to continue it, or another --out; {BEGIN_AGAIN}"
     )))
-}
-
-/// Lists the dotted keys whose values differ, with both values.
-fn compare(key: &str, old: &Value, new: &Value, differences: &mut Vec<String>) {
-    if let (Value::Object(old), Value::Object(new)) = (old, new) {
-        let keys = old.keys().chain(new.keys().filter(|key| !old.contains_key(*key)));
-        for name in keys {
-            let at =
-                |map: &serde_json::Map<String, Value>| map.get(name).cloned().unwrap_or_default();
-            let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
-            compare(&key, &at(old), &at(new), differences);
-        }
-    } else if old != new {
-        differences.push(format!("{key} was {}, now {}", short(old), short(new)));
-    }
-}
-
-fn short(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(40) {
-        Some((at, _)) => format!("{}...", &text[..at]),
-        None => text,
-    }
 }
 
 /// Reads the finished blocks. The last line may be torn by a crash: then it does not count, since its block is not

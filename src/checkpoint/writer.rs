@@ -229,6 +229,12 @@ impl Writer {
         &self.out
     }
 
+    /// Whether a writer of another process has begun the output `out`, as its [`out`](Self::out) has it, where this one
+    /// sees it too.
+    pub fn is_begun(out: &Path) -> bool {
+        Work::path_for(out).is_dir()
+    }
+
     /// The blocks that are on the disk, in the order they were written.
     pub fn done(&self) -> &[DoneBlock] {
         &self.done

@@ -4,17 +4,18 @@ use std::collections::BTreeMap;
 
 use super::Check;
 use crate::backend::cpu::isa;
-use crate::backend::cuda::{NARROW_VARIABLE, compile, gpu, libraries};
+use crate::backend::cuda::{NARROW_VARIABLE, NCCL_VARIABLE, compile, gpu, libraries};
 use crate::hub::masked;
 
-/// Variables that the program reads, the first six, and those that its tests do.
-const KNOWN: [&str; 12] = [
+/// Variables that the program reads, the first seven, and those that its tests do.
+const KNOWN: [&str; 13] = [
     isa::VARIABLE,
     "ATOM_DEVICE",
     libraries::VARIABLE,
     compile::CACHE_VARIABLE,
     gpu::TRACE_VARIABLE,
     NARROW_VARIABLE,
+    NCCL_VARIABLE,
     "ATOM_BLESS",
     "ATOM_DATA",
     "ATOM_NVDISASM",
@@ -99,7 +100,7 @@ fn variables_of(set: &Variables) -> Vec<Check> {
     if !unknown.is_empty() {
         checks.push(
             Check::note(NAME, format!("nothing reads {}", unknown.join(", ")))
-                .hint(format!("the program's variables are {}", KNOWN[..6].join(", "))),
+                .hint(format!("the program's variables are {}", KNOWN[..7].join(", "))),
         );
     }
     checks

@@ -5,6 +5,7 @@ use crate::backend::{AttentionSpec, Backend};
 use crate::model::Architecture;
 use crate::network::{OutputHead, Runnable, Stream, attention_spec, prefetch};
 use crate::progress::Progress;
+use crate::ranks::Collectives;
 use crate::text::tasks::ScoredText;
 use crate::{Error, Result};
 
@@ -30,7 +31,8 @@ pub(super) fn likelihoods<B: Backend>(
     let batches = batches(questions, |rows, positions| {
         batch_bytes(architecture, rows, positions) >= backend.batch_bytes()
     });
-    let parts = parts(&batches, backend.stream_bytes() / (4 * architecture.hidden));
+    let own = own_batches(backend.ranks(), &batches);
+    let parts = parts(own, backend.stream_bytes() / (4 * architecture.hidden));
     progress.begin(&format!("evaluate {}", model.name), parts.len() * (architecture.blocks + 1));
     let mut found =
         vec![Likelihood { log: f64::NAN, greedy: false }; questions.iter().map(Vec::len).sum()];
@@ -39,11 +41,46 @@ pub(super) fn likelihoods<B: Backend>(
     }
     progress.end();
     backend.trim();
+    share(backend.ranks(), own, &mut found)?;
     if found.iter().any(|likelihood| !likelihood.log.is_finite()) {
         return Err(Error::input(format!("{} gives no finite likelihood", model.name))
             .hint("the weights overflow f32 on these texts: is the checkpoint sound?"));
     }
     Ok((found, batches.iter().map(|batch| batch.tokens.len()).sum()))
+}
+
+/// This rank's part of the batches: about as many tokens as the others'.
+fn own_batches<'b>(ranks: &dyn Collectives, batches: &'b [Batch]) -> &'b [Batch] {
+    let all: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
+    let mut before = 0;
+    let mut rank_of = |batch: &Batch| {
+        // The rank in whose part the middle of the batch lies.
+        let middle = before + batch.tokens.len() / 2;
+        before += batch.tokens.len();
+        middle * ranks.ranks() / all.max(1)
+    };
+    let rank_of: Vec<usize> = batches.iter().map(&mut rank_of).collect();
+    let first = |rank: usize| rank_of.partition_point(|own| *own < rank);
+    &batches[first(ranks.rank())..first(ranks.rank() + 1)]
+}
+
+/// Has every rank know what each found of its batches.
+fn share(ranks: &dyn Collectives, own: &[Batch], found: &mut [Likelihood]) -> Result<()> {
+    let texts = own.iter().flat_map(|batch| &batch.texts).map(|(text, _)| *text);
+    let message = texts.flat_map(|text| {
+        let Likelihood { log, greedy } = found[text];
+        let mut bytes = (text as u64).to_ne_bytes().to_vec();
+        bytes.extend(log.to_ne_bytes());
+        bytes.push(u8::from(greedy));
+        bytes
+    });
+    let all = ranks.gather_all(message.collect())?.concat();
+    for bytes in all.as_chunks::<17>().0 {
+        let number = |first: usize| bytes[first..first + 8].try_into().expect("8 bytes");
+        let log = f64::from_ne_bytes(number(8));
+        found[u64::from_ne_bytes(number(0)) as usize] = Likelihood { log, greedy: bytes[16] == 1 };
+    }
+    Ok(())
 }
 
 /// What activations inside a block take, counted as f32.

@@ -7,11 +7,12 @@ use std::time::Instant;
 use serde::Serialize;
 
 use crate::backend::{Backend, Tensor};
-use crate::checkpoint::{AtomCheckpoint, Source};
+use crate::checkpoint::{AtomCheckpoint, Source, sha256_hex};
 use crate::machine::cpu_seconds;
 use crate::network::memory::Windows;
 use crate::network::{OutputHead, Runnable, Stream, attention_spec, prefetch};
 use crate::progress::Progress;
+use crate::ranks::Collectives;
 use crate::text::Evaluation;
 use crate::{Error, Result};
 
@@ -68,6 +69,28 @@ pub fn atom_perplexity<B: Backend>(
     Run { model, evaluation, progress }.measure(&tokens)
 }
 
+/// Refuses ranks that would measure on other tokens than the first.
+fn agree(ranks: &dyn Collectives, tokens: &[u32]) -> Result<()> {
+    let hash = sha256_hex(bytemuck::cast_slice(tokens));
+    let first = ranks.broadcast(0, hash.clone().into_bytes())?;
+    if first == hash.as_bytes() {
+        return Ok(());
+    }
+    let rank = ranks.rank();
+    let first = String::from_utf8_lossy(&first);
+    Err(Error::input(format!(
+        "rank {rank} has other tokens to measure on than rank 0: their SHA-256 is {hash} and not {first}"
+    ))
+    .hint("give all ranks the same model, text and settings"))
+}
+
+/// This rank's part of the tokens, in entire batches.
+fn own_tokens<'t>(ranks: &dyn Collectives, tokens: &'t [u32], batch: usize) -> &'t [u32] {
+    let batches = tokens.len().div_ceil(batch);
+    let first = |rank: usize| (rank * batches / ranks.ranks() * batch).min(tokens.len());
+    &tokens[first(ranks.rank())..first(ranks.rank() + 1)]
+}
+
 struct Run<'a, B: Backend> {
     model: Runnable<'a, B>,
     evaluation: &'a Evaluation,
@@ -84,13 +107,17 @@ impl<B: Backend> Run<'_, B> {
         // The memory of the text is free before that of the blocks is taken.
         backend.trim();
         model.check_memory(Windows { tokens: tokens.len(), seq_len }, *progress)?;
+        agree(backend.ranks(), tokens)?;
         let attention = attention_spec(architecture, model.kv, seq_len);
         let window_bytes = 4 * seq_len * architecture.hidden;
-        let part = (backend.stream_bytes() / window_bytes).max(1) * seq_len;
-        let parts = tokens.len().div_ceil(part);
+        // Of entire batches, so that these are the same for any number of ranks.
+        let batch = Stream::batch_windows(*backend, architecture, seq_len);
+        let part = (backend.stream_bytes() / window_bytes / batch).max(1) * batch * seq_len;
+        let own = own_tokens(backend.ranks(), tokens, batch * seq_len);
+        let parts = own.len().div_ceil(part);
         progress.begin(&format!("evaluate {name}"), parts * (architecture.blocks + 1));
-        let mut means = Vec::with_capacity(tokens.len() / seq_len);
-        for tokens in tokens.chunks(part) {
+        let mut means = Vec::with_capacity(own.len() / seq_len);
+        for tokens in own.chunks(part) {
             let mut stream =
                 Stream::embed(*backend, model.tensors, architecture, tokens, seq_len, 0)?;
             let load = |index| model.load(index);
@@ -108,6 +135,9 @@ impl<B: Backend> Run<'_, B> {
         progress.end();
         backend.trim();
         model.tensors.check_unchanged()?;
+        let means = backend.ranks().gather_all(bytemuck::cast_slice(&means).to_vec())?.concat();
+        let means: Vec<f64> =
+            means.as_chunks().0.iter().map(|bytes| f64::from_ne_bytes(*bytes)).collect();
         if let Some(window) = means.iter().position(|loss| !loss.is_finite()) {
             return Err(Error::input(format!(
                 "{name} gives no finite loss on window {window} of {}",

@@ -34,7 +34,7 @@ pub use stored::{
     PlannedTensor, QuantizedSite, check_codebook, key_mean_spec, planned_block, planned_tensors,
     read_key_mean, read_sites,
 };
-pub use stream::Stream;
+pub use stream::{CalibrationTokens, Stream};
 pub use tensors::{expect, vector};
 pub use trained::{BlockValues, LinearValues, NetworkGradient, SiteValues, TrainedNetwork};
 pub use weights::BlockWeights;

@@ -3,6 +3,7 @@
 use std::sync::mpsc::SyncSender;
 
 use super::channels::distribution;
+use super::division::Division;
 use super::energies::{EnergyMeter, Statistics};
 use super::exponents::with_exponents;
 use super::job::{CalibrationInput, Job};
@@ -48,8 +49,8 @@ pub(super) struct Surroundings<'a, B: Backend> {
     pub(super) known: Option<&'a [Statistics]>,
     /// Block `index` as an earlier run left it, if one did.
     pub(super) resumed: &'a Resumed<'a, B>,
-    /// Takes blocks to be written.
-    pub(super) finished: SyncSender<FinishedBlock<B>>,
+    /// Takes blocks to be written, on the rank that writes.
+    pub(super) finished: Option<SyncSender<FinishedBlock<B>>>,
     /// What costs accuracy and was not asked for.
     pub(super) fallbacks: &'a Fallbacks,
 }
@@ -103,7 +104,9 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
         let full_attention = AttentionSpec { kv: KvFormat::FULL, ..attention.clone() };
         let strategy = Strategy::of(recipe);
         let more_bytes = strategy.more_bytes(architecture, tokens.len());
-        let embed = || Stream::embed(backend, *source, architecture, tokens, seq_len, more_bytes);
+        let division = Division::new(backend.ranks(), provenance.samples);
+        let windows = division.windows(tokens, seq_len);
+        let embed = || Stream::embed_chunks(backend, *source, architecture, &windows, more_bytes);
         let needs_source = surroundings.known.is_none() || strategy.needs_source();
         let streams = Streams {
             source: needs_source.then(embed).transpose()?,
@@ -116,6 +119,8 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
             recipe,
             attention,
             full_attention,
+            tokens: tokens.len(),
+            division,
             fallbacks: surroundings.fallbacks,
             progress,
         };
@@ -135,7 +140,8 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
         let is_last = index + 1 == blocks.len();
         let input = BlockInput { weights: &weights, plan, statistics: &statistics, is_last };
         let Self { quantizer, strategy, surroundings, streams, timing, written, .. } = self;
-        let resumed = (surroundings.resumed)(index, plan)?;
+        let resumed =
+            quantizer.share_resumed((surroundings.resumed)(index, plan)?, plan, energies)?;
         let is_resumed = resumed.is_some();
         let PassedBlock { block, pending } = match resumed {
             Some(block) => strategy.replay(quantizer, &input, block, streams, timing)?,
@@ -147,10 +153,10 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
         written.distributions.push(energies.iter().map(|site| distribution(site)).collect());
         let worst = worst_of(&block.errors);
         drop(weights);
-        if !is_resumed {
+        if let (false, Some(finished)) = (is_resumed, &surroundings.finished) {
             // It fails if the writing has failed, which is then the error that counts.
             let sent = FinishedBlock { index, block, statistics };
-            let sent = timing.measure("write", || surroundings.finished.send(sent));
+            let sent = timing.measure("write", || finished.send(sent));
             sent.map_err(|_| Error::machine("the checkpoint could not be written"))?;
         }
         if let (Some(stream), Some(block)) = (&mut streams.quantized, pending) {
@@ -169,12 +175,17 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
         if let Some(known) = self.surroundings.known {
             return Ok(known[index].clone());
         }
-        let BlockQuantizer { backend, architecture, full_attention, progress, .. } =
+        let BlockQuantizer { backend, architecture, full_attention, division, progress, .. } =
             &self.quantizer;
         let stream = self.streams.source.as_mut();
         let stream = stream.expect("what is not known is measured on the source's stream");
-        let attention = full_attention;
-        let meter = EnergyMeter { backend: *backend, architecture, attention, progress: *progress };
+        let meter = EnergyMeter {
+            backend: *backend,
+            architecture,
+            attention: full_attention,
+            division: *division,
+            progress: *progress,
+        };
         let after = self.strategy.after_measurement();
         let (statistics, heads) =
             self.timing.measure("calibrate", || meter.measure(weights, stream, after))?;

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::calibration::CalibrationData;
+use super::division::Division;
 use super::energies::{AfterBlock, EnergyMeter};
 use super::job::CalibrationInput;
 use super::memory::{SensitivityPlan, calibration_bytes};
@@ -84,10 +85,12 @@ pub(super) fn measure<B: Backend>(
         }
     };
     // Last, because its batches are the largest: what it reserves for a block's work is what holds.
-    let mut stream = Stream::embed(backend, *source, architecture, tokens, seq_len, 0)?;
+    let division = Division::new(backend.ranks(), provenance.samples);
+    let windows = division.windows(tokens, seq_len);
+    let mut stream = Stream::embed_chunks(backend, *source, architecture, &windows, 0)?;
     progress.begin("calibrate", architecture.blocks);
     let mut statistics = Vec::with_capacity(architecture.blocks);
-    let meter = EnergyMeter { backend, architecture, attention, progress };
+    let meter = EnergyMeter { backend, architecture, attention, division, progress };
     let load = |index| BlockWeights::<B>::load_all(backend, *source, architecture, index);
     prefetch(0..architecture.blocks, load, |_, weights| {
         let weights = weights()?;

@@ -1,8 +1,9 @@
 /*! Channel energies of every site, measured on the stream through the original blocks. */
 
+use super::division::Division;
 use crate::backend::{AttentionSpec, Backend, Tensor};
 use crate::model::Architecture;
-use crate::model::block::{Observer, Seen};
+use crate::model::block::{Block, Observer, Seen};
 use crate::network::{BlockBuilder, BlockWeights, Stream};
 use crate::progress::Progress;
 use crate::{Error, Result};
@@ -38,6 +39,8 @@ pub(super) struct EnergyMeter<'a, B: Backend> {
     pub architecture: &'a Architecture,
     /// Attention over keys and values as the source has them.
     pub attention: &'a AttentionSpec,
+    /// Whose windows the stream holds.
+    pub division: Division<'a>,
     /// Asked whether to stop.
     pub progress: &'a dyn Progress,
 }
@@ -51,40 +54,94 @@ impl<B: Backend> EnergyMeter<'_, B> {
         stream: &mut Stream<B>,
         after: AfterBlock,
     ) -> Result<(Statistics, Vec<B::Activation>)> {
-        let Self { backend, architecture, attention, progress } = *self;
+        let Self { backend, architecture, attention, division, .. } = *self;
         let block = BlockBuilder::new(backend, architecture, weights).source()?;
         let sites = architecture.sites(weights.index);
-        let mut energies: Energies = sites.iter().map(|site| vec![0.0; site.channels]).collect();
-        let mut sums = vec![0.0; attention.kv_heads * attention.head_dim];
-        let mut tokens = 0;
+        let widths: Vec<usize> = sites.iter().map(|site| site.channels).collect();
         let mut heads = Vec::new();
-        for batch in &mut stream.batches {
-            progress.check_stop()?;
-            tokens += batch.rows();
-            let mut see = |seen: Seen, x: &B::Activation| match seen {
-                Seen::Site(site) => backend.add_energy(x, &mut energies[site]),
-                Seen::Keys => backend.add_key_sums(attention, x, &mut sums),
-                _ => Ok(()),
-            };
-            match after {
-                AfterBlock::Advanced => {
-                    backend.reload(batch)?;
-                    block.forward(backend, attention, batch, &mut Observer::new(&mut see))?;
-                    backend.offload(batch)?;
-                }
-                AfterBlock::Unchanged => {
-                    let mut copy = backend.duplicate(batch)?;
-                    let observer = &mut Observer::new(&mut see);
-                    heads.extend(block.observe_attention(backend, attention, &mut copy, observer)?);
-                    block.observe_mlp(backend, copy, observer)?;
-                }
+        let mut chunks = Vec::with_capacity(stream.chunks.len());
+        for chunk in &stream.chunks {
+            let mut sums = ChunkSums::zeros(&widths, attention);
+            for batch in &mut stream.batches[chunk.clone()] {
+                heads.extend(self.add(&block, batch, &mut sums, after)?);
             }
+            chunks.push(sums.concat());
         }
+        let all = division.reduce_vectors(&chunks)?;
+        let ChunkSums { tokens, keys, energies } = ChunkSums::of(&all, &widths, attention);
         for (energy, site) in energies.iter().zip(sites) {
             check_finite(energy, &site.name)?;
         }
-        let key_mean = sums.iter().map(|sum| (sum / tokens as f64) as f32).collect();
+        let key_mean = keys.iter().map(|sum| (sum / tokens) as f32).collect();
         Ok((Statistics { energies, key_mean }, heads))
+    }
+
+    /// Adds a batch; what attn_out sees of it, where the batch is left unchanged.
+    fn add(
+        &self,
+        block: &Block<B>,
+        batch: &mut B::Hidden,
+        sums: &mut ChunkSums,
+        after: AfterBlock,
+    ) -> Result<Option<B::Activation>> {
+        let Self { backend, attention, progress, .. } = *self;
+        progress.check_stop()?;
+        let ChunkSums { tokens, keys, energies } = sums;
+        *tokens += batch.rows() as f64;
+        let mut see = |seen: Seen, x: &B::Activation| match seen {
+            Seen::Site(site) => backend.add_energy(x, &mut energies[site]),
+            Seen::Keys => backend.add_key_sums(attention, x, keys),
+            _ => Ok(()),
+        };
+        let observer = &mut Observer::new(&mut see);
+        match after {
+            AfterBlock::Advanced => {
+                backend.reload(batch)?;
+                block.forward(backend, attention, batch, observer)?;
+                backend.offload(batch)?;
+                Ok(None)
+            }
+            AfterBlock::Unchanged => {
+                let mut copy = backend.duplicate(batch)?;
+                let heads = block.observe_attention(backend, attention, &mut copy, observer)?;
+                block.observe_mlp(backend, copy, observer)?;
+                Ok(heads)
+            }
+        }
+    }
+}
+
+/// What is summed over the tokens of a chunk, or of all.
+struct ChunkSums {
+    /// How many tokens there are.
+    tokens: f64,
+    /// The embedded keys.
+    keys: Vec<f64>,
+    energies: Energies,
+}
+
+impl ChunkSums {
+    fn zeros(widths: &[usize], attention: &AttentionSpec) -> Self {
+        let zeros = |length: usize| vec![0.0; length];
+        let keys = zeros(attention.kv_heads * attention.head_dim);
+        Self { tokens: 0.0, keys, energies: widths.iter().map(|width| zeros(*width)).collect() }
+    }
+
+    /// All of it one after the other.
+    fn concat(self) -> Vec<f64> {
+        let Self { tokens, keys, energies } = self;
+        [vec![tokens], keys, energies.concat()].concat()
+    }
+
+    /// Undoes [`concat`](Self::concat).
+    fn of(all: &[f64], widths: &[usize], attention: &AttentionSpec) -> Self {
+        let mut sums = Self::zeros(widths, attention);
+        let mut values = all.iter().copied();
+        let Self { tokens, keys, energies } = &mut sums;
+        for sum in std::iter::once(tokens).chain(keys).chain(energies.iter_mut().flatten()) {
+            *sum = values.next().expect("as many as there are sums");
+        }
+        sums
     }
 }
 

@@ -3,10 +3,12 @@ it happened and where first. */
 
 use std::sync::{Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use crate::progress::Progress;
 
 /// A kind of fallback.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Fallback {
     /// Too few tokens came to an expert for GPTQ.
     FewTokens {

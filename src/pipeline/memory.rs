@@ -8,6 +8,7 @@ use crate::machine;
 use crate::model::Architecture;
 use crate::model::sites::{ATTN_OUT, MLP_ACT, MLP_IN};
 use crate::network::memory::{BlockBytes, NetworkBytes, ON_HEAP, SourceBytes, Windows, Workspace};
+use crate::ranks::Chunks;
 use crate::recipe::Recipe;
 
 /// Channels of a matrix as wide as a Hessian that are packed at a time for the loss, and for the correction
@@ -90,9 +91,20 @@ pub(super) fn calibration_bytes(
 
 /// A block of `dense` bytes and the activations of a batch, while energies are measured.
 fn measuring_bytes(network: &NetworkBytes<'_>, dense: u64, windows: Windows) -> u64 {
-    let Windows { tokens, seq_len } = windows;
-    let pooled = network.workspace.pooled_tokens(network.architecture, tokens, seq_len);
+    let Windows { seq_len, .. } = windows;
+    let chunk = chunk_tokens(windows);
+    let pooled = network.workspace.pooled_tokens(network.architecture, chunk, seq_len);
     dense + network.activations(pooled, seq_len)
+}
+
+/// Tokens of the largest chunk of windows, which batches do not exceed.
+fn chunk_tokens(Windows { tokens, seq_len }: Windows) -> usize {
+    Chunks::most_windows(tokens / seq_len.max(1)) * seq_len
+}
+
+/// How many of each sum there are while one is made: that of all chunks so far and that of the next.
+fn sums(Windows { tokens, seq_len }: Windows) -> u64 {
+    if tokens > seq_len { 2 } else { 1 }
 }
 
 /// Bytes of the largest tensor outside the blocks.
@@ -116,9 +128,10 @@ impl BlockWork<'_> {
     fn quantizing(&self, plan: &[SitePlan]) -> u64 {
         let Self { network, recipe, windows, writes_meanwhile } = self;
         let Windows { tokens, seq_len } = *windows;
+        let chunk = chunk_tokens(*windows);
         let hidden = network.architecture.hidden as u64;
-        let batch = network.workspace.batch_tokens(network.architecture, tokens, seq_len);
-        let pooled = network.workspace.pooled_tokens(network.architecture, tokens, seq_len);
+        let batch = network.workspace.batch_tokens(network.architecture, chunk, seq_len);
+        let pooled = network.workspace.pooled_tokens(network.architecture, chunk, seq_len);
         let activations = network.activations(pooled, seq_len);
         let BlockBytes { dense, codes, laid_out, stored, hole } = BlockBytes::of(plan);
         let sequential = recipe.gptq && recipe.sequential;
@@ -136,6 +149,7 @@ impl BlockWork<'_> {
                 let squares: u64 = plan.iter().map(gram).sum();
                 let seen = self.seen_bytes(plan, batch);
                 let copy = 4 * batch * hidden;
+                let squares = sums(*windows) * squares;
                 let hessians =
                     dense - last_dense(plan) + squares + activations + copy + seen + writing;
                 let propagating = codes + laid_out + activations + network.rows(batch);
@@ -182,7 +196,10 @@ impl BlockWork<'_> {
         let corrects = recipe.correction > 0.0;
         let [q, kv] = network.heads();
         let hidden = network.architecture.hidden as u64;
-        let batch = network.workspace.batch_tokens(network.architecture, tokens, seq_len);
+        let chunk = chunk_tokens(*windows);
+        let batch = network.workspace.batch_tokens(network.architecture, chunk, seq_len);
+        // Of the sums, the part of a chunk that is not added yet.
+        let parts = sums(*windows) - 1;
         sites_bytes(
             plan,
             |bytes| bytes.laid_out,
@@ -225,7 +242,8 @@ impl BlockWork<'_> {
                         true => linear_bytes(site, 3, PACKED_CHANNELS[1]),
                         false => linear_bytes(site, 2, PACKED_CHANNELS[0]),
                     };
-                gram(site) + cross + outputs + heads + measuring.max(quantizing)
+                let sums = gram(site) + cross + outputs;
+                sums + heads + (measuring + parts * sums).max(quantizing)
             },
         )
     }

@@ -5,12 +5,14 @@ channel energies (and sensitivities, where they are asked for) are measured, and
 quantized blocks, on which GPTQ's Hessians are. Memory is one block and the
 streams, never the model. */
 
+mod agreement;
 pub mod allocate;
 pub mod allocated;
 mod block_loop;
 mod calibrate;
 mod calibration;
 pub mod channels;
+mod division;
 mod energies;
 mod exponents;
 mod fallbacks;
@@ -26,6 +28,8 @@ mod planning;
 mod prepare;
 mod quantize;
 mod quantizer;
+#[cfg(test)]
+mod ranks_tests;
 #[cfg(test)]
 mod resume_tests;
 mod run;

@@ -1,8 +1,10 @@
 /*! Quantizing the linears of one site: by GPTQ with a Hessian, or to nearest without one. */
 
+use serde::{Deserialize, Serialize};
+
+use super::division::Division;
 use super::energies::Energies;
 use super::fallbacks::{Fallback, Fallbacks};
-use crate::Result;
 use crate::backend::{AccumulatedError, AttentionSpec, Backend, Unquantized};
 use crate::checkpoint::plan::SitePlan;
 use crate::model::Architecture;
@@ -11,6 +13,7 @@ use crate::network::QuantizedSite;
 use crate::progress::Progress;
 use crate::quant::site::SiteFormat;
 use crate::recipe::Recipe;
+use crate::{Error, Result};
 
 /// A block's quantized sites and the relative output error of each of its quantized linears.
 pub(super) struct QuantizedBlock<B: Backend> {
@@ -24,6 +27,13 @@ impl<B: Backend> QuantizedBlock<B> {
     /// A block of which no site is quantized yet.
     pub(super) fn empty() -> Self {
         Self { sites: Vec::new(), errors: Vec::new() }
+    }
+
+    /// Adds the next site.
+    pub(super) fn push(&mut self, format: SiteFormat, quantized: QuantizedLinears<B>) {
+        let QuantizedLinears { linears, report } = quantized;
+        self.errors.extend(report.errors);
+        self.sites.push(QuantizedSite { format, linears });
     }
 }
 
@@ -39,6 +49,10 @@ pub(super) struct BlockQuantizer<'a, B: Backend> {
     pub attention: AttentionSpec,
     /// Attention over keys and values as the source has them.
     pub full_attention: AttentionSpec,
+    /// Tokens of all calibration windows.
+    pub tokens: usize,
+    /// The ranks, and whose the windows are.
+    pub(super) division: Division<'a>,
     /// What costs accuracy and was not asked for.
     pub(super) fallbacks: &'a Fallbacks,
     /// Asked whether to stop.
@@ -51,28 +65,114 @@ pub(super) struct SiteMatrices<B: Backend> {
     pub(super) hessian: Option<B::Gram>,
     /// The accumulated error that weights make up for, where it is corrected.
     pub(super) correction: Option<AccumulatedError<B::CrossCovariance>>,
+    /// What was not done as asked for.
+    pub(super) notes: Vec<Note>,
 }
+
+/// A fallback at a site, and what was found there, in a few words.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Note(pub(super) Fallback, pub(super) String);
 
 /// A site's linears, none where one stays as it is, and the relative output errors of those that are quantized.
 pub(super) struct QuantizedLinears<B: Backend> {
     pub(super) linears: Vec<Option<B::Quantized>>,
+    pub(super) report: SiteReport,
+}
+
+/// What is said of a site's linears.
+#[derive(Default, Serialize, Deserialize)]
+pub(super) struct SiteReport {
     pub(super) errors: Vec<(String, f64)>,
+    notes: Vec<Note>,
 }
 
 impl<B: Backend> BlockQuantizer<'_, B> {
-    /// A site's Hessian, unless it is an expert's that too few tokens went to.
+    /// What a site is quantized by, of a Hessian of `tokens` tokens: nothing if it is an expert's that too few went to.
     pub(super) fn trusted(
         &self,
         spec: &SiteSpec,
-        tokens: usize,
+        tokens: u64,
         hessian: B::Gram,
-    ) -> Option<B::Gram> {
-        if spec.expert.is_none() || tokens >= self.recipe.expert_tokens {
-            return Some(hessian);
+    ) -> SiteMatrices<B> {
+        let wanted = self.recipe.expert_tokens;
+        if spec.expert.is_none() || tokens >= wanted as u64 {
+            return SiteMatrices { hessian: Some(hessian), correction: None, notes: Vec::new() };
         }
-        let kind = Fallback::FewTokens { wanted: self.recipe.expert_tokens };
-        self.fallbacks.note(kind, &spec.name, &format!("{tokens} tokens"));
-        None
+        let note = Note(Fallback::FewTokens { wanted }, format!("{tokens} tokens"));
+        SiteMatrices { hessian: None, correction: None, notes: vec![note] }
+    }
+
+    /// A site's linears on all ranks, which rank `owner` has quantized.
+    pub(super) fn share(
+        &self,
+        work: &SiteWork<B>,
+        owner: usize,
+        own: Option<QuantizedLinears<B>>,
+    ) -> Result<QuantizedLinears<B>> {
+        let ranks = self.division.ranks;
+        let quantized = match own {
+            Some(own) if ranks.ranks() == 1 => own,
+            own => {
+                let (linears, report) =
+                    own.map_or((None, None), |own| (Some(own.linears), Some(own.report)));
+                let message = report.map_or_else(Vec::new, |report| {
+                    serde_json::to_vec(&report).expect("a report has only JSON types")
+                });
+                let report =
+                    serde_json::from_slice(&ranks.broadcast(owner, message)?).map_err(|error| {
+                        Error::machine(format!("a message of rank {owner}: {error}"))
+                    })?;
+                QuantizedLinears { linears: self.broadcast(work.plan, owner, linears)?, report }
+            }
+        };
+        for Note(kind, found) in &quantized.report.notes {
+            self.fallbacks.note(*kind, &work.spec.name, found);
+        }
+        Ok(quantized)
+    }
+
+    /// A block that rank 0 has of an earlier run, on all ranks.
+    pub(super) fn share_resumed(
+        &self,
+        own: Option<QuantizedBlock<B>>,
+        plan: &[SitePlan],
+        energies: &Energies,
+    ) -> Result<Option<QuantizedBlock<B>>> {
+        let ranks = self.division.ranks;
+        if ranks.ranks() == 1 {
+            return Ok(own);
+        }
+        let errors = own.as_ref().map(|block| &block.errors);
+        let message = serde_json::to_vec(&errors).expect("errors have only JSON types");
+        let errors: Option<Vec<(String, f64)>> =
+            serde_json::from_slice(&ranks.broadcast(0, message)?)
+                .map_err(|error| Error::machine(format!("a message of rank 0: {error}")))?;
+        let Some(errors) = errors else { return Ok(None) };
+        let mut own = own.into_iter().flat_map(|block| block.sites);
+        let sites = formats(plan, energies).into_iter().zip(plan).map(|(format, plan)| {
+            let linears = self.broadcast(plan, 0, own.next().map(|site| site.linears))?;
+            Ok(QuantizedSite { format, linears })
+        });
+        Ok(Some(QuantizedBlock { sites: sites.collect::<Result<_>>()?, errors }))
+    }
+
+    /// The quantized linears of a site on all ranks, where rank `root` has them.
+    pub(super) fn broadcast(
+        &self,
+        plan: &SitePlan,
+        root: usize,
+        own: Option<Vec<Option<B::Quantized>>>,
+    ) -> Result<Vec<Option<B::Quantized>>> {
+        let mut own = own.into_iter().flatten();
+        let linears = plan.linears.iter().map(|linear| {
+            let own = own.next().flatten();
+            if linear.bits == 16 {
+                return Ok(None);
+            }
+            let shape = (linear.rows, plan.weights(linear));
+            self.backend.broadcast_quantized(root, own, shape).map(Some)
+        });
+        linears.collect()
     }
 
     /// Quantizes a site's linears.
@@ -84,10 +184,10 @@ impl<B: Backend> BlockQuantizer<'_, B> {
     ) -> Result<QuantizedLinears<B>> {
         let backend = self.backend;
         let site = backend.site(format)?;
-        let SiteMatrices { mut hessian, correction } = matrices;
+        let SiteMatrices { mut hessian, correction, mut notes } = matrices;
         let factor = match &mut hessian {
             None => None,
-            Some(hessian) => self.factor(hessian, &work.spec.name)?,
+            Some(hessian) => self.factor(hessian, &mut notes)?,
         };
         let planned = work.plan.linears.iter().zip(work.weights);
         let unquantized: Vec<Unquantized<B::Weight<'_>>> = planned
@@ -119,23 +219,20 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         let mut quantized = quantized.into_iter().map(|(quantized, _)| quantized);
         let linears = work.plan.linears.iter();
         let linears = linears.map(|linear| if linear.bits < 16 { quantized.next() } else { None });
-        Ok(QuantizedLinears { linears: linears.collect(), errors })
+        Ok(QuantizedLinears { linears: linears.collect(), report: SiteReport { errors, notes } })
     }
 
     /// The Hessian's factor; none if it has none.
-    fn factor(&self, hessian: &mut B::Gram, site: &str) -> Result<Option<B::Factor>> {
+    fn factor(&self, hessian: &mut B::Gram, notes: &mut Vec<Note>) -> Result<Option<B::Factor>> {
         let factor = self.backend.cholesky(hessian, self.recipe.damping)?;
         match &factor {
             None => {
-                self.fallbacks.note(
-                    Fallback::NoFactor,
-                    site,
-                    "its Hessian is not positive definite",
-                );
+                let found = "its Hessian is not positive definite".to_owned();
+                notes.push(Note(Fallback::NoFactor, found));
             }
             Some((_, damping)) if damping.failures > 0 => {
                 let share = format!("{} of the mean diagonal", damping.share);
-                self.fallbacks.note(Fallback::Damping, site, &share);
+                notes.push(Note(Fallback::Damping, share));
             }
             Some(_) => {}
         }

@@ -3,9 +3,13 @@
 `quantize` measures channel energies on the way, `pack` reads them from a file; everything after
 that is the same code, so both give the same bytes. */
 
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
+use super::agreement::agree;
 use super::block_loop::{Surroundings, Written, quantize_blocks};
 use super::channels::worst_sites;
 use super::energies::Statistics;
@@ -24,7 +28,8 @@ use crate::network::{check_codebook, no_thread};
 use crate::progress::Progress;
 use crate::{Error, Kind, Result};
 
-/// Quantizes and writes the entire model. Statistics that are `known` are not measured again.
+/// Quantizes and writes the entire model. Statistics that are `known` are not measured again. Every rank does its part of the
+/// arithmetic; the first one writes.
 pub(super) fn run<B: Backend>(
     backend: &B,
     job: &Job<'_>,
@@ -38,34 +43,15 @@ pub(super) fn run<B: Backend>(
     check_codebook(backend, &job.blocks)?;
     job.input.check_tensors()?;
     job.input.check_unquantized(progress)?;
-    let destination = output.protecting(source, []);
-    let options = job.options(output)?;
-    let (specs, identity) = (job.tensor_specs()?, job.identity()?);
+    let specs = job.tensor_specs()?;
     let out_bytes = specs.iter().map(TensorSpec::bytes).sum();
-    let check_stop = || progress.check_stop();
-    let mut writer = Writer::create(&destination, specs, &identity, options, &check_stop)?;
-    announce_resumed(job, writer.done(), progress);
-    let written = write_tensors(backend, job, &mut writer, known, &mut timing, progress);
-    // A weight that was written to meanwhile may be in the streams and not in the fingerprint: no block is kept.
-    if let Err(changed) = source.check_unchanged() {
-        writer.discard();
-        let interrupted = written.err().filter(|error| error.kind() == Kind::Interrupted);
-        return Err(interrupted.unwrap_or(changed));
-    }
-    let Written { blocks, errors, distributions, resumed_blocks } = match written {
-        Ok(written) => written,
-        Err(error) => {
-            give_up(job, writer, &error, progress);
-            return Err(error);
-        }
+    agree(backend.ranks(), &job.identity()?)?;
+    let run = Run { backend, job, output, known, progress };
+    let made = match backend.ranks().is_first() {
+        true => run.write(specs, out_bytes, &mut timing)?,
+        false => run.follow(&mut timing)?,
     };
-    let out = writer.out().to_owned();
-    let side_files = source.side_files()?;
-    side_files.left_out.iter().for_each(|why| progress.warn(why));
-    let manifest = job.manifest(blocks, &errors)?;
-    let mut side_files = side_files.copied;
-    side_files.push(card(&manifest, source, out_bytes, progress));
-    timing.measure("write", || writer.finish(&job.config(), &manifest, &side_files))?;
+    let Made { out, manifest, distributions, resumed_blocks } = made;
     Ok(QuantizeOutcome {
         upload: upload_command(&output.destination.out),
         out,
@@ -87,6 +73,91 @@ pub(super) fn run<B: Backend>(
         perplexity: None,
         allocation: None,
     })
+}
+
+/// A run on its way.
+struct Run<'a, B: Backend> {
+    backend: &'a B,
+    job: &'a Job<'a>,
+    output: &'a Output,
+    known: Option<&'a [Statistics]>,
+    progress: &'a dyn Progress,
+}
+
+/// A finished checkpoint, and what is said of it.
+struct Made {
+    out: PathBuf,
+    manifest: Manifest,
+    distributions: Vec<Vec<Vec<f64>>>,
+    resumed_blocks: usize,
+}
+
+impl<B: Backend> Run<'_, B> {
+    /// The part of the rank that writes.
+    fn write(&self, specs: Vec<TensorSpec>, out_bytes: u64, timing: &mut Timing) -> Result<Made> {
+        let Self { backend, job, output, known, progress } = *self;
+        let (ranks, source) = (backend.ranks(), job.input.source);
+        let destination = output.protecting(source, []);
+        let (options, identity) = (job.options(output)?, job.identity()?);
+        let check_stop = || progress.check_stop();
+        let mut writer = Writer::create(&destination, specs, &identity, options, &check_stop)?;
+        announce_resumed(job, writer.done(), progress);
+        let out = writer.out().to_owned();
+        let written = ranks
+            .broadcast(0, out.as_os_str().as_bytes().to_vec())
+            .and_then(|_| write_tensors(backend, job, &mut writer, known, timing, progress));
+        // A weight that was written to meanwhile may be in the streams and not in the fingerprint: no block is kept.
+        if let Err(changed) = source.check_unchanged() {
+            writer.discard();
+            let interrupted = written.err().filter(|error| error.kind() == Kind::Interrupted);
+            return Err(interrupted.unwrap_or(changed));
+        }
+        // Another rank may have found its files changed.
+        let written = written.and_then(|written| ranks.barrier().map(|()| written));
+        let Written { blocks, errors, distributions, resumed_blocks } = match written {
+            Ok(written) => written,
+            Err(error) => {
+                give_up(job, writer, &error, progress);
+                return Err(error);
+            }
+        };
+        let side_files = source.side_files()?;
+        side_files.left_out.iter().for_each(|why| progress.warn(why));
+        let manifest = job.manifest(blocks, &errors)?;
+        let mut side_files = side_files.copied;
+        side_files.push(card(&manifest, source, out_bytes, progress));
+        timing.measure("write", || writer.finish(&job.config(), &manifest, &side_files))?;
+        // From here on the others see it.
+        ranks.barrier()?;
+        Ok(Made { out, manifest, distributions, resumed_blocks })
+    }
+
+    /// The part of any other rank.
+    fn follow(&self, timing: &mut Timing) -> Result<Made> {
+        let Self { backend, job, known, progress, .. } = *self;
+        let ranks = backend.ranks();
+        let out = PathBuf::from(OsString::from_vec(ranks.broadcast(0, Vec::new())?));
+        if !Writer::is_begun(&out) {
+            let (rank, out) = (ranks.rank(), out.display());
+            let message = format!("rank {rank} does not see the work of rank 0 next to {out}");
+            return Err(Error::machine(message)
+                .hint("name a directory with --out on a file system that all hosts share"));
+        }
+        let fallbacks = Fallbacks::default();
+        let surroundings = Surroundings {
+            known,
+            resumed: &|_, _| Ok(None),
+            finished: None,
+            fallbacks: &fallbacks,
+        };
+        let written = quantize_blocks(backend, job, surroundings, timing, progress)?;
+        job.input.source.check_unchanged()?;
+        ranks.barrier()?;
+        let Written { blocks, errors, distributions, resumed_blocks } = written;
+        let manifest = job.manifest(blocks, &errors)?;
+        ranks.barrier()?;
+        Ok(Made { out, manifest, distributions, resumed_blocks })
+    }
 }
 
 /// The model card, before anything was measured.
@@ -155,7 +226,7 @@ fn write_tensors<B: Backend>(
         let surroundings = Surroundings {
             known,
             resumed: &|index, plan| writing.resumed(backend, index, plan),
-            finished: sender,
+            finished: Some(sender),
             fallbacks: &fallbacks,
         };
         let computed = quantize_blocks(backend, job, surroundings, timing, progress);

@@ -288,7 +288,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
         for batch in &mut batches {
             backend.offload(batch)?;
         }
-        self.changed.push(Stream { batches });
+        self.changed.push(Stream::of(batches));
         Ok(())
     }
 

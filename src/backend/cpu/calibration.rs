@@ -37,6 +37,15 @@ impl Calibration for Cpu {
         Ok(())
     }
 
+    fn join_gram(&self, gram: &mut Hessian, other: &Hessian) -> Result<()> {
+        let n = gram.n;
+        assert_eq!(n, other.n, "channels of two Gram matrices");
+        // Nothing above the diagonal is ever written.
+        let rows = gram.lower.par_chunks_mut(n).zip(other.lower.par_chunks(n)).enumerate();
+        rows.for_each(|(i, (to, from))| add(&mut to[..=i], &from[..=i]));
+        Ok(())
+    }
+
     fn cross_covariance(&self, rows: usize, columns: usize) -> Result<Matrix> {
         Ok(Matrix { rows, columns, data: vec![0.0; rows * columns] })
     }
@@ -48,6 +57,13 @@ impl Calibration for Cpu {
         x: &HostTensor,
     ) -> Result<()> {
         cross_covariance::add(self.isa, cross, &y.data, &x.data, x.rows);
+        Ok(())
+    }
+
+    fn join_cross_covariance(&self, cross: &mut Matrix, other: &Matrix) -> Result<()> {
+        assert_eq!(cross.data.len(), other.data.len(), "shapes of two cross-covariances");
+        let parts = cross.data.par_chunks_mut(CHUNK).zip(other.data.par_chunks(CHUNK));
+        parts.for_each(|(to, from)| add(to, from));
         Ok(())
     }
 
@@ -71,4 +87,9 @@ impl Calibration for Cpu {
         });
         Ok(())
     }
+}
+
+/// `x += y`.
+fn add(x: &mut [f32], y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
 }

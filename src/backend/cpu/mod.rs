@@ -9,6 +9,7 @@ mod code_rows;
 mod cross_covariance;
 mod decode;
 pub mod elementwise;
+mod exchange;
 mod factor;
 mod forward;
 pub mod gemm;
@@ -34,6 +35,7 @@ use std::sync::Arc;
 
 use super::{AccumulatedError, Matrix};
 use crate::Result;
+use crate::ranks::{Alone, Collectives};
 pub use factor::Factor;
 pub use head::Head;
 pub use hessian::Hessian;
@@ -51,6 +53,7 @@ const CHUNK: usize = 1 << 15;
 pub struct Cpu {
     isa: Isa,
     pool: Arc<Pool>,
+    ranks: Arc<dyn Collectives>,
 }
 
 impl Cpu {
@@ -61,7 +64,7 @@ impl Cpu {
 
     /// A given instruction set.
     pub fn with_isa(isa: Isa) -> Self {
-        Self { isa, pool: Arc::default() }
+        Self { isa, pool: Arc::default(), ranks: Arc::new(Alone) }
     }
 
     /// `W += share (W C_in + C_out) H^-1`, permuted, with the factor of the damped Hessian.

@@ -4,7 +4,7 @@
 use super::Cuda;
 use super::gpu::Buffer;
 use super::kernels::Float;
-use super::kernels::elementwise::{Difference, ScaleRows};
+use super::kernels::elementwise::{AddFloat, Difference, ScaleRows};
 use super::tensor::{Activation, CrossCovariance, Hessian, Hidden};
 use crate::Result;
 use crate::backend::{AttentionSpec, Calibration};
@@ -29,6 +29,11 @@ impl Calibration for Cuda {
         self.add_gram(gram, x)
     }
 
+    fn join_gram(&self, gram: &mut Hessian, other: &Hessian) -> Result<()> {
+        assert_eq!(gram.n, other.n, "channels of two Gram matrices");
+        self.add_floats(&gram.data, &other.data, gram.n * gram.n)
+    }
+
     fn cross_covariance(&self, rows: usize, columns: usize) -> Result<CrossCovariance> {
         Ok(CrossCovariance { rows, columns, data: self.gpu.zeros(4 * rows * columns)? })
     }
@@ -40,6 +45,16 @@ impl Calibration for Cuda {
         x: &Activation,
     ) -> Result<()> {
         self.add_cross_covariance(cross, y, x)
+    }
+
+    fn join_cross_covariance(
+        &self,
+        cross: &mut CrossCovariance,
+        other: &CrossCovariance,
+    ) -> Result<()> {
+        let shape = |cross: &CrossCovariance| (cross.rows, cross.columns);
+        assert_eq!(shape(cross), shape(other), "shapes of two cross-covariances");
+        self.add_floats(&cross.data, &other.data, cross.rows * cross.columns)
     }
 
     fn difference(&self, x: &Activation, y: &Activation) -> Result<Activation> {
@@ -73,6 +88,11 @@ struct TensorValues<'a> {
 }
 
 impl Cuda {
+    /// `x += y`, `count` values in f32.
+    fn add_floats(&self, x: &Buffer, y: &Buffer, count: usize) -> Result<()> {
+        self.kernels.launch(&AddFloat { x: x.into(), y: y.into(), count: count as i64 })
+    }
+
     /// `x - y`, in f16.
     fn subtracted(
         &self,

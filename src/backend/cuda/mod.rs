@@ -19,6 +19,7 @@ mod decode;
 mod decode_tests;
 mod deferred_errors;
 mod driver_error;
+mod exchange;
 mod forward;
 mod fused;
 #[cfg(test)]
@@ -41,6 +42,7 @@ mod measurement_tests;
 mod memory;
 #[cfg(test)]
 mod memory_tests;
+mod nccl;
 mod output_error;
 pub mod pages;
 pub mod product;
@@ -62,13 +64,16 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
 use crate::Result;
+use crate::ranks::{Alone, Collectives};
 use attention::RopeTables;
 use compile::Compiler;
+pub use exchange::NCCL_VARIABLE;
 use gpu::{Buffer, Gpu, Stream};
 use integer::Narrow;
 pub use integer::VARIABLE as NARROW_VARIABLE;
 use kernels::elementwise::Convert;
 use launch::Kernels;
+use nccl::Communicator;
 use product::{Operand, Precision, Product, Products};
 use slice::In;
 use solver::Solver;
@@ -90,6 +95,10 @@ pub struct Cuda {
     offloaded_bytes: Arc<AtomicU64>,
     /// Bytes that they may take.
     offload_limit_bytes: AtomicU64,
+    /// The GPUs that share the run, where there are several.
+    communicator: Option<Communicator>,
+    /// The ranks that share it.
+    ranks: Arc<dyn Collectives>,
 }
 
 impl Cuda {
@@ -116,6 +125,8 @@ impl Cuda {
             rope: Mutex::default(),
             offloaded_bytes: Arc::default(),
             offload_limit_bytes: AtomicU64::new(u64::MAX),
+            communicator: None,
+            ranks: Arc::new(Alone),
             gpu,
         })
     }

@@ -14,8 +14,15 @@ pub const VARIABLE: &str = "ATOM_CUDA_LIB";
 
 /// Where NVIDIA's Python packages keep libraries, below `site-packages/nvidia`: of CUDA 13 all in
 /// one directory, of CUDA 12 one directory a package.
-const PACKAGES: [&str; 6] =
-    ["cu13/lib", "cuda_nvrtc/lib", "nvjitlink/lib", "cublas/lib", "cusparse/lib", "cusolver/lib"];
+const PACKAGES: [&str; 7] = [
+    "cu13/lib",
+    "cuda_nvrtc/lib",
+    "nvjitlink/lib",
+    "cublas/lib",
+    "cusparse/lib",
+    "cusolver/lib",
+    "nccl/lib",
+];
 
 /// Where containers and WSL put the driver's library without telling the loader.
 const DRIVER_PLACES: [&str; 2] = ["/usr/local/nvidia/lib64", "/usr/lib/wsl/lib"];

@@ -268,6 +268,11 @@ pub struct DeviceLinear {
 }
 
 impl DeviceLinear {
+    /// The same codes again.
+    pub(super) fn same(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared), ..*self }
+    }
+
     /// Its first row of scales.
     pub(super) fn first_scale(&self) -> usize {
         self.first_row / self.format.rows_per_scale

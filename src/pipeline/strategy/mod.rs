@@ -126,6 +126,26 @@ impl<'a, 'w, B: Backend> BlockInput<'a, 'w, B> {
             .with_key_mean(key_mean)
     }
 
+    /// The rank that quantizes each site, where all can be quantized at the same time: the largest go first, each to the
+    /// rank that has least to do.
+    fn owners(&self, ranks: usize) -> Vec<usize> {
+        let cost = |site: &SitePlan| {
+            let rows = site.linears.iter().map(|linear| linear.rows).sum::<usize>();
+            (site.width() + rows) as f64 * (site.width() as f64).powi(2)
+        };
+        let costs: Vec<f64> = self.plan.iter().map(cost).collect();
+        let mut largest: Vec<usize> = (0..costs.len()).collect();
+        largest.sort_by(|a, b| costs[*b].total_cmp(&costs[*a]));
+        let mut work = vec![0.0f64; ranks];
+        let mut owners = vec![0; costs.len()];
+        for site in largest {
+            let least = (0..ranks).min_by(|a, b| work[*a].total_cmp(&work[*b]));
+            owners[site] = least.expect("there is a rank");
+            work[owners[site]] += costs[site];
+        }
+        owners
+    }
+
     /// What one of its sites is quantized from.
     fn site<'s>(&'s self, at: usize, spec: &'s SiteSpec) -> SiteWork<'s, 'w, B> {
         SiteWork {

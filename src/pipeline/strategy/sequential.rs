@@ -5,6 +5,8 @@ Both streams go through the block together, a site at a time. No product is comp
 quantized block, whose output is too wide to be stored. Experts are sites one after the other: each sees the tokens
 that the router of the quantized block sends to it, on both streams, and its outputs are not stored. */
 
+use std::ops::Range;
+
 use super::{BlockInput, PassedBlock, Streams};
 use crate::Result;
 use crate::backend::{AccumulatedError, Backend, Tensor};
@@ -13,19 +15,19 @@ use crate::model::block::{Block, Observer, Site};
 use crate::model::experts::RoutedTokens;
 use crate::model::sites::{ATTN_OUT, MLP_ACT, MLP_IN, SiteKind, SiteSpec};
 use crate::network::{BlockBuilder, QuantizedSite, Stream};
+use crate::pipeline::division::SiteSums;
 use crate::pipeline::fallbacks::Fallback;
-use crate::pipeline::quantizer::{
-    BlockQuantizer, QuantizedBlock, QuantizedLinears, SiteMatrices, formats,
-};
+use crate::pipeline::quantizer::{BlockQuantizer, Note, QuantizedBlock, SiteMatrices, formats};
 use crate::pipeline::timing::Timing;
 use crate::quant::site::SiteFormat;
 
-/// Device memory that the cross-covariances of the widest site and attention's outputs of all `tokens` take.
+/// Device memory that the cross-covariances of the widest site, of all chunks and of one, and attention's outputs of all
+/// `tokens` take.
 pub(super) fn more_bytes(architecture: &Architecture, tokens: usize) -> u64 {
     let widest = architecture.sites(0).iter().map(|site| site.channels).max().unwrap_or(0);
     let cross = widest * (widest + architecture.hidden);
     let heads = 2 * tokens * architecture.heads * architecture.head_dim;
-    (4 * cross + 2 * heads) as u64
+    (4 * 2 * cross + 2 * heads) as u64
 }
 
 /// Quantizes a block and carries both streams through it; not to its end if it is the last.
@@ -40,33 +42,75 @@ pub(super) fn quantize<B: Backend>(
     let specs = quantizer.architecture.sites(input.weights.index);
     let mut pass = Pass::new(quantizer, input, streams, &formats)?;
     let mut made = QuantizedBlock::empty();
-    for (at, (spec, format)) in specs.iter().zip(formats).enumerate() {
-        let matrices = timing.measure("hessians", || {
-            let matrices = pass.matrices(at, spec, format.width())?;
-            backend.wait()?;
-            Ok::<_, crate::Error>(matrices)
-        })?;
+    let own = quantizer.division.ranks.rank();
+    let mut formats = formats.into_iter();
+    for sites in rounds(&specs, quantizer.division.ranks.ranks()) {
+        // Of the sites of a round each rank owns one at most.
+        let mut matrices = None;
+        for at in sites.clone() {
+            let owner = owner(at, &sites, quantizer.division.ranks.ranks());
+            timing.measure("hessians", || {
+                let width = input.plan[at].width();
+                let sums = pass.matrices(at, &specs[at], width, owner)?;
+                matrices = sums.or(matrices.take());
+                backend.wait()
+            })?;
+        }
         backend.trim();
-        timing.measure("gptq", || {
-            let work = input.site(at, spec);
-            let QuantizedLinears { linears, errors } =
-                quantizer.quantize_site(&work, &format, matrices)?;
-            let site = QuantizedSite { format, linears };
-            pass.close_site(at, &site)?;
-            made.errors.extend(errors);
-            made.sites.push(site);
-            backend.wait()
-        })?;
-        timing.measure("propagate", || {
-            if spec.kind == SiteKind::AttnOut {
-                pass.add_heads()?;
-            } else if at + 1 == specs.len() && !input.is_last {
-                pass.add_mlp()?;
+        let mut matrices = matrices;
+        let formats: Vec<SiteFormat> = formats.by_ref().take(sites.len()).collect();
+        let mut quantized = None;
+        for (at, format) in sites.clone().zip(&formats) {
+            if owner(at, &sites, quantizer.division.ranks.ranks()) == own {
+                let matrices = matrices.take().expect("the owner has the sums");
+                quantized = timing.measure("gptq", || {
+                    let work = input.site(at, &specs[at]);
+                    let quantized = quantizer.quantize_site(&work, format, matrices)?;
+                    backend.wait()?;
+                    Ok::<_, crate::Error>(Some(quantized))
+                })?;
             }
-            backend.wait()
-        })?;
+        }
+        for (at, format) in sites.clone().zip(formats) {
+            let owner = owner(at, &sites, quantizer.division.ranks.ranks());
+            timing.measure("gptq", || {
+                let own = if owner == own { quantized.take() } else { None };
+                made.push(format, quantizer.share(&input.site(at, &specs[at]), owner, own)?);
+                pass.close_site(at, &made.sites[at])?;
+                backend.wait()
+            })?;
+            timing.measure("propagate", || {
+                if specs[at].kind == SiteKind::AttnOut {
+                    pass.add_heads()?;
+                } else if at + 1 == specs.len() && !input.is_last {
+                    pass.add_mlp()?;
+                }
+                backend.wait()
+            })?;
+        }
     }
     Ok(PassedBlock { block: made, pending: None })
+}
+
+/// The sites in the order in which they are quantized. Those of a round depend on earlier rounds alone, so each of so
+/// many ranks can quantize one of them: the experts' own.
+fn rounds(specs: &[SiteSpec], ranks: usize) -> Vec<Range<usize>> {
+    let mut rounds: Vec<Range<usize>> = Vec::new();
+    for (at, spec) in specs.iter().enumerate() {
+        let joins = |round: &&mut Range<usize>| {
+            spec.expert.is_some() && specs[round.start].expert.is_some() && round.len() < ranks
+        };
+        match rounds.last_mut().filter(joins) {
+            Some(round) => round.end = at + 1,
+            None => rounds.push(at..at + 1),
+        }
+    }
+    rounds
+}
+
+/// The rank that quantizes a site of a round.
+fn owner(at: usize, round: &Range<usize>, ranks: usize) -> usize {
+    if round.len() > 1 { at - round.start } else { at % ranks }
 }
 
 /// Whether the accumulated error of a site's `width` inputs is corrected, where `tokens` tokens reach the site: least
@@ -121,49 +165,54 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
         })
     }
 
-    /// A site's Hessian and accumulated error, on the streams as they reach it. What attn_out sees is stored;
-    /// without experts, the source's stream leaves the block at its last site.
-    fn matrices(&mut self, at: usize, spec: &SiteSpec, width: usize) -> Result<SiteMatrices<B>> {
+    /// A site's Hessian and accumulated error, on the streams as they reach it, on the rank that owns it. What attn_out sees
+    /// is stored; without experts, the source's stream leaves the block at its last site.
+    fn matrices(
+        &mut self,
+        at: usize,
+        spec: &SiteSpec,
+        width: usize,
+        owner: usize,
+    ) -> Result<Option<SiteMatrices<B>>> {
         let Self { quantizer, blocks, streams, source_heads, heads, routed, is_last, .. } = self;
         let backend = quantizer.backend;
         let share_of_error = quantizer.recipe.correction;
-        let mut hessian = backend.gram(width)?;
-        let all: usize = streams.source.batches.iter().map(|batch| batch.rows()).sum();
-        let possible = corrects(share_of_error, all, width);
-        let correction = possible.then(|| empty_correction(quantizer, spec, width));
-        let mut correction = correction.transpose()?;
-        let mut tokens = 0;
-        for_batches(quantizer, streams, |batch, states| {
-            let routed = spec.expert.map(|expert| &routed[batch][expert]);
-            if routed.is_some_and(RoutedTokens::is_empty) {
-                return Ok(());
-            }
-            let visit = Visit { quantizer, blocks, spec, at, routed };
-            let known = if spec.kind == SiteKind::AttnOut { source_heads.next() } else { None };
-            let inputs = visit.inputs(&states, known)?;
-            tokens += inputs.quantized.rows();
-            let seen = visit.seen(&inputs.quantized)?;
-            backend.add_gram(&mut hessian, &seen)?;
-            if let Some(correction) = &mut correction {
-                visit.add_error(correction, &states, &inputs.source, &seen)?;
-            }
-            match spec.kind {
-                SiteKind::AttnOut => heads.push(inputs),
-                SiteKind::MlpAct if spec.expert.is_none() && !*is_last => {
-                    let (site, unobserved) = (&blocks.source.sites[at], &mut Observer::none());
-                    site.apply_onto(backend, inputs.source, states.source, unobserved)?
+        let possible = corrects(share_of_error, quantizer.tokens, width);
+        let zeros = |_| {
+            let correction = possible.then(|| empty_correction(quantizer, spec, width));
+            let gram = backend.gram(width)?;
+            Ok(SiteSums { tokens: 0, gram, correction: correction.transpose()? })
+        };
+        let chunks = streams.source.chunks.clone();
+        let sums = quantizer.division.reduce(backend, &[owner], zeros, |chunk, sums| {
+            let SiteSums { tokens, gram, correction } = &mut sums[0];
+            for_batches(quantizer, streams, chunks[chunk].clone(), |batch, states| {
+                let routed = spec.expert.map(|expert| &routed[batch][expert]);
+                if routed.is_some_and(RoutedTokens::is_empty) {
+                    return Ok(());
                 }
-                _ => {}
-            }
-            Ok(())
+                let visit = Visit { quantizer, blocks, spec, at, routed };
+                let known = if spec.kind == SiteKind::AttnOut { source_heads.next() } else { None };
+                let inputs = visit.inputs(&states, known)?;
+                *tokens += inputs.quantized.rows() as u64;
+                let seen = visit.seen(&inputs.quantized)?;
+                backend.add_gram(gram, &seen)?;
+                if let Some(correction) = correction {
+                    visit.add_error(correction, &states, &inputs.source, &seen)?;
+                }
+                match spec.kind {
+                    SiteKind::AttnOut => heads.push(inputs),
+                    SiteKind::MlpAct if spec.expert.is_none() && !*is_last => {
+                        let (site, unobserved) = (&blocks.source.sites[at], &mut Observer::none());
+                        site.apply_onto(backend, inputs.source, states.source, unobserved)?
+                    }
+                    _ => {}
+                }
+                Ok(())
+            })
         })?;
-        let hessian = quantizer.trusted(spec, tokens, hessian);
-        let corrected = corrects(share_of_error, tokens, width);
-        if share_of_error > 0.0 && !corrected && hessian.is_some() {
-            let found = format!("{tokens} tokens for {width} channels");
-            quantizer.fallbacks.note(Fallback::NoCorrection, &spec.name, &found);
-        }
-        Ok(SiteMatrices { hessian, correction: correction.filter(|_| corrected) })
+        let sums = sums.into_iter().flatten().next();
+        Ok(sums.map(|sums| trusted(quantizer, spec, width, sums)))
     }
 
     /// Gives the quantized block the linears of a site, laid out for products.
@@ -181,7 +230,8 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
         let Self { quantizer, blocks, streams, heads, routed, .. } = self;
         let backend = quantizer.backend;
         let mut heads = std::mem::take(heads).into_iter();
-        for_batches(quantizer, streams, |_, states| {
+        let all = 0..streams.source.batches.len();
+        for_batches(quantizer, streams, all, |_, states| {
             let Pair { source, quantized } = heads.next().expect("as many as batches");
             let unobserved = &mut Observer::none();
             let site = &blocks.source.sites[ATTN_OUT];
@@ -200,7 +250,8 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
     fn add_mlp(&mut self) -> Result<()> {
         let Self { quantizer, blocks, streams, .. } = self;
         let backend = quantizer.backend;
-        for_batches(quantizer, streams, |_, states| {
+        let all = 0..streams.source.batches.len();
+        for_batches(quantizer, streams, all, |_, states| {
             let unobserved = &mut Observer::none();
             if blocks.source.router.is_some() {
                 blocks.source.mlp(backend, states.source, unobserved)?;
@@ -209,6 +260,24 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
             blocks.quantized.mlp(backend, states.quantized, unobserved)
         })
     }
+}
+
+/// What a site is quantized by, of its sums.
+fn trusted<B: Backend>(
+    quantizer: &BlockQuantizer<'_, B>,
+    spec: &SiteSpec,
+    width: usize,
+    sums: SiteSums<B>,
+) -> SiteMatrices<B> {
+    let SiteSums { tokens, gram, correction } = sums;
+    let SiteMatrices { hessian, mut notes, .. } = quantizer.trusted(spec, tokens, gram);
+    let share = quantizer.recipe.correction;
+    let corrected = corrects(share, tokens as usize, width);
+    if share > 0.0 && !corrected && hessian.is_some() {
+        let found = format!("{tokens} tokens for {width} channels");
+        notes.push(Note(Fallback::NoCorrection, found));
+    }
+    SiteMatrices { hessian, correction: correction.filter(|_| corrected), notes }
 }
 
 /// The cross-covariances of a site's accumulated error, before the first token.
@@ -316,15 +385,17 @@ impl<B: Backend> Visit<'_, B> {
     }
 }
 
-/// Calls `work` with every batch of both streams and its number.
+/// Calls `work` with some batches of both streams and their numbers.
 fn for_batches<B: Backend>(
     quantizer: &BlockQuantizer<'_, B>,
     streams: &mut Pair<&mut Stream<B>>,
+    range: Range<usize>,
     mut work: impl FnMut(usize, Pair<&mut B::Hidden>) -> Result<()>,
 ) -> Result<()> {
     let backend = quantizer.backend;
-    let batches = streams.source.batches.iter_mut().zip(&mut streams.quantized.batches);
-    for (batch, (source, quantized)) in batches.enumerate() {
+    let source = &mut streams.source.batches[range.clone()];
+    let batches = source.iter_mut().zip(&mut streams.quantized.batches[range.clone()]);
+    for (batch, (source, quantized)) in range.zip(batches) {
         quantizer.progress.check_stop()?;
         backend.reload(source)?;
         backend.reload(quantized)?;

@@ -5,10 +5,9 @@ use super::{BlockInput, PassedBlock, Streams};
 use crate::Result;
 use crate::backend::{Backend, Tensor};
 use crate::model::block::{Observer, Seen};
-use crate::network::{QuantizedSite, Stream};
-use crate::pipeline::quantizer::{
-    BlockQuantizer, QuantizedBlock, QuantizedLinears, SiteMatrices, formats,
-};
+use crate::network::Stream;
+use crate::pipeline::division::SiteSums;
+use crate::pipeline::quantizer::{BlockQuantizer, QuantizedBlock, SiteMatrices, formats};
 use crate::pipeline::timing::Timing;
 use crate::quant::site::SiteFormat;
 
@@ -21,57 +20,71 @@ pub(super) fn quantize<B: Backend>(
 ) -> Result<PassedBlock<B>> {
     let backend = quantizer.backend;
     let formats = formats(input.plan, &input.statistics.energies);
+    let specs = quantizer.architecture.sites(input.weights.index);
+    let owners = input.owners(quantizer.division.ranks.ranks());
     let mut hessians = match &streams.quantized {
         None => formats.iter().map(|_| None).collect(),
         Some(stream) => timing.measure("hessians", || {
-            let hessians = hessians(quantizer, input, &formats, stream)?;
+            let hessians = hessians(quantizer, input, &formats, &owners, stream)?;
             backend.wait()?;
             Ok::<_, crate::Error>(hessians)
         })?,
     };
     backend.trim();
-    let mut block = QuantizedBlock::empty();
-    let specs = quantizer.architecture.sites(input.weights.index);
-    for (at, format) in formats.into_iter().enumerate() {
+    let own = quantizer.division.ranks.rank();
+    let mut quantized = Vec::with_capacity(specs.len());
+    for (at, format) in formats.iter().enumerate() {
         quantizer.progress.check_stop()?;
-        let matrices = SiteMatrices { hessian: hessians[at].take(), correction: None };
+        if owners[at] != own {
+            quantized.push(None);
+            continue;
+        }
+        let matrices = match hessians[at].take() {
+            None => SiteMatrices { hessian: None, correction: None, notes: Vec::new() },
+            Some(SiteSums { tokens, gram, .. }) => quantizer.trusted(&specs[at], tokens, gram),
+        };
         let stage = if matrices.hessian.is_some() { "gptq" } else { "round" };
         let work = input.site(at, &specs[at]);
-        let QuantizedLinears { linears, errors } = timing.measure(stage, || {
-            let quantized = quantizer.quantize_site(&work, &format, matrices)?;
+        quantized.push(Some(timing.measure(stage, || {
+            let quantized = quantizer.quantize_site(&work, format, matrices)?;
             backend.wait()?;
             Ok::<_, crate::Error>(quantized)
-        })?;
-        block.errors.extend(errors);
-        block.sites.push(QuantizedSite { format, linears });
+        })?));
+    }
+    let mut block = QuantizedBlock::empty();
+    for (at, (format, quantized)) in formats.into_iter().zip(quantized).enumerate() {
+        let shared = quantizer.share(&input.site(at, &specs[at]), owners[at], quantized)?;
+        block.push(format, shared);
     }
     let pending = input.pending(quantizer, &block.sites, streams, timing)?;
     Ok(PassedBlock { block, pending })
 }
 
-/// `sum x^T x` at every site.
+/// `sum x^T x` at every site, each on its owner.
 fn hessians<B: Backend>(
     quantizer: &BlockQuantizer<'_, B>,
     input: &BlockInput<'_, '_, B>,
     formats: &[SiteFormat],
+    owners: &[usize],
     stream: &Stream<B>,
-) -> Result<Vec<Option<B::Gram>>> {
+) -> Result<Vec<Option<SiteSums<B>>>> {
     let backend = quantizer.backend;
     let block = input.builder(quantizer).observed(formats)?;
-    let mut hessians =
-        formats.iter().map(|format| backend.gram(format.width())).collect::<Result<Vec<_>>>()?;
-    let mut tokens = vec![0; hessians.len()];
-    for batch in &stream.batches {
-        quantizer.progress.check_stop()?;
-        let batch = backend.duplicate(batch)?;
-        let mut see = |seen: Seen, x: &B::Activation| {
-            let Seen::Site(site) = seen else { return Ok(()) };
-            tokens[site] += x.rows();
-            backend.add_gram(&mut hessians[site], x)
-        };
-        block.observe(backend, &quantizer.attention, batch, &mut Observer::new(&mut see))?;
-    }
-    let specs = quantizer.architecture.sites(input.weights.index);
-    let sites = specs.iter().zip(tokens).zip(hessians);
-    Ok(sites.map(|((spec, tokens), hessian)| quantizer.trusted(spec, tokens, hessian)).collect())
+    let zeros = |site: usize| {
+        Ok(SiteSums { tokens: 0, gram: backend.gram(formats[site].width())?, correction: None })
+    };
+    quantizer.division.reduce(backend, owners, zeros, |chunk, sums| {
+        for batch in &stream.batches[stream.chunks[chunk].clone()] {
+            quantizer.progress.check_stop()?;
+            let batch = backend.duplicate(batch)?;
+            let mut see = |seen: Seen, x: &B::Activation| {
+                let Seen::Site(site) = seen else { return Ok(()) };
+                let SiteSums { tokens, gram, .. } = &mut sums[site];
+                *tokens += x.rows() as u64;
+                backend.add_gram(gram, x)
+            };
+            block.observe(backend, &quantizer.attention, batch, &mut Observer::new(&mut see))?;
+        }
+        Ok(())
+    })
 }

@@ -65,13 +65,23 @@ impl Buffer {
 
     /// Overwrites its first bytes, after all work of the main stream so far. Returns when the values may be changed.
     pub(in crate::backend::cuda) fn write<T: bytemuck::Pod>(&self, values: &[T]) -> Result<()> {
+        self.write_at(0, values)
+    }
+
+    /// Overwrites the bytes from `offset` on, as [`write`](Self::write) does the first.
+    pub(in crate::backend::cuda) fn write_at<T: bytemuck::Pod>(
+        &self,
+        offset: usize,
+        values: &[T],
+    ) -> Result<()> {
         self.gpu.bind()?;
-        assert!(size_of_val(values) <= self.bytes);
+        assert!(offset + size_of_val(values) <= self.bytes);
         if values.is_empty() {
             return Ok(());
         }
+        let to = self.pointer + offset as u64;
         // SAFETY: the buffer is as large, and pageable memory is staged before the call returns.
-        unsafe { result::memcpy_htod_async(self.pointer, values, self.gpu.main.cu_stream()) }
+        unsafe { result::memcpy_htod_async(to, values, self.gpu.main.cu_stream()) }
             .map_err(|error| failed("cuMemcpyHtoDAsync", error))
     }
 

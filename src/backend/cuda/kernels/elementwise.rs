@@ -28,6 +28,7 @@ pub(super) const FAMILY: Family = Family {
         SiluMul,
         SiluMulPermuted,
         Add,
+        AddFloat,
         AddBias,
         QkNorm,
         ScaleRows,
@@ -149,6 +150,15 @@ kernel! {
 }
 
 kernel! {
+    /// `x += y` in f32.
+    AddFloat<'a> = ["add_float"] {
+        x: Out<'a, f32>[count as usize],
+        y: In<'a, f32>[count as usize],
+        count: i64,
+    }
+}
+
+kernel! {
     /// Adds a bias to each row.
     AddBias<'a> = ["add_bias_half"] {
         y: Out<'a, f16>[rows * n],
@@ -222,6 +232,7 @@ launches! {
     SiluMul: |kernel| 0, Geometry::over((kernel.count as usize).div_ceil(SILU_VALUES), THREADS);
     SiluMulPermuted: |kernel| 0, Geometry::line(kernel.rows, THREADS);
     Add: |kernel| 0, Geometry::over((kernel.count as usize).div_ceil(ADDED), THREADS);
+    AddFloat: |kernel| 0, Geometry::over((kernel.count as usize).div_ceil(ADDED), THREADS);
     AddBias: |kernel| 0, Geometry::line(kernel.rows, THREADS);
     QkNorm: |kernel| 0, Geometry::line(kernel.heads.div_ceil(THREADS / 32), THREADS);
     ScaleRows: |kernel| 0, Geometry::line(kernel.rows, THREADS);
