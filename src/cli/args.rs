@@ -44,15 +44,18 @@ pub struct Running {
 const THREAD_BYTES: u64 = 3 << 20;
 
 impl Running {
-    /// Sizes the thread pool that all arithmetic shares.
-    pub(crate) fn start_threads(&self) -> Result<()> {
+    /// Sizes the thread pool that all arithmetic shares, of one of so many processes on this host.
+    pub(crate) fn start_threads(&self, processes: usize) -> Result<()> {
         let refused = |why: String| {
             Error::machine(format!("cannot start the worker threads: {why}")).hint(
                 "give fewer --threads, or raise the limits on processes and memory (`ulimit -u`, `ulimit -v`)",
             )
         };
         let threads = match self.threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            0 => {
+                let all = std::thread::available_parallelism().map_or(1, usize::from);
+                (all / processes).max(1)
+            }
             threads => threads,
         };
         // A thread whose stacks cannot be had ends the process before any of our code runs in it.
@@ -63,7 +66,7 @@ impl Running {
                 "the stacks of {threads} take {needed}, and `ulimit -v` leaves {left}"
             )));
         }
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
         pool.build_global().map_err(|error| refused(error.to_string()))
     }
 }

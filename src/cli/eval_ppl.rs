@@ -1,11 +1,13 @@
 /*! `atom eval-ppl`: perplexity of a source, or of an Atom checkpoint on the integer kernels. */
 
+use std::ffi::OsString;
 use std::path::Path;
 
 use clap::Args;
 
 use super::args::{DeviceFlag, ModelFlag, WindowFlag, text_files, with_backend};
 use super::limits::MaxPerplexity;
+use super::ranks::{RanksFlags, Team};
 use super::report_flag::ReportFlags;
 use super::{Output, Ui, values};
 use crate::Result;
@@ -40,22 +42,38 @@ pub(crate) struct Arguments {
     report: ReportFlags,
     #[command(flatten)]
     device: DeviceFlag,
+    #[command(flatten)]
+    pub(crate) ranks: RanksFlags,
 }
 
-pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+pub(crate) fn run(
+    arguments: &Arguments,
+    typed: &[OsString],
+    ui: &Ui,
+    output: &Output,
+) -> Result<()> {
+    let ranks = &arguments.ranks;
+    ranks.share(&arguments.device, typed, ui, |team| on_rank(arguments, team, ui, output))
+}
+
+/// The part of one rank.
+fn on_rank(arguments: &Arguments, team: &Team, ui: &Ui, output: &Output) -> Result<()> {
     let inputs = text_files(&arguments.dataset).with(Some(Path::new(&arguments.model.model)));
     let report = arguments.report.check(inputs)?;
-    let backend = arguments.device.open()?;
+    let backend = team.open(&arguments.device)?;
     let hub = arguments.model.hub(ui)?;
-    let model = arguments.model.open(&hub, ui)?;
+    let model = team.first_alone(|| arguments.model.open(&hub, ui))?;
     let evaluation = Evaluation {
-        text: TextSet::load(&arguments.dataset, Split::Evaluation, &hub)?,
+        text: team.first_alone(|| TextSet::load(&arguments.dataset, Split::Evaluation, &hub))?,
         seq_len: arguments.length.seq_len,
         windows: arguments.windows,
     };
     let outcome = with_backend!(&backend, ui, backend => {
         eval::perplexity(backend, &model, &evaluation, ui)
     })?;
+    if !team.is_first() {
+        return Ok(());
+    }
     ui.close();
     output.write(&outcome)?;
     report.write(&outcome, model.dir())?;

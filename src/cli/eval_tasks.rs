@@ -1,5 +1,6 @@
 /*! `atom eval-tasks`: zero-shot accuracy of a source, or of an Atom checkpoint on the integer kernels. */
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -7,6 +8,7 @@ use std::str::FromStr;
 use clap::Args;
 
 use super::args::{DeviceFlag, ModelFlag, OverwriteFlag, with_backend};
+use super::ranks::{RanksFlags, Team};
 use super::report_flag::ReportFlag;
 use super::{Output, Ui, values};
 use crate::checkpoint::{FileKind, Inputs, OutputFile};
@@ -58,6 +60,8 @@ pub(crate) struct Arguments {
     overwrite: OverwriteFlag,
     #[command(flatten)]
     device: DeviceFlag,
+    #[command(flatten)]
+    pub(crate) ranks: RanksFlags,
 }
 
 /// A limit: for all tasks, or for one.
@@ -90,21 +94,36 @@ fn least(limits: &[LeastAccuracy], name: &str) -> Option<f64> {
     found.or_else(|| limits.iter().rev().find(general)).map(|limit| limit.least)
 }
 
-pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+pub(crate) fn run(
+    arguments: &Arguments,
+    typed: &[OsString],
+    ui: &Ui,
+    output: &Output,
+) -> Result<()> {
     check(arguments)?;
+    let ranks = &arguments.ranks;
+    ranks.share(&arguments.device, typed, ui, |team| on_rank(arguments, team, ui, output))
+}
+
+/// The part of one rank.
+fn on_rank(arguments: &Arguments, team: &Team, ui: &Ui, output: &Output) -> Result<()> {
     let named = Some(Path::new(&arguments.model.model));
     arguments.samples_file(named)?;
     let report = arguments.report.check(arguments.overwrite.overwrite, arguments.inputs(named))?;
-    let backend = arguments.device.open()?;
+    let backend = team.open(&arguments.device)?;
     let hub = arguments.model.hub(ui)?;
     let directory = arguments.tasks_dir.as_deref();
     let load = |task: &TaskFile| task.load(directory, arguments.limit, &hub);
-    let rows: Vec<TaskRows> = arguments.tasks.iter().map(load).collect::<Result<_>>()?;
-    let model = arguments.model.open(&hub, ui)?;
+    let rows: Vec<TaskRows> =
+        team.first_alone(|| arguments.tasks.iter().map(load).collect::<Result<_>>())?;
+    let model = team.first_alone(|| arguments.model.open(&hub, ui))?;
     let samples = arguments.samples_file(model.dir())?;
     let outcome = with_backend!(&backend, ui, backend => {
         eval::tasks(backend, &model, &rows, ui)
     })?;
+    if !team.is_first() {
+        return Ok(());
+    }
     ui.close();
     if let Some(file) = samples {
         file.write_with(|out| write_samples(out, &outcome.samples))?;

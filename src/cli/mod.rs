@@ -26,6 +26,7 @@ mod pack;
 mod perplexity_change;
 mod plan;
 mod quantize;
+mod ranks;
 mod recipe;
 mod report;
 mod report_flag;
@@ -43,6 +44,7 @@ use clap::{Parser, Subcommand};
 
 pub use args::Running;
 pub use output::Output;
+use ranks::RanksFlags;
 pub use ui::Ui;
 
 use crate::printable::quoted;
@@ -124,16 +126,17 @@ enum Command {
 /// # Errors
 /// The library's errors, and a failed check after its outcome has been written.
 pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()> {
-    cli.running.start_threads()?;
+    let ranks = cli.command.ranks();
+    cli.running.start_threads(ranks.map_or(1, RanksFlags::local_ranks))?;
     ui.watch_signals(cli.command.resumes());
     let done = match &cli.command {
-        Command::Quantize(arguments) => quantize::run(arguments, ui, output),
+        Command::Quantize(arguments) => quantize::run(arguments, typed, ui, output),
         Command::Calibrate(arguments) => calibrate::run(arguments, ui, output),
         Command::Plan(arguments) => plan::run(arguments, output),
-        Command::Pack(arguments) => pack::run(arguments, ui, output),
+        Command::Pack(arguments) => pack::run(arguments, typed, ui, output),
         Command::Export(arguments) => export::run(arguments, ui, output),
-        Command::EvalPpl(arguments) => eval_ppl::run(arguments, ui, output),
-        Command::EvalTasks(arguments) => eval_tasks::run(arguments, ui, output),
+        Command::EvalPpl(arguments) => eval_ppl::run(arguments, typed, ui, output),
+        Command::EvalTasks(arguments) => eval_tasks::run(arguments, typed, ui, output),
         Command::Generate(arguments) => generate::run(arguments, ui, output),
         Command::Verify(arguments) => verify::run(arguments, ui, output),
         Command::Inspect(arguments) => inspect::run(arguments, ui, output),
@@ -153,6 +156,17 @@ pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()
 }
 
 impl Command {
+    /// Which ranks share its work, where ranks can.
+    fn ranks(&self) -> Option<&RanksFlags> {
+        match self {
+            Self::Quantize(arguments) => Some(&arguments.ranks),
+            Self::Pack(arguments) => Some(&arguments.ranks),
+            Self::EvalPpl(arguments) => Some(&arguments.ranks),
+            Self::EvalTasks(arguments) => Some(&arguments.ranks),
+            _ => None,
+        }
+    }
+
     /// Whether `--resume` goes on where an interrupted run stopped.
     fn resumes(&self) -> bool {
         matches!(self, Self::Quantize(_) | Self::Pack(_) | Self::Export(_))

@@ -1,5 +1,6 @@
 /*! `atom pack`: the checkpoint that a plan describes, then what it cost. */
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -8,6 +9,7 @@ use serde::Deserialize;
 use super::args::{DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag, with_backend};
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::perplexity_change::with_perplexity;
+use super::ranks::{RanksFlags, Team};
 use super::report_flag::ReportFlag;
 use super::{Output, Ui, names, quantize};
 use crate::pipeline::Packing;
@@ -42,17 +44,31 @@ pub(crate) struct Arguments {
     report: ReportFlag,
     #[command(flatten)]
     device: DeviceFlag,
+    #[command(flatten)]
+    pub(crate) ranks: RanksFlags,
 }
 
-pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
-    let backend = arguments.device.open()?;
+pub(crate) fn run(
+    arguments: &Arguments,
+    typed: &[OsString],
+    ui: &Ui,
+    output: &Output,
+) -> Result<()> {
+    let ranks = &arguments.ranks;
+    ranks.share(&arguments.device, typed, ui, |team| on_rank(arguments, team, ui, output))
+}
+
+/// The part of one rank.
+fn on_rank(arguments: &Arguments, team: &Team, ui: &Ui, output: &Output) -> Result<()> {
+    let backend = team.open(&arguments.device)?;
     let model = &arguments.model.model;
     let hub = arguments.model.hub(ui)?;
-    let source = arguments.model.source(&hub, ui)?;
+    let source = team.first_alone(|| arguments.model.source(&hub, ui))?;
     let default = || Ok(names::checkpoint_out(model, &planned_recipe(&arguments.plan)?));
     let destination = arguments.output.destination(default, arguments.evaluation.inputs())?;
     let report = arguments.report.next_to(&destination, &source)?;
-    let evaluation = arguments.evaluation.load(arguments.length.seq_len, &hub)?;
+    let evaluation =
+        team.first_alone(|| arguments.evaluation.load(arguments.length.seq_len, &hub))?;
     let packing = Packing {
         source: &source,
         plan_file: &arguments.plan,
@@ -63,6 +79,9 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         let outcome = pipeline::pack(backend, &packing, ui)?;
         with_perplexity(backend, &source, outcome, packing.evaluation, ui)?
     });
+    if !team.is_first() {
+        return Ok(());
+    }
     ui.close();
     output.write(&outcome)?;
     report.write(&outcome, Some(&outcome.out))?;

@@ -25,6 +25,9 @@ pub(crate) fn with_perplexity<B: Backend>(
     let start = Instant::now();
     let change = change(backend, source, &outcome.out, evaluation, progress)
         .map_err(|error| not_measured(error, &outcome.out))?;
+    if !backend.ranks().is_first() {
+        return Ok(outcome);
+    }
     write_card(source, &outcome, &change).unwrap_or_else(|error| {
         progress.warn(&format!("the model card lacks the perplexity: {error}"))
     });

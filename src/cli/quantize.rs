@@ -1,5 +1,7 @@
 /*! `atom quantize`: calibrate, plan and pack in one pass, then measure what it cost. */
 
+use std::ffi::OsString;
+
 use clap::Args;
 
 use super::args::{
@@ -8,6 +10,7 @@ use super::args::{
 use super::exports::ExportFlag;
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::perplexity_change::with_perplexity;
+use super::ranks::{RanksFlags, Team};
 use super::recipe::RecipeFlags;
 use super::report_flag::ReportFlag;
 use super::target::{OUTLIER_COUNTS, TargetFlags};
@@ -17,6 +20,7 @@ use crate::pipeline::outcome::QuantizeOutcome;
 use crate::pipeline::{self, Quantization};
 use crate::printable::printable;
 use crate::progress::Progress;
+use crate::recipe::Recipe;
 use crate::report::Exported;
 
 const EXAMPLES: &str = "\
@@ -71,16 +75,39 @@ pub(crate) struct Arguments {
     report: ReportFlag,
     #[command(flatten)]
     device: DeviceFlag,
+    #[command(flatten)]
+    pub(crate) ranks: RanksFlags,
 }
 
-pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+pub(crate) fn run(
+    arguments: &Arguments,
+    typed: &[OsString],
+    ui: &Ui,
+    output: &Output,
+) -> Result<()> {
     // What was typed is looked at before a device, which takes a moment to open.
     let recipe = arguments.recipe.resolve()?;
-    let backend = arguments.device.open()?;
+    if arguments.dry_run {
+        return on_rank(arguments, recipe, &Team::alone(), ui, output);
+    }
+    let ranks = &arguments.ranks;
+    ranks.share(&arguments.device, typed, ui, |team| on_rank(arguments, recipe, team, ui, output))
+}
+
+/// The part of one rank.
+fn on_rank(
+    arguments: &Arguments,
+    recipe: Recipe,
+    team: &Team,
+    ui: &Ui,
+    output: &Output,
+) -> Result<()> {
+    let backend = team.open(&arguments.device)?;
     let hub = arguments.model.hub(ui)?;
-    let source = arguments.model.source(&hub, ui)?;
-    let calibration = arguments.calibration.load(&arguments.length, &hub)?;
-    let evaluation = arguments.evaluation.load(arguments.length.seq_len, &hub)?;
+    let source = team.first_alone(|| arguments.model.source(&hub, ui))?;
+    let calibration = team.first_alone(|| arguments.calibration.load(&arguments.length, &hub))?;
+    let evaluation =
+        team.first_alone(|| arguments.evaluation.load(arguments.length.seq_len, &hub))?;
     let inputs = arguments.calibration.inputs().and(arguments.evaluation.inputs());
     let inputs = inputs.with(arguments.recipe.file());
     let default = || Ok(names::checkpoint_out(&arguments.model.model, &recipe));
@@ -113,6 +140,9 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         };
         with_perplexity(backend, &source, outcome, quantization.evaluation, ui)?
     });
+    if !team.is_first() {
+        return Ok(());
+    }
     let exports = arguments.export.run(&outcome, &destination, ui)?;
     ui.close();
     output.write(&Exported { outcome: &outcome, exports: &exports })?;

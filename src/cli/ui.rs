@@ -25,6 +25,8 @@ pub struct Ui {
 /// What the signal handler's thread shares with the run.
 struct Shared {
     stop: AtomicBool,
+    /// Whether another process shows what there is to see.
+    muted: AtomicBool,
     stage: Mutex<Option<Stage>>,
 }
 
@@ -41,7 +43,11 @@ struct Stage {
 impl Ui {
     /// With `quiet`, only warnings and errors are shown.
     pub fn new(quiet: bool) -> Self {
-        let shared = Shared { stop: AtomicBool::new(false), stage: Mutex::new(None) };
+        let shared = Shared {
+            stop: AtomicBool::new(false),
+            muted: AtomicBool::new(false),
+            stage: Mutex::new(None),
+        };
         Self { quiet, shared: Arc::new(shared) }
     }
 
@@ -62,6 +68,17 @@ impl Ui {
         if let Err(error) = machine::keep_ignored(|| ctrlc::set_handler(handler)) {
             self.warn(&format!("Ctrl-C will not wait for the current step to end: {error}"));
         }
+    }
+
+    /// Shows nothing from here on: another process of the run does.
+    pub(crate) fn mute(&self) {
+        self.shared.muted.store(true, Ordering::Relaxed);
+    }
+
+    /// Shows a person who waits what other threads have to say.
+    pub(crate) fn notify(&self) -> Arc<dyn Fn(String) + Send + Sync> {
+        let shared = Arc::clone(&self.shared);
+        Arc::new(move |sentence| shared.say(&format!("{}\n", printable_styled(&sentence))))
     }
 
     /// Asks for a line of input.
@@ -86,6 +103,9 @@ impl Shared {
 
     /// Writes complete lines to stderr, above the bar if there is one.
     fn say(&self, lines: &str) {
+        if self.muted.load(Ordering::Relaxed) {
+            return;
+        }
         let stage = self.stage();
         match stage.as_ref().and_then(|stage| stage.bar.as_ref()) {
             Some(bar) => bar.suspend(|| write_stderr(lines)),
@@ -97,7 +117,7 @@ impl Shared {
 impl Progress for Ui {
     fn begin(&self, stage: &str, steps: usize) {
         self.end();
-        if self.quiet {
+        if self.quiet || self.shared.muted.load(Ordering::Relaxed) {
             return;
         }
         let now = Instant::now();

@@ -6,9 +6,10 @@ use super::Check;
 use crate::backend::cpu::isa;
 use crate::backend::cuda::{NARROW_VARIABLE, NCCL_VARIABLE, compile, gpu, libraries};
 use crate::hub::masked;
+use crate::ranks;
 
-/// Variables that the program reads, the first seven, and those that its tests do.
-const KNOWN: [&str; 13] = [
+/// Variables that the program reads, the first twelve, and those that its tests do.
+const KNOWN: [&str; 18] = [
     isa::VARIABLE,
     "ATOM_DEVICE",
     libraries::VARIABLE,
@@ -16,6 +17,11 @@ const KNOWN: [&str; 13] = [
     gpu::TRACE_VARIABLE,
     NARROW_VARIABLE,
     NCCL_VARIABLE,
+    ranks::RANK,
+    ranks::RANKS,
+    ranks::LOCAL_RANK,
+    ranks::LOCAL_RANKS,
+    ranks::MEET,
     "ATOM_BLESS",
     "ATOM_DATA",
     "ATOM_NVDISASM",
@@ -100,7 +106,7 @@ fn variables_of(set: &Variables) -> Vec<Check> {
     if !unknown.is_empty() {
         checks.push(
             Check::note(NAME, format!("nothing reads {}", unknown.join(", ")))
-                .hint(format!("the program's variables are {}", KNOWN[..7].join(", "))),
+                .hint(format!("the program's variables are {}", KNOWN[..12].join(", "))),
         );
     }
     checks
