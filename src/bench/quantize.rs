@@ -1,6 +1,10 @@
 /*! `atom bench quantize`: the entire pipeline on a synthetic checkpoint, from files to a file, and each
 stage compared with what the device does with a block's products alone. */
 
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -60,15 +64,22 @@ pub fn quantize<B: Backend + KernelTimes>(
     progress: &dyn Progress,
 ) -> Result<BenchOutcome> {
     let known = model.known_shape()?;
+    let ranks = backend.ranks();
     let temporary = tempfile::tempdir()?;
     let directory = model.directory.as_deref().unwrap_or(temporary.path());
+    // That of the first rank, for all.
+    let directory = ranks.broadcast(0, directory.as_os_str().as_bytes().to_vec())?;
+    let directory = PathBuf::from(OsString::from_vec(directory));
     let source = directory.join(&model.shape);
-    if source.exists() {
-        return Err(Error::usage(format!("{} exists already", source.display()))
-            .hint("name another directory with --dir"));
+    if ranks.is_first() {
+        if source.exists() {
+            return Err(Error::usage(format!("{} exists already", source.display()))
+                .hint("name another directory with --dir"));
+        }
+        progress.info(&format!("writing random weights to {}", source.display()));
+        model.write(&source)?;
     }
-    progress.info(&format!("writing random weights to {}", source.display()));
-    model.write(&source)?;
+    ranks.barrier()?;
     let source = Source::open(&source)?;
     let architecture = Architecture::read(source.config(), &source.config_file())?;
     let tokens = model.samples * model.seq_len;
@@ -96,6 +107,7 @@ pub fn quantize<B: Backend + KernelTimes>(
     let figure = |name: &str, value: Value| Figure { figure: name.to_owned(), value, share: None };
     let mut figures = vec![
         figure("device", json!(outcome.device)),
+        figure("ranks", json!(ranks.ranks())),
         figure("product rate TFLOP/s", json!(rate / 1e12)),
         figure("seconds", json!(outcome.seconds)),
     ];

@@ -1,5 +1,6 @@
 /*! `atom bench`: speed, compared with a baseline measured in the same run. */
 
+use std::ffi::OsString;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -7,6 +8,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::args::{DeviceFlag, with_backend};
 use super::bench_serve::ServeFlags;
+use super::ranks::RanksFlags;
 use super::recipe::RecipeFlags;
 use super::report_flag::ReportFlag;
 use super::{Output, Ui, values};
@@ -107,6 +109,8 @@ struct SyntheticFlags {
     recipe: RecipeFlags,
     #[command(flatten)]
     device: DeviceFlag,
+    #[command(flatten)]
+    ranks: RanksFlags,
 }
 
 #[derive(Args, Debug)]
@@ -280,7 +284,22 @@ fn picture(path: Option<&Path>, overwrite: bool) -> Result<Option<OutputFile>> {
     path.map(check).transpose()
 }
 
-pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+impl Arguments {
+    /// Which ranks share the work, where ranks can.
+    pub(crate) fn ranks(&self) -> Option<&RanksFlags> {
+        match &self.what {
+            What::Quantize(flags) => Some(&flags.ranks),
+            _ => None,
+        }
+    }
+}
+
+pub(crate) fn run(
+    arguments: &Arguments,
+    typed: &[OsString],
+    ui: &Ui,
+    output: &Output,
+) -> Result<()> {
     let page = ReportFlag { report: arguments.report.clone() };
     let page = page.check(arguments.overwrite, Inputs::default())?;
     let outcome = match &arguments.what {
@@ -333,8 +352,15 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
             };
             model.known_shape()?;
             let recipe = flags.recipe.resolve()?;
-            let backend = flags.device.open()?;
-            with_backend!(&backend, ui, backend => bench::quantize(backend, &model, &recipe, ui))?
+            let outcome = flags.ranks.share(&flags.device, typed, ui, |team| {
+                let backend = team.open(&flags.device)?;
+                let outcome = with_backend!(&backend, ui, backend => {
+                    bench::quantize(backend, &model, &recipe, ui)
+                })?;
+                Ok(team.is_first().then_some(outcome))
+            })?;
+            let Some(outcome) = outcome else { return Ok(()) };
+            outcome
         }
     };
     ui.close();

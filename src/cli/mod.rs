@@ -141,7 +141,7 @@ pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()
         Command::Verify(arguments) => verify::run(arguments, ui, output),
         Command::Inspect(arguments) => inspect::run(arguments, ui, output),
         Command::Report(arguments) => report::run(arguments, ui, output),
-        Command::Bench(arguments) => bench::run(arguments, ui, output),
+        Command::Bench(arguments) => bench::run(arguments, typed, ui, output),
         Command::Doctor(arguments) => doctor::run(arguments, ui, output),
         Command::Completions(arguments) => completions::run(arguments, output),
         Command::Man(arguments) => man::run(arguments, output),
@@ -163,6 +163,7 @@ impl Command {
             Self::Pack(arguments) => Some(&arguments.ranks),
             Self::EvalPpl(arguments) => Some(&arguments.ranks),
             Self::EvalTasks(arguments) => Some(&arguments.ranks),
+            Self::Bench(arguments) => arguments.ranks(),
             _ => None,
         }
     }
