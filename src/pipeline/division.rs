@@ -1,5 +1,6 @@
 /*! How the calibration windows of a run are divided among its ranks, and how sums over them are made. */
 
+use super::parts::SiteParts;
 use crate::Result;
 use crate::backend::{AccumulatedError, Backend};
 use crate::network::CalibrationTokens;
@@ -77,6 +78,28 @@ impl<'a> Division<'a> {
             }
         }
         Ok(sums)
+    }
+
+    /// A site's sums on all ranks that quantize a part of it, where its owner has them.
+    pub(super) fn spread<B: Backend>(
+        &self,
+        backend: &B,
+        parts: &SiteParts,
+        own: Option<SiteSums<B>>,
+        zeros: impl Fn() -> Result<SiteSums<B>>,
+    ) -> Result<Option<SiteSums<B>>> {
+        let rank = self.ranks.rank();
+        match own {
+            Some(own) => {
+                let mut others = parts.others().into_iter();
+                others.try_for_each(|other| own.send(backend, other))?;
+                Ok(Some(own))
+            }
+            None if parts.others().contains(&rank) => {
+                zeros()?.received(backend, parts.owner()).map(Some)
+            }
+            None => Ok(None),
+        }
     }
 
     /// The sum over all chunks of vectors of one length, of which this rank has those of its own chunks, in the order

@@ -23,6 +23,7 @@ mod memory;
 pub mod outcome;
 mod output;
 mod pack;
+mod parts;
 pub mod plan;
 mod planning;
 mod prepare;

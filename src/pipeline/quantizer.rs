@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::division::Division;
 use super::energies::Energies;
 use super::fallbacks::{Fallback, Fallbacks};
+use super::parts::SiteParts;
 use crate::backend::{AccumulatedError, AttentionSpec, Backend, Unquantized};
 use crate::checkpoint::plan::SitePlan;
 use crate::model::Architecture;
@@ -12,6 +13,7 @@ use crate::model::sites::SiteSpec;
 use crate::network::QuantizedSite;
 use crate::progress::Progress;
 use crate::quant::site::SiteFormat;
+use crate::ranks::Collectives;
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 
@@ -102,27 +104,23 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         SiteMatrices { hessian: None, correction: None, notes: vec![note] }
     }
 
-    /// A site's linears on all ranks, which rank `owner` has quantized.
+    /// A site's linears on all ranks, of which each has quantized its parts.
     pub(super) fn share(
         &self,
         work: &SiteWork<B>,
-        owner: usize,
+        parts: &SiteParts,
         own: Option<QuantizedLinears<B>>,
     ) -> Result<QuantizedLinears<B>> {
         let ranks = self.division.ranks;
         let quantized = match own {
             Some(own) if ranks.ranks() == 1 => own,
             own => {
-                let (linears, report) =
-                    own.map_or((None, None), |own| (Some(own.linears), Some(own.report)));
-                let message = report.map_or_else(Vec::new, |report| {
-                    serde_json::to_vec(&report).expect("a report has only JSON types")
-                });
-                let report =
-                    serde_json::from_slice(&ranks.broadcast(owner, message)?).map_err(|error| {
-                        Error::machine(format!("a message of rank {owner}: {error}"))
-                    })?;
-                QuantizedLinears { linears: self.broadcast(work.plan, owner, linears)?, report }
+                let (linears, report) = own.map_or_else(
+                    || (Vec::new(), SiteReport::default()),
+                    |own| (own.linears, own.report),
+                );
+                let report = share_report(ranks, work.plan, parts, &report)?;
+                QuantizedLinears { linears: self.broadcast(work.plan, parts, linears)?, report }
             }
         };
         for Note(kind, found) in &quantized.report.notes {
@@ -150,37 +148,40 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         let Some(errors) = errors else { return Ok(None) };
         let mut own = own.into_iter().flat_map(|block| block.sites);
         let sites = formats(plan, energies).into_iter().zip(plan).map(|(format, plan)| {
-            let linears = self.broadcast(plan, 0, own.next().map(|site| site.linears))?;
+            let parts = SiteParts::whole(plan.linears.len(), 0);
+            let own = own.next().map_or_else(Vec::new, |site| site.linears);
+            let linears = self.broadcast(plan, &parts, own)?;
             Ok(QuantizedSite { format, linears })
         });
         Ok(Some(QuantizedBlock { sites: sites.collect::<Result<_>>()?, errors }))
     }
 
-    /// The quantized linears of a site on all ranks, where rank `root` has them.
-    pub(super) fn broadcast(
+    /// The quantized linears of a site on all ranks, each of which has those of its parts.
+    fn broadcast(
         &self,
         plan: &SitePlan,
-        root: usize,
-        own: Option<Vec<Option<B::Quantized>>>,
+        parts: &SiteParts,
+        own: Vec<Option<B::Quantized>>,
     ) -> Result<Vec<Option<B::Quantized>>> {
-        let mut own = own.into_iter().flatten();
-        let linears = plan.linears.iter().map(|linear| {
+        let mut own = own.into_iter();
+        let linears = plan.linears.iter().enumerate().map(|(at, linear)| {
             let own = own.next().flatten();
             if linear.bits == 16 {
                 return Ok(None);
             }
             let shape = (linear.rows, plan.weights(linear));
-            self.backend.broadcast_quantized(root, own, shape).map(Some)
+            self.backend.broadcast_quantized(parts.rank(at), own, shape).map(Some)
         });
         linears.collect()
     }
 
-    /// Quantizes a site's linears.
+    /// Quantizes this rank's parts of a site's linears; the others are none.
     pub(super) fn quantize_site(
         &self,
         work: &SiteWork<B>,
         format: &SiteFormat,
         matrices: SiteMatrices<B>,
+        parts: &SiteParts,
     ) -> Result<QuantizedLinears<B>> {
         let backend = self.backend;
         let site = backend.site(format)?;
@@ -189,37 +190,34 @@ impl<B: Backend> BlockQuantizer<'_, B> {
             None => None,
             Some(hessian) => self.factor(hessian, &mut notes)?,
         };
-        let planned = work.plan.linears.iter().zip(work.weights);
-        let unquantized: Vec<Unquantized<B::Weight<'_>>> = planned
-            .filter(|(linear, _)| linear.bits < 16)
-            .map(|(linear, weight)| Unquantized {
-                name: &linear.name,
-                weight: weight.as_ref().expect("every weight is loaded to be quantized"),
-                format: work.plan.weights(linear),
-                scaling: linear.scaling(),
-            })
-            .collect();
-        let quantized = match (&hessian, &factor) {
-            (Some(hessian), Some(factor)) => {
-                backend.gptq(&unquantized, &site, hessian, factor, correction.as_ref())?
+        let mut linears: Vec<_> = work.plan.linears.iter().map(|_| None).collect();
+        let mut errors = Vec::new();
+        for part in parts.of(self.division.ranks.rank()) {
+            let quantized: Vec<usize> =
+                part.filter(|at| work.plan.linears[*at].bits < 16).collect();
+            let unquantized: Vec<_> = quantized.iter().map(|at| work.unquantized(*at)).collect();
+            let made = match (&hessian, &factor) {
+                _ if unquantized.is_empty() => Vec::new(),
+                (Some(hessian), Some(factor)) => {
+                    backend.gptq(&unquantized, &site, hessian, factor, correction.as_ref())?
+                }
+                (Some(hessian), None) => round_all(backend, &unquantized, &site, hessian)?,
+                (None, _) => unquantized
+                    .iter()
+                    .map(|linear| {
+                        let quantized = backend.round(linear, &site)?;
+                        let (energy, weight) = (work.energy, linear.weight);
+                        let error = backend.energy_error(energy, &site, weight, &quantized)?;
+                        Ok((quantized, error))
+                    })
+                    .collect::<Result<_>>()?,
+            };
+            for ((at, linear), (quantized, error)) in quantized.iter().zip(unquantized).zip(made) {
+                linears[*at] = Some(quantized);
+                errors.push((linear.name.to_owned(), error));
             }
-            (Some(hessian), None) => round_all(backend, &unquantized, &site, hessian)?,
-            (None, _) => unquantized
-                .iter()
-                .map(|linear| {
-                    let quantized = backend.round(linear, &site)?;
-                    let error =
-                        backend.energy_error(work.energy, &site, linear.weight, &quantized)?;
-                    Ok((quantized, error))
-                })
-                .collect::<Result<_>>()?,
-        };
-        let errors = unquantized.iter().zip(&quantized);
-        let errors = errors.map(|(linear, (_, error))| (linear.name.to_owned(), *error)).collect();
-        let mut quantized = quantized.into_iter().map(|(quantized, _)| quantized);
-        let linears = work.plan.linears.iter();
-        let linears = linears.map(|linear| if linear.bits < 16 { quantized.next() } else { None });
-        Ok(QuantizedLinears { linears: linears.collect(), report: SiteReport { errors, notes } })
+        }
+        Ok(QuantizedLinears { linears, report: SiteReport { errors, notes } })
     }
 
     /// The Hessian's factor; none if it has none.
@@ -238,6 +236,28 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         }
         Ok(factor.map(|(factor, _)| factor))
     }
+}
+
+/// What is said of a site's linears by the ranks that have quantized them.
+fn share_report(
+    ranks: &dyn Collectives,
+    plan: &SitePlan,
+    parts: &SiteParts,
+    own: &SiteReport,
+) -> Result<SiteReport> {
+    let message = serde_json::to_vec(own).expect("a report has only JSON types");
+    let all = ranks.gather_all(message)?;
+    let read = |(rank, message): (usize, &Vec<u8>)| {
+        serde_json::from_slice(message)
+            .map_err(|error| Error::machine(format!("a message of rank {rank}: {error}")))
+    };
+    let mut reports: Vec<SiteReport> = all.iter().enumerate().map(read).collect::<Result<_>>()?;
+    let notes = std::mem::take(&mut reports[parts.owner()].notes);
+    let mut errors: Vec<_> = reports.into_iter().map(|report| report.errors.into_iter()).collect();
+    let quantized = plan.linears.iter().enumerate().filter(|(_, linear)| linear.bits < 16);
+    // Each rank has those of its parts in order.
+    let errors = quantized.filter_map(|(at, _)| errors[parts.rank(at)].next());
+    Ok(SiteReport { errors: errors.collect(), notes })
 }
 
 /// Linears rounded to nearest, each with its relative output error.
@@ -267,4 +287,17 @@ pub(super) struct SiteWork<'a, 'w, B: Backend> {
     pub(super) plan: &'a SitePlan,
     pub(super) weights: &'a [Option<B::Weight<'w>>],
     pub(super) energy: &'a [f64],
+}
+
+impl<'a, 'w, B: Backend> SiteWork<'a, 'w, B> {
+    /// One of its linears, as it is to be quantized.
+    fn unquantized(&self, at: usize) -> Unquantized<'a, B::Weight<'w>> {
+        let linear = &self.plan.linears[at];
+        Unquantized {
+            name: &linear.name,
+            weight: self.weights[at].as_ref().expect("every weight is loaded to be quantized"),
+            format: self.plan.weights(linear),
+            scaling: linear.scaling(),
+        }
+    }
 }

@@ -11,8 +11,9 @@ use crate::backend::Backend;
 use crate::checkpoint::plan::SitePlan;
 use crate::model::Architecture;
 use crate::model::block::Block;
-use crate::model::sites::SiteSpec;
+use crate::model::sites::{MLP_IN, SiteSpec};
 use crate::network::{BlockBuilder, BlockWeights, QuantizedSite, Stream};
+use crate::pipeline::parts::SiteParts;
 use crate::recipe::Recipe;
 
 /// One of the two algorithms.
@@ -126,15 +127,21 @@ impl<'a, 'w, B: Backend> BlockInput<'a, 'w, B> {
             .with_key_mean(key_mean)
     }
 
-    /// The rank that quantizes each site, where all can be quantized at the same time: the largest go first, each to the
+    /// Whether a site has linears of all experts, which are divided among ranks.
+    fn divides(&self, architecture: &Architecture, at: usize) -> bool {
+        at == MLP_IN && architecture.experts_of(self.weights.index).is_some()
+    }
+
+    /// Which rank quantizes what, where all sites can be quantized at the same time: the largest go first, each to the
     /// rank that has least to do.
-    fn owners(&self, ranks: usize) -> Vec<usize> {
+    fn parts(&self, architecture: &Architecture, ranks: usize) -> Vec<SiteParts> {
         let cost = |site: &SitePlan| {
             let rows = site.linears.iter().map(|linear| linear.rows).sum::<usize>();
             (site.width() + rows) as f64 * (site.width() as f64).powi(2)
         };
         let costs: Vec<f64> = self.plan.iter().map(cost).collect();
         let mut largest: Vec<usize> = (0..costs.len()).collect();
+        largest.retain(|site| !self.divides(architecture, *site));
         largest.sort_by(|a, b| costs[*b].total_cmp(&costs[*a]));
         let mut work = vec![0.0f64; ranks];
         let mut owners = vec![0; costs.len()];
@@ -143,7 +150,14 @@ impl<'a, 'w, B: Backend> BlockInput<'a, 'w, B> {
             owners[site] = least.expect("there is a rank");
             work[owners[site]] += costs[site];
         }
-        owners
+        let parts = owners.into_iter().enumerate().map(|(at, owner)| {
+            let linears = self.plan[at].linears.len();
+            match self.divides(architecture, at) {
+                true => SiteParts::of_experts(linears / 2, ranks),
+                false => SiteParts::whole(linears, owner),
+            }
+        });
+        parts.collect()
     }
 
     /// What one of its sites is quantized from.

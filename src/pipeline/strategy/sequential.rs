@@ -17,6 +17,7 @@ use crate::model::sites::{ATTN_OUT, MLP_ACT, MLP_IN, SiteKind, SiteSpec};
 use crate::network::{BlockBuilder, QuantizedSite, Stream};
 use crate::pipeline::division::SiteSums;
 use crate::pipeline::fallbacks::Fallback;
+use crate::pipeline::parts::SiteParts;
 use crate::pipeline::quantizer::{BlockQuantizer, Note, QuantizedBlock, SiteMatrices, formats};
 use crate::pipeline::timing::Timing;
 use crate::quant::site::SiteFormat;
@@ -42,40 +43,41 @@ pub(super) fn quantize<B: Backend>(
     let specs = quantizer.architecture.sites(input.weights.index);
     let mut pass = Pass::new(quantizer, input, streams, &formats)?;
     let mut made = QuantizedBlock::empty();
-    let own = quantizer.division.ranks.rank();
+    let (own, ranks) = (quantizer.division.ranks.rank(), quantizer.division.ranks.ranks());
     let mut formats = formats.into_iter();
-    for sites in rounds(&specs, quantizer.division.ranks.ranks()) {
-        // Of the sites of a round each rank owns one at most.
+    for sites in rounds(&specs, ranks) {
+        let parts = |at: usize| match input.divides(quantizer.architecture, at) {
+            true => SiteParts::of_experts(specs[at].linears.len() / 2, ranks),
+            false => SiteParts::whole(specs[at].linears.len(), owner(at, &sites, ranks)),
+        };
+        // Of the sites of a round each rank quantizes one at most.
         let mut matrices = None;
         for at in sites.clone() {
-            let owner = owner(at, &sites, quantizer.division.ranks.ranks());
+            let width = input.plan[at].width();
             timing.measure("hessians", || {
-                let width = input.plan[at].width();
-                let sums = pass.matrices(at, &specs[at], width, owner)?;
-                matrices = sums.or(matrices.take());
+                let made = pass.matrices(at, &specs[at], width, &parts(at))?;
+                matrices = made.or(matrices.take());
                 backend.wait()
             })?;
         }
         backend.trim();
-        let mut matrices = matrices;
         let formats: Vec<SiteFormat> = formats.by_ref().take(sites.len()).collect();
         let mut quantized = None;
         for (at, format) in sites.clone().zip(&formats) {
-            if owner(at, &sites, quantizer.division.ranks.ranks()) == own {
-                let matrices = matrices.take().expect("the owner has the sums");
-                quantized = timing.measure("gptq", || {
-                    let work = input.site(at, &specs[at]);
-                    let quantized = quantizer.quantize_site(&work, format, matrices)?;
-                    backend.wait()?;
-                    Ok::<_, crate::Error>(Some(quantized))
-                })?;
-            }
+            let Some(matrices) = matrices.take_if(|_| parts(at).of(own).next().is_some()) else {
+                continue;
+            };
+            quantized = timing.measure("gptq", || {
+                let work = input.site(at, &specs[at]);
+                let quantized = quantizer.quantize_site(&work, format, matrices, &parts(at))?;
+                backend.wait()?;
+                Ok::<_, crate::Error>(Some(quantized))
+            })?;
         }
         for (at, format) in sites.clone().zip(formats) {
-            let owner = owner(at, &sites, quantizer.division.ranks.ranks());
             timing.measure("gptq", || {
-                let own = if owner == own { quantized.take() } else { None };
-                made.push(format, quantizer.share(&input.site(at, &specs[at]), owner, own)?);
+                let own = quantized.take_if(|_| parts(at).of(own).next().is_some());
+                made.push(format, quantizer.share(&input.site(at, &specs[at]), &parts(at), own)?);
                 pass.close_site(at, &made.sites[at])?;
                 backend.wait()
             })?;
@@ -165,53 +167,61 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
         })
     }
 
-    /// A site's Hessian and accumulated error, on the streams as they reach it, on the rank that owns it. What attn_out sees
+    /// A site's Hessian and accumulated error, on the streams as they reach it, on the ranks that quantize a part. What attn_out sees
     /// is stored; without experts, the source's stream leaves the block at its last site.
     fn matrices(
         &mut self,
         at: usize,
         spec: &SiteSpec,
         width: usize,
-        owner: usize,
+        parts: &SiteParts,
     ) -> Result<Option<SiteMatrices<B>>> {
         let Self { quantizer, blocks, streams, source_heads, heads, routed, is_last, .. } = self;
         let backend = quantizer.backend;
         let share_of_error = quantizer.recipe.correction;
         let possible = corrects(share_of_error, quantizer.tokens, width);
-        let zeros = |_| {
+        let zeros = || {
             let correction = possible.then(|| empty_correction(quantizer, spec, width));
             let gram = backend.gram(width)?;
             Ok(SiteSums { tokens: 0, gram, correction: correction.transpose()? })
         };
         let chunks = streams.source.chunks.clone();
-        let sums = quantizer.division.reduce(backend, &[owner], zeros, |chunk, sums| {
-            let SiteSums { tokens, gram, correction } = &mut sums[0];
-            for_batches(quantizer, streams, chunks[chunk].clone(), |batch, states| {
-                let routed = spec.expert.map(|expert| &routed[batch][expert]);
-                if routed.is_some_and(RoutedTokens::is_empty) {
-                    return Ok(());
-                }
-                let visit = Visit { quantizer, blocks, spec, at, routed };
-                let known = if spec.kind == SiteKind::AttnOut { source_heads.next() } else { None };
-                let inputs = visit.inputs(&states, known)?;
-                *tokens += inputs.quantized.rows() as u64;
-                let seen = visit.seen(&inputs.quantized)?;
-                backend.add_gram(gram, &seen)?;
-                if let Some(correction) = correction {
-                    visit.add_error(correction, &states, &inputs.source, &seen)?;
-                }
-                match spec.kind {
-                    SiteKind::AttnOut => heads.push(inputs),
-                    SiteKind::MlpAct if spec.expert.is_none() && !*is_last => {
-                        let (site, unobserved) = (&blocks.source.sites[at], &mut Observer::none());
-                        site.apply_onto(backend, inputs.source, states.source, unobserved)?
+        let sums = quantizer.division.reduce(
+            backend,
+            &[parts.owner()],
+            |_| zeros(),
+            |chunk, sums| {
+                let SiteSums { tokens, gram, correction } = &mut sums[0];
+                for_batches(quantizer, streams, chunks[chunk].clone(), |batch, states| {
+                    let routed = spec.expert.map(|expert| &routed[batch][expert]);
+                    if routed.is_some_and(RoutedTokens::is_empty) {
+                        return Ok(());
                     }
-                    _ => {}
-                }
-                Ok(())
-            })
-        })?;
+                    let visit = Visit { quantizer, blocks, spec, at, routed };
+                    let known =
+                        if spec.kind == SiteKind::AttnOut { source_heads.next() } else { None };
+                    let inputs = visit.inputs(&states, known)?;
+                    *tokens += inputs.quantized.rows() as u64;
+                    let seen = visit.seen(&inputs.quantized)?;
+                    backend.add_gram(gram, &seen)?;
+                    if let Some(correction) = correction {
+                        visit.add_error(correction, &states, &inputs.source, &seen)?;
+                    }
+                    match spec.kind {
+                        SiteKind::AttnOut => heads.push(inputs),
+                        SiteKind::MlpAct if spec.expert.is_none() && !*is_last => {
+                            let (site, unobserved) =
+                                (&blocks.source.sites[at], &mut Observer::none());
+                            site.apply_onto(backend, inputs.source, states.source, unobserved)?
+                        }
+                        _ => {}
+                    }
+                    Ok(())
+                })
+            },
+        )?;
         let sums = sums.into_iter().flatten().next();
+        let sums = quantizer.division.spread(backend, parts, sums, zeros)?;
         Ok(sums.map(|sums| trusted(quantizer, spec, width, sums)))
     }
 

@@ -7,6 +7,7 @@ use crate::backend::{Backend, Tensor};
 use crate::model::block::{Observer, Seen};
 use crate::network::Stream;
 use crate::pipeline::division::SiteSums;
+use crate::pipeline::parts::SiteParts;
 use crate::pipeline::quantizer::{BlockQuantizer, QuantizedBlock, SiteMatrices, formats};
 use crate::pipeline::timing::Timing;
 use crate::quant::site::SiteFormat;
@@ -21,11 +22,11 @@ pub(super) fn quantize<B: Backend>(
     let backend = quantizer.backend;
     let formats = formats(input.plan, &input.statistics.energies);
     let specs = quantizer.architecture.sites(input.weights.index);
-    let owners = input.owners(quantizer.division.ranks.ranks());
+    let parts = input.parts(quantizer.architecture, quantizer.division.ranks.ranks());
     let mut hessians = match &streams.quantized {
         None => formats.iter().map(|_| None).collect(),
         Some(stream) => timing.measure("hessians", || {
-            let hessians = hessians(quantizer, input, &formats, &owners, stream)?;
+            let hessians = hessians(quantizer, input, &formats, &parts, stream)?;
             backend.wait()?;
             Ok::<_, crate::Error>(hessians)
         })?,
@@ -35,7 +36,7 @@ pub(super) fn quantize<B: Backend>(
     let mut quantized = Vec::with_capacity(specs.len());
     for (at, format) in formats.iter().enumerate() {
         quantizer.progress.check_stop()?;
-        if owners[at] != own {
+        if parts[at].of(own).next().is_none() {
             quantized.push(None);
             continue;
         }
@@ -46,26 +47,26 @@ pub(super) fn quantize<B: Backend>(
         let stage = if matrices.hessian.is_some() { "gptq" } else { "round" };
         let work = input.site(at, &specs[at]);
         quantized.push(Some(timing.measure(stage, || {
-            let quantized = quantizer.quantize_site(&work, format, matrices)?;
+            let quantized = quantizer.quantize_site(&work, format, matrices, &parts[at])?;
             backend.wait()?;
             Ok::<_, crate::Error>(quantized)
         })?));
     }
     let mut block = QuantizedBlock::empty();
     for (at, (format, quantized)) in formats.into_iter().zip(quantized).enumerate() {
-        let shared = quantizer.share(&input.site(at, &specs[at]), owners[at], quantized)?;
+        let shared = quantizer.share(&input.site(at, &specs[at]), &parts[at], quantized)?;
         block.push(format, shared);
     }
     let pending = input.pending(quantizer, &block.sites, streams, timing)?;
     Ok(PassedBlock { block, pending })
 }
 
-/// `sum x^T x` at every site, each on its owner.
+/// `sum x^T x` at every site, on the ranks that quantize a part of it.
 fn hessians<B: Backend>(
     quantizer: &BlockQuantizer<'_, B>,
     input: &BlockInput<'_, '_, B>,
     formats: &[SiteFormat],
-    owners: &[usize],
+    parts: &[SiteParts],
     stream: &Stream<B>,
 ) -> Result<Vec<Option<SiteSums<B>>>> {
     let backend = quantizer.backend;
@@ -73,7 +74,8 @@ fn hessians<B: Backend>(
     let zeros = |site: usize| {
         Ok(SiteSums { tokens: 0, gram: backend.gram(formats[site].width())?, correction: None })
     };
-    quantizer.division.reduce(backend, owners, zeros, |chunk, sums| {
+    let owners: Vec<usize> = parts.iter().map(SiteParts::owner).collect();
+    let sums = quantizer.division.reduce(backend, &owners, zeros, |chunk, sums| {
         for batch in &stream.batches[stream.chunks[chunk].clone()] {
             quantizer.progress.check_stop()?;
             let batch = backend.duplicate(batch)?;
@@ -86,5 +88,9 @@ fn hessians<B: Backend>(
             block.observe(backend, &quantizer.attention, batch, &mut Observer::new(&mut see))?;
         }
         Ok(())
-    })
+    })?;
+    let spread = sums.into_iter().zip(parts).enumerate().map(|(site, (sums, parts))| {
+        quantizer.division.spread(backend, parts, sums, || zeros(site))
+    });
+    spread.collect()
 }
