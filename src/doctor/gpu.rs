@@ -39,6 +39,12 @@ pub(super) fn all(gpus: Gpus, memory_bytes: Option<u64>) -> Vec<Check> {
         Ok(detail) => Check::ok(name, detail),
         Err(error) => Check::of_error(name, lacking, &error),
     }));
+    if driver.devices > 1 {
+        checks.push(match libraries::nccl() {
+            Ok(version) => Check::ok("nccl", found(version, "nccl")),
+            Err(error) => Check::of_error("nccl", Status::Note, &error),
+        });
+    }
     checks.push(kernel_cache());
     let ordinals = match gpus {
         Gpus::One(ordinal) => ordinal..ordinal + 1,

@@ -12,7 +12,7 @@ use cudarc::{cublaslt, driver, nvrtc};
 use libloading::Library;
 
 pub use super::search::{VARIABLE, opened};
-use super::{cusolver, search};
+use super::{cusolver, nccl, search};
 use crate::{Error, Result};
 
 /// The oldest driver that has every call we make: `cuEventElapsedTime_v2` is the youngest.
@@ -327,6 +327,14 @@ pub fn cublaslt() -> Result<()> {
 pub fn cusolver() -> Result<()> {
     search::preload(&["nvJitLink", "cublasLt", "cublas", "cusparse", "cusolver"]);
     check("cuSOLVER", "libcusolver", "nvidia-cusolver", cusolver::SYMBOLS, cusolver::library)
+}
+
+/// Checks that NCCL is there, which several GPUs need; its version.
+///
+/// # Errors
+/// A machine error that says what is missing.
+pub fn nccl() -> Result<String> {
+    nccl::version()
 }
 
 /// Checks a library of the toolkit, of which `open` returns a handle.

@@ -51,6 +51,7 @@ macro_rules! calls {
 }
 
 calls! {
+    version = "ncclGetVersion"(version: *mut i32) -> Status;
     unique_id = "ncclGetUniqueId"(id: *mut UniqueId) -> Status;
     init = "ncclCommInitRank"(handle: *mut Handle, ranks: i32, id: UniqueId, rank: i32) -> Status;
     abort = "ncclCommAbort"(handle: Handle) -> Status;
@@ -82,6 +83,18 @@ fn calls() -> Result<&'static Calls> {
              directory with ATOM_CUDA_LIB, or exchange through the host's memory with ATOM_NCCL=0",
         )
     })
+}
+
+/// The library's version, such as `2.27.7`.
+///
+/// # Errors
+/// A machine error if there is none.
+pub(super) fn version() -> Result<String> {
+    let calls = calls()?;
+    let mut version = 0;
+    // SAFETY: the call writes one integer.
+    check(calls, "ncclGetVersion", unsafe { (calls.version)(&raw mut version) })?;
+    Ok(format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100))
 }
 
 /// This GPU among those of a run.
