@@ -89,7 +89,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Quantize a checkpoint: calibrate, plan and pack in one pass
-    Quantize(quantize::Arguments),
+    Quantize(Box<quantize::Arguments>),
     /// Record the statistics of each activation; `plan` reads them
     Calibrate(calibrate::Arguments),
     /// Decide channel orders, groups and bits from a calibration file; `pack` reads them
