@@ -15,12 +15,14 @@ impl SiteParts {
         Self(vec![(0..linears, owner)])
     }
 
-    /// Pairs of gate and up of so many experts, divided among ranks.
-    pub(super) fn of_experts(experts: usize, ranks: usize) -> Self {
-        let chunks = Chunks::new(experts, ranks);
+    /// So many linears divided among ranks, in up to eight parts; of more linears pairs, gate and up of an expert, stay
+    /// together.
+    pub(super) fn divided(linears: usize, ranks: usize) -> Self {
+        let unit = if linears > 2 { 2 } else { 1 };
+        let chunks = Chunks::new(linears.div_ceil(unit), ranks);
         let part = |chunk: usize| {
             let Range { start, end } = chunks.windows(chunk);
-            (2 * start..2 * end, chunks.rank(chunk))
+            (unit * start..(unit * end).min(linears), chunks.rank(chunk))
         };
         Self((0..chunks.count()).map(part).collect())
     }
@@ -56,8 +58,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_linears_of_experts_are_divided_in_pairs() {
-        let parts = SiteParts::of_experts(9, 2);
+    fn linears_are_divided_and_those_of_an_expert_stay_together() {
+        let parts = SiteParts::divided(18, 2);
         assert_eq!((parts.owner(), parts.others()), (0, vec![1]));
         let of = |rank| parts.of(rank).map(|part| part.len()).collect::<Vec<_>>();
         assert_eq!(of(0).iter().chain(&of(1)).sum::<usize>(), 18);
@@ -66,7 +68,10 @@ mod tests {
         );
         // The same parts on one rank.
         let all: Vec<_> = (0..2).flat_map(|rank| parts.of(rank)).collect();
-        assert_eq!(SiteParts::of_experts(9, 1).of(0).collect::<Vec<_>>(), all);
+        assert_eq!(SiteParts::divided(18, 1).of(0).collect::<Vec<_>>(), all);
+        // gate and up of a dense block.
+        let parts = SiteParts::divided(2, 2);
+        assert_eq!([0, 1].map(|linear| parts.rank(linear)), [0, 1]);
         let whole = SiteParts::whole(3, 1);
         assert_eq!((whole.owner(), whole.others(), whole.rank(2)), (1, vec![], 1));
     }

@@ -118,6 +118,12 @@ impl Strategy {
     }
 }
 
+/// Whether the linears of a site are divided among ranks: gate and up, of all experts where there are experts. Its sums are
+/// small for the work on its linears, and go to all ranks.
+fn divides(at: usize) -> bool {
+    at == MLP_IN
+}
+
 impl<'a, 'w, B: Backend> BlockInput<'a, 'w, B> {
     /// Builds blocks of its weights.
     fn builder(&self, quantizer: &BlockQuantizer<'a, B>) -> BlockBuilder<'a, 'w, B> {
@@ -127,21 +133,16 @@ impl<'a, 'w, B: Backend> BlockInput<'a, 'w, B> {
             .with_key_mean(key_mean)
     }
 
-    /// Whether a site has linears of all experts, which are divided among ranks.
-    fn divides(&self, architecture: &Architecture, at: usize) -> bool {
-        at == MLP_IN && architecture.experts_of(self.weights.index).is_some()
-    }
-
     /// Which rank quantizes what, where all sites can be quantized at the same time: the largest go first, each to the
     /// rank that has least to do.
-    fn parts(&self, architecture: &Architecture, ranks: usize) -> Vec<SiteParts> {
+    fn parts(&self, ranks: usize) -> Vec<SiteParts> {
         let cost = |site: &SitePlan| {
             let rows = site.linears.iter().map(|linear| linear.rows).sum::<usize>();
             (site.width() + rows) as f64 * (site.width() as f64).powi(2)
         };
         let costs: Vec<f64> = self.plan.iter().map(cost).collect();
         let mut largest: Vec<usize> = (0..costs.len()).collect();
-        largest.retain(|site| !self.divides(architecture, *site));
+        largest.retain(|site| !divides(*site));
         largest.sort_by(|a, b| costs[*b].total_cmp(&costs[*a]));
         let mut work = vec![0.0f64; ranks];
         let mut owners = vec![0; costs.len()];
@@ -152,8 +153,8 @@ impl<'a, 'w, B: Backend> BlockInput<'a, 'w, B> {
         }
         let parts = owners.into_iter().enumerate().map(|(at, owner)| {
             let linears = self.plan[at].linears.len();
-            match self.divides(architecture, at) {
-                true => SiteParts::of_experts(linears / 2, ranks),
+            match divides(at) {
+                true => SiteParts::divided(linears, ranks),
                 false => SiteParts::whole(linears, owner),
             }
         });

@@ -7,7 +7,7 @@ that the router of the quantized block sends to it, on both streams, and its out
 
 use std::ops::Range;
 
-use super::{BlockInput, PassedBlock, Streams};
+use super::{BlockInput, PassedBlock, Streams, divides};
 use crate::Result;
 use crate::backend::{AccumulatedError, Backend, Tensor};
 use crate::model::Architecture;
@@ -46,8 +46,8 @@ pub(super) fn quantize<B: Backend>(
     let (own, ranks) = (quantizer.division.ranks.rank(), quantizer.division.ranks.ranks());
     let mut formats = formats.into_iter();
     for sites in rounds(&specs, ranks) {
-        let parts = |at: usize| match input.divides(quantizer.architecture, at) {
-            true => SiteParts::of_experts(specs[at].linears.len() / 2, ranks),
+        let parts = |at: usize| match divides(at) {
+            true => SiteParts::divided(specs[at].linears.len(), ranks),
             false => SiteParts::whole(specs[at].linears.len(), owner(at, &sites, ranks)),
         };
         // Of the sites of a round each rank quantizes one at most.

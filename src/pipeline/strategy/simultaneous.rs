@@ -22,7 +22,7 @@ pub(super) fn quantize<B: Backend>(
     let backend = quantizer.backend;
     let formats = formats(input.plan, &input.statistics.energies);
     let specs = quantizer.architecture.sites(input.weights.index);
-    let parts = input.parts(quantizer.architecture, quantizer.division.ranks.ranks());
+    let parts = input.parts(quantizer.division.ranks.ranks());
     let mut hessians = match &streams.quantized {
         None => formats.iter().map(|_| None).collect(),
         Some(stream) => timing.measure("hessians", || {
