@@ -152,3 +152,7 @@ impl Cuda {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "exchange_tests.rs"]
+mod tests;
