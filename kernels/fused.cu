@@ -2,8 +2,7 @@
 // nothing; then order, transform, codes (docs/format.md). Every value is f32 from its input to its code and
 // is computed as the CPU computes it (src/backend/cpu/elementwise.rs), so codes and scales are its bits.
 //
-// A slot is where the order puts a channel; a panel is 128 of them, one or more groups, the last panel filled up
-// with zeros; INT8 outliers are one or two panels after the others, without a transform. A thread block stays on
+// codes.cuh has the layout and the other macros; few.cu makes the codes of few rows. A thread block stays on
 // its SM and takes units of TOKENS rows. Where an order picks from all over a row, one warp stages entire units in a ring in
 // shared memory, from which the others read; rows in the site's order need no unit, and each warp stages its own next
 // panel. A warp makes 8 rows' panels at a time:
@@ -25,27 +24,13 @@
 //
 // In the end a thread has two times 16 neighbouring slots: codes leave 16 bytes at a time.
 //
-// FROM       NORM: RMSNorm of f32 rows; HALF: f16 rows as they are; SILU: f16 rows of gate and up
-// GROUP      channels of a group: 32, 64 or 128
-// TRANSFORM  1: Hadamard transform of each group
-// ORDERED    1: the kernel permutes; 0 (with SILU): rows are in the site's order, padding included
 // TOKENS     rows of a unit: 1, 2, 4 or 8; 8 where rows are in the site's order
-// TILED      1: codes as the product for Hopper reads them; 0: rows of codes
-// MAGNITUDES 1: codes as signs and magnitudes, with TILED; 0: in two's complement
-// FP4        1: FP4 codes, doubled numbers of E2M1; 0: integers
-// SCALE_GRID the grid that scales of groups are rounded to (common.cuh)
-//
 // WARPS      warps of a block, one to an SM
-// MOST_STAGES, HEAD_BYTES, BEFORE, ROW_MULTIPLE (ORDERED): stages that there are barriers for; shared memory before the order; bytes before
-//            a row, of which the last are zeros, what an order's -1 picks; a staged row's length is a multiple of this
+// MOST_STAGES, HEAD_BYTES, ROW_MULTIPLE (ORDERED): stages that there are barriers for; shared memory before the order; a staged
+//            row's length is a multiple of this
 // STAGE_STRIDE, STAGE_BYTES (not ORDERED): from row to row of a staged panel; a warp's stage
-//
-// With TILED codes are bytes [panels][tokens_padded][128], the sixteenths of a row's 128 bytes exchanged (the
-// chunk c of row t is at c ^ t % 8), tokens padded to a multiple of 8. Sign and magnitude are E4M3 for the code
-// times 2^-9. Scales are f16, [ceil(groups / 8)][tokens_padded][8].
 
-#if !defined(FROM) || !defined(GROUP) || !defined(TRANSFORM) || !defined(ORDERED) || !defined(TOKENS) || !defined(TILED) || \
-    !defined(MAGNITUDES) || !defined(FP4) || !defined(WARPS) || !defined(PANEL) || !defined(SCALE_GROUPS) || !defined(SCALE_GRID)
+#if !defined(TOKENS) || !defined(WARPS)
 #error "a constant is missing: src/backend/cuda/kernels/fused.rs declares them"
 #endif
 #if ORDERED
@@ -57,11 +42,6 @@
 #error "a constant is missing: src/backend/cuda/kernels/fused.rs declares them"
 #endif
 #endif
-static_assert(PANEL == 128 && SCALE_GROUPS == 8, "what the product for Hopper reads");
-
-#define NORM 0
-#define HALF 1
-#define SILU 2
 
 /// Where rows are gathered from, one of a block's warps stages rows and SUMMERS add up squares.
 #define SUMMERS (FROM == NORM ? 2 : 0)
@@ -73,70 +53,12 @@ static_assert(FROM == 2 && TOKENS == 8, "panels are staged by entire warps");
 /// Panels that a warp makes at a time.
 #define SETS (8 / TOKENS)
 
-#if FROM == NORM
-typedef float In;
-#else
-typedef half In;
-#endif
-
-static constexpr float BLOCK_SCALE = hadamard_scale<GROUP>();
-
-extern __shared__ __align__(16) u8 shared_bytes[];
-
 #if ORDERED
 /// From one staged row of `columns` values to the next.
 static __device__ __forceinline__ int row_stride(int columns) {
     return (columns * (int)sizeof(In) + ROW_MULTIPLE - 1) / ROW_MULTIPLE * ROW_MULTIPLE + ROW_MULTIPLE / TOKENS;
 }
 #endif
-
-/// What lies where in a row of values or of codes.
-struct Shape {
-    int tokens, columns, groups, outliers;
-
-    __device__ __forceinline__ int grouped() const { return groups * GROUP; }
-    __device__ __forceinline__ int panels() const { return (grouped() + PANEL - 1) / PANEL; }
-    __device__ __forceinline__ int outlier_panels() const { return (outliers + PANEL - 1) / PANEL; }
-};
-
-/// The operations of cpu/elementwise.rs: e^-x without the exponent, which is in the low bits of `shifted`.
-static __device__ __forceinline__ float exp_of_minus(float x, float& shifted) {
-    const float round = 12582912.0f, ln2_high = 0.6933594f, ln2_low = -2.1219444e-4f;
-    shifted = fmaf(-x, 1.44269504088896340736f, round);
-    float n = shifted - round;
-    float r = fmaf(n, -ln2_low, fmaf(n, -ln2_high, -x));
-    float tail = 1.0f / 5040.0f;
-    tail = fmaf(tail, r, 1.0f / 720.0f);
-    tail = fmaf(tail, r, 1.0f / 120.0f);
-    tail = fmaf(tail, r, 1.0f / 24.0f);
-    tail = fmaf(tail, r, 1.0f / 6.0f);
-    tail = fmaf(tail, r, 1.0f / 2.0f);
-    return fmaf(r * r, tail, r) + 1.0f;
-}
-/// Gates further from 0 need silu_mul_any.
-#define USUAL_GATE 80.0f
-
-/// silu(gate) * up, of gates that are not usual if need be. The quotient is the rounded one: a single correction makes it
-/// so for every gate that f16 has (tests of src/backend/cuda/fused.rs).
-template <bool USUAL> static __device__ __forceinline__ float silu_mul(float gate, float up) {
-    // The greatest gates leave a divisor of 1, and below -88.7 it is infinite.
-    float held = USUAL ? gate : fminf(fmaxf(gate, -88.6875f), USUAL_GATE);
-    float shifted;
-    float power = exp_of_minus(held, shifted);
-    // The low bits of `shifted` are the exponent; those above them leave with the shift.
-    float divisor = 1.0f + __uint_as_float(__float_as_uint(power) + (__float_as_uint(shifted) << 23));
-    // A quarter of it, so that no reciprocal is subnormal.
-    if (!USUAL) divisor *= 0.25f;
-    float inverse = near_reciprocal(divisor);
-    float quotient = held * inverse;
-    quotient = fmaf(fmaf(-divisor, quotient, held), inverse, quotient);
-    if (!USUAL) {
-        quotient = gate > USUAL_GATE ? gate : quotient * 0.25f;
-        // Zero, and NaN for what is no number.
-        quotient = gate >= -88.72284f ? quotient : gate * 0.0f;
-    }
-    return quotient * up;
-}
 
 /// A thread's position in its warp.
 struct Lane {
@@ -302,101 +224,16 @@ static __device__ __forceinline__ u32 peak_of_all(const float (&v)[32]) {
     u32 negative = (int)below < 0 ? below & 0x7fffffffu : 0;
     return max((u32)above << 1, (int)below < 0 ? negative << 1 | 1 : 0);
 }
-
-/// As group_scale without signs, with the divisor's reciprocal: the corrected quotient is the rounded one.
-static __device__ __forceinline__ float quick_scale(float absmax, float clip, float top, float inverse_top, float unit) {
-    float x = absmax * clip;
-    float quotient = x * inverse_top;
-    quotient = fmaf(fmaf(-top, quotient, x), inverse_top, quotient);
-    return round_scale(quotient, unit);
+/// Sixteen codes of a group, or of outliers.
+static __device__ __forceinline__ uint4 group_words(const float* v, float inverse, float least, float greatest) {
+    return make_uint4(group_word(v, inverse, least, greatest), group_word(v + 4, inverse, least, greatest),
+                      group_word(v + 8, inverse, least, greatest), group_word(v + 12, inverse, least, greatest));
 }
-/// As inverse_of: one step of Newton's from within an ulp returns the rounded reciprocal of every number but those with
-/// all bits of the significand set, which f16 has not.
-static __device__ __forceinline__ float quick_inverse(float scale) {
-    float near = near_reciprocal(scale);
-    near = fmaf(fmaf(-scale, near, 1.0f), near, near);
-    return scale == 0.0f ? 0.0f : near;
+static __device__ __forceinline__ uint4 outlier_words(const float* v, float inverse) {
+    return make_uint4(plain_word(v, inverse, -127.0f, 127.0f, false), plain_word(v + 4, inverse, -127.0f, 127.0f, false),
+                      plain_word(v + 8, inverse, -127.0f, 127.0f, false), plain_word(v + 12, inverse, -127.0f, 127.0f, false));
 }
 
-/// Sixteen codes in two's complement.
-static __device__ __forceinline__ uint4 plain_codes(const float* v, float inverse, float least, float greatest, bool fp4) {
-    u32 words[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u32 code[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float value = v[4 * i + j];
-            code[j] = fp4 ? __float_as_uint(nearest_e2m1_doubled(value * inverse) + 12582912.0f) : code_of(value, inverse, least, greatest);
-        }
-        words[i] = pack_codes(code[0], code[1], code[2], code[3]);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-/// Sixteen codes as sign and magnitude.
-static __device__ __forceinline__ uint4 signed_codes(const float* v, float inverse, float least, float greatest) {
-#if __CUDA_ARCH__ >= 890
-    // Up to 16 the steps of E4M3 are 2^-9: its rounding is that to integers.
-    const float unit = 1.0f / 512.0f;
-    u32 words[4];
-    least *= unit;
-    greatest *= unit;
-    float scaled = inverse * unit;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float p[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float value = v[4 * i + j];
-            p[j] = FP4 ? nearest_e2m1_doubled(value * inverse) * unit : fminf(fmaxf(value * scaled, least), greatest);
-        }
-        u32 packed = pack_e4m3(p[0], p[1]) | pack_e4m3(p[2], p[3]) << 16;
-        // No zero has a sign.
-        words[i] = packed & (((packed & 0x7f7f7f7fu) + 0x7f7f7f7fu) | 0x7f7f7f7fu);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-#else
-    uint4 plain = plain_codes(v, inverse, least, greatest, FP4);
-    u32 words[4] = {plain.x, plain.y, plain.z, plain.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u32 negative = words[i] >> 7 & 0x01010101u;
-        words[i] = (words[i] ^ negative * 255) + negative | negative << 7;
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-#endif
-}
-
-/// What is known of the codes of groups, and where all goes.
-struct Target {
-    float clip, top, inverse_top;
-    int signed_scales;
-    float scale_unit, least, greatest;
-    i8* codes;
-    float* scales;
-    int scale_stride;
-    i8* outlier_codes;
-    float* outlier_scales;
-    int padded_outliers;
-    u32* bad;
-
-    /// Where a chunk of a row of a panel goes; `outlier_panel` is not negative for outliers.
-    __device__ __forceinline__ i8* at(const Shape& shape, long long token, int panel, int outlier_panel, int chunk) const {
-        if (TILED) {
-            i8* to = outlier_panel < 0 ? codes : outlier_codes;
-            long long row = (long long)(outlier_panel < 0 ? panel : outlier_panel) * scale_stride + token;
-            return to + row * PANEL + (chunk ^ (int)(token & 7)) * 16;
-        }
-        return outlier_panel < 0 ? codes + token * shape.grouped() + panel * PANEL + chunk * 16
-                                 : outlier_codes + token * padded_outliers + outlier_panel * PANEL + chunk * 16;
-    }
-    /// Whether it is there.
-    __device__ __forceinline__ bool has(const Shape& shape, int panel, int outlier_panel, int chunk) const {
-        if (TILED) return true;
-        return outlier_panel < 0 ? panel * PANEL + chunk * 16 < shape.grouped() : outlier_panel * PANEL + chunk * 16 < padded_outliers;
-    }
-};
 
 /// The codes of a warp's panels of groups.
 static __device__ __forceinline__ void group_codes(float (&v)[32], int part, int token, int panel, bool there, const Shape& shape, const Target& target) {
@@ -404,26 +241,13 @@ static __device__ __forceinline__ void group_codes(float (&v)[32], int part, int
     u32 most = peak_of_all(v);
     if (GROUP >= 64) most = max(most, __shfl_xor_sync(0xffffffffu, most, 8));
     if (GROUP >= 128) most = max(most, __shfl_xor_sync(0xffffffffu, most, 16));
-    float scale = quick_scale(peak_magnitude(most), target.clip, target.top, target.inverse_top, target.scale_unit);
-    if (target.signed_scales) scale = signed_scale(scale, most);
+    float scale = target.scale_of_group(most);
     float inverse = quick_inverse(scale);
-    if (there && part % (GROUP / 32) == 0) {
-        int group = panel * (PANEL / GROUP) + part / (GROUP / 32);
-        if (TILED) {
-            half* scales = reinterpret_cast<half*>(target.scales) + ((long long)(group / 8) * target.scale_stride + token) * 8;
-            scales[group % 8] = to_half(scale);
-            // The last eight groups may be fewer. What there is not has finite scales, too.
-            if (group + 1 == shape.panels() * (PANEL / GROUP))
-                for (int none = group % 8 + 1; none < 8; none++) scales[none] = half{0};
-        } else if (group < shape.groups)
-            target.scales[(long long)group * target.scale_stride + token] = scale;
-        if (!is_finite(scale)) atomicMin(target.bad, (u32)token);
-    }
+    if (there && part % (GROUP / 32) == 0) target.put_scale(shape, token, panel * (PANEL / GROUP) + part / (GROUP / 32), scale);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int at = chunk(half, part, true);
-        uint4 codes = MAGNITUDES ? signed_codes(v + 16 * half, inverse, target.least, target.greatest)
-                                 : plain_codes(v + 16 * half, inverse, target.least, target.greatest, FP4);
+        uint4 codes = group_words(v + 16 * half, inverse, target.least, target.greatest);
         if (there && target.has(shape, panel, -1, at)) *reinterpret_cast<uint4*>(target.at(shape, token, panel, -1, at)) = codes;
     }
 }
@@ -445,14 +269,11 @@ template <class Load> static __device__ __forceinline__ void outlier_codes(int p
             continue;
         }
         float scale = scale_of(peak_magnitude(peak), 1.0f, 127.0f);
-        if (there && part == 0) {
-            target.outlier_scales[token] = scale;
-            if (!is_finite(scale)) atomicMin(target.bad, (u32)token);
-        }
+        if (there && part == 0) target.put_outlier_scale(token, scale);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int at = chunk(half, part, false);
-            uint4 codes = plain_codes(v + 16 * half, inverse_of(scale), -127.0f, 127.0f, false);
+            uint4 codes = outlier_words(v + 16 * half, inverse_of(scale));
             if (there && target.has(shape, panel, panel, at)) *reinterpret_cast<uint4*>(target.at(shape, token, panel, panel, at)) = codes;
         }
     }

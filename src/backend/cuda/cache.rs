@@ -148,6 +148,7 @@ impl Cuda {
             held: &held,
             sequences: added.len(),
             tokens,
+            most_added: added.iter().copied().max().unwrap_or(0),
             touched_pages: most,
         };
         self.append_to_pages(&cache.pool, [k, v], cache.key_mean.as_ref(), &new)?;

@@ -41,6 +41,7 @@ pub struct DeviceStep {
     rows: Buffer,
     held: Buffer,
     sequences: usize,
+    most_added: usize,
     touched_pages: usize,
     windows: Vec<NewWindows>,
     readers: Option<PageReaders>,
@@ -144,6 +145,7 @@ impl Decode for Cuda {
             rows: self.counts(first_rows)?,
             held: self.counts(all.iter().map(|sequence| sequence.held))?,
             sequences: all.len(),
+            most_added: all.iter().map(|sequence| sequence.added).max().unwrap_or(0),
             touched_pages: touched.max().unwrap_or(0),
             windows,
             readers,
@@ -168,6 +170,7 @@ impl Decode for Cuda {
             held: &step.held,
             sequences: step.sequences,
             tokens: step.tokens,
+            most_added: step.most_added,
             touched_pages: step.touched_pages,
         };
         self.append_to_pages(cache, [k, v], key_mean, &new)?;

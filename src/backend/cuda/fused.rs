@@ -2,6 +2,7 @@
 
 use super::Cuda;
 use super::gpu::Buffer;
+use super::kernels::few::{self, FewQuantize};
 use super::kernels::fused::{FusedPlan, FusedQuantize, Kind, Program, Room, Shape};
 use super::kernels::hopper_layout::{PANEL, padded_tokens, tiled_scale_bytes};
 use super::tensor::{Activation, DeviceRows, DeviceSite, Hidden, Layout, Outliers, SCALE_MULTIPLE};
@@ -165,7 +166,7 @@ impl Cuda {
         let numbers = format.row.numbers;
         let (least, greatest) = numbers.limits();
         let Outliers { codes, scales, .. } = &rows.outliers;
-        self.kernels.launch(&FusedQuantize {
+        let launch = FusedQuantize {
             x: values.into(),
             other: other.map(Into::into),
             slots: ordered.then(|| slots.into()),
@@ -202,7 +203,11 @@ impl Cuda {
                 grid: numbers.scale.grid,
             },
             geometry: plan.geometry,
-        })?;
+        };
+        match plan.few {
+            true => self.kernels.launch(&FewQuantize(launch))?,
+            false => self.kernels.launch(&launch)?,
+        }
         Ok(Some(rows))
     }
 
@@ -218,10 +223,11 @@ impl Cuda {
             shared_bytes: self.gpu.block_shared_bytes,
         };
         let shape = Shape { kind, rows, channels: format.channels, panels: panels(&format.row) };
-        match columns {
+        let few = few::plan(shape, columns == Columns::Slots, room.shared_bytes);
+        few.or_else(|| match columns {
             Columns::Channels => FusedPlan::gathering(shape, room),
             Columns::Slots => Some(FusedPlan::permuted(shape, room)),
-        }
+        })
     }
 
     /// Whether `rows` rows become a site's codes in one step with the norm or SiLU before it.

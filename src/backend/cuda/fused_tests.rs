@@ -56,7 +56,7 @@ fn sites(random: &mut Random) -> Vec<SiteFormat> {
 
 /// All sites with few tokens.
 fn few(random: &mut Random) -> impl Iterator<Item = (SiteFormat, Vec<usize>)> + use<> {
-    sites(random).into_iter().map(|format| (format, vec![1, 7, 8, 9, 130]))
+    sites(random).into_iter().map(|format| (format, vec![1, 7, 8, 9, 65, 128, 129, 131]))
 }
 
 /// A site with many tokens, or of an odd width.

@@ -55,6 +55,8 @@ pub(super) struct Additions<'a> {
     pub(super) sequences: usize,
     /// New tokens of all sequences.
     pub(super) tokens: usize,
+    /// New tokens of a sequence at most.
+    pub(super) most_added: usize,
     /// Pages that the longest addition touches.
     pub(super) touched_pages: usize,
 }
@@ -160,6 +162,7 @@ impl Cuda {
             pool_pages: pool.pages,
             sequences: new.sequences,
             tokens: new.tokens,
+            most_added: new.most_added,
             touched_pages: new.touched_pages,
         })
     }

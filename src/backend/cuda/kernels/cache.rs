@@ -6,7 +6,7 @@ use crate::backend::cuda::slice::{In, Out};
 
 /// Tokens of a page.
 pub const PAGE_TOKENS: usize = 16;
-/// Threads of a block that adds one token to a page: more would only wait for it.
+/// Threads of a block that adds one token to a page: a warp for its key, and one for its value.
 const SINGLE_THREADS: usize = 64;
 /// The widest head that pages hold.
 pub(in crate::backend::cuda) const WIDEST_HEAD: usize = 128;
@@ -27,11 +27,8 @@ pub(super) const FAMILY: Family = Family {
             (80, 8, false),
             (64, 2, false),
         ]
-        .map(|(head_dim, kv_bits, rotated)| {
-            let pages = Pages { head_dim, kv_bits, rotated };
-            [THREADS, SINGLE_THREADS].map(|threads| pages.append(threads))
-        })
-        .concat()
+        .map(|(head_dim, kv_bits, rotated)| Pages { head_dim, kv_bits, rotated }.append())
+        .to_vec()
     },
     kernels: declared![Append],
 };
@@ -82,14 +79,14 @@ impl Pages {
         [heads::quantized(self.head_dim, self.kv_bits, self.rotated), own].concat()
     }
 
-    fn append(&self, threads: usize) -> Defines {
-        [self.defines(), defines! { "THREADS": threads }].concat()
+    fn append(&self) -> Defines {
+        [self.defines(), defines! { "THREADS": THREADS }].concat()
     }
 }
 
 kernel! {
     /// Adds tokens to sequences.
-    Append<'a> = ["append"] {
+    Append<'a> = ["append", "append_single"] {
         k: In<'a, half::f16>[tokens.saturating_sub(1) * row_stride as usize + kv_heads * pages.head_dim],
         v: In<'a, half::f16>[tokens.saturating_sub(1) * row_stride as usize + kv_heads * pages.head_dim],
         row_stride: i64,
@@ -112,6 +109,8 @@ kernel! {
         sequences: usize,
         /// New tokens of all sequences.
         tokens: usize,
+        /// New tokens of a sequence at most.
+        most_added: usize,
         /// Pages that the longest addition touches.
         touched_pages: usize,
     }
@@ -120,17 +119,23 @@ kernel! {
 impl Launch for Append<'_> {
     const FAMILY: Family = FAMILY;
 
+    fn entry(&self) -> usize {
+        usize::from(self.is_single())
+    }
+
     fn constants(&self) -> Defines {
-        self.pages.append(self.threads())
+        self.pages.append()
     }
 
     fn geometry(&self) -> Geometry {
-        Geometry::grid((self.touched_pages, self.kv_heads, self.sequences), self.threads())
+        let threads = if self.is_single() { SINGLE_THREADS } else { THREADS };
+        Geometry::grid((self.touched_pages, self.kv_heads, self.sequences), threads)
     }
 }
 
 impl Append<'_> {
-    fn threads(&self) -> usize {
-        if self.tokens <= self.sequences { SINGLE_THREADS } else { THREADS }
+    /// Whether no sequence has more than one new token.
+    fn is_single(&self) -> bool {
+        self.most_added <= 1
     }
 }

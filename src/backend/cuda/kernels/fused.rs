@@ -1,4 +1,5 @@
-/*! `fused.cu`: codes of a site from a norm, from gate and up, or from f16 rows, in one kernel. */
+/*! `fused.cu`: codes of a site from a norm, from gate and up, or from f16 rows, in one kernel; those of few rows are in
+[`few`](super::few). */
 
 use super::hopper_layout::{PANEL, SCALE_GROUPS};
 use super::{Defines, Family, declared, defines, flag, grid_name, kernel, source};
@@ -11,7 +12,7 @@ const MOST_STAGES: usize = 16;
 /// Shared memory before the order: three barriers of 8 bytes and 8 factors of 4 bytes a stage.
 const HEAD_BYTES: usize = (3 * 8 + 8 * 4) * MOST_STAGES;
 /// Bytes before a staged row: the last of them are zeros, and what an order's -1 picks.
-const BEFORE: usize = 16;
+pub(super) const BEFORE: usize = 16;
 /// Bytes to a multiple of which a staged row is padded; rows of a unit begin `ROW_MULTIPLE / tokens` bytes apart modulo it, so that lanes
 /// of different rows never meet in a bank.
 const ROW_MULTIPLE: usize = 128;
@@ -23,41 +24,42 @@ const GATHERING_SILU_WARPS: usize = 20;
 
 pub(super) const FAMILY: Family = Family {
     name: "fused",
-    source: source!("fused"),
+    source: source!("fused", "codes"),
     only: None,
     tensor_core: None,
     pdl: true,
-    variants: |_| {
-        let all = |kind, group, hadamard, ordered, tokens, tiled, magnitudes| Program {
-            kind,
-            group,
-            hadamard,
-            ordered,
-            tokens,
-            tiled,
-            magnitudes,
-            fp4: false,
-            grid: ScaleGrid::F16,
-        };
-        [
-            all(Kind::Norm, 128, true, true, 4, true, true),
-            all(Kind::Norm, 64, true, true, 1, false, false),
-            all(Kind::Half, 128, true, true, 8, true, true),
-            all(Kind::Half, 32, false, true, 2, true, false),
-            all(Kind::Silu, 128, true, false, 8, true, true),
-            all(Kind::Silu, 128, true, true, 1, true, false),
-            Program { fp4: true, ..all(Kind::Silu, 64, true, true, 4, false, false) },
-            Program {
-                fp4: true,
-                grid: ScaleGrid::PowerOfTwo,
-                ..all(Kind::Norm, 32, true, true, 4, false, false)
-            },
-        ]
-        .map(|program| program.defines())
-        .to_vec()
-    },
+    variants: |_| programs().map(|program| program.defines()).to_vec(),
     kernels: declared![FusedQuantize],
 };
+
+/// Programs that stand for all others.
+pub(super) fn programs() -> [Program; 8] {
+    let all = |kind, group, hadamard, ordered, tokens, tiled, magnitudes| Program {
+        kind,
+        group,
+        hadamard,
+        ordered,
+        tokens,
+        tiled,
+        magnitudes,
+        fp4: false,
+        grid: ScaleGrid::F16,
+    };
+    [
+        all(Kind::Norm, 128, true, true, 4, true, true),
+        all(Kind::Norm, 64, true, true, 1, false, false),
+        all(Kind::Half, 128, true, true, 8, true, true),
+        all(Kind::Half, 32, false, true, 2, true, false),
+        all(Kind::Silu, 128, true, false, 8, true, true),
+        all(Kind::Silu, 128, true, true, 1, true, false),
+        Program { fp4: true, ..all(Kind::Silu, 64, true, true, 4, false, false) },
+        Program {
+            fp4: true,
+            grid: ScaleGrid::PowerOfTwo,
+            ..all(Kind::Norm, 32, true, true, 4, false, false)
+        },
+    ]
+}
 
 /// What a row becomes codes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,26 +110,32 @@ impl Program {
         }
     }
 
-    fn defines(&self) -> Defines {
-        let own = defines! {
+    /// The macros of codes.cuh.
+    pub(super) fn codes_defines(&self) -> Defines {
+        let mut all = defines! {
             "FROM": self.kind as u8,
             "GROUP": self.group,
             "TRANSFORM": flag(self.hadamard),
             "ORDERED": flag(self.ordered),
-            "TOKENS": self.tokens,
             "TILED": flag(self.tiled),
             "MAGNITUDES": flag(self.magnitudes),
             "FP4": flag(self.fp4),
             "SCALE_GRID": grid_name(self.grid),
-            "WARPS": self.warps(),
             "PANEL": PANEL,
             "SCALE_GROUPS": SCALE_GROUPS,
         };
+        if self.ordered {
+            all.extend(defines! { "BEFORE": BEFORE });
+        }
+        all
+    }
+
+    fn defines(&self) -> Defines {
+        let own = defines! { "TOKENS": self.tokens, "WARPS": self.warps() };
         let staging = if self.ordered {
             defines! {
                 "MOST_STAGES": MOST_STAGES,
                 "HEAD_BYTES": HEAD_BYTES,
-                "BEFORE": BEFORE,
                 "ROW_MULTIPLE": ROW_MULTIPLE,
             }
         } else {
@@ -136,7 +144,7 @@ impl Program {
                 "STAGE_BYTES": STAGE_BYTES,
             }
         };
-        [own, staging].concat()
+        [self.codes_defines(), own, staging].concat()
     }
 }
 
@@ -144,9 +152,11 @@ impl Program {
 const STAGE_STRIDE: usize = 2 * PANEL + 128 / PERMUTED_TOKENS;
 const STAGE_BYTES: usize = 2 * PERMUTED_TOKENS * STAGE_STRIDE;
 
-/// How fused.cu is launched.
+/// How fused.cu or few.cu is launched.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::backend::cuda) struct FusedPlan {
+    /// Whether it is few.cu.
+    pub(in crate::backend::cuda) few: bool,
     /// Rows of a unit.
     pub(in crate::backend::cuda) tokens: usize,
     pub(in crate::backend::cuda) slice_panels: usize,
@@ -179,6 +189,7 @@ impl FusedPlan {
         let warps = (room.shared_bytes / (2 * STAGE_BYTES)).min(WARPS) / 4 * 4;
         let items = shape.rows.div_ceil(PERMUTED_TOKENS) * (panels + outlier_panels.min(1));
         Self {
+            few: false,
             tokens: PERMUTED_TOKENS,
             slice_panels: panels,
             stages: 2,
@@ -220,6 +231,7 @@ impl FusedPlan {
         let slices = panels.div_ceil(slice_panels).max(1);
         let stages = stages(tokens).min(MOST_STAGES).min(units.max(1));
         (stages > 0).then(|| Self {
+            few: false,
             tokens,
             slice_panels,
             stages,

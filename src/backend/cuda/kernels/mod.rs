@@ -7,6 +7,7 @@ pub(super) mod attention;
 pub(super) mod cache;
 pub(super) mod decode;
 pub(super) mod elementwise;
+pub(super) mod few;
 pub(super) mod fused;
 pub(super) mod gptq;
 pub(super) mod heads;
@@ -199,6 +200,7 @@ pub const FAMILIES: &[Family] = &[
     cache::FAMILY,
     decode::FAMILY,
     elementwise::FAMILY,
+    few::FAMILY,
     fused::FAMILY,
     gptq::FAMILY,
     hopper_layout::FAMILY,
@@ -210,24 +212,3 @@ pub const FAMILIES: &[Family] = &[
     product::TILES,
     reduce::FAMILY,
 ];
-
-#[cfg(test)]
-mod dump_for_now {
-    #[test]
-    fn dump_for_now() {
-        let Some(to) = std::env::var_os("DUMP_TO") else { return };
-        let mut all = Vec::new();
-        for family in super::FAMILIES {
-            for (arch, major, minor) in [("sm_80", 8, 0), ("sm_90a", 9, 0)] {
-                if family.only.is_some_and(|only| only != arch) {
-                    continue;
-                }
-                let version = super::Version { major, minor };
-                for defines in (family.variants)(version) {
-                    all.push(serde_json::json!({"name": family.name, "arch": arch, "defines": defines, "source": family.source}));
-                }
-            }
-        }
-        std::fs::write(to, serde_json::to_vec(&all).unwrap()).unwrap();
-    }
-}
