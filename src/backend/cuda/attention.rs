@@ -89,7 +89,7 @@ impl Cuda {
     }
 
     /// Queries, keys or values as the products see them, `[windows, heads, seq_len, width]`.
-    fn prepare(
+    pub(super) fn prepare(
         &self,
         role: Role,
         spec: &AttentionSpec,

@@ -59,6 +59,7 @@ pub mod tensor;
 #[cfg(test)]
 pub(crate) mod tests;
 pub mod timing;
+mod train;
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};

@@ -18,6 +18,8 @@ pub(super) mod permute;
 pub(super) mod prepare;
 pub(super) mod product;
 pub(super) mod reduce;
+pub(super) mod train;
+pub(super) mod train_heads;
 
 use super::libraries::Version;
 use crate::quant::scale::ScaleGrid;
@@ -211,4 +213,6 @@ pub const FAMILIES: &[Family] = &[
     product::STREAM,
     product::TILES,
     reduce::FAMILY,
+    train::FAMILY,
+    train_heads::FAMILY,
 ];
