@@ -21,7 +21,8 @@ fn near(found: &[f32], expected: &[f32], share: f64, what: &str) {
     let length = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
     let apart = length(&mut found.iter().zip(expected).map(|(a, b)| f64::from(a - b)));
     let all = length(&mut expected.iter().map(|b| f64::from(*b)));
-    assert!(apart <= share * all && all > 0.0, "{what}: {apart} of {all}");
+    // A clipped group alone has no gradient at all.
+    assert!(apart <= share * all, "{what}: {apart} of {all}");
 }
 
 fn random(rows: usize, columns: usize, random: &mut Random) -> Matrix {
@@ -165,6 +166,7 @@ fn attention_has_the_cpus_gradients() {
             let found = cuda.attention_backward(&spec, &qkv, own.as_ref(), d).unwrap();
             // With one token the weights are 1 whatever the scores are.
             if seq_len > 1 {
+                assert!(expected.q.values().iter().any(|d| *d != 0.0), "{what}");
                 near(&host(&cuda, &found.q), expected.q.values(), 1e-2, &format!("q of {what}"));
                 near(&host(&cuda, &found.k), expected.k.values(), 1e-2, &format!("k of {what}"));
             }
