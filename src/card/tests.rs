@@ -24,6 +24,7 @@ fn manifest(recipe: Recipe) -> Manifest {
         kv: recipe.kv(),
         recipe,
         bits_per_weight: 4.413,
+        distillation: None,
         blocks: Vec::new(),
     }
 }

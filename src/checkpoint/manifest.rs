@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::plan::BlockPlan;
-use super::{FORMAT_VERSION, HubOrigin, Provenance};
+use super::{DistillationRecord, FORMAT_VERSION, HubOrigin, Provenance};
 use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
 use crate::{Error, Kind, Result};
@@ -26,6 +26,9 @@ pub struct Manifest {
     pub kv: KvFormat,
     /// Average bits of a weight of the linears.
     pub bits_per_weight: f64,
+    /// How its scales, norms and clip ratios were trained afterwards, if they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distillation: Option<DistillationRecord>,
     /// What became of every site and linear.
     pub blocks: Vec<BlockPlan>,
 }
@@ -69,6 +72,7 @@ impl Manifest {
         if self.bits_per_weight.is_nan() || self.bits_per_weight <= 0.0 {
             return Err(Error::input(format!("`bits_per_weight` is {}", self.bits_per_weight)));
         }
+        self.distillation.as_ref().map_or(Ok(()), DistillationRecord::check)?;
         Ok(self)
     }
 }

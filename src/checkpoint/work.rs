@@ -5,6 +5,7 @@
 - `lock`, locked by the process that writes;
 - `job.json`, everything that decides the output's bytes: the run is continued only where it is equal;
 - `done.jsonl`, one line for each finished block, appended after the block's tensors are synced;
+- `state.bin`, where a run has a state of its own between blocks, such as a training's;
 - `checkpoint/`, the directory that becomes the output. */
 
 use std::collections::BTreeMap;
@@ -27,6 +28,8 @@ const LOCK: &str = "lock";
 const JOB: &str = "job.json";
 const NEW_JOB: &str = "job.json.new";
 const DONE: &str = "done.jsonl";
+const STATE: &str = "state.bin";
+const NEW_STATE: &str = "state.bin.new";
 
 /// A finished block: its name, what the caller noted about it, and what was written.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -114,6 +117,26 @@ impl Work {
             .map_err(|error| failed("write", &path, &error))
     }
 
+    /// Keeps a state of the run in the place of the one before; it is on the disk when this returns.
+    pub(super) fn save_state(&self, state: &[u8]) -> Result<()> {
+        let temporary = self.dir.join(NEW_STATE);
+        write_synced(&temporary, state)?;
+        fs_err::rename(temporary, self.dir.join(STATE))?;
+        sync_directory(&self.dir)
+    }
+
+    /// The state that was kept last, if one was.
+    pub(super) fn state(&self) -> Result<Option<Vec<u8>>> {
+        let path = self.dir.join(STATE);
+        if path.symlink_metadata().is_err() {
+            return Ok(None);
+        }
+        let mut state = Vec::new();
+        let mut file = open_plain(&path, File::options().read(true))?;
+        file.read_to_end(&mut state).map_err(|error| failed("read", &path, &error))?;
+        Ok(Some(state))
+    }
+
     /// The directory that becomes the output.
     pub(super) fn checkpoint(&self) -> PathBuf {
         self.dir.join("checkpoint")
@@ -134,7 +157,7 @@ impl Work {
     /// swept by the next run, so that it fails nothing; what the replaced output did not list stays.
     pub(super) fn remove(self) {
         let _ = remove_replaced(&self.replaced());
-        for file in [JOB, NEW_JOB, DONE, LOCK] {
+        for file in [JOB, NEW_JOB, DONE, STATE, NEW_STATE, LOCK] {
             let _ = fs_err::remove_file(self.dir.join(file));
         }
         let _ = fs_err::remove_dir(&self.dir);
@@ -200,7 +223,7 @@ pub(super) fn locked_by_another(out: &Path) -> Error {
 /// Removes what an earlier run left in the work directory.
 fn clear(dir: &Path) -> Result<()> {
     // job.json goes first: without it nothing else counts.
-    for file in [JOB, NEW_JOB, DONE] {
+    for file in [JOB, NEW_JOB, DONE, STATE, NEW_STATE] {
         match fs_err::remove_file(dir.join(file)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}

@@ -294,6 +294,16 @@ impl Writer {
         Ok(())
     }
 
+    /// Keeps a state of the run for one that continues it, in the place of the state before.
+    pub fn save_state(&self, state: &[u8]) -> Result<()> {
+        self.work.save_state(state)
+    }
+
+    /// The state that a run of the same job has kept last, if it kept one.
+    pub fn state(&self) -> Result<Option<Vec<u8>>> {
+        self.work.state()
+    }
+
     /// The bytes of a tensor that has been written, checked against its hash.
     pub fn read_back(&self, name: &str) -> Result<Vec<u8>> {
         let place = self.place(name)?;

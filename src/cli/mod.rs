@@ -9,6 +9,7 @@ mod bench;
 mod bench_serve;
 mod calibrate;
 mod completions;
+mod distill;
 mod doctor;
 mod eval_ppl;
 mod eval_tasks;
@@ -96,6 +97,8 @@ enum Command {
     Plan(plan::Arguments),
     /// Write the quantized checkpoint that a plan describes
     Pack(pack::Arguments),
+    /// Train scales, norms and clip ratios of an Atom checkpoint by its source's predictions
+    Distill(distill::Arguments),
     /// Write an Atom checkpoint in the format of another program
     Export(export::Arguments),
     /// Measure the perplexity of a source or an Atom checkpoint
@@ -134,6 +137,7 @@ pub fn run(cli: &Cli, typed: &[OsString], ui: &Ui, output: &Output) -> Result<()
         Command::Calibrate(arguments) => calibrate::run(arguments, ui, output),
         Command::Plan(arguments) => plan::run(arguments, output),
         Command::Pack(arguments) => pack::run(arguments, typed, ui, output),
+        Command::Distill(arguments) => distill::run(arguments, ui, output),
         Command::Export(arguments) => export::run(arguments, ui, output),
         Command::EvalPpl(arguments) => eval_ppl::run(arguments, typed, ui, output),
         Command::EvalTasks(arguments) => eval_tasks::run(arguments, typed, ui, output),
@@ -170,7 +174,7 @@ impl Command {
 
     /// Whether `--resume` goes on where an interrupted run stopped.
     fn resumes(&self) -> bool {
-        matches!(self, Self::Quantize(_) | Self::Pack(_) | Self::Export(_))
+        matches!(self, Self::Quantize(_) | Self::Pack(_) | Self::Distill(_) | Self::Export(_))
     }
 }
 

@@ -32,6 +32,11 @@ pub(crate) fn export_out(checkpoint: &str, format: &str) -> PathBuf {
     PathBuf::from(format!("./{}-{format}", model_name(checkpoint)))
 }
 
+/// `./<name>-distilled`, where a distilled checkpoint goes unless `--out` says otherwise.
+pub(crate) fn distilled_out(checkpoint: &str) -> PathBuf {
+    PathBuf::from(format!("./{}-distilled", model_name(checkpoint)))
+}
+
 /// `./<name>-calibration.safetensors`.
 pub(crate) fn calibration_out(model: &str) -> PathBuf {
     PathBuf::from(format!("./{}-calibration.safetensors", model_name(model)))
@@ -67,6 +72,7 @@ mod tests {
         let out = checkpoint_out("models/SmolLM2/", &Recipe::paper());
         assert_eq!(out, Path::new("./SmolLM2-atom-w4a4-g128"));
         assert_eq!(export_out("a/x-atom/", "dense"), Path::new("./x-atom-dense"));
+        assert_eq!(distilled_out("a/x-atom/"), Path::new("./x-atom-distilled"));
         assert_eq!(calibration_out("a/b"), Path::new("./b-calibration.safetensors"));
         assert_eq!(plan_out(Path::new("x/b-calibration.safetensors")), Path::new("./b-plan.json"));
         assert_eq!(plan_out(Path::new("other.safetensors")), Path::new("./other-plan.json"));

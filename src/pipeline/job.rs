@@ -212,6 +212,7 @@ impl Job<'_> {
             recipe: self.recipe.clone(),
             kv: self.recipe.kv(),
             bits_per_weight: bits_per_weight(&self.blocks),
+            distillation: None,
             blocks,
         })
     }

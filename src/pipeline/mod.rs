@@ -13,6 +13,7 @@ mod calibrate;
 mod calibration;
 pub mod channels;
 mod division;
+pub mod distill;
 mod energies;
 mod exponents;
 mod fallbacks;

@@ -33,6 +33,28 @@ impl Calibration {
         network: Network,
         progress: &dyn Progress,
     ) -> Result<CalibrationInput<'a>> {
+        let Self { text, samples, seq_len, seed } = self;
+        Draw { text, samples: *samples, seq_len: *seq_len, seed: *seed }
+            .input(source, network, progress)
+    }
+}
+
+/// Windows that are to be drawn from a text, as [`Calibration`] has them.
+pub(super) struct Draw<'t> {
+    pub(super) text: &'t TextSet,
+    pub(super) samples: usize,
+    pub(super) seq_len: usize,
+    pub(super) seed: u64,
+}
+
+impl Draw<'_> {
+    /// The windows of a source whose tensors are accounted for.
+    pub(super) fn input<'a>(
+        &self,
+        source: &'a Source,
+        network: Network,
+        progress: &dyn Progress,
+    ) -> Result<CalibrationInput<'a>> {
         let Network { architecture, ignored, .. } = network;
         let Self { text, samples, seq_len, seed } = self;
         let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, &source.tokenizer_path())?;

@@ -5,6 +5,7 @@ How anything was computed is not known here. */
 
 mod allocation;
 mod bench;
+mod distill;
 mod doctor;
 mod dry_run;
 mod export;

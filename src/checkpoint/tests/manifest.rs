@@ -39,6 +39,7 @@ pub(super) fn manifest() -> Manifest {
         kv: recipe.kv(),
         recipe,
         bits_per_weight: bits_per_weight(&blocks),
+        distillation: None,
         blocks,
     }
 }

@@ -82,6 +82,7 @@ fn shown(name: &str, widths: [u8; 2], outliers: usize) -> Shown {
             kv: recipe.kv(),
             recipe,
             bits_per_weight: 4.79,
+            distillation: None,
             blocks: vec![block(0, widths[0], 0.07), block(1, widths[1], 0.125)],
         },
     }

@@ -1,0 +1,127 @@
+/*! `atom distill`: trains the scales, norms and clip ratios of a finished checkpoint by its source's predictions. */
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::args::{
+    DeviceFlag, IgnoreFlag, OfflineFlag, Opened, OutputFlags, WindowFlag, text_files,
+};
+use super::{Output, Ui, names, values};
+use crate::backend::cpu::Cpu;
+use crate::checkpoint::Source;
+use crate::network::Model;
+use crate::pipeline::distill::{self, DEFAULT_TOKENS, Distillation};
+use crate::printable::{printable, quoted};
+use crate::progress::Progress;
+use crate::text::{Split, TextSet};
+use crate::{Error, Result};
+
+const EXAMPLES: &str = "\
+Examples:
+  atom distill tiny-llama-atom-w4a4-g128 --reference tiny-llama --tokens 16384 --seq-len 256
+  atom distill ./SmolLM2-atom-w4a4-g64 --reference ./SmolLM2 --calib wiki.jsonl
+  atom distill ./SmolLM2-atom-w4a4-g64 --reference ./SmolLM2 --calib wikitext2,c4 --dry-run
+
+Codes, orders and sizes stay: what kernels and exports read is the same. Windows that are held back choose the step \
+that is kept; where training does not improve them, nothing is written. See docs/distillation.md.";
+
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    /// Directory of an Atom checkpoint
+    #[arg(value_name = "ATOM")]
+    checkpoint: PathBuf,
+    /// Source that it was quantized from: a directory, a Hub id or an alias, as --model of `quantize`
+    #[arg(long, value_name = "SOURCE", help_heading = "Model")]
+    reference: String,
+    #[command(flatten)]
+    ignoring: IgnoreFlag,
+    #[command(flatten)]
+    offline: OfflineFlag,
+    /// Text to train on, as --calib of `quantize`. A mix of texts costs little on each and serves all of them
+    #[arg(long, value_name = "TEXT", default_value = "sample", help_heading = "Training")]
+    calib: String,
+    /// Tokens to train on. A text that holds fewer is read again
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = DEFAULT_TOKENS,
+        value_parser = values::count,
+        help_heading = "Training"
+    )]
+    tokens: usize,
+    /// Seed of the windows and their order, a whole number
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Training")]
+    seed: u64,
+    #[command(flatten, next_help_heading = "Training")]
+    length: WindowFlag,
+    #[command(flatten)]
+    output: OutputFlags,
+    /// Check everything that can be checked in seconds, say what would be done, and stop
+    #[arg(long, help_heading = "Output")]
+    dry_run: bool,
+    #[command(flatten)]
+    device: DeviceFlag,
+}
+
+pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
+    distill::course_of(arguments.tokens, arguments.length.seq_len)?;
+    let backend = arguments.device.open()?;
+    let backend = trainer(&backend, ui)?;
+    let hub = arguments.offline.hub(ui)?;
+    let shown = arguments.checkpoint.to_string_lossy();
+    let Model::Atom(checkpoint) = Model::open(&hub, &shown, None)? else {
+        return Err(Error::input(format!("{shown} is not an Atom checkpoint"))
+            .hint(format!("quantize it first: atom quantize --model {}", quoted(&shown))));
+    };
+    let source = source(arguments, Model::open(&hub, &arguments.reference, None)?, ui)?;
+    let text = TextSet::load(&arguments.calib, Split::Calibration, &hub)?;
+    let default = || Ok(names::distilled_out(&shown));
+    let destination = arguments.output.destination(default, text_files(&arguments.calib))?;
+    let distillation = Distillation {
+        checkpoint: &checkpoint,
+        source: &source,
+        text: &text,
+        seq_len: arguments.length.seq_len,
+        tokens: arguments.tokens,
+        seed: arguments.seed,
+        output: &destination,
+        always_writes: false,
+    };
+    if arguments.dry_run {
+        return output.write(&distill::distill_dry_run(backend, &distillation, ui)?);
+    }
+    ui.info(&format!("distilling {}", printable(checkpoint.name())));
+    let outcome = distill::distill(backend, &distillation, ui)?;
+    ui.close();
+    output.write(&outcome)
+}
+
+/// The reference, which is a source.
+fn source(arguments: &Arguments, model: Model, progress: &dyn Progress) -> Result<Source> {
+    match arguments.ignoring.account_model(model, progress)? {
+        Model::Source(source) => Ok(source),
+        Model::Atom(checkpoint) => {
+            Err(Error::input(format!("{} is an Atom checkpoint, not a source", checkpoint.title()))
+                .hint("give --reference the model that the checkpoint was quantized from"))
+        }
+    }
+}
+
+/// The backend, where it has a backward pass.
+///
+/// # Errors
+/// A machine error: a GPU has none.
+pub(crate) fn trainer<'a>(opened: &'a Opened, progress: &dyn Progress) -> Result<&'a Cpu> {
+    match opened {
+        Opened::Cpu(cpu, _) => {
+            opened.announce(progress);
+            Ok(cpu)
+        }
+        Opened::Cuda(_) => {
+            Err(Error::machine("distillation runs on the CPU alone so far")
+                .hint("add --device cpu"))
+        }
+    }
+}
