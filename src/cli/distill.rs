@@ -11,7 +11,7 @@ use super::{Output, Ui, names, values};
 use crate::backend::cpu::Cpu;
 use crate::checkpoint::Source;
 use crate::network::Model;
-use crate::pipeline::distill::{self, DEFAULT_TOKENS, Distillation};
+use crate::pipeline::distill::{self, DEFAULT_TOKENS, Distillation, DistillationWindows};
 use crate::printable::{printable, quoted};
 use crate::progress::Progress;
 use crate::text::{Split, TextSet};
@@ -65,10 +65,39 @@ pub(crate) struct Arguments {
     device: DeviceFlag,
 }
 
+/// The distillation that ends `quantize` and `pack`.
+#[derive(Args, Debug)]
+pub(crate) struct DistillFlag {
+    /// Train scales, norms and clip ratios by the source's predictions afterwards, on the calibration windows; so many tokens in all, 819200 where the number is left out
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        num_args = 0..=1,
+        default_missing_value = DEFAULT_TEXT,
+        value_parser = values::count,
+        help_heading = "Training"
+    )]
+    pub(crate) distill: Option<usize>,
+}
+
+impl DistillFlag {
+    /// Refuses a number of tokens that is less than a step.
+    ///
+    /// # Errors
+    /// Usage.
+    pub(crate) fn check(&self, seq_len: usize) -> Result<()> {
+        self.distill.map_or(Ok(()), |tokens| distill::course_of(tokens, seq_len).map(drop))
+    }
+}
+
+/// [`DEFAULT_TOKENS`], as it is typed.
+const DEFAULT_TEXT: &str = "819200";
+
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     distill::course_of(arguments.tokens, arguments.length.seq_len)?;
     let backend = arguments.device.open()?;
-    let backend = trainer(&backend, ui)?;
+    backend.announce(ui);
+    let backend = trainer(&backend)?;
     let hub = arguments.offline.hub(ui)?;
     let shown = arguments.checkpoint.to_string_lossy();
     let Model::Atom(checkpoint) = Model::open(&hub, &shown, None)? else {
@@ -82,10 +111,12 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let distillation = Distillation {
         checkpoint: &checkpoint,
         source: &source,
-        text: &text,
-        seq_len: arguments.length.seq_len,
+        windows: DistillationWindows::Drawn {
+            text: &text,
+            seq_len: arguments.length.seq_len,
+            seed: arguments.seed,
+        },
         tokens: arguments.tokens,
-        seed: arguments.seed,
         output: &destination,
         always_writes: false,
     };
@@ -113,15 +144,22 @@ fn source(arguments: &Arguments, model: Model, progress: &dyn Progress) -> Resul
 ///
 /// # Errors
 /// A machine error: a GPU has none.
-pub(crate) fn trainer<'a>(opened: &'a Opened, progress: &dyn Progress) -> Result<&'a Cpu> {
+pub(crate) fn trainer(opened: &Opened) -> Result<&Cpu> {
     match opened {
-        Opened::Cpu(cpu, _) => {
-            opened.announce(progress);
-            Ok(cpu)
-        }
+        Opened::Cpu(cpu, _) => Ok(cpu),
         Opened::Cuda(_) => {
             Err(Error::machine("distillation runs on the CPU alone so far")
                 .hint("add --device cpu"))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_number_that_may_be_left_out_is_the_default() {
+        assert_eq!(DEFAULT_TEXT, DEFAULT_TOKENS.to_string());
     }
 }

@@ -7,12 +7,14 @@ use clap::Args;
 use serde::Deserialize;
 
 use super::args::{DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag, with_backend};
+use super::distill::{DistillFlag, trainer};
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::perplexity_change::with_perplexity;
 use super::ranks::{RanksFlags, Team};
 use super::report_flag::ReportFlag;
 use super::{Output, Ui, names, quantize};
 use crate::pipeline::Packing;
+use crate::pipeline::distill;
 use crate::pipeline::plan::read_json;
 use crate::recipe::Recipe;
 use crate::{Result, pipeline};
@@ -20,6 +22,7 @@ use crate::{Result, pipeline};
 const EXAMPLES: &str = "\
 Examples:
   atom pack --model tiny-llama --plan tiny-llama-plan.json --no-eval
+  atom pack --model ./SmolLM2 --plan SmolLM2-plan.json --distill
   atom pack --model ./SmolLM2 --plan SmolLM2-plan.json --max-ppl-increase 0.5";
 
 #[derive(Args, Debug)]
@@ -32,6 +35,8 @@ pub(crate) struct Arguments {
     plan: PathBuf,
     #[command(flatten)]
     output: OutputFlags,
+    #[command(flatten)]
+    training: DistillFlag,
     #[command(flatten)]
     evaluation: EvaluationFlags,
     #[command(flatten, next_help_heading = "Evaluation")]
@@ -75,8 +80,15 @@ fn on_rank(arguments: &Arguments, team: &Team, ui: &Ui, output: &Output) -> Resu
         output: &destination,
         evaluation: evaluation.as_ref(),
     };
+    let distilled = match arguments.training.distill {
+        None => None,
+        Some(tokens) => Some(distill::pack_and_distill(trainer(&backend)?, &packing, tokens, ui)?),
+    };
     let outcome = with_backend!(&backend, ui, backend => {
-        let outcome = pipeline::pack(backend, &packing, ui)?;
+        let outcome = match distilled {
+            Some((outcome, distilled)) => outcome.distilled(distilled),
+            None => pipeline::pack(backend, &packing, ui)?,
+        };
         with_perplexity(backend, &source, outcome, packing.evaluation, ui)?
     });
     if !team.is_first() {

@@ -7,6 +7,7 @@ use clap::Args;
 use super::args::{
     CalibrationFlags, DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag, with_backend,
 };
+use super::distill::{DistillFlag, trainer};
 use super::exports::ExportFlag;
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::perplexity_change::with_perplexity;
@@ -15,13 +16,13 @@ use super::recipe::RecipeFlags;
 use super::report_flag::ReportFlag;
 use super::target::{OUTLIER_COUNTS, TargetFlags};
 use super::{Output, Ui, names};
-use crate::Result;
 use crate::pipeline::outcome::QuantizeOutcome;
-use crate::pipeline::{self, Quantization};
+use crate::pipeline::{self, Quantization, distill};
 use crate::printable::printable;
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::Exported;
+use crate::{Error, Result};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -31,6 +32,7 @@ Examples:
   atom quantize --model ./SmolLM2 --calib wiki.jsonl --group 64 --outliers 64
   atom quantize --model ./SmolLM2 --recipe paper --no-gptq --dry-run
   atom quantize --model ./SmolLM2 --recipe w4a16 --export compressed-tensors
+  atom quantize --model ./SmolLM2 --calib wiki.jsonl --distill
   atom quantize --model ./SmolLM2 --target-bits 4.5 --json > report.json
 
 The first takes seconds and shows the way; a checkpoint worth keeping takes the default 128 windows \
@@ -63,6 +65,8 @@ pub(crate) struct Arguments {
     outlier_counts: Option<Vec<usize>>,
     #[command(flatten)]
     calibration: CalibrationFlags,
+    #[command(flatten)]
+    training: DistillFlag,
     #[command(flatten, next_help_heading = "Calibration")]
     length: WindowFlag,
     #[command(flatten)]
@@ -87,6 +91,7 @@ pub(crate) fn run(
 ) -> Result<()> {
     // What was typed is looked at before a device, which takes a moment to open.
     let recipe = arguments.recipe.resolve()?;
+    arguments.training.check(arguments.length.seq_len)?;
     if arguments.dry_run {
         return on_rank(arguments, recipe, &Team::alone(), ui, output);
     }
@@ -114,6 +119,10 @@ fn on_rank(
     let destination = arguments.output.destination(default, inputs)?;
     let report = arguments.report.next_to(&destination, &source)?;
     let allocating = arguments.target.allocating(arguments.outlier_counts.clone());
+    if allocating.is_some() && arguments.training.distill.is_some() {
+        return Err(Error::usage("--distill does not go with a target of bits or size")
+            .hint("quantize first, then run `atom distill` on the checkpoint"));
+    }
     arguments.export.check(&source, &recipe, &destination, allocating.is_some(), ui)?;
     let quantization = Quantization {
         source: &source,
@@ -130,9 +139,19 @@ fn on_rank(
     }
     let name = printable(source.name());
     ui.info(&format!("quantizing {name}\n{}", crate::recipe::lines(&recipe)));
+    let distilled = match arguments.training.distill {
+        None => None,
+        Some(tokens) => {
+            let backend = trainer(&backend)?;
+            Some(distill::quantize_and_distill(backend, &quantization, tokens, ui)?)
+        }
+    };
     let outcome = with_backend!(&backend, ui, backend => {
         let outcome = match &allocating {
-            None => pipeline::quantize(backend, &quantization, ui)?,
+            None => match distilled {
+                Some((outcome, distilled)) => outcome.distilled(distilled),
+                None => pipeline::quantize(backend, &quantization, ui)?,
+            },
             Some(allocating) => {
                 let counts = arguments.outlier_counts.as_deref().unwrap_or(&OUTLIER_COUNTS);
                 pipeline::quantize_to_target(backend, &quantization, counts, allocating, ui)?

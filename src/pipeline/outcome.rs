@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::allocated::Allocated;
 use super::channels::SiteChannels;
+use super::distill::DistillOutcome;
 use super::sensitivity::Sensitivity;
 use crate::card::Perplexity;
 use crate::model::Architecture;
@@ -97,6 +98,16 @@ pub struct QuantizeOutcome {
     /// How bits were allocated, where the run did so.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allocation: Option<Allocated>,
+    /// What distillation gained, where the run ended with one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distillation: Option<Box<DistillOutcome>>,
+}
+
+impl QuantizeOutcome {
+    /// The same with what distillation gained.
+    pub fn distilled(self, distilled: DistillOutcome) -> Self {
+        Self { distillation: Some(Box::new(distilled)), ..self }
+    }
 }
 
 fn stage_map<S: serde::Serializer>(

@@ -37,7 +37,7 @@ pub struct Quantization<'a> {
 
 impl<'a> Quantization<'a> {
     /// The job, with the windows drawn.
-    fn job(&self, progress: &dyn Progress) -> Result<Job<'a>> {
+    pub(super) fn job(&self, progress: &dyn Progress) -> Result<Job<'a>> {
         // Checked again before anything is written; a long text is not tokenized for an output that cannot be.
         self.output.protecting(self.source, []).check()?;
         let network = network(self.source, progress)?;
@@ -46,7 +46,7 @@ impl<'a> Quantization<'a> {
         Ok(Job { input, recipe: self.recipe.clone(), blocks })
     }
 
-    fn texts(&self) -> Texts<'a> {
+    pub(super) fn texts(&self) -> Texts<'a> {
         Texts { calibration: Some(self.calibration), evaluation: self.evaluation }
     }
 }

@@ -75,6 +75,7 @@ pub(super) fn run<B: Backend>(
         linears: linears_of(&manifest),
         perplexity: None,
         allocation: None,
+        distillation: None,
     })
 }
 
@@ -171,7 +172,7 @@ fn card(manifest: &Manifest, source: &Source, out_bytes: u64, progress: &dyn Pro
 }
 
 /// The quantized linears of a finished checkpoint.
-fn linears_of(manifest: &Manifest) -> Vec<LinearOutcome> {
+pub(super) fn linears_of(manifest: &Manifest) -> Vec<LinearOutcome> {
     let linears = manifest.blocks.iter().flatten().flat_map(|site| &site.linears);
     let quantized = linears.filter_map(|linear| {
         Some(LinearOutcome { name: linear.name.clone(), bits: linear.bits, error: linear.error? })

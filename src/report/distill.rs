@@ -56,6 +56,20 @@ impl Report for DistillOutcome {
 }
 
 impl DistillOutcome {
+    /// What was gained, in a line of another report.
+    pub(super) fn line(&self) -> String {
+        if self.kept_step == 0 {
+            return "no gain on held-out windows: the checkpoint is as it was".to_owned();
+        }
+        format!(
+            "{:.4} -> {:.4} nats a token ({}) on held-out windows, {}",
+            self.before,
+            self.after,
+            units::change(self.after / self.before),
+            units::counted(self.steps, "step")
+        )
+    }
+
     fn kept_line(&self) -> String {
         match self.kept_step {
             0 => "the values before training: no step improved the held-out windows".to_owned(),

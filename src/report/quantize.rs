@@ -24,6 +24,9 @@ impl Report for QuantizeOutcome {
         if let Some(allocated) = &self.allocation {
             allocation::facts(allocated, &mut facts);
         }
+        if let Some(distilled) = &self.distillation {
+            facts.add("distilled", distilled.line());
+        }
         facts.add("perplexity", self.perplexity_line());
         facts.add("time", self.time_line());
         let device_memory = self
@@ -114,6 +117,7 @@ mod tests {
                 after: 30.48,
             }),
             allocation: None,
+            distillation: None,
         }
     }
 

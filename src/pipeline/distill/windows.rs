@@ -4,9 +4,9 @@ use std::collections::HashSet;
 
 use crate::text::PythonRandom;
 
-/// A window is held back for so many of the drawn ones, and at most [`MOST_HELD`].
+/// A window is held back for so many of the drawn ones, until they have so many tokens.
 const DRAWN_PER_HELD: usize = 8;
-const MOST_HELD: usize = 8;
+const HELD_TOKENS: usize = 16_384;
 /// Tokens in a row that two windows have in common only where they are cut from the same text.
 const RUN: usize = 64;
 
@@ -19,16 +19,16 @@ pub(super) struct Division {
     pub(super) held: Vec<usize>,
 }
 
-/// How many of `drawn` windows are held back.
-pub(super) fn held_of(drawn: usize) -> usize {
-    (drawn / DRAWN_PER_HELD).clamp(1, MOST_HELD)
+/// How many of `drawn` windows of `seq_len` tokens are held back.
+pub(super) fn held_of(drawn: usize, seq_len: usize) -> usize {
+    (drawn / DRAWN_PER_HELD).min(HELD_TOKENS.div_ceil(seq_len)).max(1)
 }
 
 impl Division {
     /// Holds back windows that lie evenly among the drawn ones, and leaves out those that share text with them.
     pub(super) fn of(tokens: &[u32], seq_len: usize) -> Self {
         let windows: Vec<&[u32]> = tokens.chunks_exact(seq_len).collect();
-        let count = held_of(windows.len()).min(windows.len());
+        let count = held_of(windows.len(), seq_len).min(windows.len());
         let held: Vec<usize> =
             (0..count).map(|i| (2 * i + 1) * windows.len() / (2 * count)).collect();
         let run = RUN.min(seq_len);
