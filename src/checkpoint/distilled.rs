@@ -33,9 +33,12 @@ pub struct DistillationRecord {
 /// Learning rates of training, at their highest.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DistillationRates {
-    /// Of scales, as shares of them.
+    /// Of groups' scales, as shares of them.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub scales: f32,
+    /// Of outliers' scales, likewise.
+    #[serde(serialize_with = "crate::decimal::serialize")]
+    pub outlier_scales: f32,
     /// Of norms' weights, as shares of a norm's root mean square.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub norms: f32,

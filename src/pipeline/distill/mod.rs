@@ -37,8 +37,10 @@ use crate::{Error, Kind, Result};
 
 /// Tokens that are trained on unless told otherwise.
 pub const DEFAULT_TOKENS: usize = 100 * TOKENS_PER_STEP;
-/// Tokens of a step at least; a window may be longer.
+/// Tokens of a step, as far as the number of windows allows.
 const TOKENS_PER_STEP: usize = 8192;
+/// Windows of a step, at least and at most: of short windows fewer tokens will do, and more steps are worth more.
+const WINDOWS_PER_STEP: [usize; 2] = [4, 8];
 
 /// What is trained, by what, and where the result goes.
 pub struct Distillation<'a> {
@@ -170,7 +172,8 @@ pub fn distill_dry_run<B: Train>(
 /// # Errors
 /// Usage: there are fewer tokens than a step has.
 pub fn course_of(tokens: usize, seq_len: usize) -> Result<(usize, usize)> {
-    let per_step = TOKENS_PER_STEP.div_ceil(seq_len);
+    let [least, most] = WINDOWS_PER_STEP;
+    let per_step = TOKENS_PER_STEP.div_ceil(seq_len).clamp(least, most);
     match tokens / (per_step * seq_len) {
         0 => Err(Error::usage(format!(
             "{tokens} tokens are less than a step of distillation, which has {}",

@@ -17,8 +17,10 @@ use crate::quant::number::ScaleFormat;
 /// What a parameter changes: each has a learning rate of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Trained {
-    /// A scale of a group or of outliers.
+    /// A scale of a group.
     Scale,
+    /// A scale of a row's outliers.
+    OutlierScale,
     /// A norm's weight.
     Norm,
     /// A clip ratio.
@@ -113,7 +115,8 @@ impl Parameters {
             let kind = match part.place {
                 Place::Norm(..) | Place::QkNorm(..) | Place::FinalNorm => Trained::Norm,
                 Place::Clip(..) => Trained::Clip,
-                Place::Scales(..) | Place::OutlierScales(..) => Trained::Scale,
+                Place::Scales(..) => Trained::Scale,
+                Place::OutlierScales(..) => Trained::OutlierScale,
             };
             (kind, part.range.clone())
         })

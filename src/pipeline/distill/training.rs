@@ -15,7 +15,7 @@ use crate::{Error, Kind, Result};
 
 /// Learning rates at their highest.
 pub(super) const RATES: DistillationRates =
-    DistillationRates { scales: 3e-3, norms: 2e-3, clips: 2e-3 };
+    DistillationRates { scales: 6e-3, outlier_scales: 5e-4, norms: 4e-3, clips: 4e-3 };
 /// Measurements on held-out windows in a training, besides the one at its beginning.
 const MEASUREMENTS: usize = 10;
 /// How long a run works at least before its state is kept again.
@@ -135,9 +135,10 @@ impl<B: Train> Training<'_, '_, B> {
         let factor = schedule(state.measured.steps, steps);
         let rates = self.parameters.kinds().map(|(kind, range)| {
             let rate = match kind {
-                Trained::Scale => RATES.scales,
-                Trained::Norm => RATES.norms,
-                Trained::Clip => RATES.clips,
+                Trained::Scale => xv("X_S", RATES.scales),
+                Trained::OutlierScale => xv("X_O", RATES.outlier_scales),
+                Trained::Norm => xv("X_N", RATES.norms),
+                Trained::Clip => xv("X_C", RATES.clips),
             };
             (rate * factor, range)
         });
@@ -181,3 +182,5 @@ fn check_finite(nats: f64) -> Result<()> {
     Err(Error::input("the checkpoint's predictions are not finite on this text")
         .hint("check the checkpoint with `atom verify`"))
 }
+
+fn xv(n: &str, d: f32) -> f32 { std::env::var(n).ok().and_then(|v| v.parse().ok()).unwrap_or(d) }
