@@ -36,5 +36,7 @@ pub use stored::{
 };
 pub use stream::{CalibrationTokens, Stream};
 pub use tensors::{expect, vector};
-pub use trained::{BlockValues, LinearValues, NetworkGradient, SiteValues, TrainedNetwork};
+pub use trained::{
+    BlockValues, LinearValues, NetworkGradient, SiteValues, TrainedNetwork, trained_values,
+};
 pub use weights::BlockWeights;

@@ -77,39 +77,31 @@ pub struct TrainedNetwork<'a, B: Train> {
 }
 
 impl<'a, B: Train> TrainedNetwork<'a, B> {
-    /// Loads all of a checkpoint, and returns what is trained with it: each block's values and the last norm.
+    /// Loads all of a checkpoint.
     ///
     /// # Errors
-    /// Input: the network has experts, or a tensor cannot be read.
-    pub fn load(
-        model: &Runnable<'a, B>,
-        seq_len: usize,
-    ) -> Result<(Self, Vec<BlockValues>, Vec<f32>)> {
+    /// Input: a tensor cannot be read.
+    pub fn load(model: &Runnable<'a, B>, seq_len: usize) -> Result<Self> {
         let Runnable { backend, tensors, ref architecture, kv, .. } = *model;
         let table = [architecture.vocabulary, architecture.hidden];
         let embedding = backend.load(expect(tensors, EMBEDDING, &table)?)?;
-        let (mut blocks, mut values) = (Vec::new(), Vec::new());
+        let mut blocks = Vec::new();
         for index in 0..architecture.blocks {
-            let LoadedBlock { weights, stored } = model.load(index)?;
-            let Some(StoredBlock { sites, key_mean }) = stored else {
-                return Err(Error::input(format!("{} is not quantized", model.name)));
-            };
-            values.push(BlockValues::of(&weights, &sites));
+            let (weights, StoredBlock { sites, key_mean }) = quantized(model, index)?;
             let sites = sites.into_iter().map(|site| site.restore(backend));
             blocks.push(TrainedBlock { weights, sites: sites.collect::<Result<_>>()?, key_mean });
         }
         let norm = expect(tensors, FINAL_NORM, &[architecture.hidden])?.to_f32()?;
         let head = backend.load(expect(tensors, architecture.head_name(), &table)?)?;
-        let network = Self {
+        Ok(Self {
             backend,
             attention: attention_spec(architecture, kv, seq_len),
             architecture: architecture.clone(),
             embedding,
             blocks,
-            final_norm: row(backend, norm.clone())?,
+            final_norm: row(backend, norm)?,
             head: backend.loss_head(&head)?,
-        };
-        Ok((network, values, norm))
+        })
     }
 
     /// Sets a block's values.
@@ -230,6 +222,30 @@ impl LinearValues {
         let scale = linear.format.row.numbers.scale;
         Self { scale, scales: linear.scales.clone(), outlier_scales }
     }
+}
+
+/// What is trained of a checkpoint, as it holds it: each block's values, and the last norm.
+///
+/// # Errors
+/// Input: a tensor cannot be read.
+pub fn trained_values<B: Train>(model: &Runnable<'_, B>) -> Result<(Vec<BlockValues>, Vec<f32>)> {
+    let blocks = (0..model.architecture.blocks).map(|index| {
+        let (weights, StoredBlock { sites, .. }) = quantized(model, index)?;
+        Ok(BlockValues::of(&weights, &sites))
+    });
+    let blocks = blocks.collect::<Result<_>>()?;
+    let norm = expect(model.tensors, FINAL_NORM, &[model.architecture.hidden])?;
+    Ok((blocks, norm.to_f32()?))
+}
+
+/// A block of a checkpoint.
+fn quantized<'a, B: Train>(
+    model: &Runnable<'a, B>,
+    index: usize,
+) -> Result<(BlockWeights<'a, B>, StoredBlock)> {
+    let LoadedBlock { weights, stored } = model.load(index)?;
+    let stored = stored.ok_or_else(|| Error::input(format!("{} is not quantized", model.name)))?;
+    Ok((weights, stored))
 }
 
 fn row<B: Train>(backend: &B, data: Vec<f32>) -> Result<B::Hidden> {

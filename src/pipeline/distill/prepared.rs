@@ -21,7 +21,7 @@ use crate::checkpoint::{
     SideFile, Source, Writer,
 };
 use crate::model::{Architecture, read_manifest};
-use crate::network::{Runnable, TrainedNetwork, network};
+use crate::network::{Runnable, TrainedNetwork, network, trained_values};
 use crate::pipeline::prepare::Draw;
 use crate::progress::Progress;
 use crate::{Error, Result};
@@ -189,7 +189,7 @@ impl<'a> Prepared<'a> {
     ) -> Result<(Parameters, TrainingState, usize)> {
         let Course { steps, seq_len, .. } = self.course;
         let (tokens, source) = (&self.tokens[..], self.distillation.source);
-        let (loaded, blocks, final_norm) = TrainedNetwork::load(model, seq_len)?;
+        let (blocks, final_norm) = trained_values(model)?;
         let parameters = Parameters::new(NetworkValues { blocks, final_norm }, self.norm_type);
         let kept = writer.state()?;
         let kept = kept.and_then(|bytes| TrainingState::from_bytes(&bytes, parameters.count()));
@@ -200,10 +200,9 @@ impl<'a> Prepared<'a> {
         }
         let is_complete = state.measured.curve.last().is_some_and(|point| point.step == steps);
         if !is_complete {
-            // Weights and states of the source are not there together with those of the checkpoint.
-            drop(loaded);
+            // The checkpoint is loaded when the source's blocks and streams are gone.
             let reference = Reference::measure(backend, source, tokens, seq_len, progress)?;
-            let (network, ..) = TrainedNetwork::load(model, seq_len)?;
+            let network = TrainedNetwork::load(model, seq_len)?;
             let mut training = Training {
                 backend,
                 network,

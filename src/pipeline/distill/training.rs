@@ -135,10 +135,10 @@ impl<B: Train> Training<'_, '_, B> {
         let factor = schedule(state.measured.steps, steps);
         let rates = self.parameters.kinds().map(|(kind, range)| {
             let rate = match kind {
-                Trained::Scale => xv("X_S", RATES.scales),
-                Trained::OutlierScale => xv("X_O", RATES.outlier_scales),
-                Trained::Norm => xv("X_N", RATES.norms),
-                Trained::Clip => xv("X_C", RATES.clips),
+                Trained::Scale => RATES.scales,
+                Trained::OutlierScale => RATES.outlier_scales,
+                Trained::Norm => RATES.norms,
+                Trained::Clip => RATES.clips,
             };
             (rate * factor, range)
         });
@@ -182,5 +182,3 @@ fn check_finite(nats: f64) -> Result<()> {
     Err(Error::input("the checkpoint's predictions are not finite on this text")
         .hint("check the checkpoint with `atom verify`"))
 }
-
-fn xv(n: &str, d: f32) -> f32 { std::env::var(n).ok().and_then(|v| v.parse().ok()).unwrap_or(d) }
