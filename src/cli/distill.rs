@@ -8,6 +8,7 @@ use super::args::{
     DeviceFlag, IgnoreFlag, OfflineFlag, Opened, OutputFlags, WindowFlag, text_files,
 };
 use super::{Output, Ui, names, values};
+use crate::backend::Exchange;
 use crate::backend::cpu::Cpu;
 use crate::checkpoint::Source;
 use crate::network::Model;
@@ -88,6 +89,14 @@ impl DistillFlag {
     pub(crate) fn check(&self, seq_len: usize) -> Result<()> {
         self.distill.map_or(Ok(()), |tokens| distill::course_of(tokens, seq_len).map(drop))
     }
+
+    /// Refuses a backend that cannot train, before any work.
+    ///
+    /// # Errors
+    /// Those of [`trainer`].
+    pub(crate) fn check_backend(&self, opened: &Opened) -> Result<()> {
+        self.distill.map_or(Ok(()), |_| trainer(opened).map(drop))
+    }
 }
 
 /// [`DEFAULT_TOKENS`], as it is typed.
@@ -143,9 +152,13 @@ fn source(arguments: &Arguments, model: Model, progress: &dyn Progress) -> Resul
 /// The backend, where it has a backward pass.
 ///
 /// # Errors
-/// A machine error: a GPU has none.
+/// A machine error: a GPU has none. Usage: several ranks share the run.
 pub(crate) fn trainer(opened: &Opened) -> Result<&Cpu> {
     match opened {
+        Opened::Cpu(cpu, _) if cpu.ranks().ranks() > 1 => Err(Error::usage(
+            "distillation runs on one rank alone",
+        )
+        .hint("quantize on several without --distill, then run `atom distill` on the checkpoint")),
         Opened::Cpu(cpu, _) => Ok(cpu),
         Opened::Cuda(_) => {
             Err(Error::machine("distillation runs on the CPU alone so far")

@@ -66,6 +66,7 @@ pub(crate) fn run(
 /// The part of one rank.
 fn on_rank(arguments: &Arguments, team: &Team, ui: &Ui, output: &Output) -> Result<()> {
     let backend = team.open(&arguments.device)?;
+    arguments.training.check_backend(&backend)?;
     let model = &arguments.model.model;
     let hub = arguments.model.hub(ui)?;
     let source = team.first_alone(|| arguments.model.source(&hub, ui))?;

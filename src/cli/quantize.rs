@@ -108,6 +108,7 @@ fn on_rank(
     output: &Output,
 ) -> Result<()> {
     let backend = team.open(&arguments.device)?;
+    arguments.training.check_backend(&backend)?;
     let hub = arguments.model.hub(ui)?;
     let source = team.first_alone(|| arguments.model.source(&hub, ui))?;
     let calibration = team.first_alone(|| arguments.calibration.load(&arguments.length, &hub))?;
