@@ -2,7 +2,7 @@
 
 use super::Card;
 use crate::checkpoint::plan::SitePlan;
-use crate::checkpoint::{HubOrigin, Manifest, SetUsed};
+use crate::checkpoint::{DistillationRecord, HubOrigin, Manifest, SetUsed};
 use crate::printable::{printable, quoted};
 use crate::recipe::{self, Recipe};
 use crate::units;
@@ -83,10 +83,26 @@ impl Card<'_> {
         );
         if calibration.sets.is_empty() {
             let dataset = set_name(&calibration.dataset);
-            return format!("## Calibration\n\n{windows}, drawn from {}.\n", code(&dataset));
+            let text = format!("## Calibration\n\n{windows}, drawn from {}.\n", code(&dataset));
+            return text + &self.distillation();
         }
         let rows: String = calibration.sets.iter().map(set_row).collect();
-        format!("## Calibration\n\n{windows}.\n\n| text | windows | file |\n|---|---:|---|\n{rows}")
+        let table = format!("| text | windows | file |\n|---|---:|---|\n{rows}");
+        format!("## Calibration\n\n{windows}.\n\n{table}{}", self.distillation())
+    }
+
+    /// How the checkpoint was trained afterwards, if it was.
+    fn distillation(&self) -> String {
+        let Some(record) = &self.manifest.distillation else { return String::new() };
+        let DistillationRecord { text, steps, windows_per_step, before, after, .. } = record;
+        format!(
+            "\nAfterwards scales, norms and clip ratios were trained by the source's predictions: {} of {} of {} tokens of {}. The \
+             divergence from the source on windows held back fell from {before:.4} to {after:.4} nats a token.\n",
+            units::counted(*steps, "step"),
+            units::counted(*windows_per_step, "window"),
+            text.seq_len,
+            code(&set_name(&text.dataset))
+        )
     }
 
     fn accuracy(&self) -> String {

@@ -59,6 +59,17 @@ pub struct DistilledStep {
 }
 
 impl DistillationRecord {
+    /// What it was trained on, and what that gained.
+    pub fn in_words(&self) -> String {
+        let Self { steps, windows_per_step, before, after, ref text, .. } = *self;
+        let change = crate::units::change(after / before);
+        format!(
+            "{steps} steps of {windows_per_step} windows of {} tokens of {}; {before:.4} -> {after:.4} nats a token ({change}) on \
+             windows held back",
+            text.seq_len, text.dataset
+        )
+    }
+
     /// Refuses measurements that are none.
     ///
     /// # Errors

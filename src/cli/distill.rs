@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::args::{
-    DeviceFlag, IgnoreFlag, OfflineFlag, Opened, OutputFlags, WindowFlag, text_files,
+    DeviceFlag, IgnoreFlag, OfflineFlag, Opened, OverwriteFlag, WindowFlag, text_files,
 };
 use super::{Output, Ui, names, values};
 use crate::backend::Exchange;
 use crate::backend::cpu::Cpu;
-use crate::checkpoint::Source;
+use crate::checkpoint::{Destination, Source};
 use crate::network::Model;
+use crate::pipeline;
 use crate::pipeline::distill::{self, DEFAULT_TOKENS, Distillation, DistillationWindows};
 use crate::printable::{printable, quoted};
 use crate::progress::Progress;
@@ -20,9 +21,9 @@ use crate::{Error, Result};
 
 const EXAMPLES: &str = "\
 Examples:
-  atom distill tiny-llama-atom-w4a4-g128 --reference tiny-llama --tokens 16384 --seq-len 256
+  atom distill tiny-llama-atom-w4a4-g128 --reference tiny-llama --tokens 10000
   atom distill ./SmolLM2-atom-w4a4-g64 --reference ./SmolLM2 --calib wiki.jsonl
-  atom distill ./SmolLM2-atom-w4a4-g64 --reference ./SmolLM2 --calib wikitext2,c4 --dry-run
+  atom distill ./SmolLM2-atom-w4a4-g64 --reference ./SmolLM2 --dry-run
 
 Codes, orders and sizes stay: what kernels and exports read is the same. Windows that are held back choose the step \
 that is kept; where training does not improve them, nothing is written. See docs/distillation.md.";
@@ -57,8 +58,15 @@ pub(crate) struct Arguments {
     seed: u64,
     #[command(flatten, next_help_heading = "Training")]
     length: WindowFlag,
+    /// Directory of the distilled checkpoint [default: ./<name>-distilled]
+    #[arg(long, value_name = "DIR", help_heading = "Output")]
+    out: Option<PathBuf>,
+    /// Insist on the unfinished run in the output's place: continue it, never throw it away. The same command
+    /// continues it without this flag too
+    #[arg(long, help_heading = "Output")]
+    resume: bool,
     #[command(flatten)]
-    output: OutputFlags,
+    overwrite: OverwriteFlag,
     /// Check everything that can be checked in seconds, say what would be done, and stop
     #[arg(long, help_heading = "Output")]
     dry_run: bool,
@@ -115,8 +123,12 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     };
     let source = source(arguments, Model::open(&hub, &arguments.reference, None)?, ui)?;
     let text = TextSet::load(&arguments.calib, Split::Calibration, &hub)?;
-    let default = || Ok(names::distilled_out(&shown));
-    let destination = arguments.output.destination(default, text_files(&arguments.calib))?;
+    let destination = Destination {
+        out: arguments.out.clone().unwrap_or_else(|| names::distilled_out(&shown)),
+        overwrite: arguments.overwrite.overwrite,
+        inputs: text_files(&arguments.calib),
+    };
+    let destination = pipeline::Output { destination, resume: arguments.resume };
     let distillation = Distillation {
         checkpoint: &checkpoint,
         source: &source,

@@ -81,6 +81,9 @@ pub struct InspectOutcome {
     pub source: Option<String>,
     /// The calibration windows, in words.
     pub calibration: Option<String>,
+    /// What it was trained on afterwards and what that gained, in words, if it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distillation: Option<String>,
     /// The program that wrote it, `atom 0.1.0`.
     pub tool_version: Option<String>,
     /// Every quantized linear, in the model's order; empty for a source.
@@ -122,6 +125,7 @@ fn inspect_source(source: &Source) -> Result<InspectOutcome> {
         kv: None,
         source: None,
         calibration: None,
+        distillation: None,
         tool_version: None,
         linears: Vec::new(),
     })
@@ -130,7 +134,8 @@ fn inspect_source(source: &Source) -> Result<InspectOutcome> {
 fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
     let architecture = Architecture::read(checkpoint.config(), &checkpoint.config_file())?;
     let manifest = read_manifest(checkpoint, &architecture)?;
-    let Manifest { kv, blocks, recipe, source, calibration, tool_version, .. } = manifest;
+    let Manifest { kv, blocks, recipe, source, calibration, distillation, tool_version, .. } =
+        manifest;
     let mut linears = Vec::new();
     for site in blocks.iter().flatten() {
         for linear in site.linears.iter().filter(|linear| linear.bits < 16) {
@@ -165,6 +170,7 @@ fn inspect_atom(checkpoint: &AtomCheckpoint) -> Result<InspectOutcome> {
             let Provenance { dataset, samples, seq_len, seed, .. } = calibration;
             format!("{samples} windows of {seq_len} tokens of {dataset}, seed {seed}")
         }),
+        distillation: distillation.map(|record| record.in_words()),
         tool_version: Some(format!("atom {tool_version}")),
         linears,
     })

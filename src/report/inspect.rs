@@ -24,6 +24,7 @@ impl Report for InspectOutcome {
         for (label, value) in [
             ("source", &self.source),
             ("calibration", &self.calibration),
+            ("distillation", &self.distillation),
             ("written by", &self.tool_version),
         ] {
             if let Some(value) = value {
@@ -79,6 +80,7 @@ mod tests {
             kv: None,
             source: None,
             calibration: None,
+            distillation: None,
             tool_version: None,
             linears: Vec::new(),
         }
@@ -118,6 +120,7 @@ tensors       38, 8.9 MB
             kv: Some("int4 per token and head".into()),
             source: Some("tiny-llama".into()),
             calibration: Some("sample, 128 windows of 2048 tokens, seed 0".into()),
+            distillation: None,
             tool_version: Some("atom 0.1.0".into()),
             linears: vec![
                 linear("model.layers.0.mlp.down_proj", Some(0.0612)),

@@ -302,7 +302,7 @@ fn what_cannot_be_distilled_is_refused_by_name() {
     let (source, checkpoint) = quantized(&recipe(), &home.path().join("q"));
     let config: serde_json::Value = serde_json::json!({"model_type": "mixtral",
         "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
-        "num_attention_heads": 4, "vocab_size": 100});
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 100});
     let experts = crate::model::Architecture::from_config(&config).unwrap();
     let error = check_trainable(&experts).unwrap_err();
     assert!(error.message().contains("8 in a block"), "{error}");
