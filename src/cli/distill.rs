@@ -6,10 +6,10 @@ use clap::Args;
 
 use super::args::{
     DeviceFlag, IgnoreFlag, OfflineFlag, Opened, OverwriteFlag, WindowFlag, text_files,
+    with_backend,
 };
 use super::{Output, Ui, names, values};
 use crate::backend::Exchange;
-use crate::backend::cpu::Cpu;
 use crate::checkpoint::{Destination, Source};
 use crate::network::Model;
 use crate::pipeline;
@@ -98,12 +98,21 @@ impl DistillFlag {
         self.distill.map_or(Ok(()), |tokens| distill::course_of(tokens, seq_len).map(drop))
     }
 
-    /// Refuses a backend that cannot train, before any work.
+    /// Refuses several ranks, before any work.
     ///
     /// # Errors
-    /// Those of [`trainer`].
-    pub(crate) fn check_backend(&self, opened: &Opened) -> Result<()> {
-        self.distill.map_or(Ok(()), |_| trainer(opened).map(drop))
+    /// Usage.
+    pub(crate) fn check_ranks(&self, opened: &Opened) -> Result<()> {
+        let ranks = match opened {
+            Opened::Cpu(cpu, _) => cpu.ranks().ranks(),
+            Opened::Cuda(cuda) => cuda.ranks().ranks(),
+        };
+        if self.distill.is_none() || ranks == 1 {
+            return Ok(());
+        }
+        Err(Error::usage("distillation runs on one rank alone").hint(
+            "quantize on several without --distill, then run `atom distill` on the checkpoint",
+        ))
     }
 }
 
@@ -113,8 +122,6 @@ const DEFAULT_TEXT: &str = "819200";
 pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()> {
     distill::course_of(arguments.tokens, arguments.length.seq_len)?;
     let backend = arguments.device.open()?;
-    backend.announce(ui);
-    let backend = trainer(&backend)?;
     let hub = arguments.offline.hub(ui)?;
     let shown = arguments.checkpoint.to_string_lossy();
     let Model::Atom(checkpoint) = Model::open(&hub, &shown, None)? else {
@@ -142,10 +149,15 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
         always_writes: false,
     };
     if arguments.dry_run {
-        return output.write(&distill::distill_dry_run(backend, &distillation, ui)?);
+        let found = with_backend!(&backend, ui, backend => {
+            distill::distill_dry_run(backend, &distillation, ui)
+        })?;
+        return output.write(&found);
     }
     ui.info(&format!("distilling {}", printable(checkpoint.name())));
-    let outcome = distill::distill(backend, &distillation, ui)?;
+    let outcome = with_backend!(&backend, ui, backend => {
+        distill::distill(backend, &distillation, ui)
+    })?;
     ui.close();
     output.write(&outcome)
 }
@@ -157,24 +169,6 @@ fn source(arguments: &Arguments, model: Model, progress: &dyn Progress) -> Resul
         Model::Atom(checkpoint) => {
             Err(Error::input(format!("{} is an Atom checkpoint, not a source", checkpoint.title()))
                 .hint("give --reference the model that the checkpoint was quantized from"))
-        }
-    }
-}
-
-/// The backend, where it has a backward pass.
-///
-/// # Errors
-/// A machine error: a GPU has none. Usage: several ranks share the run.
-pub(crate) fn trainer(opened: &Opened) -> Result<&Cpu> {
-    match opened {
-        Opened::Cpu(cpu, _) if cpu.ranks().ranks() > 1 => Err(Error::usage(
-            "distillation runs on one rank alone",
-        )
-        .hint("quantize on several without --distill, then run `atom distill` on the checkpoint")),
-        Opened::Cpu(cpu, _) => Ok(cpu),
-        Opened::Cuda(_) => {
-            Err(Error::machine("distillation runs on the CPU alone so far")
-                .hint("add --device cpu"))
         }
     }
 }

@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Deserialize;
 
 use super::args::{DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag, with_backend};
-use super::distill::{DistillFlag, trainer};
+use super::distill::DistillFlag;
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::perplexity_change::with_perplexity;
 use super::ranks::{RanksFlags, Team};
@@ -66,7 +66,7 @@ pub(crate) fn run(
 /// The part of one rank.
 fn on_rank(arguments: &Arguments, team: &Team, ui: &Ui, output: &Output) -> Result<()> {
     let backend = team.open(&arguments.device)?;
-    arguments.training.check_backend(&backend)?;
+    arguments.training.check_ranks(&backend)?;
     let model = &arguments.model.model;
     let hub = arguments.model.hub(ui)?;
     let source = team.first_alone(|| arguments.model.source(&hub, ui))?;
@@ -81,13 +81,13 @@ fn on_rank(arguments: &Arguments, team: &Team, ui: &Ui, output: &Output) -> Resu
         output: &destination,
         evaluation: evaluation.as_ref(),
     };
-    let distilled = match arguments.training.distill {
-        None => None,
-        Some(tokens) => Some(distill::pack_and_distill(trainer(&backend)?, &packing, tokens, ui)?),
-    };
     let outcome = with_backend!(&backend, ui, backend => {
-        let outcome = match distilled {
-            Some((outcome, distilled)) => outcome.distilled(distilled),
+        let outcome = match arguments.training.distill {
+            Some(tokens) => {
+                let (outcome, distilled) =
+                    distill::pack_and_distill(backend, &packing, tokens, ui)?;
+                outcome.distilled(distilled)
+            }
             None => pipeline::pack(backend, &packing, ui)?,
         };
         with_perplexity(backend, &source, outcome, packing.evaluation, ui)?

@@ -7,7 +7,7 @@ use clap::Args;
 use super::args::{
     CalibrationFlags, DeviceFlag, EvaluationFlags, ModelFlag, OutputFlags, WindowFlag, with_backend,
 };
-use super::distill::{DistillFlag, trainer};
+use super::distill::DistillFlag;
 use super::exports::ExportFlag;
 use super::limits::{MaxIncrease, MaxPerplexity};
 use super::perplexity_change::with_perplexity;
@@ -108,7 +108,7 @@ fn on_rank(
     output: &Output,
 ) -> Result<()> {
     let backend = team.open(&arguments.device)?;
-    arguments.training.check_backend(&backend)?;
+    arguments.training.check_ranks(&backend)?;
     let hub = arguments.model.hub(ui)?;
     let source = team.first_alone(|| arguments.model.source(&hub, ui))?;
     let calibration = team.first_alone(|| arguments.calibration.load(&arguments.length, &hub))?;
@@ -140,17 +140,14 @@ fn on_rank(
     }
     let name = printable(source.name());
     ui.info(&format!("quantizing {name}\n{}", crate::recipe::lines(&recipe)));
-    let distilled = match arguments.training.distill {
-        None => None,
-        Some(tokens) => {
-            let backend = trainer(&backend)?;
-            Some(distill::quantize_and_distill(backend, &quantization, tokens, ui)?)
-        }
-    };
     let outcome = with_backend!(&backend, ui, backend => {
         let outcome = match &allocating {
-            None => match distilled {
-                Some((outcome, distilled)) => outcome.distilled(distilled),
+            None => match arguments.training.distill {
+                Some(tokens) => {
+                    let (outcome, distilled) =
+                        distill::quantize_and_distill(backend, &quantization, tokens, ui)?;
+                    outcome.distilled(distilled)
+                }
                 None => pipeline::quantize(backend, &quantization, ui)?,
             },
             Some(allocating) => {
