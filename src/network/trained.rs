@@ -169,7 +169,7 @@ impl<'a, B: Train> TrainedNetwork<'a, B> {
             backend.rms_norm_backward(&x, &self.final_norm, epsilon, &d_normed, None)?;
         drop((x, d_normed));
         let mut blocks = Vec::with_capacity(self.blocks.len());
-        for (block, input) in self.blocks.iter().zip(inputs.into_iter()).rev() {
+        for (block, input) in self.blocks.iter().zip(inputs).rev() {
             checkpoint()?;
             let running = self.running(block)?;
             let (d_input, gradient) =

@@ -142,7 +142,7 @@ fn transformed(x: &mut [f64]) {
     for values in x.chunks_mut(block) {
         let from = values.to_vec();
         for (i, value) in values.iter_mut().enumerate() {
-            let sign = |j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+            let sign = |j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
             let sum: f64 = from.iter().enumerate().map(|(j, x)| sign(j) * x).sum();
             *value = sum / (block as f64).sqrt();
         }
@@ -215,7 +215,7 @@ impl PlainAttention<'_> {
     }
 
     /// Keys and values as they are quantized.
-    fn into_cache(&self, k: &[f64], v: &[f64]) -> [Vec<f64>; 2] {
+    fn to_cache(&self, k: &[f64], v: &[f64]) -> [Vec<f64>; 2] {
         let (mut k, mut v) = (k.to_vec(), v.to_vec());
         if self.spec.kv.after_rope {
             self.embed(&mut k, self.spec.kv_heads);
@@ -233,7 +233,7 @@ impl PlainAttention<'_> {
         let AttentionSpec { heads, kv_heads, head_dim, seq_len, .. } = *self.spec;
         let mut q = q.to_vec();
         self.embed(&mut q, heads);
-        let [k, v] = self.into_cache(k, v);
+        let [k, v] = self.to_cache(k, v);
         let (mut k, v) = (frozen[0].of(&k), frozen[1].of(&v));
         if self.spec.kv.after_rope {
             self.rotate(&mut q);
@@ -309,8 +309,8 @@ fn attention_has_the_gradient_of_the_definition() {
         let found = cpu.attention_backward(&spec, &qkv, mean.as_ref(), copy(&d_heads)).unwrap();
         let plain = PlainAttention { spec: &spec, mean: mean.as_ref().map(|mean| &mean.data[..]) };
         let base = [&qkv.q, &qkv.k, &qkv.v].map(|x| wide(&x.data));
-        let into = plain.into_cache(&base[1], &base[2]);
-        let frozen = into.map(|x| Frozen::at(&kv, &x, head_dim));
+        let cached = plain.to_cache(&base[1], &base[2]);
+        let frozen = cached.map(|x| Frozen::at(&kv, &x, head_dim));
         let outputs = plain.run([&base[0], &base[1], &base[2]], &frozen);
         let copies = Qkv { q: copy(&qkv.q), k: copy(&qkv.k), v: copy(&qkv.v) };
         let own = cpu.attention(&spec, None, copies, mean.as_ref()).unwrap();

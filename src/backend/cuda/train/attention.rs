@@ -104,7 +104,7 @@ impl Cuda {
         let (d_scores, weights) = (square(d_weights), square(scores));
         self.times(d_scores, keys, of(&all.d_queries, head), outer, Sum::Fresh)?;
         // The heads that share a key and value head follow one another.
-        let sum = if head % group == 0 { Sum::Fresh } else { Sum::Added };
+        let sum = if head.is_multiple_of(group) { Sum::Fresh } else { Sum::Added };
         self.transposed_times(d_scores, queries, of(&all.d_keys, kv_head), outer, sum)?;
         self.transposed_times(weights, d_outputs, of(&all.d_values, kv_head), outer, sum)
     }
