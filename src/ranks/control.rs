@@ -14,14 +14,26 @@ use serde::{Deserialize, Serialize};
 use super::frames::{read_frame, write_frame};
 use crate::{Error, Kind};
 
-/// Between two signs of life.
-const BEAT: Duration = Duration::from_secs(1);
-/// Without a sign of life for so long, a rank is named.
-const SILENT: Duration = Duration::from_secs(30);
-/// Without a sign of life for so long, a rank is given up.
-const GONE: Duration = Duration::from_secs(300);
-/// Ranks that wait for another for so long say for which.
-const WAITING: Duration = Duration::from_secs(60);
+/// How long ranks wait before they say so or give up.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// Between two signs of life.
+    pub(super) beat: Duration,
+    /// Without a sign of life for so long, a rank is named.
+    pub(super) silent: Duration,
+    /// Without a sign of life for so long, a rank is given up.
+    pub(super) gone: Duration,
+    /// Ranks that wait for another for so long say for which.
+    pub(super) waiting: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        let [beat, silent, gone, waiting] = [1, 30, 300, 60].map(Duration::from_secs);
+        Self { beat, silent, gone, waiting }
+    }
+}
+
 /// What a process has from the error of another rank to its own end.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -105,6 +117,7 @@ pub(super) struct Control {
     notify: Notify,
     /// Whether a failure that the work does not notice ends the process.
     ends_process: bool,
+    patience: Patience,
 }
 
 impl Control {
@@ -115,7 +128,7 @@ impl Control {
         links: Vec<(usize, TcpStream)>,
         data: Vec<TcpStream>,
         notify: Notify,
-        ends_process: bool,
+        (ends_process, patience): (bool, Patience),
     ) -> std::io::Result<Arc<Self>> {
         let mut readers = Vec::new();
         let mut seen: Vec<Option<Seen>> = hosts.iter().map(|_| None).collect();
@@ -134,6 +147,7 @@ impl Control {
             data: Mutex::new(data),
             notify,
             ends_process,
+            patience,
         });
         for (other, link) in readers {
             let control = Arc::clone(&control);
@@ -238,11 +252,11 @@ impl Control {
             if let Some(failure) = self.silent() {
                 return self.fail(failure);
             }
-            if self.rank == 0 && said_waiting.elapsed() > WAITING {
+            if self.rank == 0 && said_waiting.elapsed() > self.patience.waiting {
                 said_waiting = Instant::now();
                 self.name_late(waiting);
             }
-            sleep(BEAT);
+            sleep(self.patience.beat);
         }
     }
 
@@ -252,14 +266,14 @@ impl Control {
         for (other, seen) in state.seen.iter_mut().enumerate() {
             let Some(seen) = seen.as_mut().filter(|seen| !seen.done) else { continue };
             let silent = seen.last.elapsed();
-            if silent > GONE {
+            if silent > self.patience.gone {
                 let (host, seconds) = (&self.hosts[other], silent.as_secs());
                 let message = format!("no sign of life from {host} for {seconds} s");
                 let error = Error::machine(message);
                 let error = error.hint("is it stopped, or its host or network down?");
                 return Some(Failure { vanished: true, ..Failure::of(other, &error) });
             }
-            if silent > SILENT && !std::mem::replace(&mut seen.said, true) {
+            if silent > self.patience.silent && !std::mem::replace(&mut seen.said, true) {
                 let (name, seconds) = (self.name(other), silent.as_secs());
                 (self.notify)(format!(
                     "{name} has given no sign of life for {seconds} s: is it stopped, or its host or network down?"
@@ -276,7 +290,7 @@ impl Control {
             true => own,
             false => state.seen[rank].as_ref().and_then(|seen| seen.waiting),
         };
-        let long = |(_, seconds): &(usize, u64)| *seconds >= WAITING.as_secs();
+        let long = |(_, seconds): &(usize, u64)| *seconds >= self.patience.waiting.as_secs();
         let mut late: Vec<(usize, u64)> =
             (0..self.hosts.len()).filter_map(|rank| waiting(rank).filter(long)).collect();
         late.retain(|(other, _)| waiting(*other).is_none());
@@ -337,6 +351,12 @@ impl Control {
     /// Whether rank 0 knows the error that this rank has ended with: unless it is rank 0 that is gone.
     pub(super) fn told(&self) -> bool {
         self.state().failure.as_ref().is_some_and(|failure| failure.rank != 0 || !failure.vanished)
+    }
+
+    /// Gives no sign of life any more, as a process that is stopped.
+    #[cfg(test)]
+    pub(super) fn freeze(&self) {
+        self.state().ended = true;
     }
 
     /// Closes everything, as the system does for a process that was killed.

@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::control::{Control, Notify};
+use super::control::{Control, Notify, Patience};
 use super::rendezvous::{Connections, Waiting, meet};
 use super::{Collectives, Place};
 use crate::{Error, Result};
@@ -45,7 +45,7 @@ impl TcpRanks {
         check: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Self> {
         let connections = meet(&place, listener, &mut Waiting { notify: &*notify, check })?;
-        Self::of(place, connections, notify, unnoticed)
+        Self::of(place, connections, notify, (unnoticed, Patience::default()))
             .map_err(|error| Error::machine(format!("a connection between ranks failed: {error}")))
     }
 
@@ -53,7 +53,7 @@ impl TcpRanks {
         place: Place,
         connections: Connections,
         notify: Notify,
-        unnoticed: Unnoticed,
+        (unnoticed, patience): (Unnoticed, Patience),
     ) -> io::Result<Self> {
         let Connections { control, data, hosts } = connections;
         let mut peers: Vec<Option<Peer>> = (0..place.ranks).map(|_| None).collect();
@@ -68,6 +68,7 @@ impl TcpRanks {
             link.set_nodelay(true)?;
         }
         let ends = unnoticed == Unnoticed::EndsProcess;
+        let ends = (ends, patience);
         let control = Control::begin(place.rank, hosts, control, closed, notify, ends)?;
         Ok(Self { place, control, peers })
     }

@@ -92,6 +92,68 @@ fn a_process_that_vanishes_ends_the_others() {
     }
 }
 
+/// Two ranks that are soon impatient, and what rank 0 says meanwhile.
+fn impatient(work: impl Fn(&TcpRanks) -> Result<()> + Sync) -> (Vec<Result<()>>, Vec<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = &listener.local_addr().unwrap().to_string();
+    let mut listener = Some(listener);
+    let said = Arc::new(Mutex::new(Vec::new()));
+    let [beat, silent, gone, waiting] = [10, 200, 2500, 1000].map(Duration::from_millis);
+    let patience = Patience { beat, silent, gone, waiting };
+    let results = scope(|scope| {
+        let work = &work;
+        let threads = [0, 1].map(|rank| {
+            let (listener, said) = (listener.take(), Arc::clone(&said));
+            scope.spawn(move || {
+                let notify: Notify = match rank {
+                    0 => Arc::new(move |sentence| said.lock().unwrap().push(sentence)),
+                    _ => quiet(),
+                };
+                let place = place(rank, 2, address);
+                let waiting = &mut Waiting { notify: &|_| {}, check: &mut || Ok(()) };
+                let connections = meet(&place, listener, waiting).unwrap();
+                let options = (Unnoticed::GoesOn, patience);
+                let own = TcpRanks::of(place, connections, notify, options).unwrap();
+                own.finish(work(&own))
+            })
+        });
+        threads.map(|thread| thread.join().unwrap()).into()
+    });
+    let said = said.lock().unwrap().clone();
+    (results, said)
+}
+
+#[test]
+fn a_rank_that_others_wait_for_is_named_and_waited_for() {
+    let (results, said) = impatient(|own| {
+        if own.rank() == 1 {
+            std::thread::sleep(Duration::from_millis(2600));
+            return own.send(0, &[1]);
+        }
+        own.receive(1, &mut [0])
+    });
+    assert!(results.iter().all(Result::is_ok));
+    assert!(
+        said.iter().any(|said| said.contains("rank 1 on ") && said.contains("waited for")),
+        "{said:?}"
+    );
+}
+
+#[test]
+fn a_rank_without_signs_of_life_is_named_and_given_up() {
+    let (results, said) = impatient(|own| {
+        if own.rank() == 1 {
+            own.control.freeze();
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        own.receive(1 - own.rank(), &mut [0])
+    });
+    assert!(said[0].contains("rank 1 on ") && said[0].contains("no sign of life"), "{said:?}");
+    let error = results[0].as_ref().unwrap_err();
+    assert!(error.message().starts_with("rank 1: no sign of life from "), "{error}");
+    assert!(results[1].is_err());
+}
+
 #[test]
 fn ranks_that_disagree_are_refused() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
