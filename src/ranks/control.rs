@@ -231,7 +231,8 @@ impl Control {
             let notify = Arc::clone(&self.notify);
             spawn(move || {
                 sleep(GRACE);
-                notify(error.to_string());
+                let hint = error.hint_text().map(|hint| format!("\nhint: {hint}"));
+                notify(format!("error: {error}{}", hint.unwrap_or_default()));
                 std::process::exit(i32::from(failure.code));
             });
         }
