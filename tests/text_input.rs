@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use common::{Home, Run, SMALL, send};
+use common::{Home, Run, SMALL, assert_same_files, send};
 use fs_err as fs;
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -397,4 +397,81 @@ fn names_that_are_no_names_of_files() {
     run("eval-tasks --model model --tasks", b"piqa=").fails(2, &["`piqa=` names no file"]);
     run("quantize --model model --out", b"").fails(2, &["--out"]);
     assert_eq!(home.names(), before);
+}
+
+/// A calibration on what the model writes, `flags` besides.
+fn on_own_text(home: &Home, flags: &str) -> Run {
+    home.run(&format!("quantize --model tiny-llama --device cpu --group 64 --outliers 64 {flags}"))
+}
+
+#[test]
+fn a_model_writes_the_text_that_it_is_calibrated_on() {
+    let home = Home::new();
+    let small = "--samples 6 --seq-len 64 --no-eval";
+    let planned = on_own_text(&home, &format!("--calib self {small} --out one --dry-run"));
+    assert_eq!(planned.done().code, Some(0));
+    assert!(home.names().is_empty(), "a dry run writes nothing");
+    for (out, threads) in [("one", 1), ("two", 2)] {
+        on_own_text(&home, &format!("--calib self {small} --threads {threads} --out {out}")).done();
+    }
+    assert_same_files(&home.path("one"), &home.path("two"));
+    let read = |name: &str| fs::read_to_string(home.path(name)).unwrap();
+    let calibration =
+        |out: &str| serde_json::from_str::<Value>(&read(&format!("{out}/atom.json"))).unwrap();
+    let one = calibration("one")["calibration"].clone();
+    assert_eq!((&one["dataset"], &one["samples"]), (&json!("self"), &json!(6)));
+    assert_eq!(one["sha256"].as_str().unwrap().len(), 64);
+    assert!(
+        read("one/README.md").contains("which the model itself wrote at temperature 1 (`self`)")
+    );
+    assert!(read("one/README.md").contains("--calib self"));
+
+    on_own_text(&home, &format!("--calib self --seed 1 {small} --out other")).done();
+    assert_ne!(calibration("other")["calibration"]["sha256"], one["sha256"]);
+
+    // Two stages give what one pass gives, and a mix takes its share.
+    home.run(&format!(
+        "calibrate --model tiny-llama --device cpu --calib self --samples 6 --seq-len 64 --out own.safetensors"
+    ))
+    .done();
+    home.run("plan own.safetensors --group 64 --outliers 64 --out plan.json").done();
+    home.run("pack --model tiny-llama --device cpu --plan plan.json --no-eval --out packed").done();
+    assert_same_files(&home.path("one"), &home.path("packed"));
+    fs::write(home.path("lines.txt"), "A first line\n\nand a second\n").unwrap();
+    on_own_text(&home, &format!("--calib sample,self=lines.txt {small} --out mixed")).done();
+    let mixed = calibration("mixed")["calibration"].clone();
+    assert_eq!(mixed["dataset"], "sample,self=lines.txt");
+    assert_eq!(mixed["sets"][1]["samples"], 3);
+    assert_ne!(mixed["sets"][1]["sha256"], one["sha256"]);
+}
+
+#[test]
+fn what_a_model_cannot_write_is_refused_before_it_writes() {
+    let home = Home::new();
+    let begin = Instant::now();
+    on_own_text(&home, "--calib self --samples 200000 --seq-len 100000 --out out")
+        .fails(2, &["are 20000000000 tokens"]);
+    on_own_text(&home, "--calib self --samples 2 --seq-len 100000 --no-eval --out out")
+        .fails(2, &["positions", "--seq-len", "hint: "]);
+    on_own_text(&home, "--calib self,self=x --samples 4 --seq-len 64 --out out")
+        .fails(2, &["the model itself twice"]);
+    on_own_text(&home, "--calib self --dataset self --out out")
+        .fails(2, &["`self` is a text to calibrate on"]);
+    on_own_text(&home, "--calib self=absent.txt --samples 4 --seq-len 64 --out out")
+        .fails(3, &["absent.txt"]);
+    fs::write(home.path("blank.txt"), " \n\n").unwrap();
+    on_own_text(&home, "--calib self=blank.txt --samples 4 --seq-len 64 --out out")
+        .fails(3, &["no line to begin with"]);
+    fs::write(home.path("long.txt"), SENTENCE.repeat(40).replace('\n', " ")).unwrap();
+    on_own_text(&home, "--calib self=long.txt --samples 4 --seq-len 64 --no-eval --out out")
+        .fails(3, &["leaves nothing to sample"]);
+    // What is refused without it is refused before the model writes for minutes.
+    fs::create_dir(home.path("taken")).unwrap();
+    fs::write(home.path("taken/notes.txt"), "mine").unwrap();
+    let refused =
+        on_own_text(&home, "--calib self --samples 4096 --seq-len 512 --no-eval --out taken");
+    assert_ne!(refused.code, Some(0));
+    assert!(refused.stderr.contains("taken"), "{}", refused.stderr);
+    assert!(begin.elapsed() < Duration::from_secs(60));
+    assert_eq!(home.names(), ["blank.txt", "long.txt", "taken"]);
 }

@@ -83,7 +83,13 @@ impl Card<'_> {
         );
         if calibration.sets.is_empty() {
             let dataset = set_name(&calibration.dataset);
-            let text = format!("## Calibration\n\n{windows}, drawn from {}.\n", code(&dataset));
+            let text = match is_own(&dataset) {
+                true => format!(
+                    "## Calibration\n\n{windows}, which the model itself wrote at temperature 1 ({}).\n",
+                    code(&dataset)
+                ),
+                false => format!("## Calibration\n\n{windows}, drawn from {}.\n", code(&dataset)),
+            };
             return text + &self.distillation();
         }
         let rows: String = calibration.sets.iter().map(set_row).collect();
@@ -165,6 +171,11 @@ impl Card<'_> {
         let note = if self.is_mixed() { "  # and a plan of bits and outliers" } else { "" };
         words.join(" ") + note
     }
+}
+
+/// Whether a text set is what the model wrote.
+fn is_own(dataset: &str) -> bool {
+    dataset == "self" || dataset.starts_with("self=")
 }
 
 /// What a text set is called in public: of a file its name, without the directories that it lies in.

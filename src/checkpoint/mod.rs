@@ -58,7 +58,7 @@ pub use origin::HubOrigin;
 pub use output::free_bytes;
 pub use output_file::{FileKind, OutputFile};
 pub(crate) use pattern::fits;
-pub use provenance::{DataFile, Provenance, SetUsed};
+pub use provenance::{DataFile, NOT_YET_KNOWN, Provenance, SetUsed};
 pub(crate) use regular::read_named;
 pub use side_files::{SideFile, SideFiles};
 pub(crate) use side_files::{is_legal_file, is_side_file};

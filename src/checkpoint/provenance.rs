@@ -4,12 +4,15 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+/// What stands for a hash in a job that is only looked at, where what is hashed is made in the run itself.
+pub const NOT_YET_KNOWN: &str = "not known yet";
+
 /// Where calibration windows came from; part of a checkpoint's provenance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Provenance {
     /// Name of the text set.
     pub dataset: String,
-    /// SHA-256 of its text.
+    /// SHA-256 of its text; where the model wrote the windows, of their tokens as 32-bit integers, little-endian.
     pub sha256: String,
     /// Windows.
     pub samples: usize,

@@ -21,6 +21,7 @@ use super::destination::foreign_files;
 use super::differences::{Difference, differences};
 use super::envelope::{ATOM, DirectoryKind, EXPORT, is_checkpoint_file, own_files};
 use super::output::{failed, open_plain, planted, sync_directory, write_synced};
+use super::provenance::NOT_YET_KNOWN;
 use super::shards::INDEX;
 use crate::{Error, Result};
 
@@ -321,6 +322,7 @@ fn same_job(dir: &Path, path: &Path, job: &Value) -> Result<()> {
         .map_err(|error| Error::input(format!("the job is no JSON: {error}")))?;
     let differences: Vec<String> = differences(&old, &new)
         .into_iter()
+        .filter(|difference| difference.values[1] != format!("\"{NOT_YET_KNOWN}\""))
         .map(|Difference { key, values: [old, new] }| format!("{key} was {old}, now {new}"))
         .collect();
     if differences.is_empty() {

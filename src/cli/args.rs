@@ -245,8 +245,9 @@ impl OfflineFlag {
 #[command(next_help_heading = "Calibration")]
 pub(crate) struct CalibrationFlags {
     /// Text to calibrate on: `sample` (bundled), `wikitext2`, `ptb` or `c4` (their training parts, from
-    /// the Hub), NAME=FILE (such a set's own file), or a file (text, .jsonl, .json.gz, .csv, .tsv, .parquet).
-    /// Several, with commas, divide the samples evenly, the first ones taking what is left over
+    /// the Hub), NAME=FILE (such a set's own file), a file (text, .jsonl, .json.gz, .csv, .tsv, .parquet), or `self`: what the
+    /// model writes at temperature 1 from random tokens, or from the lines of FILE with self=FILE, for which no text is
+    /// needed. Several, with commas, divide the samples evenly, the first ones taking what is left over
     #[arg(long, value_name = "TEXT", default_value = "sample")]
     calib: String,
     /// Windows drawn, of --seq-len tokens each, from all sets together: anywhere in the text, of c4 inside single documents; of a set no more than it holds

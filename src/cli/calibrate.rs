@@ -7,6 +7,7 @@ use clap::Args;
 use super::args::{
     CalibrationFlags, DeviceFlag, ModelFlag, OverwriteFlag, WindowFlag, with_backend,
 };
+use super::own_text::write_own_text;
 use super::recipe::RecipeFlags;
 use super::target::OUTLIER_COUNTS;
 use super::{Output, Ui, names};
@@ -18,6 +19,7 @@ const EXAMPLES: &str = "\
 Examples:
   atom calibrate --model tiny-llama --samples 8 --seq-len 256
   atom calibrate --model ./SmolLM2 --calib wiki.jsonl
+  atom calibrate --model ./SmolLM2 --calib self --seq-len 1024
   atom calibrate --model ./SmolLM2 --sensitivity --group 64 --outliers 64
 
 With --sensitivity the file also says what each width of a linear and each outlier count of a site \
@@ -77,6 +79,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
     let overwrite = arguments.overwrite.overwrite;
     let file = OutputFile::check(&out, &CALIBRATION_FILE, overwrite, inputs)?;
     let outcome = with_backend!(&backend, ui, backend => {
+        let calibration = write_own_text(backend, &source, calibration, ui)?;
         pipeline::calibrate(backend, &source, &calibration, measuring, &file, ui)
     })?;
     ui.close();

@@ -23,6 +23,7 @@ mod lines;
 mod man;
 mod names;
 mod output;
+mod own_text;
 mod pack;
 mod perplexity_change;
 mod plan;

@@ -10,18 +10,21 @@ use super::args::{
 use super::distill::DistillFlag;
 use super::exports::ExportFlag;
 use super::limits::{MaxIncrease, MaxPerplexity};
+use super::own_text::{self, write_own_text};
 use super::perplexity_change::with_perplexity;
 use super::ranks::{RanksFlags, Team};
 use super::recipe::RecipeFlags;
 use super::report_flag::ReportFlag;
 use super::target::{OUTLIER_COUNTS, TargetFlags};
 use super::{Output, Ui, names};
+use crate::checkpoint::Source;
 use crate::pipeline::outcome::QuantizeOutcome;
-use crate::pipeline::{self, Quantization, distill};
+use crate::pipeline::{self, Calibration, Quantization, distill};
 use crate::printable::printable;
-use crate::progress::Progress;
+use crate::progress::{Progress, Silent};
 use crate::recipe::Recipe;
 use crate::report::Exported;
+use crate::text::Evaluation;
 use crate::{Error, Result};
 
 const EXAMPLES: &str = "\
@@ -30,6 +33,7 @@ Examples:
   atom quantize --model llama-2-7b --calib wikitext2 --dataset wikitext2
   atom quantize --model org/SmolLM2@v1.0 --calib wikitext2,c4 --samples 128
   atom quantize --model ./SmolLM2 --calib wiki.jsonl --group 64 --outliers 64
+  atom quantize --model ./SmolLM2 --calib self --seq-len 1024
   atom quantize --model ./SmolLM2 --recipe paper --no-gptq --dry-run
   atom quantize --model ./SmolLM2 --recipe w4a16 --export compressed-tensors
   atom quantize --model ./SmolLM2 --calib wiki.jsonl --distill
@@ -83,6 +87,21 @@ pub(crate) struct Arguments {
     pub(crate) ranks: RanksFlags,
 }
 
+/// A quantization but for its calibration, which the model may first have to write.
+struct Work<'a> {
+    source: &'a Source,
+    recipe: &'a Recipe,
+    output: &'a pipeline::Output,
+    evaluation: Option<Evaluation>,
+}
+
+impl Work<'_> {
+    fn on<'c>(&'c self, calibration: &'c Calibration) -> Quantization<'c> {
+        let Self { source, recipe, output, evaluation } = self;
+        Quantization { source, calibration, recipe, output, evaluation: evaluation.as_ref() }
+    }
+}
+
 pub(crate) fn run(
     arguments: &Arguments,
     typed: &[OsString],
@@ -112,6 +131,7 @@ fn on_rank(
     let hub = arguments.model.hub(ui)?;
     let source = team.first_alone(|| arguments.model.source(&hub, ui))?;
     let calibration = team.first_alone(|| arguments.calibration.load(&arguments.length, &hub))?;
+    own_text::check_ranks(&calibration, &backend)?;
     let evaluation =
         team.first_alone(|| arguments.evaluation.load(arguments.length.seq_len, &hub))?;
     let inputs = arguments.calibration.inputs().and(arguments.evaluation.inputs());
@@ -125,22 +145,22 @@ fn on_rank(
             .hint("quantize first, then run `atom distill` on the checkpoint"));
     }
     arguments.export.check(&source, &recipe, &destination, allocating.is_some(), ui)?;
-    let quantization = Quantization {
-        source: &source,
-        calibration: &calibration,
-        recipe: &recipe,
-        output: &destination,
-        evaluation: evaluation.as_ref(),
-    };
+    let work = Work { source: &source, recipe: &recipe, output: &destination, evaluation };
     if arguments.dry_run {
         let found = with_backend!(&backend, ui, backend => {
-            pipeline::dry_run(backend, &quantization, ui)
+            pipeline::dry_run(backend, &work.on(&calibration), ui)
         })?;
         return output.write(&found);
     }
     let name = printable(source.name());
     ui.info(&format!("quantizing {name}\n{}", crate::recipe::lines(&recipe)));
     let outcome = with_backend!(&backend, ui, backend => {
+        if calibration.text.unwritten(calibration.samples)?.is_some() {
+            // The model's own text takes long: what would be refused after it is refused now.
+            pipeline::dry_run(backend, &work.on(&calibration), &Silent)?;
+        }
+        let calibration = write_own_text(backend, &source, calibration, ui)?;
+        let quantization = work.on(&calibration);
         let outcome = match &allocating {
             None => match arguments.training.distill {
                 Some(tokens) => {

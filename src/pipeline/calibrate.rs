@@ -14,6 +14,7 @@ use super::sensor::{Sensor, Subject};
 use crate::Result;
 use crate::backend::Backend;
 use crate::checkpoint::{OutputFile, Source};
+use crate::machine::hand_back;
 use crate::network::memory::{self, Workspace};
 use crate::network::{BlockWeights, Stream, attention_spec, caution, network, prefetch};
 use crate::progress::Progress;
@@ -37,13 +38,14 @@ pub fn calibrate<B: Backend>(
     file: &OutputFile,
     progress: &dyn Progress,
 ) -> Result<FileOutcome> {
+    calibration.check_written()?;
     let start = Instant::now();
     let network = network(source, progress)?;
     let blocks = measuring
         .map(|measuring| plan_network(measuring.recipe, &network.architecture))
         .transpose()?;
     let input = calibration.input(source, network, progress)?;
-    backend.trim();
+    hand_back();
     let text_bytes = Texts { calibration: Some(calibration), evaluation: None }.bytes(source)?;
     let plan = measuring.zip(blocks.as_ref());
     let plan = plan.map(|(measuring, blocks)| SensitivityPlan { recipe: measuring.recipe, blocks });

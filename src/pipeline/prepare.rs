@@ -3,15 +3,16 @@ memory. */
 
 use super::job::{CalibrationInput, Job};
 use super::memory::quantize_bytes;
-use crate::Result;
 use crate::backend::Backend;
 use crate::checkpoint::{Provenance, Source};
+use crate::machine::hand_back;
 use crate::model::Architecture;
 use crate::model::sites::EMBEDDING;
 use crate::network::memory::{self, Windows, Workspace};
 use crate::network::{Network, caution};
 use crate::progress::Progress;
 use crate::text::{CalibrationWindows, Evaluation, TextSet, Tokenizer, check_tokens};
+use crate::{Error, Result};
 
 /// Which windows a model is calibrated on.
 pub struct Calibration {
@@ -26,6 +27,18 @@ pub struct Calibration {
 }
 
 impl Calibration {
+    /// Refuses windows that the model has not written yet.
+    pub(super) fn check_written(&self) -> Result<()> {
+        match self.text.unwritten(self.samples)? {
+            None => Ok(()),
+            Some(_) => Err(Error::usage(format!(
+                "the model has not written the text `{}` that it is calibrated on",
+                self.text.name
+            ))
+            .hint("sample it first: `serve::OwnText`")),
+        }
+    }
+
     /// The windows of a source whose tensors are accounted for.
     pub(super) fn input<'a>(
         &self,
@@ -103,7 +116,7 @@ impl Texts<'_> {
             .transpose()?;
         let text_bytes = self.bytes(source)?;
         // The memory of the texts is not needed any more while the work needs its own.
-        backend.trim();
+        hand_back();
         let needed = quantize_bytes(job, Workspace::of(backend), evaluated, text_bytes);
         memory::check(needed, progress)?;
         let evaluated = evaluated.map_or(0, |windows| windows.seq_len);

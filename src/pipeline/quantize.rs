@@ -57,6 +57,7 @@ pub fn quantize<B: Backend>(
     quantization: &Quantization<'_>,
     progress: &dyn Progress,
 ) -> Result<QuantizeOutcome> {
+    quantization.calibration.check_written()?;
     let job = quantization.job(progress)?;
     quantization.texts().check(backend, &job, progress)?;
     run(backend, &job, quantization.output, None, progress)
@@ -109,6 +110,7 @@ pub fn quantize_to_target<B: Backend>(
 ) -> Result<QuantizeOutcome> {
     let start = Instant::now();
     let recipe = quantization.recipe;
+    quantization.calibration.check_written()?;
     let mut job = quantization.job(progress)?;
     let texts = quantization.texts();
     texts.check(backend, &job, progress)?;

@@ -8,6 +8,7 @@ models that continue the same prompt. */
 mod chat;
 mod compare;
 mod generate;
+mod own_text;
 mod pages;
 mod sampling;
 mod scheduler;
@@ -17,6 +18,7 @@ mod settings;
 pub use chat::{ChatTemplate, Message, Role};
 pub use compare::{ComparedModel, Comparison, Difference, compare};
 pub use generate::{Finish, GeneratedToken, Generation, GenerationSettings, Generator, decoder};
+pub use own_text::OwnText;
 pub use pages::Pages;
 pub use sampling::{Choice, Sampler, Sampling};
 pub use scheduler::{Limits, Scheduler};

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::io::ErrorKind;
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -16,7 +16,7 @@ use super::pieces::{PIECE_BYTES, Pieces};
 use super::rows::{FileFormat, each_row};
 use super::windows::{calibration_starts, check_size, evaluation_count};
 use super::{Split, Tokenizer};
-use crate::checkpoint::DataFile;
+use crate::checkpoint::{DataFile, NOT_YET_KNOWN, sha256_hex};
 use crate::hub::Hub;
 use crate::progress::Progress;
 use crate::{Error, Kind, Result};
@@ -35,6 +35,8 @@ enum Content {
     Builtin(&'static str, usize),
     /// A file, read by the rules of a named set if it belongs to one.
     File(DataPath, Option<NamedSet>),
+    /// What the model itself writes: a file of beginnings, and the windows once they are there.
+    Own(Option<PathBuf>, Option<Vec<u32>>),
 }
 
 /// The set that needs no file, written for this project in two parts that share no topic. Calibration has prose, code,
@@ -42,6 +44,9 @@ enum Content {
 pub(super) const SAMPLE: &str = "sample";
 const SAMPLE_CALIBRATION: &str = include_str!("../../calibration-data/sample.txt");
 const SAMPLE_EVALUATION: &str = include_str!("../../calibration-data/sample-heldout.txt");
+
+/// What the model that is calibrated writes itself.
+pub(super) const OWN: &str = "self";
 
 /// Windows of an evaluation on documents, and the seed of their draw: the reference's.
 const DOCUMENT_WINDOWS: usize = 256;
@@ -61,6 +66,9 @@ impl Part {
         if spec == SAMPLE {
             return Ok(Self::sample(split, 0));
         }
+        if let Some(own) = Self::own(spec, split)? {
+            return Ok(own);
+        }
         if let Some(set) = named::set(spec) {
             let file = set.file(split);
             let found = hub.dataset_file(&set.repo, &set.revision, file);
@@ -73,6 +81,38 @@ impl Part {
             return Self::open(spec, Path::new(path), Some(set), None, hub.progress());
         }
         Self::open(spec, Path::new(spec), None, None, hub.progress())
+    }
+
+    /// What the model writes, for `self` and `self=FILE`.
+    fn own(spec: &str, split: Split) -> Result<Option<Self>> {
+        let beginnings = match spec.split_once('=') {
+            _ if spec == OWN => None,
+            Some((OWN, file)) => Some(PathBuf::from(file)),
+            _ => return Ok(None),
+        };
+        if split == Split::Evaluation {
+            return Err(Error::usage(format!(
+                "`{OWN}` is a text to calibrate on: the model writes it"
+            ))
+            .hint(format!("measure on a text that people wrote, such as `{SAMPLE}`")));
+        }
+        let content = Content::Own(beginnings, None);
+        Ok(Some(Self { name: spec.to_owned(), content, file: None }))
+    }
+
+    /// The file of beginnings, if this is what the model writes and it has not yet.
+    pub(super) fn unwritten(&self) -> Option<Option<&Path>> {
+        match &self.content {
+            Content::Own(beginnings, None) => Some(beginnings.as_deref()),
+            _ => None,
+        }
+    }
+
+    /// Takes what the model wrote, `[windows, seq_len]` flat.
+    pub(super) fn fill(&mut self, tokens: Vec<u32>) {
+        if let Content::Own(_, written) = &mut self.content {
+            *written = Some(tokens);
+        }
     }
 
     /// A file, to be read by the rules of a named set if it is one.
@@ -117,6 +157,7 @@ impl Part {
     pub(super) fn length(&self) -> Option<u64> {
         match &self.content {
             Content::Builtin(text, times) => Some((text.len() * times) as u64),
+            Content::Own(..) => Some(0),
             Content::File(data, _)
                 if data.is_gzip() || FileFormat::of(data.path()) == FileFormat::Parquet =>
             {
@@ -135,6 +176,16 @@ impl Part {
         seed: u64,
         progress: &dyn Progress,
     ) -> Result<(Vec<u32>, String)> {
+        if let Content::Own(_, written) = &self.content {
+            check_size(samples, seq_len)?;
+            return Ok(match written {
+                None => (vec![0; samples * seq_len], NOT_YET_KNOWN.to_owned()),
+                Some(tokens) => {
+                    let bytes: Vec<u8> = tokens.iter().flat_map(|id| id.to_le_bytes()).collect();
+                    (tokens.clone(), sha256_hex(&bytes))
+                }
+            });
+        }
         let in_text = |error: Error| in_text(error, "calibration", &self.name);
         if let Some((documents, sha256)) = self.documents(progress)? {
             let drawn = documents.draw_held(tokenizer, samples, seq_len, seed, progress);
@@ -235,7 +286,7 @@ impl Part {
             return Ok(());
         }
         let name = match &self.content {
-            Content::Builtin(..) => Cow::Borrowed(SAMPLE),
+            Content::Builtin(..) | Content::Own(..) => Cow::Borrowed(SAMPLE),
             Content::File(data, _) => data.path().to_string_lossy(),
         };
         let what = format!("{name} holds more than {} GB of text", most >> 30);
@@ -256,6 +307,7 @@ impl Part {
                 }
                 return Ok(());
             }
+            Content::Own(..) => return Ok(()),
             Content::File(data, set) => (data, set.as_ref()),
         };
         match (FileFormat::of(data.path()), set.map(|set| set.lines)) {

@@ -82,7 +82,12 @@ impl TextSet {
             return Err(Error::usage(format!("--calib names `{twice}` twice"))
                 .hint(format!("leave out set {}, or raise --samples", index + 1)));
         }
-        let parts = specs.iter().map(|spec| Part::load(spec, split, hub)).collect::<Result<_>>()?;
+        let parts: Vec<Part> =
+            specs.iter().map(|spec| Part::load(spec, split, hub)).collect::<Result<_>>()?;
+        if parts.iter().filter(|part| part.unwritten().is_some()).count() > 1 {
+            return Err(Error::usage("--calib names the model itself twice")
+                .hint("put all lines to begin with into one file: self=FILE"));
+        }
         Ok(Self::of(spec, parts))
     }
 
@@ -98,6 +103,28 @@ impl TextSet {
 
     fn of(name: &str, parts: Vec<Part>) -> Self {
         Self { name: name.to_owned(), parts, evaluated: Mutex::default() }
+    }
+
+    /// What the model is still to write of it, of `samples` windows: how many, and the file of what they begin with.
+    ///
+    /// # Errors
+    /// Wrong usage: fewer samples than sets.
+    pub fn unwritten(&self, samples: usize) -> Result<Option<(usize, Option<&Path>)>> {
+        let counts = self.samples_by_set(samples)?;
+        let found = self
+            .parts
+            .iter()
+            .zip(counts)
+            .find_map(|(part, count)| part.unwritten().map(|beginnings| (count, beginnings)));
+        Ok(found)
+    }
+
+    /// The same with what the model wrote, `[windows, seq_len]` flat.
+    pub fn with_own(mut self, tokens: Vec<u32>) -> Self {
+        if let Some(part) = self.parts.iter_mut().find(|part| part.unwritten().is_some()) {
+            part.fill(tokens);
+        }
+        self
     }
 
     /// Peak memory of tokenizing, by the length of the longest text, or the upper bound if its length is unknown.

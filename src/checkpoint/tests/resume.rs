@@ -297,3 +297,17 @@ fn a_replacement_that_was_killed_after_the_exchange_is_completed() {
     assert_eq!(writer.done().len(), 2);
     assert_eq!(fs_err::read(shard).unwrap(), finished);
 }
+
+#[test]
+fn what_is_not_known_before_the_run_is_no_difference() {
+    let home = tempfile::tempdir().unwrap();
+    let (out, _) = interrupted(home.path());
+    let preview = |job: &Value| Writer::preview(&to(&out, false), specs(), job, Options::default());
+    let mut unknown = job();
+    unknown["source"]["fingerprint"] = crate::checkpoint::NOT_YET_KNOWN.into();
+    assert_eq!(preview(&unknown).unwrap().done.len(), 1);
+    unknown["recipe"]["bits"] = 3.into();
+    let refused = preview(&unknown).err().unwrap();
+    assert!(refused.message().contains("recipe.bits was 4, now 3"), "{refused}");
+    assert!(!refused.message().contains("fingerprint"), "{refused}");
+}
