@@ -173,7 +173,7 @@ struct AttentionFlags {
         default_value = "4096,8192,16384,32768"
     )]
     context: Vec<usize>,
-    /// Sequences at once
+    /// Sequences that share a step
     #[arg(
         long,
         value_name = "N,N,...",
@@ -334,10 +334,14 @@ pub(crate) fn run(
             with_backend!(&backend, ui, backend => bench::prefill(backend, &settings, ui))?
         }
         What::Serve(flags) => {
-            let settings = flags.settings()?;
+            let settings = flags.settings(ui)?;
+            let picture = picture(flags.svg(), arguments.overwrite)?;
             let backend = flags.device().open()?;
             let outcome =
                 with_backend!(&backend, ui, backend => bench::serve(backend, &settings, ui))?;
+            if let Some(file) = picture {
+                file.write(outcome.chart().svg().as_bytes())?;
+            }
             ui.close();
             output.write(&outcome)?;
             return page.write(&outcome, None);

@@ -55,7 +55,7 @@ fn side(name: &str) -> Side {
 fn throughput(rows: &[ServeRow]) -> String {
     let headings = [
         "row", "batch", "tokens/s", "x", "new/s", "ms/token", "TPOT ms", "TTFT ms", "memory",
-        "drain",
+        "ramp", "drain",
     ];
     let mut table = Table::new(headings.map(|name| (name, side(name))));
     for ServeRow { row, batch, run, speedup, peak_bytes, .. } in rows {
@@ -69,6 +69,7 @@ fn throughput(rows: &[ServeRow]) -> String {
             format!("{:.2}", run.tpot_ms.median),
             format!("{:.1}", run.ttft_ms.median),
             peak_bytes.map_or("-".to_owned(), units::bytes),
+            format!("{:.0} %", 100.0 * run.ramp),
             format!("{:.0} %", 100.0 * run.drain),
         ]);
     }

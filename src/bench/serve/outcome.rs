@@ -4,6 +4,7 @@ use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::super::BenchOutcome;
+use super::super::svg::{Chart, Series};
 use super::network::RowKind;
 use super::timing::Run;
 
@@ -100,6 +101,31 @@ impl ServeOutcome {
         ];
         let facts = facts.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
         BenchOutcome { rows: own.chain(equal).chain(steps).collect(), facts }
+    }
+
+    /// Tokens a second against the batch: of the workload at each row's batches, and of a step of decoding.
+    pub fn chart(&self) -> Chart {
+        let rows = self.own.iter().chain(&self.equal).map(|row| {
+            let point = (row.batch as f64, row.run.total_tokens_per_second);
+            (format!("{}, requests", row.row.name()), point)
+        });
+        let steps = self.steps.iter().flat_map(|(kind, steps)| {
+            let name = format!("{}, one step", kind.name());
+            let rate = |step: &StepTime| 1e3 * step.batch as f64 / step.ms;
+            steps.iter().map(move |step| (name.clone(), (step.batch as f64, rate(step))))
+        });
+        let mut series = Series::by_name(rows.chain(steps));
+        for Series { points, .. } in &mut series {
+            points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        }
+        Chart {
+            title: format!("{} with random weights, workload {}", self.shape, self.workload),
+            x_title: "sequences that run together".into(),
+            y_title: "tokens a second".into(),
+            doubling_x: true,
+            mark: None,
+            series,
+        }
     }
 
     /// Divides by the first row.

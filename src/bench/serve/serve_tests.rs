@@ -40,6 +40,13 @@ fn settings(batch: Batch, directory: &tempfile::TempDir) -> ServeSettings {
 }
 
 fn check(outcome: &ServeOutcome, batch: usize) {
+    let chart = outcome.chart();
+    // Each row at its own batch and at the common one, and its steps.
+    assert_eq!(chart.series.len(), 6);
+    assert!(chart.series.iter().all(|series| series.points.len() == 2), "{chart:?}");
+    let own = (outcome.own[0].batch as f64, outcome.own[0].run.total_tokens_per_second);
+    assert!(chart.series[0].points.contains(&own), "{chart:?}");
+    assert!(chart.series.iter().all(|series| series.points[0].0 < series.points[1].0));
     let json = serde_json::to_value(outcome).unwrap();
     let rows = json["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 3 + 3 + 6);

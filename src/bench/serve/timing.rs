@@ -87,7 +87,7 @@ pub(super) fn run<B: Backend + Decode>(
     let now = || start.elapsed().as_secs_f64();
     let (mut full, mut draining) = (None, None);
     loop {
-        while policy == Policy::AtOnce || scheduler.unfinished() < batch {
+        while policy == Policy::AllAtStart || scheduler.unfinished() < batch {
             let Some((number, lengths)) = left.next() else { break };
             let id = scheduler.submit(request(*lengths, number, vocabulary))?;
             sent.insert(id, Sent { at: now(), first: 0.0, last: 0.0, tokens: 0 });

@@ -24,7 +24,7 @@ pub enum Policy {
     /// As many as the batch has sequences at first, then one whenever one ends.
     ClosedLoop,
     /// All at the start.
-    AtOnce,
+    AllAtStart,
 }
 
 /// Requests in their order.
@@ -61,14 +61,14 @@ impl Workload {
                 of(Policy::ClosedLoop, source)
             }
             // qserve_benchmark.py of OmniServe.
-            "qserve" => of(Policy::AtOnce, Source::Wave(Lengths { prompt: 1024, output: 512 })),
+            "qserve" => of(Policy::AllAtStart, Source::Wave(Lengths { prompt: 1024, output: 512 })),
             // `vllm bench throughput` with its random data set.
             "vllm" => {
                 let all = vec![Lengths { prompt: 1024, output: 128 }; 1000];
-                of(Policy::AtOnce, Source::List(all))
+                of(Policy::AllAtStart, Source::List(all))
             }
             path if Path::new(path).extension().is_some_and(|extension| extension == "json") => {
-                of(Policy::AtOnce, Source::List(read(Path::new(path))?))
+                of(Policy::AllAtStart, Source::List(read(Path::new(path))?))
             }
             other => {
                 return Err(Error::usage(format!("there is no workload `{other}`")).hint(
