@@ -39,7 +39,7 @@ pub struct DistillationRates {
     /// Of outliers' scales, likewise.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub outlier_scales: f32,
-    /// Of norms' weights, as shares of them.
+    /// Of norms' weights, as shares of a norm's root mean square.
     #[serde(serialize_with = "crate::decimal::serialize")]
     pub norms: f32,
     /// Of clip ratios.

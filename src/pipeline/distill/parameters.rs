@@ -1,6 +1,7 @@
 /*! What is trained, as one vector of parameters that begin at 0, and the values of a checkpoint that it stands for.
 
-A parameter t stands for a scale `s (1 + t)`, for a norm's weight `w (1 + t)`, or for a clip ratio `c + t`. So a step of Adam, which has the size of the learning rate whatever the gradient's, is a share of what
+A parameter t stands for a scale `s (1 + t)`, for a norm's weight `w + r t` with r the root mean square of the norm's weights, or
+for a clip ratio `c + t`. So a step of Adam, which has the size of the learning rate whatever the gradient's, is a share of what
 is changed. Values are rounded to the type that they are stored in at every use; gradients pass the rounding straight through,
 or what is gained would be lost when the checkpoint is written. */
 
@@ -45,6 +46,8 @@ enum Place {
 struct Part {
     place: Place,
     range: Range<usize>,
+    /// What a parameter of 1 adds, where that is the same for all: not for scales.
+    unit: f32,
 }
 
 /// The values of a network.
@@ -73,30 +76,31 @@ impl Parameters {
     pub(super) fn new(base: NetworkValues, norm_type: Dtype) -> Self {
         let mut parts = Vec::new();
         let mut count = 0;
-        let mut add = |place, values: usize| {
+        let mut add = |place, values: usize, unit| {
             if values > 0 {
-                parts.push(Part { place, range: count..count + values });
+                parts.push(Part { place, range: count..count + values, unit });
                 count += values;
             }
         };
         for (number, block) in base.blocks.iter().enumerate() {
             for (at, norm) in block.norms.iter().enumerate() {
-                add(Place::Norm(number, at), norm.len());
+                add(Place::Norm(number, at), norm.len(), root_mean_square(norm));
             }
             for (at, norm) in block.qk_norms.iter().flatten().enumerate() {
-                add(Place::QkNorm(number, at), norm.len());
+                add(Place::QkNorm(number, at), norm.len(), root_mean_square(norm));
             }
             for (at, SiteValues { clip, linears }) in block.sites.iter().enumerate() {
-                add(Place::Clip(number, at), usize::from(clip.is_some()));
+                add(Place::Clip(number, at), usize::from(clip.is_some()), 1.0);
                 for (linear, values) in linears.iter().enumerate() {
                     let Some(values) = values else { continue };
-                    add(Place::Scales(number, at, linear), values.scales.len());
+                    add(Place::Scales(number, at, linear), values.scales.len(), 1.0);
                     let outliers = values.outlier_scales.len();
-                    add(Place::OutlierScales(number, at, linear), outliers);
+                    add(Place::OutlierScales(number, at, linear), outliers, 1.0);
                 }
             }
         }
-        add(Place::FinalNorm, base.final_norm.len());
+        let final_norm = &base.final_norm;
+        add(Place::FinalNorm, final_norm.len(), root_mean_square(final_norm));
         Self { base, norm_type, parts, count }
     }
 
@@ -121,11 +125,11 @@ impl Parameters {
     /// The values that parameters stand for, as they are stored.
     pub(super) fn values(&self, parameters: &[f32]) -> NetworkValues {
         let mut values = self.base.clone();
-        for Part { place, range } in &self.parts {
+        for Part { place, range, unit } in &self.parts {
             let moved = &parameters[range.clone()];
             let norm = |to: &mut [f32]| {
                 for (to, moved) in to.iter_mut().zip(moved) {
-                    *to = stored_norm(self.norm_type, *to * (1.0 + moved));
+                    *to = stored_norm(self.norm_type, unit.mul_add(*moved, *to));
                 }
             };
             match *place {
@@ -157,12 +161,10 @@ impl Parameters {
     pub(super) fn gradient(&self, gradient: &NetworkGradient, tokens: usize) -> Vec<f32> {
         let mut to = vec![0.0; self.count];
         let mean = 1.0 / tokens as f32;
-        for Part { place, range } in &self.parts {
+        for Part { place, range, unit } in &self.parts {
             let to = &mut to[range.clone()];
-            let of_norm = |to: &mut [f32], from: &[f32], base: &[f32]| {
-                for ((to, from), base) in to.iter_mut().zip(from).zip(base) {
-                    *to = from * (base * mean);
-                }
+            let scaled = |to: &mut [f32], from: &[f32]| {
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = from * (unit * mean));
             };
             let relative = |to: &mut [f32], from: &[f32], base: &[f16]| {
                 let rows = to.par_iter_mut().zip(from).zip(base).with_min_len(1 << 14);
@@ -173,17 +175,12 @@ impl Parameters {
                 linear.as_ref().expect("a part is there")
             };
             match *place {
-                Place::Norm(block, at) => {
-                    let base = &self.base.blocks[block].norms[at];
-                    of_norm(to, &gradient.blocks[block].norms[at], base);
-                }
+                Place::Norm(block, at) => scaled(to, &gradient.blocks[block].norms[at]),
                 Place::QkNorm(block, at) => {
                     let norms = gradient.blocks[block].qk_norms.as_ref();
-                    let base = self.base.blocks[block].qk_norms.as_ref();
-                    let [norms, base] = [norms, base].map(|norms| norms.expect("a part is there"));
-                    of_norm(to, &norms[at], &base[at]);
+                    scaled(to, &norms.expect("a part is there")[at]);
                 }
-                Place::FinalNorm => of_norm(to, &gradient.final_norm, &self.base.final_norm),
+                Place::FinalNorm => scaled(to, &gradient.final_norm),
                 Place::Clip(block, site) => {
                     to[0] = gradient.blocks[block].sites[site].clips.iter().sum::<f32>() * mean;
                 }
@@ -221,6 +218,11 @@ impl Parameters {
 
 fn linear_of(values: &mut NetworkValues, [block, site, linear]: [usize; 3]) -> &mut LinearValues {
     values.blocks[block].sites[site].linears[linear].as_mut().expect("a part is there")
+}
+
+fn root_mean_square(values: &[f32]) -> f32 {
+    let squares: f64 = values.iter().map(|value| f64::from(*value).powi(2)).sum();
+    (squares / values.len().max(1) as f64).sqrt() as f32
 }
 
 /// A norm's weight as a checkpoint holds it.

@@ -33,7 +33,8 @@ fn values_are_rounded_as_they_are_stored_and_gradients_are_of_the_parameters() {
     let moved = [0.1, 0.0, 0.0, 0.001, 0.05, 0.1, 0.1, 0.1, -0.5, 0.0, 1.0];
     let values = parameters.values(&moved);
     let block = &values.blocks[0];
-    assert_eq!(block.norms[0], [bf16::from_f32(3.3).to_f32(), -4.0]);
+    let root = 12.5f32.sqrt();
+    assert_eq!(block.norms[0], [bf16::from_f32(3.0 + 0.1 * root).to_f32(), -4.0]);
     assert_eq!(block.norms[1], [1.0, 1.0], "0.001 is less than bf16 shows");
     assert_eq!(block.sites[0].clip, Some(0.95));
     let linear = block.sites[0].linears[0].as_ref().unwrap();
@@ -53,7 +54,7 @@ fn values_are_rounded_as_they_are_stored_and_gradients_are_of_the_parameters() {
     let gradient = NetworkGradient { blocks: vec![block], final_norm: vec![5.0] };
     let found = parameters.gradient(&gradient, 2);
     let scale = |scale: f32| 3.0 * f16::from_f32(scale).to_f32();
-    let expected = [1.5, -4.0, 1.5, 2.0, 1.5, scale(0.1), scale(-0.2), 0.0, 2.0, 0.5, 5.0];
+    let expected = [root / 2.0, root, 1.5, 2.0, 1.5, scale(0.1), scale(-0.2), 0.0, 2.0, 0.5, 5.0];
     for (found, expected) in found.iter().zip(expected) {
         assert!((found - expected).abs() < 1e-6, "{found} {expected}");
     }

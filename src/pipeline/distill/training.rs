@@ -15,7 +15,7 @@ use crate::{Error, Kind, Result};
 
 /// Learning rates at their highest.
 pub(super) const RATES: DistillationRates =
-    DistillationRates { scales: 6e-3, outlier_scales: 5e-4, norms: 4e-3, clips: 4e-3 };
+    DistillationRates { scales: 3e-3, outlier_scales: 5e-4, norms: 2e-3, clips: 2e-3 };
 /// Measurements on held-out windows in a training, besides the one at its beginning.
 const MEASUREMENTS: usize = 10;
 /// How long a run works at least before its state is kept again.
