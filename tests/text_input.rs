@@ -430,9 +430,9 @@ fn a_model_writes_the_text_that_it_is_calibrated_on() {
     assert_ne!(calibration("other")["calibration"]["sha256"], one["sha256"]);
 
     // Two stages give what one pass gives, and a mix takes its share.
-    home.run(&format!(
-        "calibrate --model tiny-llama --device cpu --calib self --samples 6 --seq-len 64 --out own.safetensors"
-    ))
+    home.run(
+        "calibrate --model tiny-llama --device cpu --calib self --samples 6 --seq-len 64 --out own.safetensors",
+    )
     .done();
     home.run("plan own.safetensors --group 64 --outliers 64 --out plan.json").done();
     home.run("pack --model tiny-llama --device cpu --plan plan.json --no-eval --out packed").done();
