@@ -21,6 +21,9 @@
     !defined(FP4) || !defined(PANEL) || !defined(SCALE_GROUPS) || !defined(SCALE_GRID)
 #error "a constant is missing: src/backend/cuda/kernels/fused.rs declares them"
 #endif
+#if ORDERED && !defined(BEFORE)
+#error "a constant is missing: src/backend/cuda/kernels/fused.rs declares them"
+#endif
 static_assert(PANEL == 128 && SCALE_GROUPS == 8, "what the product for Hopper reads");
 
 #define NORM 0

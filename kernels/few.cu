@@ -8,6 +8,10 @@
 //     order, norm's weight ---> registers, before the kernel before has ended
 //     row ---> shared memory ---> sum of squares, by one warp ---> panels: norm, transform, peak, scale, codes
 
+#if !defined(MOST_THREADS)
+#error "a constant is missing: src/backend/cuda/kernels/few.rs declares them"
+#endif
+
 /// Registers of a lane: slots 4 * lane + 0..4 of a panel.
 #define HELD 4
 

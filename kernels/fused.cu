@@ -34,7 +34,7 @@
 #error "a constant is missing: src/backend/cuda/kernels/fused.rs declares them"
 #endif
 #if ORDERED
-#if !defined(MOST_STAGES) || !defined(HEAD_BYTES) || !defined(BEFORE) || !defined(ROW_MULTIPLE)
+#if !defined(MOST_STAGES) || !defined(HEAD_BYTES) || !defined(ROW_MULTIPLE)
 #error "a constant is missing: src/backend/cuda/kernels/fused.rs declares them"
 #endif
 #else
