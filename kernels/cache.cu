@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     // Keys, then values: all lanes do the same.
     constexpr int SLOTS = THREADS / HEAD_LANES;
     const int slot = threadIdx.x / HEAD_LANES, first_slot = threadIdx.x / 32 * 32 / HEAD_LANES;
-#pragma unroll
+#pragma unroll 1
     for (int side = 0; side < 2; side++) {
 #pragma unroll 1
         for (int token = slot, first = first_slot; first < PAGE_TOKENS; token += SLOTS, first += SLOTS) {
