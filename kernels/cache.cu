@@ -97,7 +97,7 @@ template <class Codes> static __device__ __forceinline__ u32 word_of(int side, i
 /// values from row to row, a multiple of four), which come after the `held[i]` tokens that it has; cos and sin:
 /// [positions, HEAD_DIM / 2]; mean: [kv_heads, HEAD_DIM] or null, subtracted from the embedded keys; pool: [pages,
 /// kv_heads, PAGE_BYTES]; table: [sequences, table_stride], the pages of each sequence.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
     append(const half* k, const half* v, long long row_stride, const float* cos, const float* sin, const float* mean,
            u8* pool, const int* table, int table_stride, const int* rows, const int* held, int kv_heads, float clip) {
     __shared__ Code codes[2][PAGE_TOKENS][CODE_PITCH];
