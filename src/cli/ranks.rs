@@ -225,8 +225,7 @@ impl RanksFlags {
                     Gpus::All => devices,
                     Gpus::Number(number) if number <= devices => number,
                     Gpus::Number(number) => {
-                        let message =
-                            format!("--gpus {number} asks for more than the {devices} here");
+                        let message = format!("--gpus {number} is more than the {devices} here");
                         return Err(
                             Error::machine(message).hint("CUDA_VISIBLE_DEVICES may hide some")
                         );

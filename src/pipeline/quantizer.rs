@@ -67,7 +67,7 @@ pub(super) struct SiteMatrices<B: Backend> {
     pub(super) hessian: Option<B::Gram>,
     /// The accumulated error that weights make up for, where it is corrected.
     pub(super) correction: Option<AccumulatedError<B::CrossCovariance>>,
-    /// What was not done as asked for.
+    /// What was not done as it was wanted.
     pub(super) notes: Vec<Note>,
 }
 

@@ -80,7 +80,7 @@ impl Chunks {
 
     /// What a rank does to make a sum: additions in the one order, and its own sums as soon as the one before is
     /// added and others wait for it. Ranks that follow their steps never wait for each other in a circle: a sum waits
-    /// for nobody.
+    /// for no rank.
     pub fn steps(&self, rank: usize) -> Vec<Step> {
         let own = self.own(rank);
         let mut steps = Vec::new();

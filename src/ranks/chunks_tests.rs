@@ -55,7 +55,7 @@ fn a_rank_holds_one_sum_at_most() {
     }
 }
 
-/// Time in sums, where one takes one and additions none: ranks of a power of two wait for nobody.
+/// Time in sums, where one takes one and additions none: ranks of a power of two do not wait.
 #[test]
 fn ranks_of_a_power_of_two_make_their_sums_together() {
     let rounds = |ranks: usize| {

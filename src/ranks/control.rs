@@ -1,7 +1,7 @@
 /*! What ranks tell each other about the run itself: that they are alive, that they have ended, and with which error.
 
 Each rank but the first has a connection with rank 0 for it. An error of one rank reaches all of them through rank 0,
-closes their data connections, so that nobody waits for ever, and is the error that each of them ends with. A process
+closes their data connections, so that no process waits for ever, and is the error that each of them ends with. A process
 that does not notice, since it waits inside of a library, is ended after a moment. */
 
 use std::net::{Shutdown, TcpStream};

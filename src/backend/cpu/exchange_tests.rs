@@ -41,7 +41,7 @@ fn gram_matrices_and_cross_covariances_are_added() {
     let gram = |factor: f32| Hessian { n, lower: (0..9).map(|at| factor * at as f32).collect() };
     let mut sum = gram(1.0);
     cpu.join_gram(&mut sum, &gram(10.0)).unwrap();
-    // What is above the diagonal belongs to nobody.
+    // What is above the diagonal belongs to no rank.
     assert_eq!(sum.lower, [0.0, 1.0, 2.0, 33.0, 44.0, 5.0, 66.0, 77.0, 88.0]);
     let cross = |factor: f32| Matrix { rows: 1, columns: 2, data: vec![factor, 2.0 * factor] };
     let mut sum = cross(1.0);

@@ -32,7 +32,7 @@ fn dot(x: &[f64], y: &[f32]) -> f64 {
     x.iter().zip(y).map(|(x, y)| x * f64::from(*y)).sum()
 }
 
-/// Compares `gradient` at `x` with differences of `loss` along single values and along all at once.
+/// Compares `gradient` at `x` with differences of `loss` along single values and along all of them together.
 fn check(what: &str, x: &[f32], gradient: &[f32], loss: impl Fn(&[f64]) -> f64) {
     const STEP: f64 = 1e-4;
     assert_eq!(x.len(), gradient.len(), "{what}");
