@@ -166,15 +166,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 /// The transposes of transform and permutation: from `d` `[tokens, width]` to `to` `[tokens, channels]`. `scale` is that of the transform
-/// of groups, 0 for none. One block a row, which has `width` floats of shared memory.
+/// of blocks of `block` values, a power of two, of the first `grouped`, and 0 for none. One block a row, which has `width` floats of shared memory.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    permutation_backward(const float* d, const int* order, int width, int channels, int groups, int group_size, float scale, float* to) {
+    permutation_backward(const float* d, const int* order, int width, int channels, int grouped, int block, float scale, float* to) {
     extern __shared__ float row[];
     d += (long long)blockIdx.x * width;
     to += (long long)blockIdx.x * channels;
-    const int grouped = groups * group_size;
     for (int i = threadIdx.x; i < width; i += THREADS) row[i] = d[i];
-    for (int distance = 1; scale != 0.0f && distance < group_size; distance *= 2) {
+    for (int distance = 1; scale != 0.0f && distance < block; distance *= 2) {
         __syncthreads();
         for (int pair = threadIdx.x; pair < grouped / 2; pair += THREADS) {
             const int i = pair / distance * 2 * distance + pair % distance;

@@ -132,8 +132,8 @@ kernel! {
         order: In<'a, i32>[width],
         width: usize,
         channels: usize,
-        groups: usize,
-        group_size: usize,
+        grouped: usize,
+        block: usize,
         scale: f32,
         to: Out<'a, f32>[rows * channels],
     }

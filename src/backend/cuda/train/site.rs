@@ -15,6 +15,7 @@ use crate::backend::cuda::tensor::{
     Activation, DeviceLinear, DeviceRows, DeviceSite, Hidden, Layout,
 };
 use crate::backend::{LinearGradient, SiteGradient, TrainedLinear};
+use crate::quant::hadamard;
 use crate::quant::site::Transform;
 
 impl Cuda {
@@ -174,9 +175,10 @@ impl Cuda {
     ) -> Result<Hidden> {
         let format = &site.format;
         let group_size = format.row.numbers.group_size;
+        let block = hadamard::block(group_size);
         let d_x = self.gpu.alloc(4 * tokens * format.channels)?;
         let scale = match format.transform {
-            Transform::Hadamard => (1.0 / (group_size as f64).sqrt()) as f32,
+            Transform::Hadamard => (1.0 / (block as f64).sqrt()) as f32,
             Transform::None => 0.0,
         };
         self.kernels.launch(&PermutationBackward {
@@ -184,8 +186,8 @@ impl Cuda {
             order: (&*site.order).into(),
             width: format.width(),
             channels: format.channels,
-            groups: format.row.groups,
-            group_size,
+            grouped: format.row.groups * group_size,
+            block,
             scale,
             to: (&d_x).into(),
             rows: tokens,
