@@ -3,7 +3,7 @@ stage compared with what the device does with a block's products alone. */
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -11,14 +11,15 @@ use serde_json::{Value, json};
 use super::rate::{
     attention_operations, expert_share, product_operations, products, site_operations,
 };
-use super::{BenchOutcome, SyntheticModel};
-use crate::backend::Backend;
+use super::{BenchOutcome, Device, SyntheticModel};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::checkpoint::{Destination, Inputs, Source};
+use crate::backend::{Backend, Train};
+use crate::checkpoint::{AtomCheckpoint, Destination, Inputs, Source};
 use crate::eval::source_perplexity;
 use crate::model::Architecture;
 use crate::model::sites::{ATTN_OUT, MLP_ACT, SiteKind, SiteSpec};
+use crate::pipeline::distill::{Distillation, DistillationWindows, distill};
 use crate::pipeline::outcome::QuantizeOutcome;
 use crate::pipeline::{Calibration, Output, Quantization, quantize as run};
 use crate::progress::Progress;
@@ -56,11 +57,13 @@ struct Figure {
     share: Option<f64>,
 }
 
-/// Writes the model, quantizes it by `recipe` and returns seconds by stage, memory and sizes.
-pub fn quantize<B: Backend + KernelTimes>(
+/// Writes the model, quantizes it by `recipe`, distills the checkpoint on `distilled` tokens if there are to be any, and returns
+/// seconds by stage, memory and sizes.
+pub fn quantize<B: Train + KernelTimes + Device>(
     backend: &B,
     model: &SyntheticModel,
     recipe: &Recipe,
+    distilled: Option<usize>,
     progress: &dyn Progress,
 ) -> Result<BenchOutcome> {
     let known = model.known_shape()?;
@@ -93,8 +96,7 @@ pub fn quantize<B: Backend + KernelTimes>(
         seed: 0,
     };
     let out = directory.join(format!("{}-atom", model.shape));
-    let destination = Destination { out, overwrite: false, inputs: Inputs::default() };
-    let output = Output { destination, resume: false };
+    let output = output_to(out);
     let quantization = Quantization {
         source: &source,
         calibration: &calibration,
@@ -126,10 +128,51 @@ pub fn quantize<B: Backend + KernelTimes>(
         figures.push(figure(&format!("seconds a block x {}", known.blocks), json!(total)));
     }
     figures.extend(sizes(&outcome).map(|(name, value)| figure(name, value)));
+    if let Some(tokens) = distilled {
+        figures.extend(distillation(backend, &source, &outcome.out, (model, tokens), progress)?);
+    }
     figures.extend(evaluation(backend, &source, model, rate, progress)?);
     let kernels = backend.kernel_seconds().into_iter();
     figures.extend(kernels.map(|(name, seconds)| figure(&name, json!(seconds))));
     Ok(BenchOutcome::of(&figures))
+}
+
+fn output_to(out: PathBuf) -> Output {
+    let destination = Destination { out, overwrite: false, inputs: Inputs::default() };
+    Output { destination, resume: false }
+}
+
+/// Distills the checkpoint: seconds of all and of a step, and memory. Random weights have nothing to gain, so that its size and
+/// not its result is measured.
+fn distillation<B: Train + KernelTimes + Device>(
+    backend: &B,
+    source: &Source,
+    quantized: &Path,
+    (model, tokens): (&SyntheticModel, usize),
+    progress: &dyn Progress,
+) -> Result<Vec<Figure>> {
+    backend.trim();
+    backend.restart_peak();
+    let text = TextSet::sample_of_length(Split::Calibration, text_bytes(model));
+    let mut out = quantized.as_os_str().to_owned();
+    out.push("-distilled");
+    let distillation = Distillation {
+        checkpoint: &AtomCheckpoint::open(quantized)?,
+        source,
+        windows: DistillationWindows::Drawn { text: &text, seq_len: model.seq_len, seed: 0 },
+        tokens,
+        output: &output_to(out.into()),
+        always_writes: true,
+    };
+    let outcome = distill(backend, &distillation, progress)?;
+    let figure = |name: &str, value: Value| Figure { figure: name.to_owned(), value, share: None };
+    Ok(vec![
+        figure("distill seconds", json!(outcome.seconds)),
+        figure("distill steps", json!(outcome.steps)),
+        figure("seconds a step", json!(outcome.step_seconds)),
+        figure("distill peak RSS bytes", json!(outcome.peak_rss_bytes)),
+        figure("distill peak device bytes", json!(outcome.peak_gpu_bytes)),
+    ])
 }
 
 fn sizes(outcome: &QuantizeOutcome) -> [(&'static str, Value); 5] {

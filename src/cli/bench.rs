@@ -8,6 +8,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::args::{DeviceFlag, with_backend};
 use super::bench_serve::ServeFlags;
+use super::distill::DistillFlag;
 use super::ranks::RanksFlags;
 use super::recipe::RecipeFlags;
 use super::report_flag::ReportFlag;
@@ -31,7 +32,8 @@ Examples:
 const SYNTHETIC_EXAMPLES: &str = "\
 Examples:
   atom bench quantize --shape llama-2-7b --blocks 2 --samples 4
-  atom bench quantize --shape llama-2-70b --blocks 1 --device cuda";
+  atom bench quantize --shape llama-2-70b --blocks 1 --device cuda
+  atom bench quantize --shape llama-2-7b --blocks 4 --distill 163840";
 
 const GEMM_EXAMPLES: &str = "\
 Examples:
@@ -107,6 +109,8 @@ struct SyntheticFlags {
     dir: Option<PathBuf>,
     #[command(flatten)]
     recipe: RecipeFlags,
+    #[command(flatten)]
+    training: DistillFlag,
     #[command(flatten)]
     device: DeviceFlag,
     #[command(flatten)]
@@ -355,11 +359,13 @@ pub(crate) fn run(
                 directory: flags.dir.clone(),
             };
             model.known_shape()?;
+            flags.training.check(flags.seq_len)?;
             let recipe = flags.recipe.resolve()?;
             let outcome = flags.ranks.share(&flags.device, typed, ui, |team| {
                 let backend = team.open(&flags.device)?;
+                flags.training.check_ranks(&backend)?;
                 let outcome = with_backend!(&backend, ui, backend => {
-                    bench::quantize(backend, &model, &recipe, ui)
+                    bench::quantize(backend, &model, &recipe, flags.training.distill, ui)
                 })?;
                 Ok(team.is_first().then_some(outcome))
             })?;

@@ -11,7 +11,7 @@ use crate::model::sites::EMBEDDING;
 use crate::network::memory::{self, Windows, Workspace};
 use crate::network::{Network, caution};
 use crate::progress::Progress;
-use crate::text::{CalibrationWindows, Evaluation, TextSet, Tokenizer, check_tokens};
+use crate::text::{CalibrationWindows, Evaluation, TextSet, Tokenizer, WindowDraw, check_tokens};
 use crate::{Error, Result};
 
 /// Which windows a model is calibrated on.
@@ -47,17 +47,15 @@ impl Calibration {
         progress: &dyn Progress,
     ) -> Result<CalibrationInput<'a>> {
         let Self { text, samples, seq_len, seed } = self;
-        Draw { text, samples: *samples, seq_len: *seq_len, seed: *seed }
-            .input(source, network, progress)
+        let windows = WindowDraw::once(*samples, *seq_len, *seed);
+        Draw { text, windows }.input(source, network, progress)
     }
 }
 
-/// Windows that are to be drawn from a text, as [`Calibration`] has them.
+/// Windows that are to be drawn from a text.
 pub(super) struct Draw<'t> {
     pub(super) text: &'t TextSet,
-    pub(super) samples: usize,
-    pub(super) seq_len: usize,
-    pub(super) seed: u64,
+    pub(super) windows: WindowDraw,
 }
 
 impl Draw<'_> {
@@ -69,17 +67,18 @@ impl Draw<'_> {
         progress: &dyn Progress,
     ) -> Result<CalibrationInput<'a>> {
         let Network { architecture, ignored, .. } = network;
-        let Self { text, samples, seq_len, seed } = self;
+        let Self { text, windows } = self;
+        let WindowDraw { seq_len, seed, .. } = *windows;
         let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, &source.tokenizer_path())?;
-        let drawn = text.calibration_windows(&tokenizer, *samples, *seq_len, *seed, progress)?;
+        let drawn = text.calibration_windows(&tokenizer, windows, progress)?;
         let CalibrationWindows { tokens, sha256, sets } = drawn;
         check_embedded(source, &architecture, &tokens, tokenizer.path())?;
         let provenance = Provenance {
             dataset: text.name.clone(),
             sha256,
             samples: tokens.len() / seq_len,
-            seq_len: *seq_len,
-            seed: *seed,
+            seq_len,
+            seed,
             sets,
         };
         Ok(CalibrationInput { source, architecture, ignored, tokens, provenance })

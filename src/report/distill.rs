@@ -120,6 +120,7 @@ mod tests {
             curve: vec![point(0, None, 0.2), point(10, Some(0.15), 0.1)],
             resumed_steps: 0,
             seconds: 3.21,
+            step_seconds: Some(0.25),
             peak_rss_bytes: 1 << 20,
             peak_gpu_bytes: None,
             device: "cpu".into(),

@@ -32,6 +32,7 @@ pub use python_random::PythonRandom;
 pub use rows::rows;
 pub use set::{CalibrationWindows, TextSet};
 pub use tokenizer::{Tokenizer, check_tokens};
+pub use windows::{Rounds, WindowDraw};
 
 /// The use of a text: named sets have a different part for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,7 +14,7 @@ use super::ids::Ids;
 use super::named::{self, LineSplit, NamedSet, Windowing};
 use super::pieces::{PIECE_BYTES, Pieces};
 use super::rows::{FileFormat, each_row};
-use super::windows::{calibration_starts, check_size, evaluation_count};
+use super::windows::{WindowDraw, calibration_starts, check_size, evaluation_count};
 use super::{Split, Tokenizer};
 use crate::checkpoint::{DataFile, NOT_YET_KNOWN, sha256_hex};
 use crate::hub::Hub;
@@ -167,15 +167,14 @@ impl Part {
         }
     }
 
-    /// Draws calibration windows, no more than the text holds next to one another, and hashes the text.
+    /// Draws calibration windows, in one round no more than the text holds next to one another, and hashes the text.
     pub(super) fn draw(
         &self,
         tokenizer: &Tokenizer,
-        samples: usize,
-        seq_len: usize,
-        seed: u64,
+        draw: &WindowDraw,
         progress: &dyn Progress,
     ) -> Result<(Vec<u32>, String)> {
+        let WindowDraw { samples, seq_len, seed, .. } = *draw;
         if let Content::Own(_, written) = &self.content {
             check_size(samples, seq_len)?;
             return Ok(match written {
@@ -198,7 +197,7 @@ impl Part {
             ids.append(some)?;
             Ok(ControlFlow::Continue(()))
         })?;
-        let starts = calibration_starts(ids.count(), samples, seq_len, seed).map_err(in_text)?;
+        let starts = calibration_starts(ids.count(), draw).map_err(in_text)?;
         let mut tokens = Vec::new();
         for start in starts {
             ids.read(start, seq_len, &mut tokens)?;

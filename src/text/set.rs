@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use super::part::{Part, SAMPLE};
-use super::windows::check_asked;
+use super::windows::{WindowDraw, check_asked};
 use super::{Split, Tokenizer};
 use crate::checkpoint::{SetUsed, sha256_hex};
 use crate::hub::Hub;
@@ -144,17 +144,17 @@ impl TextSet {
     pub fn calibration_windows(
         &self,
         tokenizer: &Tokenizer,
-        samples: usize,
-        seq_len: usize,
-        seed: u64,
+        draw: &WindowDraw,
         progress: &dyn Progress,
     ) -> Result<CalibrationWindows> {
+        let WindowDraw { samples, seq_len, .. } = *draw;
         check_asked(samples, seq_len)?;
         let mut tokens = Vec::new();
         let mut sets = Vec::new();
         let mut short = Vec::new();
         for (part, wanted) in self.parts.iter().zip(self.samples_by_set(samples)?) {
-            let (drawn, sha256) = part.draw(tokenizer, wanted, seq_len, seed, progress)?;
+            let (drawn, sha256) =
+                part.draw(tokenizer, &WindowDraw { samples: wanted, ..*draw }, progress)?;
             let samples = drawn.len() / seq_len;
             tokens.extend(drawn);
             let (name, file) = (part.name.clone(), part.file.clone());

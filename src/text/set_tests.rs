@@ -37,7 +37,7 @@ impl TextSet {
 
     /// The hash that calibration finds.
     fn sha256(&self) -> String {
-        self.calibration_windows(&tiny_llama(), 1, 1, 0, &Silent).unwrap().sha256
+        self.calibration_windows(&tiny_llama(), &WindowDraw::once(1, 1, 0), &Silent).unwrap().sha256
     }
 }
 
@@ -52,7 +52,8 @@ struct Loaded {
 fn load_as(prefix: &str, name: &str, content: &[u8]) -> Result<Loaded> {
     let (_directory, path) = file(name, content);
     let set = TextSet::load(&format!("{prefix}{path}"), Split::Calibration, &hub())?;
-    let sha256 = set.calibration_windows(&tiny_llama(), 1, 1, 0, &Silent)?.sha256;
+    let sha256 =
+        set.calibration_windows(&tiny_llama(), &WindowDraw::once(1, 1, 0), &Silent)?.sha256;
     Ok(Loaded { name: set.name.clone(), text: set.text(), sha256 })
 }
 
@@ -224,7 +225,11 @@ fn documents_are_drawn_as_the_reference_draws_them() {
                 .to_vec()
         });
         let drawn = set
-            .calibration_windows(&tokenizer, places.len(), seq_len, seed, &Silent)
+            .calibration_windows(
+                &tokenizer,
+                &WindowDraw::once(places.len(), seq_len, seed),
+                &Silent,
+            )
             .unwrap()
             .tokens;
         assert_eq!(drawn, expected.collect::<Vec<_>>());
@@ -240,7 +245,8 @@ fn documents_are_drawn_as_the_reference_draws_them() {
 #[test]
 fn no_document_is_long_enough() {
     let (_directory, set, paragraphs) = documents();
-    let error = set.calibration_windows(&tiny_llama(), 1, 5000, 0, &Silent).unwrap_err();
+    let error =
+        set.calibration_windows(&tiny_llama(), &WindowDraw::once(1, 5000, 0), &Silent).unwrap_err();
     assert_eq!(error.kind(), Kind::Input);
     assert_eq!(
         error.causes(),
@@ -258,7 +264,7 @@ fn a_mix_divides_the_samples_and_draws_each_set_as_if_alone() {
     let tokenizer = tiny_llama();
     for (samples, shares) in [(7, [4, 3]), (8, [4, 4]), (2, [1, 1])] {
         let draw = |set: &TextSet, samples| {
-            set.calibration_windows(&tokenizer, samples, 32, 5, &Silent).unwrap()
+            set.calibration_windows(&tokenizer, &WindowDraw::once(samples, 32, 5), &Silent).unwrap()
         };
         let expected = [draw(&sample, shares[0]).tokens, draw(&other, shares[1]).tokens].concat();
         let drawn = draw(&mix, samples);
@@ -269,9 +275,11 @@ fn a_mix_divides_the_samples_and_draws_each_set_as_if_alone() {
         assert_eq!(drawn.sha256, sha256_hex(hashes.as_bytes()));
     }
     assert_eq!(mix.name, format!("sample,{text}"));
-    let alone = sample.calibration_windows(&tokenizer, 7, 32, 5, &Silent).unwrap();
+    let alone =
+        sample.calibration_windows(&tokenizer, &WindowDraw::once(7, 32, 5), &Silent).unwrap();
     assert!(alone.sets.is_empty(), "one file says all by its name and hash");
-    let error = mix.calibration_windows(&tokenizer, 1, 32, 5, &Silent).unwrap_err();
+    let error =
+        mix.calibration_windows(&tokenizer, &WindowDraw::once(1, 32, 5), &Silent).unwrap_err();
     assert_eq!(error.kind(), Kind::Usage);
 
     for (spec, split) in [("sample,ptb", Split::Evaluation), ("sample,sample", Split::Calibration)]
@@ -307,7 +315,8 @@ fn no_set_gives_more_windows_than_it_holds_and_the_user_is_told() {
     let held = ids.len() / 32;
     let mix = TextSet::load(&format!("sample,{text}"), Split::Calibration, &hub()).unwrap();
     let told = Told::default();
-    let drawn = mix.calibration_windows(&tokenizer, 2 * held + 5, 32, 0, &told).unwrap();
+    let drawn =
+        mix.calibration_windows(&tokenizer, &WindowDraw::once(2 * held + 5, 32, 0), &told).unwrap();
     assert_eq!(drawn.sets.iter().map(|set| set.samples).collect::<Vec<_>>(), [held + 3, held]);
     assert_eq!(drawn.tokens.len(), 32 * (2 * held + 3));
     let (mut windows, mut once): (Vec<_>, Vec<_>) =
@@ -333,7 +342,9 @@ fn documents_give_no_more_windows_than_they_hold() {
     let held = |words: usize| tokenizer.encode(&"word ".repeat(words), &Silent).unwrap().len() / 16;
     let held = held(100) + held(40);
     for (samples, given) in [(held - 1, held - 1), (held, held), (200, held)] {
-        let drawn = set.calibration_windows(&tokenizer, samples, 16, 0, &Silent).unwrap();
+        let drawn = set
+            .calibration_windows(&tokenizer, &WindowDraw::once(samples, 16, 0), &Silent)
+            .unwrap();
         // The windows are the reference's, of which an evaluation has as many as requested.
         let reference = set.evaluation_windows(&tokenizer, 16, Some(samples), &Silent).unwrap();
         assert_eq!(drawn.tokens, reference[..given * 16]);
@@ -371,7 +382,9 @@ fn the_sample_is_long_enough_and_its_parts_differ() {
 
     let tokenizer = tiny_llama();
     let ids = tokenizer.encode(&calibration.text(), &Silent).unwrap();
-    let drawn = calibration.calibration_windows(&tokenizer, 128, 2048, 0, &Silent).unwrap();
+    let drawn = calibration
+        .calibration_windows(&tokenizer, &WindowDraw::once(128, 2048, 0), &Silent)
+        .unwrap();
     assert_eq!(drawn.tokens.len(), ids.len() / 2048 * 2048, "each token once");
     // Broad vocabulary: most of the ids that the tokenizer has should occur.
     let distinct: std::collections::HashSet<_> = ids.iter().collect();

@@ -24,7 +24,7 @@ use std::time::Instant;
 pub use self::after::{pack_and_distill, quantize_and_distill};
 pub use self::checks::check_trainable;
 pub use self::outcome::{DistillDryRun, DistillOutcome};
-use self::prepared::Prepared;
+use self::prepared::{Prepared, TrainedState};
 use self::training::Course;
 use super::output::Output;
 use crate::backend::Train;
@@ -94,7 +94,7 @@ pub fn distill<B: Train>(
     let options = prepared.options()?;
     let mut writer = Writer::create(&destination, specs, &identity, options, &check_stop)?;
     let trained = prepared.train(backend, &model, &mut writer, progress);
-    let (parameters, state, resumed_steps) = match trained {
+    let TrainedState { parameters, state, resumed_steps, mut step_seconds } = match trained {
         Ok(trained) => trained,
         Err(error) => {
             if writer.state()?.is_none() {
@@ -134,10 +134,17 @@ pub fn distill<B: Train>(
         curve: state.measured.curve,
         resumed_steps,
         seconds: start.elapsed().as_secs_f64(),
+        step_seconds: median(&mut step_seconds),
         peak_rss_bytes: peak_rss_bytes(),
         peak_gpu_bytes: backend.peak_bytes(),
         device: backend.device(),
     })
+}
+
+/// The middle value, the lower one of two.
+fn median(values: &mut [f64]) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len().saturating_sub(1) / 2).copied()
 }
 
 /// Everything `distill` would find out before its first product.

@@ -37,6 +37,8 @@ pub struct DistillOutcome {
     pub resumed_steps: usize,
     /// Wall-clock seconds.
     pub seconds: f64,
+    /// Of a step of this run, the median; none if it made no step.
+    pub step_seconds: Option<f64>,
     /// Highest resident memory of the process.
     pub peak_rss_bytes: u64,
     /// Highest device memory; none on the CPU.

@@ -24,6 +24,7 @@ use crate::model::{Architecture, read_manifest};
 use crate::network::{Runnable, TrainedNetwork, network, trained_values};
 use crate::pipeline::prepare::Draw;
 use crate::progress::Progress;
+use crate::text::{Rounds, WindowDraw};
 use crate::{Error, Result};
 
 /// What decides the bytes of a distilled checkpoint.
@@ -38,6 +39,16 @@ struct Identity<'a> {
     rates: DistillationRates,
     always_writes: bool,
     device: String,
+}
+
+/// What a training left behind.
+pub(super) struct TrainedState {
+    pub(super) parameters: Parameters,
+    pub(super) state: TrainingState,
+    /// Steps that a run before had made.
+    pub(super) resumed_steps: usize,
+    /// Seconds of each step of this run.
+    pub(super) step_seconds: Vec<f64>,
 }
 
 /// Everything that was checked and drawn before the work.
@@ -70,8 +81,10 @@ impl<'a> DistillationWindows<'a> {
     ) -> Result<(Cow<'a, [u32]>, Provenance)> {
         match *self {
             Self::Drawn { text, seq_len, seed } => {
-                let draw = Draw { text, samples: wanted, seq_len, seed };
-                let input = draw.input(source, network(source, progress)?, progress)?;
+                let windows =
+                    WindowDraw { samples: wanted, seq_len, seed, rounds: Rounds::Shifted };
+                let input =
+                    Draw { text, windows }.input(source, network(source, progress)?, progress)?;
                 input.check_tensors()?;
                 Ok((input.tokens.into(), input.provenance))
             }
@@ -179,14 +192,14 @@ impl<'a> Prepared<'a> {
         }
     }
 
-    /// Trains, or goes on with what a run before has trained. Returns how many steps that had made.
+    /// Trains, or goes on with what a run before has trained.
     pub(super) fn train<B: Train>(
         &self,
         backend: &B,
         model: &Runnable<'_, B>,
         writer: &mut Writer,
         progress: &dyn Progress,
-    ) -> Result<(Parameters, TrainingState, usize)> {
+    ) -> Result<TrainedState> {
         let Course { steps, seq_len, .. } = self.course;
         let (tokens, source) = (&self.tokens[..], self.distillation.source);
         let (blocks, final_norm) = trained_values(model)?;
@@ -198,6 +211,7 @@ impl<'a> Prepared<'a> {
         if resumed > 0 {
             progress.info(&format!("continuing after step {resumed} of {steps}"));
         }
+        let mut step_seconds = Vec::new();
         let is_complete = state.measured.curve.last().is_some_and(|point| point.step == steps);
         if !is_complete {
             // The checkpoint is loaded when the source's blocks and streams are gone.
@@ -213,9 +227,10 @@ impl<'a> Prepared<'a> {
                 course: self.course,
                 progress,
             };
-            training.run(&mut state, |state| writer.save_state(&state.to_bytes()))?;
+            step_seconds =
+                training.run(&mut state, |state| writer.save_state(&state.to_bytes()))?;
         }
-        Ok((parameters, state, resumed))
+        Ok(TrainedState { parameters, state, resumed_steps: resumed, step_seconds })
     }
 
     /// What was trained and gained.

@@ -47,12 +47,13 @@ pub(super) struct Training<'a, 'n, B: Train> {
 }
 
 impl<B: Train> Training<'_, '_, B> {
-    /// Makes the steps that are left. `save` keeps the state now and then, and when the run is to stop.
+    /// Makes the steps that are left. `save` keeps the state now and then, and when the run is to stop. Returns the seconds of
+    /// each step.
     pub(super) fn run(
         &mut self,
         state: &mut TrainingState,
         mut save: impl FnMut(&TrainingState) -> Result<()>,
-    ) -> Result<()> {
+    ) -> Result<Vec<f64>> {
         let Course { steps, .. } = self.course;
         self.progress.begin("distill", steps);
         self.set(&state.parameters)?;
@@ -61,7 +62,9 @@ impl<B: Train> Training<'_, '_, B> {
         if goes_on {
             (0..state.measured.steps).for_each(|_| self.progress.advance(&last(state)));
         }
+        let mut seconds = Vec::new();
         loop {
+            let (start, steps_before) = (Instant::now(), state.measured.steps);
             let made = self.measure_and_step(state);
             if let Err(error) = made {
                 // The state is that after the last complete step.
@@ -69,6 +72,9 @@ impl<B: Train> Training<'_, '_, B> {
                     save(state)?;
                 }
                 return Err(error);
+            }
+            if state.measured.steps > steps_before {
+                seconds.push(start.elapsed().as_secs_f64());
             }
             if state.measured.steps == steps && is_measured(state) {
                 break;
@@ -79,7 +85,8 @@ impl<B: Train> Training<'_, '_, B> {
             }
         }
         self.progress.end();
-        save(state)
+        save(state)?;
+        Ok(seconds)
     }
 
     /// Measures if a measurement is due, else makes a step.
