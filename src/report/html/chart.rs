@@ -150,3 +150,49 @@ pub(super) fn distribution(
         path.join("L")
     )
 }
+
+/// Lines over the steps of a training, from the least value to the greatest; each with the CSS class of its stroke.
+pub(super) fn curves(lines: &[(&str, Vec<(f64, f64)>)], label: &str) -> String {
+    const WIDTH: f64 = 640.0;
+    const HEIGHT: f64 = 180.0;
+    const LEFT: f64 = 52.0;
+    let points = || lines.iter().flat_map(|(_, points)| points).filter(|(_, y)| y.is_finite());
+    let last = points().map(|(x, _)| *x).fold(0.0, f64::max);
+    let low = points().map(|(_, y)| *y).fold(f64::INFINITY, f64::min);
+    let high = points().map(|(_, y)| *y).fold(0.0, f64::max);
+    if last <= 0.0 || high <= low {
+        return String::new();
+    }
+    let across = |x: f64| LEFT + (WIDTH - LEFT) * x / last;
+    // A little room above and below.
+    let up = |y: f64| HEIGHT * (0.95 - 0.9 * (y - low) / (high - low));
+    let mut svg = String::new();
+    for share in [0.0, 0.5, 1.0] {
+        let value = low + share * (high - low);
+        let (y, x) = (up(value), LEFT - 6.0);
+        svg += &format!(
+            "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{WIDTH}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>\
+             <text x=\"{x:.0}\" y=\"{:.1}\" text-anchor=\"end\">{value:.4}</text>\n",
+            y + 3.5
+        );
+        svg += &format!(
+            "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"{}\">{:.0}</text>\n",
+            across(share * last),
+            HEIGHT + 14.0,
+            if share == 1.0 { "end" } else { "middle" },
+            share * last
+        );
+    }
+    for (class, points) in lines {
+        let path = points.iter().filter(|(_, y)| y.is_finite());
+        let path: Vec<String> =
+            path.map(|(x, y)| format!("{:.1} {:.1}", across(*x), up(*y))).collect();
+        svg += &format!("<path class=\"curve {class}\" d=\"M{}\"/>\n", path.join("L"));
+    }
+    let (tall, label) = (HEIGHT + 20.0, text(label));
+    format!(
+        "<svg width=\"{WIDTH}\" height=\"{tall}\" viewBox=\"0 0 {WIDTH} {tall}\" role=\"img\" aria-label=\"{label}\">\n\
+         {svg}<rect class=\"frame\" x=\"{LEFT}\" y=\"0\" width=\"{}\" height=\"{HEIGHT}\"/></svg>\n",
+        WIDTH - LEFT
+    )
+}

@@ -3,6 +3,7 @@
 [`page`] is given the `--json` objects of commands and the manifest of a checkpoint, and shows what is in them. */
 
 mod chart;
+mod distillation;
 mod evaluation;
 mod linears;
 mod page;
@@ -56,6 +57,7 @@ pub(crate) fn page(shown: Option<&Shown>, results: Vec<(String, Value)>) -> Resu
     evaluation::figures(&mut page, shown, &outcomes);
     evaluation::sections(&mut page, shown, &outcomes);
     linears::sections(&mut page, shown, quantized);
+    distillation::section(&mut page, shown);
     run::sections(&mut page, shown, &outcomes);
     Ok(page.html())
 }

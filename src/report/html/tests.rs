@@ -2,7 +2,9 @@ use serde_json::json;
 
 use super::*;
 use crate::checkpoint::plan::{LinearPlan, SitePlan};
-use crate::checkpoint::{Provenance, SourceRecord};
+use crate::checkpoint::{
+    DistillationRates, DistillationRecord, DistilledStep, Provenance, SourceRecord,
+};
 use crate::quant::codebook::Codebook;
 use crate::quant::number::OutlierFormat;
 use crate::quant::scale::ScaleGrid;
@@ -110,6 +112,37 @@ fn a_checkpoint_alone_has_its_maps_and_worst_linears() {
     }
     for absent in ["<h3>bits</h3>", "<h3>outlier channels</h3>", "Perplexity", "Stages", "tasks"] {
         assert!(!page.contains(absent), "{absent}");
+    }
+}
+
+#[test]
+fn a_distilled_checkpoint_has_its_curve() {
+    let mut shown = shown("m-atom", [4, 4], 32);
+    let plain = html(Some(&shown), Vec::new());
+    assert!(!plain.contains("Distillation"));
+    let point = |step, trained, held_out| DistilledStep { step, trained, held_out };
+    shown.manifest.distillation = Some(DistillationRecord {
+        text: shown.manifest.calibration.clone(),
+        steps: 20,
+        windows_per_step: 4,
+        held_out_windows: 8,
+        rates: DistillationRates { scales: 3e-3, outlier_scales: 5e-4, norms: 2e-3, clips: 2e-3 },
+        parameters: 1234,
+        kept_step: 20,
+        before: 0.2,
+        after: 0.1,
+        curve: vec![point(0, None, 0.2), point(10, Some(0.18), 0.15), point(20, Some(0.12), 0.1)],
+    });
+    let page = html(Some(&shown), Vec::new());
+    for part in [
+        "<h2>Distillation</h2>",
+        "0.2000 to 0.1000 nats a token (-50.0 %) on 8 held-out windows",
+        "the values after step 20 were kept",
+        // From the greatest value in the upper left corner to the least in the lower right one.
+        "<path class=\"curve held\" d=\"M52.0 9.0L346.0 90.0L640.0 171.0\"/>",
+        "<path class=\"curve trained\" d=\"M346.0 41.4L640.0 138.6\"/>",
+    ] {
+        assert!(page.contains(part), "{part} is not in {page}");
     }
 }
 
