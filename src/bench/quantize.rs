@@ -153,7 +153,7 @@ fn distillation<B: Train + KernelTimes + Device>(
 ) -> Result<Vec<Figure>> {
     backend.trim();
     backend.restart_peak();
-    let text = TextSet::sample_of_length(Split::Calibration, text_bytes(model));
+    let text = TextSet::sample(Split::Calibration);
     let mut out = quantized.as_os_str().to_owned();
     out.push("-distilled");
     let distillation = Distillation {
