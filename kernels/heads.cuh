@@ -31,10 +31,9 @@ struct Grid {
     float scale, inverse, zero;
 };
 
-/// The grid of a head that HEAD_LANES lanes hold; what lies beyond the head is 0, which the range contains anyway.
-template <int COUNT> static __device__ __forceinline__ Grid grid_of(const float (&x)[COUNT], float clip) {
-    constexpr float TOP = (1 << (KV_BITS % 16)) - 1;
-    float low = 0.0f, high = 0.0f;
+/// The least and the greatest value of a head that HEAD_LANES lanes hold, clipped; what lies beyond the head is 0, which the range contains anyway.
+template <int COUNT> static __device__ __forceinline__ void range_of(const float (&x)[COUNT], float clip, float& low, float& high) {
+    low = high = 0.0f;
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
         // A NaN is passed over here and shows in its own code.
@@ -48,6 +47,13 @@ template <int COUNT> static __device__ __forceinline__ Grid grid_of(const float 
     }
     low *= clip;
     high *= clip;
+}
+
+/// The grid of a head that HEAD_LANES lanes hold.
+template <int COUNT> static __device__ __forceinline__ Grid grid_of(const float (&x)[COUNT], float clip) {
+    constexpr float TOP = (1 << (KV_BITS % 16)) - 1;
+    float low, high;
+    range_of(x, clip, low, high);
     Grid grid;
     grid.scale = to_float(to_half(__fdiv_rn(high - low, TOP)));
     grid.inverse = grid.scale == 0.0f ? 0.0f : __frcp_rn(grid.scale);
@@ -60,11 +66,35 @@ static __device__ __forceinline__ float code_of(const Grid& grid, float x) {
     return clamp(nearest(x * grid.inverse) + grid.zero, TOP);
 }
 
+/// `grid_of` without a division: of every finite range the quotient by 2^n - 1, n up to 8, is the rounded one after one correction, and the reciprocal of every
+/// number of f16 after one step of Newton's. A head that is not finite gets a scale that is none, like its codes.
+template <int COUNT> static __device__ __forceinline__ Grid quick_grid(const float (&x)[COUNT], float clip) {
+    constexpr float TOP = (1 << (KV_BITS % 16)) - 1, INVERSE = 1.0f / TOP;
+    float low, high;
+    range_of(x, clip, low, high);
+    const float range = high - low, near = range * INVERSE;
+    Grid grid;
+    grid.scale = to_float(to_half(fmaf(fmaf(-TOP, near, range), INVERSE, near)));
+    const float inverse = near_reciprocal(grid.scale);
+    grid.inverse = grid.scale == 0.0f ? 0.0f : fmaf(fmaf(-grid.scale, inverse, 1.0f), inverse, inverse);
+    grid.zero = clamp(nearest(-low * grid.inverse), TOP);
+    return grid;
+}
+
 /// What the cache returns for a head: codes of KV_BITS bits on their grid.
 template <int COUNT> static __device__ __forceinline__ void round_trip(float (&x)[COUNT], float clip) {
     Grid grid = grid_of(x, clip);
 #pragma unroll
     for (int i = 0; i < COUNT; i++) x[i] = (code_of(grid, x[i]) - grid.zero) * grid.scale;
+}
+/// The same of `quick_grid`. The sum with 1.5 * 2^23 rounds to an integer, which is clamped without the zero point.
+template <int COUNT> static __device__ __forceinline__ void quick_round_trip(float (&x)[COUNT], float clip) {
+    constexpr float TOP = (1 << (KV_BITS % 16)) - 1;
+    const float round = 12582912.0f;
+    const Grid grid = quick_grid(x, clip);
+    const float least = round - grid.zero, greatest = least + TOP;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) x[i] = (min_or_nan(max_or_nan(x[i] * grid.inverse + round, least), greatest) - round) * grid.scale;
 }
 
 #if QUADS
@@ -99,6 +129,38 @@ static __device__ __forceinline__ void transform(float (&x)[HELD]) {
 #pragma unroll
     for (int i = 0; i < HELD; i++) x[i] *= BLOCK_SCALE;
 }
+
+/// Whether a transform may leave a head in other lanes (`transform_spread`).
+#define SPREADS (ROTATED && HEAD_DIM == 128)
+
+#if SPREADS
+/// `transform`, with half as many shuffles: before a butterfly between lanes, each passes on the half of its values that the other one
+/// needs, so that the butterfly is one of registers. In the end a lane l of 16 holds channels 2 l, 2 l + 1 and those 32, 64 and 96 on: value i
+/// is channel 2 l + i % 2 + 32 * (i / 2). A lane that has passed on sums holds a pair in the other order; what that does to the sign of the
+/// next difference is the same for all it holds, and goes into the scale.
+static __device__ __forceinline__ void transform_spread(float (&x)[HELD]) {
+    butterfly_within(x, 1);
+#pragma unroll
+    for (int lanes = 1; lanes < 16; lanes *= 2) {
+        const float sign = threadIdx.x & lanes ? -1.0f : 1.0f;
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            if (i & 2) continue;
+            const float left = x[i], right = x[i + 2];
+            x[i] = fmaf(right, sign, left);
+            x[i + 2] = __shfl_xor_sync(0xffffffffu, fmaf(right, -sign, left), lanes);
+        }
+    }
+    butterfly_within(x, 2);
+    butterfly_within(x, 4);
+    const float low = __popc(threadIdx.x & threadIdx.x / 2 & 7) % 2 ? -BLOCK_SCALE : BLOCK_SCALE, high = threadIdx.x & 8 ? -low : low;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) x[i] *= i & 2 ? high : low;
+}
+
+/// The first of the two channels of a pair that `transform_spread` leaves in values 2 u and 2 u + 1.
+static __device__ __forceinline__ int spread_channel(int u) { return int(threadIdx.x % HEAD_LANES) * 2 + 32 * u; }
+#endif
 
 /// Rotary embedding with the halves of the head as pairs.
 static __device__ __forceinline__ void embed(float (&x)[HELD], const float (&cos)[4], const float (&sin)[4]) {

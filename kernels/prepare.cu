@@ -30,11 +30,13 @@ static __device__ __forceinline__ void prepare(const half* x, long long row_stri
     u32 tiles = (heads + QUAD_HEADS - 1) / QUAD_HEADS;
     u32 task = blockIdx.x * (THREADS / HEAD_LANES) + threadIdx.x / HEAD_LANES;
     int token = int(task / tiles), first = int(task % tiles) * QUAD_HEADS, at = int(threadIdx.x % HEAD_LANES) * 4;
+    // Keys that are quantized before the rotary embedding go through two transforms.
+    constexpr bool SPREAD = SPREADS && (ROLE == Role::Value || AFTER_ROPE);
     // Lanes with nothing to do go along, since the others' shuffles name all lanes.
     bool there = token < tokens && at < HALF;
     int window = token / seq_len, position = token % seq_len;
     x += token * row_stride + (long long)first * HEAD_DIM + at;
-    out += (((long long)window * heads + first) * seq_len + position) * PADDED_HEAD + at;
+    out += (((long long)window * heads + first) * seq_len + position) * PADDED_HEAD;
 
     uint2 packed[QUAD_HEADS][2];
 #pragma unroll
@@ -62,29 +64,35 @@ static __device__ __forceinline__ void prepare(const half* x, long long row_stri
             values[4 * side + 2] = low_half(packed[i][side].y);
             values[4 * side + 3] = high_half(packed[i][side].y);
         }
-        if (ROLE == Role::Query) {
-            embed(values, c, s);
-            if (ROTATED && AFTER_ROPE) transform(values);
-        } else {
-            if (ROLE == Role::Key && AFTER_ROPE) embed(values, c, s);
-            if (ROLE == Role::Key && AFTER_ROPE && mean && there && first + i < heads) {
-                const float* own = mean + (long long)(first + i) * HEAD_DIM + at;
+        if (ROLE == Role::Query || (ROLE == Role::Key && AFTER_ROPE)) embed(values, c, s);
+        if (ROLE == Role::Key && AFTER_ROPE && mean && there && first + i < heads) {
+            const float* own = mean + (long long)(first + i) * HEAD_DIM + at;
 #pragma unroll
-                for (int j = 0; j < HELD; j++) values[j] -= own[j / 4 * HALF + j % 4];
-            }
-            if (ROTATED) transform(values);
-            if (KV_BITS < 16) round_trip(values, clip);
-            if (ROLE == Role::Key && !AFTER_ROPE) {
-                if (ROTATED) transform(values);
-                embed(values, c, s);
-            }
+            for (int j = 0; j < HELD; j++) values[j] -= own[j / 4 * HALF + j % 4];
         }
-        if (there && first + i < heads) {
-            half* to = out + (long long)i * seq_len * PADDED_HEAD;
+        half* to = out + (long long)i * seq_len * PADDED_HEAD;
+        const bool stored = there && first + i < heads;
+#if SPREADS
+        if constexpr (SPREAD) {
+            transform_spread(values);
+            if (ROLE != Role::Query) quick_round_trip(values, clip);
+#pragma unroll
+            for (int u = 0; u < HELD / 2; u++)
+                if (stored) *reinterpret_cast<u32*>(to + spread_channel(u)) = pack_half2(values[2 * u], values[2 * u + 1]);
+            continue;
+        }
+#endif
+        if (ROTATED && (ROLE != Role::Query || AFTER_ROPE)) transform(values);
+        if (ROLE != Role::Query && KV_BITS < 16) round_trip(values, clip);
+        if (ROLE == Role::Key && !AFTER_ROPE) {
+            if (ROTATED) transform(values);
+            embed(values, c, s);
+        }
+        if (stored) {
 #pragma unroll
             for (int side = 0; side < 2; side++)
-                *reinterpret_cast<uint2*>(to + side * HALF) = make_uint2(pack_half2(values[4 * side], values[4 * side + 1]),
-                                                                         pack_half2(values[4 * side + 2], values[4 * side + 3]));
+                *reinterpret_cast<uint2*>(to + at + side * HALF) = make_uint2(pack_half2(values[4 * side], values[4 * side + 1]),
+                                                                              pack_half2(values[4 * side + 2], values[4 * side + 3]));
         }
     }
 }

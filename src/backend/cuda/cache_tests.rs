@@ -205,6 +205,59 @@ fn codes_are_those_of_the_cpu_and_decoding_is_its_attention() {
     }
 }
 
+/// Many pages of many heads, which a block makes several of, compared with the same tokens added a page at a time, a head a block; the
+/// test above compares those with the CPU.
+#[test]
+fn heads_made_one_after_another_are_those_made_alone() {
+    let test = "heads_made_one_after_another_are_those_made_alone";
+    let Some(cuda) = device(test) else { return };
+    let mut random = Random(12);
+    for (kv_heads, head_dim, format) in [
+        (19, 128, KvFormat { center: true, clip: 0.9, ..INT4 }),
+        (18, 128, KvFormat { bits: 3, ..INT4 }),
+        (18, 64, INT4),
+    ] {
+        let spec = spec(kv_heads, kv_heads, head_dim, 1400, format);
+        let columns = kv_heads * head_dim;
+        let lengths = [1393, 1040, 1100];
+        let mut all = || -> Vec<Matrix> {
+            let of = |rows| Matrix { rows, columns, data: random.values(rows * columns) };
+            lengths.into_iter().map(of).collect()
+        };
+        let (k, v) = (all(), all());
+        let mean = format.center.then(|| random.values(columns));
+        let fill = |steps: &[[usize; 3]]| {
+            let upload = |data| cuda.upload(Matrix { rows: 1, columns, data }).unwrap();
+            let mut cache = cuda.paged_cache(&spec, 3, 264, mean.clone().map(upload)).unwrap();
+            for stop in steps.windows(2) {
+                let parts: Vec<(usize, usize)> = stop[0].into_iter().zip(stop[1]).collect();
+                let added: Vec<usize> = parts.iter().map(|(from, to)| to - from).collect();
+                let [k, v] = [&k, &v].map(|x| cuda.half_tensor(&rows(x, &parts)));
+                cuda.append(&mut cache, &k, &v, &added).unwrap();
+            }
+            cache
+        };
+        // Begins and ends within pages.
+        let some = [5, 0, 16];
+        let together = fill(&[[0; 3], some, lengths]);
+        let steps = (0..=88).map(|i| {
+            std::array::from_fn(|sequence| (some[sequence] + 16 * i).min(lengths[sequence]))
+        });
+        let alone = fill(&std::iter::once([0; 3]).chain(steps).collect::<Vec<_>>());
+        assert_eq!(together.lengths(), alone.lengths());
+        for (sequence, length) in lengths.into_iter().enumerate() {
+            // The last page holds tokens that no one has written.
+            for page in 0..length / PAGE_TOKENS {
+                for head in 0..kv_heads {
+                    let [found, expected] =
+                        [&together, &alone].map(|cache| cache.page(sequence, page, head).unwrap());
+                    assert!(found == expected, "{format:?}, {sequence}, page {page}, head {head}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_long_sequence_gives_the_same_in_one_part_as_in_many() {
     let Some(cuda) = device("a_long_sequence_gives_the_same_in_one_part_as_in_many") else {

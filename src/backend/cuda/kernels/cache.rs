@@ -1,6 +1,6 @@
 /*! `cache.cu` and `pages.cuh`: keys and values into the pages of the cache. */
 
-use super::{Defines, Family, THREADS, declared, defines, heads, kernel, source};
+use super::{Defines, Family, THREADS, declared, defines, flag, heads, kernel, source};
 use crate::backend::cuda::launch::{Geometry, Launch};
 use crate::backend::cuda::slice::{In, Out};
 
@@ -8,6 +8,10 @@ use crate::backend::cuda::slice::{In, Out};
 pub const PAGE_TOKENS: usize = 16;
 /// Threads of a block that adds one token to a page: a warp for its key, and one for its value.
 const SINGLE_THREADS: usize = 64;
+/// Heads at most that a block makes one after another, where words are put together by shuffles.
+const MOST_HEADS: usize = 4;
+/// Blocks that are enough to occupy a device: fewer have one head each.
+const ENOUGH_BLOCKS: usize = 1024;
 /// The widest head that pages hold.
 pub(in crate::backend::cuda) const WIDEST_HEAD: usize = 128;
 
@@ -79,8 +83,14 @@ impl Pages {
         [heads::quantized(self.head_dim, self.kv_bits, self.rotated), own].concat()
     }
 
+    /// Whether a page's words are put together by shuffles, for several heads one after another.
+    fn by_shuffles(&self) -> bool {
+        self.rotated && self.head_dim == 128 && self.code_bits() == 4
+    }
+
     fn append(&self) -> Defines {
-        [self.defines(), defines! { "THREADS": THREADS }].concat()
+        let own = defines! { "THREADS": THREADS, "BY_SHUFFLES": flag(self.by_shuffles()) };
+        [self.defines(), own].concat()
     }
 }
 
@@ -129,11 +139,21 @@ impl Launch for Append<'_> {
 
     fn geometry(&self) -> Geometry {
         let threads = if self.is_single() { SINGLE_THREADS } else { THREADS };
-        Geometry::grid((self.touched_pages, self.kv_heads, self.sequences), threads)
+        let blocks = self.kv_heads.div_ceil(self.heads_a_block());
+        Geometry::grid((self.touched_pages, blocks, self.sequences), threads)
     }
 }
 
 impl Append<'_> {
+    /// Heads that a block makes one after another.
+    fn heads_a_block(&self) -> usize {
+        if self.is_single() || !self.pages.by_shuffles() {
+            return 1;
+        }
+        let all = self.touched_pages * self.kv_heads * self.sequences;
+        (all / ENOUGH_BLOCKS).clamp(1, MOST_HEADS)
+    }
+
     /// Whether no sequence has more than one new token.
     fn is_single(&self) -> bool {
         self.most_added <= 1
