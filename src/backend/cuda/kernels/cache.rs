@@ -9,9 +9,9 @@ pub const PAGE_TOKENS: usize = 16;
 /// Threads of a block that adds one token to a page: a warp for its key, and one for its value.
 const SINGLE_THREADS: usize = 64;
 /// Heads at most that a block makes one after another, where words are put together by shuffles.
-const MOST_HEADS: usize = 4;
+const MOST_HEADS: usize = 16;
 /// Blocks that are enough to occupy a device: fewer have one head each.
-const ENOUGH_BLOCKS: usize = 1024;
+const ENOUGH_BLOCKS: usize = 512;
 /// The widest head that pages hold.
 pub(in crate::backend::cuda) const WIDEST_HEAD: usize = 128;
 
