@@ -43,8 +43,9 @@
 #endif
 #endif
 
-/// Where rows are gathered from, one of a block's warps stages rows and SUMMERS add up squares.
-#define SUMMERS (FROM == NORM ? 2 : 0)
+/// Where rows are gathered from, one of a block's warps stages rows and SUMMERS add up squares: those of a unit TEAM of them.
+#define TEAM 2
+#define SUMMERS (FROM == NORM ? 2 * TEAM : 0)
 #define MAKERS (WARPS - SUMMERS - 1)
 #define THREADS (32 * WARPS)
 #if !ORDERED
@@ -390,17 +391,19 @@ static __device__ __forceinline__ void make(const int* slots, const float* weigh
 }
 
 #if FROM == NORM
-/// What a summing warp does: 1 / sqrt(mean of squares + epsilon) of each row of every SUMMERS-th unit. Sums run in
-/// 16 lanes, folded in halves; a warp takes two rows that lie half of the banks apart.
-static __device__ __forceinline__ void sum_units(const Shape& shape, float epsilon, int turn, Ring ring) {
+/// What a summing warp does: 1 / sqrt(mean of squares + epsilon) of its team's rows of every (SUMMERS / TEAM)-th unit. Sums run in
+/// 16 lanes, folded in halves; a warp takes two rows that lie half of the banks apart. A row's sum is a chain of additions: with
+/// fewer summing warps the makers of codes wait for it.
+static __device__ __forceinline__ void sum_units(const Shape& shape, float epsilon, int summer, Ring ring) {
+    int turn = summer / TEAM;
     int lane = threadIdx.x % 16, upper = threadIdx.x / 16 % 2, columns = shape.columns;
     for (int first = blockIdx.x * TOKENS; first < shape.tokens; first += gridDim.x * TOKENS, ring.advance()) {
         // Every unit is waited for and left, so that no warp is a round ahead of a barrier.
         barrier_wait(ring.arrived(), ring.parity);
         bool own = turn == 0;
-        turn = own ? SUMMERS - 1 : turn - 1;
+        turn = own ? SUMMERS / TEAM - 1 : turn - 1;
 #pragma unroll 1
-        for (int pair = 0; own && pair < (TOKENS + 1) / 2; pair++) {
+        for (int pair = summer % TEAM; own && pair < (TOKENS + 1) / 2; pair += TEAM) {
             int row = TOKENS > 1 ? pair + upper * (TOKENS / 2) : 0;
             const float* values = reinterpret_cast<const float*>(ring.rows() + row * row_stride(columns));
             float sum = 0.0f;
@@ -499,10 +502,14 @@ static __device__ __forceinline__ void make(const half* gate, const half* up, co
 #pragma unroll
                     for (int i = 0; i < 4; i++) silu_mul8<false>(v + 8 * i, gates[i], ups[i]);
                 }
-                // Groups end at multiples of 32.
-                if (slot * PANEL + part * 32 >= shape.grouped()) {
+                // Groups end at multiples of 32. The panel's number is the same in all lanes: only the last one takes the branch.
+                if ((slot + 1) * PANEL > shape.grouped()) {
+                    bool none = slot * PANEL + part * 32 >= shape.grouped();
 #pragma unroll
-                    for (int i = 0; i < 32; i++) v[i] = 0.0f;
+                    for (int i = 0; i < 32; i++) {
+                        keep_apart(v[i]);
+                        v[i] = none ? 0.0f : v[i];
+                    }
                 }
             } else {
                 load(v, slot * PANEL, shape.grouped());
@@ -538,7 +545,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_quantize(
         u32 barrier = shared_address(shared_bytes) + 8 * threadIdx.x;
         barrier_init(barrier, 32);
         barrier_init(barrier + 8 * MOST_STAGES, MAKERS + SUMMERS);
-        barrier_init(barrier + 16 * MOST_STAGES, 1);
+        barrier_init(barrier + 16 * MOST_STAGES, TEAM);
 #if BULK
         barrier_init_fence();
 #endif
