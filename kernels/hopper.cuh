@@ -13,7 +13,7 @@
 //
 // Macros:
 //     GROUP     32, 64 or 128
-//     TOKENS    of a tile: 8, 16, 32 or 64 in product_stream.cu, 128 in product_tiles.cu
+//     TOKENS    of a tile: 8, 16, 32 or 64 in product_stream.cu, 64 or 128 in product_tiles.cu
 //     BLOCKS    blocks of 64 rows in a tile
 //     STAGES    stages that shared memory holds
 //     PANELS    panels of 128 slots in a stage: 1 or 2; 1 in product_tiles.cu

@@ -38,6 +38,8 @@ pub(super) const STREAM: Family = Family {
             tiling(64, 128, [false; 2], false, Half),
             narrow(64, 128),
             narrow(64, 32),
+            // One block a tile.
+            Tiling::of(64, 8192, 128, [false; 2], 132).defines(),
             tiling(64, 64, [true, false], true, Float),
             tiling(64, 128, [true; 2], false, Half),
             tiling(1, 128, [true, false], false, Added),
@@ -58,6 +60,10 @@ pub(super) const TILES: Family = Family {
         let tiling = |group, wide, fp4, output| {
             Tiling { fp4, output, ..Tiling::of(1024, 12288, group, wide, 132) }.defines()
         };
+        // Few tiles.
+        let short = |group, wide, fp4, output| {
+            Tiling { fp4, output, ..Tiling::of(65, 64, group, wide, 132) }.defines()
+        };
         vec![
             tiling(128, [false; 2], false, Half),
             tiling(128, [false; 2], true, Half),
@@ -68,6 +74,11 @@ pub(super) const TILES: Family = Family {
             tiling(128, [true; 2], false, Float),
             tiling(64, [true; 2], false, Half),
             tiling(32, [true, false], true, Added),
+            short(128, [false; 2], false, Half),
+            short(128, [false; 2], true, Added),
+            short(128, [true, false], false, Float),
+            short(64, [false; 2], false, Half),
+            short(32, [true; 2], false, Half),
         ]
     },
     kernels: declared![Tiles],

@@ -38,6 +38,8 @@ pub(in crate::backend::cuda) struct Tiling {
     pub(super) fp4: bool,
     /// What results become.
     pub(super) output: ProductOutput,
+    /// Whether it is `product_tiles`, with a thread block for tile after tile.
+    pub(super) prefill: bool,
 }
 
 /// What a product's results become.
@@ -60,13 +62,18 @@ impl Tiling {
         wide: [bool; 2],
         multiprocessors: usize,
     ) -> Self {
+        let prefill = is_prefill(tokens);
+        let narrow = !prefill && narrow_tiles_fill(rows, multiprocessors);
         let (tokens, blocks, panels, slices, blocks_per_sm) = match tokens {
             0..=8 => (8, 1, 2, 2, blocks_per_sm_for(rows, multiprocessors).min(4)),
             9..=MMA_TOKENS => (16, 1, 2, 2, blocks_per_sm_for(rows, multiprocessors).min(3)),
-            17..=32 if narrow_tiles_fill(rows, multiprocessors) => (32, 1, 2, 4, 1),
-            17..=32 => (32, 3, 2, 1, 1),
-            33..=64 if narrow_tiles_fill(rows, multiprocessors) => (64, 1, 2, 2, 1),
+            17..=32 if narrow => (32, 1, 2, 4, 1),
+            17..=32 => (32, 3, 1, 1, 1),
+            // Of two blocks a tile each has few stages: smaller ones are shared out better among the warpgroups.
+            33..=64 if narrow && 2 * rows.div_ceil(64) <= multiprocessors => (64, 1, 1, 3, 1),
+            33..=64 if narrow => (64, 1, 2, 3, 1),
             33..=64 => (64, 3, 1, 1, 1),
+            _ if short_tiles_fill(tokens, rows, multiprocessors) => (64, 2, 1, 1, 1),
             _ => (128, 2, 1, 1, 1),
         };
         // A panel of 8 bits is twice as long.
@@ -82,6 +89,7 @@ impl Tiling {
             wide,
             fp4: false,
             output: ProductOutput::Half,
+            prefill,
         }
     }
 
@@ -135,7 +143,7 @@ impl Tiling {
 
     /// Whether tokens are many: a thread block then takes tile after tile.
     pub(in crate::backend::cuda) fn is_prefill(&self) -> bool {
-        is_prefill(self.tokens)
+        self.prefill
     }
 
     /// Threads of the consumer (MMA) warpgroups.
@@ -243,6 +251,22 @@ fn narrow_tiles_fill(rows: usize, multiprocessors: usize) -> bool {
     time(64, 1.0) < time(192, 2.85)
 }
 
+/// Whether more than 64 tokens are multiplied sooner in tiles of 64 tokens than in tiles of 128, by the rounds that each takes: a round of
+/// entire tiles, and a last one that is cut into halves, take so many thousandths of a round of entire tiles of 128 tokens (H200).
+fn short_tiles_fill(tokens: usize, rows: usize, multiprocessors: usize) -> bool {
+    let time = |tile_tokens: usize, entire: usize, half: usize| {
+        let tiles = tokens.div_ceil(tile_tokens) * rows.div_ceil(128);
+        let (rounds, rest) = (tiles / multiprocessors, tiles % multiprocessors);
+        let last = match rest {
+            0 => 0,
+            rest if 2 * rest <= multiprocessors => half,
+            _ => entire,
+        };
+        rounds * entire + last
+    };
+    time(64, 755, 505) < time(128, 1000, 708)
+}
+
 #[cfg(test)]
 mod tests {
     use super::Tiling;
@@ -268,6 +292,19 @@ mod tests {
             assert_eq!(tiling(16, rows).prefetched, early.min(2), "{rows} rows");
             assert_eq!(tiling(64, rows).prefetched, 2, "{rows} rows");
         }
+    }
+
+    /// Of prefill.
+    #[test]
+    fn few_tiles_are_of_64_tokens() {
+        for (tokens, rows, expected) in
+            [(128, 4096, 64), (65, 64, 64), (300, 257, 64), (1100, 2570, 128), (1024, 12288, 128)]
+        {
+            let tiling = tiling(tokens, rows);
+            assert!(tiling.is_prefill());
+            assert_eq!(tiling.tokens, expected, "{tokens} x {rows}");
+        }
+        assert!(!tiling(64, 4096).is_prefill());
     }
 
     #[test]
