@@ -111,19 +111,35 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/// `x += y`, `count` values, four a thread.
-extern "C" __global__ void __launch_bounds__(THREADS) add_half(float* x, const half* y, long long count) {
+/// `gate = gelu(gate) * up`, `count` values in place: `x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))`, which is GELU
+/// approximated by a hyperbolic tangent.
+extern "C" __global__ void __launch_bounds__(THREADS) gelu_mul_half(half* gate, const half* up, long long count) {
+    const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= count) return;
+    const float x = to_float(gate[i]);
+    const float inner = 1.5957691f * (x + 0.044715f * x * x * x);
+    gate[i] = to_half(__fdividef(x, 1.0f + __expf(-inner)) * to_float(up[i]));
+}
+
+/// `x *= factor`, `count` values.
+extern "C" __global__ void __launch_bounds__(THREADS) scale_float(float* x, long long count, float factor) {
+    const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (i < count) x[i] *= factor;
+}
+
+/// `x += factor * y`, `count` values, four a thread.
+extern "C" __global__ void __launch_bounds__(THREADS) add_half(float* x, const half* y, long long count, float factor) {
     long long first = ((long long)blockIdx.x * THREADS + threadIdx.x) * 4;
     if (first + 4 <= count) {
         float4 a = *reinterpret_cast<const float4*>(x + first);
         uint2 b = *reinterpret_cast<const uint2*>(y + first);
-        a.x += low_half(b.x);
-        a.y += high_half(b.x);
-        a.z += low_half(b.y);
-        a.w += high_half(b.y);
+        a.x = fmaf(factor, low_half(b.x), a.x);
+        a.y = fmaf(factor, high_half(b.x), a.y);
+        a.z = fmaf(factor, low_half(b.y), a.z);
+        a.w = fmaf(factor, high_half(b.y), a.w);
         *reinterpret_cast<float4*>(x + first) = a;
     } else {
-        for (long long i = first; i < count; i++) x[i] += to_float(y[i]);
+        for (long long i = first; i < count; i++) x[i] = fmaf(factor, to_float(y[i]), x[i]);
     }
 }
 
@@ -149,11 +165,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_bias_half(half* y, con
     for (int i = threadIdx.x; i < n; i += THREADS) y[i] = to_half(to_float(y[i]) + bias[i]);
 }
 
-/// QK-norm: RMSNorm of each of `heads` vectors of `n` values, in place; one warp a vector.
-extern "C" __global__ void __launch_bounds__(THREADS) qk_norm(half* x, const float* weight, int heads, int n, float epsilon) {
-    const int head = (int)(blockIdx.x * (THREADS / 32) + threadIdx.x / 32), lane = threadIdx.x % 32;
-    if (head >= heads) return;
-    x += (long long)head * n;
+/// RMSNorm of each of `vectors` vectors of `n` values, in place; one warp a vector.
+extern "C" __global__ void __launch_bounds__(THREADS) norm_in_place(half* x, const float* weight, int vectors, int n, float epsilon) {
+    const int vector = (int)(blockIdx.x * (THREADS / 32) + threadIdx.x / 32), lane = threadIdx.x % 32;
+    if (vector >= vectors) return;
+    x += (long long)vector * n;
     float sum = 0.0f;
     for (int i = lane; i < n; i += 32) sum = fmaf(to_float(x[i]), to_float(x[i]), sum);
     sum = warp_sum(sum);

@@ -4,6 +4,7 @@ mod common;
 
 use std::time::Duration;
 
+use common::families;
 use common::{Dtype, Home, RandomModel, Run};
 
 /// A bundled model, and a recipe that fits it.
@@ -137,6 +138,28 @@ fn kernels_of_every_format_are_verified() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_family_is_quantized_on_a_gpu_and_means_there_what_it_means_here() {
+    if !gpu("every_family_is_quantized_on_a_gpu_and_means_there_what_it_means_here") {
+        return;
+    }
+    let (home, names) = families::home();
+    for name in names {
+        let line = format!(
+            "quantize --model ./{name} --calib calibration.txt --seq-len 32 --samples 32 --group 16 --outliers 8 --no-eval \
+             --device cuda --out {name}-4"
+        );
+        home.run(&line).done();
+        let line = format!("verify --model {name}-4 --no-eval --device cuda");
+        kernels_agree(&home.json(&line));
+        let line = format!("eval-ppl --model {name}-4 --dataset evaluation.txt --seq-len 40");
+        let [cpu, cuda] = ["cpu", "cuda"].map(|device| {
+            home.json(&format!("{line} --device {device}"))["perplexity"].as_f64().unwrap().ln()
+        });
+        assert!((cuda / cpu - 1.0).abs() < 0.03, "{name}: {cuda} on the GPU, {cpu} on the CPU");
+    }
 }
 
 #[test]

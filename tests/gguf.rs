@@ -10,7 +10,8 @@ use atom::backend::cpu::Cpu;
 use atom::backend::{Measurement, Tensor};
 use atom::checkpoint::AtomCheckpoint;
 use atom::model::Architecture;
-use atom::network::{OutputHead, Runnable, Stream, attention_spec};
+use atom::model::AttentionSpecs;
+use atom::network::{OutputHead, Runnable, Stream};
 use atom::progress::Silent;
 use atom::text::Tokenizer;
 use common::{Dtype, Home, RandomModel, RandomTensor};
@@ -115,7 +116,7 @@ fn own_nats(checkpoint: &Path, windows: &[Vec<u32>]) -> Vec<f64> {
     let (cpu, checkpoint) = (Cpu::new().unwrap(), AtomCheckpoint::open(checkpoint).unwrap());
     let model = Runnable::atom(&cpu, &checkpoint).unwrap();
     let (tokens, seq_len) = (windows.concat(), windows[0].len());
-    let attention = attention_spec(&model.architecture, model.kv, seq_len);
+    let attention = AttentionSpecs::of(&model.architecture, model.kv, seq_len);
     let mut stream =
         Stream::embed(&cpu, &checkpoint, &model.architecture, &tokens, seq_len, 0).unwrap();
     for index in 0..model.architecture.blocks {

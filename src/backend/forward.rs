@@ -31,11 +31,32 @@ pub struct AttentionSpec {
     pub seq_len: usize,
     /// Tokens that a token attends to, itself included, where that is not all before it.
     pub sliding_window: Option<usize>,
+    /// Factor of the products of queries and keys.
+    pub scale: f32,
     /// Cosines and sines of RoPE, each `[seq_len, head_dim / 2]`.
     pub cos: Arc<[f32]>,
     pub sin: Arc<[f32]>,
+    /// Those of the queries, where they are others than the keys'.
+    pub query_tables: Option<[Arc<[f32]>; 2]>,
     /// How keys and values are held.
     pub kv: KvFormat,
+}
+
+impl AttentionSpec {
+    /// The factor that most networks have: `1 / sqrt(head_dim)`.
+    pub fn usual_scale(head_dim: usize) -> f32 {
+        1.0 / (head_dim as f32).sqrt()
+    }
+
+    /// Cosines and sines of the keys' rotary embedding.
+    pub fn key_tables(&self) -> [&Arc<[f32]>; 2] {
+        [&self.cos, &self.sin]
+    }
+
+    /// Cosines and sines of the queries' rotary embedding.
+    pub fn query_tables(&self) -> [&Arc<[f32]>; 2] {
+        self.query_tables.as_ref().map_or(self.key_tables(), |[cos, sin]| [cos, sin])
+    }
 }
 
 /// Queries, keys and values before the rotary embedding, `[tokens, heads * head_dim]` each.
@@ -70,11 +91,20 @@ pub trait Forward: Memory {
         weight: &Self::Hidden,
         epsilon: f32,
     ) -> Result<Self::Activation>;
-    /// RMSNorm of each head of queries or keys `[tokens, heads * head_dim]`, in place; `weight` is
-    /// `[1, head_dim]`.
-    fn qk_norm(&self, x: &mut Self::Activation, weight: &Self::Hidden, epsilon: f32) -> Result<()>;
+    /// RMSNorm in place of each run of `weight`'s length in the rows of `x`: of each head of queries or keys
+    /// `[tokens, heads * head_dim]` with a weight `[1, head_dim]`, of entire rows with one as long as a row.
+    fn norm_in_place(
+        &self,
+        x: &mut Self::Activation,
+        weight: &Self::Hidden,
+        epsilon: f32,
+    ) -> Result<()>;
+    /// Hidden states as an activation, where a site reads them without a norm.
+    fn activation(&self, x: &Self::Hidden) -> Result<Self::Activation>;
     /// `silu(gate) * up`.
     fn silu_mul(&self, gate: Self::Activation, up: &Self::Activation) -> Result<Self::Activation>;
+    /// `gelu(gate) * up`, GELU approximated by a hyperbolic tangent. Neither is in the order of the site that they feed.
+    fn gelu_mul(&self, gate: Self::Activation, up: &Self::Activation) -> Result<Self::Activation>;
     /// Causal attention of each window, over keys and values as the cache holds them. `key_mean`
     /// `[1, kv_heads * head_dim]` is subtracted from the embedded keys before they are quantized. With a `placement` the
     /// windows' tokens stand in the rows of q, k and v as it says, and the result has their rows; otherwise windows
@@ -143,8 +173,10 @@ pub trait Forward: Memory {
     ) -> Result<()>;
     /// `y += bias` for each row of `y`, a linear's output; `bias` is one row.
     fn add_bias(&self, y: &mut Self::Activation, bias: &Self::Hidden) -> Result<()>;
-    /// `x += y`: a linear's output onto hidden states.
-    fn add(&self, x: &mut Self::Hidden, y: &Self::Activation) -> Result<()>;
+    /// `x += factor * y`: a linear's output onto hidden states.
+    fn add(&self, x: &mut Self::Hidden, y: &Self::Activation, factor: f32) -> Result<()>;
+    /// `x *= factor`.
+    fn scale(&self, x: &mut Self::Hidden, factor: f32) -> Result<()>;
     /// `x[rows[i]] += weights[i] * y[i]`, likewise. No row is named twice.
     fn add_rows(
         &self,

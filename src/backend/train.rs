@@ -98,7 +98,7 @@ pub trait Train: Backend {
         onto: Option<Self::Hidden>,
     ) -> Result<(Self::Hidden, Vec<f32>)>;
 
-    /// The backward of [`qk_norm`](super::Forward::qk_norm): the formulas of
+    /// The backward of [`norm_in_place`](super::Forward::norm_in_place): the formulas of
     /// [`rms_norm_backward`](Self::rms_norm_backward) for each head of `x` `[tokens, heads * head_dim]`, the activation
     /// before the norm. Returns `d_x` and `d_w` `[head_dim]`, summed over tokens and heads.
     fn qk_norm_backward(

@@ -196,6 +196,8 @@ fn measure(
         kv_heads,
         head_dim,
         seq_len: context,
+        scale: AttentionSpec::usual_scale(head_dim),
+        query_tables: None,
         cos: (0..context * half).map(|i| angle(i).cos()).collect(),
         sin: (0..context * half).map(|i| angle(i).sin()).collect(),
         kv,

@@ -14,10 +14,9 @@ use super::cpu::{identity_site, random};
 use super::device::SETTLE;
 use super::random_block::{BlockValues, dense_block, quantized_block};
 use super::{BenchOutcome, median};
-use crate::backend::{AttentionSpec, Backend, Matrix};
-use crate::model::Architecture;
+use crate::backend::{Backend, Matrix};
 use crate::model::block::{Block, Observer};
-use crate::network::attention_spec;
+use crate::model::{Architecture, AttentionSpecs};
 use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::quant::number::ScaleFormat;
@@ -49,8 +48,8 @@ pub struct PrefillSettings {
 impl PrefillSettings {
     /// Checks the formats for every site.
     fn check(&self) -> Result<()> {
-        if self.architecture.experts.is_some() {
-            return Err(Error::usage(format!("{} has experts", self.shape))
+        if let Some(what) = self.architecture.not_plain() {
+            return Err(Error::usage(format!("{} has {what}", self.shape))
                 .hint("this measures dense blocks: choose another --shape"));
         }
         for site in self.architecture.sites(0) {
@@ -109,8 +108,8 @@ pub fn prefill<B: Backend>(
         let format = |channels| settings.format(channels);
         quantized.push(quantized_block(backend, architecture, &weights, (&format, 4))?);
     }
-    let full = attention_spec(architecture, KvFormat::FULL, tokens);
-    let cached = AttentionSpec { kv, ..full.clone() };
+    let full = AttentionSpecs::of(architecture, KvFormat::FULL, tokens);
+    let cached = full.with_kv(kv);
     let paths = [(full, dense), (cached, quantized)];
     let data = random(tokens * architecture.hidden, 99);
     let x = backend.upload(Matrix { rows: tokens, columns: architecture.hidden, data })?;
@@ -152,7 +151,7 @@ pub fn prefill<B: Backend>(
 /// Seconds of all blocks, after a rest.
 fn run<B: Backend>(
     backend: &B,
-    attention: &AttentionSpec,
+    attention: &AttentionSpecs,
     path: &[Block<B>],
     blocks: usize,
     x: &B::Hidden,

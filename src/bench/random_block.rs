@@ -7,7 +7,8 @@ use crate::Result;
 use crate::backend::{Backend, Matrix, Unquantized};
 use crate::checkpoint::{Dtype, Tensor};
 use crate::model::Architecture;
-use crate::model::block::{Block, Linear, Site, Treatment};
+use crate::model::architecture::Activation;
+use crate::model::block::{Block, Leaving, Linear, Site, Treatment};
 use crate::model::sites::{LinearSpec, MLP_ACT, MLP_IN, SiteSpec};
 use crate::quant::codebook::Codebook;
 use crate::quant::grid::Scaling;
@@ -94,7 +95,7 @@ fn site<B: Backend>(
     linears: Vec<Linear<B>>,
 ) -> Site<B> {
     let biases = linears.iter().map(|_| None).collect();
-    Site { at, name: spec.name.clone(), treatment, linears, biases }
+    Site { at, name: spec.name.clone(), treatment, linears, biases, leaving: Leaving::unchanged() }
 }
 
 fn block<B: Backend>(
@@ -107,11 +108,13 @@ fn block<B: Backend>(
         backend.upload(Matrix { rows: 1, columns, data: vec![1.0; columns] })
     };
     Ok(Block {
-        attn_norm: ones()?,
-        mlp_norm: ones()?,
+        index: 0,
+        norms: Some([ones()?, ones()?]),
         epsilon: architecture.norm_epsilon,
         key_mean: None,
         qk_norm: None,
+        head_order: None,
+        activation: Activation::Silu,
         router: None,
         sites,
     })

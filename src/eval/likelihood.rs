@@ -1,9 +1,9 @@
 /*! Log likelihoods of many short texts, all of them carried through the blocks together. */
 
 use super::prefix_sharing::{Batch, batches};
-use crate::backend::{AttentionSpec, Backend};
-use crate::model::Architecture;
-use crate::network::{OutputHead, Runnable, Stream, attention_spec, prefetch};
+use crate::backend::Backend;
+use crate::model::{Architecture, AttentionSpecs};
+use crate::network::{OutputHead, Runnable, Stream, prefetch};
 use crate::progress::Progress;
 use crate::ranks::Collectives;
 use crate::text::tasks::ScoredText;
@@ -114,8 +114,10 @@ fn score<B: Backend>(
     progress: &dyn Progress,
 ) -> Result<()> {
     let Runnable { backend, architecture, tensors, .. } = model;
-    let attention: Vec<AttentionSpec> =
-        part.iter().map(|batch| attention_spec(architecture, model.kv, batch.seq_len)).collect();
+    let attention: Vec<AttentionSpecs> = part
+        .iter()
+        .map(|batch| AttentionSpecs::of(architecture, model.kv, batch.seq_len))
+        .collect();
     let windows =
         part.iter().map(|batch| batch_bytes(architecture, 0, batch.placement.windows.len()));
     let window_bytes = windows.max().unwrap_or(0) as u64;

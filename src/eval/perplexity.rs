@@ -9,8 +9,9 @@ use serde::Serialize;
 use crate::backend::{Backend, Tensor};
 use crate::checkpoint::{AtomCheckpoint, Source, sha256_hex};
 use crate::machine::cpu_seconds;
+use crate::model::AttentionSpecs;
 use crate::network::memory::Windows;
-use crate::network::{OutputHead, Runnable, Stream, attention_spec, prefetch};
+use crate::network::{OutputHead, Runnable, Stream, prefetch};
 use crate::progress::Progress;
 use crate::ranks::Collectives;
 use crate::text::Evaluation;
@@ -108,7 +109,7 @@ impl<B: Backend> Run<'_, B> {
         backend.trim();
         model.check_memory(Windows { tokens: tokens.len(), seq_len }, *progress)?;
         agree(backend.ranks(), tokens)?;
-        let attention = attention_spec(architecture, model.kv, seq_len);
+        let attention = AttentionSpecs::of(architecture, model.kv, seq_len);
         let window_bytes = 4 * seq_len * architecture.hidden;
         // Of entire batches, so that these are the same for any number of ranks.
         let batch = Stream::batch_windows(*backend, architecture, seq_len);

@@ -4,7 +4,8 @@ use super::*;
 use crate::backend::cpu::Cpu;
 use crate::backend::{Forward, Matrix, Measurement, Memory, Prediction, Quantization};
 use crate::hub;
-use crate::network::{OutputHead, Stream, attention_spec};
+use crate::model::AttentionSpecs;
+use crate::network::{OutputHead, Stream};
 use crate::progress::Silent;
 use crate::text::tasks::{Choice, Task};
 
@@ -21,7 +22,7 @@ fn rows(task: &'static str, rows: &[serde_json::Value]) -> TaskRows {
 fn by_itself(model: &Runnable<'_, Cpu>, text: &ScoredText) -> f64 {
     let Runnable { backend, architecture, tensors, .. } = model;
     let inputs = &text.tokens[..text.tokens.len() - 1];
-    let attention = attention_spec(architecture, model.kv, inputs.len());
+    let attention = AttentionSpecs::of(architecture, model.kv, inputs.len());
     let mut stream =
         Stream::embed(*backend, *tensors, architecture, inputs, inputs.len(), 0).unwrap();
     for index in 0..architecture.blocks {

@@ -84,11 +84,27 @@ pub fn check_planned(
     check(format, &subject, &format!("a checkpoint of {}", source.name()))
 }
 
+/// Refuses a family whose programs expect several linears in one tensor: a checkpoint holds each by itself.
+fn check_stored_alone(architecture: &Architecture, name: &str) -> Result<()> {
+    let fused: Vec<&str> = architecture.fused.iter().map(|fused| fused.stored).collect();
+    if fused.is_empty() {
+        return Ok(());
+    }
+    Err(Error::input(format!(
+        "{name} cannot be exported: programs that load networks of type {} expect {} as one tensor each, and the \
+         checkpoint holds their linears one by one",
+        architecture.family,
+        fused.join(" and ")
+    ))
+    .hint("no format of this version holds such networks: run the checkpoint with atom"))
+}
+
 /// Refuses a checkpoint that a format cannot hold exactly, with every setting in the way.
 ///
 /// # Errors
 /// Input: the settings, what the format takes, and a recipe that would do.
 pub fn check(format: &dyn Format, subject: &Subject<'_>, name: &str) -> Result<()> {
+    check_stored_alone(subject.architecture, name)?;
     let obstacles = format.obstacles(subject);
     if obstacles.is_empty() {
         return Ok(());

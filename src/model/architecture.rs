@@ -1,16 +1,14 @@
 /*! `config.json` -> [`Architecture`], the description of a network. */
 
-use std::sync::Arc;
-
 use serde_json::Value;
 
 use super::config::Config;
 use super::families::Family;
 pub use super::parts::{
     Activation, Biases, BlockAttention, ExpertNames, Experts, FusedLinears, Mlp, Multipliers,
-    NormPlacement, Norms, QkNorm, QueryScaling, RouterKind, SharedExpert,
+    Norms, QkNorm, QueryScaling, RouterKind, SharedExpert,
 };
-use super::rope::Rope;
+use super::rope::{OuterThetas, Rope, RopeContext, RopeDefaults};
 use super::{bounds, class, quantized};
 use crate::{Error, Result};
 
@@ -59,6 +57,8 @@ pub struct Architecture {
     pub experts: Option<Experts>,
     /// Linears that a source stores as one tensor.
     pub fused: &'static [FusedLinears],
+    /// Blocks after the others that predict further tokens. They are stored, and no part of the network.
+    pub prediction_blocks: usize,
     /// A warning for the user: the repository has its own code, which is not run.
     pub remark: Option<String>,
 }
@@ -85,14 +85,16 @@ impl Architecture {
         let family = Family::of(config)?;
         quantized::check(config)?;
         let remark = class::check(config, family)?;
-        check_constants(config)?;
+        check_constants(config, family)?;
         let blocks = config.required_count("num_hidden_layers", bounds::BLOCKS)?;
         let hidden = config.required_count("hidden_size", bounds::CHANNELS)?;
         let heads = config.required_count("num_attention_heads", bounds::HEADS)?;
         let kv_heads = config.nullable_count("num_key_value_heads", bounds::HEADS)?;
         let max_positions = config.count("max_position_embeddings", 1..=usize::MAX)?;
         let max_positions = max_positions.unwrap_or(family.max_positions);
-        let rope = Rope::from_config(config, family.rope_theta, max_positions)?;
+        let head_dim = head_dim(config, family, hidden, heads)?;
+        let rope = RopeContext { config, defaults: &family.rope, head_dim, max_positions };
+        let rope = (family.reads_rope)(&rope)?;
         let mut architecture = Self {
             family: family.name.to_owned(),
             blocks,
@@ -100,11 +102,11 @@ impl Architecture {
             intermediate: config.required_count("intermediate_size", bounds::CHANNELS)?,
             heads,
             kv_heads: kv_heads.unwrap_or(family.kv_heads).unwrap_or(heads),
-            head_dim: head_dim(config, family, hidden, heads)?,
+            head_dim,
             vocabulary: config.required_count("vocab_size", bounds::VOCABULARY)?,
             norm_epsilon: norm_epsilon(config, family)?,
-            norms: Norms::default(),
-            tied: config.flag("tie_word_embeddings")?,
+            norms: family.norms,
+            tied: config.flag_or("tie_word_embeddings", family.tied)?,
             max_positions,
             attention: vec![BlockAttention { rope: Some(rope), window: None }; blocks],
             attention_scale: None,
@@ -114,7 +116,8 @@ impl Architecture {
             qk_norm: QkNorm::default(),
             mlp: Mlp::default(),
             experts: None,
-            fused: &[],
+            fused: family.fused,
+            prediction_blocks: 0,
             remark,
         };
         (family.differences)(config, &mut architecture)?;
@@ -157,17 +160,51 @@ impl Architecture {
 
     /// Positions that the network supports: `max_position_embeddings`, extended by RoPE's scaling.
     pub fn positions(&self) -> usize {
-        (self.max_positions as f64 * self.rope().scaling.extension()) as usize
+        let ropes = self.attention.iter().filter_map(|block| block.rope.as_ref());
+        let positions = ropes.map(|rope| rope.positions(self.max_positions));
+        positions.max().unwrap_or(self.max_positions)
     }
 
-    /// The rotary embedding of all blocks.
-    pub fn rope(&self) -> &Rope {
-        self.attention[0].rope.as_ref().expect("every block has one: `check_supported`")
+    /// The rotary embedding of all blocks, where they have the same.
+    pub fn common_rope(&self) -> Option<&Rope> {
+        let rope = self.attention[0].rope.as_ref();
+        rope.filter(|_| self.attention.iter().all(|block| block.rope.as_ref() == rope))
     }
 
-    /// The sliding window of all blocks, if they have one.
+    /// The order of a head's channels in which all backends compute attention, where it is not the source's
+    /// ([`Rope::head_order`]). Blocks without positions keep it, as it changes nothing there.
+    pub fn head_order(&self, block: usize) -> Option<Vec<usize>> {
+        self.attention[block].rope.as_ref().and_then(|rope| rope.head_order(self.head_dim))
+    }
+
+    /// The narrowest sliding window of a block, if one has any.
     pub fn sliding_window(&self) -> Option<usize> {
-        self.attention[0].window
+        self.attention.iter().filter_map(|block| block.window).min()
+    }
+
+    /// Takes the positions from blocks.
+    pub(super) fn drop_positions(&mut self, without: impl Fn(usize) -> bool) {
+        for (index, block) in self.attention.iter_mut().enumerate() {
+            if without(index) {
+                block.rope = None;
+            }
+        }
+    }
+
+    /// Gives blocks with a sliding window the rotary embedding that config.json has for these.
+    pub(super) fn set_sliding_rope(
+        &mut self,
+        config: &Config,
+        defaults: &RopeDefaults,
+        thetas: &OuterThetas,
+    ) -> Result<()> {
+        let Self { head_dim, max_positions, .. } = *self;
+        let context = RopeContext { config, defaults, head_dim, max_positions };
+        let sliding = context.read_by_layer_type(thetas)?.sliding;
+        for block in self.attention.iter_mut().filter(|block| block.window.is_some()) {
+            block.rope = Some(sliding.clone());
+        }
+        Ok(())
     }
 
     /// Sets the sliding window of each block.
@@ -176,24 +213,14 @@ impl Architecture {
             block.window = window;
         }
     }
-
-    /// Cosines and sines `[seq_len, head_dim / 2]` of positions 0..seq_len.
-    pub fn rope_tables(&self, seq_len: usize) -> (Arc<[f32]>, Arc<[f32]>) {
-        let frequencies = self.rope().frequencies(self.head_dim);
-        let (cos, sin): (Vec<f32>, Vec<f32>) = (0..seq_len)
-            .flat_map(|position| {
-                frequencies.iter().map(move |f| f64::from((position as f64 * f) as f32))
-            })
-            .map(|angle| (angle.cos() as f32, angle.sin() as f32))
-            .unzip();
-        (cos.into(), sin.into())
-    }
 }
 
 /// Refuses what no family has: another activation, attention to later tokens, settings for single blocks.
-fn check_constants(config: &Config) -> Result<()> {
-    if config.text("hidden_act")?.is_some_and(|act| !matches!(act, "silu" | "swish")) {
-        let known = "this version runs networks with SiLU-gated MLPs, `silu`";
+fn check_constants(config: &Config, family: &Family) -> Result<()> {
+    if family.reads_hidden_act
+        && config.text("hidden_act")?.is_some_and(|act| !matches!(act, "silu" | "swish"))
+    {
+        let known = "this version runs networks of this type with SiLU-gated MLPs, `silu`";
         return Err(config.unsupported("hidden_act", known));
     }
     if config.has("is_causal") && !config.flag("is_causal")? {
@@ -225,11 +252,11 @@ fn head_dim(config: &Config, family: &Family, hidden: usize, heads: usize) -> Re
 }
 
 fn norm_epsilon(config: &Config, family: &Family) -> Result<f32> {
-    const KEY: &str = "rms_norm_eps";
     const RIGHT: &str = "a number of zero or more";
-    let given = config.number(KEY).map_err(|_| config.wrong(KEY, RIGHT))?;
+    let key = family.norm_epsilon_field;
+    let given = config.number(key).map_err(|_| config.wrong(key, RIGHT))?;
     if given.is_some_and(|epsilon| epsilon < 0.0) {
-        return Err(config.wrong(KEY, RIGHT));
+        return Err(config.wrong(key, RIGHT));
     }
     Ok(given.unwrap_or(family.norm_epsilon) as f32)
 }

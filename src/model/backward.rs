@@ -3,11 +3,12 @@
 Only the block's input is kept from the forward pass. The inside is computed again by the operations of the forward pass, so
 that codes and outputs are the same, and the operations of [`Train`] follow in reverse order. */
 
+use super::attention::AttentionSpecs;
 use super::block::{Block, Linear, Observer};
 use super::site::Input;
 use super::sites::{ATTN_IN, ATTN_OUT, MLP_ACT, MLP_IN};
 use crate::Result;
-use crate::backend::{AttentionSpec, Qkv, SiteGradient, Train, TrainedLinear};
+use crate::backend::{Qkv, SiteGradient, Train, TrainedLinear};
 
 /// Gradients of what a block trains.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -49,11 +50,11 @@ impl<B: Train> Block<B> {
     /// and of what is trained. Its linears, with the codes of `codes`, are packed without `feeds`.
     ///
     /// # Panics
-    /// If the block has experts, or a site that neither permutes nor quantizes.
+    /// If the block is none of a network that `Architecture::not_plain` finds nothing of, or has a site that neither permutes nor quantizes.
     pub fn backward(
         &self,
         backend: &B,
-        attention: &AttentionSpec,
+        attention: &AttentionSpecs,
         codes: &BlockCodes<'_, B::Quantized>,
         x: &B::Hidden,
         d_out: B::Hidden,
@@ -73,27 +74,32 @@ impl<B: Train> Block<B> {
     fn attention_again(
         &self,
         backend: &B,
-        attention: &AttentionSpec,
+        attention: &AttentionSpecs,
         x: &B::Hidden,
     ) -> Result<Attention<B>> {
-        let (entering, input) = self.normed(backend, ATTN_IN, x, &self.attn_norm)?;
+        let (entering, input) = self.normed(backend, ATTN_IN, x)?;
         let [mut q, mut k, v] = self.sites[ATTN_IN].outputs(backend, &input)?;
         let mut unnormed = None;
         if let Some([of_q, of_k]) = &self.qk_norm {
             unnormed = Some([backend.duplicate_activation(&q)?, backend.duplicate_activation(&k)?]);
-            backend.qk_norm(&mut q, of_q, self.epsilon)?;
-            backend.qk_norm(&mut k, of_k, self.epsilon)?;
+            backend.norm_in_place(&mut q, of_q, self.epsilon)?;
+            backend.norm_in_place(&mut k, of_k, self.epsilon)?;
         }
         let again = |x: &B::Activation| backend.duplicate_activation(x);
         let taken = Qkv { q: again(&q)?, k: again(&k)?, v: again(&v)? };
-        let heads = backend.attention(attention, None, taken, self.key_mean.as_ref())?;
+        let heads = backend.attention(
+            attention.of_block(self.index),
+            None,
+            taken,
+            self.key_mean.as_ref(),
+        )?;
         let heads_input = self.sites[ATTN_OUT].read(backend, &heads)?;
         let qkv = Qkv { q, k, v };
         Ok(Attention { entering, input, unnormed, qkv, heads, heads_input })
     }
 
     fn mlp_again(&self, backend: &B, middle: &B::Hidden) -> Result<Mlp<B>> {
-        let (entering, input) = self.normed(backend, MLP_IN, middle, &self.mlp_norm)?;
+        let (entering, input) = self.normed(backend, MLP_IN, middle)?;
         let [gate, up] = self.sites[MLP_IN].outputs(backend, &input)?;
         let site = &self.sites[MLP_ACT];
         let gated = backend.silu_mul(backend.duplicate_activation(&gate)?, &up)?;
@@ -128,7 +134,7 @@ impl<B: Train> Block<B> {
         drop((d_pair, entering, input));
         let (d_middle, d_norm) = backend.rms_norm_backward(
             middle,
-            &self.mlp_norm,
+            self.trained_norm(MLP_IN),
             self.epsilon,
             &d_entering,
             Some(d_out),
@@ -141,7 +147,7 @@ impl<B: Train> Block<B> {
     fn attention_backward(
         &self,
         backend: &B,
-        attention: &AttentionSpec,
+        attention: &AttentionSpecs,
         codes: &BlockCodes<'_, B::Quantized>,
         x: &B::Hidden,
         (inside, d_middle): (Attention<B>, B::Hidden),
@@ -151,8 +157,12 @@ impl<B: Train> Block<B> {
         let (d_heads, of_out) =
             self.site_backward(backend, ATTN_OUT, codes, (&heads, &heads_input), &d_output)?;
         drop((d_output, heads, heads_input));
-        let Qkv { mut q, mut k, v } =
-            backend.attention_backward(attention, &qkv, self.key_mean.as_ref(), d_heads)?;
+        let Qkv { mut q, mut k, v } = backend.attention_backward(
+            attention.of_block(self.index),
+            &qkv,
+            self.key_mean.as_ref(),
+            d_heads,
+        )?;
         drop(qkv);
         let mut qk_norms = None;
         if let (Some([of_q, of_k]), Some([raw_q, raw_k])) = (&self.qk_norm, &unnormed) {
@@ -164,7 +174,7 @@ impl<B: Train> Block<B> {
             self.site_backward(backend, ATTN_IN, codes, (&entering, &input), &[q, k, v])?;
         let (d_x, d_norm) = backend.rms_norm_backward(
             x,
-            &self.attn_norm,
+            self.trained_norm(ATTN_IN),
             self.epsilon,
             &d_entering,
             Some(d_middle),
@@ -172,14 +182,13 @@ impl<B: Train> Block<B> {
         Ok((d_x, d_norm, qk_norms, vec![of_in, of_out]))
     }
 
+    fn trained_norm(&self, site: usize) -> &B::Hidden {
+        self.norm_before(site).expect("a network that is trained has norms before both")
+    }
+
     /// The output of a norm, and the same as the linears of its site read it.
-    fn normed(
-        &self,
-        backend: &B,
-        site: usize,
-        x: &B::Hidden,
-        norm: &B::Hidden,
-    ) -> Result<(B::Activation, Input<B>)> {
+    fn normed(&self, backend: &B, site: usize, x: &B::Hidden) -> Result<(B::Activation, Input<B>)> {
+        let norm = self.trained_norm(site);
         let site = &self.sites[site];
         let normed = backend.rms_norm(x, norm, self.epsilon)?;
         let input = match site.fusible_order(&Observer::none()) {

@@ -3,25 +3,31 @@
 Calibration, evaluation of the source, evaluation of the checkpoint and verification all run this
 code. Only the treatment of a site's activation and the form of its linears differ. */
 
+use super::architecture::Activation;
+use super::attention::AttentionSpecs;
 use super::experts::{RoutedTokens, Router};
 use super::site::Input;
-pub use super::site::{Linear, Site, Treatment};
+pub use super::site::{Leaving, Linear, Site, Treatment};
 use super::sites::{ATTN_IN, ATTN_OUT, MLP_ACT, MLP_IN};
 use crate::Result;
 use crate::backend::{AttentionSpec, Decode, Forward, Memory, Placement, Qkv};
 
 /// A decoder block, ready to run.
 pub struct Block<B: Forward> {
-    /// RMSNorm before attention.
-    pub attn_norm: B::Hidden,
-    /// RMSNorm before the MLP.
-    pub mlp_norm: B::Hidden,
+    /// Its number.
+    pub index: usize,
+    /// RMSNorm before attention, and before the MLP; none where they read the hidden states as they are.
+    pub norms: Option<[B::Hidden; 2]>,
     /// RMSNorm's epsilon.
     pub epsilon: f32,
     /// What is subtracted from the keys after the rotary embedding, before they are quantized, `[1, kv_heads * head_dim]`.
     pub key_mean: Option<B::Hidden>,
-    /// RMSNorm of each query and key head before the rotary embedding, `[1, head_dim]`.
+    /// RMSNorm of queries and keys before the rotary embedding: of each head `[1, head_dim]`, or of all of them as one row.
     pub qk_norm: Option<[B::Hidden; 2]>,
+    /// Orders of the channels of queries and keys in which attention computes them, where these are not the source's.
+    pub head_order: Option<[B::Site; 2]>,
+    /// The nonlinearity of the MLP.
+    pub activation: Activation,
     /// Chooses experts, where there are any.
     pub router: Option<Router<B>>,
     /// attn_in, attn_out, mlp_in, and one mlp_act, or one for each expert.
@@ -85,7 +91,7 @@ impl<B: Forward> Block<B> {
     pub fn forward(
         &self,
         backend: &B,
-        attention: &AttentionSpec,
+        attention: &AttentionSpecs,
         x: &mut B::Hidden,
         observer: &mut Observer<B>,
     ) -> Result<()> {
@@ -99,13 +105,13 @@ impl<B: Forward> Block<B> {
     pub fn forward_placed(
         &self,
         backend: &B,
-        attention: &AttentionSpec,
+        attention: &AttentionSpecs,
         placement: &Placement,
         wanted: Option<&[u32]>,
         x: &mut B::Hidden,
     ) -> Result<()> {
         self.forward_attending(backend, wanted, x, |qkv, key_mean| {
-            backend.attention(attention, Some(placement), qkv, key_mean)
+            backend.attention(attention.of_block(self.index), Some(placement), qkv, key_mean)
         })
     }
 
@@ -150,25 +156,25 @@ impl<B: Forward> Block<B> {
     /// Adds the MLP's output, or that of each token's experts, to the hidden states `x` after attention.
     pub fn mlp(&self, backend: &B, x: &mut B::Hidden, observer: &mut Observer<B>) -> Result<()> {
         if let Some(router) = &self.router {
-            let normed = backend.rms_norm(x, &self.mlp_norm, self.epsilon)?;
+            let normed = self.entering(backend, MLP_IN, x)?;
             let routed = router.route(backend, &normed)?;
             for (expert, routed) in
                 routed.iter().enumerate().filter(|(_, routed)| !routed.is_empty())
             {
                 let pair = self.gate_and_up_of(backend, expert, &normed, routed, observer)?;
-                let input = self.after_silu(backend, MLP_ACT + expert, pair, observer)?;
+                let input = self.after_activation(backend, MLP_ACT + expert, pair, observer)?;
                 let [output] = self.sites[MLP_ACT + expert].outputs(backend, &input)?;
                 backend.add_rows(x, &output, &routed.tokens, &routed.weights)?;
             }
             return Ok(());
         }
         let pair = self.gate_and_up(backend, x, observer)?;
-        let input = self.after_silu(backend, MLP_ACT, pair, observer)?;
+        let input = self.after_activation(backend, MLP_ACT, pair, observer)?;
         self.sites[MLP_ACT].add_onto(backend, &input, x)
     }
 
     /// The input of the linear of the mlp_act numbered `at`, from gate and up.
-    fn after_silu(
+    fn after_activation(
         &self,
         backend: &B,
         at: usize,
@@ -176,10 +182,44 @@ impl<B: Forward> Block<B> {
         observer: &mut Observer<B>,
     ) -> Result<Input<B>> {
         let site = &self.sites[at];
-        if let Some(order) = site.fusible_order(observer) {
+        if self.activation == Activation::Silu
+            && let Some(order) = site.fusible_order(observer)
+        {
             return Ok(Input::Rows(backend.silu_quantize(gate, &up, order, &site.name)?));
         }
-        site.input(backend, backend.silu_mul(gate, &up)?, observer)
+        site.input(backend, self.activated(backend, gate, &up)?, observer)
+    }
+
+    /// `activation(gate) * up`.
+    pub fn activated(
+        &self,
+        backend: &B,
+        gate: B::Activation,
+        up: &B::Activation,
+    ) -> Result<B::Activation> {
+        match self.activation {
+            Activation::Silu => backend.silu_mul(gate, up),
+            Activation::GeluTanh => backend.gelu_mul(gate, up),
+            Activation::ReluSquared => unreachable!("`check_supported` refuses it"),
+        }
+    }
+
+    /// The activation that enters attn_in or mlp_in for the hidden states `x`.
+    pub fn entering(&self, backend: &B, site: usize, x: &B::Hidden) -> Result<B::Activation> {
+        match self.norm_before(site) {
+            Some(norm) => backend.rms_norm(x, norm, self.epsilon),
+            None => backend.activation(x),
+        }
+    }
+
+    /// The norm before attn_in or mlp_in, if there is one.
+    pub fn norm_before(&self, site: usize) -> Option<&B::Hidden> {
+        let at = match site {
+            ATTN_IN => 0,
+            MLP_IN => 1,
+            _ => unreachable!("other sites have no norm before them"),
+        };
+        self.norms.as_ref().map(|norms| &norms[at])
     }
 
     /// Shows `observer` every site's activation. The last product is left out, since its output is not
@@ -187,7 +227,7 @@ impl<B: Forward> Block<B> {
     pub fn observe(
         &self,
         backend: &B,
-        attention: &AttentionSpec,
+        attention: &AttentionSpecs,
         mut x: B::Hidden,
         observer: &mut Observer<B>,
     ) -> Result<()> {
@@ -200,7 +240,7 @@ impl<B: Forward> Block<B> {
     pub fn observe_attention(
         &self,
         backend: &B,
-        attention: &AttentionSpec,
+        attention: &AttentionSpecs,
         x: &mut B::Hidden,
         observer: &mut Observer<B>,
     ) -> Result<Option<B::Activation>> {
@@ -222,7 +262,7 @@ impl<B: Forward> Block<B> {
             self.sites[MLP_ACT].input(backend, z, observer)?;
             return Ok(());
         };
-        let normed = backend.rms_norm(&x, &self.mlp_norm, self.epsilon)?;
+        let normed = self.entering(backend, MLP_IN, &x)?;
         for (expert, routed) in router.route(backend, &normed)?.iter().enumerate() {
             if !routed.is_empty() {
                 let z = self.gated_of(backend, expert, &normed, routed, observer)?;
@@ -236,7 +276,7 @@ impl<B: Forward> Block<B> {
     pub fn heads(
         &self,
         backend: &B,
-        attention: &AttentionSpec,
+        attention: &AttentionSpecs,
         x: &B::Hidden,
         observer: &mut Observer<B>,
     ) -> Result<B::Activation> {
@@ -244,25 +284,29 @@ impl<B: Forward> Block<B> {
         observer.see(Seen::Queries, &qkv.q)?;
         observer.see(Seen::Keys, &qkv.k)?;
         observer.see(Seen::Values, &qkv.v)?;
-        backend.attention(attention, None, qkv, self.key_mean.as_ref())
+        backend.attention(attention.of_block(self.index), None, qkv, self.key_mean.as_ref())
     }
 
-    /// The outputs of q, k and v for the hidden states `x`, queries and keys normed where the network has QK-norm.
+    /// The outputs of q, k and v for the hidden states `x`, queries and keys normed where the network has QK-norm, and in the
+    /// order that attention has them in.
     fn queries_keys_values(
         &self,
         backend: &B,
         x: &B::Hidden,
         observer: &mut Observer<B>,
     ) -> Result<Qkv<B::Activation>> {
-        let [mut q, mut k, v] = self.after_norm(backend, ATTN_IN, x, &self.attn_norm, observer)?;
+        let [mut q, mut k, v] = self.after_norm(backend, ATTN_IN, x, observer)?;
         if let Some([of_q, of_k]) = &self.qk_norm {
-            backend.qk_norm(&mut q, of_q, self.epsilon)?;
-            backend.qk_norm(&mut k, of_k, self.epsilon)?;
+            backend.norm_in_place(&mut q, of_q, self.epsilon)?;
+            backend.norm_in_place(&mut k, of_k, self.epsilon)?;
+        }
+        if let Some([of_q, of_k]) = &self.head_order {
+            (q, k) = (backend.permute(&q, of_q)?, backend.permute(&k, of_k)?);
         }
         Ok(Qkv { q, k, v })
     }
 
-    /// `silu(gate) * up` of one expert for its tokens of the normed hidden states: the input of its mlp_act.
+    /// `activation(gate) * up` of one expert for its tokens of the normed hidden states: the input of its mlp_act.
     pub fn gated_of(
         &self,
         backend: &B,
@@ -272,7 +316,7 @@ impl<B: Forward> Block<B> {
         observer: &mut Observer<B>,
     ) -> Result<B::Activation> {
         let [gate, up] = self.gate_and_up_of(backend, expert, normed, routed, observer)?;
-        backend.silu_mul(gate, &up)
+        self.activated(backend, gate, &up)
     }
 
     /// The outputs of one expert's gate and up.
@@ -290,7 +334,7 @@ impl<B: Forward> Block<B> {
         Ok([output(2 * expert)?, output(2 * expert + 1)?])
     }
 
-    /// `silu(gate) * up` for the hidden states `x` after attention: the input of mlp_act. Only without experts.
+    /// `activation(gate) * up` for the hidden states `x` after attention: the input of mlp_act. Only without experts.
     pub fn gated(
         &self,
         backend: &B,
@@ -298,7 +342,7 @@ impl<B: Forward> Block<B> {
         observer: &mut Observer<B>,
     ) -> Result<B::Activation> {
         let [gate, up] = self.gate_and_up(backend, x, observer)?;
-        backend.silu_mul(gate, &up)
+        self.activated(backend, gate, &up)
     }
 
     /// The outputs of gate and up for the hidden states `x` after attention. Only without experts.
@@ -308,22 +352,24 @@ impl<B: Forward> Block<B> {
         x: &B::Hidden,
         observer: &mut Observer<B>,
     ) -> Result<[B::Activation; 2]> {
-        self.after_norm(backend, MLP_IN, x, &self.mlp_norm, observer)
+        self.after_norm(backend, MLP_IN, x, observer)
     }
 
-    /// The outputs of the linears of a site after a norm.
+    /// The outputs of the linears of attn_in or mlp_in, after its norm, if there is one.
     fn after_norm<const N: usize>(
         &self,
         backend: &B,
         site: usize,
         x: &B::Hidden,
-        norm: &B::Hidden,
         observer: &mut Observer<B>,
     ) -> Result<[B::Activation; N]> {
-        let (site, epsilon) = (&self.sites[site], self.epsilon);
-        let input = match site.fusible_order(observer) {
-            Some(order) => Input::Rows(backend.norm_quantize(x, norm, epsilon, order, &site.name)?),
-            None => site.input(backend, backend.rms_norm(x, norm, epsilon)?, observer)?,
+        let (at, epsilon) = (site, self.epsilon);
+        let site = &self.sites[at];
+        let input = match (site.fusible_order(observer), self.norm_before(at)) {
+            (Some(order), Some(norm)) => {
+                Input::Rows(backend.norm_quantize(x, norm, epsilon, order, &site.name)?)
+            }
+            _ => site.input(backend, self.entering(backend, at, x)?, observer)?,
         };
         site.outputs(backend, &input)
     }

@@ -54,7 +54,9 @@ impl Architecture {
         let attention = 2 * (heads + kv_heads) * head_dim * hidden;
         let dense = 3 * self.intermediate as u128 * hidden;
         let experts = self.experts.as_ref().map_or(0, |experts| {
-            experts.count as u128 * (3 * experts.intermediate as u128 + 1) * hidden
+            let shared = experts.shared.map_or(0, |shared| shared.intermediate as u128);
+            let own = experts.count as u128 * (3 * experts.intermediate as u128 + 1);
+            (own + 3 * shared) * hidden
         });
         let ends = 2 * self.vocabulary as u128 * hidden;
         ends + self.blocks as u128 * (attention + dense.max(experts))
@@ -67,7 +69,7 @@ impl Architecture {
     /// If the last block has no tensors, or there are blocks after it.
     pub fn check_blocks<'a>(&self, names: impl Iterator<Item = &'a str>, file: &str) -> Result<()> {
         let stored = names.filter_map(block_of).max().map_or(0, |last| last.saturating_add(1));
-        if stored == self.blocks {
+        if (self.blocks..=self.blocks + self.prediction_blocks).contains(&stored) {
             return Ok(());
         }
         Err(Error::input(format!(

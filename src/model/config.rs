@@ -11,7 +11,7 @@ use crate::{Error, Result};
 
 /// An object of `config.json` and its place in the file.
 #[derive(Clone, Copy)]
-pub struct Config<'a> {
+pub(super) struct Config<'a> {
     fields: &'a Map<String, Value>,
     /// The file's name in messages.
     file: &'a str,
@@ -24,7 +24,7 @@ impl<'a> Config<'a> {
     ///
     /// # Errors
     /// If it is no object.
-    pub fn new(value: &'a Value, file: &'a str) -> Result<Self> {
+    pub(super) fn new(value: &'a Value, file: &'a str) -> Result<Self> {
         let fields = value.as_object().ok_or_else(|| {
             Error::input(format!("{file} is not a JSON object")).hint("download the file again")
         })?;
@@ -32,22 +32,22 @@ impl<'a> Config<'a> {
     }
 
     /// The file's name in messages.
-    pub fn file(&self) -> &'a str {
+    pub(super) fn file(&self) -> &'a str {
         self.file
     }
 
     /// The names of all fields.
-    pub fn keys(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+    pub(super) fn keys(&self) -> impl Iterator<Item = &'a str> + use<'a> {
         self.fields.keys().map(String::as_str)
     }
 
     /// Whether there is a field of this name, null or not.
-    pub fn has(&self, key: &str) -> bool {
+    pub(super) fn has(&self, key: &str) -> bool {
         self.fields.contains_key(key)
     }
 
     /// What a field holds, if it is there and not null.
-    pub fn given(&self, key: &str) -> Option<&'a Value> {
+    pub(super) fn given(&self, key: &str) -> Option<&'a Value> {
         self.fields.get(key).filter(|value| !value.is_null())
     }
 
@@ -55,7 +55,7 @@ impl<'a> Config<'a> {
     ///
     /// # Errors
     /// Another type, null included, or a number out of `range`.
-    pub fn count(&self, key: &str, range: RangeInclusive<usize>) -> Result<Option<usize>> {
+    pub(super) fn count(&self, key: &str, range: RangeInclusive<usize>) -> Result<Option<usize>> {
         let Some(value) = self.fields.get(key) else { return Ok(None) };
         let count = value.as_u64().and_then(|count| usize::try_from(count).ok());
         let count = count.filter(|count| range.contains(count));
@@ -66,7 +66,7 @@ impl<'a> Config<'a> {
     ///
     /// # Errors
     /// As [`Config::count`]'s, null excepted.
-    pub fn nullable_count(
+    pub(super) fn nullable_count(
         &self,
         key: &str,
         range: RangeInclusive<usize>,
@@ -81,7 +81,7 @@ impl<'a> Config<'a> {
     ///
     /// # Errors
     /// As [`Config::count`]'s, or the field is absent.
-    pub fn required_count(&self, key: &str, range: RangeInclusive<usize>) -> Result<usize> {
+    pub(super) fn required_count(&self, key: &str, range: RangeInclusive<usize>) -> Result<usize> {
         self.count(key, range.clone())?.ok_or_else(|| self.wrong(key, &whole_number(&range)))
     }
 
@@ -89,7 +89,7 @@ impl<'a> Config<'a> {
     ///
     /// # Errors
     /// Another type, null included, or a number that f32 does not hold.
-    pub fn number(&self, key: &str) -> Result<Option<f64>> {
+    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
         let Some(value) = self.fields.get(key) else { return Ok(None) };
         let number = value.as_f64().filter(|number| (*number as f32).is_finite());
         number.map(Some).ok_or_else(|| self.wrong(key, "a number"))
@@ -99,7 +99,7 @@ impl<'a> Config<'a> {
     ///
     /// # Errors
     /// As [`Config::number`]'s, or a number that is not above zero.
-    pub fn positive(&self, key: &str) -> Result<Option<f64>> {
+    pub(super) fn positive(&self, key: &str) -> Result<Option<f64>> {
         const RIGHT: &str = "a number above zero";
         let number = self.number(key).map_err(|_| self.wrong(key, RIGHT))?;
         match number {
@@ -113,18 +113,26 @@ impl<'a> Config<'a> {
     ///
     /// # Errors
     /// Another type.
-    pub fn flag(&self, key: &str) -> Result<bool> {
+    pub(super) fn flag(&self, key: &str) -> Result<bool> {
         match self.given(key) {
             None => Ok(false),
             Some(value) => value.as_bool().ok_or_else(|| self.wrong(key, "true or false")),
         }
     }
 
+    /// [`Config::flag`], with another value where the field is absent; null is false.
+    ///
+    /// # Errors
+    /// As [`Config::flag`]'s.
+    pub(super) fn flag_or(&self, key: &str, absent: bool) -> Result<bool> {
+        if self.has(key) { self.flag(key) } else { Ok(absent) }
+    }
+
     /// A text; none where the field is absent.
     ///
     /// # Errors
     /// Another type, null included.
-    pub fn text(&self, key: &str) -> Result<Option<&'a str>> {
+    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>> {
         let Some(value) = self.fields.get(key) else { return Ok(None) };
         value.as_str().map(Some).ok_or_else(|| self.wrong(key, "a text"))
     }
@@ -133,7 +141,7 @@ impl<'a> Config<'a> {
     ///
     /// # Errors
     /// Another type.
-    pub fn list(&self, key: &str, right: &str) -> Result<Option<&'a [Value]>> {
+    pub(super) fn list(&self, key: &str, right: &str) -> Result<Option<&'a [Value]>> {
         let Some(value) = self.given(key) else { return Ok(None) };
         value.as_array().map(|list| Some(&list[..])).ok_or_else(|| self.wrong(key, right))
     }
@@ -142,7 +150,7 @@ impl<'a> Config<'a> {
     ///
     /// # Errors
     /// Another type.
-    pub fn object(&self, key: &'a str) -> Result<Option<Self>> {
+    pub(super) fn object(&self, key: &'a str) -> Result<Option<Self>> {
         let Some(value) = self.given(key) else { return Ok(None) };
         let fields = value.as_object().ok_or_else(|| self.wrong(key, "an object or null"))?;
         Ok(Some(Self { fields, file: self.file, parent: Some(key) }))
@@ -154,7 +162,7 @@ impl<'a> Config<'a> {
     }
 
     /// `FILE: `field` is VALUE`, for messages; long values are cut.
-    pub fn shown(&self, key: &str) -> String {
+    pub(super) fn shown(&self, key: &str) -> String {
         let (file, name) = (self.file, self.name(key));
         let Some(value) = self.fields.get(key) else {
             return format!("{file}: `{name}` is missing");
@@ -163,19 +171,19 @@ impl<'a> Config<'a> {
     }
 
     /// An error with the value of a field and what would be right.
-    pub fn wrong(&self, key: &str, right: &str) -> Error {
+    pub(super) fn wrong(&self, key: &str, right: &str) -> Error {
         Error::input(format!("{}, which must be {right}", self.shown(key)))
             .hint("correct the field, or download the file again")
     }
 
     /// An error for a network that the file describes and that this version cannot run.
-    pub fn unsupported(&self, key: &str, known: &str) -> Error {
+    pub(super) fn unsupported(&self, key: &str, known: &str) -> Error {
         Error::input(format!("{}, which this version does not support", self.shown(key)))
             .hint(known)
     }
 
     /// An error for two fields, or a field and what is computed, that contradict each other.
-    pub fn contradiction(&self, key: &str, what: &str) -> Error {
+    pub(super) fn contradiction(&self, key: &str, what: &str) -> Error {
         Error::input(format!("{}, but {what}", self.shown(key)))
             .hint("correct one of them, or download the file again")
     }

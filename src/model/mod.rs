@@ -1,6 +1,7 @@
 /*! Networks: `config.json` -> architecture, its sites, and the forward pass of a block. */
 
 pub mod architecture;
+pub mod attention;
 pub mod backward;
 pub mod block;
 mod bounds;
@@ -20,4 +21,5 @@ mod support;
 mod window;
 
 pub use architecture::Architecture;
+pub use attention::AttentionSpecs;
 pub use planned::{check_plan, read_manifest};

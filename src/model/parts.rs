@@ -5,25 +5,36 @@ use super::config::Config;
 use super::rope::Rope;
 use crate::Result;
 
-/// Where the norms of a block are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum NormPlacement {
-    /// Before attention and before the MLP (Llama).
-    #[default]
-    Before,
-    /// After each, on what is added to the residual stream (OLMo 2).
-    After,
-    /// Both before and after (Gemma 3).
-    Both,
+/// A block's norms, by their names: of attention and of the MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Norms {
+    /// Norms before attention and before the MLP, on the residual stream (Llama).
+    pub before: Option<[&'static str; 2]>,
+    /// Norms after each, on what is added to the residual stream (OLMo 2).
+    pub after: Option<[&'static str; 2]>,
+    /// Whether a stored weight `w` means `1 + w` (Gemma 3).
+    pub unit_offset: bool,
 }
 
-/// A block's norms.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Norms {
-    /// Where the norms are.
-    pub placement: NormPlacement,
-    /// Whether a stored weight `w` means `1 + w`.
-    pub unit_offset: bool,
+impl Norms {
+    /// Llama's.
+    pub(super) const LLAMA: Self = Self {
+        before: Some(["input_layernorm", "post_attention_layernorm"]),
+        after: None,
+        unit_offset: false,
+    };
+    /// OLMo's: none before.
+    pub(super) const OLMO: Self = Self {
+        before: None,
+        after: Some(["post_attention_layernorm", "post_feedforward_layernorm"]),
+        unit_offset: false,
+    };
+}
+
+impl Default for Norms {
+    fn default() -> Self {
+        Self::LLAMA
+    }
 }
 
 /// How one block attends.
@@ -42,6 +53,14 @@ pub struct QueryScaling {
     pub beta: f64,
     /// Tokens of the original context.
     pub original: usize,
+}
+
+impl QueryScaling {
+    /// The factor at a position.
+    pub fn factor(&self, position: usize) -> f32 {
+        let contexts = (position / self.original.max(1)) as f64;
+        (1.0 + self.beta * contexts.ln_1p()) as f32
+    }
 }
 
 /// Factors of the residual stream, 1 by default.
@@ -114,6 +133,13 @@ pub struct Biases {
     pub mlp_flag: Option<&'static str>,
 }
 
+/// gate and up as one tensor.
+pub(super) const FUSED_GATE_UP: FusedLinears =
+    FusedLinears { stored: "gate_up_proj", linears: &["gate_proj", "up_proj"] };
+/// q, k and v as one tensor.
+pub(super) const FUSED_QKV: FusedLinears =
+    FusedLinears { stored: "qkv_proj", linears: &["q_proj", "k_proj", "v_proj"] };
+
 /// Linears of one site that a source stores as one tensor, their rows one after another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FusedLinears {
@@ -138,7 +164,7 @@ pub struct Experts {
     pub router: RouterKind,
     /// Factor of the routing weights.
     pub scale: f32,
-    /// An expert that computes every token.
+    /// An expert that computes every token. It counts after the others where they are numbered.
     pub shared: Option<SharedExpert>,
     /// Blocks with one dense MLP instead of experts, ascending.
     pub dense_blocks: Vec<usize>,
@@ -171,6 +197,17 @@ pub struct ExpertNames {
     pub part: &'static str,
     /// gate, up and down.
     pub linears: [&'static str; 3],
+    /// The shared expert's module in `part`, where there is one.
+    pub shared: &'static str,
+}
+
+impl ExpertNames {
+    /// Those of most families.
+    pub(super) const USUAL: Self = Self {
+        part: "mlp",
+        linears: ["gate_proj", "up_proj", "down_proj"],
+        shared: "shared_experts",
+    };
 }
 
 impl Biases {
@@ -187,6 +224,24 @@ impl Biases {
 }
 
 impl Experts {
+    /// All of them, the shared one included.
+    pub fn all(&self) -> usize {
+        self.count + usize::from(self.shared.is_some())
+    }
+
+    /// Experts that compute a token, the shared one included.
+    pub fn of_a_token(&self) -> usize {
+        self.per_token + usize::from(self.shared.is_some())
+    }
+
+    /// Channels between the projections of expert `expert`.
+    pub fn width(&self, expert: usize) -> usize {
+        match self.shared {
+            Some(shared) if expert == self.count => shared.intermediate,
+            _ => self.intermediate,
+        }
+    }
+
     /// Experts in a block. `num_experts` and `num_local_experts` are one field under two names.
     pub(super) fn count_field(config: &Config, default: usize) -> Result<usize> {
         let [new, old] = ["num_local_experts", "num_experts"];

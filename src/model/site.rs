@@ -22,6 +22,27 @@ pub enum Treatment<B: Forward> {
     Quantized(B::Site),
 }
 
+/// What becomes of the output of o or down before it is added to the residual stream.
+pub struct Leaving<B: Forward> {
+    /// RMSNorm, if there is one.
+    pub norm: Option<B::Hidden>,
+    /// RMSNorm's epsilon.
+    pub epsilon: f32,
+    /// Its factor after the norm.
+    pub factor: f32,
+}
+
+impl<B: Forward> Leaving<B> {
+    /// Nothing.
+    pub fn unchanged() -> Self {
+        Self { norm: None, epsilon: 0.0, factor: 1.0 }
+    }
+
+    fn is_unchanged(&self) -> bool {
+        self.norm.is_none() && self.factor == 1.0
+    }
+}
+
 /// A site of a block with the linears it feeds.
 pub struct Site<B: Forward> {
     /// Its number in the block.
@@ -34,6 +55,8 @@ pub struct Site<B: Forward> {
     pub linears: Vec<Linear<B>>,
     /// The bias of each linear that has one, `[1, rows]`.
     pub biases: Vec<Option<B::Hidden>>,
+    /// What becomes of its output, where that is added to the residual stream.
+    pub leaving: Leaving<B>,
 }
 
 /// An activation as the linears of its site read it.
@@ -115,16 +138,21 @@ impl<B: Forward> Site<B> {
         input: &Input<B>,
         stream: &mut B::Hidden,
     ) -> Result<()> {
+        let unchanged = self.leaving.is_unchanged();
         match (&self.linears[..], &self.biases[..], input) {
-            ([Linear::Dense(weight)], [None], Input::Float(x)) => {
+            ([Linear::Dense(weight)], [None], Input::Float(x)) if unchanged => {
                 backend.add_product(stream, x, weight)
             }
-            ([Linear::Packed(weight)], [None], Input::Rows(x)) => {
+            ([Linear::Packed(weight)], [None], Input::Rows(x)) if unchanged => {
                 backend.add_integer_product(stream, x, weight)
             }
             _ => {
-                let [output] = self.outputs(backend, input)?;
-                backend.add(stream, &output)
+                let [mut output] = self.outputs(backend, input)?;
+                let Leaving { norm, epsilon, factor } = &self.leaving;
+                if let Some(norm) = norm {
+                    backend.norm_in_place(&mut output, norm, *epsilon)?;
+                }
+                backend.add(stream, &output, *factor)
             }
         }
     }

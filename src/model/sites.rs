@@ -4,7 +4,7 @@ Outliers, channel order and activation quantization belong to a site; weights be
 Llama-like block has the sites attn_in, attn_out, mlp_in and mlp_act, in this order; where it has experts, all experts
 read mlp_in, and each has its own mlp_act. */
 
-use super::architecture::{Architecture, FusedLinears, QkNorm};
+use super::architecture::{Architecture, ExpertNames, FusedLinears, QkNorm, RouterKind};
 use crate::checkpoint::RowRange;
 
 /// An activation that feeds linears.
@@ -58,7 +58,7 @@ pub struct SiteSpec {
     pub kind: SiteKind,
     /// Full name, e.g. `model.layers.0.self_attn.attn_in`.
     pub name: String,
-    /// The expert that an mlp_act belongs to, where there are experts.
+    /// The expert that an mlp_act belongs to, where there are experts; the shared one comes after the others.
     pub expert: Option<usize>,
     /// Input features of its linears.
     pub channels: usize,
@@ -88,10 +88,27 @@ impl Architecture {
         format!("{}.self_attn.key_mean", self.block_name(block))
     }
 
-    /// Names of the two RMSNorm weights of block `block`: before attention, before the MLP.
-    pub fn norm_names(&self, block: usize) -> [String; 2] {
-        ["input_layernorm", "post_attention_layernorm"]
-            .map(|norm| format!("{}.{norm}.weight", self.block_name(block)))
+    /// Names of the RMSNorm weights of block `block` before attention and the MLP, if it has such norms.
+    pub fn norms_before(&self, block: usize) -> Option<[String; 2]> {
+        self.norms.before.map(|norms| self.norm_weights(block, norms))
+    }
+
+    /// Names of the RMSNorm weights of block `block` after attention and the MLP, if it has such norms.
+    pub fn norms_after(&self, block: usize) -> Option<[String; 2]> {
+        self.norms.after.map(|norms| self.norm_weights(block, norms))
+    }
+
+    fn norm_weights(&self, block: usize, norms: [&str; 2]) -> [String; 2] {
+        norms.map(|norm| format!("{}.{norm}.weight", self.block_name(block)))
+    }
+
+    /// Names of all RMSNorm weights of block `block` but QK-norm's.
+    pub fn norm_names(&self, block: usize) -> Vec<String> {
+        [self.norms_before(block), self.norms_after(block)]
+            .into_iter()
+            .flatten()
+            .flatten()
+            .collect()
     }
 
     /// Names of the QK-norm's weights of block `block`, if it has one.
@@ -101,10 +118,37 @@ impl Architecture {
         (self.qk_norm != QkNorm::None).then(|| names.map(name))
     }
 
+    /// Lengths of the weights of QK-norm: of queries, and of keys.
+    pub fn qk_norm_lengths(&self) -> [usize; 2] {
+        match self.qk_norm {
+            QkNorm::AllHeads => [self.heads, self.kv_heads].map(|heads| heads * self.head_dim),
+            QkNorm::None | QkNorm::PerHead => [self.head_dim; 2],
+        }
+    }
+
     /// Name of the router's weight `[experts, hidden]` of block `block`, if it has experts.
     pub fn router_name(&self, block: usize) -> Option<String> {
         let experts = self.experts_of(block)?;
         Some(format!("{}.{}.gate.weight", self.block_name(block), experts.names.part))
+    }
+
+    /// Name of what is added to the router's scores to choose experts, `[experts]`, if block `block` has it.
+    pub fn router_bias_name(&self, block: usize) -> Option<String> {
+        let experts = self.experts_of(block)?;
+        let name = format!(
+            "{}.{}.gate.e_score_correction_bias",
+            self.block_name(block),
+            experts.names.part
+        );
+        (experts.router == RouterKind::SigmoidWithBias).then_some(name)
+    }
+
+    /// Name of the weight `[1, hidden]` of the shared expert's gate, if block `block` has one.
+    pub fn shared_gate_name(&self, block: usize) -> Option<String> {
+        let experts = self.experts_of(block)?;
+        let ExpertNames { part, shared, .. } = experts.names;
+        let name = format!("{}.{part}.{shared}_gate.weight", self.block_name(block));
+        experts.shared.is_some_and(|shared| shared.gated).then_some(name)
     }
 
     /// The tensors outside the blocks, the embedding first; a tied head is no other tensor. None is quantized.
@@ -122,15 +166,17 @@ impl Architecture {
 
     /// Name and shape of the tensors of block `block` that are unquantized: norms, biases, the router.
     pub fn unquantized_tensors(&self, block: usize) -> Vec<(String, Vec<usize>)> {
-        let mut tensors: Vec<_> =
-            self.norm_names(block).map(|name| (name, vec![self.hidden])).into();
-        let qk_norms = self.qk_norm_names(block).into_iter().flatten();
-        tensors.extend(qk_norms.map(|name| (name, vec![self.head_dim])));
+        let norms = self.norm_names(block).into_iter();
+        let mut tensors: Vec<_> = norms.map(|name| (name, vec![self.hidden])).collect();
+        let qk_norms = self.qk_norm_names(block).into_iter().flatten().zip(self.qk_norm_lengths());
+        tensors.extend(qk_norms.map(|(name, length)| (name, vec![length])));
         for linear in self.sites(block).iter().flat_map(|site| &site.linears) {
             tensors.extend(linear.bias().map(|name| (name, vec![linear.rows])));
         }
         if let (Some(name), Some(experts)) = (self.router_name(block), self.experts_of(block)) {
             tensors.push((name, vec![experts.count, self.hidden]));
+            tensors.extend(self.router_bias_name(block).map(|name| (name, vec![experts.count])));
+            tensors.extend(self.shared_gate_name(block).map(|name| (name, vec![1, self.hidden])));
         }
         tensors
     }
@@ -169,19 +215,34 @@ impl Architecture {
             sites.push(site(SiteKind::MlpAct, "mlp", "mlp_act", wide, &down, biases.mlp));
             return sites;
         };
-        let (part, [gate, up, down]) = (experts.names.part, experts.names.linears);
-        let wide = experts.intermediate;
-        let all = (0..experts.count)
-            .flat_map(|expert| [gate, up].map(|name| (format!("experts.{expert}.{name}"), wide)));
+        let ExpertNames { part, linears: [gate, up, down], shared } = experts.names;
+        let module = |expert| match expert {
+            _ if expert == experts.count => shared.to_owned(),
+            _ => format!("experts.{expert}"),
+        };
+        let all = (0..experts.all()).flat_map(|expert| {
+            let (module, wide) = (module(expert), experts.width(expert));
+            [gate, up].map(|name| (format!("{module}.{name}"), wide))
+        });
         let all: Vec<_> = all.collect();
         sites.push(site(SiteKind::MlpIn, part, "mlp_in", hidden, &all, false));
-        sites.extend((0..experts.count).map(|expert| {
-            let part = format!("{part}.experts.{expert}");
-            let down = named(&[(down, hidden)]);
+        sites.extend((0..experts.all()).map(|expert| {
+            let part = format!("{part}.{}", module(expert));
+            let (down, wide) = (named(&[(down, hidden)]), experts.width(expert));
             let site = site(SiteKind::MlpAct, &part, "mlp_act", wide, &down, false);
             SiteSpec { expert: Some(expert), ..site }
         }));
         sites
+    }
+
+    /// The sites of a block with the most weights: in some networks the first blocks have no experts.
+    pub fn largest_block(&self) -> Vec<SiteSpec> {
+        let weights = |sites: &Vec<SiteSpec>| -> usize {
+            let linears = sites.iter().flat_map(|site| &site.linears);
+            linears.map(|linear| linear.rows.saturating_mul(linear.columns)).sum()
+        };
+        let (first, last) = (self.sites(0), self.sites(self.blocks.saturating_sub(1)));
+        if weights(&first) < weights(&last) { last } else { first }
     }
 
     /// Name and shape of every tensor a source must hold.

@@ -1,9 +1,6 @@
 /*! Refuses by name what an [`Architecture`] can describe and the forward pass does not compute. */
 
-use super::architecture::{
-    Activation, Architecture, Experts, Mlp, Multipliers, NormPlacement, Norms, QkNorm, RouterKind,
-};
-use super::window::ALIKE;
+use super::architecture::{Activation, Architecture, Mlp, Multipliers, Norms, QkNorm};
 use crate::{Error, Result};
 
 impl Architecture {
@@ -12,7 +9,6 @@ impl Architecture {
     /// # Errors
     /// Bad input that names the file, the family and the first thing that is not computed.
     pub(super) fn check_supported(&self, file: &str) -> Result<()> {
-        self.check_alike(file)?;
         match self.unsupported() {
             None => Ok(()),
             Some(what) => Err(Error::input(format!(
@@ -23,19 +19,25 @@ impl Architecture {
         }
     }
 
-    /// Refuses blocks with different attention windows.
-    fn check_alike(&self, file: &str) -> Result<()> {
-        let windows = || self.attention.iter().map(|block| block.window);
-        let sliding = windows().flatten().count();
-        let blocks = self.blocks;
-        let what = if (1..blocks).contains(&sliding) {
-            format!("gives {sliding} of {blocks} blocks a sliding window and the others none")
-        } else if windows().any(|window| window != self.attention[0].window) {
-            "gives blocks sliding windows of several lengths".to_owned()
-        } else {
-            return Ok(());
-        };
-        Err(Error::input(format!("{file} {what}")).hint(ALIKE))
+    /// What the network has besides norms before attention and MLP, SiLU with a gate, and RoPE over entire heads: neither the
+    /// backward pass nor blocks of random weights compute it.
+    pub fn not_plain(&self) -> Option<&'static str> {
+        let reordered = (0..self.blocks).any(|block| self.head_order(block).is_some());
+        let refused = [
+            (self.experts.is_some(), "experts"),
+            (self.norms.before.is_none(), "blocks without norms before attention and MLP"),
+            (self.norms.after.is_some(), "norms after attention and MLP"),
+            (self.norms.unit_offset, "norm weights that are stored less one"),
+            (
+                self.multipliers != Multipliers::default(),
+                "factors of embedding, residual stream or logits",
+            ),
+            (self.qk_norm == QkNorm::AllHeads, "a norm over all heads together"),
+            (self.query_scaling.is_some(), "queries that are scaled by their position"),
+            (reordered, "RoPE over a part of each head or of neighbouring channels"),
+            (self.mlp != Mlp::default(), "another MLP than SiLU with a gate"),
+        ];
+        refused.into_iter().find_map(|(found, what)| found.then_some(what))
     }
 
     /// What the network has that the forward pass does not compute.
@@ -51,63 +53,32 @@ impl Architecture {
             head_dim: _,
             vocabulary: _,
             norm_epsilon: _,
-            norms: Norms { placement, unit_offset },
+            norms: Norms { before, after, unit_offset: _ },
             tied: _,
             max_positions: _,
-            attention,
-            attention_scale,
-            query_scaling,
-            multipliers: Multipliers { embedding, residual, logits },
+            attention: _,
+            attention_scale: _,
+            query_scaling: _,
+            multipliers: Multipliers { embedding: _, residual, logits: _ },
             biases: _,
-            qk_norm,
+            qk_norm: _,
             mlp: Mlp { activation, gated },
             experts,
             fused: _,
+            prediction_blocks: _,
             remark: _,
         } = self;
-        let ropes = || attention.iter().map(|block| block.rope.as_ref());
+        let unnormed = before.is_none() && after.is_none();
+        let changes_outputs =
+            after.is_some() || *residual != 1.0 || *activation != Activation::Silu;
         let refused = [
-            (*placement != NormPlacement::Before, "norms after attention and MLP"),
-            (*unit_offset, "norm weights that are stored less one"),
-            (ropes().any(|rope| rope.is_none()), "blocks without RoPE"),
-            (
-                ropes().any(|rope| rope != attention[0].rope.as_ref()),
-                "a RoPE of its own in each block",
-            ),
-            (ropes().flatten().any(|rope| rope.share != 1.0), "RoPE over a part of each head"),
-            (ropes().flatten().any(|rope| rope.interleaved), "RoPE of neighbouring channels"),
-            (attention_scale.is_some(), "a factor of attention of its own"),
-            (query_scaling.is_some(), "queries that are scaled by their position"),
-            (*embedding != 1.0, "a factor of the embedding"),
-            (*residual != 1.0, "a factor of the residual stream"),
-            (*logits != 1.0, "a factor of the logits"),
-            (*qk_norm == QkNorm::AllHeads, "a norm over all heads together"),
-            (*activation != Activation::Silu, "another activation than SiLU"),
+            (unnormed, "no norms"),
+            (*activation == Activation::ReluSquared, "another activation than SiLU and GELU"),
             (!*gated, "an MLP without a gate"),
-        ];
-        let refused = refused.into_iter().find_map(|(found, what)| found.then_some(what));
-        refused.or_else(|| experts.as_ref().and_then(Experts::unsupported))
-    }
-}
-
-impl Experts {
-    /// What the experts have that the forward pass does not compute.
-    fn unsupported(&self) -> Option<&'static str> {
-        let Self {
-            count: _,
-            per_token: _,
-            intermediate: _,
-            normalized: _,
-            router,
-            scale,
-            shared,
-            dense_blocks: _,
-            names: _,
-        } = self;
-        let refused = [
-            (*router != RouterKind::Softmax, "a router by sigmoids"),
-            (*scale != 1.0, "a factor of the routing weights"),
-            (shared.is_some(), "a shared expert"),
+            (
+                experts.is_some() && (changes_outputs || before.is_none()),
+                "experts, and norms, factors or activations of its own",
+            ),
         ];
         refused.into_iter().find_map(|(found, what)| found.then_some(what))
     }

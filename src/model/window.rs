@@ -64,6 +64,25 @@ pub(super) fn of_later_blocks(config: &Config, blocks: usize) -> Result<Vec<Opti
     Ok(slides.into_iter().map(|slides| window.filter(|_| slides)).collect())
 }
 
+/// The windows of a family that reads `layer_types`, and where they are not given has one in the blocks for which `slides` is
+/// true.
+///
+/// # Errors
+/// Blocks with a window, and no length given.
+pub(super) fn of_layer_types(
+    config: &Config,
+    blocks: usize,
+    window: Option<usize>,
+    slides: impl Fn(usize) -> bool,
+) -> Result<Vec<Option<usize>>> {
+    let slides = layer_types(config, blocks)?.unwrap_or_else(|| (0..blocks).map(slides).collect());
+    if window.is_none() && config.given("sliding_window").is_none() && slides.contains(&true) {
+        let what = "`layer_types` or the family's pattern gives blocks a window";
+        return Err(config.contradiction("sliding_window", what));
+    }
+    Ok(slides.into_iter().map(|slides| window.filter(|_| slides)).collect())
+}
+
 /// Whether each block has a sliding window, by `layer_types`.
 fn layer_types(config: &Config, blocks: usize) -> Result<Option<Vec<bool>>> {
     const RIGHT: &str = "a list of texts, one for each block";

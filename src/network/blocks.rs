@@ -5,9 +5,10 @@ use super::stored::QuantizedSite;
 use super::weights::BlockWeights;
 use crate::backend::{Backend, Matrix};
 use crate::model::Architecture;
-use crate::model::block::{Block, Linear, Site, Treatment};
-use crate::model::experts::Router;
-use crate::model::sites::{MLP_ACT, MLP_IN, SiteKind};
+use crate::model::architecture::{Activation, RouterKind};
+use crate::model::block::{Block, Leaving, Linear, Site, Treatment};
+use crate::model::experts::{Choice, Router, Shared};
+use crate::model::sites::{ATTN_OUT, MLP_ACT, MLP_IN, SiteKind};
 use crate::quant::site::SiteFormat;
 use crate::{Error, Result};
 
@@ -108,8 +109,10 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
     ) -> Result<Vec<Linear<B>>> {
         let QuantizedSite { format, linears } = quantized;
         let (backend, weights) = (self.backend, self.weights);
-        // The rows of gate and up can be in the order of the site that they feed only if both are packed and have no bias.
+        // The rows of gate and up can be in the order of the site that they feed only if both are packed and have no bias, and
+        // SiLU is between them.
         let reorderable = self.reorders
+            && self.architecture.mlp.activation == Activation::Silu
             && linears.iter().all(Option::is_some)
             && weights.biases[site].iter().all(Option::is_none);
         let feeds = |linear: usize| feeds.get(linear / 2).copied().filter(|_| reorderable);
@@ -164,7 +167,59 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
     fn site(&self, at: usize, (treatment, linears): SiteParts<B>) -> Result<Site<B>> {
         let name = self.architecture.sites(self.weights.index)[at].name.clone();
         let biases = self.weights.biases(self.backend, at)?;
-        Ok(Site { at, name, treatment, linears, biases })
+        Ok(Site { at, name, treatment, linears, biases, leaving: self.leaving(at)? })
+    }
+
+    /// What becomes of the output of a site before it is added to the residual stream.
+    fn leaving(&self, at: usize) -> Result<Leaving<B>> {
+        let which = match at {
+            ATTN_OUT => 0,
+            MLP_ACT.. => 1,
+            _ => return Ok(Leaving::unchanged()),
+        };
+        let norm = self.weights.norms_after.as_ref().map(|norms| norms[which].clone());
+        Ok(Leaving {
+            norm: norm.map(|norm| self.backend.upload(norm)).transpose()?,
+            epsilon: self.architecture.norm_epsilon,
+            factor: self.architecture.multipliers.residual,
+        })
+    }
+
+    /// The block's router.
+    fn router(&self) -> Result<Option<Router<B>>> {
+        let Self { backend, architecture, weights, .. } = *self;
+        let experts = architecture.experts_of(weights.index);
+        let Some((experts, weight)) = experts.zip(weights.router.as_ref()) else {
+            return Ok(None);
+        };
+        let shared = match (&weights.shared_gate, experts.shared) {
+            (_, None) => None,
+            (None, Some(_)) => Some(Shared::Always),
+            (Some(gate), Some(_)) => Some(Shared::Gated(backend.dense(gate, None)?)),
+        };
+        let sigmoid_bias = weights.router_bias.clone();
+        assert!(sigmoid_bias.is_some() == (experts.router == RouterKind::SigmoidWithBias));
+        let choice = Choice {
+            per_token: experts.per_token,
+            normalized: experts.normalized,
+            scale: experts.scale,
+            sigmoid_bias,
+        };
+        Ok(Some(Router { weight: backend.dense(weight, None)?, choice, shared }))
+    }
+
+    /// The orders of the channels of queries and keys in which attention computes them.
+    fn head_order(&self) -> Result<Option<[B::Site; 2]>> {
+        let Self { backend, architecture, weights, .. } = *self;
+        let Some(order) = architecture.head_order(weights.index) else { return Ok(None) };
+        let of_heads = |heads: usize| {
+            let channels = |head: usize| {
+                let first = head * order.len();
+                order.iter().map(move |channel| (first + channel) as i32)
+            };
+            backend.site(&SiteFormat::permutation((0..heads).flat_map(channels).collect()))
+        };
+        Ok(Some([of_heads(architecture.heads)?, of_heads(architecture.kv_heads)?]))
     }
 
     fn block(
@@ -175,27 +230,24 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
         let Self { backend, architecture, weights, .. } = *self;
         let count = architecture.sites(weights.index).len();
         let sites = (0..count).map(|at| self.site(at, fill(at)?)).collect::<Result<_>>()?;
-        let experts = architecture.experts_of(weights.index);
-        let router = experts.zip(weights.router.as_ref()).map(|(experts, weight)| {
-            let weight = backend.dense(weight, None)?;
-            let (per_token, normalized) = (experts.per_token, experts.normalized);
-            Ok::<_, Error>(Router { weight, per_token, normalized })
-        });
-        let qk_norm = weights
-            .qk_norm
-            .clone()
-            .map(|[of_q, of_k]| Ok::<_, Error>([backend.upload(of_q)?, backend.upload(of_k)?]));
+        let pair = |norms: &Option<[Matrix; 2]>| {
+            let upload =
+                |[a, b]: [Matrix; 2]| Ok::<_, Error>([backend.upload(a)?, backend.upload(b)?]);
+            norms.clone().map(upload).transpose()
+        };
         let key_mean = key_mean.map(|mean| {
             let data = mean.to_vec();
             backend.upload(Matrix { rows: 1, columns: data.len(), data })
         });
         Ok(Block {
             key_mean: key_mean.transpose()?,
-            attn_norm: backend.upload(weights.norms[0].clone())?,
-            mlp_norm: backend.upload(weights.norms[1].clone())?,
+            index: weights.index,
+            norms: pair(&weights.norms_before)?,
             epsilon: architecture.norm_epsilon,
-            qk_norm: qk_norm.transpose()?,
-            router: router.transpose()?,
+            qk_norm: pair(&weights.qk_norm)?,
+            head_order: self.head_order()?,
+            activation: architecture.mlp.activation,
+            router: self.router()?,
             sites,
         })
     }

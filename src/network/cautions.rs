@@ -41,9 +41,10 @@ fn zero_norms(tensors: &dyn Tensors, architecture: &Architecture) -> Vec<String>
         architecture.norm_names(block).into_iter().chain(heads)
     };
     let names = (0..architecture.blocks).flat_map(of_block).chain([FINAL_NORM.to_owned()]);
+    let zero = if architecture.norms.unit_offset { -1.0 } else { 0.0 };
     let is_zero = |name: &String| {
         let values = tensors.tensor(name).and_then(|tensor| tensor.to_f32());
-        values.is_ok_and(|values| !values.is_empty() && values.iter().all(|value| *value == 0.0))
+        values.is_ok_and(|values| !values.is_empty() && values.iter().all(|value| *value == zero))
     };
     names.filter(is_zero).collect()
 }

@@ -2,14 +2,14 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::attention::attention_spec;
 use super::prefetch::prefetch;
 use super::runnable::Runnable;
-use super::tensors::{expect, vector};
-use crate::backend::{AttentionSpec, Backend, Decode, DecodeStep, GreedyToken, Matrix};
-use crate::model::Architecture;
+use super::stream::scale_embedding;
+use super::tensors::{expect, final_norm};
+use crate::backend::{Backend, Decode, DecodeStep, GreedyToken, Matrix};
 use crate::model::block::{Block, CachedAttention};
-use crate::model::sites::{EMBEDDING, FINAL_NORM};
+use crate::model::sites::EMBEDDING;
+use crate::model::{Architecture, AttentionSpecs};
 use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::{Error, Result};
@@ -43,7 +43,7 @@ pub struct DecoderParts<'a, B: Backend + Decode> {
 
 /// The keys and values of every block, in pages of the same numbers.
 pub struct Caches<B: Decode> {
-    spec: AttentionSpec,
+    attention: AttentionSpecs,
     blocks: Vec<B::Cache>,
     pages: usize,
     replay: B::Replay,
@@ -54,7 +54,7 @@ pub struct Caches<B: Decode> {
 impl<B: Decode> Caches<B> {
     /// Tokens of a sequence at most.
     pub fn longest_sequence(&self) -> usize {
-        self.spec.seq_len
+        self.attention.seq_len()
     }
 
     /// Pages of each block.
@@ -82,7 +82,7 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
                 Ok(())
             },
         )?;
-        let final_norm = vector(backend, tensors, FINAL_NORM, architecture.hidden)?;
+        let final_norm = final_norm(backend, tensors, architecture)?;
         let head = expect(tensors, architecture.head_name(), &shape)?;
         let head = backend.head(&backend.load(head)?)?;
         progress.advance("");
@@ -124,16 +124,16 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
     /// # Errors
     /// A machine error where the backend has no cache for this network.
     pub fn page_bytes(&self) -> Result<u64> {
-        let spec = attention_spec(&self.architecture, self.kv, 0);
-        Ok(self.backend.page_bytes(&spec)? * self.blocks.len() as u64)
+        page_bytes(self.backend, &self.architecture, self.kv)
     }
 
     /// Empty caches of `pages` pages for sequences of up to `longest` tokens.
     pub fn caches(&self, longest: usize, pages: usize) -> Result<Caches<B>> {
-        let spec = attention_spec(&self.architecture, self.kv, longest);
-        let blocks = (0..self.blocks.len()).map(|_| self.backend.cache(&spec, pages));
+        let attention = AttentionSpecs::of(&self.architecture, self.kv, longest);
+        let blocks = 0..self.blocks.len();
+        let blocks = blocks.map(|block| self.backend.cache(attention.of_block(block), pages));
         let blocks = blocks.collect::<Result<_>>()?;
-        Ok(Caches { blocks, spec, pages, replay: B::Replay::default(), decoder: self.id })
+        Ok(Caches { blocks, attention, pages, replay: B::Replay::default(), decoder: self.id })
     }
 
     /// Runs the new tokens of a step, one or more of each sequence, through the network. Returns the argmax of each
@@ -157,12 +157,12 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         step: &DecodeStep,
         tokens: &[u32],
     ) -> Result<Vec<GreedyToken>> {
-        let Caches { spec, blocks, replay, .. } = caches;
+        let Caches { attention, blocks, replay, .. } = caches;
         let backend = self.backend;
         let last_rows = step.last_rows();
         let wanted = (last_rows.len() < tokens.len()).then_some(&last_rows[..]);
         let mut work = |step: &B::Step| {
-            let x = self.pass(spec, blocks, step, wanted)?;
+            let x = self.pass(attention, blocks, step, wanted)?;
             backend.argmax(&self.normed(&x)?, &self.head)
         };
         // Experts are chosen on the host, which no record can do.
@@ -204,7 +204,7 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
         let backend = self.backend;
         let step = backend.begin_step(step, tokens)?;
         let last = (!wanted.is_empty()).then_some(wanted);
-        let x = self.pass(&caches.spec, &mut caches.blocks, &step, last)?;
+        let x = self.pass(&caches.attention, &mut caches.blocks, &step, last)?;
         if wanted.is_empty() {
             let columns = self.architecture.vocabulary;
             return Ok(Matrix { rows: 0, columns, data: Vec::new() });
@@ -237,18 +237,33 @@ impl<'a, B: Backend + Decode> Decoder<'a, B> {
     /// The hidden states after all blocks, of the rows in `wanted` alone where it is given.
     fn pass(
         &self,
-        spec: &AttentionSpec,
+        attention: &AttentionSpecs,
         caches: &mut [B::Cache],
         step: &B::Step,
         wanted: Option<&[u32]>,
     ) -> Result<B::Hidden> {
         let mut x = self.backend.embed_step(&self.table, step)?;
+        scale_embedding(self.backend, &self.architecture, &mut x)?;
         let last = self.blocks.len().saturating_sub(1);
         for (index, (block, cache)) in self.blocks.iter().zip(caches).enumerate() {
+            let spec = attention.of_block(index);
             let cached = CachedAttention { spec, cache, step };
             let wanted = wanted.filter(|_| index == last);
             block.forward_cached(self.backend, cached, wanted, &mut x)?;
         }
         Ok(x)
     }
+}
+
+/// Bytes of a page of all blocks of a network.
+///
+/// # Errors
+/// A machine error where the backend has no cache for this network.
+pub fn page_bytes<B: Decode>(
+    backend: &B,
+    architecture: &Architecture,
+    kv: KvFormat,
+) -> Result<u64> {
+    let attention = AttentionSpecs::of(architecture, kv, 0);
+    (0..architecture.blocks).map(|block| backend.page_bytes(attention.of_block(block))).sum()
 }

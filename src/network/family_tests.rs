@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 
-use super::{BlockBuilder, BlockWeights, OutputHead, Stream, attention_spec, expect};
+use super::{BlockBuilder, BlockWeights, OutputHead, Stream, expect, network, split_fused};
+use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
-use crate::backend::{Forward, Memory};
+use crate::backend::cuda::device_of_tests;
 use crate::checkpoint::Source;
-use crate::model::Architecture;
+use crate::model::{Architecture, AttentionSpecs};
+use crate::progress::Silent;
 use crate::quant::kv::KvFormat;
 
 /// The largest error of a logit, as a share of the range of all logits.
@@ -34,25 +36,25 @@ fn expected(directory: &Path) -> (Vec<u32>, usize, Vec<f32>) {
     (tokens.collect(), seq_len, logits.collect())
 }
 
-fn logits(directory: &Path, tokens: &[u32], seq_len: usize) -> Vec<f32> {
-    let (cpu, source) = (Cpu::new().unwrap(), Source::open(directory).unwrap());
+fn logits<B: Backend>(backend: &B, directory: &Path, tokens: &[u32], seq_len: usize) -> Vec<f32> {
+    let source = split_fused(Source::open(directory).unwrap()).unwrap();
     let architecture = Architecture::from_config(source.config()).unwrap();
     for (name, shape) in architecture.tensors() {
         expect(&source, &name, &shape).unwrap();
     }
-    let known = architecture.tensors().len();
-    assert_eq!(source.names().count(), known, "{}: tensors that are not read", directory.display());
-    let attention = attention_spec(&architecture, KvFormat::FULL, seq_len);
-    let mut stream = Stream::embed(&cpu, &source, &architecture, tokens, seq_len, 0).unwrap();
+    // Every stored tensor is read.
+    network(&source, &Silent).unwrap();
+    let attention = AttentionSpecs::of(&architecture, KvFormat::FULL, seq_len);
+    let mut stream = Stream::embed(backend, &source, &architecture, tokens, seq_len, 0).unwrap();
     for index in 0..architecture.blocks {
-        let weights = BlockWeights::load_all(&cpu, &source, &architecture, index).unwrap();
-        let block = BlockBuilder::new(&cpu, &architecture, &weights).source().unwrap();
-        stream.advance(&cpu, &attention, &block, || Ok(())).unwrap();
+        let weights = BlockWeights::load_all(backend, &source, &architecture, index).unwrap();
+        let block = BlockBuilder::new(backend, &architecture, &weights).source().unwrap();
+        stream.advance(backend, &attention, &block, || Ok(())).unwrap();
     }
-    let head = OutputHead::load(&cpu, &source, &architecture).unwrap();
+    let head = OutputHead::load(backend, &source, &architecture).unwrap();
     let of_batch = |batch| {
-        let normed = head.normed(&cpu, batch).unwrap();
-        cpu.download_activation(&cpu.product(&normed, &head.weight).unwrap()).unwrap().data
+        let normed = head.normed(backend, batch).unwrap();
+        backend.download_activation(&backend.product(&normed, &head.weight).unwrap()).unwrap().data
     };
     stream.batches.iter().flat_map(of_batch).collect()
 }
@@ -60,11 +62,12 @@ fn logits(directory: &Path, tokens: &[u32], seq_len: usize) -> Vec<f32> {
 #[test]
 fn logits_are_those_of_transformers() {
     let families = families();
-    assert!(families.len() >= 10, "{families:?}");
+    assert!(families.len() >= 26, "{families:?}");
+    let cpu = Cpu::new().unwrap();
     for directory in families {
         let name = directory.file_name().unwrap().to_string_lossy().into_owned();
         let (tokens, seq_len, expected) = expected(&directory);
-        let found = logits(&directory, &tokens, seq_len);
+        let found = logits(&cpu, &directory, &tokens, seq_len);
         assert_eq!(found.len(), expected.len(), "{name}");
         let extreme = |pick: fn(f32, f32) -> f32| expected.iter().copied().reduce(pick).unwrap();
         let range = extreme(f32::max) - extreme(f32::min);
@@ -72,4 +75,33 @@ fn logits_are_those_of_transformers() {
         eprintln!("{name}: {:.1e} of the range", worst / range);
         assert!(worst <= TOLERANCE * range, "{name}: {worst} of {range}");
     }
+}
+
+/// Activations are f16 on a GPU: of the range of the logits, the mean error and the largest.
+const ON_A_GPU: [f32; 2] = [2e-3, 2e-2];
+
+#[test]
+fn every_family_has_its_logits_on_a_gpu() {
+    let Some(cuda) = device_of_tests("every_family_has_its_logits_on_a_gpu") else { return };
+    let mut wrong = Vec::new();
+    for directory in families() {
+        let name = directory.file_name().unwrap().to_string_lossy().into_owned();
+        let (tokens, seq_len, expected) = expected(&directory);
+        let found = logits(&cuda, &directory, &tokens, seq_len);
+        assert_eq!(found.len(), expected.len(), "{name}");
+        let extreme = |pick: fn(f32, f32) -> f32| expected.iter().copied().reduce(pick).unwrap();
+        let range = extreme(f32::max) - extreme(f32::min);
+        let errors = || found.iter().zip(&expected).map(|(a, b)| (a - b).abs() / range);
+        let mean = errors().sum::<f32>() / found.len() as f32;
+        // A NaN is the largest of all.
+        let worst = errors().fold(0.0, |a: f32, b| if b.is_nan() { b } else { a.max(b) });
+        eprintln!("{name}: {mean:.1e} of the range in the mean, {worst:.1e} at most");
+        // A router may choose another expert for a token.
+        let sparse = name.contains("moe") || name == "mixtral" || name == "dots1";
+        let most = if sparse { 1.0 } else { ON_A_GPU[1] };
+        if !(mean <= ON_A_GPU[0] && worst <= most) {
+            wrong.push(format!("{name}: {mean} and {worst}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:?}");
 }

@@ -1,11 +1,10 @@
 /*! The end of a network: the final norm and the output head. */
 
-use super::tensors::{expect, vector};
+use super::tensors::{expect, final_norm};
 use crate::Result;
 use crate::backend::Backend;
 use crate::checkpoint::Tensors;
 use crate::model::Architecture;
-use crate::model::sites::FINAL_NORM;
 
 /// The final norm and the output head on a backend.
 pub struct OutputHead<B: Backend> {
@@ -18,7 +17,7 @@ pub struct OutputHead<B: Backend> {
 impl<B: Backend> OutputHead<B> {
     /// Loads both.
     pub fn load(backend: &B, tensors: &dyn Tensors, architecture: &Architecture) -> Result<Self> {
-        let norm = vector(backend, tensors, FINAL_NORM, architecture.hidden)?;
+        let norm = final_norm(backend, tensors, architecture)?;
         let shape = [architecture.vocabulary, architecture.hidden];
         let head = expect(tensors, architecture.head_name(), &shape)?;
         let weight = backend.dense(&backend.load(head)?, None)?;

@@ -115,8 +115,8 @@ impl NetworkBytes<'_> {
     }
 
     pub(crate) fn mlp_channels(&self) -> u64 {
-        let sites = self.architecture.sites(0);
-        sites.get(MLP_ACT).map_or(0, |site| site.channels) as u64
+        let sites = self.architecture.largest_block();
+        sites.iter().skip(MLP_ACT).map(|site| site.channels).max().unwrap_or(0) as u64
     }
 
     /// Rows of the largest activation after gate and up for `tokens`: all, or those of one expert, which may get
@@ -124,6 +124,7 @@ impl NetworkBytes<'_> {
     pub(crate) fn mlp_tokens(&self, tokens: u64) -> u64 {
         match &self.architecture.experts {
             None => tokens,
+            Some(experts) if experts.shared.is_some() => tokens,
             Some(experts) => (3 * tokens * experts.per_token as u64)
                 .div_ceil(experts.count.max(1) as u64)
                 .min(tokens),
@@ -334,7 +335,7 @@ impl SourceBytes {
 
 /// The largest linear as the source stores it: its pages while it is read.
 fn widest_stored(tensors: &dyn Tensors, architecture: &Architecture) -> u64 {
-    let sites = if architecture.blocks > 0 { architecture.sites(0) } else { Vec::new() };
+    let sites = if architecture.blocks > 0 { architecture.largest_block() } else { Vec::new() };
     let linears = sites.iter().flat_map(|site| &site.linears);
     let stored = linears.map(|linear| {
         tensors.tensor(&linear.weight()).map_or(0, |tensor| tensor.bytes.len() as u64)

@@ -2,7 +2,6 @@
 block, final norm and output head. It does not depend on stages or measurements. */
 
 mod accounting;
-mod attention;
 mod blocks;
 mod cautions;
 mod decoder;
@@ -22,10 +21,9 @@ mod trained;
 mod weights;
 
 pub use accounting::{Network, check_counts, network, split_fused};
-pub use attention::attention_spec;
 pub use blocks::BlockBuilder;
 pub use cautions::caution;
-pub use decoder::{Caches, Decoder, DecoderParts};
+pub use decoder::{Caches, Decoder, DecoderParts, page_bytes};
 pub use head::OutputHead;
 pub use model::Model;
 pub use prefetch::{no_thread, prefetch};
@@ -34,8 +32,8 @@ pub use stored::{
     PlannedTensor, QuantizedSite, check_codebook, key_mean_spec, planned_block, planned_tensors,
     read_key_mean, read_sites,
 };
-pub use stream::{CalibrationTokens, Stream};
-pub use tensors::{expect, vector};
+pub use stream::{CalibrationTokens, Stream, scale_embedding};
+pub use tensors::{expect, final_norm, norm_weight};
 pub use trained::{
     BlockValues, LinearValues, NetworkGradient, SiteValues, TrainedNetwork, trained_values,
 };

@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use super::tensors::expect;
-use crate::backend::{AttentionSpec, Backend};
+use crate::backend::{Backend, Forward};
 use crate::checkpoint::Tensors;
-use crate::model::Architecture;
 use crate::model::block::{Block, Observer};
 use crate::model::sites::{EMBEDDING, SiteSpec};
+use crate::model::{Architecture, AttentionSpecs};
 use crate::ranks::Chunks;
 use crate::{Error, Result};
 
@@ -48,8 +48,8 @@ pub(super) fn windows_per_batch(
 /// 16 bits, a copy in the kernels' layout, Hessians and those of a chunk, a factor, and the larger of a batch's activations and
 /// the weights of one site during quantization.
 fn working_bytes(architecture: &Architecture, batch_tokens: usize) -> u64 {
-    let sites = architecture.sites(0);
     let rows = |site: &SiteSpec| site.linears.iter().map(|linear| linear.rows).sum::<usize>();
+    let sites = architecture.largest_block();
     let weights: usize = sites.iter().map(|site| rows(site) * site.channels).sum();
     let squares = sites.iter().map(|site| site.channels * site.channels);
     let (hessians, factor) = (squares.clone().sum::<usize>(), squares.max().unwrap_or(0));
@@ -57,6 +57,18 @@ fn working_bytes(architecture: &Architecture, batch_tokens: usize) -> u64 {
     let widths: usize = sites.iter().map(|site| rows(site) + site.channels).sum();
     let batch = 2 * batch_tokens * widths;
     (6 * weights + 4 * (2 * hessians + factor) + (4 * quantized).max(batch)) as u64 + (1 << 30)
+}
+
+/// Multiplies embedded tokens by the network's factor.
+pub fn scale_embedding<B: Forward>(
+    backend: &B,
+    architecture: &Architecture,
+    x: &mut B::Hidden,
+) -> Result<()> {
+    match architecture.multipliers.embedding {
+        1.0 => Ok(()),
+        factor => backend.scale(x, factor),
+    }
 }
 
 impl<B: Backend> Stream<B> {
@@ -134,6 +146,7 @@ impl<B: Backend> Stream<B> {
         let table = backend.load(embedding)?;
         let batches = batches.map(|tokens| {
             let mut batch = backend.embed(&table, tokens)?;
+            scale_embedding(backend, architecture, &mut batch)?;
             backend.offload(&mut batch)?;
             Ok(batch)
         });
@@ -144,7 +157,7 @@ impl<B: Backend> Stream<B> {
     pub fn advance(
         &mut self,
         backend: &B,
-        attention: &AttentionSpec,
+        attention: &AttentionSpecs,
         block: &Block<B>,
         mut checkpoint: impl FnMut() -> Result<()>,
     ) -> Result<()> {

@@ -5,17 +5,16 @@ from step to step. */
 
 use half::f16;
 
-use super::attention::attention_spec;
 use super::blocks::BlockBuilder;
 use super::runnable::{LoadedBlock, Runnable, StoredBlock};
 use super::stored::QuantizedSite;
 use super::tensors::expect;
 use super::weights::BlockWeights;
-use crate::backend::{AttentionSpec, Matrix, Train};
-use crate::model::Architecture;
+use crate::backend::{Matrix, Train};
 use crate::model::backward::{BlockCodes, BlockGradient};
 use crate::model::block::{Block, Observer};
 use crate::model::sites::{EMBEDDING, FINAL_NORM};
+use crate::model::{Architecture, AttentionSpecs};
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::number::ScaleFormat;
 use crate::{Error, Result};
@@ -69,7 +68,7 @@ struct TrainedBlock<'a, B: Train> {
 pub struct TrainedNetwork<'a, B: Train> {
     backend: &'a B,
     architecture: Architecture,
-    attention: AttentionSpec,
+    attention: AttentionSpecs,
     embedding: B::Weight<'a>,
     blocks: Vec<TrainedBlock<'a, B>>,
     final_norm: B::Hidden,
@@ -95,7 +94,7 @@ impl<'a, B: Train> TrainedNetwork<'a, B> {
         let head = backend.load(expect(tensors, architecture.head_name(), &table)?)?;
         Ok(Self {
             backend,
-            attention: attention_spec(architecture, kv, seq_len),
+            attention: AttentionSpecs::of(architecture, kv, seq_len),
             architecture: architecture.clone(),
             embedding,
             blocks,

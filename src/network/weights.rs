@@ -1,6 +1,6 @@
 /*! The weights of one block, loaded once and used by every stage. */
 
-use super::tensors::expect;
+use super::tensors::{expect, norm_weight};
 use crate::backend::{Backend, Matrix};
 use crate::checkpoint::Tensors;
 use crate::model::Architecture;
@@ -11,12 +11,18 @@ use crate::{Error, Result};
 pub struct BlockWeights<'a, B: Backend> {
     /// The block's number.
     pub index: usize,
-    /// RMSNorm's weights before attention and before the MLP.
-    pub(super) norms: [Matrix; 2],
+    /// RMSNorm's weights before attention and before the MLP, if there are such norms.
+    pub(super) norms_before: Option<[Matrix; 2]>,
+    /// Those after attention and after the MLP.
+    pub(super) norms_after: Option<[Matrix; 2]>,
     /// QK-norm's weights, if the network has them.
     pub(super) qk_norm: Option<[Matrix; 2]>,
     /// The router's weight, if the block has experts.
     pub(super) router: Option<B::Weight<'a>>,
+    /// What is added to the router's scores to choose experts.
+    pub(super) router_bias: Option<Vec<f32>>,
+    /// The weight of the shared expert's gate, if it has one.
+    pub(super) shared_gate: Option<B::Weight<'a>>,
     /// The weights of each site's linears; none for a linear that was not loaded.
     pub sites: Vec<Vec<Option<B::Weight<'a>>>>,
     /// The bias of each, if it has one.
@@ -47,18 +53,34 @@ impl<'a, B: Backend> BlockWeights<'a, B> {
             let data = expect(tensors, name, &[columns])?.to_f32()?;
             Ok::<_, Error>(Matrix { rows: 1, columns, data })
         };
-        let pair = |[first, second]: [String; 2], columns| {
-            Ok::<_, Error>([row(&first, columns)?, row(&second, columns)?])
+        let norm = |name: &str, columns: usize| {
+            let data = norm_weight(tensors, architecture, name, columns)?;
+            Ok::<_, Error>(Matrix { rows: 1, columns, data })
         };
-        let norms = pair(architecture.norm_names(index), hidden)?;
-        let qk_norm = architecture.qk_norm_names(index);
-        let qk_norm = qk_norm.map(|names| pair(names, architecture.head_dim)).transpose()?;
+        let pair = |names: Option<[String; 2]>, [of_first, of_second]: [usize; 2]| {
+            let pair = |[first, second]: [String; 2]| {
+                Ok::<_, Error>([norm(&first, of_first)?, norm(&second, of_second)?])
+            };
+            names.map(pair).transpose()
+        };
+        let norms_before = pair(architecture.norms_before(index), [hidden; 2])?;
+        let norms_after = pair(architecture.norms_after(index), [hidden; 2])?;
+        let qk_norm = pair(architecture.qk_norm_names(index), architecture.qk_norm_lengths())?;
         let router = match (architecture.router_name(index), architecture.experts_of(index)) {
             (Some(name), Some(experts)) => {
                 Some(backend.load(expect(tensors, &name, &[experts.count, hidden])?)?)
             }
             _ => None,
         };
+        let shared_gate = architecture.shared_gate_name(index);
+        let shared_gate =
+            shared_gate.map(|name| backend.load(expect(tensors, &name, &[1, hidden])?));
+        let shared_gate = shared_gate.transpose()?;
+        let router_bias =
+            match (architecture.router_bias_name(index), architecture.experts_of(index)) {
+                (Some(name), Some(experts)) => Some(row(&name, experts.count)?.data),
+                _ => None,
+            };
         let (mut sites, mut biases) = (Vec::new(), Vec::new());
         for (at, spec) in architecture.sites(index).iter().enumerate() {
             let weight = |(linear, spec): (usize, &LinearSpec)| {
@@ -72,13 +94,25 @@ impl<'a, B: Backend> BlockWeights<'a, B> {
                 |spec: &LinearSpec| spec.bias().map(|name| row(&name, spec.rows)).transpose();
             biases.push(spec.linears.iter().map(bias).collect::<Result<_>>()?);
         }
-        Ok(Self { index, norms, qk_norm, router, sites, biases })
+        Ok(Self {
+            index,
+            norms_before,
+            norms_after,
+            qk_norm,
+            router,
+            router_bias,
+            shared_gate,
+            sites,
+            biases,
+        })
     }
 
     /// The weights of the norms before attention and before the MLP, and of QK-norm.
     pub(super) fn norm_values(&self) -> ([Vec<f32>; 2], Option<[Vec<f32>; 2]>) {
         let data = |norms: &[Matrix; 2]| norms.each_ref().map(|norm| norm.data.clone());
-        (data(&self.norms), self.qk_norm.as_ref().map(data))
+        let before = self.norms_before.as_ref().map(data);
+        let before = before.expect("a network that is trained has norms before both");
+        (before, self.qk_norm.as_ref().map(data))
     }
 
     /// Gives the norms other weights, of the same lengths.
@@ -88,7 +122,9 @@ impl<'a, B: Backend> BlockWeights<'a, B> {
                 to.data.copy_from_slice(from);
             }
         };
-        set(&mut self.norms, norms);
+        if let Some(to) = &mut self.norms_before {
+            set(to, norms);
+        }
         if let (Some(to), Some(from)) = (&mut self.qk_norm, qk_norms) {
             set(to, from);
         }

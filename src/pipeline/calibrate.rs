@@ -15,8 +15,9 @@ use crate::Result;
 use crate::backend::Backend;
 use crate::checkpoint::{OutputFile, Source};
 use crate::machine::hand_back;
+use crate::model::AttentionSpecs;
 use crate::network::memory::{self, Workspace};
-use crate::network::{BlockWeights, Stream, attention_spec, caution, network, prefetch};
+use crate::network::{BlockWeights, Stream, caution, network, prefetch};
 use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::recipe::Recipe;
@@ -77,7 +78,7 @@ pub(super) fn measure<B: Backend>(
 ) -> Result<CalibrationData> {
     let CalibrationInput { source, architecture, tokens, provenance, .. } = input;
     let seq_len = provenance.seq_len;
-    let attention = &attention_spec(architecture, KvFormat::FULL, seq_len);
+    let attention = &AttentionSpecs::of(architecture, KvFormat::FULL, seq_len);
     let mut sensor = match measuring {
         None => None,
         Some(&Measuring { recipe, outlier_counts }) => {

@@ -1,9 +1,9 @@
 /*! Channel energies of every site, measured on the stream through the original blocks. */
 
 use super::division::Division;
-use crate::backend::{AttentionSpec, Backend, Tensor};
-use crate::model::Architecture;
+use crate::backend::{Backend, Tensor};
 use crate::model::block::{Block, Observer, Seen};
+use crate::model::{Architecture, AttentionSpecs};
 use crate::network::{BlockBuilder, BlockWeights, Stream};
 use crate::progress::Progress;
 use crate::{Error, Result};
@@ -38,7 +38,7 @@ pub(super) struct EnergyMeter<'a, B: Backend> {
     /// The network.
     pub architecture: &'a Architecture,
     /// Attention over keys and values as the source has them.
-    pub attention: &'a AttentionSpec,
+    pub attention: &'a AttentionSpecs,
     /// Whose windows the stream holds.
     pub division: Division<'a>,
     /// Asked whether to stop.
@@ -90,7 +90,7 @@ impl<B: Backend> EnergyMeter<'_, B> {
         *tokens += batch.rows() as f64;
         let mut see = |seen: Seen, x: &B::Activation| match seen {
             Seen::Site(site) => backend.add_energy(x, &mut energies[site]),
-            Seen::Keys => backend.add_key_sums(attention, x, keys),
+            Seen::Keys => backend.add_key_sums(attention.of_block(block.index), x, keys),
             _ => Ok(()),
         };
         let observer = &mut Observer::new(&mut see);
@@ -121,9 +121,9 @@ struct ChunkSums {
 }
 
 impl ChunkSums {
-    fn zeros(widths: &[usize], attention: &AttentionSpec) -> Self {
+    fn zeros(widths: &[usize], attention: &AttentionSpecs) -> Self {
         let zeros = |length: usize| vec![0.0; length];
-        let keys = zeros(attention.kv_heads * attention.head_dim);
+        let keys = zeros(attention.of_block(0).kv_heads * attention.of_block(0).head_dim);
         Self { tokens: 0.0, keys, energies: widths.iter().map(|width| zeros(*width)).collect() }
     }
 
@@ -134,7 +134,7 @@ impl ChunkSums {
     }
 
     /// Undoes [`concat`](Self::concat).
-    fn of(all: &[f64], widths: &[usize], attention: &AttentionSpec) -> Self {
+    fn of(all: &[f64], widths: &[usize], attention: &AttentionSpecs) -> Self {
         let mut sums = Self::zeros(widths, attention);
         let mut values = all.iter().copied();
         let Self { tokens, keys, energies } = &mut sums;

@@ -6,10 +6,10 @@ use super::division::Division;
 use super::energies::Energies;
 use super::fallbacks::{Fallback, Fallbacks};
 use super::parts::SiteParts;
-use crate::backend::{AccumulatedError, AttentionSpec, Backend, Unquantized};
+use crate::backend::{AccumulatedError, Backend, Unquantized};
 use crate::checkpoint::plan::SitePlan;
-use crate::model::Architecture;
 use crate::model::sites::SiteSpec;
+use crate::model::{Architecture, AttentionSpecs};
 use crate::network::QuantizedSite;
 use crate::progress::Progress;
 use crate::quant::site::SiteFormat;
@@ -48,9 +48,9 @@ pub(super) struct BlockQuantizer<'a, B: Backend> {
     /// The settings.
     pub recipe: &'a Recipe,
     /// Attention over quantized keys and values.
-    pub attention: AttentionSpec,
+    pub attention: AttentionSpecs,
     /// Attention over keys and values as the source has them.
-    pub full_attention: AttentionSpec,
+    pub full_attention: AttentionSpecs,
     /// Tokens of all calibration windows.
     pub tokens: usize,
     /// The ranks, and whose the windows are.

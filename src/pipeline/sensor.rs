@@ -9,12 +9,12 @@ use super::sensitivity::{
     SiteSensitivity, WIDTHS,
 };
 use crate::Result;
-use crate::backend::{AttentionSpec, Backend, Unquantized};
+use crate::backend::{Backend, Unquantized};
 use crate::checkpoint::Tensors;
 use crate::checkpoint::plan::{BlockPlan, SitePlan};
-use crate::model::Architecture;
 use crate::model::block::{Block, Observer, Seen, Site};
 use crate::model::sites::SiteSpec;
+use crate::model::{Architecture, AttentionSpecs};
 use crate::network::{BlockBuilder, BlockWeights, OutputHead, QuantizedSite, Stream};
 use crate::progress::Progress;
 use crate::quant::site::SiteFormat;
@@ -29,7 +29,7 @@ pub(super) struct Subject<'a, B: Backend> {
     /// The network.
     pub architecture: &'a Architecture,
     /// Attention over full-precision keys and values.
-    pub attention: &'a AttentionSpec,
+    pub attention: &'a AttentionSpecs,
     /// How linears are quantized.
     pub recipe: &'a Recipe,
     /// Asked whether to stop.
@@ -74,7 +74,7 @@ impl<'a, B: Backend> Sensor<'a, B> {
     /// wherever a site is wide enough for them, and the recipe's everywhere.
     pub(super) fn new(subject: Subject<'a, B>, counts: &[usize], tokens: &[u32]) -> Result<Self> {
         let Subject { backend, tensors, architecture, attention, .. } = subject;
-        let seq_len = attention.seq_len;
+        let seq_len = attention.seq_len();
         let samples = tokens.len() / seq_len;
         let [effect_windows, hessian_windows] =
             [EFFECT_TOKENS, HESSIAN_TOKENS].map(|n| n.div_ceil(seq_len).min(samples));

@@ -86,7 +86,9 @@ pub(super) fn check_activations(
         }
         // Of an expert's own site the tokens are not counted: its even share stands for them.
         let tokens = match (spec.expert, experts) {
-            (Some(_), Some(experts)) => tokens * experts.per_token / experts.count,
+            (Some(expert), Some(experts)) if expert < experts.count => {
+                tokens * experts.per_token / experts.count
+            }
             _ => tokens,
         };
         let order = site.order(energy);

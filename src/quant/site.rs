@@ -10,8 +10,8 @@ use super::codebook::Codebook;
 use super::float::E4M3;
 use super::grid::{self, Peak};
 use super::hadamard;
-use super::number::{NumberFormat, OutlierFormat, RowFormat};
-use super::ranges::{BITS, CLIP, GROUP_SIZE};
+use super::number::{NumberFormat, OutlierFormat, RowFormat, ScaleFormat};
+use super::ranges::{BITS, CLIP, GROUP_MULTIPLE, GROUP_SIZE};
 use super::rows::{OutlierRows, QuantizedRows};
 use crate::{Error, Result};
 
@@ -50,6 +50,24 @@ impl SiteFormat {
     pub(crate) fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
         change(&mut self);
         self
+    }
+
+    /// A permutation that leaves values in floating point; `order` names the channel in each slot.
+    pub fn permutation(order: Vec<i32>) -> Self {
+        let channels = order.len();
+        let numbers = NumberFormat {
+            bits: 16,
+            codebook: Codebook::Int,
+            group_size: GROUP_MULTIPLE,
+            scale: ScaleFormat::F16,
+        };
+        let row = RowFormat {
+            numbers,
+            groups: channels / GROUP_MULTIPLE,
+            outlier_channels: channels % GROUP_MULTIPLE,
+            outlier_format: OutlierFormat::F16,
+        };
+        Self { channels, order, row, clip: 1.0, transform: Transform::None }
     }
 
     /// Channels after reordering: padding and outliers included.

@@ -8,7 +8,7 @@ use super::sampling::Sampling;
 use super::scheduler::{Limits, Scheduler};
 use super::sequence::{End, Produced, Request, SequenceId};
 use crate::backend::{Backend, Decode};
-use crate::network::{Decoder, Model, Runnable, attention_spec};
+use crate::network::{Decoder, Model, Runnable, page_bytes};
 use crate::progress::Progress;
 use crate::quant::kv::KvFormat;
 use crate::text::{Detokenizer, Tokenizer};
@@ -91,9 +91,8 @@ pub fn decoder<'a, B: Backend + Decode>(
 ) -> Result<Decoder<'a, B>> {
     let mut runnable = Runnable::new(backend, model, progress)?;
     runnable.kv = kv.unwrap_or(runnable.kv);
-    let pages = longest.div_ceil(backend.page_tokens()) * runnable.architecture.blocks;
-    let spec = attention_spec(&runnable.architecture, runnable.kv, 0);
-    let cache = backend.page_bytes(&spec)? * pages as u64;
+    let pages = longest.div_ceil(backend.page_tokens()) as u64;
+    let cache = pages * page_bytes(backend, &runnable.architecture, runnable.kv)?;
     let step = STEP_TOKENS.min(longest);
     runnable.check_decoding_memory([step, longest], cache, progress)?;
     Decoder::load(runnable, progress)

@@ -9,7 +9,7 @@ use super::sequence::Request;
 use crate::backend::{Backend, Decode};
 use crate::checkpoint::Source;
 use crate::model::Architecture;
-use crate::network::{Decoder, Runnable, attention_spec};
+use crate::network::{Decoder, Runnable, page_bytes};
 use crate::progress::Progress;
 use crate::text::{PythonRandom, Tokenizer, check_tokens};
 use crate::{Error, Result, units};
@@ -56,8 +56,7 @@ impl OwnText {
         let tokenizer = Tokenizer::from_bytes(&source.tokenizer()?, &source.tokenizer_path())?;
         let requests = self.requests(&tokenizer, &architecture, progress)?;
         let pages = seq_len.div_ceil(backend.page_tokens());
-        let page_bytes = backend.page_bytes(&attention_spec(&architecture, runnable.kv, 0))?;
-        let window_bytes = page_bytes * (pages * architecture.blocks) as u64;
+        let window_bytes = page_bytes(backend, &architecture, runnable.kv)? * pages as u64;
         let batch = batch(windows, backend.stream_bytes() as u64 / window_bytes.max(1));
         let step = STEP_TOKENS.max(batch);
         let checked = [step.min(batch * seq_len), seq_len];

@@ -121,6 +121,7 @@ fn check(spec: &AttentionSpec, windows: &[Window<'_>], qkv: &Qkv<&[f32]>, out: u
     }
     let tables = seq_len.checked_mul(head_dim).expect("values of a window can be counted") / 2;
     assert!(cos.len() >= tables && sin.len() >= tables);
+    assert!(spec.query_tables().iter().all(|table| table.len() >= tables));
 }
 
 /// Keys and values before the rotary embedding, and what is subtracted from the embedded keys.
@@ -216,7 +217,7 @@ impl Layer<'_> {
     /// As [`queries`](Self::queries), of this head and these queries.
     unsafe fn tile(&self, head: usize, tile: &Queries<'_>, panels: &HeadPanels<'_>) {
         let isa = self.isa;
-        let AttentionSpec { heads, head_dim, sliding_window, .. } = *self.spec;
+        let AttentionSpec { heads, head_dim, sliding_window, scale, .. } = *self.spec;
         let (rows, own) = (tile.rows.len(), tile.rows);
         // Positions among the keys and values at hand.
         let start = tile.start - panels.first;
@@ -231,14 +232,14 @@ impl Layer<'_> {
         let mut sums = [0.0f32; TILE];
         let columns = Columns { row_len: heads * head_dim, head, head_dim };
         columns.gather(self.q, own, queries);
-        prepare_queries(isa, queries, &self.head.after(tile.start));
+        prepare_queries(isa, queries, &CachedHead::of_queries(self.spec).after(tile.start));
         let keys = panels.keys.part(0..end, 0..head_dim);
         gemm(isa, Rows::new(queries, rows, head_dim), keys, scores, end, false);
         let reach = sliding_window.unwrap_or(usize::MAX);
         for (row, scores) in scores.chunks_exact_mut(end).enumerate() {
             let (past, future) = scores.split_at_mut(start + row + 1);
             let (beyond, seen) = past.split_at_mut(past.len().saturating_sub(reach));
-            sums[row] = softmax_row(isa, seen, 1.0 / (head_dim as f32).sqrt());
+            sums[row] = softmax_row(isa, seen, scale);
             beyond.fill(0.0);
             future.fill(0.0);
         }

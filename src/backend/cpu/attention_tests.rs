@@ -25,6 +25,8 @@ fn spec(heads: usize, kv_heads: usize, head_dim: usize, seq_len: usize) -> Atten
         head_dim,
         seq_len,
         sliding_window: None,
+        scale: AttentionSpec::usual_scale(head_dim),
+        query_tables: None,
         cos: [].into(),
         sin: [].into(),
         kv: KvFormat::FULL,

@@ -27,6 +27,12 @@ impl<'a> CachedHead<'a> {
         Self { head_dim: *head_dim, format: kv, cos, sin }
     }
 
+    /// The same of queries.
+    pub(super) fn of_queries(spec: &'a AttentionSpec) -> Self {
+        let [cos, sin] = spec.query_tables();
+        Self { cos, sin, ..Self::of(spec) }
+    }
+
     /// The same without the first `tokens` tokens.
     pub(super) fn after(&self, tokens: usize) -> Self {
         let first = tokens * self.head_dim / 2;

@@ -63,6 +63,24 @@ fn silu_mul_body(gate: &mut [f32], up: &[f32]) {
     }
 }
 
+/// `gate = gelu(gate) * up`, element by element, in place, with GELU as
+/// `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`, which is `x * sigmoid(2 sqrt(2 / pi) * (...))`.
+pub fn gelu_mul(isa: Isa, gate: &mut [f32], up: &[f32]) {
+    assert!(gate.len() == up.len(), "lengths of gate and up differ");
+    dispatch!(isa, gelu_mul_body(gate: &mut [f32], up: &[f32]));
+}
+
+#[inline(always)]
+fn gelu_mul_body(gate: &mut [f32], up: &[f32]) {
+    /// 2 sqrt(2 / pi).
+    const FACTOR: f32 = 1.595_769_1;
+    for (gate, up) in gate.iter_mut().zip(up) {
+        let x = *gate;
+        let inner = FACTOR * (x + 0.044_715 * x * x * x);
+        *gate = x / (1.0 + exp(-inner)) * up;
+    }
+}
+
 /// `exp(scale * (score - max))` in place of each score, and their sum, which is left for the caller to
 /// divide the (fewer) products by; `scale` is positive.
 pub fn softmax_row(isa: Isa, scores: &mut [f32], scale: f32) -> f32 {

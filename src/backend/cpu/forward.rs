@@ -57,7 +57,7 @@ impl Forward for Cpu {
         Ok(y)
     }
 
-    fn qk_norm(&self, x: &mut HostTensor, weight: &HostTensor, epsilon: f32) -> Result<()> {
+    fn norm_in_place(&self, x: &mut HostTensor, weight: &HostTensor, epsilon: f32) -> Result<()> {
         x.data.par_chunks_mut(x.columns).for_each(|row| {
             let mut normed = vec![0.0; weight.columns];
             for head in row.chunks_mut(weight.columns) {
@@ -66,6 +66,20 @@ impl Forward for Cpu {
             }
         });
         Ok(())
+    }
+
+    fn activation(&self, x: &HostTensor) -> Result<HostTensor> {
+        let mut y = self.tensor(x.rows, x.columns);
+        y.data.copy_from_slice(&x.data);
+        Ok(y)
+    }
+
+    fn gelu_mul(&self, mut gate: HostTensor, up: &HostTensor) -> Result<HostTensor> {
+        gate.data
+            .par_chunks_mut(CHUNK)
+            .zip(up.data.par_chunks(CHUNK))
+            .for_each(|(gate, up)| elementwise::gelu_mul(self.isa, gate, up));
+        Ok(gate)
     }
 
     fn silu_mul(&self, mut gate: HostTensor, up: &HostTensor) -> Result<HostTensor> {
@@ -148,7 +162,7 @@ impl Forward for Cpu {
     }
 
     fn add_product(&self, x: &mut HostTensor, y: &HostTensor, weight: &Panels) -> Result<()> {
-        self.add(x, &self.product(y, weight)?)
+        self.add(x, &self.product(y, weight)?, 1.0)
     }
 
     fn integer_product(&self, x: &QuantizedRows, weight: &IntegerLinear) -> Result<HostTensor> {
@@ -163,7 +177,7 @@ impl Forward for Cpu {
         y: &QuantizedRows,
         weight: &IntegerLinear,
     ) -> Result<()> {
-        self.add(x, &self.integer_product(y, weight)?)
+        self.add(x, &self.integer_product(y, weight)?, 1.0)
     }
 
     fn add_bias(&self, y: &mut HostTensor, bias: &HostTensor) -> Result<()> {
@@ -175,12 +189,17 @@ impl Forward for Cpu {
         Ok(())
     }
 
-    fn add(&self, x: &mut HostTensor, y: &HostTensor) -> Result<()> {
+    fn add(&self, x: &mut HostTensor, y: &HostTensor, factor: f32) -> Result<()> {
         x.data.par_chunks_mut(CHUNK).zip(y.data.par_chunks(CHUNK)).for_each(|(x, y)| {
             for (x, y) in x.iter_mut().zip(y) {
-                *x += y;
+                *x += factor * y;
             }
         });
+        Ok(())
+    }
+
+    fn scale(&self, x: &mut HostTensor, factor: f32) -> Result<()> {
+        x.data.par_chunks_mut(CHUNK).for_each(|x| x.iter_mut().for_each(|x| *x *= factor));
         Ok(())
     }
 

@@ -37,6 +37,8 @@ impl Case {
             head_dim,
             seq_len: tokens,
             sliding_window: None,
+            scale: AttentionSpec::usual_scale(head_dim),
+            query_tables: None,
             cos: (0..tokens * half).map(|i| angle(i).cos()).collect(),
             sin: (0..tokens * half).map(|i| angle(i).sin()).collect(),
             kv,

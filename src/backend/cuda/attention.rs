@@ -19,6 +19,9 @@ use crate::{Error, Result};
 /// The widest head that prepare.cu and attention.cu are written for.
 const WIDEST_HEAD: usize = 256;
 
+/// Tables of the rotary embedding that stay on the device: of queries and keys, of two kinds of blocks.
+const MOST_TABLES: usize = 4;
+
 /// Cosines and sines on the device, and what they were made from.
 pub(super) struct RopeTables {
     host: [Arc<[f32]>; 2],
@@ -62,30 +65,30 @@ impl Cuda {
             seq_len,
             heads,
             kv_heads,
-            scale: 1.0 / (head_dim as f32).sqrt(),
+            scale: spec.scale,
             reach: spec.sliding_window.unwrap_or(seq_len),
             program: attention::AttentionProgram { head_dim, rotated, windowed },
             windows,
         })
     }
 
-    /// The tables of the rotary embedding on the device. They stay there until another table is needed.
-    pub(super) fn rope_tables(&self, spec: &AttentionSpec) -> Result<[Arc<Buffer>; 2]> {
-        let mut rope = self.rope.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    /// Cosines and sines of a rotary embedding on the device. They stay there until [`MOST_TABLES`] others are needed.
+    pub(super) fn rope_tables(&self, [cos, sin]: [&Arc<[f32]>; 2]) -> Result<[Arc<Buffer>; 2]> {
+        let mut tables = self.rope.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // Comparing tables takes longer than a kernel does.
         let same = |a: &Arc<[f32]>, b: &Arc<[f32]>| Arc::ptr_eq(a, b) || a == b;
-        let known = |RopeTables { host: [cos, sin], .. }: &RopeTables| {
-            same(cos, &spec.cos) && same(sin, &spec.sin)
-        };
-        if !rope.as_ref().is_some_and(known) {
-            *rope = Some(RopeTables {
-                cos: Arc::new(self.gpu.upload(&spec.cos)?),
-                sin: Arc::new(self.gpu.upload(&spec.sin)?),
-                host: [Arc::clone(&spec.cos), Arc::clone(&spec.sin)],
-            });
+        let known = |tables: &RopeTables| same(&tables.host[0], cos) && same(&tables.host[1], sin);
+        if let Some(RopeTables { cos, sin, .. }) = tables.iter().find(|tables| known(tables)) {
+            return Ok([Arc::clone(cos), Arc::clone(sin)]);
         }
-        let RopeTables { cos, sin, .. } = rope.as_ref().expect("made above");
-        Ok([Arc::clone(cos), Arc::clone(sin)])
+        if tables.len() == MOST_TABLES {
+            tables.remove(0);
+        }
+        let made = [Arc::new(self.gpu.upload(cos)?), Arc::new(self.gpu.upload(sin)?)];
+        let [on_cos, on_sin] = made.clone();
+        let host = [Arc::clone(cos), Arc::clone(sin)];
+        tables.push(RopeTables { host, cos: on_cos, sin: on_sin });
+        Ok(made)
     }
 
     /// Queries, keys or values as the products see them, `[windows, heads, seq_len, width]`.
@@ -106,7 +109,11 @@ impl Cuda {
         }
         let rotated = kv.rotate && kv.is_quantized();
         let kv_bits = if kv.is_quantized() { kv.bits } else { 16 };
-        let [cos, sin] = self.rope_tables(spec)?;
+        let tables = match role {
+            Role::Queries => spec.query_tables(),
+            Role::Keys | Role::Values => spec.key_tables(),
+        };
+        let [cos, sin] = self.rope_tables(tables)?;
         let to = self.gpu.alloc(2 * x.rows * heads * heads::padded(head_dim))?;
         self.kernels.launch(&Prepare {
             x: x.half().into(),

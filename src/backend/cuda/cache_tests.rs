@@ -30,6 +30,8 @@ pub(super) fn spec(
         kv_heads,
         head_dim,
         seq_len,
+        scale: AttentionSpec::usual_scale(head_dim),
+        query_tables: None,
         cos: (0..seq_len * half).map(|i| angle(i).cos()).collect(),
         sin: (0..seq_len * half).map(|i| angle(i).sin()).collect(),
         kv,

@@ -4,7 +4,8 @@ use super::fused::{Columns, SiteCodes};
 use super::gpu::Buffer;
 use super::hopper::TiledProduct;
 use super::kernels::elementwise::{
-    Add, AddBias, AddRows, QkNorm, RmsNorm, Select, SiluMul, SiluMulPermuted,
+    Add, AddBias, AddRows, Convert, GeluMul, NormInPlace, RmsNorm, Scale, Select, SiluMul,
+    SiluMulPermuted,
 };
 use super::kernels::{Float, product};
 use super::product::Precision;
@@ -55,15 +56,43 @@ impl Forward for Cuda {
         Ok(y)
     }
 
-    fn qk_norm(&self, x: &mut Activation, weight: &Hidden, epsilon: f32) -> Result<()> {
-        let heads = x.count() / weight.columns;
-        self.kernels.launch(&QkNorm {
+    fn norm_in_place(&self, x: &mut Activation, weight: &Hidden, epsilon: f32) -> Result<()> {
+        let vectors = x.count() / weight.columns;
+        self.kernels.launch(&NormInPlace {
             x: x.half().into(),
             weight: weight.float().into(),
-            heads,
+            vectors,
             n: weight.columns,
             epsilon,
         })
+    }
+
+    fn activation(&self, x: &Hidden) -> Result<Activation> {
+        let y = self.half(x.rows, x.columns)?;
+        // A value beyond f16 is infinite in `y`, which quantization reports with the site's name; what is counted here is
+        // not read.
+        let bad = self.gpu.alloc(8)?;
+        self.kernels.launch(&Convert {
+            x: x.float().into(),
+            count: x.count() as i64,
+            to: Some(y.half().into()),
+            bad: (&bad).into(),
+            element: Float::Single,
+        })?;
+        Ok(y)
+    }
+
+    fn gelu_mul(&self, gate: Activation, up: &Activation) -> Result<Activation> {
+        assert!(
+            gate.slots.is_none() && up.slots.is_none(),
+            "gate and up are reordered for SiLU alone"
+        );
+        self.kernels.launch(&GeluMul {
+            gate: gate.half().into(),
+            up: up.half().into(),
+            count: gate.count() as i64,
+        })?;
+        Ok(gate)
     }
 
     fn silu_mul(&self, gate: Activation, up: &Activation) -> Result<Activation> {
@@ -214,7 +243,7 @@ impl Forward for Cuda {
             );
         }
         let product = self.integer_product(y, weight)?;
-        self.add(x, &product)
+        self.add(x, &product, 1.0)
     }
 
     fn add_bias(&self, y: &mut Activation, bias: &Hidden) -> Result<()> {
@@ -226,12 +255,17 @@ impl Forward for Cuda {
         })
     }
 
-    fn add(&self, x: &mut Hidden, y: &Activation) -> Result<()> {
+    fn add(&self, x: &mut Hidden, y: &Activation, factor: f32) -> Result<()> {
         self.kernels.launch(&Add {
             x: x.float().into(),
             y: y.half().into(),
             count: x.count() as i64,
+            factor,
         })
+    }
+
+    fn scale(&self, x: &mut Hidden, factor: f32) -> Result<()> {
+        self.kernels.launch(&Scale { x: x.float().into(), count: x.count() as i64, factor })
     }
 
     fn add_rows(

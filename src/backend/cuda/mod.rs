@@ -89,7 +89,7 @@ pub struct Cuda {
     solver: Solver,
     uploads: Mutex<Staging>,
     downloads: Mutex<Staging>,
-    rope: Mutex<Option<RopeTables>>,
+    rope: Mutex<Vec<RopeTables>>,
     /// What codes of 4 bits are multiplied by.
     narrow: Narrow,
     /// Bytes that hidden states take on the device while they are offloaded.

@@ -22,8 +22,9 @@ use crate::{Error, Result};
 /// The pages of one layer.
 pub struct PagePool {
     pub(super) spec: AttentionSpec,
-    cos: Arc<Buffer>,
-    sin: Arc<Buffer>,
+    /// Cosines and sines of keys, and of queries.
+    key_tables: [Arc<Buffer>; 2],
+    query_tables: [Arc<Buffer>; 2],
     /// `[pages, kv_heads, page_bytes]`.
     pub(super) memory: Buffer,
     pages: usize,
@@ -124,9 +125,10 @@ impl Cuda {
     /// As [`page_program`](Self::page_program), or memory does not suffice.
     pub(super) fn page_pool(&self, spec: &AttentionSpec, pages: usize) -> Result<PagePool> {
         let program = self.page_program(spec)?;
-        let [cos, sin] = self.rope_tables(spec)?;
+        let key_tables = self.rope_tables(spec.key_tables())?;
+        let query_tables = self.rope_tables(spec.query_tables())?;
         let memory = self.gpu.alloc(pages * spec.kv_heads * program.pages.bytes())?;
-        Ok(PagePool { spec: spec.clone(), cos, sin, memory, pages, program })
+        Ok(PagePool { spec: spec.clone(), key_tables, query_tables, memory, pages, program })
     }
 
     /// Adds rows of `k` and `v` `[tokens, kv_heads * head_dim]`, before the rotary embedding. `mean` is subtracted from
@@ -147,8 +149,8 @@ impl Cuda {
             k: k.half().into(),
             v: v.half().into(),
             row_stride: k.columns as i64,
-            cos: (&*pool.cos).into(),
-            sin: (&*pool.sin).into(),
+            cos: (&*pool.key_tables[0]).into(),
+            sin: (&*pool.key_tables[1]).into(),
             mean: mean.map(|mean| mean.float().into()),
             pool: (&pool.memory).into(),
             table: new.table.into(),
@@ -180,8 +182,8 @@ impl Cuda {
         self.kernels.launch(&DecodeAttention {
             q,
             query_stride: (heads * head_dim) as i64,
-            cos: (&*pool.cos).into(),
-            sin: (&*pool.sin).into(),
+            cos: (&*pool.query_tables[0]).into(),
+            sin: (&*pool.query_tables[1]).into(),
             pool: (&pool.memory).into(),
             table: readers.table.into(),
             table_stride: readers.table_stride,
@@ -193,7 +195,7 @@ impl Cuda {
             kv_heads,
             split_pages,
             stages,
-            scale: 1.0 / (head_dim as f32).sqrt(),
+            scale: pool.spec.scale,
             program: pool.program,
             seq_len,
             pool_pages: pool.pages,

@@ -256,8 +256,8 @@ fn norms_activations_and_sums_agree_with_the_cpu() {
         close(&cuda.values(&found), expected.values(), 6e-4, &format!("norm {what}"));
 
         let (mut host, mut device) = (host, device);
-        cpu.add(&mut host, &cpu.upload(y.clone()).unwrap()).unwrap();
-        cuda.add(&mut device, &cuda.half_tensor(&y)).unwrap();
+        cpu.add(&mut host, &cpu.upload(y.clone()).unwrap(), 1.0).unwrap();
+        cuda.add(&mut device, &cuda.half_tensor(&y), 1.0).unwrap();
         assert_eq!(cuda.values(&device), host.values(), "sum {what}");
         let copy = cuda.duplicate(&device).unwrap();
         assert_eq!(cuda.values(&copy), host.values(), "copy {what}");
@@ -287,8 +287,8 @@ fn norms_activations_and_sums_agree_with_the_cpu() {
         for head_dim in [columns, columns / 2].into_iter().filter(|n| *n > 0 && columns % n == 0) {
             let row = matrix_row(&mut random, head_dim);
             let (mut host, mut device) = (cpu.upload(y.clone()).unwrap(), cuda.half_tensor(&y));
-            cpu.qk_norm(&mut host, &cpu.upload(row.clone()).unwrap(), 1e-6).unwrap();
-            cuda.qk_norm(&mut device, &cuda.upload(row).unwrap(), 1e-6).unwrap();
+            cpu.norm_in_place(&mut host, &cpu.upload(row.clone()).unwrap(), 1e-6).unwrap();
+            cuda.norm_in_place(&mut device, &cuda.upload(row).unwrap(), 1e-6).unwrap();
             close(&cuda.values(&device), host.values(), 1e-3, &format!("heads {what}"));
         }
 
@@ -374,6 +374,8 @@ fn attention_agrees_with_the_cpu() {
                 head_dim,
                 seq_len,
                 sliding_window,
+                scale: AttentionSpec::usual_scale(head_dim),
+                query_tables: None,
                 cos: (0..seq_len * half).map(|i| angle(i).cos()).collect(),
                 sin: (0..seq_len * half).map(|i| angle(i).sin()).collect(),
                 kv,

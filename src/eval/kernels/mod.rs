@@ -16,10 +16,12 @@ use crate::Result;
 use crate::backend::cpu::Cpu;
 use crate::backend::{AttentionSpec, Backend, Forward, Matrix, Memory, Producer, Qkv, Tensor};
 use crate::checkpoint::AtomCheckpoint;
+use crate::model::AttentionSpecs;
+use crate::model::architecture::Activation;
 use crate::model::block::{Block, Linear, Observer, Seen};
 use crate::model::sites::{ATTN_IN, ATTN_OUT, EMBEDDING, MLP_ACT, MLP_IN};
 use crate::network::{
-    BlockBuilder, LoadedBlock, QuantizedSite, Runnable, StoredBlock, attention_spec, expect,
+    BlockBuilder, LoadedBlock, QuantizedSite, Runnable, StoredBlock, expect, scale_embedding,
 };
 use crate::progress::Progress;
 use crate::quant::linear::QuantizedLinear;
@@ -125,13 +127,13 @@ impl<'a, B: Backend> Comparison<'a, B> {
     /// Carries `x` through the block on the reference and compares all that both sides do.
     pub(super) fn run(
         &self,
-        attention: &AttentionSpec,
+        attention: &AttentionSpecs,
         x: &mut <Cpu as Memory>::Hidden,
     ) -> Result<Findings> {
         let mut findings = Findings::default();
         let mut operands: Vec<Matrix> = Vec::new();
         let (reference, block) = (self.reference, self.block);
-        self.after_norm(ATTN_IN, &reference.download(x)?, &block.attn_norm, &mut findings)?;
+        self.after_norm(ATTN_IN, &reference.download(x)?, &mut findings)?;
         let mut see = |seen, x: &<Cpu as Memory>::Activation| {
             match seen {
                 Seen::Entering(at) => {
@@ -146,7 +148,8 @@ impl<'a, B: Backend> Comparison<'a, B> {
                 let operands = std::mem::take(&mut operands);
                 let operands = operands.try_into();
                 let [q, k, v]: [Matrix; 3] = operands.expect("queries, keys and values");
-                self.attention(attention, &Qkv { q, k, v }, &mut findings)?;
+                let spec = attention.of_block(block.index);
+                self.attention(spec, &Qkv { q, k, v }, &mut findings)?;
             }
             Ok(())
         };
@@ -161,22 +164,19 @@ impl<'a, B: Backend> Comparison<'a, B> {
         }
         let [gate, up] = block.gate_and_up(reference, x, observer)?;
         let [own_gate, own_up] = [&gate, &up].map(|x| reference.download_activation(x));
-        let z = reference.silu_mul(gate, &up)?;
+        let z = block.activated(reference, gate, &up)?;
         block.sites[MLP_ACT].apply_onto(reference, z, x, observer)?;
-        self.after_norm(MLP_IN, &hidden, &block.mlp_norm, &mut findings)?;
+        self.after_norm(MLP_IN, &hidden, &mut findings)?;
         self.after_silu(rounded(own_gate?), rounded(own_up?), &mut findings)?;
         Ok(findings)
     }
 
     /// Where the device makes a site's codes in one step with the norm before it.
-    fn after_norm(
-        &self,
-        at: usize,
-        hidden: &Matrix,
-        norm: &<Cpu as Memory>::Hidden,
-        findings: &mut Findings,
-    ) -> Result<()> {
-        let Some(on_device) = &self.device_sites[at] else { return Ok(()) };
+    fn after_norm(&self, at: usize, hidden: &Matrix, findings: &mut Findings) -> Result<()> {
+        let (Some(on_device), Some(norm)) = (&self.device_sites[at], self.block.norm_before(at))
+        else {
+            return Ok(());
+        };
         let (reference, device, epsilon) = (self.reference, self.device, self.block.epsilon);
         if !device.fuses(Producer::Norm, &on_device.order, hidden.rows) {
             return Ok(());
@@ -192,6 +192,9 @@ impl<'a, B: Backend> Comparison<'a, B> {
     /// The same with SiLU, for mlp_act.
     fn after_silu(&self, gate: Matrix, up: Matrix, findings: &mut Findings) -> Result<()> {
         let Some(on_device) = &self.device_sites[MLP_ACT] else { return Ok(()) };
+        if self.block.activation != Activation::Silu {
+            return Ok(());
+        }
         let (reference, device) = (self.reference, self.device);
         if !device.fuses(Producer::Silu, &on_device.order, gate.rows) {
             return Ok(());
@@ -318,10 +321,11 @@ pub(super) fn kernel_checks<B: Backend>(
     let cpu = Cpu::new()?;
     let reference = Runnable::atom(&cpu, checkpoint)?;
     let architecture = &reference.architecture;
-    let attention = attention_spec(architecture, reference.kv, text.seq_len);
+    let attention = AttentionSpecs::of(architecture, reference.kv, text.seq_len);
     let tokens = text.tokens(&checkpoint.tokenizer()?, &checkpoint.tokenizer_path(), progress)?;
     let embedding = expect(checkpoint, EMBEDDING, &[architecture.vocabulary, architecture.hidden])?;
     let mut x = cpu.embed(&cpu.load(embedding)?, &tokens)?;
+    scale_embedding(&cpu, architecture, &mut x)?;
     let (mut all, mut checks) = (Findings::default(), Vec::new());
     progress.begin("verify kernels", architecture.blocks);
     for index in 0..architecture.blocks {

@@ -6,8 +6,8 @@ use super::bounds::{attention_error, half_ulp, magnitude};
 use super::*;
 use crate::backend::{AttentionSpec, Memory, Quantization};
 use crate::checkpoint::{Dtype, Tensor};
-use crate::model::block::{Site, Treatment};
-use crate::model::experts::Router;
+use crate::model::block::{Leaving, Site, Treatment};
+use crate::model::experts::{Choice, Router};
 use crate::quant::codebook::Codebook;
 use crate::quant::grid::Scaling;
 use crate::quant::kv::KvFormat;
@@ -83,14 +83,17 @@ fn block(cpu: &Cpu, sites: &[QuantizedSite<QuantizedLinear>]) -> Block<Cpu> {
             treatment: Treatment::Quantized(sites[at].format.clone()),
             linears: packed.map(Linear::Packed).collect(),
             biases: sites[at].linears.iter().map(|_| None).collect(),
+            leaving: Leaving::unchanged(),
         }
     };
     Block {
-        attn_norm: ones(),
-        mlp_norm: ones(),
+        index: 0,
+        norms: Some([ones(), ones()]),
         epsilon: 1e-5,
         key_mean: None,
         qk_norm: None,
+        head_order: None,
+        activation: Activation::Silu,
         router: None,
         sites: (0..sites.len()).map(site).collect(),
     }
@@ -103,6 +106,8 @@ fn spec() -> AttentionSpec {
         head_dim: 16,
         seq_len: TOKENS,
         sliding_window: None,
+        scale: AttentionSpec::usual_scale(16),
+        query_tables: None,
         cos: vec![1.0; TOKENS * 8].into(),
         sin: vec![0.0; TOKENS * 8].into(),
         kv: KvFormat { bits: 4, ..KvFormat::FULL },
@@ -121,7 +126,7 @@ fn findings(
     let block = block(&cpu, &sites);
     let mut comparison = Comparison::new(&cpu, &cpu, &block, &planted, names(), key_mean).unwrap();
     comparison.sites = &sites;
-    comparison.run(&spec(), &mut states(&cpu)).unwrap()
+    comparison.run(&AttentionSpecs::alike(spec()), &mut states(&cpu)).unwrap()
 }
 
 /// Hidden states of one window.
@@ -163,8 +168,8 @@ fn an_error_in_one_of_two_experts_is_found() {
     let router = Tensor::in_memory("router", Dtype::F32, &[2, HIDDEN], &bytes);
     block.router = Some(Router {
         weight: cpu.dense(&cpu.load(router).unwrap(), None).unwrap(),
-        per_token: 1,
-        normalized: true,
+        choice: Choice { per_token: 1, normalized: true, scale: 1.0, sigmoid_bias: None },
+        shared: None,
     });
     let mut planted = sites.clone();
     linear(&mut planted, 4, 0).codes[3] ^= 1;
@@ -172,7 +177,7 @@ fn an_error_in_one_of_two_experts_is_found() {
         let mut comparison =
             Comparison::new(&cpu, &cpu, &block, on_device, names.clone(), None).unwrap();
         comparison.sites = &sites;
-        let found = comparison.run(&spec(), &mut states(&cpu)).unwrap();
+        let found = comparison.run(&AttentionSpecs::alike(spec()), &mut states(&cpu)).unwrap();
         assert_eq!(found.faults.len(), faults, "{:?}", found.faults);
         assert!(
             found.faults.iter().all(|fault| fault.starts_with("down 1: ")),
@@ -356,6 +361,8 @@ fn attention_may_be_off_by_what_its_heads_allow() {
         head_dim: 4,
         seq_len: 2,
         sliding_window: None,
+        scale: AttentionSpec::usual_scale(4),
+        query_tables: None,
         cos: vec![1.0; 4].into(),
         sin: vec![0.0; 4].into(),
         kv: KvFormat::FULL,

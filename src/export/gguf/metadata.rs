@@ -57,7 +57,20 @@ pub(super) fn unsupported(architecture: &Architecture) -> Vec<Unsupported> {
     );
     let dense = architecture.experts.is_none();
     check(!mlp || (is_llama && dense), "mlp_bias", "true".into(), "false".into());
-    let llama3 = matches!(architecture.rope().scaling, RopeScaling::Llama3 { .. });
+    let scaling = architecture.common_rope().map(|rope| &rope.scaling);
+    let llama3 = matches!(scaling, Some(RopeScaling::Llama3 { .. }));
+    let scales = match scaling {
+        Some(RopeScaling::None | RopeScaling::Linear(_) | RopeScaling::Llama3 { .. }) => None,
+        Some(RopeScaling::Yarn { .. }) => Some("yarn"),
+        Some(RopeScaling::LongRope { .. }) => Some("longrope"),
+        None => Some("of its own in each block"),
+    };
+    check(
+        scales.is_none(),
+        "rope_scaling",
+        scales.unwrap_or_default().into(),
+        "llama3, linear or none".into(),
+    );
     check(
         is_llama || !llama3,
         "rope_scaling",
@@ -151,7 +164,7 @@ pub(super) fn network(name: &str, architecture: &Architecture) -> Metadata {
     }
     let epsilon = Value::F32(architecture.norm_epsilon);
     metadata.add(key("attention.layer_norm_rms_epsilon"), epsilon);
-    let rope = architecture.rope();
+    let rope = architecture.common_rope().expect("`unsupported` refuses blocks that differ");
     metadata.add(key("rope.freq_base"), Value::F32(rope.theta as f32));
     // Llama 3's scaling is a tensor of its own, `rope_freqs.weight`.
     if let RopeScaling::Linear(factor) = rope.scaling {

@@ -65,7 +65,8 @@ impl<'a> Lister<'a> {
         let mut lister = Self { architecture, tensors: Vec::new() };
         let matrix = [architecture.vocabulary, architecture.hidden];
         lister.stored("token_embd.weight", EMBEDDING, &matrix, outer);
-        if let Some(divisors) = architecture.rope().divisors(architecture.head_dim) {
+        let rope = architecture.common_rope();
+        if let Some(divisors) = rope.and_then(|rope| rope.divisors(architecture.head_dim)) {
             let info = TensorInfo {
                 name: "rope_freqs.weight".to_owned(),
                 shape: vec![divisors.len()],

@@ -2,9 +2,10 @@
 
 use super::super::architecture::{ExpertNames, Experts, RouterKind};
 use super::super::{bounds, window};
-use super::{Family, PLAIN};
+use super::{Family, PLAIN, PLAIN_ROPE, RopeDefaults};
 
-const NAMES: ExpertNames = ExpertNames { part: "block_sparse_moe", linears: ["w1", "w3", "w2"] };
+const NAMES: ExpertNames =
+    ExpertNames { part: "block_sparse_moe", linears: ["w1", "w3", "w2"], ..ExpertNames::USUAL };
 
 pub(super) const MIXTRAL: Family = Family {
     name: "mixtral",
@@ -12,7 +13,7 @@ pub(super) const MIXTRAL: Family = Family {
     kv_heads: Some(8),
     max_positions: 131_072,
     norm_epsilon: 1e-5,
-    rope_theta: 1_000_000.0,
+    rope: RopeDefaults { theta: 1_000_000.0, ..PLAIN_ROPE },
     differences: |config, network| {
         let window = window::field(config, None)?;
         network.set_windows(window::of_all(config, network.blocks, window)?);

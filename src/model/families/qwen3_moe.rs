@@ -8,9 +8,6 @@ use super::super::{bounds, window};
 use super::{Family, PLAIN};
 use crate::Result;
 
-const NAMES: ExpertNames =
-    ExpertNames { part: "mlp", linears: ["gate_proj", "up_proj", "down_proj"] };
-
 pub(super) const QWEN3_MOE: Family = Family {
     name: "qwen3_moe",
     class: "Qwen3Moe",
@@ -39,12 +36,12 @@ fn experts(config: &Config, blocks: usize) -> Result<Experts> {
         scale: 1.0,
         shared: None,
         dense_blocks: dense_blocks(config, blocks)?,
-        names: NAMES,
+        names: ExpertNames::USUAL,
     })
 }
 
 /// Blocks without experts: those in `mlp_only_layers`, and all but every `decoder_sparse_step`th.
-fn dense_blocks(config: &Config, blocks: usize) -> Result<Vec<usize>> {
+pub(super) fn dense_blocks(config: &Config, blocks: usize) -> Result<Vec<usize>> {
     const RIGHT: &str = "a list of numbers of blocks";
     let step = config.count("decoder_sparse_step", 1..=usize::MAX)?.unwrap_or(1);
     let listed = config.list("mlp_only_layers", RIGHT)?.unwrap_or_default();

@@ -105,7 +105,7 @@ const CLASSIFIERS: &[&str] =
     &["score", "classifier", "v_head", "value_head", "qa_outputs", "reward_head", "summary"];
 /// Modules of multi-token prediction.
 const PREDICTION: &[&str] =
-    &["mtp", "mtp_block", "nextn", "eh_proj", "enorm", "hnorm", "shared_head"];
+    &["mtp", "mtp_block", "mtp_layers", "nextn", "eh_proj", "enorm", "hnorm", "shared_head"];
 /// Ends of names of tensors with all experts of a block.
 const FUSED_EXPERTS: &[&str] =
     &["experts.gate_up_proj", "experts.down_proj", "experts.up_proj", "experts.gate_proj"];
@@ -162,6 +162,21 @@ pub(super) fn kind_of(
         return Unused::Experts;
     }
     Unused::Other
+}
+
+/// Whether a tensor belongs to the blocks that predict further tokens, where the configuration says that there are some.
+pub(super) fn predicts(
+    source: &Source,
+    architecture: &Architecture,
+    stored: &str,
+    kind: Unused,
+) -> bool {
+    let counted = architecture.blocks..architecture.blocks + architecture.prediction_blocks;
+    match (kind, layer_of(source, stored)) {
+        (Unused::Prediction | Unused::Layer, Some(layer)) if counted.contains(&layer) => true,
+        (Unused::Prediction, _) => architecture.prediction_blocks > 0,
+        _ => false,
+    }
 }
 
 /// The kind, where the name alone decides it.

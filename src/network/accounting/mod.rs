@@ -68,12 +68,14 @@ pub fn network(source: &Source, progress: &dyn Progress) -> Result<Network> {
     let unused = unused(source, &architecture, &used);
     let mut ignored = Vec::new();
     let mut groups: BTreeMap<Unused, Vec<&str>> = BTreeMap::new();
-    let (mut zero_biases, mut other_parts) = (Vec::new(), Vec::new());
+    let (mut zero_biases, mut other_parts, mut predicting) = (Vec::new(), Vec::new(), Vec::new());
     for (stored, kind) in unused {
         if source.ignores(stored) {
             ignored.push(stored.to_owned());
         } else if kind == Unused::Bias && source.is_zero(stored) {
             zero_biases.push(stored);
+        } else if kinds::predicts(source, &architecture, stored, kind) {
+            predicting.push(stored);
         } else if source.is_part() && is_other_part(source, stored, kind) {
             other_parts.push(stored);
         } else {
@@ -91,6 +93,14 @@ pub fn network(source: &Source, progress: &dyn Progress) -> Result<Network> {
             counted(zero_biases.len(), "bias"),
             source.title()
         ));
+    }
+    if let [first, ..] = predicting[..] {
+        warnings.push(format!(
+            "the blocks of {} that predict further tokens are left out: {}, the first is `{first}`",
+            source.title(),
+            counted(predicting.len(), "tensor")
+        ));
+        ignored.extend(predicting.into_iter().map(str::to_owned));
     }
     if let [first, ..] = other_parts[..] {
         warnings.push(format!(

@@ -8,16 +8,16 @@ use crate::{Error, Result};
 /// Refuses what cannot be trained.
 ///
 /// # Errors
-/// Input: the network has experts.
+/// Input: the network has experts, or something else that the backward pass does not compute.
 pub fn check_trainable(architecture: &Architecture) -> Result<()> {
-    match &architecture.experts {
-        None => Ok(()),
-        Some(experts) => Err(Error::input(format!(
-            "distillation trains no network with experts, and this one has {} in a block",
-            experts.count
-        ))
-        .hint("leave --distill out: the checkpoint is complete without it")),
-    }
+    let what = match &architecture.experts {
+        None => architecture.not_plain().map(str::to_owned),
+        Some(experts) => Some(format!("experts, and this one has {} in a block", experts.count)),
+    };
+    what.map_or(Ok(()), |what| {
+        Err(Error::input(format!("distillation trains no network with {what}"))
+            .hint("leave --distill out: the checkpoint is complete without it"))
+    })
 }
 
 /// Refuses a source that the checkpoint was not made from, and a checkpoint that is distilled already.

@@ -9,8 +9,9 @@ use half::slice::HalfFloatSliceExt;
 use crate::Result;
 use crate::backend::{Backend, Matrix, Tensor};
 use crate::checkpoint::{Dtype, Source};
+use crate::model::AttentionSpecs;
 use crate::network::memory::Windows;
-use crate::network::{OutputHead, Runnable, Stream, attention_spec, prefetch};
+use crate::network::{OutputHead, Runnable, Stream, prefetch};
 use crate::progress::Progress;
 
 /// Normed hidden states of windows, in the type that the backend computes them in.
@@ -47,7 +48,7 @@ impl Reference {
             Dtype::F16 => States::Halves(Vec::with_capacity(tokens.len() * hidden)),
             _ => States::Floats(Vec::with_capacity(tokens.len() * hidden)),
         };
-        let attention = attention_spec(architecture, model.kv, seq_len);
+        let attention = AttentionSpecs::of(architecture, model.kv, seq_len);
         let part = (backend.stream_bytes() / (4 * seq_len * hidden)).max(1) * seq_len;
         let parts = tokens.len().div_ceil(part);
         progress.begin("predictions of the source", parts * (architecture.blocks + 1));

@@ -9,8 +9,8 @@ use super::*;
 use crate::backend::cpu::Cpu;
 use crate::backend::{Forward, Measurement};
 use crate::checkpoint::{Destination, Dtype, Inputs};
-use crate::model::sites::FINAL_NORM;
-use crate::network::{OutputHead, Stream, TrainedNetwork, attention_spec, trained_values, vector};
+use crate::model::AttentionSpecs;
+use crate::network::{OutputHead, Stream, TrainedNetwork, final_norm, trained_values};
 use crate::pipeline::{Calibration, Quantization, quantize};
 use crate::progress::Silent;
 use crate::recipe::{Group, Outliers, Recipe};
@@ -67,14 +67,14 @@ fn states(
     tokens: &[u32],
 ) -> <Cpu as crate::backend::Memory>::Activation {
     let architecture = &model.architecture;
-    let attention = attention_spec(architecture, model.kv, SEQ_LEN);
+    let attention = AttentionSpecs::of(architecture, model.kv, SEQ_LEN);
     let mut stream = Stream::embed(cpu, model.tensors, architecture, tokens, SEQ_LEN, 0).unwrap();
     for index in 0..architecture.blocks {
         let block = model.block(model.load(index).unwrap()).unwrap();
         stream.advance(cpu, &attention, &block, || Ok(())).unwrap();
     }
     assert_eq!(stream.batches.len(), 1);
-    let norm = vector(cpu, model.tensors, FINAL_NORM, architecture.hidden).unwrap();
+    let norm = final_norm(cpu, model.tensors, architecture).unwrap();
     cpu.rms_norm(&stream.batches[0], &norm, architecture.norm_epsilon).unwrap()
 }
 

@@ -128,7 +128,7 @@ impl<'a, 'w, B: Backend> BlockInput<'a, 'w, B> {
     /// Builds blocks of its weights.
     fn builder(&self, quantizer: &BlockQuantizer<'a, B>) -> BlockBuilder<'a, 'w, B> {
         let key_mean = &self.statistics.key_mean[..];
-        let key_mean = quantizer.attention.kv.is_centered().then_some(key_mean);
+        let key_mean = quantizer.attention.kv().is_centered().then_some(key_mean);
         BlockBuilder::new(quantizer.backend, quantizer.architecture, self.weights)
             .with_key_mean(key_mean)
     }

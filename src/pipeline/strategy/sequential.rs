@@ -13,7 +13,7 @@ use crate::backend::{AccumulatedError, Backend, Tensor};
 use crate::model::Architecture;
 use crate::model::block::{Block, Observer, Site};
 use crate::model::experts::RoutedTokens;
-use crate::model::sites::{ATTN_OUT, MLP_ACT, MLP_IN, SiteKind, SiteSpec};
+use crate::model::sites::{ATTN_IN, ATTN_OUT, MLP_ACT, MLP_IN, SiteKind, SiteSpec};
 use crate::network::{BlockBuilder, QuantizedSite, Stream};
 use crate::pipeline::division::SiteSums;
 use crate::pipeline::fallbacks::Fallback;
@@ -25,7 +25,7 @@ use crate::quant::site::SiteFormat;
 /// Device memory that the cross-covariances of the widest site, of all chunks and of one, and attention's outputs of all
 /// `tokens` take.
 pub(super) fn more_bytes(architecture: &Architecture, tokens: usize) -> u64 {
-    let widest = architecture.sites(0).iter().map(|site| site.channels).max().unwrap_or(0);
+    let widest = architecture.largest_block().iter().map(|site| site.channels).max().unwrap_or(0);
     let cross = widest * (widest + architecture.hidden);
     let heads = 2 * tokens * architecture.heads * architecture.head_dim;
     (4 * 2 * cross + 2 * heads) as u64
@@ -249,7 +249,7 @@ impl<'a, 'w, B: Backend> Pass<'a, 'w, B> {
             let block = &blocks.quantized;
             block.sites[ATTN_OUT].apply_onto(backend, quantized, states.quantized, unobserved)?;
             if let Some(router) = &block.router {
-                let normed = backend.rms_norm(states.quantized, &block.mlp_norm, block.epsilon)?;
+                let normed = block.entering(backend, MLP_IN, states.quantized)?;
                 routed.push(router.route(backend, &normed)?);
             }
             Ok(())
@@ -297,7 +297,9 @@ fn empty_correction<B: Backend>(
     width: usize,
 ) -> Result<AccumulatedError<B::CrossCovariance>> {
     let BlockQuantizer { backend, architecture, recipe, .. } = quantizer;
-    let adds = matches!(spec.kind, SiteKind::AttnOut | SiteKind::MlpAct);
+    // After a norm an output cannot compensate the error of the hidden states: the norm takes its size out of it.
+    let adds = matches!(spec.kind, SiteKind::AttnOut | SiteKind::MlpAct)
+        && architecture.norms.after.is_none();
     let outputs = adds.then(|| backend.cross_covariance(architecture.hidden, width)).transpose()?;
     Ok(AccumulatedError {
         inputs: backend.cross_covariance(width, width)?,
@@ -327,9 +329,14 @@ impl<B: Backend> Visit<'_, B> {
         let (before, after) = (&*states.source, &*states.quantized);
         let Pair { source, quantized: block } = self.blocks;
         let unobserved = &mut Observer::none();
-        let norm = |x: &B::Hidden, weight| backend.rms_norm(x, weight, source.epsilon);
+        let entering = |site| {
+            Ok::<_, crate::Error>([
+                source.entering(*backend, site, before)?,
+                block.entering(*backend, site, after)?,
+            ])
+        };
         let [source, quantized] = match self.spec.kind {
-            SiteKind::AttnIn => [norm(before, &source.attn_norm)?, norm(after, &block.attn_norm)?],
+            SiteKind::AttnIn => entering(ATTN_IN)?,
             SiteKind::AttnOut => [
                 match known {
                     Some(heads) => heads,
@@ -337,18 +344,17 @@ impl<B: Backend> Visit<'_, B> {
                 },
                 block.heads(*backend, attention, after, unobserved)?,
             ],
-            SiteKind::MlpIn => [norm(before, &source.mlp_norm)?, norm(after, &block.mlp_norm)?],
+            SiteKind::MlpIn => entering(MLP_IN)?,
             SiteKind::MlpAct => match self.spec.expert.zip(self.routed) {
                 None => [
                     source.gated(*backend, before, unobserved)?,
                     block.gated(*backend, after, unobserved)?,
                 ],
                 Some((expert, routed)) => {
-                    let normed0 = norm(before, &source.mlp_norm)?;
-                    let normed = norm(after, &block.mlp_norm)?;
+                    let [of_source, of_block] = entering(MLP_IN)?;
                     [
-                        source.gated_of(*backend, expert, &normed0, routed, unobserved)?,
-                        block.gated_of(*backend, expert, &normed, routed, unobserved)?,
+                        source.gated_of(*backend, expert, &of_source, routed, unobserved)?,
+                        block.gated_of(*backend, expert, &of_block, routed, unobserved)?,
                     ]
                 }
             },
@@ -387,8 +393,14 @@ impl<B: Backend> Visit<'_, B> {
         let mut lost = backend.hidden_difference(states.source, states.quantized)?;
         if let (Some(routed), Some(router)) = (self.routed, &block.router) {
             // Each of a token's experts corrects its part.
-            let part = vec![1.0 / router.per_token as f32; routed.tokens.len()];
+            let part = vec![1.0 / router.of_a_token() as f32; routed.tokens.len()];
             lost = backend.select_rows(&lost, &routed.tokens)?;
+            backend.scale_rows(&mut lost, &part)?;
+        }
+        let factor = block.sites[self.at].leaving.factor;
+        if factor != 1.0 {
+            // The output is multiplied before it is added.
+            let part = vec![1.0 / factor; lost.rows()];
             backend.scale_rows(&mut lost, &part)?;
         }
         backend.add_cross_covariance(outputs, &lost, seen)

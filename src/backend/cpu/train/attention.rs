@@ -121,11 +121,10 @@ impl Layer<'_> {
         d_queries: &mut [f32],
         sums: &mut HeadSums,
     ) {
-        let AttentionSpec { head_dim, sliding_window, .. } = *self.spec;
+        let AttentionSpec { head_dim, sliding_window, scale: factor, .. } = *self.spec;
         let isa = self.isa;
         let rows = queries.len() / head_dim;
         let end = first + rows;
-        let factor = 1.0 / (head_dim as f32).sqrt();
         let [mut weights, mut d_weights] = [(); 2].map(|()| vec![0.0; rows * end]);
         let own = |values| Rows::new(values, rows, head_dim);
         let keys = sums.keys.part(0..end, 0..head_dim);

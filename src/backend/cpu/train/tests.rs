@@ -295,6 +295,8 @@ fn attention_has_the_gradient_of_the_definition() {
             head_dim,
             seq_len,
             sliding_window: window,
+            scale: AttentionSpec::usual_scale(head_dim),
+            query_tables: None,
             cos: (0..seq_len * half).map(|i| angle(i).cos()).collect(),
             sin: (0..seq_len * half).map(|i| angle(i).sin()).collect(),
             kv,

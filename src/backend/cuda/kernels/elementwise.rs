@@ -27,10 +27,12 @@ pub(super) const FAMILY: Family = Family {
         Difference,
         SiluMul,
         SiluMulPermuted,
+        GeluMul,
         Add,
         AddFloat,
         AddBias,
-        QkNorm,
+        NormInPlace,
+        Scale,
         ScaleRows,
         AddRows,
         Convert,
@@ -141,11 +143,30 @@ kernel! {
 }
 
 kernel! {
-    /// `x += y`.
+    /// `gate = gelu(gate) * up`, in place.
+    GeluMul<'a> = ["gelu_mul_half"] {
+        gate: Out<'a, f16>[count as usize],
+        up: In<'a, f16>[count as usize],
+        count: i64,
+    }
+}
+
+kernel! {
+    /// `x += factor * y`.
     Add<'a> = ["add_half"] {
         x: Out<'a, f32>[count as usize],
         y: In<'a, f16>[count as usize],
         count: i64,
+        factor: f32,
+    }
+}
+
+kernel! {
+    /// `x *= factor`.
+    Scale<'a> = ["scale_float"] {
+        x: Out<'a, f32>[count as usize],
+        count: i64,
+        factor: f32,
     }
 }
 
@@ -169,11 +190,11 @@ kernel! {
 }
 
 kernel! {
-    /// RMSNorm of each head of queries or keys, `heads` vectors in all, in place.
-    QkNorm<'a> = ["qk_norm"] {
-        x: Out<'a, f16>[heads * n],
+    /// RMSNorm of vectors, heads or entire rows, in place.
+    NormInPlace<'a> = ["norm_in_place"] {
+        x: Out<'a, f16>[vectors * n],
         weight: In<'a, f32>[n],
-        heads: usize,
+        vectors: usize,
         n: usize,
         epsilon: f32,
     }
@@ -234,7 +255,9 @@ launches! {
     Add: |kernel| 0, Geometry::over((kernel.count as usize).div_ceil(ADDED), THREADS);
     AddFloat: |kernel| 0, Geometry::over((kernel.count as usize).div_ceil(ADDED), THREADS);
     AddBias: |kernel| 0, Geometry::line(kernel.rows, THREADS);
-    QkNorm: |kernel| 0, Geometry::line(kernel.heads.div_ceil(THREADS / 32), THREADS);
+    GeluMul: |kernel| 0, Geometry::over(kernel.count as usize, THREADS);
+    Scale: |kernel| 0, Geometry::over(kernel.count as usize, THREADS);
+    NormInPlace: |kernel| 0, Geometry::line(kernel.vectors.div_ceil(THREADS / 32), THREADS);
     ScaleRows: |kernel| 0, Geometry::line(kernel.rows, THREADS);
     AddRows: |kernel| 0, Geometry::line(kernel.count, THREADS);
     Convert: |kernel| kernel.element as usize, {

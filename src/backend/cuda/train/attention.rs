@@ -98,7 +98,7 @@ impl Cuda {
             d_weights: d_weights.into(),
             tokens: seq_len,
             reach: sliding_window.unwrap_or(seq_len),
-            factor: 1.0 / (head_dim as f32).sqrt(),
+            factor: spec.scale,
         })?;
         let outer = [seq_len, seq_len, width];
         let (d_scores, weights) = (square(d_weights), square(scores));
@@ -119,7 +119,7 @@ impl Cuda {
     ) -> Result<Qkv<Hidden>> {
         let AttentionSpec { heads, kv_heads, seq_len, ref kv, .. } = *spec;
         let tokens = q.rows;
-        let [cos, sin] = self.rope_tables(spec)?;
+        let [cos, sin] = self.rope_tables(spec.key_tables())?;
         let room = |x: &Activation| -> Result<Hidden> {
             Ok(Hidden::new(x.rows, x.columns, self.gpu.alloc(4 * x.count())?))
         };

@@ -145,6 +145,8 @@ fn attention_has_the_cpus_gradients() {
                 head_dim,
                 seq_len,
                 sliding_window,
+                scale: AttentionSpec::usual_scale(head_dim),
+                query_tables: None,
                 cos: (0..seq_len * half).map(|i| angle(i).cos()).collect(),
                 sin: (0..seq_len * half).map(|i| angle(i).sin()).collect(),
                 kv,
