@@ -47,6 +47,10 @@ pub struct Shape {
     pub vocabulary: usize,
     /// Experts of a block, and of a token.
     pub experts: Option<[usize; 2]>,
+    /// Whether the head is the embedding.
+    pub tied: bool,
+    /// Further fields of its config.json: a JSON object.
+    pub more: &'static str,
 }
 
 /// A Llama's of 32,000 tokens.
@@ -67,6 +71,8 @@ const fn llama(
         head_dim: hidden / heads,
         vocabulary: 32_000,
         experts: None,
+        tied: false,
+        more: "{}",
     }
 }
 
@@ -75,8 +81,24 @@ const fn other(family: &'static str, vocabulary: usize, shape: Shape) -> Shape {
     Shape { family, vocabulary, ..shape }
 }
 
+/// One of a later family, with the width of a head and further fields.
+const fn later(
+    family: &'static str,
+    vocabulary: usize,
+    head_dim: usize,
+    more: &'static str,
+    shape: Shape,
+) -> Shape {
+    Shape { family, vocabulary, head_dim, more, ..shape }
+}
+
+/// The same with the embedding as its head.
+const fn tied(shape: Shape) -> Shape {
+    Shape { tied: true, ..shape }
+}
+
 /// The known models, by their published config.json.
-pub const SHAPES: [(&str, Shape); 17] = [
+pub const SHAPES: [(&str, Shape); 33] = [
     ("llama-7b", llama(4096, 11008, 32, 32, 32)),
     ("llama-13b", llama(5120, 13824, 40, 40, 40)),
     ("llama-30b", llama(6656, 17920, 60, 52, 52)),
@@ -106,6 +128,84 @@ pub const SHAPES: [(&str, Shape); 17] = [
             experts: Some([128, 8]),
             ..other("qwen3_moe", 151_936, llama(2048, 768, 48, 32, 4))
         },
+    ),
+    ("smollm3-3b", tied(later("smollm3", 128_256, 128, "{}", llama(2048, 11008, 36, 16, 4)))),
+    ("seed-oss-36b", later("seed_oss", 155_136, 128, "{}", llama(5120, 27648, 64, 80, 8))),
+    ("mimo-7b", later("mimo", 151_680, 128, "{}", llama(4096, 11008, 36, 32, 8))),
+    ("phi-3-mini", later("phi3", 32_064, 96, "{}", llama(3072, 8192, 32, 32, 32))),
+    (
+        "phi-4-mini",
+        tied(later(
+            "phi3",
+            200_064,
+            128,
+            r#"{"partial_rotary_factor": 0.75}"#,
+            llama(3072, 8192, 32, 24, 8),
+        )),
+    ),
+    (
+        "granite-3.3-8b",
+        tied(later(
+            "granite",
+            49_159,
+            128,
+            r#"{"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0078125, "logits_scaling": 16.0}"#,
+            llama(4096, 12800, 40, 32, 8),
+        )),
+    ),
+    (
+        "ministral-3-8b",
+        later(
+            "ministral3",
+            131_072,
+            128,
+            r#"{"rope_parameters": {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0,
+                "original_max_position_embeddings": 16384, "mscale": 1.0, "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1}}"#,
+            llama(4096, 14336, 34, 32, 8),
+        ),
+    ),
+    ("ernie-4.5-0.3b", tied(later("ernie4_5", 103_424, 128, "{}", llama(1024, 3072, 18, 16, 2)))),
+    (
+        "glm-4-9b",
+        later("glm4", 151_552, 128, r#"{"attention_bias": true}"#, llama(4096, 13696, 40, 32, 2)),
+    ),
+    ("olmo-2-7b", later("olmo2", 100_352, 128, "{}", llama(4096, 11008, 32, 32, 32))),
+    ("olmo-3-7b", later("olmo3", 100_278, 128, "{}", llama(4096, 11008, 32, 32, 32))),
+    ("exaone-4-32b", later("exaone4", 102_400, 128, "{}", llama(5120, 27392, 64, 40, 8))),
+    ("gemma-3-4b", tied(later("gemma3_text", 262_208, 256, "{}", llama(2560, 10240, 34, 8, 4)))),
+    (
+        "qwen1.5-moe-a2.7b",
+        later(
+            "qwen2_moe",
+            151_936,
+            128,
+            r#"{"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+                "shared_expert_intermediate_size": 5632}"#,
+            llama(2048, 5632, 24, 16, 16),
+        ),
+    ),
+    (
+        "glm-4.5-air",
+        later(
+            "glm4_moe",
+            151_552,
+            128,
+            r#"{"n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408, "n_shared_experts": 1,
+                "first_k_dense_replace": 1, "attention_bias": true}"#,
+            llama(4096, 10944, 46, 96, 8),
+        ),
+    ),
+    (
+        "dots-llm1",
+        later(
+            "dots1",
+            152_064,
+            128,
+            r#"{"n_routed_experts": 128, "num_experts_per_tok": 6, "moe_intermediate_size": 1408, "n_shared_experts": 2,
+                "first_k_dense_replace": 1, "norm_topk_prob": true, "routed_scaling_factor": 2.5}"#,
+            llama(4096, 10944, 62, 32, 32),
+        ),
     ),
 ];
 
@@ -139,9 +239,13 @@ impl SyntheticModel {
             "vocab_size": shape.vocabulary,
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
-            "tie_word_embeddings": false,
+            "tie_word_embeddings": shape.tied,
             "torch_dtype": "float16",
         });
+        let more: Value = serde_json::from_str(shape.more).expect("the table holds JSON");
+        if let (Some(config), Value::Object(more)) = (config.as_object_mut(), more) {
+            config.extend(more);
+        }
         if let Some([count, per_token]) = shape.experts {
             config["num_experts"] = json!(count);
             config["num_experts_per_tok"] = json!(per_token);
@@ -217,8 +321,9 @@ fn write_random(file: &mut impl Write, seed: u64, shape: &[usize]) -> Result<()>
 mod tests {
     use super::*;
 
-    /// Parameters as the models' cards state them, in millions; of `llama-3.2-1b`, whose head is its embedding, with a head.
-    const PARAMETERS: [(&str, f64); 17] = [
+    /// Parameters as the models' cards state them, in millions; of `llama-3.2-1b`, whose head is its embedding, with a head. From
+    /// smollm3-3b on they are counted by hand from the published widths, without vision and blocks that predict further tokens.
+    const PARAMETERS: [(&str, f64); 33] = [
         ("llama-7b", 6_738.0),
         ("llama-13b", 13_016.0),
         ("llama-30b", 32_529.0),
@@ -236,6 +341,22 @@ mod tests {
         ("qwen3-8b", 8_191.0),
         ("qwen3-32b", 32_762.0),
         ("qwen3-30b-a3b", 30_532.0),
+        ("smollm3-3b", 3_075.1),
+        ("seed-oss-36b", 36_151.1),
+        ("mimo-7b", 7_622.6),
+        ("phi-3-mini", 3_821.1),
+        ("phi-4-mini", 3_836.0),
+        ("granite-3.3-8b", 8_170.9),
+        ("ministral-3-8b", 8_489.6),
+        ("ernie-4.5-0.3b", 360.7),
+        ("glm-4-9b", 9_400.3),
+        ("olmo-2-7b", 7_298.6),
+        ("olmo-3-7b", 7_298.0),
+        ("exaone-4-32b", 32_003.2),
+        ("gemma-3-4b", 3_880.3),
+        ("qwen1.5-moe-a2.7b", 14_315.8),
+        ("glm-4.5-air", 106_852.3),
+        ("dots-llm1", 142_774.4),
     ];
 
     #[test]

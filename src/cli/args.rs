@@ -161,7 +161,7 @@ pub(crate) use with_backend;
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelFlag {
     /// Checkpoint directory, the bundled `tiny-llama`, a Hub id such as org/name or org/name@REVISION,
-    /// or an alias: llama-7b, -13b, -30b, -65b, llama-2-7b, -13b, -70b, mixtral-8x7b
+    /// or an alias (docs/hub.md) such as llama-2-7b, mixtral-8x7b or smollm3-3b
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: String,
     /// Branch, tag or commit of the model on the Hub [default: main]

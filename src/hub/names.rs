@@ -10,7 +10,7 @@ use crate::{Error, Result};
 pub const TINY_LLAMA: &str = "tiny-llama";
 
 /// Our short names for models that are often quantized, and the repository each one means.
-pub const ALIASES: [(&str, &str); 8] = [
+pub const ALIASES: [(&str, &str); 23] = [
     ("llama-7b", "huggyllama/llama-7b"),
     ("llama-13b", "huggyllama/llama-13b"),
     ("llama-30b", "huggyllama/llama-30b"),
@@ -19,6 +19,21 @@ pub const ALIASES: [(&str, &str); 8] = [
     ("llama-2-13b", "meta-llama/Llama-2-13b-hf"),
     ("llama-2-70b", "meta-llama/Llama-2-70b-hf"),
     ("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1"),
+    ("smollm3-3b", "HuggingFaceTB/SmolLM3-3B"),
+    ("seed-oss-36b", "ByteDance-Seed/Seed-OSS-36B-Instruct"),
+    ("mimo-7b", "XiaomiMiMo/MiMo-7B-Base"),
+    ("phi-3-mini", "microsoft/Phi-3-mini-4k-instruct"),
+    ("phi-4-mini", "microsoft/Phi-4-mini-instruct"),
+    ("granite-3.3-8b", "ibm-granite/granite-3.3-8b-instruct"),
+    ("ernie-4.5-0.3b", "baidu/ERNIE-4.5-0.3B-PT"),
+    ("glm-4-9b", "zai-org/GLM-4-9B-0414"),
+    ("olmo-2-7b", "allenai/OLMo-2-1124-7B"),
+    ("olmo-3-7b", "allenai/Olmo-3-1025-7B"),
+    ("exaone-4-32b", "LGAI-EXAONE/EXAONE-4.0-32B"),
+    ("gemma-3-1b", "google/gemma-3-1b-pt"),
+    ("qwen1.5-moe-a2.7b", "Qwen/Qwen1.5-MoE-A2.7B"),
+    ("glm-4.5-air", "zai-org/GLM-4.5-Air"),
+    ("dots-llm1", "rednote-hilab/dots.llm1.base"),
 ];
 
 static TINY_LLAMA_FILES: [(&str, &[u8]); 4] = [

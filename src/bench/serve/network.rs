@@ -66,8 +66,8 @@ impl NetworkShape {
     pub fn check(&self) -> Result<()> {
         let usage =
             |what: String| Error::usage(what).hint("`atom bench serve --help` shows the flags");
-        if self.architecture.experts.is_some() {
-            return Err(usage(format!("{} has experts: choose another --shape", self.name)));
+        if let Some(what) = self.architecture.not_plain() {
+            return Err(usage(format!("{} has {what}: choose another --shape", self.name)));
         }
         for site in self.architecture.sites(0) {
             let channels = site.channels;
