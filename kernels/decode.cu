@@ -9,6 +9,7 @@
 // GROUP     pages that a warp works on together
 // BLOCKS_PER_SM  occupancy: thread blocks per SM
 // BULK      1: pages are copied by one instruction each
+// WINDOWED  1: only the last tokens of a sequence are seen
 // MOST_STAGES  groups of pages that a warp has in flight at most
 // PART_PITCH  floats from row to row of outputs: after a head's come its maximum and its sum. Lanes that write 8 channels of 8 heads meet
 //           32 banks
@@ -37,7 +38,7 @@
 //
 // Warps' parts are added in order, then splits' parts by the block that is last to finish, in order again.
 
-#if !defined(SINGLE) || !defined(TILE_HEADS) || !defined(WARPS) || !defined(GROUP) || !defined(BLOCKS_PER_SM) || !defined(BULK) || \
+#if !defined(WINDOWED) || !defined(SINGLE) || !defined(TILE_HEADS) || !defined(WARPS) || !defined(GROUP) || !defined(BLOCKS_PER_SM) || !defined(BULK) || \
     !defined(MOST_STAGES) || !defined(PART_PITCH)
 #error "a constant is missing: src/backend/cuda/kernels/decode.rs declares them"
 #endif
@@ -135,11 +136,11 @@ static __device__ __forceinline__ void keep(const float (&x)[HELD], float maximu
 /// sequence; lengths: [sequences], tokens with the last one; out: [sequences, heads * HEAD_DIM]. A split has
 /// `split_pages` pages. parts: [sequences, gridDim.y, splits, TILE_HEADS, PART_PITCH], finished: [sequences, gridDim.y],
 /// zero before and after, neither of them used where there is one split. Scores are multiplied by `scale`, which is
-/// positive.
+/// positive. With WINDOWED only the last `reach` tokens are seen.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     decode_attention(const half* q, long long query_stride, const float* cos, const float* sin, const u8* pool, const int* table,
                      int table_stride, const int* lengths, half* out, float* parts, u32* finished, int heads, int kv_heads,
-                     int split_pages, int stages, float scale) {
+                     int split_pages, int stages, float scale, int reach) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ __align__(16) half queries[8 * QUERY_PITCH];
     // A warp's number from a lane of it: the compiler sees that all have the same.
@@ -149,7 +150,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const int first_head = kv_head * group + tile * TILE_HEADS, head_count = min(group - tile * TILE_HEADS, TILE_HEADS);
     // A lane has the numbers of the warp's next pages, GROUP after another, 32 at a time, and of the 32 after them, so that
     // no load waits for the table; the first ones, not even for the length.
-    const int first_page = split * split_pages, table_pages = table_stride - first_page;
+#if WINDOWED
+    // Of tokens before the window no page is read but the one that the window begins in.
+    const int unseen = max(load_now(lengths + sequence) - reach, 0), skipped = unseen / PAGE_TOKENS;
+#else
+    constexpr int skipped = 0;
+#endif
+    const int first_page = skipped + split * split_pages, table_pages = table_stride - first_page;
     const int* own_table = table + (long long)sequence * table_stride + first_page;
     auto page_number = [&](int i) {
         const int page = (i / GROUP * WARPS + warp) * GROUP + i % GROUP;
@@ -322,6 +329,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #pragma unroll
                 for (int e = 0; e < 4; e++) s[page][e] = (even[e] + odd[e]) * factor;
             }
+#if WINDOWED
+            const int before = unseen - (first_page + group_page + page) * PAGE_TOKENS;
+            if (before > 0) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    if (g + e / 2 * 8 < before) s[page][e] = LOWEST;
+                }
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    if (g + h * 8 < before) value_scale[page][h] = 0.0f;
+            }
+#endif
             if (valid < PAGE_TOKENS) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
@@ -452,7 +471,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     };
     const int slot = int(threadIdx.x) / HEAD_LANES;
     int joined = WARPS;
-    const int splits = (pages + split_pages - 1) / split_pages;
+    const int splits = (pages - skipped + split_pages - 1) / split_pages;
     if (splits > 1) {
         const long long unit = (long long)sequence * gridDim.y + blockIdx.y;
         float* shared_parts = parts + unit * gridDim.x * (TILE_HEADS * PART_PITCH);

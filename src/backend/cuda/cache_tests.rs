@@ -261,6 +261,43 @@ fn heads_made_one_after_another_are_those_made_alone() {
 }
 
 #[test]
+fn a_sliding_window_sees_what_it_sees_on_the_cpu() {
+    let Some(cuda) = device("a_sliding_window_sees_what_it_sees_on_the_cpu") else { return };
+    let cpu = Cpu::new().unwrap();
+    let mut random = Random(17);
+    // Windows within a page, of entire pages, over several splits, and wider than a sequence.
+    for (length, reach) in [(300, 1), (300, 16), (300, 37), (300, 299), (3000, 2000), (20, 64)] {
+        for (heads, kv_heads, format) in [(4, 4, INT4), (8, 2, INT4), (4, 2, KvFormat::FULL)] {
+            let mut spec = spec(heads, kv_heads, 64, length.max(reach) + 1, format);
+            spec.sliding_window = Some(reach);
+            let pages = length.div_ceil(PAGE_TOKENS);
+            let mut cache = cuda.paged_cache(&spec, 1, pages, None).unwrap();
+            let mut tokens = |heads: usize| {
+                let columns = 64 * heads;
+                Matrix { rows: length, columns, data: random.values(length * columns) }
+            };
+            let (q, k, v) = (tokens(heads), tokens(kv_heads), tokens(kv_heads));
+            let [on_k, on_v] = [&k, &v].map(|x| cuda.half_tensor(x));
+            cuda.append(&mut cache, &on_k, &on_v, &[length]).unwrap();
+            let width = heads * 64;
+            let last = q.data[(length - 1) * width..].to_vec();
+            let last = cuda.half_tensor(&Matrix { rows: 1, columns: width, data: last });
+            let found = cuda.values(&cuda.decode(&cache, &last).unwrap());
+            let own = AttentionSpec { seq_len: length, ..spec };
+            let [q, k, v] = [q, k, v].map(|x| cpu.upload(x).unwrap());
+            let expected = cpu.attention(&own, None, Qkv { q, k, v }, None).unwrap();
+            let expected = &expected.values()[(length - 1) * width..];
+            close(
+                &found,
+                expected,
+                3e-3,
+                &format!("{reach} of {length}, {heads}/{kv_heads} {format:?}"),
+            );
+        }
+    }
+}
+
+#[test]
 fn a_long_sequence_gives_the_same_in_one_part_as_in_many() {
     let Some(cuda) = device("a_long_sequence_gives_the_same_in_one_part_as_in_many") else {
         return;

@@ -105,18 +105,15 @@ impl Cuda {
                 "the paged cache holds keys after the rotary embedding, but the recipe quantizes them before it".to_owned(),
             ));
         }
-        if spec.sliding_window.is_some_and(|reach| reach < seq_len) {
-            return Err(refused(
-                "the paged cache is read entirely, without a sliding window".to_owned(),
-            ));
-        }
         let quantized = kv.is_quantized();
         let own_bits = if quantized { kv.bits } else { 16 };
         let pages = Pages { head_dim, kv_bits: own_bits, rotated: quantized && kv.rotate };
         // One program for all widths that are held alike.
         let pages = Pages { kv_bits: pages.code_bits(), ..pages };
         let capability = self.gpu.device.capability;
-        Ok(decode::DecodeProgram::new(pages, heads == kv_heads, capability))
+        let windowed = spec.sliding_window.is_some_and(|reach| reach < seq_len);
+        let program = decode::DecodeProgram::new(pages, heads == kv_heads, capability);
+        Ok(decode::DecodeProgram { windowed, ..program })
     }
 
     /// `pages` pages for sequences of up to `spec.seq_len` tokens.
@@ -196,6 +193,7 @@ impl Cuda {
             split_pages,
             stages,
             scale: pool.spec.scale,
+            reach: pool.spec.sliding_window.unwrap_or(seq_len),
             program: pool.program,
             seq_len,
             pool_pages: pool.pages,

@@ -22,19 +22,22 @@ pub(super) const FAMILY: Family = Family {
     pdl: true,
     variants: |capability| {
         [
-            (128, 4, true, false),
-            (128, 4, true, true),
-            (128, 8, true, true),
-            (128, 16, false, false),
-            (128, 16, false, true),
-            (96, 4, true, false),
-            (80, 8, false, false),
-            (64, 4, false, true),
-            (64, 16, false, false),
+            (128, 4, true, false, false),
+            (128, 4, true, true, false),
+            (128, 8, true, true, false),
+            (128, 16, false, false, false),
+            (128, 16, false, true, false),
+            (96, 4, true, false, false),
+            (80, 8, false, false, false),
+            (64, 4, false, true, false),
+            (64, 16, false, false, false),
+            (128, 4, true, false, true),
+            (64, 16, false, true, true),
         ]
-        .map(|(head_dim, kv_bits, rotated, single)| {
+        .map(|(head_dim, kv_bits, rotated, single, windowed)| {
             let pages = Pages { head_dim, kv_bits, rotated };
-            DecodeProgram::new(pages, single, capability).defines()
+            let program = DecodeProgram::new(pages, single, capability);
+            DecodeProgram { windowed, ..program }.defines()
         })
         .to_vec()
     },
@@ -56,6 +59,8 @@ pub(in crate::backend::cuda) struct DecodeProgram {
     pub(in crate::backend::cuda) bulk: bool,
     /// Shared memory of a multiprocessor for stages.
     pub(in crate::backend::cuda) shared_bytes: usize,
+    /// Whether only the last tokens of a sequence are seen.
+    pub(in crate::backend::cuda) windowed: bool,
 }
 
 impl DecodeProgram {
@@ -73,6 +78,7 @@ impl DecodeProgram {
             blocks_per_sm: if pages.quantized() && large { 2 } else { 1 },
             bulk: capability.major >= 9,
             shared_bytes: if large { 210_000 } else { 90_000 },
+            windowed: false,
         }
     }
 
@@ -103,6 +109,7 @@ impl DecodeProgram {
             "GROUP": self.group_pages,
             "BLOCKS_PER_SM": self.blocks_per_sm,
             "BULK": flag(self.bulk),
+            "WINDOWED": flag(self.windowed),
             "MOST_STAGES": MOST_STAGES,
             "PART_PITCH": self.part_pitch(),
         };
@@ -129,6 +136,7 @@ kernel! {
         split_pages: usize,
         stages: usize,
         scale: f32,
+        reach: usize,
     }
     launch {
         program: DecodeProgram,
