@@ -51,7 +51,7 @@ FAMILIES = {
         torch.float32, 1,
     ),
     # YaRN with the factor of attention that follows from its own, and pairs that are not rounded.
-    "llama-yarn": ("llama", dict(rope_scaling=dict(YARN, truncate=False, beta_fast=4.0, beta_slow=0.5), **LATER), torch.bfloat16, 1),
+    "llama-yarn": ("llama", dict(head_dim=16, rope_scaling=dict(YARN, truncate=False, beta_fast=4.0, beta_slow=0.5), **LATER), torch.bfloat16, 1),
     "smollm3": (
         "smollm3",
         dict(no_rope_layer_interval=2, num_hidden_layers=3, use_sliding_window=True, sliding_window=9, attention_bias=True, tie_word_embeddings=True, **LATER),

@@ -208,7 +208,7 @@ impl Architecture {
     }
 
     /// Sets the sliding window of each block.
-    pub(super) fn set_windows(&mut self, windows: impl IntoIterator<Item = Option<usize>>) {
+    pub(crate) fn set_windows(&mut self, windows: impl IntoIterator<Item = Option<usize>>) {
         for (block, window) in self.attention.iter_mut().zip(windows) {
             block.window = window;
         }
