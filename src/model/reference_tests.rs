@@ -95,7 +95,7 @@ fn later(read: &Architecture) -> Value {
         json!([block.window, rope.map(|rope| rope.theta), rope.map(rope_type)])
     };
     let blocks: Vec<Value> = read.attention.iter().map(block).collect();
-    let share =
+    let mut share =
         read.attention.iter().filter_map(|block| block.rope.as_ref()).map(|rope| rope.share);
     let scale = read.attention_scale.unwrap_or(AttentionSpec::usual_scale(read.head_dim));
     let (biases, multipliers) = (read.biases, read.multipliers);
@@ -104,7 +104,7 @@ fn later(read: &Architecture) -> Value {
         "kv_heads": read.kv_heads, "head_dim": read.head_dim, "vocabulary": read.vocabulary,
         "epsilon": read.norm_epsilon, "tied": read.tied, "positions": read.max_positions,
         "biases": [biases.attn_in, biases.attn_out, biases.mlp], "blocks": blocks,
-        "share": share.last().unwrap_or(1.0), "scale": scale,
+        "share": share.next_back().unwrap_or(1.0), "scale": scale,
         "multipliers": [multipliers.embedding, multipliers.residual, multipliers.logits],
     });
     if let Some(experts) = &read.experts {

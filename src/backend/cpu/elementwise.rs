@@ -73,7 +73,7 @@ pub fn gelu_mul(isa: Isa, gate: &mut [f32], up: &[f32]) {
 #[inline(always)]
 fn gelu_mul_body(gate: &mut [f32], up: &[f32]) {
     /// 2 sqrt(2 / pi).
-    const FACTOR: f32 = 1.595_769_1;
+    const FACTOR: f32 = 1.595_769;
     for (gate, up) in gate.iter_mut().zip(up) {
         let x = *gate;
         let inner = FACTOR * (x + 0.044_715 * x * x * x);
