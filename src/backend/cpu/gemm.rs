@@ -28,6 +28,8 @@ const DEEP: usize = 16 * DEPTH;
 const BLOCK: usize = 600 << 8;
 /// Rows of a task, a multiple of all kernels' heights.
 const HEIGHT: usize = 240;
+/// Columns of B up to which rows of A that lie in one piece are read where they are: packing them would cost more.
+const FEW_COLUMNS: usize = 2 * PANEL;
 
 thread_local! {
     /// The packed block of A, kept from call to call. It is taken out while in use.
@@ -162,12 +164,20 @@ pub(super) unsafe fn multiply(
         let accumulate = accumulate || deep.start > 0;
         let most = BLOCK / deep.len().max(1) / tallest * tallest;
         for rows in pieces(0..a.rows, most.min(HEIGHT), tallest) {
-            packed.resize(packed.len().max(rows.len() * deep.len()), 0.0);
-            for (tile, height) in tiles(rows.len(), tallest) {
-                let values = &mut packed[tile * deep.len()..][..height * deep.len()];
-                a.pack(rows.start + tile, height, deep.clone(), values);
-            }
-            let block = Block { tiles: &packed, rows: rows.len(), depth: deep.clone() };
+            let (count, depth) = (rows.len(), deep.clone());
+            let block = if a.column_stride == 1 && b.n() <= FEW_COLUMNS {
+                let first = rows.start * a.row_stride + deep.start;
+                let values =
+                    if count == 0 || depth.is_empty() { &[][..] } else { &a.data[first..] };
+                Block { values, row_stride: Some(a.row_stride), rows: count, depth }
+            } else {
+                packed.resize(packed.len().max(count * deep.len()), 0.0);
+                for (tile, height) in tiles(count, tallest) {
+                    let values = &mut packed[tile * deep.len()..][..height * deep.len()];
+                    a.pack(rows.start + tile, height, deep.clone(), values);
+                }
+                Block { values: &packed, row_stride: None, rows: count, depth }
+            };
             // SAFETY: these are rows of C, and `packed` holds their tiles as written above.
             unsafe {
                 let c = Target { start: c.add(rows.start * c_stride), stride: c_stride };
@@ -194,10 +204,12 @@ fn pieces(
     })
 }
 
-/// A packed block of A.
+/// A block of A.
 struct Block<'a> {
-    /// The tiles of its rows, `[depth, height]` each.
-    tiles: &'a [f32],
+    /// Its rows, or packed the tiles of its rows, `[depth, height]` each.
+    values: &'a [f32],
+    /// Values from row to row, where it is not packed.
+    row_stride: Option<usize>,
     rows: usize,
     depth: Range<usize>,
 }
@@ -206,9 +218,9 @@ impl Block<'_> {
     /// Multiplies the block with all panels.
     ///
     /// # Safety
-    /// `tiles` must hold the tiles of all rows, and C be valid for `[rows, b.n()]`.
+    /// `values` must hold all rows or their tiles, and C be valid for `[rows, b.n()]`.
     unsafe fn multiply(&self, kernels: &Kernels, b: &Part<'_>, c: Target, accumulate: bool) {
-        let Self { tiles: packed, rows, depth: ref deep } = *self;
+        let Self { values, row_stride, rows, depth: ref deep } = *self;
         let mut edge = [0.0f32; TALLEST * PANEL];
         let depths = pieces(deep.clone(), DEPTH, 1);
         let columns = (0..b.n()).step_by(kernels.width);
@@ -227,13 +239,25 @@ impl Block<'_> {
             for (number, (tile, height)) in tiles(rows, kernels.by_height.len()).enumerate() {
                 prefetch(next, number * lines * 16, lines);
                 let kernel = kernels.by_height[height - 1];
-                let first = tile * deep.len() + (depth.start - deep.start) * height;
-                let from_a = &packed[first..][..height * depth.len()];
+                let begin = depth.start - deep.start;
+                let a = match row_stride {
+                    Some(row) => {
+                        let from_a = &values[tile * row + begin..];
+                        assert!(
+                            span(height, depth.len(), row).is_some_and(|end| end <= from_a.len())
+                        );
+                        Source { start: from_a.as_ptr(), step: 1, row }
+                    }
+                    None => {
+                        let from_a = &values[tile * deep.len() + begin * height..];
+                        let from_a = &from_a[..height * depth.len()];
+                        Source { start: from_a.as_ptr(), step: height, row: 1 }
+                    }
+                };
                 // SAFETY: the slices have the lengths that the kernel reads (B's columns from
                 // `column % PANEL` on lie in the same panel); C's tile is inside C, or `edge` stands in
                 // for it where the kernel is wider than what is left of C.
                 unsafe {
-                    let a = Source { start: from_a.as_ptr(), step: height };
                     let b = from_b.as_ptr().wrapping_add(column % PANEL);
                     let start = c.start.add(tile * c.stride + column);
                     if width == kernels.width {

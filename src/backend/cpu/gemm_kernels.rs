@@ -6,12 +6,14 @@ element has its own chain of fused products, so a tile's shape never shows in th
 use super::gemm_pack::PANEL;
 use super::isa::Isa;
 
-/// The rows of A that a kernel of height R reads, `[depth, R]`.
+/// The rows of A that a kernel of height R reads.
 #[derive(Clone, Copy)]
 pub(super) struct Source {
     pub start: *const f32,
     /// Values from one step of depth to the next.
     pub step: usize,
+    /// Values from one row to the next.
+    pub row: usize,
 }
 
 /// The tile of C, `[R, width]`, that a kernel writes.
@@ -56,7 +58,7 @@ static PORTABLE: Kernels =
 /// `a`, `b` and `c` must be valid for the shapes that [`Kernel`] names.
 unsafe fn portable<const R: usize>(
     depth: usize,
-    Source { start: a, step: a_step }: Source,
+    Source { start: a, step: a_step, row: a_row }: Source,
     b: *const f32,
     Target { start: c, stride: c_stride }: Target,
     accumulate: bool,
@@ -71,7 +73,7 @@ unsafe fn portable<const R: usize>(
         }
         for step in 0..depth {
             let from_b = b.add(step * PANEL).cast::<[f32; 16]>().read();
-            let from_a = a.add(step * a_step).cast::<[f32; R]>().read();
+            let from_a: [f32; R] = std::array::from_fn(|row| *a.add(step * a_step + row * a_row));
             for (lanes, x) in tile.iter_mut().zip(from_a) {
                 for (lane, y) in lanes.iter_mut().zip(from_b) {
                     *lane = x.mul_add(y, *lane);
@@ -119,7 +121,7 @@ mod x86 {
     #[target_feature(enable = "avx512f")]
     unsafe fn avx512<const R: usize>(
         depth: usize,
-        Source { start: mut a, step: a_step }: Source,
+        Source { start: mut a, step: a_step, row: a_row }: Source,
         mut b: *const f32,
         Target { start: c, stride: c_stride }: Target,
         accumulate: bool,
@@ -145,7 +147,7 @@ mod x86 {
                     *y = _mm512_loadu_ps(b.add(16 * lane));
                 }
                 for (row, lanes) in tile.iter_mut().enumerate() {
-                    let x = _mm512_set1_ps(*a.add(row));
+                    let x = _mm512_set1_ps(*a.add(row * a_row));
                     for (sums, y) in lanes.iter_mut().zip(from_b) {
                         *sums = _mm512_fmadd_ps(x, y, *sums);
                     }
@@ -166,7 +168,7 @@ mod x86 {
     #[target_feature(enable = "avx2,fma")]
     unsafe fn avx2<const R: usize>(
         depth: usize,
-        Source { start: mut a, step: a_step }: Source,
+        Source { start: mut a, step: a_step, row: a_row }: Source,
         mut b: *const f32,
         Target { start: c, stride: c_stride }: Target,
         accumulate: bool,
@@ -184,7 +186,7 @@ mod x86 {
                 let left = _mm256_loadu_ps(b);
                 let right = _mm256_loadu_ps(b.add(8));
                 for (row, lanes) in tile.iter_mut().enumerate() {
-                    let x = _mm256_set1_ps(*a.add(row));
+                    let x = _mm256_set1_ps(*a.add(row * a_row));
                     lanes[0] = _mm256_fmadd_ps(x, left, lanes[0]);
                     lanes[1] = _mm256_fmadd_ps(x, right, lanes[1]);
                 }

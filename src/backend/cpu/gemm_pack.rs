@@ -252,10 +252,18 @@ impl<'a> Rows<'a> {
     pub(super) fn pack(&self, first: usize, height: usize, depth: Range<usize>, tile: &mut [f32]) {
         let start = first * self.row_stride + depth.start * self.column_stride;
         if self.row_stride == 1 {
-            for (step, column) in tile.chunks_exact_mut(height).enumerate() {
-                column.copy_from_slice(&self.data[start + step * self.column_stride..][..height]);
-            }
-            return;
+            let from = &self.data[start..];
+            // A copy of a known length is two moves, which a call would cost more than.
+            return match height {
+                6 => pack_columns::<6>(from, self.column_stride, tile),
+                5 => pack_columns::<5>(from, self.column_stride, tile),
+                4 => pack_columns::<4>(from, self.column_stride, tile),
+                _ => {
+                    for (step, column) in tile.chunks_exact_mut(height).enumerate() {
+                        column.copy_from_slice(&from[step * self.column_stride..][..height]);
+                    }
+                }
+            };
         }
         if self.column_stride == 1 {
             let steps = depth.len();
@@ -267,6 +275,14 @@ impl<'a> Rows<'a> {
                 column[row] = self.data[row_start + step * self.column_stride];
             }
         }
+    }
+}
+
+/// Copies the first `HEIGHT` values of columns that lie `stride` apart.
+fn pack_columns<const HEIGHT: usize>(from: &[f32], stride: usize, tile: &mut [f32]) {
+    for (step, column) in tile.as_chunks_mut::<HEIGHT>().0.iter_mut().enumerate() {
+        let values = from[step * stride..].first_chunk();
+        *column = *values.expect("every column has as many rows as the tile is high");
     }
 }
 

@@ -90,7 +90,7 @@ impl Gram<'_> {
                 let kernel = self.kernels.by_height[height - 1];
                 // SAFETY: both panels hold PANEL values for each token, and the caller vouches for C.
                 unsafe {
-                    let a = Source { start: left.as_ptr().add(tile), step: PANEL };
+                    let a = Source { start: left.as_ptr().add(tile), step: PANEL, row: 1 };
                     let c = Target { start: c.start.add(tile * c.stride + first), ..c };
                     kernel(tokens.len(), a, right.as_ptr().add(first), c, true);
                 }
