@@ -6,16 +6,27 @@ use crate::Result;
 /// The quantization error that has accumulated up to a site: what its linears' targets are corrected by.
 ///
 /// A linear's input is `x` after the quantized blocks and was `x0` after the source's. The weights that come
-/// closest to the source's output on `x` are `W + (W sum d x^T + sum r x^T) H^-1`, with `d = x0 - x` and, for a linear that
-/// adds to the hidden states, `r` the error of these so far (least squares; GPTAQ, arXiv 2504.02692, and Qronos,
-/// arXiv 2505.11695, correct the first part).
+/// closest to the source's output on `x` are `W + (W sum d x^T + sum r x^T) H^-1`, with `H = sum x x^T`, `d = x0 - x` and, for
+/// a linear that adds to the hidden states, `r` the error of these so far (least squares; GPTAQ, arXiv 2504.02692, and
+/// Qronos, arXiv 2505.11695, correct the first part). They are `W + (sum y x^T - W H) H^-1` too, with `y = W x0 + r` the
+/// output that the linear should have.
 pub struct AccumulatedError<C> {
-    /// `sum d x^T` over the calibration tokens, `[channels, channels]`.
-    pub inputs: C,
-    /// `sum r x^T`, `[hidden, channels]`.
-    pub outputs: Option<C>,
+    /// A sum over the calibration tokens.
+    pub cross: C,
+    /// What it is a sum of.
+    pub kind: ErrorKind,
     /// How much of the correction is made, 0 to 1.
     pub share: f32,
+}
+
+/// The sum that weights are corrected by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// `sum d x^T`, `[channels, channels]`: one sum for all linears of a site.
+    Inputs,
+    /// `sum y x^T`, `[outputs, channels]`, of a site with one linear: smaller where outputs are fewer than channels, and
+    /// `y` is a difference of hidden states that needs no product.
+    Outputs,
 }
 
 /// What calibration measures of activations. Tokens are added in order, so that batches do not show in the sums.
@@ -49,6 +60,17 @@ pub trait Calibration: Forward {
         y: &Self::Activation,
         x: &Self::Activation,
     ) -> Result<()>;
+    /// `H += x^T x` and `C += y^T x`, which have an operand in common.
+    fn add_gram_and_cross(
+        &self,
+        gram: &mut Self::Gram,
+        cross: &mut Self::CrossCovariance,
+        y: &Self::Activation,
+        x: &Self::Activation,
+    ) -> Result<()> {
+        self.add_gram(gram, x)?;
+        self.add_cross_covariance(cross, y, x)
+    }
     /// `C += C'`, the cross-covariance of other tokens.
     fn join_cross_covariance(
         &self,

@@ -15,7 +15,7 @@ mod memory;
 mod quantization;
 mod train;
 
-pub use calibration::{AccumulatedError, Calibration};
+pub use calibration::{AccumulatedError, Calibration, ErrorKind};
 pub use decode::{Decode, DecodeStep, GreedyToken, SequenceStep};
 pub use exchange::Exchange;
 pub use forward::{AttentionSpec, Forward, Placement, Qkv};

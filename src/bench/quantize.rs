@@ -18,7 +18,7 @@ use crate::backend::{Backend, Train};
 use crate::checkpoint::{AtomCheckpoint, Destination, Inputs, Source};
 use crate::eval::source_perplexity;
 use crate::model::Architecture;
-use crate::model::sites::{ATTN_OUT, MLP_ACT, SiteKind, SiteSpec};
+use crate::model::sites::{SiteKind, SiteSpec};
 use crate::pipeline::distill::{Distillation, DistillationWindows, distill};
 use crate::pipeline::outcome::QuantizeOutcome;
 use crate::pipeline::{Calibration, Output, Quantization, quantize as run};
@@ -239,32 +239,36 @@ fn stage_operations(
     };
     let [attn_in, attn_out] = [SiteKind::AttnIn, SiteKind::AttnOut].map(of);
     let [mlp_in, mlp_act] = [SiteKind::MlpIn, SiteKind::MlpAct].map(of);
-    // Half of x^T x, which is symmetric.
-    let squares = sites.iter().map(|site| {
-        let share = if site.kind == SiteKind::MlpAct { expert_share(architecture) } else { 1.0 };
-        share * (site.channels as f64).powi(2)
-    });
-    let squares: f64 = squares.sum();
+    // Of `rows` of a matrix as wide as each site: half of x^T x, which is symmetric, is as many as the site has channels.
+    let sums = |rows: &dyn Fn(&SiteSpec) -> usize| -> f64 {
+        let of_site = |site: &SiteSpec| {
+            let share =
+                if site.kind == SiteKind::MlpAct { expert_share(architecture) } else { 1.0 };
+            share * rows(site) as f64 * site.channels as f64
+        };
+        sites.iter().map(of_site).sum()
+    };
+    let squares = sums(&|site| site.channels);
     let in_turn = recipe.gptq && recipe.sequential;
     let corrected = in_turn && recipe.correction > 0.0;
     match stage {
-        "calibrate" if in_turn => Some(blocks * tokens * (pass - mlp_act)),
         "calibrate" => Some(blocks * tokens * pass),
         "propagate" if in_turn => {
-            let streams = if sparse { 2.0 } else { 1.0 };
-            let mlp = streams * (mlp_in + mlp_act);
-            Some(tokens * (2.0 * blocks * attn_out + (blocks - 1.0) * mlp))
+            let mlp = if sparse { mlp_in + mlp_act } else { mlp_act };
+            Some(tokens * (blocks * attn_out + (blocks - 1.0) * mlp))
         }
         "propagate" if recipe.gptq => Some((blocks - 1.0) * tokens * pass),
         "hessians" if in_turn => {
-            let both = 2.0 * (attn_in + attention + mlp_in);
-            let hidden = architecture.hidden as f64;
-            // Attention's outputs, and those of an MLP that is no expert.
-            let mlp_channels = if sparse { 0 } else { sites[MLP_ACT].channels };
-            let added = (sites[ATTN_OUT].channels + mlp_channels) as f64;
-            let correction = if corrected { 2.0 * squares + 2.0 * hidden * added } else { 0.0 };
-            let source = if sparse { 0.0 } else { (blocks - 1.0) * tokens * mlp_act };
-            Some(blocks * tokens * (both + squares + correction) + source)
+            let pass = attn_in + attention + mlp_in;
+            // Accumulated errors are of the inputs of several linears, or of the outputs of one.
+            let correction = sums(&|site| match site.linears.len() {
+                1 => architecture.hidden,
+                _ => site.channels,
+            });
+            // What the source's experts compute of the tokens that the quantized block's router sends to them.
+            let source = if sparse { mlp_in + mlp_act } else { 0.0 };
+            let correction = if corrected { 2.0 * correction + source } else { 0.0 };
+            Some(blocks * tokens * (pass + squares + correction))
         }
         "hessians" => Some(blocks * tokens * (pass - mlp_act + squares)),
         "gptq" => {

@@ -6,8 +6,7 @@ code. Only the treatment of a site's activation and the form of its linears diff
 use super::architecture::Activation;
 use super::attention::AttentionSpecs;
 use super::experts::{RoutedTokens, Router};
-use super::site::Input;
-pub use super::site::{Leaving, Linear, Site, Treatment};
+pub use super::site::{Input, Leaving, Linear, Site, Treatment};
 use super::sites::{ATTN_IN, ATTN_OUT, MLP_ACT, MLP_IN};
 use crate::Result;
 use crate::backend::{AttentionSpec, Decode, Forward, Memory, Placement, Qkv};
@@ -95,9 +94,20 @@ impl<B: Forward> Block<B> {
         x: &mut B::Hidden,
         observer: &mut Observer<B>,
     ) -> Result<()> {
-        let heads = self.heads(backend, attention, x, observer)?;
-        self.sites[ATTN_OUT].apply_onto(backend, heads, x, observer)?;
+        self.attend(backend, attention, x, observer)?;
         self.mlp(backend, x, observer)
+    }
+
+    /// Adds attention's output to the hidden states `x`.
+    pub fn attend(
+        &self,
+        backend: &B,
+        attention: &AttentionSpecs,
+        x: &mut B::Hidden,
+        observer: &mut Observer<B>,
+    ) -> Result<()> {
+        let heads = self.heads(backend, attention, x, observer)?;
+        self.sites[ATTN_OUT].apply_onto(backend, heads, x, observer)
     }
 
     /// Runs the block in place over `x` `[tokens, hidden]`, whose rows attention reads in the windows of `placement`.
@@ -231,31 +241,7 @@ impl<B: Forward> Block<B> {
         mut x: B::Hidden,
         observer: &mut Observer<B>,
     ) -> Result<()> {
-        self.observe_attention(backend, attention, &mut x, observer)?;
-        self.observe_mlp(backend, x, observer)
-    }
-
-    /// Adds attention's output to the hidden states `x`, and shows `observer` the activations of its sites. Returns
-    /// attn_out's, if it is in floating point.
-    pub fn observe_attention(
-        &self,
-        backend: &B,
-        attention: &AttentionSpecs,
-        x: &mut B::Hidden,
-        observer: &mut Observer<B>,
-    ) -> Result<Option<B::Activation>> {
-        let heads = self.heads(backend, attention, x, observer)?;
-        let site = &self.sites[ATTN_OUT];
-        let input = site.input(backend, heads, observer)?;
-        site.add_onto(backend, &input, x)?;
-        Ok(match input {
-            Input::Float(heads) => Some(heads),
-            Input::Rows(_) => None,
-        })
-    }
-
-    /// Shows `observer` the activations of the MLP's sites for the hidden states `x` after attention.
-    pub fn observe_mlp(&self, backend: &B, x: B::Hidden, observer: &mut Observer<B>) -> Result<()> {
+        self.attend(backend, attention, &mut x, observer)?;
         let Some(router) = &self.router else {
             let z = self.gated(backend, &x, observer)?;
             drop(x);
@@ -320,7 +306,7 @@ impl<B: Forward> Block<B> {
     }
 
     /// The outputs of one expert's gate and up.
-    fn gate_and_up_of(
+    pub(super) fn gate_and_up_of(
         &self,
         backend: &B,
         expert: usize,
@@ -363,14 +349,10 @@ impl<B: Forward> Block<B> {
         x: &B::Hidden,
         observer: &mut Observer<B>,
     ) -> Result<[B::Activation; N]> {
-        let (at, epsilon) = (site, self.epsilon);
-        let site = &self.sites[at];
-        let input = match (site.fusible_order(observer), self.norm_before(at)) {
-            (Some(order), Some(norm)) => {
-                Input::Rows(backend.norm_quantize(x, norm, epsilon, order, &site.name)?)
-            }
-            _ => site.input(backend, self.entering(backend, at, x)?, observer)?,
+        let input = match (self.sites[site].fusible_order(observer), self.norm_before(site)) {
+            (Some(_), Some(_)) => self.read_entering(backend, site, x)?,
+            _ => self.sites[site].input(backend, self.entering(backend, site, x)?, observer)?,
         };
-        site.outputs(backend, &input)
+        self.sites[site].outputs(backend, &input)
     }
 }

@@ -12,6 +12,7 @@ mod families;
 mod parts;
 mod planned;
 mod quantized;
+mod reads;
 #[cfg(test)]
 mod reference_tests;
 pub mod rope;

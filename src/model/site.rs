@@ -60,7 +60,7 @@ pub struct Site<B: Forward> {
 }
 
 /// An activation as the linears of its site read it.
-pub(super) enum Input<B: Forward> {
+pub enum Input<B: Forward> {
     /// In floating point.
     Float(B::Activation),
     /// Quantized.
@@ -132,12 +132,7 @@ impl<B: Forward> Site<B> {
     }
 
     /// Adds the output of the site's one linear to the residual stream.
-    pub(super) fn add_onto(
-        &self,
-        backend: &B,
-        input: &Input<B>,
-        stream: &mut B::Hidden,
-    ) -> Result<()> {
+    pub fn add_onto(&self, backend: &B, input: &Input<B>, stream: &mut B::Hidden) -> Result<()> {
         let unchanged = self.leaving.is_unchanged();
         match (&self.linears[..], &self.biases[..], input) {
             ([Linear::Dense(weight)], [None], Input::Float(x)) if unchanged => {
@@ -145,6 +140,9 @@ impl<B: Forward> Site<B> {
             }
             ([Linear::Packed(weight)], [None], Input::Rows(x)) if unchanged => {
                 backend.add_integer_product(stream, x, weight)
+            }
+            ([Linear::Dense(weight)], [None], Input::Rows(x)) if unchanged => {
+                backend.add_product(stream, &backend.dequantize(x)?, weight)
             }
             _ => {
                 let [mut output] = self.outputs(backend, input)?;
@@ -157,6 +155,14 @@ impl<B: Forward> Site<B> {
         }
     }
 
+    /// The product of the site's one linear, which is dense, without a bias.
+    pub fn dense_product(&self, backend: &B, x: &B::Activation) -> Result<B::Activation> {
+        match &self.linears[..] {
+            [Linear::Dense(weight)] => backend.product(x, weight),
+            _ => unreachable!("the site has one linear, which is dense"),
+        }
+    }
+
     /// Its order and format on the backend.
     ///
     /// # Panics
@@ -165,17 +171,6 @@ impl<B: Forward> Site<B> {
         match &self.treatment {
             Treatment::Source => unreachable!("only sites with a format are quantized"),
             Treatment::Permuted(site) | Treatment::Quantized(site) => site,
-        }
-    }
-
-    /// The activation `x` as dense linears of a site with an order would read it.
-    pub fn seen(&self, backend: &B, x: &B::Activation) -> Result<B::Activation> {
-        match &self.treatment {
-            Treatment::Source => unreachable!("only sites with a format are quantized"),
-            Treatment::Permuted(site) => backend.permute(x, site),
-            Treatment::Quantized(site) => {
-                backend.dequantize(&backend.quantize(x, site, &self.name)?)
-            }
         }
     }
 

@@ -56,13 +56,14 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
         })
     }
 
-    /// The block before its linears are quantized: its sites permute and quantize their activations, and
-    /// have no linears yet.
-    pub fn open(&self, formats: &[SiteFormat]) -> Result<Block<B>> {
-        self.block(self.key_mean, |site| {
-            let format = &formats[site];
-            Ok((treatment::<B>(format, self.backend.site(format)?), Vec::new()))
-        })
+    /// The block before its linears are quantized, without sites: [`open_site`](Self::open_site) makes these.
+    pub fn open(&self) -> Result<Block<B>> {
+        self.block_of(0, self.key_mean, |_| unreachable!("no sites are asked for"))
+    }
+
+    /// A site before its linears are quantized: it permutes and quantizes its activation, and has no linears yet.
+    pub fn open_site(&self, at: usize, format: &SiteFormat) -> Result<Site<B>> {
+        self.site(at, (treatment::<B>(format, self.backend.site(format)?), Vec::new()))
     }
 
     /// The block with full-precision weights on quantized activations, on which GPTQ's Hessians are accumulated.
@@ -225,10 +226,19 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
     fn block(
         &self,
         key_mean: Option<&[f32]>,
+        fill: impl FnMut(usize) -> Result<SiteParts<B>>,
+    ) -> Result<Block<B>> {
+        self.block_of(self.architecture.sites(self.weights.index).len(), key_mean, fill)
+    }
+
+    /// A block with its first `count` sites.
+    fn block_of(
+        &self,
+        count: usize,
+        key_mean: Option<&[f32]>,
         mut fill: impl FnMut(usize) -> Result<SiteParts<B>>,
     ) -> Result<Block<B>> {
         let Self { backend, architecture, weights, .. } = *self;
-        let count = architecture.sites(weights.index).len();
         let sites = (0..count).map(|at| self.site(at, fill(at)?)).collect::<Result<_>>()?;
         let pair = |norms: &Option<[Matrix; 2]>| {
             let upload =

@@ -1,14 +1,15 @@
 /*! The blocks of a run, one after the other: calibrated, quantized or replayed, and sent on to be written. */
 
+use std::ops::Range;
 use std::sync::mpsc::SyncSender;
 
 use super::channels::distribution;
 use super::division::Division;
-use super::energies::{EnergyMeter, Statistics};
+use super::energies::Statistics;
 use super::exponents::with_exponents;
 use super::job::{CalibrationInput, Job};
 use super::quantizer::{BlockQuantizer, QuantizedBlock};
-use super::strategy::{BlockInput, PassedBlock, Strategy, Streams};
+use super::strategy::{BlockInput, PassedBlock, PlannedBlock, Strategy, Streams};
 use super::timing::Timing;
 use super::underflow::check_activations;
 use crate::backend::Backend;
@@ -41,14 +42,16 @@ pub(super) struct Written {
     pub(super) resumed_blocks: usize,
 }
 
-/// The block of an index and a plan as an earlier run left it, if one did.
+/// The block of an index and a plan as an earlier run left it, on the rank that writes.
 type Resumed<'a, B> = dyn Fn(usize, &[SitePlan]) -> Result<Option<QuantizedBlock<B>>> + 'a;
 
 /// Who else takes part in a run.
 pub(super) struct Surroundings<'a, B: Backend> {
     /// Statistics that are known and not measured again.
     pub(super) known: Option<&'a [Statistics]>,
-    /// Block `index` as an earlier run left it, if one did.
+    /// Whether an earlier run finished a block, which the rank that writes knows.
+    pub(super) is_finished: &'a dyn Fn(usize) -> bool,
+    /// A block that an earlier run finished.
     pub(super) resumed: &'a Resumed<'a, B>,
     /// Takes blocks to be written, on the rank that writes.
     pub(super) finished: Option<SyncSender<FinishedBlock<B>>>,
@@ -112,7 +115,6 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
         let streams = Streams {
             source: needs_source.then(embed).transpose()?,
             quantized: recipe.gptq.then(embed).transpose()?,
-            source_heads: Vec::new(),
         };
         let quantizer = BlockQuantizer {
             backend,
@@ -133,24 +135,40 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
     fn pass(&mut self, index: usize, weights: BlockWeights<'_, B>) -> Result<String> {
         let Job { input: CalibrationInput { source, architecture, tokens, .. }, blocks, .. } =
             self.job;
-        let statistics = self.statistics(index, &weights)?;
-        let Statistics { energies, .. } = &statistics;
-        let progress = self.quantizer.progress;
-        let plan = &with_exponents(&blocks[index], *source, energies, tokens.len(), progress)?;
-        check_activations(architecture, index, plan, energies, tokens.len())?;
-        let is_last = index + 1 == blocks.len();
-        let input = BlockInput { weights: &weights, plan, statistics: &statistics, is_last };
         let Self { quantizer, strategy, surroundings, streams, timing, written, .. } = self;
-        let resumed =
-            quantizer.share_resumed((surroundings.resumed)(index, plan)?, plan, energies)?;
-        let is_resumed = resumed.is_some();
-        let PassedBlock { block, pending } = match resumed {
-            Some(block) => strategy.replay(quantizer, &input, block, streams, timing)?,
-            None => strategy.quantize(quantizer, &input, streams, timing)?,
+        let (plan, progress) = (&blocks[index], quantizer.progress);
+        let planned = |sites: Range<usize>, statistics: &Statistics| {
+            let (plan, energies) = (&plan[sites.clone()], &statistics.energies[sites.clone()]);
+            let plan = with_exponents(plan, *source, energies, tokens.len(), progress)?;
+            let specs = &architecture.sites(index)[sites];
+            let experts = architecture.experts_of(index);
+            check_activations(specs, experts, &plan, energies, tokens.len())?;
+            Ok(plan)
         };
+        let input = BlockInput {
+            weights: &weights,
+            known: surroundings.known.map(|known| &known[index]),
+            planned: &planned,
+            is_last: index + 1 == blocks.len(),
+        };
+        // Known to the rank that writes.
+        let is_finished = vec![u8::from((surroundings.is_finished)(index))];
+        let is_resumed = quantizer.division.ranks.broadcast(0, is_finished)? == [1];
+        let passed = if is_resumed {
+            let read = |planned: &PlannedBlock<'_, '_, B>| {
+                let PlannedBlock { plan, statistics, .. } = planned;
+                let own = (surroundings.resumed)(index, plan)?;
+                quantizer.share_resumed(own, plan, &statistics.energies)
+            };
+            strategy.replay(quantizer, &input, read, streams, timing)?
+        } else {
+            strategy.quantize(quantizer, &input, streams, timing)?
+        };
+        let PassedBlock { planned: PlannedBlock { plan, statistics, .. }, block, pending } = passed;
         written.resumed_blocks += usize::from(is_resumed);
         written.errors.extend_from_slice(&block.errors);
-        written.blocks.push(plan.clone());
+        written.blocks.push(plan);
+        let energies = &statistics.energies;
         written.distributions.push(energies.iter().map(|site| distribution(site)).collect());
         let worst = worst_of(&block.errors);
         drop(weights);
@@ -168,30 +186,6 @@ impl<'a, B: Backend> BlockLoop<'a, B> {
             })?;
         }
         Ok(worst)
-    }
-
-    /// The block's statistics: those that are known, or measured on the source's stream, which leaves attn_out's
-    /// activations behind.
-    fn statistics(&mut self, index: usize, weights: &BlockWeights<'_, B>) -> Result<Statistics> {
-        if let Some(known) = self.surroundings.known {
-            return Ok(known[index].clone());
-        }
-        let BlockQuantizer { backend, architecture, full_attention, division, progress, .. } =
-            &self.quantizer;
-        let stream = self.streams.source.as_mut();
-        let stream = stream.expect("what is not known is measured on the source's stream");
-        let meter = EnergyMeter {
-            backend: *backend,
-            architecture,
-            attention: full_attention,
-            division: *division,
-            progress: *progress,
-        };
-        let after = self.strategy.after_measurement();
-        let (statistics, heads) =
-            self.timing.measure("calibrate", || meter.measure(weights, stream, after))?;
-        self.streams.source_heads = heads;
-        Ok(statistics)
     }
 }
 

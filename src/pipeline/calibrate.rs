@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::calibration::CalibrationData;
 use super::division::Division;
-use super::energies::{AfterBlock, EnergyMeter};
+use super::energies::EnergyMeter;
 use super::job::CalibrationInput;
 use super::memory::{SensitivityPlan, calibration_bytes};
 use super::outcome::{FileOutcome, Measured, count_linears};
@@ -97,7 +97,7 @@ pub(super) fn measure<B: Backend>(
     let load = |index| BlockWeights::<B>::load_all(backend, *source, architecture, index);
     prefetch(0..architecture.blocks, load, |_, weights| {
         let weights = weights()?;
-        let (measured, _) = meter.measure(&weights, &mut stream, AfterBlock::Advanced)?;
+        let measured = meter.measure(&weights, &mut stream)?;
         if let Some(sensor) = &mut sensor {
             sensor.measure(&weights, &measured.energies)?;
         }

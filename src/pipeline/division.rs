@@ -133,21 +133,16 @@ impl<B: Backend> SiteSums<B> {
         let (Some(own), Some(other)) = (&mut self.correction, &other.correction) else {
             return Ok(());
         };
-        backend.join_cross_covariance(&mut own.inputs, &other.inputs)?;
-        match (&mut own.outputs, &other.outputs) {
-            (Some(own), Some(other)) => backend.join_cross_covariance(own, other),
-            _ => Ok(()),
-        }
+        backend.join_cross_covariance(&mut own.cross, &other.cross)
     }
 
     fn send(&self, backend: &B, to: usize) -> Result<()> {
         backend.ranks().send(to, &self.tokens.to_le_bytes())?;
         backend.send_gram(to, &self.gram)?;
-        let Some(AccumulatedError { inputs, outputs, .. }) = &self.correction else {
-            return Ok(());
-        };
-        let crosses = std::iter::once(inputs).chain(outputs);
-        crosses.into_iter().try_for_each(|cross| backend.send_cross_covariance(to, cross))
+        match &self.correction {
+            Some(error) => backend.send_cross_covariance(to, &error.cross),
+            None => Ok(()),
+        }
     }
 
     /// The sums that another rank sends, in the place of zeros.
@@ -156,10 +151,8 @@ impl<B: Backend> SiteSums<B> {
         backend.ranks().receive(from, &mut tokens)?;
         self.tokens = u64::from_le_bytes(tokens);
         backend.receive_gram(from, &mut self.gram)?;
-        if let Some(AccumulatedError { inputs, outputs, .. }) = &mut self.correction {
-            for cross in std::iter::once(inputs).chain(outputs) {
-                backend.receive_cross_covariance(from, cross)?;
-            }
+        if let Some(error) = &mut self.correction {
+            backend.receive_cross_covariance(from, &mut error.cross)?;
         }
         Ok(self)
     }

@@ -1,8 +1,11 @@
 /*! Channel energies of every site, measured on the stream through the original blocks. */
 
+use std::ops::Range;
+
 use super::division::Division;
 use crate::backend::{Backend, Tensor};
 use crate::model::block::{Block, Observer, Seen};
+use crate::model::sites::{ATTN_IN, MLP_IN};
 use crate::model::{Architecture, AttentionSpecs};
 use crate::network::{BlockBuilder, BlockWeights, Stream};
 use crate::progress::Progress;
@@ -22,16 +25,35 @@ pub struct Statistics {
     pub key_mean: Vec<f32>,
 }
 
-/// What a measurement leaves of its stream.
+/// The part of a block that a stream passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum AfterBlock {
-    /// The states after the block.
-    Advanced,
-    /// The states before the block, as they were.
-    Unchanged,
+pub(super) enum BlockPart {
+    /// attn_in and attn_out.
+    Attention,
+    /// mlp_in and every mlp_act.
+    Mlp,
 }
 
-/// Measures blocks in full precision.
+impl BlockPart {
+    /// The part that begins with a site of a block.
+    pub(super) fn beginning_at(site: usize) -> Option<Self> {
+        match site {
+            ATTN_IN => Some(Self::Attention),
+            MLP_IN => Some(Self::Mlp),
+            _ => None,
+        }
+    }
+
+    /// Its sites, of a block with so many.
+    pub(super) fn sites(self, count: usize) -> Range<usize> {
+        match self {
+            Self::Attention => 0..MLP_IN,
+            Self::Mlp => MLP_IN..count,
+        }
+    }
+}
+
+/// Carries streams through blocks in full precision, and measures on the way.
 pub(super) struct EnergyMeter<'a, B: Backend> {
     /// Does the arithmetic.
     pub backend: &'a B,
@@ -46,68 +68,104 @@ pub(super) struct EnergyMeter<'a, B: Backend> {
 }
 
 impl<B: Backend> EnergyMeter<'_, B> {
-    /// Measures a block on `stream`. Of a stream that is left unchanged it also returns what attn_out sees of each batch:
-    /// attention over entire windows is much of a block's work, and the stream passes it again.
+    /// Carries `stream` through a block, and measures all of the block.
     pub(super) fn measure(
         &self,
         weights: &BlockWeights<B>,
         stream: &mut Stream<B>,
-        after: AfterBlock,
-    ) -> Result<(Statistics, Vec<B::Activation>)> {
-        let Self { backend, architecture, attention, division, .. } = *self;
+    ) -> Result<Statistics> {
+        let Self { backend, architecture, attention, .. } = *self;
         let block = BlockBuilder::new(backend, architecture, weights).source()?;
-        let sites = architecture.sites(weights.index);
-        let widths: Vec<usize> = sites.iter().map(|site| site.channels).collect();
-        let mut heads = Vec::new();
-        let mut chunks = Vec::with_capacity(stream.chunks.len());
-        for chunk in &stream.chunks {
-            let mut sums = ChunkSums::zeros(&widths, attention);
-            for batch in &mut stream.batches[chunk.clone()] {
-                heads.extend(self.add(&block, batch, &mut sums, after)?);
-            }
-            chunks.push(sums.concat());
+        let Stream { batches, chunks } = stream;
+        self.sums(weights.index, chunks, |batch, observer| {
+            let batch = &mut batches[batch];
+            backend.reload(batch)?;
+            block.forward(backend, attention, batch, observer)?;
+            backend.offload(batch)?;
+            Ok(batch.rows())
+        })
+    }
+
+    /// The states of `stream` after a part of a block, and the statistics of that part: of other sites they are zero.
+    pub(super) fn measure_part(
+        &self,
+        index: usize,
+        block: &Block<B>,
+        part: BlockPart,
+        stream: &Stream<B>,
+    ) -> Result<(Statistics, Stream<B>)> {
+        let mut after = Vec::with_capacity(stream.batches.len());
+        let statistics = self.sums(index, &stream.chunks, |batch, observer| {
+            after.push(self.passed(block, part, &stream.batches[batch], observer)?);
+            Ok(after[batch].rows())
+        })?;
+        Ok((statistics, Stream { batches: after, chunks: stream.chunks.clone() }))
+    }
+
+    /// The states of `stream` after a part of a block.
+    pub(super) fn pass_part(
+        &self,
+        block: &Block<B>,
+        part: BlockPart,
+        stream: &Stream<B>,
+    ) -> Result<Stream<B>> {
+        let batches = stream.batches.iter().map(|batch| {
+            self.progress.check_stop()?;
+            self.passed(block, part, batch, &mut Observer::none())
+        });
+        Ok(Stream { batches: batches.collect::<Result<_>>()?, chunks: stream.chunks.clone() })
+    }
+
+    /// A batch after a part of a block.
+    fn passed(
+        &self,
+        block: &Block<B>,
+        part: BlockPart,
+        batch: &B::Hidden,
+        observer: &mut Observer<B>,
+    ) -> Result<B::Hidden> {
+        let Self { backend, attention, .. } = *self;
+        let mut passed = backend.duplicate(batch)?;
+        match part {
+            BlockPart::Attention => block.attend(backend, attention, &mut passed, observer)?,
+            BlockPart::Mlp => block.mlp(backend, &mut passed, observer)?,
         }
-        let all = division.reduce_vectors(&chunks)?;
+        backend.offload(&mut passed)?;
+        Ok(passed)
+    }
+
+    /// What an observer sees while `pass` carries each batch of `chunks`, and returns its tokens.
+    fn sums(
+        &self,
+        index: usize,
+        chunks: &[Range<usize>],
+        mut pass: impl FnMut(usize, &mut Observer<B>) -> Result<usize>,
+    ) -> Result<Statistics> {
+        let Self { backend, architecture, attention, division, progress } = *self;
+        let sites = architecture.sites(index);
+        let widths: Vec<usize> = sites.iter().map(|site| site.channels).collect();
+        let mut sums = Vec::with_capacity(chunks.len());
+        for chunk in chunks {
+            let ChunkSums { mut tokens, mut keys, mut energies } =
+                ChunkSums::zeros(&widths, attention);
+            for batch in chunk.clone() {
+                progress.check_stop()?;
+                let mut see = |seen: Seen, x: &B::Activation| match seen {
+                    Seen::Site(site) => backend.add_energy(x, &mut energies[site]),
+                    Seen::Keys => backend.add_key_sums(attention.of_block(index), x, &mut keys),
+                    _ => Ok(()),
+                };
+                tokens += pass(batch, &mut Observer::new(&mut see))? as f64;
+            }
+            sums.push(ChunkSums { tokens, keys, energies }.concat());
+        }
+        let all = division.reduce_vectors(&sums)?;
         let ChunkSums { tokens, keys, energies } = ChunkSums::of(&all, &widths, attention);
         for (energy, site) in energies.iter().zip(sites) {
             check_finite(energy, &site.name)?;
         }
         let key_mean = keys.iter().map(|sum| (sum / tokens) as f32).collect();
-        Ok((Statistics { energies, key_mean }, heads))
-    }
-
-    /// Adds a batch; what attn_out sees of it, where the batch is left unchanged.
-    fn add(
-        &self,
-        block: &Block<B>,
-        batch: &mut B::Hidden,
-        sums: &mut ChunkSums,
-        after: AfterBlock,
-    ) -> Result<Option<B::Activation>> {
-        let Self { backend, attention, progress, .. } = *self;
-        progress.check_stop()?;
-        let ChunkSums { tokens, keys, energies } = sums;
-        *tokens += batch.rows() as f64;
-        let mut see = |seen: Seen, x: &B::Activation| match seen {
-            Seen::Site(site) => backend.add_energy(x, &mut energies[site]),
-            Seen::Keys => backend.add_key_sums(attention.of_block(block.index), x, keys),
-            _ => Ok(()),
-        };
-        let observer = &mut Observer::new(&mut see);
-        match after {
-            AfterBlock::Advanced => {
-                backend.reload(batch)?;
-                block.forward(backend, attention, batch, observer)?;
-                backend.offload(batch)?;
-                Ok(None)
-            }
-            AfterBlock::Unchanged => {
-                let mut copy = backend.duplicate(batch)?;
-                let heads = block.observe_attention(backend, attention, &mut copy, observer)?;
-                block.observe_mlp(backend, copy, observer)?;
-                Ok(heads)
-            }
-        }
+        Ok(Statistics { energies, key_mean })
     }
 }
 

@@ -4,7 +4,6 @@ its linears, since engines fuse those (q, k and v; gate and up).
 E4M3 has 15 powers of two at full precision. The window is put so that its top is above the greatest scale there will be;
 what lies far below has fewer bits, and what lies above saturates. */
 
-use super::energies::Energies;
 use crate::Result;
 use crate::checkpoint::Tensors;
 use crate::checkpoint::plan::{BlockPlan, SitePlan};
@@ -28,7 +27,7 @@ const PEAK: f64 = 64.0;
 pub(super) fn with_exponents(
     plan: &[SitePlan],
     tensors: &dyn Tensors,
-    energies: &Energies,
+    energies: &[Vec<f64>],
     tokens: usize,
     progress: &dyn Progress,
 ) -> Result<BlockPlan> {

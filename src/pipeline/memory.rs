@@ -6,7 +6,7 @@ use crate::checkpoint::Tensors;
 use crate::checkpoint::plan::{BlockPlan, SitePlan};
 use crate::machine;
 use crate::model::Architecture;
-use crate::model::sites::{ATTN_OUT, MLP_ACT, MLP_IN};
+use crate::model::sites::{ATTN_OUT, MLP_ACT};
 use crate::network::memory::{BlockBytes, NetworkBytes, ON_HEAP, SourceBytes, Windows, Workspace};
 use crate::ranks::Chunks;
 use crate::recipe::Recipe;
@@ -136,13 +136,11 @@ impl BlockWork<'_> {
         let BlockBytes { dense, codes, laid_out, stored, hole } = BlockBytes::of(plan);
         let sequential = recipe.gptq && recipe.sequential;
         let streams = network.states(tokens) * if recipe.gptq { 2 } else { 1 };
-        let copy = if sequential { 4 * batch * hidden } else { 0 };
         // Codes are packed linear by linear, and what they leave is not all used again.
         let writing = if *writes_meanwhile { codes + stored / 2 } else { 0 };
-        // What attn_out sees of the source's stream, until o is done.
-        let [q, _] = network.heads();
-        let heads = if sequential { 4 * tokens as u64 * q } else { 0 };
-        let calibrating = dense + activations + copy + heads + writing;
+        // The source's stream before and after a part of the block.
+        let ahead = if sequential { network.states(tokens) } else { 0 };
+        let calibrating = dense + activations + ahead + writing;
         let quantizing = match (recipe.gptq, sequential) {
             (false, _) => rounding(plan) + writing,
             (true, false) => {
@@ -166,16 +164,7 @@ impl BlockWork<'_> {
                 );
                 hessians.max(propagating).max(sites + hole)
             }
-            (true, true) => {
-                // What calibration worked with is still there.
-                let first = activations
-                    + copy
-                    + heads
-                    + 9 * batch * hidden
-                    + 4 * hidden * hidden * 2
-                    + writing;
-                dense + first.max(self.sequential_bytes(plan) + hole)
-            }
+            (true, true) => dense + self.sequential_bytes(plan, activations + writing) + hole,
         };
         streams + calibrating.max(quantizing)
     }
@@ -189,13 +178,14 @@ impl BlockWork<'_> {
         batch * width * (5 + own)
     }
 
-    /// Besides the block in f32 and the streams, where sites are quantized one after the other.
-    fn sequential_bytes(&self, plan: &[SitePlan]) -> u64 {
-        let Self { network, recipe, windows, .. } = self;
+    /// Besides the block in f32 and the streams, where sites are quantized one after the other. `calibrated` bytes are still
+    /// there of the measurement of energies.
+    fn sequential_bytes(&self, plan: &[SitePlan], calibrated: u64) -> u64 {
+        let Self { network, recipe, windows, writes_meanwhile } = self;
         let Windows { tokens, seq_len } = *windows;
-        let corrects = recipe.correction > 0.0;
         let [q, kv] = network.heads();
         let hidden = network.architecture.hidden as u64;
+        let has_experts = network.architecture.experts.is_some();
         let chunk = chunk_tokens(*windows);
         let batch = network.workspace.batch_tokens(network.architecture, chunk, seq_len);
         // Of the sums, the part of a chunk that is not added yet.
@@ -205,45 +195,43 @@ impl BlockWork<'_> {
             |bytes| bytes.laid_out,
             |at, site| {
                 let (width, channels) = (site.width() as u64, site.channels as u64);
-                let corrected = corrects && tokens as u64 >= width;
-                let adds = corrected && (at == ATTN_OUT || at >= MLP_ACT);
-                let cross = if corrected { square(site) } else { 0 };
-                let outputs = if adds { 4 * hidden * width } else { 0 };
-                // What attn_out sees of both streams is stored until o is done, the source's before q, k and v are.
+                let corrected = recipe.correction > 0.0 && tokens as u64 >= width;
+                let adds = at == ATTN_OUT || at >= MLP_ACT;
+                let cross = match (corrected, adds) {
+                    (false, _) => 0,
+                    (true, false) => square(site),
+                    (true, true) => 4 * hidden * width,
+                };
+                // The source's stream before and after a part of the block; what the linear of a site reads.
+                let code = if site.bits < 16 { 5 } else { 16 };
+                let codes = tokens as u64 * width * code / 4;
                 let stored = match at {
-                    ATTN_OUT => 2,
-                    at if at < ATTN_OUT => 1,
-                    _ => 0,
+                    ATTN_OUT => codes,
+                    at if at >= MLP_ACT && has_experts => network.states(tokens),
+                    at if at >= MLP_ACT && *writes_meanwhile && code == 5 => codes,
+                    at if at >= MLP_ACT => 0,
+                    _ => network.states(tokens),
                 };
-                let heads = stored * 4 * tokens as u64 * q;
-                let chosen = if network.architecture.experts.is_some() { 2 * hidden } else { 0 };
-                // Both streams' activations, and of the site's what is seen, wanted, their difference, and the packed
-                // operand. Where groups are filled up, what is seen fits no buffer of the activations.
+                let filled_up = if width > channels { width } else { 0 };
+                // The quantized stream's activations and what the site sees, the error, and the packed operand.
                 let before = match at {
-                    0 | MLP_IN => 2 * hidden,
-                    ATTN_OUT => hidden + q + 2 * kv,
-                    _ => {
-                        3 * hidden
-                            + chosen
-                            + 2 * channels
-                            + if width > channels { channels } else { 0 }
-                    }
-                };
-                let seen = match (at, corrected) {
-                    (ATTN_OUT, true) => 4 * width - 2 * kv.min(width),
-                    (_, true) => 4 * width,
-                    (ATTN_OUT, false) => width,
-                    (_, false) => 2 * width,
+                    ATTN_OUT => hidden + 2 * q + 2 * kv + filled_up,
+                    at if at < MLP_ACT => 2 * width + hidden,
+                    _ if has_experts => 5 * hidden + 2 * channels + 3 * width + filled_up,
+                    _ => 3 * hidden + 2 * channels + filled_up,
                 };
                 let rows = if at >= MLP_ACT { network.mlp_tokens(batch) } else { batch };
-                let measuring = 4 * rows * (before + seen) + network.attention(seq_len);
+                let mut measuring = 4 * rows * (before + width) + network.attention(seq_len);
+                if at == 0 {
+                    measuring = measuring.max(calibrated + 4 * rows * (2 * hidden + width));
+                }
                 let quantizing = square(site)
                     + match corrected {
                         true => linear_bytes(site, 3, PACKED_CHANNELS[1]),
                         false => linear_bytes(site, 2, PACKED_CHANNELS[0]),
                     };
-                let sums = gram(site) + cross + outputs;
-                sums + heads + (measuring + parts * sums).max(quantizing)
+                let sums = gram(site) + cross;
+                sums + stored + (measuring + parts * sums).max(quantizing)
             },
         )
     }

@@ -135,25 +135,23 @@ impl<B: Backend> BlockQuantizer<'_, B> {
         own: Option<QuantizedBlock<B>>,
         plan: &[SitePlan],
         energies: &Energies,
-    ) -> Result<Option<QuantizedBlock<B>>> {
+    ) -> Result<QuantizedBlock<B>> {
         let ranks = self.division.ranks;
-        if ranks.ranks() == 1 {
-            return Ok(own);
-        }
-        let errors = own.as_ref().map(|block| &block.errors);
-        let message = serde_json::to_vec(&errors).expect("errors have only JSON types");
-        let errors: Option<Vec<(String, f64)>> =
-            serde_json::from_slice(&ranks.broadcast(0, message)?)
-                .map_err(|error| Error::machine(format!("a message of rank 0: {error}")))?;
-        let Some(errors) = errors else { return Ok(None) };
-        let mut own = own.into_iter().flat_map(|block| block.sites);
+        let own = match own {
+            Some(own) if ranks.ranks() == 1 => return Ok(own),
+            own => own.unwrap_or_else(QuantizedBlock::empty),
+        };
+        let message = serde_json::to_vec(&own.errors).expect("errors have only JSON types");
+        let errors: Vec<(String, f64)> = serde_json::from_slice(&ranks.broadcast(0, message)?)
+            .map_err(|error| Error::machine(format!("a message of rank 0: {error}")))?;
+        let mut own = own.sites.into_iter();
         let sites = formats(plan, energies).into_iter().zip(plan).map(|(format, plan)| {
             let parts = SiteParts::whole(plan.linears.len(), 0);
             let own = own.next().map_or_else(Vec::new, |site| site.linears);
             let linears = self.broadcast(plan, &parts, own)?;
             Ok(QuantizedSite { format, linears })
         });
-        Ok(Some(QuantizedBlock { sites: sites.collect::<Result<_>>()?, errors }))
+        Ok(QuantizedBlock { sites: sites.collect::<Result<_>>()?, errors })
     }
 
     /// The quantized linears of a site on all ranks, each of which has those of its parts.
@@ -276,7 +274,7 @@ pub(super) fn round_all<B: Backend>(
 }
 
 /// Every site's order and format.
-pub(super) fn formats(plan: &[SitePlan], energies: &Energies) -> Vec<SiteFormat> {
+pub(super) fn formats(plan: &[SitePlan], energies: &[Vec<f64>]) -> Vec<SiteFormat> {
     let sites = plan.iter().zip(energies);
     sites.map(|(site, energy)| site.format(site.order(energy))).collect()
 }

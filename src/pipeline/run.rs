@@ -150,6 +150,7 @@ impl<B: Backend> Run<'_, B> {
         let fallbacks = Fallbacks::default();
         let surroundings = Surroundings {
             known,
+            is_finished: &|_| false,
             resumed: &|_, _| Ok(None),
             finished: None,
             fallbacks: &fallbacks,
@@ -229,6 +230,7 @@ fn write_tensors<B: Backend>(
         let fallbacks = Fallbacks::default();
         let surroundings = Surroundings {
             known,
+            is_finished: &|index| writing.is_finished(index),
             resumed: &|index, plan| writing.resumed(backend, index, plan),
             finished: Some(sender),
             fallbacks: &fallbacks,

@@ -6,10 +6,10 @@ be held like that. Groups that contribute next to nothing may be as small as the
 
 use rayon::prelude::*;
 
-use super::energies::Energies;
 use crate::checkpoint::Tensor;
 use crate::checkpoint::plan::SitePlan;
-use crate::model::Architecture;
+use crate::model::architecture::Experts;
+use crate::model::sites::SiteSpec;
 use crate::quant::linear::{OutlierBlock, QuantizedLinear};
 use crate::quant::number::OutlierFormat;
 use crate::{Error, Result};
@@ -73,14 +73,13 @@ pub(super) fn check_weights(
 /// # Errors
 /// Input, naming the site.
 pub(super) fn check_activations(
-    architecture: &Architecture,
-    block: usize,
+    specs: &[SiteSpec],
+    experts: Option<&Experts>,
     plan: &[SitePlan],
-    energies: &Energies,
+    energies: &[Vec<f64>],
     tokens: usize,
 ) -> Result<()> {
-    let experts = architecture.experts_of(block);
-    for ((site, spec), energy) in plan.iter().zip(architecture.sites(block)).zip(energies) {
+    for ((site, spec), energy) in plan.iter().zip(specs).zip(energies) {
         if site.bits == 16 {
             continue;
         }

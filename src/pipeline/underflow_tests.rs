@@ -3,6 +3,8 @@ use serde_json::json;
 
 use super::*;
 use crate::checkpoint::Dtype;
+use crate::model::Architecture;
+use crate::pipeline::energies::Energies;
 use crate::pipeline::plan::plan_network;
 use crate::quant::codebook::Codebook;
 use crate::quant::number::{LinearFormat, NumberFormat, RowFormat, ScaleFormat};
@@ -66,7 +68,8 @@ fn activations_too_small_for_their_scales_are_refused() {
     let energies = |rms: f64| -> Energies {
         plan.iter().map(|site| vec![100.0 * rms * rms; site.channels]).collect()
     };
-    let check = |energies: &Energies| check_activations(&architecture, 0, &plan, energies, 100);
+    let specs = architecture.sites(0);
+    let check = |energies: &Energies| check_activations(&specs, None, &plan, energies, 100);
     assert!(check(&energies(1.0)).is_ok() && check(&energies(1e-4)).is_ok());
     let error = check(&energies(1e-6)).unwrap_err();
     assert!(error.to_string().contains("attn_in are too small"), "{error}");

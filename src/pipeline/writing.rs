@@ -96,6 +96,11 @@ impl<'a, 'w> Writing<'a, 'w> {
         Ok(())
     }
 
+    /// Whether an earlier run finished block `index`.
+    pub(super) fn is_finished(&self, index: usize) -> bool {
+        self.done(&self.job.input.architecture.block_name(index)).is_some()
+    }
+
     /// Block `index`, of that plan, as an earlier run left it, if one did.
     pub(super) fn resumed<B: Backend>(
         &self,

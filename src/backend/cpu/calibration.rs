@@ -2,10 +2,11 @@
 
 use rayon::prelude::*;
 
-use super::gram::gram_add;
+use super::gemm_pack::Panels;
+use super::gram::{gram_add, gram_add_packed};
 use super::{CHUNK, Cpu, Hessian, HostTensor, ROWS, attention, cross_covariance};
 use crate::Result;
-use crate::backend::{AttentionSpec, Calibration, Matrix, Memory};
+use crate::backend::{AttentionSpec, Calibration, Matrix};
 
 impl Calibration for Cpu {
     type Gram = Hessian;
@@ -60,6 +61,19 @@ impl Calibration for Cpu {
         Ok(())
     }
 
+    fn add_gram_and_cross(
+        &self,
+        gram: &mut Hessian,
+        cross: &mut Matrix,
+        y: &HostTensor,
+        x: &HostTensor,
+    ) -> Result<()> {
+        let panels = Panels::from_columns(&x.data, x.rows, x.columns, x.columns);
+        gram_add_packed(self.isa, &panels, &mut gram.lower);
+        cross_covariance::add_packed(self.isa, cross, &y.data, &panels);
+        Ok(())
+    }
+
     fn join_cross_covariance(&self, cross: &mut Matrix, other: &Matrix) -> Result<()> {
         assert_eq!(cross.data.len(), other.data.len(), "shapes of two cross-covariances");
         let parts = cross.data.par_chunks_mut(CHUNK).zip(other.data.par_chunks(CHUNK));
@@ -68,10 +82,12 @@ impl Calibration for Cpu {
     }
 
     fn difference(&self, x: &HostTensor, y: &HostTensor) -> Result<HostTensor> {
-        let mut difference = self.duplicate(x)?;
-        difference.data.par_chunks_mut(CHUNK).zip(y.data.par_chunks(CHUNK)).for_each(|(x, y)| {
-            for (x, y) in x.iter_mut().zip(y) {
-                *x -= y;
+        assert_eq!((x.rows, x.columns), (y.rows, y.columns), "the difference of unlike tensors");
+        let mut difference = self.tensor(x.rows, x.columns);
+        let operands = x.data.par_chunks(CHUNK).zip(y.data.par_chunks(CHUNK));
+        difference.data.par_chunks_mut(CHUNK).zip(operands).for_each(|(to, (x, y))| {
+            for (to, (x, y)) in to.iter_mut().zip(x.iter().zip(y)) {
+                *to = x - y;
             }
         });
         Ok(difference)
@@ -92,4 +108,34 @@ impl Calibration for Cpu {
 /// `x += y`.
 fn add(x: &mut [f32], y: &[f32]) {
     x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gemm::tests::random;
+    use super::*;
+
+    #[test]
+    fn sums_together_have_the_bits_of_sums_apart() {
+        for isa in super::super::isa::Isa::available() {
+            let cpu = Cpu::with_isa(isa);
+            for (tokens, n, rows) in [(1, 1, 1), (33, 70, 5), (130, 65, 129), (7, 130, 64)] {
+                let tensor = |columns: usize, seed: u64| {
+                    let data = random(tokens * columns, seed);
+                    HostTensor::from_matrix(Matrix { rows: tokens, columns, data })
+                };
+                let (x, y) = (tensor(n, 1), tensor(rows, 2));
+                let zeros = || (cpu.gram(n).unwrap(), cpu.cross_covariance(rows, n).unwrap());
+                let (mut gram, mut cross) = zeros();
+                let (mut gram_apart, mut cross_apart) = zeros();
+                for _ in 0..2 {
+                    cpu.add_gram_and_cross(&mut gram, &mut cross, &y, &x).unwrap();
+                    cpu.add_gram(&mut gram_apart, &x).unwrap();
+                    cpu.add_cross_covariance(&mut cross_apart, &y, &x).unwrap();
+                }
+                assert!(gram.lower == gram_apart.lower, "{isa:?} {tokens} {n}");
+                assert!(cross.data == cross_apart.data, "{isa:?} {tokens} {n} {rows}");
+            }
+        }
+    }
 }

@@ -20,8 +20,17 @@ use super::isa::Isa;
 pub fn gram_add(isa: Isa, x: &[f32], tokens: usize, n: usize, h: &mut [f32]) {
     let fits = |rows: usize, len: usize| rows.checked_mul(n).is_some_and(|count| count <= len);
     assert!(fits(tokens, x.len()) && fits(n, h.len()), "X or H is smaller than its shape");
-    let panels = Panels::from_columns(x, tokens, n, n);
-    let gram = Gram { kernels: kernels(isa), x: Part::from(&panels), n, h: Shared(h.as_mut_ptr()) };
+    gram_add_packed(isa, &Panels::from_columns(x, tokens, n, n), h);
+}
+
+/// As [`gram_add`], for X that is packed.
+///
+/// # Panics
+/// If H is smaller than its shape.
+pub fn gram_add_packed(isa: Isa, x: &Panels, h: &mut [f32]) {
+    let (tokens, n) = (x.k(), x.n());
+    assert!(n.checked_mul(n).is_some_and(|count| count <= h.len()), "H is smaller than its shape");
+    let gram = Gram { kernels: kernels(isa), x: Part::from(x), n, h: Shared(h.as_mut_ptr()) };
     // Square blocks of H; small ones where large ones would leave threads without work.
     let count = n.div_ceil(PANEL);
     let triangle = |side: usize| count.div_ceil(side) * (count.div_ceil(side) + 1) / 2;

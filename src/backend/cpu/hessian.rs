@@ -26,6 +26,18 @@ impl Hessian {
         })
     }
 
+    /// Some columns of H, `[n, columns]`.
+    pub(super) fn columns(&self, columns: Range<usize>) -> Panels {
+        let Self { n, lower } = self;
+        Panels::from_rows_with(columns.len(), *n, |column, out| {
+            let column = columns.start + column;
+            out[..=column].copy_from_slice(&lower[column * n..][..=column]);
+            for (row, out) in out.iter_mut().enumerate().skip(column + 1) {
+                *out = lower[row * n + column];
+            }
+        })
+    }
+
     /// `tr(W H W^T)` for `weights` `[rows, n]`.
     pub(super) fn energy(&self, isa: Isa, weights: &[f32]) -> f64 {
         const ROWS: usize = 240;

@@ -67,14 +67,15 @@ impl Cpu {
         Self { isa, pool: Arc::default(), ranks: Arc::new(Alone) }
     }
 
-    /// `W += share (W C_in + C_out) H^-1`, permuted, with the factor of the damped Hessian.
+    /// Corrects permuted weights for the accumulated error, with the factor of the damped Hessian.
     pub(crate) fn correct(
         &self,
         weights: &mut Matrix,
         error: &AccumulatedError<Matrix>,
+        gram: &Hessian,
         factor: &[f32],
     ) {
-        cross_covariance::correct(self.isa, weights, error, factor);
+        cross_covariance::correct(self.isa, weights, error, gram, factor);
     }
 
     fn tensor(&self, rows: usize, columns: usize) -> HostTensor {

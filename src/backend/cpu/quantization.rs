@@ -52,7 +52,7 @@ impl Quantization for Cpu {
             let mut weights = permuted(linear.weight, site)?;
             let total = gram.energy(self.isa, &weights.data);
             if let Some(accumulated) = accumulated {
-                self.correct(&mut weights, accumulated, factor);
+                self.correct(&mut weights, accumulated, gram, factor);
             }
             let quantized =
                 gptq::sweep(self.isa, weights.clone(), &linear.format, linear.scaling, factor)

@@ -2,11 +2,11 @@
 
 use super::Cuda;
 use super::gpu::Buffer;
-use super::kernels::gptq::{AddReversed, ReverseColumns};
+use super::kernels::gptq::{AddReversed, ReverseColumns, Subtract};
 use super::product::{Operand, Precision, Product};
-use super::tensor::{Activation, CrossCovariance, Factor};
+use super::tensor::{Activation, CrossCovariance, Factor, Hessian};
 use crate::Result;
-use crate::backend::AccumulatedError;
+use crate::backend::{AccumulatedError, ErrorKind};
 
 impl Cuda {
     /// `C += y^T x`. In column-major order it is `X Y^T` with `X` `[columns, tokens]`.
@@ -34,43 +34,46 @@ impl Cuda {
         })
     }
 
-    /// `W += share (W C_in + C_out) H^-1` for `weights` `[rows, n]`, permuted.
+    /// `W += share (W C) H^-1`, or `W += share (C - W H) H^-1`, for `weights` `[rows, n]`, permuted, as the kind of error says.
     pub(super) fn correct(
         &self,
         weights: &Buffer,
         rows: usize,
         error: &AccumulatedError<CrossCovariance>,
+        hessian: &Hessian,
         factor: &Factor,
     ) -> Result<()> {
         let n = factor.n;
-        let AccumulatedError { inputs, outputs, share } = error;
-        assert!(
-            inputs.rows == n && inputs.columns == n,
-            "channels of the accumulated error and the factor"
-        );
-        let wanted = match outputs {
-            None => self.gpu.zeros(4 * rows * n)?,
-            Some(outputs) => {
-                assert!(
-                    outputs.rows == rows && outputs.columns == n,
-                    "outputs of the accumulated error"
-                );
+        let AccumulatedError { cross, kind, share } = error;
+        let expected = if *kind == ErrorKind::Inputs { n } else { rows };
+        let found = [cross.rows, cross.columns, hessian.n];
+        assert_eq!(found, [expected, n, n], "shapes of the accumulated error and the weights");
+        let times = |right: &Buffer| -> Result<Buffer> {
+            let product = self.gpu.alloc(4 * rows * n)?;
+            let operand = |memory| Operand { memory, stride: n, transposed: false };
+            self.products.run(&Product {
+                m: n,
+                n: rows,
+                k: n,
+                a: operand(right.into()),
+                b: operand(weights.into()),
+                c: operand((&product).into()),
+                add: false,
+                precision: Precision::Tensor32,
+            })?;
+            Ok(product)
+        };
+        let wanted = match kind {
+            ErrorKind::Inputs => times(&cross.data)?,
+            ErrorKind::Outputs => {
                 let wanted = self.gpu.alloc(4 * rows * n)?;
-                wanted.copy_from(&outputs.data, 4 * rows * n)?;
+                wanted.copy_from(&cross.data, 4 * rows * n)?;
+                let own = times(&hessian.data)?;
+                let count = (rows * n) as i64;
+                self.kernels.launch(&Subtract { x: (&wanted).into(), y: (&own).into(), count })?;
                 wanted
             }
         };
-        let operand = |memory| Operand { memory, stride: n, transposed: false };
-        self.products.run(&Product {
-            m: n,
-            n: rows,
-            k: n,
-            a: operand((&inputs.data).into()),
-            b: operand(weights.into()),
-            c: operand((&wanted).into()),
-            add: true,
-            precision: Precision::Tensor32,
-        })?;
         // The factor is of the reversed Hessian: J H J = L L^T, so H^-1 w = J (L L^T)^-1 J w.
         let reversed = self.gpu.alloc(4 * rows * n)?;
         self.kernels.launch(&ReverseColumns {

@@ -12,7 +12,7 @@ use super::product::{Operand, Precision, Product};
 use super::quantize::PermutedRows;
 use super::slice::{In, Out};
 use super::tensor::{
-    Codes, CrossCovariance, DeviceLinear, DeviceSite, Factor, OutlierSlices, Weight,
+    Codes, CrossCovariance, DeviceLinear, DeviceSite, Factor, Hessian, OutlierSlices, Weight,
 };
 use crate::backend::{AccumulatedError, Quantization, Unquantized};
 use crate::quant::codebook::Codebook;
@@ -42,6 +42,13 @@ struct WeightStack {
     rows: usize,
     /// `[rows, width]`, f32.
     original: Buffer,
+}
+
+/// What weights are corrected by before they are swept.
+#[derive(Clone, Copy)]
+pub(super) struct Correction<'a> {
+    pub(super) error: &'a AccumulatedError<CrossCovariance>,
+    pub(super) hessian: &'a Hessian,
 }
 
 /// What GPTQ needs beyond rounding: the error that is propagated to later columns.
@@ -82,7 +89,7 @@ impl Cuda {
         linears: &[Unquantized<Weight>],
         site: &DeviceSite,
         factor: &Factor,
-        error: Option<&AccumulatedError<CrossCovariance>>,
+        correction: Option<Correction<'_>>,
     ) -> Result<Vec<DeviceLinear>> {
         // Rows that share a scale must not lie in two linears.
         let together = |a: &Unquantized<Weight>, b: &Unquantized<Weight>| {
@@ -91,7 +98,7 @@ impl Cuda {
         };
         let mut quantized = Vec::with_capacity(linears.len());
         for part in linears.chunk_by(together) {
-            quantized.extend(self.sweep(part, site, Some(factor), error)?);
+            quantized.extend(self.sweep(part, site, Some(factor), correction)?);
         }
         Ok(quantized)
     }
@@ -108,11 +115,11 @@ impl Cuda {
         linears: &[Unquantized<Weight>],
         site: &DeviceSite,
         factor: Option<&Factor>,
-        error: Option<&AccumulatedError<CrossCovariance>>,
+        correction: Option<Correction<'_>>,
     ) -> Result<Vec<DeviceLinear>> {
         let stack = self.stack(linears, site)?;
-        if let (Some(factor), Some(error)) = (factor, error) {
-            self.correct(&stack.original, stack.rows, error, factor)?;
+        if let (Some(factor), Some(Correction { error, hessian })) = (factor, correction) {
+            self.correct(&stack.original, stack.rows, error, hessian, factor)?;
         }
         let WeightStack { format, rows, .. } = stack;
         let row = format.row;

@@ -4,6 +4,7 @@
 use std::sync::{Arc, OnceLock};
 
 use super::Cuda;
+use super::gptq::Correction;
 use super::gpu::Stream;
 use super::kernels::Float;
 use super::tensor::{
@@ -79,7 +80,8 @@ impl Quantization for Cuda {
         factor: &Factor,
         error: Option<&AccumulatedError<CrossCovariance>>,
     ) -> Result<Vec<(DeviceLinear, f64)>> {
-        let quantized = self.sweep_all(linears, site, factor, error)?;
+        let correction = error.map(|error| Correction { error, hessian: gram });
+        let quantized = self.sweep_all(linears, site, factor, correction)?;
         let with_error = |(linear, quantized): (&Unquantized<Weight>, DeviceLinear)| {
             let error = self.output_error(gram, site, linear.weight, &quantized)?;
             Ok((quantized, error))

@@ -7,7 +7,8 @@ use super::tests::{Random, bytes_of, close, device, sites};
 use super::*;
 use crate::backend::cpu::Cpu;
 use crate::backend::{
-    AccumulatedError, Calibration, Damping, Forward, Matrix, Memory, Quantization, Unquantized,
+    AccumulatedError, Calibration, Damping, ErrorKind, Forward, Matrix, Memory, Quantization,
+    Unquantized,
 };
 use crate::checkpoint::{Dtype, Tensor as Stored};
 use crate::quant::codebook::Codebook;
@@ -15,6 +16,7 @@ use crate::quant::grid::Scaling;
 use crate::quant::linear::QuantizedLinear;
 use crate::quant::number::LinearFormat;
 use crate::quant::ranges::SEARCHED_GROUP;
+use crate::quant::site::SiteFormat;
 use crate::quant::weights::dequantize;
 
 #[test]
@@ -201,56 +203,67 @@ fn the_accumulated_error_is_corrected_as_on_the_cpu() {
 
         let host = |m: &Matrix| cpu.upload(m.clone()).unwrap();
         let host_seen = cpu.permute(&host(&x), &format).unwrap();
-        let wanted = cpu.permute(&host(&x0), &format).unwrap();
+        let host_wanted = cpu.permute(&host(&x0), &format).unwrap();
         let mut host_hessian = cpu.gram(width).unwrap();
         cpu.add_gram(&mut host_hessian, &host_seen).unwrap();
         let (host_factor, _) = cpu.cholesky(&mut host_hessian, 0.01).unwrap().unwrap();
-        let mut host_error = AccumulatedError {
-            inputs: cpu.cross_covariance(width, width).unwrap(),
-            outputs: Some(cpu.cross_covariance(rows, width).unwrap()),
-            share: 0.5,
-        };
-        let difference = cpu.difference(&wanted, &host_seen).unwrap();
-        cpu.add_cross_covariance(&mut host_error.inputs, &difference, &host_seen).unwrap();
-        let lost = cpu.hidden_difference(&host(&before), &host(&after)).unwrap();
-        cpu.add_cross_covariance(host_error.outputs.as_mut().unwrap(), &lost, &host_seen).unwrap();
-
         let site = cuda.site(&format).unwrap();
         let seen = cuda.permute(&cuda.half_tensor(&x), &site).unwrap();
         let wanted = cuda.permute(&cuda.half_tensor(&x0), &site).unwrap();
         let hessian = cuda.gram(width).unwrap();
         cuda.add_gram(&hessian, &seen).unwrap();
         let (factor, _) = cuda.cholesky(&hessian, 0.01).unwrap().unwrap();
-        let mut error = AccumulatedError {
-            inputs: cuda.cross_covariance(width, width).unwrap(),
-            outputs: Some(cuda.cross_covariance(rows, width).unwrap()),
-            share: 0.5,
-        };
-        let difference = cuda.difference(&wanted, &seen).unwrap();
-        cuda.add_cross_covariance(&error.inputs, &difference, &seen).unwrap();
-        let states = [before, after].map(|m| cuda.upload(m).unwrap());
-        let lost = cuda.hidden_difference(&states[0], &states[1]).unwrap();
-        cuda.add_cross_covariance(error.outputs.as_mut().unwrap(), &lost, &seen).unwrap();
-
         let weights = random.values(rows * width);
-        let mut expected = Matrix { rows, columns: width, data: weights.clone() };
-        cpu.correct(&mut expected, &host_error, &host_factor);
-        let corrected = cuda.gpu.upload(&weights).unwrap();
-        cuda.correct(&corrected, rows, &error, &factor).unwrap();
-        let found = corrected.download::<f32>(0..4 * rows * width).unwrap();
-        // Directions that hardly occur are as good as free: what counts is the output on the tokens.
-        let outputs = |left: &[f32], right: &[f32]| -> f64 {
-            let change: Vec<f32> = left.iter().zip(right).map(|(a, b)| a - b).collect();
-            let token = |x: &[f32]| -> f64 {
-                let row = |row: &[f32]| row.iter().zip(x).map(|(w, x)| w * x).sum::<f32>();
-                change.chunks(width).map(|w| f64::from(row(w)).powi(2)).sum()
+        let states = [&before, &after].map(|m| cuda.upload(m.clone()).unwrap());
+        let cases = [
+            (ErrorKind::Inputs, cpu.difference(&host_wanted, &host_seen).unwrap()),
+            (ErrorKind::Outputs, cpu.hidden_difference(&host(&before), &host(&after)).unwrap()),
+        ];
+        for (kind, host_lost) in cases {
+            let lost = match kind {
+                ErrorKind::Inputs => cuda.difference(&wanted, &seen).unwrap(),
+                ErrorKind::Outputs => cuda.hidden_difference(&states[0], &states[1]).unwrap(),
             };
-            host_seen.values().chunks(width).map(token).sum()
-        };
-        let (wrong, made) = (outputs(&found, &expected.data), outputs(&expected.data, &weights));
-        let share = (wrong / made).sqrt();
-        assert!(made > 0.0 && share < 0.02, "{format:?}: {share} of the correction is another");
+            let of = if kind == ErrorKind::Inputs { width } else { rows };
+            let cross = cpu.cross_covariance(of, width).unwrap();
+            let mut host_error = AccumulatedError { cross, kind, share: 0.5 };
+            cpu.add_cross_covariance(&mut host_error.cross, &host_lost, &host_seen).unwrap();
+            let cross = cuda.cross_covariance(of, width).unwrap();
+            let error = AccumulatedError { cross, kind, share: 0.5 };
+            cuda.add_cross_covariance(&error.cross, &lost, &seen).unwrap();
+            let mut expected = Matrix { rows, columns: width, data: weights.clone() };
+            cpu.correct(&mut expected, &host_error, &host_hessian, &host_factor);
+            let corrected = cuda.gpu.upload(&weights).unwrap();
+            cuda.correct(&corrected, rows, &error, &hessian, &factor).unwrap();
+            let found = corrected.download::<f32>(0..4 * rows * width).unwrap();
+            assert_alike(&format, kind, [&found, &expected.data, &weights], host_seen.values());
+        }
     }
+}
+
+/// Corrected weights, expected and original ones `[rows, width]`, compared by their outputs on tokens: directions that hardly
+/// occur are as good as free.
+fn assert_alike(
+    format: &SiteFormat,
+    kind: ErrorKind,
+    [found, expected, weights]: [&[f32]; 3],
+    seen: &[f32],
+) {
+    let width = format.width();
+    let outputs = |left: &[f32], right: &[f32]| -> f64 {
+        let change: Vec<f32> = left.iter().zip(right).map(|(a, b)| a - b).collect();
+        let token = |x: &[f32]| -> f64 {
+            let row = |row: &[f32]| row.iter().zip(x).map(|(w, x)| w * x).sum::<f32>();
+            change.chunks(width).map(|w| f64::from(row(w)).powi(2)).sum()
+        };
+        seen.chunks(width).map(token).sum()
+    };
+    let (wrong, made) = (outputs(found, expected), outputs(expected, weights));
+    let share = (wrong / made).sqrt();
+    assert!(
+        made > 0.0 && share < 0.02,
+        "{format:?} {kind:?}: {share} of the correction is another"
+    );
 }
 
 #[test]

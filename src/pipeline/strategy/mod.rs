@@ -1,19 +1,24 @@
 /*! How the sites of a block are quantized: simultaneously (`paper`) or sequentially (`default`). */
 
+mod pass;
 mod sequential;
 mod simultaneous;
+mod visit;
 
-use super::energies::{AfterBlock, Statistics};
+use std::ops::Range;
+
+use super::energies::{EnergyMeter, Statistics};
 use super::quantizer::{BlockQuantizer, QuantizedBlock, SiteWork};
 use super::timing::Timing;
 use crate::Result;
 use crate::backend::Backend;
-use crate::checkpoint::plan::SitePlan;
+use crate::checkpoint::plan::{BlockPlan, SitePlan};
 use crate::model::Architecture;
 use crate::model::block::Block;
 use crate::model::sites::{MLP_IN, SiteSpec};
 use crate::network::{BlockBuilder, BlockWeights, QuantizedSite, Stream};
 use crate::pipeline::parts::SiteParts;
+use crate::quant::site::SiteFormat;
 use crate::recipe::Recipe;
 
 /// One of the two algorithms.
@@ -32,21 +37,29 @@ pub(super) struct Streams<B: Backend> {
     pub(super) source: Option<Stream<B>>,
     /// After the quantized blocks, where GPTQ is.
     pub(super) quantized: Option<Stream<B>>,
-    /// What attn_out of the source's block at hand sees of each batch, where the measurement of energies found it.
-    pub(super) source_heads: Vec<B::Activation>,
 }
 
-/// A block to be quantized, and what is known of it.
+/// A block to be quantized.
 pub(super) struct BlockInput<'a, 'w, B: Backend> {
     pub(super) weights: &'a BlockWeights<'w, B>,
-    pub(super) plan: &'a [SitePlan],
-    pub(super) statistics: &'a Statistics,
+    /// Its statistics, where they are not measured.
+    pub(super) known: Option<&'a Statistics>,
+    /// Makes the plan of some sites complete, by the energies of all, and refuses activations that are too small for it.
+    pub(super) planned: &'a dyn Fn(Range<usize>, &Statistics) -> Result<BlockPlan>,
     /// The states after the last block are not used.
     pub(super) is_last: bool,
 }
 
+/// A block whose statistics and plan are known, as far as it is quantized.
+pub(super) struct PlannedBlock<'a, 'w, B: Backend> {
+    pub(super) weights: &'a BlockWeights<'w, B>,
+    pub(super) plan: BlockPlan,
+    pub(super) statistics: Statistics,
+}
+
 /// A quantized block, and how far the streams are.
-pub(super) struct PassedBlock<B: Backend> {
+pub(super) struct PassedBlock<'a, 'w, B: Backend> {
+    pub(super) planned: PlannedBlock<'a, 'w, B>,
     pub(super) block: QuantizedBlock<B>,
     /// What the quantized stream is still to pass, if anything.
     pub(super) pending: Option<Block<B>>,
@@ -71,50 +84,58 @@ impl Strategy {
         self == Self::Sequential
     }
 
-    /// What the measurement of energies leaves of the source's stream.
-    pub(super) fn after_measurement(self) -> AfterBlock {
-        match self {
-            Self::Simultaneous => AfterBlock::Advanced,
-            // It moves with the quantized stream.
-            Self::Sequential => AfterBlock::Unchanged,
-        }
-    }
-
     /// Quantizes a block.
-    pub(super) fn quantize<B: Backend>(
+    pub(super) fn quantize<'a, 'w, B: Backend>(
         self,
         quantizer: &BlockQuantizer<'_, B>,
-        input: &BlockInput<'_, '_, B>,
+        input: &BlockInput<'a, 'w, B>,
         streams: &mut Streams<B>,
         timing: &mut Timing,
-    ) -> Result<PassedBlock<B>> {
+    ) -> Result<PassedBlock<'a, 'w, B>> {
         match self {
             Self::Simultaneous => simultaneous::quantize(quantizer, input, streams, timing),
             Self::Sequential => sequential::quantize(quantizer, input, streams, timing),
         }
     }
 
-    /// Carries the streams past a block that an earlier run quantized, as far as `quantize` does.
-    pub(super) fn replay<B: Backend>(
+    /// Carries the streams past a block that `read` finds in the work of an earlier run, as far as `quantize` does.
+    pub(super) fn replay<'a, 'w, B: Backend>(
         self,
         quantizer: &BlockQuantizer<'_, B>,
-        input: &BlockInput<'_, '_, B>,
-        block: QuantizedBlock<B>,
+        input: &BlockInput<'a, 'w, B>,
+        read: impl FnOnce(&PlannedBlock<'a, 'w, B>) -> Result<QuantizedBlock<B>>,
         streams: &mut Streams<B>,
         timing: &mut Timing,
-    ) -> Result<PassedBlock<B>> {
-        streams.source_heads.clear();
-        let source = streams.source.as_mut();
-        let moves = self.after_measurement() == AfterBlock::Unchanged && !input.is_last;
-        if let Some(stream) = source.filter(|_| moves) {
+    ) -> Result<PassedBlock<'a, 'w, B>> {
+        let planned = input.measured(quantizer, streams, timing)?;
+        let moves = input.known.is_some() && self.needs_source() && !input.is_last;
+        if let Some(stream) = streams.source.as_mut().filter(|_| moves) {
             timing.measure("propagate", || {
-                let block = input.builder(quantizer).source()?;
+                let block = planned.builder(quantizer).source()?;
                 let (backend, attention) = (quantizer.backend, &quantizer.full_attention);
                 stream.advance(backend, attention, &block, || quantizer.progress.check_stop())
             })?;
         }
-        let pending = input.pending(quantizer, &block.sites, streams, timing)?;
-        Ok(PassedBlock { block, pending })
+        let block = read(&planned)?;
+        let pending = planned.pending(quantizer, &block.sites, input.is_last, streams, timing)?;
+        Ok(PassedBlock { planned, block, pending })
+    }
+}
+
+impl<'a, 'w, B: Backend> PlannedBlock<'a, 'w, B> {
+    /// A block of which nothing is measured yet; statistics that are known are there.
+    fn unmeasured(input: &BlockInput<'a, 'w, B>, specs: &[SiteSpec]) -> Self {
+        let statistics = input.known.cloned().unwrap_or_else(|| Statistics {
+            energies: vec![Vec::new(); specs.len()],
+            key_mean: Vec::new(),
+        });
+        Self { weights: input.weights, plan: Vec::new(), statistics }
+    }
+
+    /// The order and format of a site that is planned.
+    fn format(&self, at: usize) -> SiteFormat {
+        let site = &self.plan[at];
+        site.format(site.order(&self.statistics.energies[at]))
     }
 }
 
@@ -125,8 +146,48 @@ fn divides(at: usize) -> bool {
 }
 
 impl<'a, 'w, B: Backend> BlockInput<'a, 'w, B> {
+    /// The block with all of its statistics: those that are known, or measured on the source's stream, which then is
+    /// after the block.
+    fn measured(
+        &self,
+        quantizer: &BlockQuantizer<'_, B>,
+        streams: &mut Streams<B>,
+        timing: &mut Timing,
+    ) -> Result<PlannedBlock<'a, 'w, B>> {
+        let statistics = match self.known {
+            Some(known) => known.clone(),
+            None => {
+                let stream = streams.source.as_mut();
+                let stream = stream.expect("what is not known is measured on the source's stream");
+                timing.measure("calibrate", || {
+                    let measured = meter(quantizer).measure(self.weights, stream)?;
+                    quantizer.backend.wait()?;
+                    Ok::<_, crate::Error>(measured)
+                })?
+            }
+        };
+        let count = quantizer.architecture.sites(self.weights.index).len();
+        let plan = (self.planned)(0..count, &statistics)?;
+        Ok(PlannedBlock { weights: self.weights, plan, statistics })
+    }
+}
+
+/// Measures on the source's stream.
+fn meter<'a, B: Backend>(quantizer: &'a BlockQuantizer<'_, B>) -> EnergyMeter<'a, B> {
+    let BlockQuantizer { backend, architecture, full_attention, division, progress, .. } =
+        quantizer;
+    EnergyMeter {
+        backend: *backend,
+        architecture,
+        attention: full_attention,
+        division: *division,
+        progress: *progress,
+    }
+}
+
+impl<'w, B: Backend> PlannedBlock<'_, 'w, B> {
     /// Builds blocks of its weights.
-    fn builder(&self, quantizer: &BlockQuantizer<'a, B>) -> BlockBuilder<'a, 'w, B> {
+    fn builder<'s>(&'s self, quantizer: &BlockQuantizer<'s, B>) -> BlockBuilder<'s, 'w, B> {
         let key_mean = &self.statistics.key_mean[..];
         let key_mean = quantizer.attention.kv().is_centered().then_some(key_mean);
         BlockBuilder::new(quantizer.backend, quantizer.architecture, self.weights)
@@ -176,10 +237,11 @@ impl<'a, 'w, B: Backend> BlockInput<'a, 'w, B> {
         &self,
         quantizer: &BlockQuantizer<'_, B>,
         sites: &[QuantizedSite<B::Quantized>],
+        is_last: bool,
         streams: &Streams<B>,
         timing: &mut Timing,
     ) -> Result<Option<Block<B>>> {
-        if self.is_last || streams.quantized.is_none() {
+        if is_last || streams.quantized.is_none() {
             return Ok(None);
         }
         let quantized = || self.builder(quantizer).quantized(sites);

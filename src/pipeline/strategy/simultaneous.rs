@@ -1,7 +1,7 @@
 /*! All sites of a block simultaneously, as the reference does it: the Hessians of a block are accumulated in one
 pass with quantized activations and the source's weights, then its linears are quantized. */
 
-use super::{BlockInput, PassedBlock, Streams};
+use super::{BlockInput, PassedBlock, PlannedBlock, Streams};
 use crate::Result;
 use crate::backend::{Backend, Tensor};
 use crate::model::block::{Observer, Seen};
@@ -13,20 +13,21 @@ use crate::pipeline::timing::Timing;
 use crate::quant::site::SiteFormat;
 
 /// Quantizes a block: by GPTQ on the quantized stream, without one by rounding.
-pub(super) fn quantize<B: Backend>(
+pub(super) fn quantize<'a, 'w, B: Backend>(
     quantizer: &BlockQuantizer<'_, B>,
-    input: &BlockInput<'_, '_, B>,
+    input: &BlockInput<'a, 'w, B>,
     streams: &mut Streams<B>,
     timing: &mut Timing,
-) -> Result<PassedBlock<B>> {
+) -> Result<PassedBlock<'a, 'w, B>> {
     let backend = quantizer.backend;
-    let formats = formats(input.plan, &input.statistics.energies);
+    let planned = input.measured(quantizer, streams, timing)?;
+    let formats = formats(&planned.plan, &planned.statistics.energies);
     let specs = quantizer.architecture.sites(input.weights.index);
-    let parts = input.parts(quantizer.division.ranks.ranks());
+    let parts = planned.parts(quantizer.division.ranks.ranks());
     let mut hessians = match &streams.quantized {
         None => formats.iter().map(|_| None).collect(),
         Some(stream) => timing.measure("hessians", || {
-            let hessians = hessians(quantizer, input, &formats, &parts, stream)?;
+            let hessians = hessians(quantizer, &planned, &formats, &parts, stream)?;
             backend.wait()?;
             Ok::<_, crate::Error>(hessians)
         })?,
@@ -45,7 +46,7 @@ pub(super) fn quantize<B: Backend>(
             Some(SiteSums { tokens, gram, .. }) => quantizer.trusted(&specs[at], tokens, gram),
         };
         let stage = if matrices.hessian.is_some() { "gptq" } else { "round" };
-        let work = input.site(at, &specs[at]);
+        let work = planned.site(at, &specs[at]);
         quantized.push(Some(timing.measure(stage, || {
             let quantized = quantizer.quantize_site(&work, format, matrices, &parts[at])?;
             backend.wait()?;
@@ -54,23 +55,23 @@ pub(super) fn quantize<B: Backend>(
     }
     let mut block = QuantizedBlock::empty();
     for (at, (format, quantized)) in formats.into_iter().zip(quantized).enumerate() {
-        let shared = quantizer.share(&input.site(at, &specs[at]), &parts[at], quantized)?;
+        let shared = quantizer.share(&planned.site(at, &specs[at]), &parts[at], quantized)?;
         block.push(format, shared);
     }
-    let pending = input.pending(quantizer, &block.sites, streams, timing)?;
-    Ok(PassedBlock { block, pending })
+    let pending = planned.pending(quantizer, &block.sites, input.is_last, streams, timing)?;
+    Ok(PassedBlock { planned, block, pending })
 }
 
 /// `sum x^T x` at every site, on the ranks that quantize a part of it.
 fn hessians<B: Backend>(
     quantizer: &BlockQuantizer<'_, B>,
-    input: &BlockInput<'_, '_, B>,
+    planned: &PlannedBlock<'_, '_, B>,
     formats: &[SiteFormat],
     parts: &[SiteParts],
     stream: &Stream<B>,
 ) -> Result<Vec<Option<SiteSums<B>>>> {
     let backend = quantizer.backend;
-    let block = input.builder(quantizer).observed(formats)?;
+    let block = planned.builder(quantizer).observed(formats)?;
     let zeros = |site: usize| {
         Ok(SiteSums { tokens: 0, gram: backend.gram(formats[site].width())?, correction: None })
     };

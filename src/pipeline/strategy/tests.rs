@@ -1,6 +1,11 @@
 //! Both strategies on the bundled model, and the guards between them.
 
+use std::path::Path;
 use std::sync::Mutex;
+
+use half::f16;
+use safetensors::tensor::{SafeTensors, TensorView, serialize_to_file};
+use serde_json::{Value, json};
 
 use super::sequential::corrects;
 use super::*;
@@ -36,15 +41,23 @@ fn recipe() -> Recipe {
 
 /// The outcome for `tiny-llama` and the warnings on the way.
 fn quantized(recipe: &Recipe, seq_len: usize) -> (QuantizeOutcome, Vec<String>) {
+    quantized_of(&hub::tiny_llama().unwrap(), recipe, seq_len)
+}
+
+/// The same of another source.
+fn quantized_of(
+    source: &Source,
+    recipe: &Recipe,
+    seq_len: usize,
+) -> (QuantizeOutcome, Vec<String>) {
     let home = tempfile::tempdir().unwrap();
-    let source: Source = hub::tiny_llama().unwrap();
     let text = TextSet::sample(Split::Calibration);
     let calibration = Calibration { text, samples: 1, seq_len, seed: 0 };
     let out = home.path().join("out");
     let destination = Destination { out, overwrite: false, inputs: Inputs::default() };
     let output = Output { destination, resume: false };
     let quantization = Quantization {
-        source: &source,
+        source,
         calibration: &calibration,
         recipe,
         output: &output,
@@ -71,8 +84,6 @@ fn only_gptq_is_sequential() {
         assert_eq!(Strategy::of(&Recipe { gptq, sequential, ..recipe() }), expected);
     }
     assert!(Strategy::Sequential.needs_source() && !Strategy::Simultaneous.needs_source());
-    assert_eq!(Strategy::Sequential.after_measurement(), AfterBlock::Unchanged);
-    assert_eq!(Strategy::Simultaneous.after_measurement(), AfterBlock::Advanced);
 }
 
 #[test]
@@ -144,4 +155,50 @@ fn stages_are_those_of_the_strategy() {
         assert!(outcome.linears.iter().all(|linear| linear.error > 0.0 && linear.error < 1.0));
         assert_eq!(outcome.resumed_blocks, 0);
     }
+}
+
+/// `tiny-llama` with a bias of every linear in `directory`: all zero, but that of the last block's down.
+fn with_bias(directory: &Path, last: f32) -> Source {
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-llama");
+    fs_err::create_dir(directory).unwrap();
+    let config = fs_err::read(tiny.join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    config["attention_bias"] = json!(true);
+    config["mlp_bias"] = json!(true);
+    fs_err::write(directory.join("config.json"), config.to_string()).unwrap();
+    fs_err::copy(tiny.join("tokenizer.json"), directory.join("tokenizer.json")).unwrap();
+    let bytes = fs_err::read(tiny.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let linears = file.iter().filter(|(name, _)| name.ends_with("_proj.weight"));
+    let biases: Vec<(String, usize, Vec<u8>)> = linears
+        .map(|(name, weight)| {
+            let value = if name.contains("layers.3.mlp.down") { last } else { 0.0 };
+            let rows = weight.shape()[0];
+            let bytes = f16::from_f32(value).to_le_bytes().repeat(rows);
+            (name.replace(".weight", ".bias"), rows, bytes)
+        })
+        .collect();
+    let biases = biases.iter().map(|(name, rows, bytes)| {
+        let view = TensorView::new(safetensors::Dtype::F16, vec![*rows], bytes).unwrap();
+        (name.as_str(), view)
+    });
+    let tensors = file.iter().chain(biases);
+    serialize_to_file(tensors, None, &directory.join("model.safetensors")).unwrap();
+    Source::open(directory).unwrap()
+}
+
+/// A bias adds the same to the source's and to the quantized block's output, so no weight makes up for it.
+#[test]
+fn a_bias_is_no_error_of_a_linear() {
+    let home = tempfile::tempdir().unwrap();
+    let errors = |name: &str, bias: f32| -> Vec<f64> {
+        let source = with_bias(&home.path().join(name), bias);
+        let (outcome, _) = quantized_of(&source, &recipe(), 1024);
+        outcome.linears.iter().map(|linear| linear.error).collect()
+    };
+    let (without, with) = (errors("without", 0.0), errors("with", 4.0));
+    let (last, others) = without.split_last().unwrap();
+    assert_eq!(others, &with[..others.len()]);
+    let found = with[others.len()];
+    assert!((found / last - 1.0).abs() < 0.01, "{found} and without a bias {last}");
 }
