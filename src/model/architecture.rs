@@ -8,7 +8,8 @@ pub use super::parts::{
     Activation, Biases, BlockAttention, ExpertNames, Experts, FusedLinears, Mlp, Multipliers,
     Norms, QkNorm, QueryScaling, RouterKind, SharedExpert,
 };
-use super::rope::{OuterThetas, Rope, RopeContext, RopeDefaults};
+use super::rope::Rope;
+use super::rope_settings::{OuterThetas, RopeContext, RopeDefaults};
 use super::{bounds, class, quantized};
 use crate::{Error, Result};
 

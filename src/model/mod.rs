@@ -16,6 +16,7 @@ mod reads;
 #[cfg(test)]
 mod reference_tests;
 pub mod rope;
+mod rope_settings;
 mod site;
 pub mod sites;
 mod support;

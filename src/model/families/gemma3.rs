@@ -2,7 +2,7 @@
 //! window and another RoPE in five of six blocks.
 
 use super::super::architecture::{Activation, Biases, Mlp, Multipliers, Norms, QkNorm};
-use super::super::rope::OuterThetas;
+use super::super::rope_settings::OuterThetas;
 use super::super::window;
 use super::{Family, PLAIN, PLAIN_ROPE, RopeDefaults};
 

@@ -25,7 +25,8 @@ mod smollm3;
 
 use super::architecture::{Architecture, FusedLinears, Norms};
 use super::config::{Config, shortened};
-use super::rope::{Rope, RopeContext, RopeDefaults};
+use super::rope::Rope;
+use super::rope_settings::{RopeContext, RopeDefaults};
 use crate::{Error, Result};
 
 /// A family: the defaults of its fields, and what else differs from a plain Llama.

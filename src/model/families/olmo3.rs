@@ -1,7 +1,7 @@
 //! OLMo 3: OLMo 2 with a sliding window in three of four blocks, and RoPE that is scaled in the others alone.
 
 use super::super::architecture::{Biases, QkNorm};
-use super::super::rope::OuterThetas;
+use super::super::rope_settings::OuterThetas;
 use super::super::window;
 use super::olmo2::OLMO2;
 use super::{Family, PLAIN_ROPE, RopeDefaults};
