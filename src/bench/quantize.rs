@@ -19,7 +19,7 @@ use crate::checkpoint::{AtomCheckpoint, Destination, Inputs, Source};
 use crate::eval::source_perplexity;
 use crate::model::Architecture;
 use crate::model::sites::{SiteKind, SiteSpec};
-use crate::pipeline::distill::{Distillation, DistillationWindows, distill};
+use crate::pipeline::distill::{Distillation, DistillationWindows, RATES, distill};
 use crate::pipeline::outcome::QuantizeOutcome;
 use crate::pipeline::{Calibration, Output, Quantization, quantize as run};
 use crate::progress::Progress;
@@ -161,6 +161,7 @@ fn distillation<B: Train + KernelTimes + Device>(
         source,
         windows: DistillationWindows::Drawn { text: &text, seq_len: model.seq_len, seed: 0 },
         tokens,
+        rates: RATES,
         output: &output_to(out.into()),
         always_writes: true,
     };

@@ -47,6 +47,18 @@ pub struct DistillationRates {
     pub clips: f32,
 }
 
+impl DistillationRates {
+    /// All of them, `factor` times as high.
+    pub fn times(self, factor: f32) -> Self {
+        Self {
+            scales: factor * self.scales,
+            outlier_scales: factor * self.outlier_scales,
+            norms: factor * self.norms,
+            clips: factor * self.clips,
+        }
+    }
+}
+
 /// A measurement between two steps.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DistilledStep {

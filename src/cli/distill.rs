@@ -13,7 +13,7 @@ use crate::backend::Exchange;
 use crate::checkpoint::{Destination, Source};
 use crate::network::Model;
 use crate::pipeline;
-use crate::pipeline::distill::{self, DEFAULT_TOKENS, Distillation, DistillationWindows};
+use crate::pipeline::distill::{self, DEFAULT_TOKENS, Distillation, DistillationWindows, RATES};
 use crate::printable::{printable, quoted};
 use crate::progress::Progress;
 use crate::text::{Split, TextSet};
@@ -53,6 +53,15 @@ pub(crate) struct Arguments {
         help_heading = "Training"
     )]
     tokens: usize,
+    /// Learning rates, as a multiple of the usual ones: less for long training, more for short and small networks
+    #[arg(
+        long,
+        value_name = "FACTOR",
+        default_value_t = 1.0,
+        value_parser = values::rate_factor,
+        help_heading = "Training"
+    )]
+    rate: f32,
     /// Seed of the windows and their order, a whole number
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Training")]
     seed: u64,
@@ -145,6 +154,7 @@ pub(crate) fn run(arguments: &Arguments, ui: &Ui, output: &Output) -> Result<()>
             seed: arguments.seed,
         },
         tokens: arguments.tokens,
+        rates: RATES.times(arguments.rate),
         output: &destination,
         always_writes: false,
     };

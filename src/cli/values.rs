@@ -190,6 +190,14 @@ pub(crate) fn temperature(text: &str) -> Result<f64, String> {
     }
 }
 
+/// What the learning rates of distillation are multiplied by.
+pub(crate) fn rate_factor(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(factor) if (0.01..=100.0).contains(&factor) => Ok(factor),
+        _ => Err("it must lie between 0.01 and 100".to_owned()),
+    }
+}
+
 /// A probability above 0.
 pub(crate) fn top_p(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
@@ -264,6 +272,8 @@ mod tests {
         assert_eq!((temperature("0"), temperature("0.7")), (Ok(0.0), Ok(0.7)));
         assert!(temperature("-1").is_err() && temperature("1e-9").is_err());
         assert!(temperature("nan").is_err());
+        assert_eq!((rate_factor("2"), rate_factor("0.01")), (Ok(2.0), Ok(0.01)));
+        assert!(["0", "-1", "nan", "inf", "101"].iter().all(|text| rate_factor(text).is_err()));
         assert!(top_p("0").is_err() && top_p("1.1").is_err() && top_p("1").is_ok());
         assert!(min_p("1").is_err() && min_p("0").is_ok() && top_k("0").is_ok());
         assert_eq!((width("16"), width("3")), (Ok(16), Ok(3)));

@@ -14,8 +14,8 @@ use crate::pipeline::run::{linears_of, run};
 use crate::progress::Progress;
 
 use super::{
-    DistillOutcome, Distillation, DistillationWindows, Output, Result, check_trainable, course_of,
-    distill, peak_rss_bytes,
+    DistillOutcome, Distillation, DistillationWindows, Output, RATES, Result, check_trainable,
+    course_of, distill, peak_rss_bytes,
 };
 
 /// Quantizes a model, and distills the checkpoint on `tokens` tokens of its calibration windows.
@@ -71,6 +71,7 @@ fn run_and_distill<B: Train>(
             provenance: &job.input.provenance,
         },
         tokens,
+        rates: RATES,
         output,
         always_writes: true,
     };

@@ -26,9 +26,10 @@ pub use self::checks::check_trainable;
 pub use self::outcome::{DistillDryRun, DistillOutcome};
 use self::prepared::{Prepared, TrainedState};
 use self::training::Course;
+pub use self::training::RATES;
 use super::output::Output;
 use crate::backend::Train;
-use crate::checkpoint::{AtomCheckpoint, Provenance, Source, Writer};
+use crate::checkpoint::{AtomCheckpoint, DistillationRates, Provenance, Source, Writer};
 use crate::machine::peak_rss_bytes;
 use crate::network::Runnable;
 use crate::progress::Progress;
@@ -52,6 +53,8 @@ pub struct Distillation<'a> {
     pub windows: DistillationWindows<'a>,
     /// Tokens that are trained on, those of repeated windows counted again.
     pub tokens: usize,
+    /// Learning rates; [`RATES`] where nothing else is known.
+    pub rates: DistillationRates,
     /// Where the distilled checkpoint goes.
     pub output: &'a Output,
     /// Whether a checkpoint that gained nothing is written all the same, as it was.

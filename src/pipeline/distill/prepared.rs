@@ -9,7 +9,7 @@ use super::checks::{check_source, check_trainable, norm_type};
 use super::parameters::{NetworkValues, Parameters};
 use super::reference::Reference;
 use super::state::TrainingState;
-use super::training::{Course, RATES, Training};
+use super::training::{Course, Training};
 use super::windows::{Division, held_of};
 use super::writing::Writing;
 use super::{Distillation, DistillationWindows, course_of, memory};
@@ -168,7 +168,7 @@ impl<'a> Prepared<'a> {
             text: &self.provenance,
             steps: self.course.steps,
             windows_per_step: self.course.per_step,
-            rates: RATES,
+            rates: self.distillation.rates,
             always_writes: *always_writes,
             // Thread counts and instruction sets change no byte; another kind of device does.
             device: if B::ON_HOST { "cpu".to_owned() } else { backend.device() },
@@ -225,6 +225,7 @@ impl<'a> Prepared<'a> {
                 tokens,
                 division: &self.division,
                 course: self.course,
+                rates: self.distillation.rates,
                 progress,
             };
             step_seconds =
@@ -249,7 +250,7 @@ impl<'a> Prepared<'a> {
             steps: self.course.steps,
             windows_per_step: self.course.per_step,
             held_out_windows: self.division.held.len(),
-            rates: RATES,
+            rates: self.distillation.rates,
             parameters,
             kept_step: best.step,
             before,

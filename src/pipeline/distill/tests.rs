@@ -198,6 +198,7 @@ impl Case<'_> {
             source: self.source,
             windows: DistillationWindows::Drawn { text: &text, seq_len, seed: 3 },
             tokens: self.steps * 8 * seq_len,
+            rates: RATES,
             output: &output,
             always_writes: self.always_writes,
         };

@@ -13,8 +13,8 @@ use crate::network::TrainedNetwork;
 use crate::progress::Progress;
 use crate::{Error, Kind, Result};
 
-/// Learning rates at their highest.
-pub(super) const RATES: DistillationRates =
+/// Learning rates at their highest, unless told otherwise.
+pub const RATES: DistillationRates =
     DistillationRates { scales: 3e-3, outlier_scales: 5e-4, norms: 2e-3, clips: 2e-3 };
 /// Measurements on held-out windows in a training, besides the one at its beginning.
 const MEASUREMENTS: usize = 10;
@@ -43,6 +43,7 @@ pub(super) struct Training<'a, 'n, B: Train> {
     pub(super) tokens: &'a [u32],
     pub(super) division: &'a Division,
     pub(super) course: Course,
+    pub(super) rates: DistillationRates,
     pub(super) progress: &'a dyn Progress,
 }
 
@@ -142,10 +143,10 @@ impl<B: Train> Training<'_, '_, B> {
         let factor = schedule(state.measured.steps, steps);
         let rates = self.parameters.kinds().map(|(kind, range)| {
             let rate = match kind {
-                Trained::Scale => RATES.scales,
-                Trained::OutlierScale => RATES.outlier_scales,
-                Trained::Norm => RATES.norms,
-                Trained::Clip => RATES.clips,
+                Trained::Scale => self.rates.scales,
+                Trained::OutlierScale => self.rates.outlier_scales,
+                Trained::Norm => self.rates.norms,
+                Trained::Clip => self.rates.clips,
             };
             (rate * factor, range)
         });
