@@ -118,7 +118,7 @@ impl Rope {
     /// YaRN's first pair that is blended, and the last one.
     fn blended_pairs(&self, head_dim: usize) -> [f64; 2] {
         let RopeScaling::Yarn { original, turns, truncated, .. } = self.scaling else {
-            unreachable!("asked for with YaRN alone")
+            unreachable!("called with YaRN alone")
         };
         let rotated = self.rotated(head_dim) as f64;
         let pair = |turns: f64| {

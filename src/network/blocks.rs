@@ -58,7 +58,7 @@ impl<'a, 'w, B: Backend> BlockBuilder<'a, 'w, B> {
 
     /// The block before its linears are quantized, without sites: [`open_site`](Self::open_site) makes these.
     pub fn open(&self) -> Result<Block<B>> {
-        self.block_of(0, self.key_mean, |_| unreachable!("no sites are asked for"))
+        self.block_of(0, self.key_mean, |_| unreachable!("no site is wanted"))
     }
 
     /// A site before its linears are quantized: it permutes and quantizes its activation, and has no linears yet.
