@@ -246,9 +246,8 @@ fn a_text_is_the_cpus_or_parts_from_it_at_a_near_tie() {
     let home = Home::new();
     home.run(&format!("{QUANTIZE} --device cpu --out q --no-eval")).done();
     // Two percent in probability is more than what f16 activations change of a source. Codes of 4 bits amplify them: a value near the
-    // middle of two codes falls on one or the other, which moves more of them in the next block, until what both devices round differs
-    // as much as rounding itself does. Evaluation differs by 0.05 to 0.3 nats a token on windows of four tokens (H200), and a text may
-    // part from the other at its first token.
+    // middle of two codes falls on one or the other, which moves more of them in the next block. Evaluation differs by 0.05 to 0.3
+    // nats a token on windows of four tokens (H200), and a text may part from the other at its first token.
     for (model, least, most) in [("tiny-llama", 1, 0.02), ("q", 0, 0.7)] {
         let line =
             format!("generate --model {model} --prompt Once --ignore-eos --max-new-tokens 120");

@@ -129,7 +129,13 @@ pub fn quantize<B: Train + KernelTimes + Device>(
     }
     figures.extend(sizes(&outcome).map(|(name, value)| figure(name, value)));
     if let Some(tokens) = distilled {
-        figures.extend(distillation(backend, &source, &outcome.out, (model, tokens), progress)?);
+        figures.extend(distillation(
+            backend,
+            &source,
+            &outcome.out,
+            (model.seq_len, tokens),
+            progress,
+        )?);
     }
     figures.extend(evaluation(backend, &source, model, rate, progress)?);
     let kernels = backend.kernel_seconds().into_iter();
@@ -144,11 +150,11 @@ fn output_to(out: PathBuf) -> Output {
 
 /// Distills the checkpoint: seconds of all and of a step, and memory. Random weights have nothing to gain, so that its size and
 /// not its result is measured.
-fn distillation<B: Train + KernelTimes + Device>(
+fn distillation<B: Train + Device>(
     backend: &B,
     source: &Source,
     quantized: &Path,
-    (model, tokens): (&SyntheticModel, usize),
+    (seq_len, tokens): (usize, usize),
     progress: &dyn Progress,
 ) -> Result<Vec<Figure>> {
     backend.trim();
@@ -159,7 +165,7 @@ fn distillation<B: Train + KernelTimes + Device>(
     let distillation = Distillation {
         checkpoint: &AtomCheckpoint::open(quantized)?,
         source,
-        windows: DistillationWindows::Drawn { text: &text, seq_len: model.seq_len, seed: 0 },
+        windows: DistillationWindows::Drawn { text: &text, seq_len, seed: 0 },
         tokens,
         rates: RATES,
         output: &output_to(out.into()),

@@ -87,7 +87,7 @@ pub(super) fn calibration_starts(tokens: usize, draw: &WindowDraw) -> Result<Vec
     Ok(starts)
 }
 
-/// The shift of a round: the digits of `round` in base 2, reversed behind the point, as a share of a window.
+/// The shift of a round: the digits of `round` in base 2, reversed after the point, times a window's length.
 fn shift(round: u32, seq_len: usize) -> usize {
     ((seq_len as u64 * u64::from(round.reverse_bits())) >> 32) as usize
 }
